@@ -1,0 +1,20 @@
+"""Tests run on 8 simulated CPU devices, with strict dtype and rank promotion."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_dir(tmp_path_factory):
+    """Keeps the token and compilation caches of tests out of the user's own."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["UNDERSTUDY_CACHE"] = str(path)
+    return path
