@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from research.ops.losses import cross_entropy
 
 Batch = Mapping[str, jax.Array]  # tokens, segment_ids, positions: [B, T] int32; loss_mask: [B, T] float32; ...
 
@@ -62,3 +65,29 @@ class Objective:
     trainable: tuple[str, ...] = ("policy",)
     frozen: tuple[str, ...] = ()
     batch_coupled: bool = False
+
+
+def next_token_targets(batch: Batch, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """What each position is to predict: (targets [B, T] int32, weights [B, T] float32).
+
+    Position t predicts token t + 1 where both belong to one document; its weight is `mask`[t + 1] ([B, T], by default 1).
+    """
+    segments = batch["segment_ids"]
+    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    weights = same.astype(jnp.float32)
+    if mask is not None:
+        weights = weights * mask[:, 1:]
+    return jnp.roll(batch["tokens"], -1, axis=1), jnp.pad(weights, ((0, 0), (0, 1)))
+
+
+def token_loss(
+    forward: Forward, targets: jax.Array, weights: jax.Array, *, z_loss: float, label_smoothing: float
+) -> LossOut:
+    """Weighted sum of the policy's cross-entropy, with `nll` (no smoothing, no z-loss) and `accuracy` as metrics."""
+    out = cross_entropy(
+        forward.hidden(), forward.head(), targets, weights, z_loss=z_loss, label_smoothing=label_smoothing
+    )
+    metrics = {"nll": (out.nll_sum, out.weight_sum), "accuracy": (out.correct_sum, out.weight_sum)}
+    if z_loss:
+        metrics["z_loss"] = (z_loss * out.z_sum, out.weight_sum)
+    return LossOut(out.loss_sum, out.weight_sum, metrics)

@@ -1,0 +1,18 @@
+"""Next-token prediction on every token of every document."""
+
+from research.objectives.types import Batch, Forward, LossOut, Objective, next_token_targets, token_loss
+
+
+def make(z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
+    """Cross-entropy of each token given those before it in its document.
+
+    Args:
+      z_loss: weight of logsumexp(logits)^2, which keeps logits near zero (PaLM, arXiv:2204.02311, section 5).
+      label_smoothing: probability mass spread evenly over the vocabulary (arXiv:1512.00567, section 7).
+    """
+
+    def loss(forward: Forward, batch: Batch, key, step) -> LossOut:
+        targets, weights = next_token_targets(batch)
+        return token_loss(forward, targets, weights, z_loss=z_loss, label_smoothing=label_smoothing)
+
+    return Objective(loss=loss)

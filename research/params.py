@@ -1,0 +1,90 @@
+"""Parameters as data: a ParamSpec per array, from which come its initial value, abstract shape and sharding."""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research import sharding
+
+Tree = Any  # a pytree
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One array of a model.
+
+    Attributes:
+      shape: its dimensions.
+      axes: the logical name of each dimension; sharding.RULES maps them to mesh axes. Layers are stacked along "layers".
+      init: (key, shape, dtype) -> array.
+      contracts: the axes that are summed over where the parameter is applied (an embedding table contracts "vocab",
+        being applied to one-hot tokens). Empty for scales and biases, which neither decay nor get Muon's update.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: Initializer
+    contracts: tuple[str, ...] = ()
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        assert len(self.shape) == len(self.axes), f"{self.shape} has other dimensions than {self.axes}"
+
+
+def is_spec(x: Any) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def tree_map(f: Callable[[ParamSpec], Any], specs: Tree) -> Tree:
+    """Applies `f` to every ParamSpec of a pytree."""
+    return jax.tree.map(f, specs, is_leaf=is_spec)
+
+
+def path_name(path: tuple) -> str:
+    """("layers", "attention", "q") keys of a pytree path as "layers/attention/q"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def init(specs: Tree, key: jax.Array) -> Tree:
+    """Initial values. Each parameter's key depends on its path alone, so that adding one changes no other."""
+
+    def one(path: tuple, spec: ParamSpec) -> jax.Array:
+        return spec.init(jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), spec.shape, spec.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, specs, is_leaf=is_spec)
+
+
+def shardings(specs: Tree, mesh: jax.sharding.Mesh, rules: Mapping[str, Any] = sharding.RULES) -> Tree:
+    """A NamedSharding for every parameter.
+
+    Raises:
+      InputError: a dimension is not divisible by the mesh axes that it is sharded over.
+    """
+
+    def one(path: tuple, spec: ParamSpec) -> jax.sharding.NamedSharding:
+        return sharding.named(mesh, spec.axes, rules, shape=spec.shape, name=path_name(path))
+
+    return jax.tree_util.tree_map_with_path(one, specs, is_leaf=is_spec)
+
+
+def abstract(specs: Tree, placements: Tree) -> Tree:
+    """ShapeDtypeStructs with shardings: what a jitted function is traced or a checkpoint restored with."""
+    return jax.tree.map(
+        lambda spec, s: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=s), specs, placements, is_leaf=is_spec
+    )
+
+
+def decay_mask(specs: Tree) -> Tree:
+    """True where weight decay applies: everything that contracts, hence not norms and biases."""
+    return tree_map(lambda s: bool(s.contracts), specs)
+
+
+def count(specs: Tree) -> int:
+    """Number of parameters."""
+    return sum(math.prod(s.shape) for s in jax.tree.leaves(specs, is_leaf=is_spec))

@@ -1,0 +1,184 @@
+"""The train step: pure, jitted once, the same for every objective."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.objectives.types import Forward, LossOut, Objective
+
+Params = Any
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run changes, apart from its place in the data.
+
+    Attributes:
+      step: int32, batches seen.
+      updates: int32, updates made: `step` less those skipped. The learning-rate schedule follows it.
+      params: role -> parameters, for the trainable roles.
+      opt_state: of optax.
+      key: the run's random key; step t uses fold_in(key, t).
+      ema: moving average of params (None unless asked for).
+      bad_steps: int32, updates skipped in a row because the loss or gradient wasn't finite.
+    """
+
+    step: jax.Array
+    updates: jax.Array
+    params: Params
+    opt_state: Any
+    key: jax.Array
+    ema: Params | None
+    bad_steps: jax.Array
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, key: jax.Array, ema: bool = False) -> TrainState:
+    """The state before the first step. `key` is a raw uint32 key, which every checkpoint format can hold."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        updates=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        key=key,
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        bad_steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def make_train_step(
+    terms: Mapping[str, tuple[Objective, Callable[[jax.Array], jax.Array]]],
+    models: Mapping[str, Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    schedule: Callable[[jax.Array], jax.Array],
+    microbatches: int = 1,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Params, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """Returns step(state, frozen, batch) -> (state, metrics).
+
+    The loss minimised is sum_i c_i(step) * S_i / W_i over the terms i, S_i and W_i being sums over the whole batch: the
+    same for any number of microbatches, devices and hosts. W_i is treated as a constant.
+
+    Args:
+      terms: name -> (objective, weight c_i as a function of the step).
+      models: role -> Model.
+      optimizer: clipping and learning rate included.
+      schedule: updates made -> learning rate, for the metrics.
+      microbatches: the batch is cut along its first axis into this many parts, which run one after the other.
+      ema_decay: of the moving average of parameters, where the state has one.
+    """
+
+    def forward(params: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array) -> dict[str, LossOut]:
+        fwd = Forward(models, {**frozen, **params}, batch)
+        return {name: term.loss(fwd, batch, key, step) for name, (term, _) in terms.items()}
+
+    def total(params, frozen, batch, key, step, weights):
+        outs = forward(params, frozen, batch, key, step)
+        if weights is None:
+            weights = {name: out.weight for name, out in outs.items()}
+        loss = sum(
+            coefficient(step) * outs[name].loss_sum / _divisor(weights[name])
+            for name, (_, coefficient) in terms.items()
+        )
+        return loss, outs
+
+    def gradients(params, frozen, batch, key, step):
+        if microbatches == 1:
+            return jax.grad(total, has_aux=True)(params, frozen, batch, key, step, None)
+        parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+        keys = jax.random.split(key, microbatches)
+        # The weights come first. Where they depend on the batch alone, as masks do, the compiler drops the forward
+        # pass from this scan as dead code.
+        _, weights = jax.lax.scan(
+            lambda _, x: (None, {k: o.weight for k, o in forward(params, frozen, *x, step).items()}), None, (parts, keys)
+        )
+        weights = jax.tree.map(lambda w: jnp.sum(w, axis=0), weights)
+
+        def add(grads, x):
+            more, outs = jax.grad(total, has_aux=True)(params, frozen, *x, step, weights)
+            return jax.tree.map(jnp.add, grads, more), outs
+
+        grads, outs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (parts, keys))
+        return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), outs)
+
+    def step(state: TrainState, frozen: Params, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, outs = gradients(state.params, frozen, batch, key, state.step)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            grad_norm = optax.global_norm(grads)
+            update_norm, param_norm = optax.global_norm(updates), optax.global_norm(state.params)
+            loss_sums = sum(out.loss_sum for out in outs.values())
+            finite = jnp.isfinite(loss_sums) & jnp.isfinite(grad_norm)
+            supervised = sum(out.weight for out in outs.values())
+            ok = finite & (supervised > 0)
+            keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)  # noqa: E731
+            ema = state.ema
+            if ema is not None:
+                ema = keep(jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params), ema)
+            new = TrainState(
+                step=state.step + 1,
+                updates=jnp.where(ok, state.updates + 1, state.updates),
+                params=keep(params, state.params),
+                opt_state=keep(opt_state, state.opt_state),
+                key=state.key,
+                ema=ema,
+                bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            )
+        return new, _metrics(terms, outs, batch, state.step) | {
+            "grad_norm": _one(grad_norm),
+            "update_ratio": _one(update_norm / param_norm),
+            "learning_rate": _one(schedule(state.updates)),
+            "nonfinite": _one(~finite),
+            "nonfinite_in_a_row": _one(new.bad_steps),
+            "empty_batch": _one(supervised == 0),
+        }
+
+    return step
+
+
+def make_eval_step(
+    terms: Mapping[str, tuple[Objective, Any]], models: Mapping[str, Any]
+) -> Callable[[Params, Params, Mapping[str, jax.Array], jax.Array], Metrics]:
+    """Returns evaluate(params, frozen, batch, key) -> metrics of one batch; nothing is updated."""
+
+    def evaluate(params: Params, frozen: Params, batch: Mapping[str, jax.Array], key: jax.Array) -> Metrics:
+        fwd, step = Forward(models, {**frozen, **params}, batch), jnp.zeros((), jnp.int32)
+        return _metrics(terms, {n: t.loss(fwd, batch, key, step) for n, (t, _) in terms.items()}, batch, step)
+
+    return evaluate
+
+
+def _metrics(terms: Mapping[str, Any], outs: dict[str, LossOut], batch: Any, step: jax.Array) -> Metrics:
+    """With one term, its metrics by name and `loss`; with several, "term/name" each, and their weighted sum as `loss`."""
+    metrics: Metrics = {}
+    for name, out in outs.items():
+        prefix = "" if len(outs) == 1 else f"{name}/"
+        metrics |= {prefix + k: v for k, v in out.metrics.items()} | {f"{prefix}loss": (out.loss_sum, out.weight)}
+    if len(outs) > 1:
+        sums = (c(step) * outs[n].loss_sum / _divisor(outs[n].weight) for n, (_, c) in terms.items())
+        metrics["loss"] = _one(sum(sums))
+    real = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+    supervised = next(iter(outs.values())).weight
+    return metrics | {"supervised_fraction": (supervised, real), "tokens": _one(real)}
+
+
+def _one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.asarray(x, jnp.float32), jnp.ones((), jnp.float32)
+
+
+def _divisor(weight: jax.Array) -> jax.Array:
+    """The constant to divide a loss sum by; 1 where nothing is supervised, whose sum is 0."""
+    weight = jax.lax.stop_gradient(weight)
+    return jnp.where(weight > 0, weight, jnp.ones_like(weight))
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] -> [parts, B / parts, ...], taking every parts-th row, so that each device's rows stay on it."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
