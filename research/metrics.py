@@ -1,0 +1,378 @@
+"""Metrics: sums become means, and means go to the console, JSON lines, TensorBoard and Weights & Biases."""
+
+import inspect
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from research.errors import InputError, did_you_mean
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+
+
+def means(parts: Iterable[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
+    """Adds up metrics over steps or batches, then divides: the mean over all of them, not a mean of means.
+
+    Args:
+      parts: one mapping per step or batch, name -> (sum, weight), scalars of any dtype. A name may be
+        missing from some. Keep them as they come and call this at the end: until then nothing waits for
+        the devices.
+
+    Returns:
+      name -> sum / weight, added in float64. A name whose weights add up to 0 has no mean, and is left out.
+    """
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for part in jax.device_get(list(parts)):
+        for name, (total, weight) in part.items():
+            sums[name] = sums.get(name, 0.0) + float(total)
+            weights[name] = weights.get(name, 0.0) + float(weight)
+    return {name: sums[name] / weights[name] for name in sums if weights[name] != 0.0}
+
+
+class Writer:
+    """Writes metrics and samples under a workdir; shows progress on stderr: a bar on a terminal, else lines.
+
+    A context manager. Only process 0 writes: on the others every method does nothing, so that the loop
+    needs no `if`. On a restart, what was written for steps after `start_step` is dropped, because those
+    steps will be done again.
+
+    Of the "train/..." values the console shows loss, grad_norm, learning_rate, tokens_per_second and mfu
+    (a fraction), in the bar; all others ("eval/...") stay as a line above it.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        total_steps: int,
+        start_step: int,
+        tensorboard: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+        run_config: Mapping[str, Any],
+    ):
+        """Touches no file: those are opened on entering.
+
+        Args:
+          workdir: a local folder; made where it is missing.
+          total_steps: the step at which the run ends.
+          start_step: the last step done, 0 for a fresh run.
+          tensorboard: whether to write event files to WORKDIR/tensorboard.
+          wandb: arguments of wandb.init (project, name, mode, ...), or None for no W&B.
+          run_config: the resolved config, shown by TensorBoard and W&B.
+
+        Raises:
+          InputError: wandb isn't installed, or has no such argument.
+        """
+        self._active = jax.process_index() == 0
+        if self._active and wandb is not None:
+            check_wandb(wandb)
+        self._workdir, self._total_steps, self._start_step = workdir, total_steps, start_step
+        self._use_tensorboard, self._wandb_options, self._config = tensorboard, wandb, run_config
+        self._bar = self._tensorboard = self._wandb = None
+
+    def __enter__(self) -> "Writer":
+        if not self._active:
+            return self
+        os.makedirs(self._workdir, exist_ok=True)
+        self._metrics = _reopen(os.path.join(self._workdir, METRICS_FILE), self._start_step)
+        self._samples = _reopen(os.path.join(self._workdir, SAMPLES_FILE), self._start_step)
+        if self._use_tensorboard:
+            from tensorboardX import SummaryWriter  # here, as it takes a while to import
+
+            self._tensorboard = SummaryWriter(
+                os.path.join(self._workdir, "tensorboard"),
+                purge_step=self._start_step + 1 if self._start_step else 0,
+                flush_secs=1,
+            )
+            config = json.dumps(self._config, indent=2, default=str)
+            self._tensorboard.add_text("config", _verbatim(config), self._start_step)
+        if self._wandb_options is not None:
+            self._wandb = _start_wandb(self._workdir, self._wandb_options, self._config)
+        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:  # 0: unknown
+            self._bar = tqdm(
+                total=self._total_steps,
+                initial=self._start_step,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                bar_format="step {n_fmt}/{total_fmt} {bar:16}  {desc}",
+            )
+        # The first write moves this point, so that later estimates of the end leave compilation out.
+        self._eta_from, self._compiled = (self._start_step, time.monotonic()), False
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        self._metrics.close()
+        self._samples.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Records values ("train/loss": 1.2, ...) of a step; those of one step may come in several calls."""
+        if not self._active:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        record = {"step": step, "time": round(time.time(), 3)}
+        record |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        self._show(step, values)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Records a sample of generated text. It isn't printed."""
+        if not self._active:
+            return
+        record = {"step": step, "time": round(time.time(), 3), "name": name, "text": text}
+        self._samples.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if self._tensorboard is not None:
+            self._tensorboard.add_text(name, _verbatim(text), step)
+        if self._wandb is not None:
+            import html
+
+            import wandb
+
+            self._wandb.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step` between writes; costs next to nothing."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def print(self, message: str) -> None:
+        """Prints to stderr, above the bar where there is one."""
+        if self._active:
+            tqdm.write(message, file=sys.stderr)
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
+        train = describe({k: v for k, v in values.items() if k.startswith("train/")})
+        rest = describe({k: v for k, v in values.items() if not k.startswith("train/")})
+        eta = self._eta(step) if train else ""
+        at = f"step {step}/{self._total_steps}"
+        if self._bar is None:
+            self.print("  ".join(filter(None, (at, train, rest, eta))))
+            return
+        if rest:
+            self.print(f"{at}  {rest}")
+        if train:  # what is left over is cut off at the terminal's right edge, so the ETA goes first
+            self._bar.set_description_str("  ".join(filter(None, (eta, train))), refresh=False)
+        self.advance(step)
+        self._bar.refresh()
+
+    def _eta(self, step: int) -> str:
+        now = time.monotonic()
+        step0, time0 = self._eta_from
+        eta = ""
+        if step0 < step < self._total_steps:
+            eta = f"ETA {duration((self._total_steps - step) * (now - time0) / (step - step0))}"
+        if not self._compiled:
+            self._eta_from, self._compiled = (step, now), True
+        return eta
+
+
+def read_metrics(workdir: str) -> list[dict[str, float]]:
+    """Returns the records of a run in the order they were written; nan and inf are floats again.
+
+    A last line that a killed run left half-written is ignored.
+
+    Raises:
+      InputError: there are no metrics, or a line isn't a record.
+    """
+    path = os.path.join(workdir, METRICS_FILE)
+    if not os.path.exists(path):
+        raise InputError(f"{workdir}: there is no {METRICS_FILE} in it. Name the --workdir of a run.")
+    records = [record for _, record in _read_lines(path)]
+    return [{k: float(v) if isinstance(v, str) else v for k, v in record.items()} for record in records]
+
+
+def read_samples(workdir: str) -> list[dict[str, Any]]:
+    """Returns the sampled texts of a run in order, {"step", "time", "name", "text"} each; [] if none."""
+    path = os.path.join(workdir, SAMPLES_FILE)
+    return [record for _, record in _read_lines(path)] if os.path.exists(path) else []
+
+
+def describe(values: Mapping[str, float]) -> str:
+    """Returns values as a line to read: "loss 1.234  lr 1.0e-03  23.1k tok/s  MFU 41%  eval  loss 1.3"."""
+    formats = {
+        "loss": lambda v: f"loss {v:.4g}",
+        "grad_norm": lambda v: f"grad_norm {v:.3g}",
+        "learning_rate": lambda v: f"lr {v:.1e}",
+        "tokens_per_second": lambda v: f"{tqdm.format_sizeof(v)} tok/s",
+        "mfu": lambda v: f"MFU {v:.0%}",
+    }
+    train = [show(values[f"train/{name}"]) for name, show in formats.items() if f"train/{name}" in values]
+    groups: dict[str, list[str]] = {}
+    for name, value in values.items():
+        group, _, rest = name.rpartition("/")
+        if not name.startswith("train/"):
+            groups.setdefault(group, []).append(f"{rest} {value:.4g}")
+    return "  ".join(train + ["  ".join([*filter(None, [group]), *shown]) for group, shown in groups.items()])
+
+
+def duration(seconds: float) -> str:
+    """Returns "1:23" (minutes:seconds), "1:02:03" or "2d 1:02:03"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    clock = f"{hours}:{minutes:02}:{seconds:02}" if days or hours else f"{minutes}:{seconds:02}"
+    return f"{days}d {clock}" if days else clock
+
+
+def check_wandb(options: Mapping[str, Any]) -> None:
+    """Raises InputError where W&B can't be used with these arguments of wandb.init. Nothing is started."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError(
+            f"wandb: Weights & Biases is asked for but can't be imported ({error})."
+            " pip install 'understudy[wandb]', or set wandb to None."
+        ) from None
+    known = set(inspect.signature(wandb.init).parameters) - {"id", "resume", "dir", "config"}
+    for name in options:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise InputError(f"wandb.{name}: not an argument of wandb.init that can be set.{hint}")
+
+
+# Peak matrix FLOP/s of a chip in bfloat16 without sparsity, and its TensorCores.
+_TPU_PEAKS = {
+    "TPU v2": (46e12, 2),
+    "TPU v3": (123e12, 2),
+    "TPU v4": (275e12, 2),
+    "TPU v5 lite": (197e12, 1),
+    "TPU v5e": (197e12, 1),
+    "TPU v5": (459e12, 2),
+    "TPU v5p": (459e12, 2),
+    "TPU v6 lite": (918e12, 1),
+    "TPU v6e": (918e12, 1),
+    "TPU7x": (2307e12, 2),
+}
+# The first pattern that is found in the device kind counts.
+_GPU_PEAKS = (
+    (r"\bMIG\b", None),  # a slice of a chip
+    (r"\bB200\b", 2250e12),
+    (r"\bH200 NVL\b", 835.5e12),
+    (r"\bH200\b", 989.5e12),
+    (r"\bH100 NVL\b", 835.5e12),
+    (r"\bH100 PCIe\b", 756.5e12),
+    (r"\bH100\b", 989.5e12),
+    (r"\bA100\b", 312e12),
+    (r"\bL40S\b", 362e12),
+    (r"\bL4\b", 121e12),
+    (r"\bA10G\b", 70e12),
+    (r"\bV100-PCIE\b", 112e12),
+    (r"\bV100-SXM2\b", 125e12),
+    (r"\bT4\b", 65e12),
+    (r"\bRTX 4090$", 165.2e12),
+    (r"\bRTX 3090$", 71e12),
+)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Returns the peak FLOP/s of one device, the denominator of model-FLOPs utilisation.
+
+    TPUs and GPUs: bfloat16 matrix multiplication with float32 sums, without sparsity, from the makers'
+    data sheets. V100 and T4 have no bfloat16 matrix unit: theirs is the float16 peak. A JAX device is one
+    TensorCore of two on TPU v2, v3 and 7x, and has that share of the chip's peak.
+    CPU: measured by a float32 matrix multiplication; simulated devices of one process share it.
+    Others: None, with a warning in the log: utilisation can't be reported.
+
+    Sources. TPU: "Peak compute per chip" in cloud.google.com/tpu/docs, pages v3 to v6e and tpu7x; v2: Jouppi
+    et al. 2020, "A Domain-Specific Supercomputer for Training Deep Neural Networks". NVIDIA: the data sheet of
+    each data-centre product, halved where it gives the peak with sparsity alone; GeForce: the GA102 and Ada
+    white papers, appendix A.
+    """
+    if device.platform == "cpu":
+        return _measure_flops(device)
+    kind, peak = device.device_kind, None
+    if kind in _TPU_PEAKS:
+        chip, cores = _TPU_PEAKS[kind]
+        peak = chip * device.num_cores / cores
+    elif device.platform == "gpu":
+        peak = next((flops for pattern, flops in _GPU_PEAKS if re.search(pattern, kind)), None)
+    if peak is None:
+        logging.warning("The peak FLOP/s of %r isn't known, so model-FLOPs utilisation isn't reported.", kind)
+    return peak
+
+
+def _measure_flops(device: jax.Device, size: int = 1024) -> float:
+    """FLOP/s of a square float32 matrix multiplication: the median over about 0.2 s."""
+    x = jax.device_put(np.ones((size, size), np.float32), device)
+    matmul = jax.jit(lambda a, b: a @ b)
+    matmul(x, x).block_until_ready()
+    seconds: list[float] = []
+    while len(seconds) < 3 or (sum(seconds) < 0.2 and len(seconds) < 25):
+        start = time.perf_counter()
+        matmul(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds) / len(device.client.local_devices())
+
+
+def _read_lines(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """(line, record) of each line; a half-written last line is left out."""
+    found = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                record = json.loads(line)
+                int(record["step"])
+            except (ValueError, KeyError, TypeError):
+                if not line.endswith("\n"):
+                    break
+                raise InputError(
+                    f"{path}:{number}: {line.strip()[:80]!r} isn't a record with a step. Delete the line."
+                ) from None
+            found.append((line.rstrip("\n") + "\n", record))
+    return found
+
+
+def _reopen(path: str, start_step: int) -> Any:
+    """Opens JSON lines to append, without those after `start_step`; a start at 0 redoes step 0 as well."""
+    kept: list[str] = []
+    if start_step and os.path.exists(path):
+        kept = [line for line, record in _read_lines(path) if record["step"] <= start_step]
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)
+    return open(path, "a", buffering=1, encoding="utf-8")  # flushed line by line
+
+
+def _start_wandb(workdir: str, options: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """Starts the W&B run of this workdir, or goes on with it."""
+    import wandb
+
+    path = os.path.join(workdir, "wandb_id")
+    if not os.path.exists(path):
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(uuid.uuid4().hex[:8])
+    with open(path, encoding="utf-8") as f:
+        run_id = f.read().strip()
+    # W&B ignores steps it already has: those done again after a restart, whose values are the same.
+    return wandb.init(id=run_id, resume="allow", dir=workdir, config=dict(config), **options)
+
+
+def _verbatim(text: str) -> str:
+    """Markdown that shows `text` as it is."""
+    return "\n".join("    " + line for line in text.splitlines())
