@@ -1,7 +1,9 @@
 """The one error for bad input: it says which field or file, what it held, and what to do."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -15,3 +17,26 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     if near:
         return f" Did you mean {near[0]!r}?"
     return f" Known: {', '.join(options)}."
+
+
+def explain_flag_error(error: Exception, argv: Sequence[str]) -> str:
+    """Says in a line what is wrong with a command line; config_flags' own errors are a traceback or a bare key.
+
+    An error inside an experiment's file that isn't an InputError keeps its traceback, which its author needs.
+    """
+    text = str(error.args[0] if error.args else error)
+    config = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
+    path = Path(config.split(":")[0])
+    if config and not path.is_file():
+        there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        return f"--config={config}: there is no file {str(path)!r}.{did_you_mean(str(path), there)}"
+    inner = re.search(r"InputError: (.*)", text)
+    if inner:
+        return inner[1]
+    if isinstance(error, AttributeError | KeyError):
+        key = re.match(r"\W*(\w+)", text)
+        flag = next((a for a in argv if key and re.match(rf"--config\.(.*\.)?{key[1]}(\.|=|$)", a)), "--config")
+        near = re.search(r'Did you mean "(\w+)"', text)
+        hint = f"Did you mean {near[1]!r}?" if near else "See research/config.py for what there is."
+        return f"{flag}: no such field {key[1] if key else text!r}. {hint}"
+    return text

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax.contrib
 
 from research import sharding
 
@@ -21,7 +22,7 @@ class ParamSpec:
 
     Attributes:
       shape: its dimensions.
-      axes: the logical name of each dimension; sharding.RULES maps them to mesh axes. Layers are stacked along "layers".
+      axes: the logical name of each dimension, mapped to mesh axes by sharding.RULES; layers are stacked along "layers".
       init: (key, shape, dtype) -> array.
       contracts: the axes that are summed over where the parameter is applied (an embedding table contracts "vocab",
         being applied to one-hot tokens). Empty for scales and biases, which neither decay nor get Muon's update.
@@ -76,13 +77,30 @@ def shardings(specs: Tree, mesh: jax.sharding.Mesh, rules: Mapping[str, Any] = s
 def abstract(specs: Tree, placements: Tree) -> Tree:
     """ShapeDtypeStructs with shardings: what a jitted function is traced or a checkpoint restored with."""
     return jax.tree.map(
-        lambda spec, s: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=s), specs, placements, is_leaf=is_spec
+        lambda spec, s: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=s),
+        specs,
+        placements,
+        is_leaf=is_spec,
     )
 
 
 def decay_mask(specs: Tree) -> Tree:
     """True where weight decay applies: everything that contracts, hence not norms and biases."""
     return tree_map(lambda s: bool(s.contracts), specs)
+
+
+def muon_dimensions(specs: Tree) -> Tree:
+    """For Muon: optax's MuonDimensionNumbers (what is contracted, what comes out) of matrices; None for what takes
+    AdamW's update instead: scales, biases, embeddings and heads."""
+
+    def one(spec: ParamSpec) -> Any:
+        if not spec.contracts or "vocab" in spec.axes:
+            return None
+        inputs = tuple(i for i, axis in enumerate(spec.axes) if axis in spec.contracts)
+        outputs = tuple(i for i, axis in enumerate(spec.axes) if axis not in spec.contracts and axis != "layers")
+        return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+
+    return tree_map(one, specs)
 
 
 def count(specs: Tree) -> int:

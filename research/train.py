@@ -37,7 +37,9 @@ class TrainState:
     bad_steps: jax.Array
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, key: jax.Array, ema: bool = False) -> TrainState:
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, key: jax.Array, ema: bool = False
+) -> TrainState:
     """The state before the first step. `key` is a raw uint32 key, which every checkpoint format can hold."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -95,7 +97,9 @@ def make_train_step(
         # The weights come first. Where they depend on the batch alone, as masks do, the compiler drops the forward
         # pass from this scan as dead code.
         _, weights = jax.lax.scan(
-            lambda _, x: (None, {k: o.weight for k, o in forward(params, frozen, *x, step).items()}), None, (parts, keys)
+            lambda _, x: (None, {k: o.weight for k, o in forward(params, frozen, *x, step).items()}),
+            None,
+            (parts, keys),
         )
         weights = jax.tree.map(lambda w: jnp.sum(w, axis=0), weights)
 
@@ -112,8 +116,8 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            grad_norm = optax.global_norm(grads)
-            update_norm, param_norm = optax.global_norm(updates), optax.global_norm(state.params)
+            grad_norm = optax.tree.norm(grads)
+            update_norm, param_norm = optax.tree.norm(updates), optax.global_norm(state.params)
             loss_sums = sum(out.loss_sum for out in outs.values())
             finite = jnp.isfinite(loss_sums) & jnp.isfinite(grad_norm)
             supervised = sum(out.weight for out in outs.values())
@@ -156,7 +160,7 @@ def make_eval_step(
 
 
 def _metrics(terms: Mapping[str, Any], outs: dict[str, LossOut], batch: Any, step: jax.Array) -> Metrics:
-    """With one term, its metrics by name and `loss`; with several, "term/name" each, and their weighted sum as `loss`."""
+    """With one term, its metrics and `loss`; with several, "term/name" each, and their weighted sum as `loss`."""
     metrics: Metrics = {}
     for name, out in outs.items():
         prefix = "" if len(outs) == 1 else f"{name}/"

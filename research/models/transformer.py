@@ -23,7 +23,11 @@ from research.params import ParamSpec
 Params = Any  # a pytree of arrays in the shape of `specs`
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer: keys and values, each [B, S, K, h]
 
-_ACTIVATIONS = {"swiglu": jax.nn.silu, "geglu": functools.partial(jax.nn.gelu, approximate=True), "gelu": jax.nn.gelu}
+_ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": jax.nn.gelu,
+}
 _NORMS = ("rmsnorm", "layernorm")
 _REMAT = {
     "none": None,
@@ -76,7 +80,15 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff", "max_length"):
+        for field in (
+            "vocab_size",
+            "num_layers",
+            "d_model",
+            "num_heads",
+            "num_kv_heads",
+            "d_ff",
+            "max_length",
+        ):
             if getattr(self, field) < 1:
                 raise InputError(f"model.{field} = {getattr(self, field)}: must be at least 1.")
         for field, known in (("mlp", _ACTIVATIONS), ("norm", _NORMS), ("remat", _REMAT)):
@@ -149,7 +161,15 @@ def make_specs(c: ModelConfig) -> Params:
     normal = jax.nn.initializers.normal(c.init_std)
     residual = jax.nn.initializers.normal(c.init_std / (2 * c.num_layers) ** 0.5)
     zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
-    L, D, H, K, h, F, V = c.num_layers, c.d_model, c.num_heads, c.num_kv_heads, c.dim_per_head, c.d_ff, c.vocab_size
+    L, D, H, K, h, F, V = (
+        c.num_layers,
+        c.d_model,
+        c.num_heads,
+        c.num_kv_heads,
+        c.dim_per_head,
+        c.d_ff,
+        c.vocab_size,
+    )
 
     def linear(shape, axes, contracts, bias, init=normal):
         """A kernel stacked over layers, and its bias on the axes that aren't contracted."""
@@ -270,9 +290,7 @@ def _embed(c: ModelConfig, rules: Mapping[str, Any], params: Params, tokens: jax
     return sharding.constrain(x, ("batch", "time", None), rules)
 
 
-def hidden(
-    c: ModelConfig, rules: Mapping[str, Any], params: Params, batch: Mapping[str, jax.Array]
-) -> jax.Array:
+def hidden(c: ModelConfig, rules: Mapping[str, Any], params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
     """See Model.hidden. Layers run under a scan, one period of `sliding_window` at a time."""
     segment_ids, angles = batch["segment_ids"], rope_angles(c, batch["positions"])
     period = len(c.sliding_window)
@@ -335,9 +353,7 @@ def decode(
         values = jax.lax.dynamic_update_slice_in_dim(values, v, index, axis=1)
         window = c.sliding_window[i % len(c.sliding_window)]
         seen = mask & (age < window)[None] if window else mask
-        y = cached_attention(
-            q, keys, values, seen, scale=c.dim_per_head**-0.5, softcap=c.attention_softcap
-        )
+        y = cached_attention(q, keys, values, seen, scale=c.dim_per_head**-0.5, softcap=c.attention_softcap)
         x = x + linear(p["attention"]["o"], y, contract=2)
         x = x + _mlp(c, rules, p["mlp"], norm(c, p["mlp_norm"], x))
         out.append((keys, values))
@@ -357,4 +373,3 @@ def flops_per_token(c: ModelConfig, length: int) -> float:
         seen[i % len(seen)] * (1 - seen[i % len(seen)] / (2 * length)) for i in range(c.num_layers)
     )  # mean number of keys per query, summed over layers
     return 6.0 * weights + 12.0 * c.num_heads * c.dim_per_head * context
-

@@ -1,0 +1,58 @@
+"""Objectives by name: each module here that has a `make` function is one. Nothing is registered."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.errors import InputError, did_you_mean
+from research.objectives.types import Objective
+
+Coefficient = Callable[[jax.Array], jax.Array]  # step -> weight of a term
+
+
+def load(spec: Mapping[str, Any]) -> dict[str, tuple[Objective, Coefficient]]:
+    """The terms of a composed objective: name -> (objective, its weight as a function of the step).
+
+    Args:
+      spec: {"terms": {"sft": 1.0, ...}, "sft": {options of its `make`}, ...}. A weight is a number, or a linear
+        schedule {"start": 0.0, "end": 1.0, "steps": 1000}.
+
+    Raises:
+      InputError: an unknown objective or option, or no term at all.
+    """
+    terms = spec.get("terms", {})
+    if not terms:
+        raise InputError("objective.terms: names no objective. For example: objective.terms = {'next_token': 1.0}.")
+    for name in spec:
+        if name != "terms" and name not in terms:
+            raise InputError(f"objective.{name}: options for a term that isn't used.{did_you_mean(name, terms)}")
+    return {n: (_objective(n, spec.get(n, {})), _coefficient(n, weight)) for n, weight in terms.items()}
+
+
+def _objective(name: str, options: Mapping[str, Any]) -> Objective:
+    known = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "types"]
+    if name not in known:
+        raise InputError(f"objective.terms.{name}: no module research/objectives/{name}.py.{did_you_mean(name, known)}")
+    make = importlib.import_module(f"{__name__}.{name}").make
+    allowed = inspect.signature(make).parameters
+    for option in options:
+        if option not in allowed:
+            raise InputError(f"objective.{name}.{option}: no such option.{did_you_mean(option, allowed)}")
+    return make(**options)
+
+
+def _coefficient(name: str, weight: Any) -> Coefficient:
+    field = f"objective.terms.{name}"
+    if isinstance(weight, Mapping):
+        if set(weight) != {"start", "end", "steps"}:
+            raise InputError(f"{field} = {dict(weight)}: a schedule has the fields start, end and steps.")
+        return optax.linear_schedule(float(weight["start"]), float(weight["end"]), int(weight["steps"]))
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise InputError(f"{field} = {weight!r}: a weight is a number or a schedule {{start, end, steps}}.")
+    return lambda step: jnp.asarray(weight, jnp.float32)

@@ -70,7 +70,7 @@ class Objective:
 def next_token_targets(batch: Batch, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """What each position is to predict: (targets [B, T] int32, weights [B, T] float32).
 
-    Position t predicts token t + 1 where both belong to one document; its weight is `mask`[t + 1] ([B, T], by default 1).
+    Position t predicts token t + 1 where both belong to one document; its weight is `mask`[t + 1], by default 1.
     """
     segments = batch["segment_ids"]
     same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)

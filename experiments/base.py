@@ -1,0 +1,41 @@
+"""What all experiments share: the defaults, the variants after the colon, and `debug`."""
+
+from ml_collections import ConfigDict
+
+from research import config as config_lib
+from research.errors import InputError, did_you_mean
+
+
+def get_config() -> ConfigDict:
+    """All fields with their defaults (see research/config.py), locked: an unknown name is an error."""
+    config = ConfigDict(config_lib.defaults())
+    config.lock()
+    return config
+
+
+def variants(arg: str, *known: str) -> set[str]:
+    """What stands after the colon of --config=experiments/x.py:a,b; every experiment has `debug`.
+
+    Raises:
+      InputError: a variant that isn't known.
+    """
+    chosen = set(filter(None, (arg or "").split(",")))
+    for name in chosen - {"debug", *known}:
+        raise InputError(f"--config=...:{name}: no such variant.{did_you_mean(name, ('debug', *known))}")
+    return chosen
+
+
+def debug(config: ConfigDict) -> ConfigDict:
+    """Shrinks model, data and steps so that everything runs once in seconds. Comes last, after all else is set."""
+    config.steps = 2
+    config.batch_size = 8 * config.microbatches
+    config.seq_len = min(config.seq_len, 128)
+    config.model.update(num_layers=2, d_model=64, num_heads=4, num_kv_heads=2, head_dim=0, d_ff=128)
+    config.tokenizer.vocab_size = min(config.tokenizer.vocab_size, 512)
+    config.data.examples = 200
+    config.data.max_records = 50
+    config.optimizer.warmup_steps = 1
+    config.checkpoint.every = 1
+    config.eval.update(every=1, batches=2, generate=min(config.eval.generate, 4), max_new_tokens=8, show=1)
+    config.log.every = 1
+    return config

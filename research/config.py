@@ -1,0 +1,268 @@
+"""What a config holds, and the checks that need neither data nor a compiler.
+
+Experiments build an ml_collections.ConfigDict from `defaults()`; `parse` turns it, or the JSON of an earlier run, into
+the dataclasses below. Every error names the field as it is spelt on the command line, its value and the remedy.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from research import objectives, optim, sharding
+from research.errors import InputError, did_you_mean
+from research.models.transformer import ModelConfig
+from research.sources.dataset import DataSpec
+from research.sources.tokenizers import TokenizerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis: `data` splits the batch, `fsdp` batch and parameters, `tensor` heads, MLP and
+    vocabulary. One may be -1: what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep.
+
+    Attributes:
+      every: steps between checkpoints; the last step and a stop by signal are saved always. 0: only these.
+      keep_last: how many of the newest stay.
+      best_metric: also keep the best by this metric of the evaluation, such as "eval/loss"; "" for none.
+      best_mode: "min" or "max".
+    """
+
+    every: int = 200
+    keep_last: int = 2
+    best_metric: str = ""
+    best_mode: str = "min"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out data.
+
+    Attributes:
+      every: steps between evaluations; there is one before the first and one after the last step too. 0: none at all.
+      batches: at most so many batches of held-out rows for the loss; 0 for all.
+      generate: how many held-out prompts are answered greedily and judged; 0 for none.
+      max_new_tokens: the longest answer.
+      show: so many of the answers are printed.
+    """
+
+    every: int = 200
+    batches: int = 20
+    generate: int = 0
+    max_new_tokens: int = 32
+    show: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Metrics go to WORKDIR/metrics.jsonl every `every` steps, and to TensorBoard and Weights & Biases (a project's
+    name; "" for off) if asked for."""
+
+    every: int = 10
+    tensorboard: bool = True
+    wandb: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run.
+
+    Attributes:
+      seed: of parameters, data order and everything random.
+      steps: updates.
+      batch_size: rows of `seq_len` tokens in one update, over all devices and microbatches.
+      microbatches: the batch goes through the model in so many parts, one after the other, to save memory.
+      ema_decay: keep a moving average of the parameters, and evaluate it; 0 for none.
+      max_bad_steps: end the run after so many updates in a row were skipped for a loss or gradient that isn't finite.
+      model: the fields of ModelConfig; vocab_size 0 is the tokenizer's, dtype "auto" is bfloat16 on TPU and GPU and
+        float32 on CPU; init_from: the workdir of a run to take the first parameters from.
+      objective: {"terms": {name: weight}, name: {options}}: see research.objectives.load.
+      rules: logical axis -> mesh axis, where it differs from sharding.RULES.
+      compilation_cache: keep compiled programs on disk, so that the next start is faster.
+    """
+
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 32
+    seq_len: int = 256
+    microbatches: int = 1
+    ema_decay: float = 0.0
+    max_bad_steps: int = 5
+    compilation_cache: bool = True
+    mesh: MeshConfig = MeshConfig()
+    rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _model_defaults())
+    tokenizer: TokenizerSpec = TokenizerSpec()
+    data: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _data_defaults())
+    objective: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"terms": {"next_token": 1.0}})
+    optimizer: optim.OptimizerSpec = optim.OptimizerSpec()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+
+_MODEL_EXTRA = {"init_from": ""}
+
+
+def _model_defaults() -> dict[str, Any]:
+    fields = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name != "vocab_size"}
+    return {"vocab_size": 0, **fields, "dtype": "auto", **_MODEL_EXTRA}
+
+
+def _data_defaults() -> dict[str, Any]:
+    made = DataSpec(path="builtin:python_docs")
+    return {f.name: getattr(made, f.name) for f in dataclasses.fields(DataSpec) if f.name != "seq_len"}
+
+
+def defaults() -> dict[str, Any]:
+    """All fields with their default values, as nested dicts."""
+    return dataclasses.asdict(Config())
+
+
+def parse(values: Mapping[str, Any]) -> Config:
+    """Nested mappings -> Config.
+
+    Raises:
+      InputError: an unknown field (the nearest is named) or a value of another type.
+    """
+    return _build(Config, values, "")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved config, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def check(config: Config, *, num_devices: int) -> None:
+    """Checks values that can't work, alone or together.
+
+    Raises:
+      InputError: naming the field, the value and the remedy.
+    """
+    for field in ("steps", "batch_size", "seq_len", "microbatches", "max_bad_steps"):
+        _at_least(field, getattr(config, field), 1)
+    for field in ("checkpoint.every", "eval.every", "eval.batches", "eval.generate", "eval.show"):
+        section, name = field.split(".")
+        _at_least(field, getattr(getattr(config, section), name), 0)
+    _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    _at_least("log.every", config.log.every, 1)
+    _at_least("eval.max_new_tokens", config.eval.max_new_tokens, 1)
+    if not 0 <= config.ema_decay < 1:
+        raise InputError(f"ema_decay = {config.ema_decay}: must be in [0, 1); 0 turns it off.")
+    if config.checkpoint.best_mode not in ("min", "max"):
+        raise InputError(f"checkpoint.best_mode = {config.checkpoint.best_mode!r}: must be 'min' or 'max'.")
+    if config.checkpoint.best_metric and config.checkpoint.every and config.checkpoint.every % (config.eval.every or 1):
+        raise InputError(
+            f"checkpoint.best_metric = {config.checkpoint.best_metric!r} needs an evaluation at every checkpoint, and "
+            f"checkpoint.every = {config.checkpoint.every} isn't a multiple of eval.every = {config.eval.every}."
+        )
+    if config.checkpoint.best_metric and not config.eval.every:
+        raise InputError(
+            f"checkpoint.best_metric = {config.checkpoint.best_metric!r} needs evaluations, and eval.every = 0 turns "
+            "them off. Set eval.every, or checkpoint.best_metric=''."
+        )
+    shape = dict(zip(sharding.AXES, sharding.mesh_shape(dataclasses.asdict(config.mesh), num_devices), strict=True))
+    unit = shape["data"] * shape["fsdp"] * config.microbatches
+    if config.batch_size % unit:
+        raise InputError(
+            f"batch_size = {config.batch_size} isn't divisible by mesh.data x mesh.fsdp x microbatches = {shape['data']} "
+            f"x {shape['fsdp']} x {config.microbatches} = {unit}: each device takes as many rows as the next. The next "
+            f"that works: {-(-config.batch_size // unit) * unit}."
+        )
+    for axis in config.rules:
+        if axis not in sharding.RULES:
+            raise InputError(f"rules.{axis}: no such logical axis.{did_you_mean(axis, sharding.RULES)}")
+    model = model_config(config, vocab_size=config.model["vocab_size"] or 256)
+    if config.seq_len > model.max_length:
+        raise InputError(
+            f"seq_len = {config.seq_len} is longer than model.max_length = {model.max_length}. Raise the one or "
+            "lower the other."
+        )
+    terms = objectives.load(config.objective)
+    for name, (objective, _) in terms.items():
+        if objective.batch_coupled and config.microbatches > 1:
+            raise InputError(
+                f"microbatches = {config.microbatches}: {name!r} needs the whole batch at once. Set it to 1."
+            )
+    optim.make_schedule(config.optimizer, config.steps)
+
+
+def model_config(config: Config, vocab_size: int, backend: str | None = None) -> ModelConfig:
+    """The `model` section with `auto` values filled in: the vocabulary and the compute dtype of `backend`.
+
+    Raises:
+      InputError: the tokenizer has more tokens than model.vocab_size.
+    """
+    values = {k: v for k, v in config.model.items() if k not in _MODEL_EXTRA}
+    if values["vocab_size"] and values["vocab_size"] < vocab_size:
+        raise InputError(
+            f"model.vocab_size = {values['vocab_size']} is smaller than the tokenizer, which has {vocab_size} tokens. "
+            "Set it to 0 to follow the tokenizer."
+        )
+    values["vocab_size"] = values["vocab_size"] or -(-vocab_size // 128) * 128  # whole tiles, divisible by any mesh
+    if values["dtype"] == "auto":
+        values["dtype"] = "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
+    return _build(ModelConfig, values, "model")
+
+
+def data_spec(config: Config) -> DataSpec:
+    return _build(DataSpec, {**config.data, "seq_len": config.seq_len}, "data")
+
+
+def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    """A dataclass from a mapping; nested dataclasses from nested mappings; lists (of JSON) become tuples."""
+    prefix = f"{path}." if path else ""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path} = {values!r}: is a section with the fields {', '.join(_names(cls))}.")
+    hints = typing.get_type_hints(cls)
+    made = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise InputError(f"{prefix}{name}: no such field.{did_you_mean(name, _names(cls))}")
+        made[name] = _convert(hints[name], value, f"{prefix}{name}")
+    for section, known in (("model", _model_defaults), ("data", _data_defaults)):
+        if cls is Config and section in made:
+            made[section] = _section(known(), made[section], section)
+    return cls(**made)
+
+
+def _section(known: dict[str, Any], values: Mapping[str, Any], path: str) -> dict[str, Any]:
+    for name in values:
+        if name not in known:
+            raise InputError(f"{path}.{name}: no such field.{did_you_mean(name, known)}")
+    return {**known, **values}
+
+
+def _convert(hint: Any, value: Any, field: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, field)
+    kind = typing.get_origin(hint) or hint
+    if kind is tuple:
+        value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        return tuple(_convert(typing.get_args(hint)[0], v, field) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    wrong = isinstance(value, bool) and kind is not bool  # a bool is an int to Python
+    if isinstance(kind, type) and (wrong or not isinstance(value, kind)):
+        raise InputError(f"{field} = {value!r}: must be of type {kind.__name__}, and is {type(value).__name__}.")
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _at_least(field: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{field} = {value}: must be at least {least}.")

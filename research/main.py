@@ -1,0 +1,59 @@
+"""Runs one experiment: python -m research.main --config=experiments/sft.py [--workdir=DIR] [--config.a.b=value ...]."""
+
+import time
+
+STARTED = time.time()
+
+import os  # noqa: E402
+import shlex  # noqa: E402
+import sys  # noqa: E402
+
+from absl import flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from research.errors import InputError, explain_flag_error  # noqa: E402
+
+# Exit statuses. 75 is sysexits.h's EX_TEMPFAIL: the same command goes on from where it stopped.
+BAD_INPUT, DIVERGED, PREEMPTED = 2, 3, 75
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: experiments/NAME.py[:VARIANT,...].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go. Default: a dated folder under runs/.")
+
+
+def main(argv: list[str]) -> int:
+    try:
+        flags.FLAGS(argv)
+        if _CONFIG.value is None:
+            raise InputError("--config: names no experiment. For example: --config=experiments/sft.py")
+        values = _CONFIG.value.to_dict()
+    except Exception as error:
+        return _fail(explain_flag_error(error, argv), BAD_INPUT)
+
+    from research import config, run
+
+    name = os.path.basename(flags.FLAGS["config"].config_filename).removesuffix(".py")
+    workdir = _WORKDIR.value or os.path.join("runs", time.strftime(f"%Y-%m-%d_%H-%M-%S_{name}"))
+    try:
+        run.run(
+            config.parse(values),
+            workdir,
+            started=STARTED,
+            command=shlex.join(["python", "-m", "research.main", *argv[1:]]),
+        )
+    except InputError as error:
+        return _fail(error, BAD_INPUT)
+    except run.Diverged as error:
+        return _fail(error, DIVERGED)
+    except run.Preempted as stop:
+        print(stop, file=sys.stderr)
+        return PREEMPTED
+    return 0
+
+
+def _fail(error: object, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

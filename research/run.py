@@ -1,0 +1,516 @@
+"""One run, from config to result: the order of assembly, and the loop."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from research import checkpoint, metrics, objectives, optim, params, sharding, train
+from research import config as config_lib
+from research.config import Config
+from research.errors import InputError, did_you_mean
+from research.evals import generation, perplexity
+from research.models import transformer
+from research.sampling import SamplingConfig
+from research.sources import cache, dataset, tasks, tokenizers
+from research.sources.types import Source
+
+
+class Preempted(Exception):
+    """The run was asked to stop by a signal, has saved, and can be started again."""
+
+
+class Diverged(Exception):
+    """Loss or gradient were not finite too many times in a row."""
+
+
+class Parts(NamedTuple):
+    """What a run is made of, before anything is computed: functions and abstract arrays."""
+
+    models: dict[str, transformer.Model]
+    terms: dict[str, tuple[objectives.Objective, objectives.Coefficient]]
+    init: Callable[[jax.Array], dict[str, Any]]  # key -> parameters of the trainable roles
+    init_state: Callable[[dict[str, Any], jax.Array], train.TrainState]
+    step: Callable[..., tuple[train.TrainState, train.Metrics]]
+    evaluate: Callable[..., train.Metrics]
+    state: train.TrainState  # ShapeDtypeStructs with shardings
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def assemble(config: Config, mesh: Any, batch: Mapping[str, jax.ShapeDtypeStruct], vocab_size: int) -> Parts:
+    """Models, objective, optimizer and step for a mesh, which may be abstract: nothing touches a device.
+
+    Args:
+      config: checked.
+      mesh: a Mesh or AbstractMesh with the axes of `sharding`.
+      batch: the source's spec: the fields of a global batch.
+      vocab_size: of the tokenizer.
+    """
+    rules = {**sharding.RULES, **config.rules}
+    terms = objectives.load(config.objective)
+    models = {"policy": transformer.make_model(config_lib.model_config(config, vocab_size), rules)}
+    for name, (objective, _) in terms.items():
+        for role in objective.trainable + objective.frozen:
+            if role not in models:
+                raise InputError(
+                    f"objective.terms.{name}: needs a model in the role {role!r}; there is only the policy."
+                )
+        for field in objective.fields:
+            if field not in batch:
+                raise InputError(
+                    f"objective.terms.{name}: reads the batch field {field!r}, which data.path = "
+                    f"{config.data['path']!r} doesn't give.{did_you_mean(field, batch)}"
+                )
+    specs = {role: model.specs for role, model in models.items()}
+    schedule = optim.make_schedule(config.optimizer, config.steps)
+    optimizer = optim.make_optimizer(
+        config.optimizer, config.steps, params.decay_mask(specs), muon_dims=params.muon_dimensions(specs)
+    )
+
+    def init_state(values: dict[str, Any], key: jax.Array) -> train.TrainState:
+        return train.init_state(values, optimizer, key, ema=config.ema_decay > 0)
+
+    placed = params.shardings(specs, mesh, rules)
+    state = _place_state(init_state, optimizer, params.abstract(specs, placed), placed, mesh)
+    rows = sharding.named(mesh, ("batch", "time"), rules)
+    return Parts(
+        models=models,
+        terms=terms,
+        init=jax.jit(lambda key: params.init(specs, key), out_shardings=placed),
+        init_state=jax.jit(init_state, out_shardings=jax.tree.map(lambda x: x.sharding, state)),
+        step=jax.jit(
+            train.make_train_step(
+                terms,
+                models,
+                optimizer,
+                schedule=schedule,
+                microbatches=config.microbatches,
+                ema_decay=config.ema_decay,
+            ),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(train.make_eval_step(terms, models)),
+        state=state,
+        batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in batch.items()},
+    )
+
+
+def _place_state(init_state, optimizer, abstract, placed, mesh) -> train.TrainState:
+    """The abstract TrainState: moments lie where their parameters lie, all else on every device."""
+    replicated = sharding.named(mesh, ())
+    state = jax.eval_shape(init_state, abstract, jax.ShapeDtypeStruct((2,), jnp.uint32))
+
+    def like(moment: Any, parameter: Any) -> Any:
+        where = parameter.sharding if moment.shape == parameter.shape else replicated
+        return jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=where)
+
+    def everywhere(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
+
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer, like, state.opt_state, abstract, transform_non_params=everywhere
+    )
+    rest = jax.tree.map(everywhere, state.replace(params=None, opt_state=None, ema=None))
+    return rest.replace(params=abstract, opt_state=opt_state, ema=state.ema and abstract)
+
+
+def run(config: Config, workdir: str, *, started: float | None = None, command: str = "") -> dict[str, float]:
+    """Trains, and returns the last metrics. A run of the same workdir goes on where it stopped.
+
+    Args:
+      config: of the run.
+      workdir: where everything that it writes goes; made once all checks have passed.
+      started: unix seconds of the process's start, for the time to the first step.
+      command: for the record.
+
+    Raises:
+      InputError: something in the config can't work. Nothing has been written.
+      Preempted: SIGTERM or SIGINT came; a checkpoint is written.
+      Diverged: too many updates in a row were skipped; a checkpoint is written.
+    """
+    started = started or time.time()
+    config_lib.check(config, num_devices=jax.device_count())
+    if config.compilation_cache:
+        use_compilation_cache(config.data["cache_dir"])
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+
+    tokenizer = tokenizers.load_tokenizer(workdir) if checkpoint.has_checkpoint(workdir) else None
+    data = dataset.load(config_lib.data_spec(config), config.tokenizer, tokenizer, seed=config.seed)
+    source = dataset.make_source(
+        data.train,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shuffle=config.data["shuffle"],
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    parts = assemble(config, mesh, source.spec, data.tokenizer.size)
+
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        keys = jax.random.split(jax.random.PRNGKey(config.seed), 2)
+        resumed = checkpoint.has_checkpoint(workdir)
+        initial = None if resumed else _initial_params(config, parts, keys[0])
+        saver = stack.enter_context(
+            contextlib.closing(
+                checkpoint.Checkpointer(
+                    workdir,
+                    keep_last=config.checkpoint.keep_last,
+                    best_metric=config.checkpoint.best_metric,
+                    best_mode=config.checkpoint.best_mode,
+                )
+            )
+        )
+        if resumed:
+            state, source_state = saver.restore(parts.state)
+        else:
+            state, source_state = parts.init_state(initial, keys[1]), source.init()
+        first = int(state.step)
+        _write_record(workdir, config, command)
+        data.tokenizer.save(workdir)
+        writer = stack.enter_context(
+            metrics.Writer(
+                workdir,
+                total_steps=config.steps,
+                start_step=first,
+                tensorboard=config.log.tensorboard,
+                wandb={"project": config.log.wandb} if config.log.wandb else None,
+                run_config=config_lib.to_dict(config),
+            )
+        )
+        _describe(writer, config, parts, data, mesh, workdir)
+        if resumed:
+            writer.print(f"resumed  at step {first} of {config.steps}")
+            (Path(workdir) / "done.json").unlink(missing_ok=True)
+        evals = _make_evals(config, parts, data, writer)
+        stop = stack.enter_context(_stop_on_signals(writer))
+        batches = stack.enter_context(contextlib.closing(_prefetch(source, source_state, parts.batch)))
+        _loop(config, parts, state, source_state, batches, evals, saver, writer, stop, workdir, started)
+    return _finish(config, workdir)
+
+
+def _loop(config, parts, state, source_state, batches, evals, saver, writer, stop, workdir, started) -> None:
+    """Every step: a batch, an update. At intervals: metrics, evaluation, checkpoint."""
+    first, frozen = int(state.step), {}
+    window = _Window(config, parts, writer)
+    if config.eval.every and first == 0:
+        evals(state, frozen, 0)
+    pending = None  # metrics are read one step late, so that the host doesn't wait for the step it has just sent off
+    window.start_clock()
+    try:
+        for step in range(first + 1, config.steps + 1):
+            with window.waiting():
+                batch, source_state = next(batches)
+            state, out = parts.step(state, frozen, batch)
+            if pending is not None:
+                window.add(*pending)
+            pending = step, out
+            if step == first + 1:
+                jax.block_until_ready(out)
+                writer.write(step, {"startup/seconds_to_first_step": time.time() - started})
+                window.start_clock(afresh=True)
+            stopping, last = stop.is_set(), step == config.steps
+            evaluating = config.eval.every and (last or step % config.eval.every == 0) and not stopping
+            saving = last or stopping or (config.checkpoint.every and step % config.checkpoint.every == 0)
+            if not (evaluating or saving):
+                continue
+            window.add(*pending)
+            pending = None
+            fresh = evals(state, frozen, step) if evaluating else {}
+            if saving:
+                saver.save(state, source_state, config_lib.to_dict(config), fresh)
+            if stopping and not last:
+                raise Preempted(
+                    f"saved step {step} of {config.steps} in {workdir}. The same command goes on from there."
+                )
+            window.start_clock()
+    except Diverged:
+        saver.save(state, source_state, config_lib.to_dict(config), {})
+        raise
+    finally:
+        saver.wait()
+
+
+def _finish(config: Config, workdir: str) -> dict[str, float]:
+    """WORKDIR/done.json: this run is over; with the last value of every metric."""
+    final: dict[str, float] = {}
+    for record in metrics.read_metrics(workdir):
+        final |= {name: value for name, value in record.items() if "/" in name}
+    checkpoint.write_json(Path(workdir) / "done.json", {"step": config.steps, "metrics": final})
+    return final
+
+
+class _Window:
+    """The steps since the last line of the log: their metrics, and the time that went into training alone."""
+
+    def __init__(self, config: Config, parts: Parts, writer: metrics.Writer):
+        self.config, self.writer = config, writer
+        self.flops_per_token = transformer.flops_per_token(parts.models["policy"].config, config.seq_len)
+        self.peak = metrics.peak_flops(jax.devices()[0])
+        if self.peak and jax.default_backend() != "cpu":  # simulated CPU devices share one machine's peak
+            self.peak *= jax.device_count()
+        self.steps: list[train.Metrics] = []
+        self.start_clock(afresh=True)
+
+    def start_clock(self, afresh: bool = False) -> None:
+        """Leaves out the time since the last step, which went into evaluating or saving; `afresh`: and all before it,
+        the step that compiled included."""
+        self.since = time.perf_counter()
+        if afresh:
+            self.seconds = self.waited = self.tokens = 0.0
+            self.timed = False
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def add(self, step: int, out: train.Metrics) -> None:
+        """Takes in one step; writes a line where one is due.
+
+        Raises:
+          Diverged: `max_bad_steps` updates in a row were not finite.
+        """
+        out = jax.device_get(out)
+        now = time.perf_counter()
+        if self.timed:
+            self.seconds += now - self.since
+            self.tokens += float(out["tokens"][0])
+        self.since, self.timed = now, True
+        self.steps.append(out)
+        values = metrics.means([out])
+        self.writer.advance(step)
+        if values["empty_batch"]:
+            self.writer.print(f"step {step}: no token of this batch is supervised: update skipped")
+        if values["nonfinite"]:
+            in_a_row = int(values["nonfinite_in_a_row"])
+            self.writer.print(
+                f"step {step}: loss {values.get('loss')}, gradient norm {values['grad_norm']}: update skipped, "
+                f"{in_a_row} in a row"
+            )
+            if in_a_row >= self.config.max_bad_steps:
+                raise Diverged(
+                    f"step {step}: loss or gradient were not finite {in_a_row} times in a row (max_bad_steps). Lower "
+                    "optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data of these steps."
+                )
+        if step % self.config.log.every == 0 or step == self.config.steps:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        values = metrics.means(self.steps)
+        for name in ("nonfinite", "empty_batch"):
+            values[name] = float(sum(out[name][0] for out in self.steps))
+        if self.seconds:
+            values["tokens_per_second"] = self.tokens / self.seconds
+            values["data_wait_fraction"] = self.waited / self.seconds
+            if self.peak:
+                values["mfu"] = values["tokens_per_second"] * self.flops_per_token / self.peak
+        self.writer.write(step, {f"train/{name}": value for name, value in values.items()})
+        self.steps, self.seconds, self.waited, self.tokens = [], 0.0, 0.0, 0.0
+
+
+def _make_evals(
+    config: Config, parts: Parts, data: dataset.Data, writer: metrics.Writer
+) -> Callable[..., dict[str, float]]:
+    """Returns evaluate(state, frozen, step) -> {"eval/loss": ...}, which also writes them and shows some answers."""
+    tokenizer, model = data.tokenizer, parts.models["policy"]
+    batches = list(
+        dataset.eval_batches(
+            data.held_out,
+            config.batch_size,
+            config.eval.batches or None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    )
+    masked = any("loss_mask" in objective.fields for objective, _ in parts.terms.values())
+    loss = perplexity.make_perplexity(
+        parts.evaluate,
+        batches,
+        tokenizer.token_bytes(),
+        use_loss_mask=masked,
+        put=lambda b: _put(b, parts.batch),
+    )
+    answer = None
+    records = [r for r in data.held_out_records if "text" not in r][: config.eval.generate]
+    if records:
+        answer = generation.make_generation(
+            model,
+            SamplingConfig(max_new_tokens=config.eval.max_new_tokens, stop_tokens=(tokenizer.eos,)),
+            tokenizer,
+            records,
+            verify=tasks.verify_record,
+            template=config.data["template"],
+            batch_size=min(len(records), 64),
+        )
+    key = jax.random.PRNGKey(config.seed)
+
+    def evaluate(state: train.TrainState, frozen: dict[str, Any], step: int) -> dict[str, float]:
+        values = state.params if state.ema is None else state.ema
+        scores = loss(values, frozen)
+        if answer is not None:
+            judged, samples = answer(values["policy"], key)
+            scores |= judged
+            for sample in samples[: config.eval.show]:
+                writer.print(f"  {sample}")
+                writer.text(step, "eval/sample", str(sample))
+        scores = {f"eval/{name}": value for name, value in scores.items()}
+        writer.write(step, scores)
+        return scores
+
+    return evaluate
+
+
+def _initial_params(config: Config, parts: Parts, key: jax.Array) -> dict[str, Any]:
+    """From `model.init_from`, else random."""
+    path = config.model["init_from"]
+    if not path:
+        return parts.init(key)
+    values, _ = checkpoint.restore_params(path, parts.state.params)
+    return values
+
+
+def _put(batch: Mapping[str, np.ndarray], like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """This process's rows -> global arrays."""
+    return {k: jax.make_array_from_process_local_data(like[k].sharding, v, like[k].shape) for k, v in batch.items()}
+
+
+def _prefetch(source: Source, state: dict[str, Any], like: Mapping[str, jax.ShapeDtypeStruct], depth: int = 2):
+    """Yields (batch on the devices, source state after it), read ahead by a thread. An error there is raised here."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    closed = threading.Event()
+
+    def work(state: dict[str, Any]) -> None:
+        try:
+            while not closed.is_set():
+                batch, state = source.next(state)
+                ready.put((_put(batch, like), state, None))
+        except BaseException as error:
+            ready.put((None, None, error))
+
+    thread = threading.Thread(target=work, args=(state,), daemon=True, name="prefetch")
+    thread.start()
+    try:
+        while True:
+            batch, state, error = ready.get()
+            if error is not None:
+                raise error
+            yield batch, state
+    finally:
+        closed.set()
+        while thread.is_alive():  # the thread may be waiting for room
+            with contextlib.suppress(queue.Empty):
+                ready.get(timeout=0.05)
+
+
+@contextlib.contextmanager
+def _stop_on_signals(writer: metrics.Writer) -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, so that the loop can save first. A second SIGINT interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, _: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        writer.print(f"{signal.Signals(number).name}: saving, then stopping")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write_record(workdir: str, config: Config, command: str) -> None:
+    """WORKDIR/config.json: the resolved config, and what it ran with."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "understudy")
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(
+        Path(workdir) / "config.json",
+        {
+            "config": config_lib.to_dict(config),
+            "command": command,
+            "git": git.stdout.strip() or None,
+            "versions": {"python": sys.version.split()[0]} | {p: importlib.metadata.version(p) for p in packages},
+            "devices": [str(jax.device_count()), jax.devices()[0].device_kind],
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        },
+    )
+
+
+def _describe(
+    writer: metrics.Writer, config: Config, parts: Parts, data: dataset.Data, mesh: Any, workdir: str
+) -> None:
+    """Says what is about to happen."""
+    model = parts.models["policy"].config
+    writer.print(f"workdir  {workdir}")
+    writer.print(
+        f"model    {params.count(parts.models['policy'].specs) / 1e6:.2f} M parameters, vocabulary {model.vocab_size}, "
+        f"{model.dtype}"
+    )
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    writer.print(f"devices  {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {shape}")
+    for name, value in data.report.items():
+        writer.print(f"data     {name}: {value}")
+
+
+def use_compilation_cache(cache_dir: str = "") -> None:
+    """Keeps compiled programs in the cache folder, for the next start."""
+    jax.config.update("jax_compilation_cache_dir", str(cache.cache_root(cache_dir) / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class LoadedModel(NamedTuple):
+    """A trained model, ready to run."""
+
+    model: transformer.Model
+    params: Any
+    tokenizer: tokenizers.Tokenizer
+    config: dict[str, Any]
+
+
+def load_model(workdir: str, *, step: int | None = None, ema: bool = False) -> LoadedModel:
+    """Reads the policy of a run from its working directory onto the default device.
+
+    Raises:
+      InputError: the folder isn't a run's, or its checkpoint can't be read.
+    """
+    record = Path(workdir) / "config.json"
+    if not checkpoint.has_checkpoint(workdir) or not record.is_file():
+        raise InputError(
+            f"{workdir}: not the workdir of a run that has saved: it lacks checkpoints/STEP or config.json."
+        )
+    values = json.loads(record.read_text())["config"]
+    tokenizer = tokenizers.load_tokenizer(workdir)
+    config = config_lib.parse(values)
+    model = transformer.make_model(config_lib.model_config(config, tokenizer.size))
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    like = params.abstract(model.specs, params.shardings(model.specs, mesh))
+    loaded, _ = checkpoint.restore_params(workdir, {"policy": like}, step=step, ema=ema)
+    return LoadedModel(model, loaded["policy"], tokenizer, values)

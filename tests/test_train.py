@@ -1,0 +1,176 @@
+"""The train step: the same update however the batch is cut or sharded; nothing taken from bad batches."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from research import objectives, optim, params, sharding, train
+from research.models.transformer import ModelConfig, make_model
+from research.objectives.types import LossOut, Objective
+
+CONFIG = ModelConfig(vocab_size=128, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, max_length=32)
+MODEL = make_model(CONFIG)
+INITIAL = jax.jit(lambda key: params.init(MODEL.specs, key))(jax.random.PRNGKey(0))
+
+
+def make_batch(rows=8, length=24, seed=0):
+    """Packed rows with very uneven masks: one row has no supervised token at all."""
+    rng = np.random.default_rng(seed)
+    segments = np.sort(rng.integers(0, 4, (rows, length)), axis=1)[:, ::-1].astype(np.int32)
+    positions = np.zeros_like(segments)
+    for b in range(rows):
+        for t in range(1, length):
+            positions[b, t] = positions[b, t - 1] + 1 if segments[b, t] == segments[b, t - 1] else 0
+    mask = (rng.random((rows, length)) < np.linspace(0, 0.9, rows)[:, None]).astype(np.float32) * (segments > 0)
+    tokens = rng.integers(0, 128, (rows, length)).astype(np.int32)
+    return {
+        k: jnp.asarray(v)
+        for k, v in {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": mask}.items()
+    }
+
+
+def one_step(spec, batch, *, microbatches=1, optimizer=None, steps=1):
+    terms, models = objectives.load(spec), {"policy": MODEL}
+    optimizer = optimizer or optax.sgd(1.0)
+    step = jax.jit(
+        train.make_train_step(terms, models, optimizer, schedule=lambda t: jnp.asarray(1.0), microbatches=microbatches)
+    )
+    state = train.init_state({"policy": INITIAL}, optimizer, jax.random.PRNGKey(1))
+    for _ in range(steps):
+        state, metrics = step(state, {}, batch)
+    return state, metrics
+
+
+def adamw():
+    return optim.make_optimizer(
+        optim.OptimizerSpec(learning_rate=1e-2, warmup_steps=0), 10, params.decay_mask({"policy": MODEL.specs})
+    )
+
+
+def close(a, b, rtol=1e-4, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=rtol, atol=atol), a, b)
+
+
+TWO_TERMS = {"terms": {"sft": 0.3, "next_token": {"start": 0.5, "end": 1.0, "steps": 10}}, "sft": {"z_loss": 1e-3}}
+
+
+@pytest.mark.parametrize("spec", [{"terms": {"sft": 1.0}}, {"terms": {"next_token": 1.0}}, TWO_TERMS])
+def test_microbatches_give_the_update_of_the_whole_batch(spec):
+    batch = make_batch()
+    whole, metrics = one_step(spec, batch)
+    for parts in (2, 4):
+        cut, cut_metrics = one_step(spec, batch, microbatches=parts)
+        close(cut.params, whole.params)
+        for name in ("loss", "grad_norm", "supervised_fraction"):
+            np.testing.assert_allclose(*(m[name][0] / m[name][1] for m in (cut_metrics, metrics)), rtol=1e-4)
+
+
+def test_the_gradient_is_that_of_the_mean_over_supervised_tokens():
+    batch, values = make_batch(), {"policy": INITIAL}
+
+    def mean_nll(values):
+        hidden = MODEL.hidden(values["policy"], batch)
+        log_p = jax.nn.log_softmax(hidden @ MODEL.unembed(values["policy"]).kernel)
+        nll = -jnp.take_along_axis(log_p[:, :-1], batch["tokens"][:, 1:, None], axis=2)[..., 0]
+        same = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
+        mask = batch["loss_mask"][:, 1:] * same.astype(jnp.float32)
+        return jnp.sum(nll * mask) / jnp.sum(mask)
+
+    state, metrics = one_step({"terms": {"sft": 1.0}}, batch)
+    loss, grads = jax.value_and_grad(mean_nll)(values)
+    np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], loss, rtol=1e-5)
+    close(jax.tree.map(lambda a, b: a - b, values, state.params), grads)
+
+
+def test_weights_are_found_without_a_second_forward_pass():
+    """The scan that adds up the weights of the microbatches must cost next to nothing."""
+    spec, batch = {"terms": {"sft": 1.0}}, make_batch()
+
+    def flops(microbatches):
+        optimizer = optax.sgd(1.0)
+        step = train.make_train_step(
+            objectives.load(spec), {"policy": MODEL}, optimizer, schedule=lambda t: t, microbatches=microbatches
+        )
+        state = train.init_state({"policy": INITIAL}, optimizer, jax.random.PRNGKey(1))
+        text = jax.jit(step).lower(state, {}, batch).compile().as_text()
+        return text.count(" dot(") + text.count("__onednn$matmul") + text.count("custom-call(")
+
+    assert flops(2) <= flops(1)
+
+
+def test_composed_terms_make_one_forward_pass():
+    batch, calls = make_batch(), []
+    counted = MODEL._replace(hidden=lambda p, b: calls.append(1) or MODEL.hidden(p, b))
+    evaluate = train.make_eval_step(objectives.load(TWO_TERMS), {"policy": counted})
+    values = {"policy": INITIAL}
+    metrics = evaluate(values, {}, batch, jax.random.PRNGKey(0))
+    assert len(calls) == 1
+    means = {k: float(s / w) for k, (s, w) in metrics.items()}
+    np.testing.assert_allclose(means["loss"], 0.3 * means["sft/loss"] + 0.5 * means["next_token/loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}])
+def test_sharded_equals_single_device(mesh):
+    batch, spec, optimizer = make_batch(), {"terms": {"sft": 1.0}}, adamw()
+    single, single_metrics = one_step(spec, batch, optimizer=optimizer, steps=3)
+    mesh = sharding.make_mesh(mesh)
+    with jax.set_mesh(mesh):
+        step = jax.jit(
+            train.make_train_step(
+                objectives.load(spec), {"policy": MODEL}, optimizer, schedule=lambda t: jnp.asarray(1.0)
+            )
+        )
+        placed = params.shardings({"policy": MODEL.specs}, mesh)
+        values = jax.device_put({"policy": INITIAL}, placed)
+        state = train.init_state(values, optimizer, jax.random.PRNGKey(1))
+        rows = jax.device_put(batch, sharding.named(mesh, ("batch", "time")))
+        for _ in range(3):
+            state, metrics = step(state, {}, rows)
+    close(state.params, single.params, rtol=1e-3, atol=1e-5)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(*(m[name][0] / m[name][1] for m in (metrics, single_metrics)), rtol=1e-4)
+
+
+def test_a_bad_batch_changes_nothing_and_is_counted():
+    def poisoned(forward, batch, key, step):
+        bad = jnp.where(step == 1, jnp.nan, 1.0) * jnp.sum(forward.hidden().astype(jnp.float32))
+        return LossOut(bad, jnp.asarray(1.0), {})
+
+    optimizer = adamw()
+    terms = {"bad": (Objective(loss=poisoned), lambda step: jnp.asarray(1.0))}
+    step = jax.jit(train.make_train_step(terms, {"policy": MODEL}, optimizer, schedule=lambda t: t))
+    values = {"policy": INITIAL}
+    first, _ = step(train.init_state(values, optimizer, jax.random.PRNGKey(1), ema=True), {}, make_batch())
+    second, metrics = step(first, {}, make_batch())
+    assert float(metrics["nonfinite"][0]) == 1
+    assert int(second.bad_steps) == 1
+    assert (int(second.step), int(second.updates)) == (2, 1)
+    for name in ("params", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(second, name), getattr(first, name))
+    third, metrics = step(second, {}, make_batch())
+    assert int(third.bad_steps) == 0
+    assert int(third.updates) == 2
+
+
+def test_an_all_masked_batch_is_skipped_and_reported():
+    batch = make_batch() | {"loss_mask": jnp.zeros((8, 24))}
+    state, metrics = one_step({"terms": {"sft": 1.0}}, batch, optimizer=adamw())
+    assert float(metrics["empty_batch"][0]) == 1
+    assert float(metrics["nonfinite"][0]) == 0
+    close(state.params, {"policy": INITIAL}, rtol=0, atol=0)
+
+
+def test_remat_changes_no_gradient():
+    batch, values = make_batch(), INITIAL
+
+    def grads(remat):
+        model = make_model(dataclasses.replace(CONFIG, remat=remat))
+        return jax.grad(lambda p: jnp.sum(jnp.square(model.hidden(p, batch))))(values)
+
+    plain = grads("none")
+    for remat in ("full", "dots", "attention"):
+        close(grads(remat), plain, rtol=1e-4, atol=1e-5)
