@@ -1,0 +1,109 @@
+"""Folders that are made once: whole or absent, whoever dies or races while they are made."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from research.errors import InputError
+
+_MANIFEST = "manifest.json"
+_STALE_SECONDS = 24 * 3600
+
+
+def cache_root(cache_dir: str = "") -> Path:
+    """Returns `cache_dir`, else $UNDERSTUDY_CACHE, else ~/.cache/understudy."""
+    return Path(cache_dir or os.environ.get("UNDERSTUDY_CACHE") or "~/.cache/understudy").expanduser()
+
+
+def cached(folder: Path, build: Callable[[Path], None]) -> bool:
+    """Makes `folder` by calling `build(temporary folder)`, unless it is there and whole.
+
+    The temporary folder is renamed when it is complete, so that a killed process leaves no half-made
+    `folder`; a folder with a file missing or of another size than when it was made is made again. Of
+    processes that race, one wins.
+
+    Returns:
+      True if `folder` was there already.
+
+    Raises:
+      InputError: the cache's place can't be written to.
+    """
+    if _whole(folder):
+        return True
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder.parent)
+        made = _new_folder(folder.parent)
+    except OSError as e:
+        raise InputError(
+            f"data.cache_dir: {str(folder.parent)!r} can't be written to ({e.strerror}). "
+            f"Set data.cache_dir or $UNDERSTUDY_CACHE to a folder that can."
+        ) from e
+    try:
+        build(made)
+        sizes = {path.name: path.stat().st_size for path in made.iterdir()}
+        (made / _MANIFEST).write_text(json.dumps(sizes))
+        _publish(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return False
+
+
+def digest(parts: Iterable[object]) -> str:
+    """Returns a hash of the parts' text, in order: a name for what was made from them."""
+    result = hashlib.sha256()
+    for part in parts:
+        data = str(part).encode()
+        result.update(len(data).to_bytes(8, "little") + data)
+    return result.hexdigest()[:24]
+
+
+def code_digest(*files: str) -> str:
+    """Returns a hash of source files, so that what other code made is made again."""
+    return digest(Path(file).read_text(encoding="utf-8") for file in files)
+
+
+def _new_folder(parent: Path) -> Path:
+    folder = parent / f".making-{uuid.uuid4().hex}"
+    folder.mkdir()
+    return folder
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _MANIFEST).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _publish(made: Path, folder: Path) -> None:
+    """Renames `made` to `folder`. A broken folder there goes; a whole one, by a faster process, stays."""
+    for path in made.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    while not _whole(folder):
+        try:
+            os.rename(made, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            broken = _new_folder(folder.parent)
+            try:
+                os.rename(folder, broken / "broken")
+            except FileNotFoundError:
+                pass  # another process moved it first
+            finally:
+                shutil.rmtree(broken, ignore_errors=True)
+
+
+def _remove_stale(parent: Path) -> None:
+    """Removes what killed processes left half-made."""
+    for path in parent.glob(".making-*"):
+        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)

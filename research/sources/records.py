@@ -1,0 +1,361 @@
+"""Finding, reading and checking records: a fault is named with its file and line, and what to do about it."""
+
+import glob
+import gzip
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from research.errors import InputError, did_you_mean
+from research.sources.cache import code_digest
+
+Turn = tuple[str, str]  # (role, text); a plain document is one turn of the role "text"
+Raw = bytes | dict[str, Any]  # a line of JSON, or a record that its reader has parsed
+
+FORMATS = ("text", "prompt_response", "messages")
+FIELDS = ("text", "prompt", "response", "messages")
+ROLES = ("system", "user", "assistant")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt")
+TXT_DOCUMENT_BYTES = 16 * 1024
+
+
+class BadRecord(InputError):
+    """A record that can't be used. `reason` is short, and the same for all with that fault: it is counted."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Origin(NamedTuple):
+    """One entry of a mixture, found and not yet read.
+
+    Attributes:
+      name: the entry as the user wrote it.
+      made_of: of JSON types; differs whenever what `read` gives may differ.
+      read: () -> (where, raw record) pairs; `where` is file:line or the like.
+      generated: made by a program, so that a record that comes twice is of no use.
+    """
+
+    name: str
+    made_of: Any
+    read: Callable[[], Iterator[tuple[str, Raw]]]
+    generated: bool = False
+
+
+def locate(entry: str, *, count: int, seed: int) -> Origin:
+    """Finds what one entry of data.path names.
+
+    Args:
+      entry: a file, folder or glob of files (jsonl, jsonl.gz, json, parquet, txt); a folder written by
+        `datasets.save_to_disk`; hf:NAME[:CONFIG][:SPLIT]; tasks:NAME[/LEVEL]; reasoning_gym:NAME;
+        builtin:python_docs.
+      count, seed: how many records to generate, and from which seed, where the entry names a generator.
+
+    Raises:
+      InputError: there is no such thing; a missing file's message names the nearest that is there.
+    """
+    scheme, _, rest = entry.partition(":")
+    if scheme == "tasks":
+        from research.sources import tasks
+
+        return _generated(entry, tasks, lambda: tasks.records(rest, count, seed), [count, seed])
+    if scheme == "reasoning_gym":
+        from research.sources import reasoning
+
+        return _generated(entry, reasoning, lambda: reasoning.records(rest, count, seed), [count, seed])
+    if scheme == "builtin":
+        if rest != "python_docs":
+            raise InputError(f"there is no {entry!r}.{did_you_mean(rest, ['python_docs'])}")
+        from research.sources import stdlib_text
+
+        return _generated(entry, stdlib_text, stdlib_text.records, [sys.version])
+    if scheme == "hf":
+        return _hub(entry, rest)
+    return _files(entry)
+
+
+def _generated(name: str, module: ModuleType, records: Callable[[], Iterator[dict]], made_of: list[Any]) -> Origin:
+    def read() -> Iterator[tuple[str, Raw]]:
+        return ((f"{name}: record {i}", record) for i, record in enumerate(records(), start=1))
+
+    return Origin(name, [name, code_digest(module.__file__), *made_of], read, generated=True)
+
+
+def _hub(entry: str, rest: str) -> Origin:
+    parts = re.fullmatch(r"(?P<name>[^:]+)(:(?P<config>[^:\[]+))??(:(?P<split>[^:\[]+(\[.*\])?))?", rest)
+    if parts is None:
+        raise InputError(f"{entry!r} is not of the form hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
+    datasets = _import_datasets(entry)
+    try:
+        loaded = datasets.load_dataset(parts["name"], parts["config"], split=parts["split"] or "train")
+    except Exception as e:  # the network, the hub and each data set's files fail in their own ways
+        raise InputError(
+            f"{entry!r} could not be loaded ({type(e).__name__}: {e}). Check the name, the split "
+            f"(hf:NAME:SPLIT) and the network, or save it with datasets.save_to_disk and give that folder."
+        ) from e
+    return _rows_of(entry, loaded, [Path(file["filename"]) for file in loaded.cache_files])
+
+
+def _rows_of(entry: str, dataset: Any, files: list[Path]) -> Origin:
+    def read() -> Iterator[tuple[str, Raw]]:
+        return ((f"{entry}: row {i}", row) for i, row in enumerate(dataset, start=1))
+
+    return Origin(entry, [entry, len(dataset), [_stamp(file) for file in files]], read)
+
+
+def _import_datasets(entry: str) -> ModuleType:
+    try:
+        import datasets
+    except ImportError as e:
+        raise InputError(f"{entry!r} needs the package 'datasets': pip install 'understudy[datasets]'.") from e
+    return datasets
+
+
+def _files(entry: str) -> Origin:
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            splits = sorted(str(path / child.name) for child in path.iterdir() if child.is_dir())
+            raise InputError(f"{entry!r} holds several splits. Give one of: {', '.join(splits)}.")
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            files = sorted(file for file in path.iterdir() if file.is_file())
+            return _rows_of(entry, _import_datasets(entry).load_from_disk(str(path)), files)
+        files = sorted(file for file in path.rglob("*") if _suffix(file) and file.is_file())
+        if not files:
+            raise InputError(f"the folder {entry!r} holds no file of a known kind ({', '.join(SUFFIXES)}).")
+    elif path.is_file():
+        files = [path]
+    elif any(char in entry for char in "*?["):
+        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(file)]
+        if not files:
+            raise InputError(f"no file matches {entry!r}.")
+    else:
+        raise InputError(f"there is no {entry!r}.{_nearest(path)}")
+    unknown = [file for file in files if not _suffix(file)]
+    if unknown:
+        raise InputError(f"{str(unknown[0])!r} is of no known kind. Use one of {', '.join(SUFFIXES)}.")
+
+    def read() -> Iterator[tuple[str, Raw]]:
+        for file in files:
+            try:
+                yield from _READERS[_suffix(file)](file)
+            except (OSError, EOFError, zlib.error) as e:
+                raise InputError(f"{file}: can't be read, it may be cut short or damaged ({e}). Copy it anew.") from e
+
+    return Origin(entry, [_stamp(file) for file in files], read)
+
+
+def _stamp(file: Path) -> list[Any]:
+    stat = file.stat()
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def _suffix(file: Path) -> str:
+    return next((suffix for suffix in SUFFIXES if file.name.endswith(suffix)), "")
+
+
+def _nearest(path: Path) -> str:
+    missing = path
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    if missing != path:
+        return f" There is no folder {str(missing)!r} either.{_nearest(missing)}"
+    names = sorted(child.name for child in path.parent.iterdir() if child.is_dir() or _suffix(child))
+    return did_you_mean(path.name, names[:1000]) if names else f" The folder {str(path.parent)!r} holds no data file."
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[str, Raw]]:
+    with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield f"{file}:{number}", line
+
+
+def _read_json(file: Path) -> Iterator[tuple[str, Raw]]:
+    try:
+        records = json.loads(file.read_bytes())
+    except json.JSONDecodeError as e:
+        raise InputError(
+            f"{file}:{e.lineno}: invalid JSON ({e.msg}). A .json file holds one list of records; "
+            f"name it .jsonl if it has one record a line."
+        ) from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{file}: not valid UTF-8 at byte {e.start}. Save it as UTF-8.") from e
+    if not isinstance(records, list):
+        raise InputError(f"{file}: holds {_kind(records)}, not a list of records. Write [{{...}}, {{...}}].")
+    for i, record in enumerate(records, start=1):
+        yield f"{file}: record {i}", record
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, Raw]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as e:
+        raise InputError(f"{file}: needs the package 'pyarrow': pip install 'understudy[datasets]'.") from e
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{file}: row {number}", record
+    except pyarrow.ArrowException as e:
+        raise InputError(f"{file}: not a parquet file that can be read ({e}). Write it anew.") from e
+
+
+def _read_txt(file: Path) -> Iterator[tuple[str, Raw]]:
+    """Cuts a file into documents at the first blank line after 16 KiB, or at a line's end after 32 KiB.
+
+    So a single long file can be shuffled, and split into training and held-out text.
+    """
+    start, held, size = 1, [], 0
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            held.append(line)
+            size += len(line)
+            if size >= 2 * TXT_DOCUMENT_BYTES or (size >= TXT_DOCUMENT_BYTES and not line.strip()):
+                yield f"{file}:{start}", {"text": b"".join(held)}
+                start, held, size = number + 1, [], 0
+    if b"".join(held).strip() or start == 1:
+        yield f"{file}:{start}", {"text": b"".join(held)}
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Raw]]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}
+
+
+def parse(raw: Raw) -> dict[str, Any]:
+    """Returns the record that `raw` holds. Raises BadRecord where it is not one JSON object in UTF-8."""
+    if isinstance(raw, bytes):
+        try:
+            raw = json.loads(raw.decode())
+        except UnicodeDecodeError as e:
+            raise BadRecord("invalid UTF-8", f"not valid UTF-8 at byte {e.start}. Save the file as UTF-8.") from e
+        except (json.JSONDecodeError, RecursionError) as e:
+            what = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else "nested too deep"
+            raise BadRecord("invalid JSON", f"invalid JSON ({what}). Write one JSON object a line.") from e
+    if not isinstance(raw, dict):
+        raise BadRecord("not an object", f'holds {_kind(raw)}, not an object. Write {{"text": ...}} or the like.')
+    return raw
+
+
+def detect_format(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
+    """Returns the format whose fields `record` has: messages, else prompt_response, else text.
+
+    Raises:
+      InputError: it has those of none.
+    """
+    has = {name for name in FIELDS if fields.get(name, name) in record}
+    if "messages" in has:
+        return "messages"
+    if {"prompt", "response"} <= has:
+        return "prompt_response"
+    if "text" in has:
+        return "text"
+    raise InputError(
+        f"has the fields {', '.join(map(repr, record)) or 'none'}, but needs 'text', or 'prompt' and "
+        f"'response', or 'messages'. Name its columns, as in "
+        f"data.fields={{'prompt': 'question', 'response': 'answer'}}."
+    )
+
+
+def check(record: dict[str, Any], format: str, fields: Mapping[str, str]) -> list[Turn]:
+    """Returns the record's turns: [("text", document)], or those of its conversation.
+
+    Args:
+      record: column -> value.
+      format: one of FORMATS.
+      fields: field -> the column that holds it, where the names differ.
+
+    Raises:
+      BadRecord: a field is missing, of a wrong type or empty; a role is unknown or out of order.
+    """
+    if format == "text":
+        return [("text", _text(record, "text", fields.get("text", "text")))]
+    if format == "prompt_response":
+        return [
+            ("user", _text(record, "prompt", fields.get("prompt", "prompt"))),
+            ("assistant", _text(record, "response", fields.get("response", "response"))),
+        ]
+    column = fields.get("messages", "messages")
+    messages = _field(record, "messages", column)
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BadRecord("wrong type", f"field {column!r} must be a list of objects with role and content.")
+    return _conversation(messages)
+
+
+def canonical(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """Returns `record` with the columns that `fields` names under their field's own name."""
+    return {**record, **{name: record[column] for name, column in fields.items() if column in record}}
+
+
+def _conversation(messages: list[dict[str, Any]]) -> list[Turn]:
+    turns: list[Turn] = []
+    for i, message in enumerate(messages, start=1):
+        role = _field(message, "role", "role")
+        if role not in ROLES:
+            raise BadRecord(
+                "unknown role", f"message {i} has role {role!r}.{did_you_mean(str(role), ROLES)} Rename it."
+            )
+        before = turns[-1][0] if turns else None
+        allowed = {
+            None: ("system", "user"),
+            "system": ("user",),
+            "user": ("assistant",),
+            "assistant": ("user",),
+        }[before]
+        if role not in allowed:
+            after = f"follows {before!r}" if before else "comes first"
+            raise BadRecord(
+                "roles out of order",
+                f"message {i}, of role {role!r}, {after}; allowed there: {' or '.join(allowed)}. Mend it.",
+            )
+        name = "response" if role == "assistant" else f"{role} message"
+        turns.append((role, _text(message, name, "content")))
+    if not turns or turns[-1][0] != "assistant":
+        raise BadRecord(
+            "no assistant turn at the end",
+            f"the conversation of {len(turns)} messages must end with an assistant turn. Add or drop one.",
+        )
+    return turns
+
+
+def _field(record: Mapping[str, Any], name: str, column: str) -> Any:
+    if column not in record:
+        hint = did_you_mean(column, map(str, record)) if record else " It is empty."
+        setting = f" Name the column in data.fields: {{{name!r}: ...}}." if name in FIELDS else ""
+        raise BadRecord("missing field", f"has no field {column!r}.{hint}{setting}")
+    return record[column]
+
+
+def _text(record: Mapping[str, Any], name: str, column: str) -> str:
+    value = _field(record, name, column)
+    try:
+        value = value.decode() if isinstance(value, bytes) else value
+        if not isinstance(value, str):
+            raise BadRecord("wrong type", f"field {column!r} must be text, but is {_kind(value)}. Write it in quotes.")
+        value.encode()  # JSON can hold half of a surrogate pair, which no UTF-8 can
+    except UnicodeError as e:
+        raise BadRecord("invalid UTF-8", f"field {column!r} is not valid UTF-8 ({e.reason}). Repair or drop it.") from e
+    if not value.strip():
+        raise BadRecord(f"empty {name}", f"field {column!r} is an empty {name}. Fill or drop the record.")
+    return value
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
+    shown = "" if value is None else f" ({str(value)[:40]})"
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__) + shown

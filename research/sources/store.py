@@ -1,0 +1,188 @@
+"""Tokens of one source on disk: made once, then mapped into memory, whatever the sequence length."""
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from research.errors import InputError
+from research.sources import formats, records
+from research.sources.cache import cache_root, cached, code_digest, digest
+from research.sources.records import BadRecord, Origin, Turn
+from research.sources.tokenizers import Tokenizer
+
+READING = code_digest(records.__file__, formats.__file__, __file__)  # of all that decides what examples hold
+SAMPLES = 256  # raw records kept beside the tokens
+_CHUNK_EXAMPLES, _CHUNK_CHARS = 1024, 4_000_000
+_EXAMPLE = np.dtype([("key", "<u8"), ("length", "<i8"), ("supervised", "<i8"), ("bytes", "<i8")])
+
+
+class Example(NamedTuple):
+    """A checked record."""
+
+    record: dict[str, Any]  # under the fields' own names
+    turns: list[Turn]
+    key: int  # equal for equal documents and equal prompts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Store:
+    """The tokens of one source.
+
+    Attributes:
+      tokens: [N] uint16 or uint32, those of all examples one after the other.
+      mask: [N] bool, True where a token is to be predicted; None for plain text, where all are.
+      key: [E] uint64, hash of each example's document or prompt.
+      length: [E] int64, tokens of each example.
+      supervised: [E] int64, tokens to be predicted of each example.
+      bytes: [E] int64, UTF-8 bytes of each example's text.
+      samples: the examples of the least keys, sorted by key, one a prompt: {"key", "length", "record"}; none
+        for text.
+      counts: "records" read, "duplicates" dropped, and "bad": {reason: how many were skipped}.
+      was_cached: nothing had to be tokenised.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray | None
+    key: np.ndarray
+    length: np.ndarray
+    supervised: np.ndarray
+    bytes: np.ndarray
+    samples: list[dict[str, Any]]
+    counts: dict[str, Any]
+    was_cached: bool
+
+
+def read_examples(
+    origin: Origin, format: str, fields: Mapping[str, str], on_bad_record: str, counts: Counter[str]
+) -> Iterator[Example]:
+    """Yields the checked records of `origin`; counts "records", "duplicates" and the bad ones by reason.
+
+    Raises:
+      InputError: a record is bad and `on_bad_record` is "error"; or no record is good.
+    """
+    seen: set[int] = set()
+    any_good = False
+    for where, raw in origin.read():
+        counts["records"] += 1
+        try:
+            record = records.parse(raw)
+            if format == "auto":
+                format = records.detect_format(record, fields)
+            turns = records.check(record, format, fields)
+        except BadRecord as e:
+            if on_bad_record == "error":
+                raise InputError(f"{where}: {e} Or set data.on_bad_record='skip'.") from e
+            counts[f"bad: {e.reason}"] += 1
+            continue
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from e
+        any_good = True
+        key = formats.split_key(turns)
+        if origin.generated:
+            if key in seen:
+                counts["duplicates"] += 1
+                continue
+            seen.add(key)
+        yield Example(records.canonical(record, fields), turns, key)
+    if not any_good:
+        bad = ", ".join(f"{n} {name}" for name, n in counts.items() if name.startswith("bad: "))
+        raise InputError(f"{origin.name!r} holds no usable record ({bad or 'it is empty'}). Give another.")
+
+
+def open_store(
+    origin: Origin,
+    tokenizer: Tokenizer,
+    *,
+    format: str,
+    fields: Mapping[str, str],
+    template: str,
+    on_bad_record: str,
+    cache_dir: str = "",
+) -> Store:
+    """Returns the tokens of `origin`, from the cache where they have been made of the same things before.
+
+    Raises:
+      InputError: a record is bad, or the cache can't be written.
+    """
+    made_of = {
+        "origin": origin.made_of,
+        "tokenizer": tokenizer.fingerprint(),
+        "options": [format, dict(sorted(fields.items())), template, on_bad_record],
+        "code": READING,
+    }
+    folder = cache_root(cache_dir) / "tokens" / digest([json.dumps(made_of)])
+
+    def build(made: Path) -> None:
+        counts: Counter[str] = Counter()
+        _write(made, read_examples(origin, format, fields, on_bad_record, counts), tokenizer, template, counts)
+
+    was_cached = cached(folder, build)
+    meta = json.loads((folder / "meta.json").read_text())
+    examples = np.load(folder / "examples.npy")
+    return Store(
+        tokens=np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
+        mask=None if meta["text"] else np.memmap(folder / "mask.bin", dtype=bool, mode="r"),
+        **{name: np.ascontiguousarray(examples[name]) for name in _EXAMPLE.names},
+        samples=meta["samples"],
+        counts=meta["counts"],
+        was_cached=was_cached,
+    )
+
+
+def _write(made: Path, examples: Iterator[Example], tokenizer: Tokenizer, template: str, counts: Counter[str]) -> None:
+    dtype = "<u2" if tokenizer.size <= 2**16 else "<u4"
+    rows: list[np.ndarray] = []
+    samples: list[dict[str, Any]] = []
+    text = False
+    with open(made / "tokens.bin", "wb") as tokens_file, open(made / "mask.bin", "wb") as mask_file:
+        for chunk in _chunks(examples):
+            text = chunk[0].turns[0][0] == "text"
+            tokens, mask, lengths = formats.encode([example.turns for example in chunk], tokenizer, template)
+            tokens_file.write(tokens.astype(dtype).tobytes())
+            row = np.zeros(len(chunk), _EXAMPLE)
+            row["key"] = np.fromiter((example.key for example in chunk), np.uint64, len(chunk))
+            row["length"] = lengths
+            row["supervised"] = np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
+            row["bytes"] = [sum(len(text.encode()) for _, text in example.turns) for example in chunk]
+            rows.append(row)
+            if not text:
+                mask_file.write(mask.tobytes())
+                samples = _least(samples, chunk, lengths)
+    np.save(made / "examples.npy", np.concatenate(rows))
+    bad = {name.removeprefix("bad: "): n for name, n in counts.items() if name.startswith("bad: ")}
+    meta = {
+        "dtype": dtype,
+        "text": text,
+        "samples": samples,
+        "counts": {"records": counts["records"], "duplicates": counts["duplicates"], "bad": bad},
+    }
+    (made / "meta.json").write_text(json.dumps(meta, default=str))
+
+
+def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    chunk: list[Example] = []
+    chars = 0
+    for example in examples:
+        chunk.append(example)
+        chars += sum(len(text) for _, text in example.turns)
+        if len(chunk) >= _CHUNK_EXAMPLES or chars >= _CHUNK_CHARS:
+            yield chunk
+            chunk, chars = [], 0
+    if chunk:
+        yield chunk
+
+
+def _least(samples: list[dict[str, Any]], chunk: list[Example], lengths: np.ndarray) -> list[dict[str, Any]]:
+    """The samples of the least keys: those held out first, whatever the fraction, in random order."""
+    new = [
+        {"key": example.key, "length": int(length), "record": example.record}
+        for example, length in zip(chunk, lengths, strict=True)
+    ]
+    ordered = sorted([*samples, *new], key=lambda sample: sample["key"])
+    return [next(equal) for _, equal in itertools.groupby(ordered, key=lambda sample: sample["key"])][:SAMPLES]
