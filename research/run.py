@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,7 +128,14 @@ def _place_state(init_state, optimizer, abstract, placed, mesh) -> train.TrainSt
     return rest.replace(params=abstract, opt_state=opt_state, ema=state.ema and abstract)
 
 
-def run(config: Config, workdir: str, *, started: float | None = None, command: str = "") -> dict[str, float]:
+def run(
+    config: Config,
+    workdir: str,
+    *,
+    started: float | None = None,
+    command: str = "",
+    devices: Sequence[Any] | None = None,
+) -> dict[str, float]:
     """Trains, and returns the last metrics. A run of the same workdir goes on where it stopped.
 
     Args:
@@ -136,6 +143,7 @@ def run(config: Config, workdir: str, *, started: float | None = None, command: 
       workdir: where everything that it writes goes; made once all checks have passed.
       started: unix seconds of the process's start, for the time to the first step.
       command: for the record.
+      devices: to make the mesh of; by default all.
 
     Raises:
       InputError: something in the config can't work. Nothing has been written.
@@ -143,10 +151,11 @@ def run(config: Config, workdir: str, *, started: float | None = None, command: 
       Diverged: too many updates in a row were skipped; a checkpoint is written.
     """
     started = started or time.time()
-    config_lib.check(config, num_devices=jax.device_count())
+    devices = jax.devices() if devices is None else devices
+    config_lib.check(config, num_devices=len(devices))
     if config.compilation_cache:
         use_compilation_cache(config.data["cache_dir"])
-    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
 
     tokenizer = tokenizers.load_tokenizer(workdir) if checkpoint.has_checkpoint(workdir) else None
     data = dataset.load(config_lib.data_spec(config), config.tokenizer, tokenizer, seed=config.seed)
@@ -179,7 +188,7 @@ def run(config: Config, workdir: str, *, started: float | None = None, command: 
         else:
             state, source_state = parts.init_state(initial, keys[1]), source.init()
         first = int(state.step)
-        _write_record(workdir, config, command)
+        _write_record(workdir, config, command, mesh)
         data.tokenizer.save(workdir)
         writer = stack.enter_context(
             metrics.Writer(
@@ -259,9 +268,10 @@ class _Window:
     def __init__(self, config: Config, parts: Parts, writer: metrics.Writer):
         self.config, self.writer = config, writer
         self.flops_per_token = transformer.flops_per_token(parts.models["policy"].config, config.seq_len)
-        self.peak = metrics.peak_flops(jax.devices()[0])
-        if self.peak and jax.default_backend() != "cpu":  # simulated CPU devices share one machine's peak
-            self.peak *= jax.device_count()
+        device = next(iter(parts.state.step.sharding.device_set))
+        self.peak = metrics.peak_flops(device)
+        if self.peak and device.platform != "cpu":  # simulated CPU devices share one machine's peak
+            self.peak *= len(parts.state.step.sharding.device_set)
         self.steps: list[train.Metrics] = []
         self.start_clock(afresh=True)
 
@@ -439,7 +449,7 @@ def _stop_on_signals(writer: metrics.Writer) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _write_record(workdir: str, config: Config, command: str) -> None:
+def _write_record(workdir: str, config: Config, command: str, mesh: jax.sharding.Mesh) -> None:
     """WORKDIR/config.json: the resolved config, and what it ran with."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "understudy")
     git = subprocess.run(
@@ -457,7 +467,7 @@ def _write_record(workdir: str, config: Config, command: str) -> None:
             "command": command,
             "git": git.stdout.strip() or None,
             "versions": {"python": sys.version.split()[0]} | {p: importlib.metadata.version(p) for p in packages},
-            "devices": [str(jax.device_count()), jax.devices()[0].device_kind],
+            "devices": {"count": mesh.size, "kind": mesh.devices.flat[0].device_kind, "mesh": dict(mesh.shape)},
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         },
     )
@@ -474,9 +484,19 @@ def _describe(
         f"{model.dtype}"
     )
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    writer.print(f"devices  {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {shape}")
-    for name, value in data.report.items():
-        writer.print(f"data     {name}: {value}")
+    writer.print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
+    for source in data.report["sources"]:
+        bad = "".join(f", {n:,} skipped: {reason}" for reason, n in source["bad"].items())
+        twice = f", {source['duplicates']:,} duplicates dropped" if source["duplicates"] else ""
+        writer.print(f"data     {source['name']}: {source['records']:,} records{twice}{bad}")
+    for part in ("train", "held_out"):
+        counts = data.report[part]
+        faults = {k: n for k, n in counts.items() if k.startswith(("too_long", "nothing_supervised")) and n}
+        writer.print(
+            f"data     {part.replace('_', '-')}: {counts['examples']:,} examples, {counts['tokens']:,} tokens "
+            f"({counts['supervised_tokens']:,} supervised) in {counts['rows']:,} rows, packing efficiency "
+            f"{counts['packing_efficiency']:.1%}" + "".join(f", {n:,} {k.replace('_', ' ')}" for k, n in faults.items())
+        )
 
 
 def use_compilation_cache(cache_dir: str = "") -> None:
