@@ -81,9 +81,11 @@ class Tokenizer:
 
     def special(self, name: str) -> int | None:
         """Returns the id of the special token `name`, or None."""
-        token_id = self.backend.token_to_id(name)
-        is_special = token_id is not None and self.backend.get_added_tokens_decoder().get(token_id)
-        return token_id if is_special else None
+        return self._specials.get(name)
+
+    @functools.cached_property
+    def _specials(self) -> dict[str, int]:
+        return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def token_bytes(self) -> np.ndarray:
         """Returns [V] int32: how many UTF-8 bytes each id stands for, 0 for special tokens and unused ids.
