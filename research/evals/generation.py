@@ -1,0 +1,87 @@
+"""Whether a model's own answers to held-out prompts are right."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from research.errors import InputError
+from research.models.transformer import Model
+from research.sampling import SamplingConfig, generate_batches, longest_prompt, make_generate
+from research.sources.formats import render_prompt
+from research.sources.tokenizers import Tokenizer
+
+Record = Mapping[str, Any]
+
+
+class Sample(NamedTuple):
+    """One prompt and what came of it. `prompt` is as the model saw it, special tokens left out."""
+
+    prompt: str
+    expected: str
+    completion: str
+    correct: bool
+
+    def __str__(self) -> str:
+        verdict = "right" if self.correct else f"wrong, expected {self.expected!r}"
+        return f"{self.prompt!r} -> {self.completion!r} ({verdict})"
+
+
+def make_generation(
+    model: Model,
+    config: SamplingConfig,
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
+    *,
+    verify: Callable[[Record, str], bool],
+    template: str,
+    batch_size: int,
+) -> Callable[[Any, jax.Array], tuple[dict[str, float], list[Sample]]]:
+    """Returns evaluate(params, key) -> (metrics, a Sample for each prompt, in the order of `records`).
+
+    The metrics are
+      exact_match: the fraction of completions that `verify` accepts.
+      exact_match/TASK: the same of the records whose `task` is TASK.
+      skipped_too_long: how many prompts leave no room for config.max_new_tokens and are left out of all else.
+
+    Args:
+      model: of `params`.
+      config: how to sample. Stop tokens should hold the tokenizer's eos.
+      tokenizer: of the model.
+      records: with prompt and response, or messages, whose last turn is the expected answer; perhaps `task`.
+      verify: (record, completion) -> is it right? The record has `response` in any case.
+      template: see sources.formats.
+      batch_size: prompts decoded at once.
+
+    Raises:
+      InputError: no prompt fits, or a record has no prompt.
+    """
+    generate = make_generate(model, config, tokenizer.size)
+    longest = longest_prompt(model, config)
+    rendered = [(record, render_prompt(record, tokenizer, template)) for record in records]
+    fitting = [(record, prompt) for record, prompt in rendered if len(prompt) <= longest]
+    if not fitting:
+        raise InputError(
+            f"eval: none of {len(records)} prompts fits into {longest} tokens (model.max_length = "
+            f"{model.config.max_length} less sampling.max_new_tokens = {config.max_new_tokens}). Lower the number of "
+            "new tokens, or generate nothing."
+        )
+
+    def evaluate(params: Any, key: jax.Array) -> tuple[dict[str, float], list[Sample]]:
+        prompts = [prompt for _, prompt in fitting]
+        completions = generate_batches(generate, params, prompts, key, batch_size=batch_size, longest=longest)
+        samples: list[Sample] = []
+        judged: defaultdict[str, list[bool]] = defaultdict(list)
+        for (record, prompt), completion in zip(fitting, completions, strict=True):
+            expected = record["response"] if "response" in record else record["messages"][-1]["content"]
+            text = tokenizer.decode(completion.tokens)
+            correct = bool(verify({**record, "response": expected}, text))
+            samples.append(Sample(tokenizer.decode(prompt), expected, text, correct))
+            judged["exact_match"].append(correct)
+            if record.get("task"):
+                judged[f"exact_match/{record['task']}"].append(correct)
+        means = {name: sum(values) / len(values) for name, values in judged.items()}
+        return means | {"skipped_too_long": float(len(rendered) - len(fitting))}, samples
+
+    return evaluate
