@@ -1,0 +1,304 @@
+"""Lets a trained model write: python -m research.generate --checkpoint=WORKDIR --prompt="..."
+
+Completions go to stdout, all else to stderr.
+"""
+
+import argparse
+import bisect
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import jax
+
+from research.errors import InputError, did_you_mean
+from research.sampling import (
+    Completion,
+    SamplingConfig,
+    generate_batches,
+    longest_prompt,
+    make_generate,
+    make_stream,
+)
+from research.sources.formats import TEMPLATES, render_prompt
+
+Decode = Callable[[list[int]], str]
+Messages = list[dict[str, str]]
+
+_CHAT_HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+class Prompt(NamedTuple):
+    """What the user gave, and where: a text, {"prompt": text} or {"messages": [...]}."""
+
+    where: str
+    record: str | Mapping[str, Any]
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        _run(_parse(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    description, _, _ = __doc__.partition(":")
+    parser = argparse.ArgumentParser("python -m research.generate", description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", metavar="WORKDIR", help="working directory of a run")
+    add("--step", type=int, help="which of its checkpoints; default: the newest")
+    add("--ema", action="store_true", help="take the moving average of the parameters")
+    add("--prompt", help="continue this text; it is written as it comes")
+    add("--prompts", metavar="FILE", help='.txt, one prompt a line, or .jsonl with "prompt" or "messages"')
+    add("--interactive", action="store_true", help="hold a conversation")
+    add("--output", metavar="FILE", help="write completions, tokens and log-probabilities here as JSON lines")
+    add("--template", choices=TEMPLATES, help="how prompts are put to the model; default: as in training")
+    add("--max_new_tokens", type=int, help="default: 256, or half of model.max_length if that is less")
+    add("--temperature", type=float, default=0.0, help="default: 0, greedy")
+    add("--top_k", type=int, default=0, help="default: 0, off")
+    add("--top_p", type=float, default=1.0, help="default: 1, off")
+    add("--min_p", type=float, default=0.0, help="default: 0, off")
+    add("--seed", type=int, default=0)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; can be repeated")
+    add("--batch_size", type=int, default=16, help="how many prompts of a file are decoded at once")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise InputError(f"{flag}: no such flag.{did_you_mean(flag, [f'--{name}' for name in vars(args)])}")
+    if not args.checkpoint:
+        raise InputError("--checkpoint: names no run. Give the working directory of one.")
+    given = [f"--{name}" for name in ("prompt", "prompts", "interactive") if getattr(args, name)]
+    if len(given) != 1:
+        found = " and ".join(given) if given else "no prompt"
+        raise InputError(f"{found} given: use one of --prompt=TEXT, --prompts=FILE and --interactive.")
+    if args.interactive and args.output:
+        raise InputError(f"--output = {args.output}: a conversation isn't written to a file. Leave it out.")
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size = {args.batch_size}: must be at least 1.")
+    if "" in args.stop:
+        raise InputError("--stop: an empty text would end everything before it begins. Leave it out.")
+    return args
+
+
+def _run(args: argparse.Namespace) -> None:
+    prompts = read_prompts(args.prompts) if args.prompts else [Prompt("--prompt", args.prompt)]
+
+    from research import run  # last, because it takes long to import
+
+    loaded = run.load_model(args.checkpoint, step=args.step, ema=args.ema)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    default = min(256, model.config.max_length // 2)
+    config = SamplingConfig(
+        max_new_tokens=default if args.max_new_tokens is None else args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        stop_tokens=(tokenizer.eos,),
+    )
+    longest = longest_prompt(model, config)
+    template = args.template or loaded.config["data"]["template"]
+    key = jax.random.key(args.seed)
+
+    def ids_of(prompt: Prompt) -> list[int]:
+        try:
+            ids = render_prompt(prompt.record, tokenizer, template)
+        except InputError as error:
+            raise InputError(f"{prompt.where}: {error}") from error
+        if len(ids) > longest:
+            raise InputError(
+                f"{prompt.where}: is {len(ids)} tokens long, and there is room for {longest} (model.max_length = "
+                f"{model.config.max_length} less --max_new_tokens={config.max_new_tokens}). Shorten the one, or "
+                "lower the other."
+            )
+        return ids
+
+    if args.prompts or args.output:
+        generate = make_generate(model, config, tokenizer.size)
+        ids = [ids_of(prompt) for prompt in prompts]
+        with _open(args.output) as file:  # first, so that hours of work don't end at a folder that isn't there
+            completions = _complete(generate, loaded.params, ids, key, args.batch_size, longest)
+            for prompt, completion in zip(prompts, completions, strict=True):
+                text, completion = cut(completion, tokenizer.decode, args.stop)
+                print(_to_json(prompt, text, completion) if args.output else text, file=file)
+        return
+
+    stream = make_stream(model, config, tokenizer.size)
+    params = jax.jit(model.unstack)(loaded.params)
+
+    def answer(prompt: Prompt, key: jax.Array) -> Iterator[str]:
+        return stream_text(stream(params, ids_of(prompt), key), tokenizer.decode, args.stop)
+
+    def reply(messages: Messages, turn: int) -> Iterator[str]:
+        return answer(Prompt("the conversation", {"messages": messages}), jax.random.fold_in(key, turn))
+
+    if args.interactive:
+        chat(reply, input)
+        return
+    for piece in answer(prompts[0], key):
+        print(piece, end="", flush=True)
+    print()
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Reads a file of prompts, one a line.
+
+    Raises:
+      InputError: the file can't be read or holds no prompt, or a line is at fault.
+    """
+    suffix = Path(path).suffix
+    if suffix not in (".txt", ".jsonl"):
+        raise InputError(f"--prompts = {path}: ends in neither .txt nor .jsonl. Rename it to what it is.")
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.rstrip("\n") for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts = {path}: can't be read ({error}). Give a file of UTF-8 text.") from error
+    if not lines:
+        raise InputError(f"--prompts = {path}: is empty. Write one prompt a line.")
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            raise InputError(f"{where}: is an empty line. Remove it, or write a prompt.")
+        prompts.append(Prompt(where, _record(line, where) if suffix == ".jsonl" else line))
+    return prompts
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: is no JSON ({error}). Write one object a line.") from error
+    if not isinstance(record, dict) or not {"prompt", "messages"} & record.keys():
+        raise InputError(f'{where}: is no object with "prompt" or "messages". Add the one or the other.')
+    messages = record.get("messages", [])
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise InputError(f'{where}: "messages" is no list of objects with "role" and "content". Write it as one.')
+    return record
+
+
+def _complete(generate, params, ids, key, batch_size: int, longest: int) -> list[Completion]:
+    began = time.perf_counter()
+    completions = generate_batches(
+        generate,
+        params,
+        ids,
+        key,
+        batch_size=min(batch_size, len(ids)),
+        longest=longest,
+        progress=lambda done: print(f"{done} of {len(ids)} prompts", file=sys.stderr),
+    )
+    count, seconds = sum(len(c.tokens) for c in completions), time.perf_counter() - began
+    print(f"{count} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
+    return completions
+
+
+def cut(completion: Completion, decode: Decode, stops: Sequence[str]) -> tuple[str, Completion]:
+    """The text before the first stop, and the tokens up to the one that completes that stop."""
+    text = decode(completion.tokens)
+    at = _first_stop(text, stops)
+    if at is None:
+        return text, completion
+    tokens, logprobs = completion
+    n = bisect.bisect_left(range(len(tokens)), True, key=lambda n: _first_stop(decode(tokens[:n]), stops) is not None)
+    return text[:at], Completion(tokens[:n], logprobs[:n])
+
+
+def stream_text(chunks: Iterable[list[int]], decode: Decode, stops: Sequence[str] = ()) -> Iterator[str]:
+    """Turns tokens into pieces of text as they come; joined, they are what `cut` gives for all of them.
+
+    What may change with the next token is held back: bytes that are no whole character yet, which decode to U+FFFD, and
+    what may be the beginning of a stop.
+    """
+    tokens: list[int] = []
+    given = 0
+    for chunk in chunks:
+        tokens += chunk
+        text = decode(tokens)
+        at = _first_stop(text, stops)
+        if at is not None:
+            yield text[given:at]
+            return
+        text = text.rstrip("\ufffd")
+        held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        if len(text) - held > given:
+            yield text[given : len(text) - held]
+            given = len(text) - held
+    yield decode(tokens)[given:]
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+    return min((text.index(stop) for stop in stops if stop in text), default=None)
+
+
+def chat(reply: Callable[[Messages, int], Iterator[str]], read: Callable[[], str]) -> None:
+    """Holds a conversation on the terminal.
+
+    Args:
+      reply: (messages so far, the last by the user; number of the turn) -> the answer, in pieces.
+      read: returns the user's next line, and raises EOFError after the last.
+    """
+    print(_CHAT_HELP, file=sys.stderr)
+    messages: Messages = []
+    turn = 0
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = read().strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line == "/reset":
+            messages = []
+        elif line.startswith("/"):
+            print(_CHAT_HELP, file=sys.stderr)
+        elif line:
+            asked = [*messages, {"role": "user", "content": line}]
+            answer = ""
+            try:
+                for piece in reply(asked, turn):
+                    print(piece, end="", flush=True)
+                    answer += piece
+            except InputError as error:
+                print(f"error: {error} /reset forgets the conversation.", file=sys.stderr)
+                continue
+            except KeyboardInterrupt:
+                pass  # what has come so far is the answer
+            print(flush=True)
+            turn += 1
+            if answer.strip():
+                messages = [*asked, {"role": "assistant", "content": answer}]
+            else:
+                print("(an empty answer: the question is forgotten)", file=sys.stderr)
+
+
+def _to_json(prompt: Prompt, text: str, completion: Completion) -> str:
+    asked = {"prompt": prompt.record} if isinstance(prompt.record, str) else prompt.record
+    return json.dumps(
+        {**asked, "completion": text, "tokens": completion.tokens, "logprob": sum(completion.logprobs)},
+        ensure_ascii=False,
+    )
+
+
+def _open(path: str | None) -> contextlib.AbstractContextManager[TextIO]:
+    if path is None:
+        return contextlib.nullcontext(sys.stdout)
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output = {path}: can't be written ({error}). Name another file.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
