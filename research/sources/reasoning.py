@@ -79,7 +79,7 @@ def verify(task: str, entry: str | None, completion: str) -> bool:
       InputError: as in `records`, or there is no entry.
     """
     if entry is None:
-        raise InputError(f"task {task!r}: the record lacks the 'entry' that its scorer reads. Generate it.")
+        raise InputError(f"task {task!r}: the record lacks 'entry', which records() gave. Restore the field.")
     name, completion = task.removeprefix(PREFIX), completion.strip()
     original = ast.literal_eval(entry)
     if name.partition("?")[0] in _ANY_TEXT_SCORES:

@@ -17,7 +17,7 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch):
 
 def test_a_record_without_its_entry():
     record = {"prompt": "1 + 1", "response": "2", "task": "reasoning_gym:chain_sum"}
-    with pytest.raises(InputError, match="lacks the 'entry'"):
+    with pytest.raises(InputError, match="lacks 'entry'"):
         tasks.verify_record(record, "2")
 
 
