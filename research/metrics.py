@@ -83,6 +83,7 @@ class Writer:
         self._workdir, self._total_steps, self._start_step = workdir, total_steps, start_step
         self._use_tensorboard, self._wandb_options, self._config = tensorboard, wandb, run_config
         self._bar = self._tensorboard = self._wandb = None
+        self._clock: tuple[int, float] | None = None  # the first step done here, and when
 
     def __enter__(self) -> "Writer":
         if not self._active:
@@ -110,8 +111,6 @@ class Writer:
                 dynamic_ncols=True,
                 bar_format="step {n_fmt}/{total_fmt} {bar:16}  {desc}",
             )
-        # The first write moves this point, so that later estimates of the end leave compilation out.
-        self._eta_from, self._compiled = (self._start_step, time.monotonic()), False
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -157,7 +156,8 @@ class Writer:
             self._wandb.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
 
     def advance(self, step: int) -> None:
-        """Moves the bar to `step` between writes; costs next to nothing."""
+        """Says that `step` is done, for the bar and the time left; costs next to nothing."""
+        self._mark(step)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
@@ -182,14 +182,17 @@ class Writer:
         self._bar.refresh()
 
     def _eta(self, step: int) -> str:
-        now = time.monotonic()
-        step0, time0 = self._eta_from
-        eta = ""
-        if step0 < step < self._total_steps:
-            eta = f"ETA {duration((self._total_steps - step) * (now - time0) / (step - step0))}"
-        if not self._compiled:
-            self._eta_from, self._compiled = (step, now), True
-        return eta
+        """The time left, at the speed since the first step: that one has compilation in it."""
+        self._mark(step)
+        if self._clock is None or not self._clock[0] < step < self._total_steps:
+            return ""
+        first, started = self._clock
+        left = (time.monotonic() - started) / (step - first) * (self._total_steps - step)
+        return f"ETA {duration(left)}"
+
+    def _mark(self, step: int) -> None:
+        if self._clock is None and step > self._start_step:
+            self._clock = step, time.monotonic()
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:
@@ -225,9 +228,9 @@ def describe(values: Mapping[str, float]) -> str:
     train = [show(values[f"train/{name}"]) for name, show in formats.items() if f"train/{name}" in values]
     groups: dict[str, list[str]] = {}
     for name, value in values.items():
-        group, _, rest = name.rpartition("/")
-        if not name.startswith("train/"):
-            groups.setdefault(group, []).append(f"{rest} {value:.4g}")
+        group, slash, rest = name.partition("/")
+        if group != "train":
+            groups.setdefault(group if slash else "", []).append(f"{rest or name} {value:.4g}")
     return "  ".join(train + ["  ".join([*filter(None, [group]), *shown]) for group, shown in groups.items()])
 
 

@@ -23,14 +23,7 @@ from research.errors import InputError
 from research.metrics import read_metrics, read_samples
 
 _FIRST = ("loss", "perplexity", "bits_per_byte", "exact_match", "accuracy")
-_LAST = (
-    "grad_norm",
-    "update_ratio",
-    "learning_rate",
-    "tokens_per_second",
-    "mfu",
-    "supervised_fraction",
-)
+_TRAINING = ("grad_norm", "update_ratio", "learning_rate", "tokens_per_second", "mfu", "supervised_fraction")
 _LOG_SCALE = ("loss", "perplexity", "bits_per_byte", "grad_norm", "update_ratio")
 _COLORS = ("#4a7de0", "#e07b39", "#2f9e6e", "#c0487f", "#8a63d2", "#c9a227", "#3aa0b8", "#8c6d5a")
 _BAD = "#d33b3b"
@@ -96,18 +89,32 @@ def load_run(workdir: str, name: str | None = None) -> Run:
 
 
 def group_metrics(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Returns plot -> the metrics in it: those with the same last component, as in train/loss and eval/loss."""
-    groups: dict[str, list[str]] = {}
-    for metric in sorted({metric for run in runs for metric in run.series}, key=lambda m: (m[:6] != "train/", m)):
-        groups.setdefault(metric.rpartition("/")[2], []).append(metric)
+    """Returns title -> the metrics of one plot, the most telling first.
 
-    def order(title: str) -> tuple:
-        first = _FIRST.index(title) if title in _FIRST else len(_FIRST)
-        last = _LAST.index(title) if title in _LAST else len(_LAST)
-        evaluated = any(not metric.startswith("train/") for metric in groups[title])
-        return (first, not evaluated, last, title)
+    A plot holds what is measured by the same name: train/loss, eval/loss and train/sft/loss; eval/exact_match and
+    eval/exact_match/sort.
+    """
+    metrics = sorted({metric for run in runs for metric in run.series}, key=lambda m: (m[:6] != "train/", m))
+    plain = {metric.partition("/")[2] for metric in metrics}
+    groups: dict[str, list[str]] = {}
+    for metric in metrics:
+        parts = metric.split("/")[1:] or [metric]
+        groups.setdefault(next((part for part in parts if part in plain), parts[-1]), []).append(metric)
+
+    def order(title: str) -> tuple[int, str]:
+        if title in _FIRST:
+            return _FIRST.index(title), title
+        if title in _TRAINING:
+            return 200 + _TRAINING.index(title), title
+        return (100 if any(not metric.startswith("train/") for metric in groups[title]) else 300), title
 
     return {title: groups[title] for title in sorted(groups, key=order)}
+
+
+def changes(title: str, metrics: Sequence[str], runs: Sequence[Run]) -> bool:
+    """Whether there is anything to plot: a curve that isn't the same number all along; a loss is plotted anyway."""
+    curves = (run.series[metric][1] for run in runs for metric in metrics if metric in run.series)
+    return title in _FIRST or any(len(np.unique(values)) > 1 for values in curves)
 
 
 def plot(title: str, metrics: Sequence[str], runs: Sequence[Run], theme: str = "light") -> bytes:
@@ -119,11 +126,11 @@ def plot(title: str, metrics: Sequence[str], runs: Sequence[Run], theme: str = "
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator
     from PIL import Image
 
     style = _THEMES[theme]
-    labels = {metric: metric.rpartition("/")[0] or metric for metric in metrics}
+    labels = {metric: "/".join(part for part in metric.split("/") if part != title) or metric for metric in metrics}
     colored = metrics if len(runs) == 1 else [run.name for run in runs]
     many = colormaps["viridis"](np.linspace(0.1, 0.9, len(colored)))
     palette = dict(zip(colored, _COLORS if len(colored) <= len(_COLORS) else many, strict=False))
@@ -159,6 +166,7 @@ def plot(title: str, metrics: Sequence[str], runs: Sequence[Run], theme: str = "
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g}%"))
     elif seen.size and np.abs(seen).max() >= 10_000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10), integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
     axes.set_title(_words(title), color=style["ink"], fontsize=12, loc="left", pad=8)
@@ -191,7 +199,7 @@ def make_page(runs: Sequence[Run], plots: Mapping[str, Mapping[str, bytes]]) -> 
     """Returns the report as HTML that refers to no other file; `plots` holds title -> theme -> PNG."""
     names = ", ".join(run.name for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"
     parts = [f"<h1>{_escape(names)}</h1>", _status(runs), "<h2>Numbers</h2>", _numbers(runs)]
-    parts += ["<h2>Curves</h2>", "<p>Faint: as logged. Line: moving mean, where a curve is noisy.</p>"]
+    parts += ["<h2>Curves</h2>", _CAPTION]
     parts.append('<div class="plots">')
     for title, png in plots.items():
         parts.append(
@@ -220,6 +228,7 @@ def write_report(workdirs: Sequence[str], out: str | None = None) -> str:
     plots = {
         title: {theme: plot(title, metrics, runs, theme) for theme in _THEMES}
         for title, metrics in group_metrics(runs).items()
+        if changes(title, metrics, runs)
     }
     page = make_page(runs, plots)
     out = out or os.path.join(workdirs[0], "report")
@@ -348,10 +357,13 @@ def _settings(title: str, runs: Sequence[Run], settings: Sequence[Mapping[str, s
     parts = [f"<h2>{title}</h2>"]
     if differing:
         parts.append(_table(header, differing, "settings"))
-    parts.append(f"<details><summary>all</summary>{_table(header, rows, 'settings')}</details>")
+    unfolded = "" if differing or len(rows) > 20 else " open"
+    parts.append(f"<details{unfolded}><summary>all</summary>{_table(header, rows, 'settings')}</details>")
     return "\n".join(parts)
 
 
+_CAPTION = """<p>Faint: as logged. Line: moving mean, where a curve is noisy. A metric that never changes has no
+plot.</p>"""
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -395,22 +407,25 @@ th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 .numbers td + td, .numbers th + th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .settings td { font-family: ui-monospace, monospace; font-size: .82rem; overflow-wrap: anywhere; }
 p { margin: .4rem 0 .8rem; color: var(--soft); font-size: .88rem; }
+.settings td:first-child { white-space: nowrap; }
 .name { margin: .8rem 0 .2rem; color: var(--soft); font-size: .85rem; }
 pre { margin: 0 0 .4rem; padding: .6rem .8rem; background: var(--page); border-radius: .4rem;
   white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.45 ui-monospace, monospace; }
 """
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m research.report", description=__doc__.split("\n")[0])
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run; several are compared")
     parser.add_argument("--out", help="folder to write to (default: the first WORKDIR/report)")
     args = parser.parse_args(argv)
-    print(write_report(args.workdirs, args.out))
+    try:
+        print(write_report(args.workdirs, args.out))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

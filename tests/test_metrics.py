@@ -130,6 +130,7 @@ def test_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
     monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((120, 24)))
     with open_writer(tmp_path, start_step=10) as writer:
+        writer.advance(11)
         writer.write(50, {"train/loss": 1.5})
         writer.print("a message")
         writer.write(100, {"train/loss": 1.25, "eval/loss": 2.0})
@@ -198,7 +199,7 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
 
 def test_describe_and_duration():
     assert describe({"eval/sort/exact_match": 0.5, "train/loss": math.nan, "x": 1}) == (
-        "loss nan  eval/sort  exact_match 0.5  x 1"
+        "loss nan  eval  sort/exact_match 0.5  x 1"
     )
     assert [duration(s) for s in (0, 83, 3723, 2 * 86400 + 3723)] == ["0:00", "1:23", "1:02:03", "2d 1:02:03"]
 

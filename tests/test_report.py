@@ -18,7 +18,7 @@ def make_run(workdir, scale=1.0, config=None):
     with Writer(str(workdir), total_steps=40, start_step=0, tensorboard=False, run_config={}) as writer:
         for step in range(10, 50, 10):
             loss = math.nan if step == 20 else scale / step
-            writer.write(step, {"train/loss": loss, "train/learning_rate": 1e-3, "train/mfu": 0.4})
+            writer.write(step, {"train/loss": loss, "train/learning_rate": 1e-3 * step, "train/constant": 4})
             writer.write(step, {"eval/loss": scale / step, "eval/sort/exact_match": 0.5})
             writer.text(step, "sort", f"<script>{step}</script>")
     about = {"versions": {"jax": "1.2.3"}, "command": "python -m research.main --config=x.py"}
@@ -50,6 +50,17 @@ def test_train_and_eval_share_a_plot_and_loss_comes_first():
     groups = group_metrics([run_of({name: ([0], [0.0]) for name in names})])
     assert list(groups) == ["loss", "exact_match", "mfu", "odd"]
     assert groups["loss"] == ["train/loss", "train/sft/loss", "eval/loss"]
+
+
+def test_parts_of_a_metric_are_in_its_plot():
+    names = ["eval/exact_match", "eval/exact_match/sort", "train/grad_norm", "eval/tokens", "x"]
+    groups = group_metrics([run_of({name: ([0], [0.0]) for name in names})])
+    assert groups == {
+        "exact_match": ["eval/exact_match", "eval/exact_match/sort"],
+        "tokens": ["eval/tokens"],
+        "x": ["x"],
+        "grad_norm": ["train/grad_norm"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -87,11 +98,10 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path):
         "exact_match.png",
         "learning_rate.png",
         "loss.png",
-        "mfu.png",
     ]
     page = (tmp_path / "one/report/report.html").read_text()
     sources = re.findall(r"(?:src|srcset|href)=\"([^\"]{0,30})", page)
-    assert len(sources) == 8
+    assert len(sources) == 6
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "&lt;script&gt;40&lt;/script&gt;" in page
     assert "<script" not in page
@@ -119,7 +129,7 @@ def test_runs_of_one_name_keep_their_paths(tmp_path):
     assert all(workdir in page for workdir in workdirs)
 
 
-def test_bad_workdirs_are_named_and_nothing_is_written(tmp_path):
+def test_bad_workdirs_are_named_and_nothing_is_written(tmp_path, capsys):
     good = make_run(tmp_path / "good")
     with pytest.raises(InputError, match=r"nowhere: there is no metrics\.jsonl"):
         write_report([good, str(tmp_path / "nowhere")])
@@ -131,6 +141,8 @@ def test_bad_workdirs_are_named_and_nothing_is_written(tmp_path):
     with pytest.raises(InputError, match=r"config\.json: not a JSON object"):
         write_report([good])
     assert not (tmp_path / "good/report").exists()
+    assert report.main([str(tmp_path / "nowhere")]) == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_plots_leave_pyplot_alone(tmp_path):
