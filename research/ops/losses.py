@@ -1,0 +1,226 @@
+"""Cross-entropy over a large vocabulary without the logits: no array of size [B, T, V] is ever held.
+
+Logits are made a chunk of time at a time. Where a gradient is wanted it is made in the forward pass, chunk by chunk
+while the logits are there, and only scaled in the backward pass: nothing is stored for it but the gradient itself, and
+nothing computed twice.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research import sharding
+
+# A chunk's float32 logits on one device take at most this much; the gradient needs twice that.
+CHUNK_BYTES = 256 * 2**20
+# Tokens of a chunk on one device: enough for the matrix products to outweigh the reading and writing of the kernel's
+# gradient [D, V], which each chunk adds to. On a CPU more of them only leave the cache.
+CHUNK_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
+
+
+class Head(NamedTuple):
+    """What turns hidden states into logits: softcap * tanh((hidden @ kernel + bias) / softcap).
+
+    Attributes:
+      kernel: [D, V]; the transpose of the embedding where the two are tied.
+      bias: [V], or None.
+      softcap: a python float; 0 means that logits aren't capped (Gemma 2, arXiv:2408.00118, section 2).
+    """
+
+    kernel: jax.Array
+    bias: jax.Array | None
+    softcap: float
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over tokens, each times its weight: float32 scalars. Only `loss_sum` has a gradient.
+
+    Attributes:
+      loss_sum: the loss, label smoothing and z-loss included.
+      nll_sum: -log p(target).
+      z_sum: logsumexp(logits)^2.
+      correct_sum: 1 where the target's logit is above all others, else 0.
+      weight_sum: the weights.
+    """
+
+    loss_sum: jax.Array
+    nll_sum: jax.Array
+    z_sum: jax.Array
+    correct_sum: jax.Array
+    weight_sum: jax.Array
+
+
+class _Options(NamedTuple):
+    softcap: float
+    z_loss: float
+    label_smoothing: float
+    chunk: int
+
+
+class _Tokens(NamedTuple):
+    """Per-token values, [B, T] float32."""
+
+    loss: jax.Array
+    nll: jax.Array
+    logsumexp: jax.Array
+    correct: jax.Array
+
+
+def cross_entropy(
+    hidden: jax.Array,
+    head: Head,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    chunk: int | None = None,
+) -> CrossEntropy:
+    """Weighted sum over tokens of the cross-entropy of softmax(logits) with the smoothed target, plus the z-loss.
+
+    With e = label_smoothing, the target has probability 1 - e + e / V and every other token e / V (arXiv:1512.00567,
+    section 7, as in torch). The z-loss of a token is z_loss * logsumexp(logits)^2 (PaLM, arXiv:2204.02311, section 5).
+    The matrix product runs in the dtype of `hidden` and accumulates in float32; all else is in float32.
+
+    Differentiable once, in reverse mode, with respect to hidden, head and weights.
+
+    Args:
+      hidden: [B, T, D].
+      head: the unembedding.
+      targets: [B, T] int32. Where the weight is 0, any value will do, -100 as well.
+      weights: [B, T] float32.
+      z_loss: coefficient of the z-loss.
+      label_smoothing: e above, in [0, 1).
+      chunk: positions per chunk; by default what CHUNK_TOKENS and CHUNK_BYTES allow on each device.
+    """
+    options = _Options(head.softcap, z_loss, label_smoothing, chunk or _chunk_size(hidden, head.kernel))
+    loss_sum, tokens = _cross_entropy(options, hidden, head.kernel, head.bias, targets, weights)
+    weights = jax.lax.stop_gradient(weights)
+    return CrossEntropy(
+        loss_sum=loss_sum,
+        nll_sum=jnp.sum(weights * tokens.nll),
+        z_sum=jnp.sum(weights * jnp.square(tokens.logsumexp)),
+        correct_sum=jnp.sum(weights * tokens.correct),
+        weight_sum=jnp.sum(weights),
+    )
+
+
+def log_probs(hidden: jax.Array, head: Head, targets: jax.Array, *, chunk: int | None = None) -> jax.Array:
+    """log p(target) under softmax(logits), [B, T] float32; the gradient computes each chunk's logits again.
+
+    Args: see `cross_entropy`. Where the target isn't in [0, V) the value means nothing, and must not be used.
+    """
+    options = _Options(head.softcap, 0.0, 0.0, chunk or _chunk_size(hidden, head.kernel))
+    return _log_probs(options, hidden, head.kernel, head.bias, targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(options, hidden, kernel, bias, targets, weights):
+    tokens, _ = _scan(options, hidden, kernel, bias, targets, weights, with_gradient=False)
+    return jnp.sum(weights * tokens.loss), tokens
+
+
+def _cross_entropy_forward(options, hidden, kernel, bias, targets, weights):
+    tokens, gradient = _scan(options, hidden, kernel, bias, targets, weights, with_gradient=True)
+    return (jnp.sum(weights * tokens.loss), tokens), (*gradient, tokens.loss)
+
+
+def _cross_entropy_backward(options, residuals, cotangents):
+    scale = lambda x: (cotangents[0] * x.astype(jnp.float32)).astype(x.dtype)  # noqa: E731
+    g_hidden, g_kernel, g_bias, g_weights = jax.tree.map(scale, residuals)
+    return g_hidden, g_kernel, g_bias, None, g_weights
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_probs(options, hidden, kernel, bias, targets):
+    weights = jnp.ones(targets.shape, jnp.float32)
+    return -_scan(options, hidden, kernel, bias, targets, weights, with_gradient=False)[0].nll
+
+
+def _log_probs_forward(options, hidden, kernel, bias, targets):
+    return _log_probs(options, hidden, kernel, bias, targets), (hidden, kernel, bias, targets)
+
+
+def _log_probs_backward(options, residuals, cotangent):
+    # The gradient of sum(g * log p) is that of the cross-entropy with weights -g.
+    _, gradient = _scan(options, *residuals, -cotangent, with_gradient=True)
+    return *gradient, None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
+def _scan(options, hidden, kernel, bias, targets, weights, *, with_gradient):
+    """Runs over chunks of time. Returns _Tokens, and the gradients of the loss sum by hidden, kernel and bias."""
+    B, T, _ = hidden.shape
+    n = math.ceil(T / options.chunk)
+    chunk = math.ceil(T / n)
+
+    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [n, B, chunk, ...]
+        x = jnp.pad(x, [(0, 0), (0, n * chunk - T)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, n, chunk, *x.shape[2:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(B, n * chunk, *x.shape[3:])[:, :T]
+
+    def body(sums, x):
+        tokens, g_hidden, *more = _one_chunk(options, compute_kernel, bias, *x, with_gradient)
+        return jax.tree.map(jnp.add, sums, tuple(more)), (tokens, g_hidden)
+
+    compute_kernel = kernel.astype(hidden.dtype)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (kernel, bias) if with_gradient else (None, None))
+    sums, (tokens, g_hidden) = jax.lax.scan(body, zeros, jax.tree.map(split, (hidden, targets, weights)))
+    tokens = jax.tree.map(join, tokens)
+    if not with_gradient:
+        return tokens, None
+    g_kernel, g_bias = jax.tree.map(lambda g, x: g.astype(x.dtype), sums, (kernel, bias))
+    return tokens, (join(g_hidden), g_kernel, g_bias)
+
+
+def _one_chunk(options, kernel, bias, hidden, targets, weights, with_gradient):
+    """hidden [B, t, D], targets and weights [B, t] -> _Tokens of [B, t], and the gradients (None unless wanted)."""
+    V, e = kernel.shape[1], options.label_smoothing
+    logits = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits += bias.astype(jnp.float32)[None, None, :]
+    if options.softcap:
+        logits = options.softcap * jnp.tanh(logits / options.softcap)
+    # A comparison rather than a gather, so that the vocabulary may be sharded.
+    at_target = jnp.arange(V, dtype=targets.dtype)[None, None, :] == targets[:, :, None]
+    target_logit = jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1)
+    not_below = jnp.sum((logits >= target_logit[:, :, None]).astype(jnp.float32), axis=-1)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    loss = lse - (1 - e) * target_logit + options.z_loss * jnp.square(lse)
+    if e:
+        loss -= e * jnp.mean(logits, axis=-1)
+    tokens = _Tokens(loss, lse - target_logit, lse, (not_below == 1).astype(jnp.float32))
+    if not with_gradient:
+        return tokens, None, None, None
+
+    g = jnp.exp(logits - lse[:, :, None]) * (1 + 2 * options.z_loss * lse)[:, :, None]
+    g -= jnp.where(at_target, 1 - e + e / V, e / V)
+    g *= weights[:, :, None]
+    if options.softcap:
+        g *= 1 - jnp.square(logits / options.softcap)
+    g_bias = None if bias is None else jnp.sum(g, axis=(0, 1))
+    g = g.astype(hidden.dtype)
+    g_hidden = jnp.einsum("btv,dv->btd", g, kernel, preferred_element_type=jnp.float32).astype(hidden.dtype)
+    g_kernel = jnp.einsum("btd,btv->dv", hidden, g, preferred_element_type=jnp.float32)
+    return tokens, g_hidden, g_kernel, g_bias
+
+
+def _chunk_size(hidden: jax.Array, kernel: jax.Array) -> int:
+    """As many positions as CHUNK_TOKENS and CHUNK_BYTES allow on each device of the mesh in context."""
+    (B, T, D), V = hidden.shape, kernel.shape[1]
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = {} if mesh.empty else mesh.shape
+    rows = B / math.prod(parts.get(axis, 1) for axis in sharding.RULES["batch"])
+    bytes_per_token = 4 * V / parts.get(sharding.RULES["vocab"], 1)
+    tokens = max(D, CHUNK_TOKENS.get(jax.default_backend(), 2048))
+    return int(max(1, min(T, min(tokens, CHUNK_BYTES / bytes_per_token) // rows)))

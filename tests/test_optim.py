@@ -1,0 +1,231 @@
+import dataclasses
+
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from research.errors import InputError
+from research.optim import OptimizerSpec, make_optimizer, make_schedule
+
+Dims = optax.contrib.MuonDimensionNumbers
+SCHEDULES = goldens.load("schedules")
+OPTIMIZERS = goldens.load("optim")
+
+
+@pytest.fixture
+def x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_of_transformers(name):
+    hparams, kind = SCHEDULES[name].hparams, name.split("_{")[0]
+    ours = {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"}
+    steps = hparams["num_training_steps"]
+    low = hparams.get("min_lr_rate", hparams.get("min_lr_ratio", 0.0))
+    spec = OptimizerSpec(
+        learning_rate=1.0,
+        schedule=ours.get(kind, kind),
+        warmup_steps=0 if kind == "constant" else hparams["num_warmup_steps"],
+        start_ratio=low if kind == "warmup_stable_decay" else 0.0,  # where theirs starts its warm-up
+        end_ratio=low,
+        decay_fraction=hparams.get("num_decay_steps", 1) / steps,
+    )
+    rates = make_schedule(spec, steps)(jnp.arange(steps))
+    assert rates.dtype == jnp.float32
+    np.testing.assert_allclose(rates, SCHEDULES[name].outputs["lr"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant", "inverse_sqrt"])
+@pytest.mark.parametrize("warmup", [0, 10, 100])
+def test_a_schedule_is_continuous_peaks_where_warm_up_ends_and_stays_at_its_end(schedule, warmup):
+    if schedule == "wsd" and warmup == 100:
+        return
+    spec = OptimizerSpec(learning_rate=0.5, schedule=schedule, warmup_steps=warmup, end_ratio=0.2)
+    rates = np.asarray(make_schedule(spec, 100)(jnp.arange(150)))
+    assert np.abs(np.diff(rates[:100])).max() <= 0.5 / 10 + 1e-6
+    assert rates.max() == rates[warmup] == 0.5 or warmup == 100
+    if schedule in ("cosine", "linear", "wsd"):
+        np.testing.assert_allclose(rates[100:], 0.1, rtol=1e-6)
+
+
+def _trajectory(spec, case, *, dims=None, dtype=jnp.float64):
+    """Parameters after each of the case's steps, name -> array."""
+    params = {k: jnp.asarray(case.inputs[f"{k}0"], dtype) for k in ("w", "b") if f"{k}0" in case.inputs}
+    grads = {k: jnp.asarray(case.inputs[f"grad_{k}"], dtype) for k in params}
+    steps = grads["w"].shape[0]
+    tx = make_optimizer(spec, steps, jax.tree.map(lambda _: True, params), dims)
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        params = jax.tree.map(lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), params, updates)
+        return (params, state), params
+
+    return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
+
+
+def _spec(name, hparams, **fields):
+    b1, b2 = hparams.get("betas", (0.9, 0.999))
+    spec = OptimizerSpec(
+        name=name,
+        learning_rate=hparams["lr"] or 0.01,
+        schedule="constant",
+        weight_decay=hparams.get("weight_decay", 0.01),
+        b1=b1,
+        b2=b2,
+        clip_norm=hparams.get("max_norm", 0.0),
+        momentum=hparams.get("momentum", 0.0),
+        nesterov=hparams.get("nesterov", False),
+    )
+    return dataclasses.replace(spec, **fields)
+
+
+def _close(ours, case, **tolerance):
+    for name in ours:
+        np.testing.assert_allclose(ours[name], case.outputs[name], err_msg=name, **tolerance)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_llm", "adamw_bigeps"])
+def test_adamw_of_torch(x64, name):
+    # In float64 but for the first moment, which is held in float32.
+    case = OPTIMIZERS[name]
+    _close(_trajectory(_spec("adamw", case.hparams, eps=case.hparams["eps"]), case), case, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw_clip1.0", "adamw_clip0.1"])
+def test_clipping_of_torch(x64, name):
+    # torch adds 1e-6 to the norm that it divides by.
+    case = OPTIMIZERS[name]
+    _close(_trajectory(_spec("adamw", case.hparams), case), case, rtol=1e-6)
+
+
+def test_a_schedule_moves_with_the_updates_as_in_torch(x64):
+    case = OPTIMIZERS["adamw_cosine"]
+    spec = _spec("adamw", case.hparams, schedule="cosine")
+    np.testing.assert_allclose(make_schedule(spec, 20)(jnp.arange(20)), case.outputs["lr"], rtol=1e-9)
+    _close(_trajectory(spec, case), case, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd_momentum", "sgd_nesterov"])
+def test_sgd_of_torch(x64, name):
+    case = OPTIMIZERS[name]
+    spec = _spec("sgd", case.hparams, weight_decay=case.hparams.get("weight_decay", 0.0), mu_dtype="float32")
+    _close(_trajectory(spec, case, dtype=jnp.float32), case, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adafactor_hf_fixed", "adafactor_hf_relative"])
+def test_adafactor_of_transformers(x64, name):
+    # Relative: their rate is min(0.01, 1 / sqrt(step)) times the parameter's scale, 0.01 for the first 10 000 steps.
+    case = OPTIMIZERS[name]
+    relative = case.hparams["relative_step"]
+    spec = _spec("adafactor", case.hparams, weight_decay=0.0, scale_by_parameter=relative, factor_min_size=1)
+    _close(_trajectory(spec, case), case, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", ["original", "match_rms_adamw"])
+def test_muon_of_torch(scaling):
+    # Theirs runs Newton-Schulz in bfloat16, and a matrix as [outputs, inputs].
+    case = OPTIMIZERS[f"muon_{scaling}"]
+    spec = _spec("muon", case.hparams, muon_scaling=scaling)
+    ours = _trajectory(spec, case, dims={"w": Dims(reduction_axis=1, output_axis=0)}, dtype=jnp.float32)
+    _close(ours, case, rtol=1e-2)
+    moved = np.abs(np.diff(case.outputs["w"], axis=0)).mean()
+    assert np.abs(np.diff(ours["w"], axis=0) - np.diff(case.outputs["w"], axis=0)).mean() < 0.02 * moved
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_small_updates_vanish_in_bfloat16_parameters_alone(dtype):
+    case = OPTIMIZERS[f"adamw_{dtype}_lr0.0001"]
+    w = _trajectory(_spec("adamw", case.hparams), case, dtype=dtype)["w"]
+    changed = np.mean(np.asarray(w[-1] != jnp.asarray(case.inputs["w0"], dtype)))
+    assert changed == case.outputs["fraction_of_w_changed"]
+
+
+def _one_update(spec, params, grads, decay=None, dims=None):
+    spec = dataclasses.replace(spec, schedule="constant", clip_norm=0.0)
+    tx = make_optimizer(spec, 10, decay or jax.tree.map(lambda _: False, params), dims)
+    return tx.update(grads, tx.init(params), params)[0]
+
+
+def test_lion_steps_by_the_sign():
+    spec = OptimizerSpec(name="lion", learning_rate=0.1, weight_decay=0.5)
+    params, grads = {"w": jnp.array([1.0, 2.0, 3.0])}, {"w": jnp.array([1e-3, -7.0, 0.0])}
+    updates = _one_update(spec, params, grads, decay={"w": True})
+    np.testing.assert_allclose(updates["w"], [-0.1 * (1 + 0.5), -0.1 * (-1 + 1.0), -0.1 * 1.5], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd"])
+def test_decay_follows_the_mask(name):
+    params = {"kernel": jnp.ones((3, 4, 5)), "norm": jnp.ones((3, 4))}
+    dims = {"kernel": Dims((1,), (2,)), "norm": None}
+    spec = OptimizerSpec(name=name, learning_rate=0.1, weight_decay=0.5)
+    updates = _one_update(spec, params, jax.tree.map(jnp.zeros_like, params), {"kernel": True, "norm": False}, dims)
+    scale = 1.95 if name == "sgd" else 1.0  # Nesterov's momentum of a first gradient
+    np.testing.assert_allclose(updates["kernel"], jnp.full((3, 4, 5), -0.05 * scale), rtol=1e-6)
+    np.testing.assert_array_equal(updates["norm"], jnp.zeros((3, 4)))
+
+
+def test_muon_orthogonalises_each_matrix_of_a_stack_and_adamw_takes_the_rest():
+    keys = iter(jax.random.split(jax.random.key(0), 3))
+    shapes = {"q": (2, 12, 4, 2), "o": (2, 4, 2, 12), "embed": (20, 12)}  # [L, D, H, h], [L, H, h, D], [V, D]
+    grads = {k: jax.random.normal(next(keys), shape) for k, shape in shapes.items()}
+    params = jax.tree.map(jnp.ones_like, grads)
+    dims = {"q": Dims((1,), (2, 3)), "o": Dims((1, 2), (3,)), "embed": None}
+    spec = OptimizerSpec(name="muon", learning_rate=1.0, weight_decay=0.0)
+    updates = _one_update(spec, params, grads, dims=dims)
+
+    for layer in range(2):
+        one = _one_update(
+            spec,
+            {"q": params["q"][layer].reshape(12, 8), "o": params["o"][layer].reshape(8, 12)},
+            {"q": grads["q"][layer].reshape(12, 8), "o": grads["o"][layer].reshape(8, 12)},
+            dims={"q": Dims(0, 1), "o": Dims(0, 1)},
+        )
+        for name in ("q", "o"):
+            np.testing.assert_allclose(updates[name][layer].reshape(one[name].shape), one[name], atol=1e-5)
+            singular = np.linalg.svd(one[name], compute_uv=False) / (0.2 * 12**0.5)
+            assert singular.min() > 0.6
+            assert singular.max() < 1.3
+    adamw = _one_update(dataclasses.replace(spec, name="adamw"), params, grads)
+    np.testing.assert_allclose(updates["embed"], adamw["embed"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
+def test_momentum_is_held_in_mu_dtype(name):
+    params = {"w": jnp.ones((4, 4))}
+    spec = OptimizerSpec(name=name, mu_dtype="bfloat16", momentum=0.9)
+    tx = make_optimizer(spec, 10, {"w": True}, {"w": Dims()})
+    state = tx.init(params)
+    updates, after = jax.jit(tx.update)(params, state, params)
+    assert updates["w"].dtype == jnp.float32
+    assert any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(state))
+    assert [x.dtype for x in jax.tree.leaves(state)] == [x.dtype for x in jax.tree.leaves(after)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"name": "adamW"}, ["optimizer.name", "adamW", "'adamw'"]),
+        ({"schedule": "cosin"}, ["optimizer.schedule", "cosin", "'cosine'"]),
+        ({"mu_dtype": "float16"}, ["optimizer.mu_dtype", "bfloat16"]),
+        ({"learning_rate": -1e-3}, ["optimizer.learning_rate", "-0.001"]),
+        ({"learning_rate": float("nan")}, ["optimizer.learning_rate", "nan"]),
+        ({"warmup_steps": 101}, ["optimizer.warmup_steps", "101", "steps = 100"]),
+        ({"warmup_steps": -1}, ["optimizer.warmup_steps", "-1"]),
+        ({"schedule": "wsd", "warmup_steps": 90}, ["optimizer.warmup_steps", "optimizer.decay_fraction", "100"]),
+        ({"b2": 1.0}, ["optimizer.b2", "1.0", "[0, 1)"]),
+        ({"end_ratio": 3e-5, "start_ratio": 2.0}, ["optimizer.start_ratio", "2.0"]),
+        ({"clip_norm": -1.0}, ["optimizer.clip_norm", "-1.0"]),
+        ({"name": "muon"}, ["optimizer.name", "muon", "adamw"]),
+    ],
+)
+def test_bad_values_are_named(fields, words):
+    with pytest.raises(InputError) as error:
+        make_optimizer(OptimizerSpec(**fields), 100, {"w": True}, {"w": None})
+    assert all(word in str(error.value) for word in words), error.value
