@@ -32,7 +32,7 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str | Path, *, keep_last: int = 2, best_metric: str = "", best_mode: str = "min"):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every internal step at the level of warnings
+        _quiet()
         keep: list[Any] = [policies.LatestN(keep_last)]
         if best_metric:
             sign = -1.0 if best_mode == "min" else 1.0
@@ -82,17 +82,23 @@ class Checkpointer:
           InputError: the checkpoint is damaged, or was made by a run of other shapes.
         """
         step = self.latest() if step is None else step
+        folder = self._manager.directory / str(step)
+        try:
+            found = ocp.PyTreeCheckpointer().metadata(folder / "state").item_metadata.tree
+        except Exception as error:
+            raise _damaged(Path(folder / "state"), error) from error
+        _check_shapes(folder, found.get("params"), like.params, "params")
         try:
             restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(like), run=ocp.args.JsonRestore()),
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), run=ocp.args.JsonRestore())
             )
-        except Exception as error:
+        except ValueError as error:  # the structures differ: another optimizer, or an average that wasn't there
             raise InputError(
-                f"{self._manager.directory / str(step)}: this checkpoint can't be read into the model and "
-                f"optimizer that the config describes: {_first_line(error)}\nIf the config has changed, start in a new "
-                f"--workdir; if the checkpoint is damaged, delete the folder, and the run goes on from the one before."
+                f"{folder}: was saved with another optimizer or ema_decay than the config's: {str(error)[:300]}\n"
+                "Start in a new --workdir, with model.init_from to take the parameters along."
             ) from error
+        except Exception as error:
+            raise _damaged(Path(folder / "state"), error) from error
         return restored["state"], restored["run"]["source"]
 
     def wait(self) -> None:
@@ -102,9 +108,10 @@ class Checkpointer:
         self._manager.close()
 
 
-def has_checkpoint(workdir: str | Path) -> bool:
+def steps(workdir: str | Path) -> list[int]:
+    """Steps of the checkpoints of a working directory, in order."""
     folder = Path(workdir) / FOLDER
-    return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def restore_params(
@@ -121,42 +128,59 @@ def restore_params(
     Raises:
       InputError: there is no checkpoint, or its parameters have other names or shapes.
     """
-    if not has_checkpoint(workdir):
-        raise InputError(
-            f"{workdir}: no checkpoint of a run here (it has no {FOLDER}/STEP). Name a --workdir of a run."
-        )
-    with ocp.CheckpointManager(Path(workdir).resolve() / FOLDER, item_names=("state", "run")) as manager:
-        step = manager.latest_step() if step is None else step
-        if step not in manager.all_steps():
-            raise InputError(f"{workdir}: has no step {step}; there are {sorted(manager.all_steps())}.")
-        key = "ema" if ema else "params"
-        _check_shapes(manager, step, key, like, workdir)
-        wanted = {key: like}
-        with ocp.PyTreeCheckpointer() as reader:
+    there = steps(workdir)
+    if not there:
+        raise InputError(f"{workdir}: has no {FOLDER}/STEP. Name the --workdir of a run that has saved a checkpoint.")
+    step = there[-1] if step is None else step
+    if step not in there:
+        raise InputError(f"{workdir}: has no checkpoint of step {step}; there are {', '.join(map(str, there))}.")
+    key = "ema" if ema else "params"
+    wanted = {key: like}
+    folder = Path(workdir).resolve() / FOLDER / str(step) / "state"
+    _quiet()
+    with ocp.PyTreeCheckpointer() as reader:
+        try:
+            found = reader.metadata(folder).item_metadata.tree
+        except Exception as error:
+            raise _damaged(folder, error) from error
+        _check_shapes(workdir, found.get(key), like, key)
+        try:
             state = reader.restore(
-                manager.directory / str(step) / "state",
+                folder,
                 args=ocp.args.PyTreeRestore(
-                    wanted,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                    partial_restore=True,
+                    wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
                 ),
             )
+        except Exception as error:
+            raise _damaged(folder, error) from error
     return state[key], step
 
 
-def _check_shapes(manager: Any, step: int, key: str, like: State, workdir: Any) -> None:
-    there = manager.item_metadata(step)["state"].tree.get(key)
-    if there is None:
-        raise InputError(f"{workdir}: the checkpoint of step {step} holds no {key!r}.")
-    shapes = {jax.tree_util.keystr(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(there)}
+def _check_shapes(workdir: str | Path, found: Any, like: State, key: str) -> None:
+    if found is None:
+        raise InputError(f"{workdir}: its checkpoint holds no {key!r}. Only a run with ema_decay > 0 has an average.")
+    shapes = {jax.tree_util.keystr(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(found)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(like):
         name = jax.tree_util.keystr(path)
         if shapes.get(name) != tuple(leaf.shape):
-            found = shapes.get(name, "missing")
             raise InputError(
-                f"{workdir}: parameter {name} has shape {found} in the checkpoint and {tuple(leaf.shape)} in the "
-                "config's model. Give config.model the values of the checkpoint's run (its config.json)."
+                f"{workdir}: parameter {name} has shape {shapes.get(name, 'missing')} in the checkpoint and "
+                f"{tuple(leaf.shape)} in the config's model. Give config.model the values of the checkpoint's run (its "
+                "config.json)."
             )
+
+
+def _damaged(folder: Path, error: BaseException) -> InputError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return InputError(
+        f"{folder}: this checkpoint is damaged and can't be read: {reason}\nDelete {folder.parent} to go on from the "
+        "checkpoint before it."
+    )
+
+
+def _quiet() -> None:
+    """Orbax reports every internal step at the level of warnings."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -165,7 +189,3 @@ def write_json(path: str | Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(path)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -153,11 +153,14 @@ def run(
     started = started or time.time()
     devices = jax.devices() if devices is None else devices
     config_lib.check(config, num_devices=len(devices))
+    wandb = {"project": config.log.wandb} if config.log.wandb else None
+    if wandb:
+        metrics.check_wandb(wandb)
     if config.compilation_cache:
         use_compilation_cache(config.data["cache_dir"])
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
 
-    tokenizer = tokenizers.load_tokenizer(workdir) if checkpoint.has_checkpoint(workdir) else None
+    tokenizer = tokenizers.load_tokenizer(workdir) if checkpoint.steps(workdir) else None
     data = dataset.load(config_lib.data_spec(config), config.tokenizer, tokenizer, seed=config.seed)
     source = dataset.make_source(
         data.train,
@@ -168,10 +171,11 @@ def run(
         process_count=jax.process_count(),
     )
     parts = assemble(config, mesh, source.spec, data.tokenizer.size)
+    peak = _peak_flops(mesh)
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         keys = jax.random.split(jax.random.PRNGKey(config.seed), 2)
-        resumed = checkpoint.has_checkpoint(workdir)
+        resumed = bool(checkpoint.steps(workdir))
         initial = None if resumed else _initial_params(config, parts, keys[0])
         saver = stack.enter_context(
             contextlib.closing(
@@ -196,7 +200,7 @@ def run(
                 total_steps=config.steps,
                 start_step=first,
                 tensorboard=config.log.tensorboard,
-                wandb={"project": config.log.wandb} if config.log.wandb else None,
+                wandb=wandb,
                 run_config=config_lib.to_dict(config),
             )
         )
@@ -205,16 +209,16 @@ def run(
             writer.print(f"resumed  at step {first} of {config.steps}")
             (Path(workdir) / "done.json").unlink(missing_ok=True)
         evals = _make_evals(config, parts, data, writer)
-        stop = stack.enter_context(_stop_on_signals(writer))
+        stop = stack.enter_context(_stop_on_signals())
         batches = stack.enter_context(contextlib.closing(_prefetch(source, source_state, parts.batch)))
-        _loop(config, parts, state, source_state, batches, evals, saver, writer, stop, workdir, started)
+        window = _Window(config, parts, writer, peak)
+        _loop(config, parts, state, source_state, batches, evals, saver, window, stop, workdir, started)
     return _finish(config, workdir)
 
 
-def _loop(config, parts, state, source_state, batches, evals, saver, writer, stop, workdir, started) -> None:
+def _loop(config, parts, state, source_state, batches, evals, saver, window, stop, workdir, started) -> None:
     """Every step: a batch, an update. At intervals: metrics, evaluation, checkpoint."""
     first, frozen = int(state.step), {}
-    window = _Window(config, parts, writer)
     if config.eval.every and first == 0:
         evals(state, frozen, 0)
     pending = None  # metrics are read one step late, so that the host doesn't wait for the step it has just sent off
@@ -229,9 +233,11 @@ def _loop(config, parts, state, source_state, batches, evals, saver, writer, sto
             pending = step, out
             if step == first + 1:
                 jax.block_until_ready(out)
-                writer.write(step, {"startup/seconds_to_first_step": time.time() - started})
+                window.writer.write(step, {"startup/seconds_to_first_step": time.time() - started})
                 window.start_clock(afresh=True)
             stopping, last = stop.is_set(), step == config.steps
+            if stopping:
+                window.writer.print("asked to stop: saving first")
             evaluating = config.eval.every and (last or step % config.eval.every == 0) and not stopping
             saving = last or stopping or (config.checkpoint.every and step % config.checkpoint.every == 0)
             if not (evaluating or saving):
@@ -265,13 +271,9 @@ def _finish(config: Config, workdir: str) -> dict[str, float]:
 class _Window:
     """The steps since the last line of the log: their metrics, and the time that went into training alone."""
 
-    def __init__(self, config: Config, parts: Parts, writer: metrics.Writer):
-        self.config, self.writer = config, writer
+    def __init__(self, config: Config, parts: Parts, writer: metrics.Writer, peak: float | None):
+        self.config, self.writer, self.peak = config, writer, peak
         self.flops_per_token = transformer.flops_per_token(parts.models["policy"].config, config.seq_len)
-        device = next(iter(parts.state.step.sharding.device_set))
-        self.peak = metrics.peak_flops(device)
-        if self.peak and device.platform != "cpu":  # simulated CPU devices share one machine's peak
-            self.peak *= len(parts.state.step.sharding.device_set)
         self.steps: list[train.Metrics] = []
         self.start_clock(afresh=True)
 
@@ -356,7 +358,7 @@ def _make_evals(
         put=lambda b: _put(b, parts.batch),
     )
     answer = None
-    records = [r for r in data.held_out_records if "text" not in r][: config.eval.generate]
+    records = data.held_out_records[: config.eval.generate]
     if records:
         answer = generation.make_generation(
             model,
@@ -383,6 +385,13 @@ def _make_evals(
         return scores
 
     return evaluate
+
+
+def _peak_flops(mesh: jax.sharding.Mesh) -> float | None:
+    """Of all devices; simulated CPU devices share one machine's peak."""
+    device = mesh.devices.flat[0]
+    peak = metrics.peak_flops(device)
+    return peak if peak is None or device.platform == "cpu" else peak * mesh.size
 
 
 def _initial_params(config: Config, parts: Parts, key: jax.Array) -> dict[str, Any]:
@@ -428,7 +437,7 @@ def _prefetch(source: Source, state: dict[str, Any], like: Mapping[str, jax.Shap
 
 
 @contextlib.contextmanager
-def _stop_on_signals(writer: metrics.Writer) -> Iterator[threading.Event]:
+def _stop_on_signals() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set, so that the loop can save first. A second SIGINT interrupts at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -439,7 +448,6 @@ def _stop_on_signals(writer: metrics.Writer) -> Iterator[threading.Event]:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
-        writer.print(f"{signal.Signals(number).name}: saving, then stopping")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -522,7 +530,7 @@ def load_model(workdir: str, *, step: int | None = None, ema: bool = False) -> L
       InputError: the folder isn't a run's, or its checkpoint can't be read.
     """
     record = Path(workdir) / "config.json"
-    if not checkpoint.has_checkpoint(workdir) or not record.is_file():
+    if not checkpoint.steps(workdir) or not record.is_file():
         raise InputError(
             f"{workdir}: not the workdir of a run that has saved: it lacks checkpoints/STEP or config.json."
         )

@@ -1,4 +1,4 @@
-"""Whole runs: every experiment builds, runs and traces at full size; a run that is stopped and resumed loses nothing."""
+"""Whole runs: every experiment builds, runs and traces at full size; what is stopped and resumed loses nothing."""
 
 import importlib
 import json
@@ -24,8 +24,7 @@ def load(name, arg="debug", **overrides):
 
 def parameters(workdir):
     """Every array of the newest checkpoint, by name."""
-    with checkpoint.ocp.CheckpointManager(Path(workdir).resolve() / checkpoint.FOLDER) as manager:
-        step = manager.latest_step()
+    step = checkpoint.steps(workdir)[-1]
     with checkpoint.ocp.StandardCheckpointer() as reader:
         tree = reader.restore(Path(workdir).resolve() / checkpoint.FOLDER / str(step) / "state")
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
@@ -103,7 +102,7 @@ def test_a_finished_run_is_left_alone(tmp_path):
 
 def test_sharded_run_has_the_losses_of_a_single_device(tmp_path):
     def losses(name, devices, **mesh):
-        c = load("sft", steps=4, **{"eval.every": 0, "optimizer.warmup_steps": 0}, **mesh)
+        c = load("sft", steps=4, **{"eval.every": 0, "checkpoint.best_metric": "", "optimizer.warmup_steps": 0}, **mesh)
         run.run(c, str(tmp_path / name), devices=devices)
         return [r["train/loss"] for r in metrics.read_metrics(str(tmp_path / name)) if "train/loss" in r]
 
@@ -119,7 +118,13 @@ def test_a_run_that_is_never_finite_ends_and_says_so(tmp_path):
         "sft",
         steps=20,
         max_bad_steps=3,
-        **{"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "optimizer.warmup_steps": 0, "eval.every": 0},
+        **{
+            "optimizer.learning_rate": 1e30,
+            "optimizer.clip_norm": 0.0,
+            "optimizer.warmup_steps": 0,
+            "eval.every": 0,
+            "checkpoint.best_metric": "",
+        },
     )
     with pytest.raises(run.Diverged, match="not finite 3 times in a row"):
         run.run(c, str(tmp_path))
