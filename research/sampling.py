@@ -36,7 +36,8 @@ class SamplingConfig:
       max_new_tokens: N, the most tokens that a row gets.
       temperature: logits are divided by it; 0 takes the likeliest token (of equals, the one of least id).
       top_k: keep this many of the likeliest tokens; 0 keeps all.
-      top_p: keep the fewest of the likeliest tokens whose probabilities add up to this (arXiv:1904.09751).
+      top_p: keep the fewest of the likeliest tokens whose probabilities add up to this (arXiv:1904.09751). It sorts
+        the vocabulary at every token; after a top_k it sorts only those.
       min_p: keep tokens at least this times as probable as the likeliest (arXiv:2407.01082).
       stop_tokens: ids that end a row.
     """
@@ -250,17 +251,20 @@ def filter_logits(logits: jax.Array, config: SamplingConfig) -> tuple[jax.Array,
 
     Returns:
       logits: [B, C] float32 of the candidates, -inf for those filtered out; C is top_k if that is set, else V.
-      ids: [B, C] int32 of the candidates, the likeliest first where there is a filter.
+      ids: [B, C] int32 of the candidates.
     """
     B, V = logits.shape
     logits = logits / config.temperature
-    if not config.top_k and config.top_p == 1 and not config.min_p:
-        return logits, jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32)[None], (B, V))
-    logits, ids = jax.lax.top_k(logits, min(config.top_k or V, V))
-    p = jax.nn.softmax(logits, axis=1)
-    before = jnp.cumsum(p, axis=1) - p
-    keep = (before < config.top_p) & (p >= config.min_p * p[:, :1])
-    return jnp.where(keep, logits, -jnp.inf), ids
+    ids = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32)[None], (B, V))
+    if config.top_k or config.top_p < 1:
+        logits, ids = jax.lax.top_k(logits, min(config.top_k or V, V))
+        p = jax.nn.softmax(logits, axis=1)
+        before = jnp.cumsum(p, axis=1) - p
+        logits = jnp.where(before < config.top_p, logits, -jnp.inf)
+    if config.min_p:
+        best = jnp.max(logits, axis=1, keepdims=True)
+        logits = jnp.where(logits >= best + math.log(config.min_p), logits, -jnp.inf)
+    return logits, ids
 
 
 def _check_lengths(prompts: Sequence[Sequence[int]], longest: int | None) -> None:
