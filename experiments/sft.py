@@ -12,12 +12,12 @@ from experiments import base
 def get_config(arg: str = ""):
     chosen = base.variants(arg)
     config = base.get_config()
-    config.steps = 600
+    config.steps = 800
     config.batch_size = 16
     config.seq_len = 256
     config.objective = {"terms": {"sft": 1.0}, "sft": {"z_loss": 0.0, "label_smoothing": 0.0}}
-    config.data.path = "tasks:copy,tasks:compare,tasks:reverse"
-    config.data.examples = 20_000
+    config.data.path = "tasks:copy,tasks:reverse,tasks:upper,tasks:sort_letters"
+    config.data.examples = 8_000
     config.tokenizer.kind = "byte"
     config.model.update(num_layers=4, d_model=128, num_heads=4, num_kv_heads=4, d_ff=384)
     config.optimizer.update(name="adamw", learning_rate=3e-3, warmup_steps=50, schedule="cosine", weight_decay=0.1)

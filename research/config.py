@@ -176,9 +176,9 @@ def check(config: Config, *, num_devices: int) -> None:
     unit = shape["data"] * shape["fsdp"] * config.microbatches
     if config.batch_size % unit:
         raise InputError(
-            f"batch_size = {config.batch_size} isn't divisible by mesh.data x mesh.fsdp x microbatches = {shape['data']} "
-            f"x {shape['fsdp']} x {config.microbatches} = {unit}: each device takes as many rows as the next. The next "
-            f"that works: {-(-config.batch_size // unit) * unit}."
+            f"batch_size = {config.batch_size} isn't divisible by mesh.data x mesh.fsdp x microbatches = "
+            f"{shape['data']} x {shape['fsdp']} x {config.microbatches} = {unit}: each device takes as many rows as the "
+            f"next. The next that works: {-(-config.batch_size // unit) * unit}."
         )
     for axis in config.rules:
         if axis not in sharding.RULES:

@@ -22,7 +22,7 @@ class ParamSpec:
 
     Attributes:
       shape: its dimensions.
-      axes: the logical name of each dimension, mapped to mesh axes by sharding.RULES; layers are stacked along "layers".
+      axes: the logical name of each dimension, which sharding.RULES maps to mesh axes; layers are stacked on "layers".
       init: (key, shape, dtype) -> array.
       contracts: the axes that are summed over where the parameter is applied (an embedding table contracts "vocab",
         being applied to one-hot tokens). Empty for scales and biases, which neither decay nor get Muon's update.

@@ -176,6 +176,7 @@ def run(
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         keys = jax.random.split(jax.random.PRNGKey(config.seed), 2)
         resumed = bool(checkpoint.steps(workdir))
+        traced = parts.step.trace(parts.state, {}, parts.batch)  # what the model or objective can't do shows here
         initial = None if resumed else _initial_params(config, parts, keys[0])
         saver = stack.enter_context(
             contextlib.closing(
@@ -212,11 +213,12 @@ def run(
         stop = stack.enter_context(_stop_on_signals())
         batches = stack.enter_context(contextlib.closing(_prefetch(source, source_state, parts.batch)))
         window = _Window(config, parts, writer, peak)
-        _loop(config, parts, state, source_state, batches, evals, saver, window, stop, workdir, started)
+        train_step = traced.lower().compile()
+        _loop(config, train_step, state, source_state, batches, evals, saver, window, stop, workdir, started)
     return _finish(config, workdir)
 
 
-def _loop(config, parts, state, source_state, batches, evals, saver, window, stop, workdir, started) -> None:
+def _loop(config, train_step, state, source_state, batches, evals, saver, window, stop, workdir, started) -> None:
     """Every step: a batch, an update. At intervals: metrics, evaluation, checkpoint."""
     first, frozen = int(state.step), {}
     if config.eval.every and first == 0:
@@ -227,7 +229,7 @@ def _loop(config, parts, state, source_state, batches, evals, saver, window, sto
         for step in range(first + 1, config.steps + 1):
             with window.waiting():
                 batch, source_state = next(batches)
-            state, out = parts.step(state, frozen, batch)
+            state, out = train_step(state, frozen, batch)
             if pending is not None:
                 window.add(*pending)
             pending = step, out

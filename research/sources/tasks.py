@@ -58,17 +58,18 @@ def verify(task: str, prompt: str, response: str, completion: str) -> bool:
 
 
 def verify_record(record: Mapping[str, Any], completion: str) -> bool:
-    """Whether `completion` answers `record`: by its task's verifier, or by its response where it has no task.
+    """Whether `completion` answers `record`: by the verifier of its task, or by being its response, white space aside,
+    where it has no task of ours.
 
     Raises:
-      InputError: the record's task is unknown, or can't be judged (see reasoning.verify).
+      InputError: the record is of reasoning-gym, and can't be judged (see reasoning.verify).
     """
-    name = record.get("task")
-    if name is None:
-        return completion.strip() == record["response"].strip()
+    name = str(record.get("task"))
     if name.startswith(reasoning.PREFIX):
         return reasoning.verify(name, record.get("entry"), completion)
-    return verify(name, record["prompt"], record["response"], completion)
+    if name.partition("/")[0] in TASKS:
+        return verify(name, record["prompt"], record["response"], completion)
+    return completion.strip() == record["response"].strip()
 
 
 def _parse(name: str) -> tuple[str, int]:

@@ -1,0 +1,196 @@
+"""Everything a user may get wrong: the error names it and the remedy, and nothing is written.
+
+Each case is a command line of research.main, run in a process of its own state, and words that the error must hold.
+"""
+
+import gzip
+import importlib
+import json
+import shutil
+import sys
+
+import pytest
+from absl import flags
+
+from research import checkpoint, main
+
+SFT, PRETRAIN = "--config=experiments/sft.py:debug", "--config=experiments/pretrain.py:debug"
+GOOD = json.dumps({"prompt": "a", "response": "b"})
+
+
+def c(field, value):
+    return f"--config.{field}={value}"
+
+
+# name -> (arguments, words of the error); DIR is a folder with the files below.
+CASES = {
+    "no config": ([], ["--config", "experiments/sft.py"]),
+    "missing experiment": (
+        ["--config=experiments/sftt.py"],
+        ["experiments/sftt.py", "Did you mean 'experiments/sft.py'"],
+    ),
+    "unknown variant": (["--config=experiments/sft.py:debgu"], ["debgu", "Did you mean 'debug'"]),
+    "typo in a field": (
+        [SFT, c("optimizer.learning_rat", 1)],
+        ["optimizer.learning_rat", "Did you mean 'learning_rate'"],
+    ),
+    "typo in a section": ([SFT, c("optimiser.name", "sgd")], ["optimiser", "Did you mean 'optimizer'"]),
+    "typo in a flag": ([SFT, "--workdr=x"], ["workdr", "workdir"]),
+    "not a number": ([SFT, c("steps", "many")], ["--config.steps", "many"]),
+    "zero steps": ([SFT, c("steps", 0)], ["steps = 0", "at least 1"]),
+    "unknown objective": (["--config=DIR/objective.py"], ["objective.terms.nex_token", "Did you mean 'next_token'"]),
+    "unknown option of an objective": (["--config=DIR/option.py"], ["objective.sft.smoothing", "label_smoothing"]),
+    "batch not divisible by microbatches": (
+        [SFT, c("batch_size", 9), c("microbatches", 2)],
+        ["batch_size = 9", "microbatches"],
+    ),
+    "batch not divisible by the mesh": ([SFT, c("batch_size", 12)], ["batch_size = 12", "mesh.data", "16"]),
+    "mesh larger than the machine": ([SFT, c("mesh.data", 16)], ["data=16", "16 devices", "there are 8", "-1"]),
+    "mesh that doesn't divide": ([SFT, c("mesh.tensor", 3)], ["tensor=3", "8 devices"]),
+    "heads not divisible by key/value heads": (
+        [SFT, c("model.num_kv_heads", 3)],
+        ["model.num_kv_heads = 3", "model.num_heads = 4"],
+    ),
+    "width not divisible by heads": (
+        [SFT, c("model.num_heads", 6)],
+        ["model.d_model = 64", "model.num_heads = 6", "model.head_dim"],
+    ),
+    "heads not divisible by the mesh": (
+        [SFT, c("mesh.data", 1), c("mesh.tensor", 8)],
+        ["heads", "size 2", "mesh tensor = 8", "mesh.tensor"],
+    ),
+    "sequence longer than the model": ([SFT, c("model.max_length", 64)], ["seq_len = 128", "model.max_length = 64"]),
+    "vocabulary smaller than the tokenizer": ([SFT, c("model.vocab_size", 100)], ["model.vocab_size = 100", "261"]),
+    "unknown activation": ([SFT, c("model.mlp", "swigl")], ["model.mlp = 'swigl'", "Did you mean 'swiglu'"]),
+    "unknown remat policy": ([SFT, c("model.remat", "ful")], ["model.remat = 'ful'", "Did you mean 'full'"]),
+    "unknown attention": ([SFT, c("model.attention", "flash")], ["flash", "reference"]),
+    "unknown optimizer": ([SFT, c("optimizer.name", "adamv")], ["optimizer.name", "Did you mean 'adamw'"]),
+    "unknown schedule": ([SFT, c("optimizer.schedule", "cos")], ["optimizer.schedule", "cosine"]),
+    "warm-up longer than the run": ([SFT, c("optimizer.warmup_steps", 50)], ["optimizer.warmup_steps", "50"]),
+    "negative learning rate": ([SFT, c("optimizer.learning_rate", -1.0)], ["optimizer.learning_rate", "-1"]),
+    "best by no metric": ([SFT, c("eval.every", 0)], ["checkpoint.best_metric", "eval.every = 0"]),
+    "missing data file": (
+        [SFT, c("data.path", "DIR/god.jsonl")],
+        ["data.path", "god.jsonl", "Did you mean", "good.jsonl"],
+    ),
+    "unknown task": ([SFT, c("data.path", "tasks:revers")], ["revers", "Did you mean 'reverse'"]),
+    "unknown ending": ([SFT, c("data.path", "DIR/data.xlsx")], ["data.xlsx", "jsonl"]),
+    "broken JSON": ([SFT, c("data.path", "DIR/broken.jsonl")], ["broken.jsonl:2", "JSON", "on_bad_record"]),
+    "missing field": ([SFT, c("data.path", "DIR/field.jsonl")], ["field.jsonl:2", "response", "on_bad_record"]),
+    "wrong type": ([SFT, c("data.path", "DIR/type.jsonl")], ["type.jsonl:2", "prompt", "on_bad_record"]),
+    "empty response": ([SFT, c("data.path", "DIR/empty.jsonl")], ["empty.jsonl:2", "response", "on_bad_record"]),
+    "unknown role": ([SFT, c("data.path", "DIR/role.jsonl")], ["role.jsonl:1", "asistant", "Did you mean 'assistant'"]),
+    "invalid UTF-8": ([SFT, c("data.path", "DIR/latin.jsonl")], ["latin.jsonl:2", "UTF-8"]),
+    "empty file": ([SFT, c("data.path", "DIR/nothing.jsonl")], ["nothing.jsonl", "no "]),
+    "truncated gzip": ([SFT, c("data.path", "DIR/cut.jsonl.gz"), c("data.max_records", 0)], ["cut.jsonl.gz"]),
+    "weights for some of a mixture": (
+        [SFT, c("data.path", "0.5*DIR/good.jsonl,tasks:reverse")],
+        ["data.path", "weight"],
+    ),
+    "everything too long": ([SFT, c("data.path", "DIR/long.jsonl")], ["longer than", "seq_len"]),
+    "unknown format": ([SFT, c("data.format", "chatt")], ["data.format", "chatt"]),
+    "unknown template": ([SFT, c("data.template", "chatml")], ["data.template", "chatml", "chat"]),
+    "missing tokenizer": ([SFT, c("tokenizer.kind", "DIR/tokenizer.json")], ["tokenizer", "DIR/tokenizer.json"]),
+    "init_from without a checkpoint": ([SFT, c("model.init_from", "DIR")], ["DIR", "no checkpoints"]),
+    "init_from of another shape": (
+        [SFT, c("model.init_from", "RUN"), c("model.d_ff", 192)],
+        ["128", "192", "config.json"],
+    ),
+}
+
+EXPERIMENT = (
+    "from experiments import base\ndef get_config():\n    c = base.get_config()\n    c.objective = {}\n    return c\n"
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder of faulty files."""
+    folder = tmp_path_factory.mktemp("files")
+    lines = {
+        "good": [GOOD] * 3,
+        "broken": [GOOD, '{"prompt": "a", "resp'],
+        "field": [GOOD, '{"prompt": "a"}'],
+        "type": [GOOD, '{"prompt": 3, "response": "b"}'],
+        "empty": [GOOD, '{"prompt": "a", "response": ""}'],
+        "role": ['{"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]}'],
+        "nothing": [],
+        "long": [json.dumps({"prompt": f"{i} " + "a" * 500, "response": "b"}) for i in range(4)],
+    }
+    for name, rows in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(row + "\n" for row in rows))
+    (folder / "latin.jsonl").write_bytes(GOOD.encode() + b'\n{"prompt": "\xe9", "response": "b"}\n')
+    (folder / "data.xlsx").write_bytes(b"PK")
+    (folder / "cut.jsonl.gz").write_bytes(
+        gzip.compress("\n".join(f'{{"prompt": "{i}", "response": "b"}}' for i in range(999)).encode())[:-40]
+    )
+    for name, objective in (
+        ("objective", {"terms": {"nex_token": 1.0}}),
+        ("option", {"terms": {"sft": 1.0}, "sft": {"smoothing": 0.1}}),
+    ):
+        (folder / f"{name}.py").write_text(EXPERIMENT.replace("{}", repr(objective)))
+    return folder
+
+
+def run_main(arguments):
+    """research.main in this process, its flags as at a start."""
+    sys.modules.pop("research.main", None)
+    flags.FLAGS.unparse_flags()
+    for name in [f for f in flags.FLAGS if f in ("config", "workdir") or f.startswith("config.")]:
+        delattr(flags.FLAGS, name)
+    fresh = importlib.import_module("research.main")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["main", *arguments])  # ml_collections looks for overrides here
+        return fresh.main(sys.argv)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert run_main([SFT, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_named_and_nothing_is_written(case, files, request, tmp_path, capfd):
+    arguments, words = CASES[case]
+    if any("RUN" in a for a in arguments):
+        arguments = [a.replace("RUN", str(request.getfixturevalue("trained"))) for a in arguments]
+    arguments = [a.replace("DIR", str(files)) for a in arguments]
+    workdir = tmp_path / "work"
+    capfd.readouterr()
+    assert run_main([*arguments, f"--workdir={workdir}"]) == main.BAD_INPUT
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    assert error.startswith("error: ") or "\nerror: " in error
+    for word in words:
+        assert word.replace("DIR", str(files)) in error, error
+    assert not workdir.exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_left_alone(trained, tmp_path, capfd):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    newest = workdir / checkpoint.FOLDER / "2"
+    for file in (newest / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.json*")}
+    assert run_main([SFT, f"--workdir={workdir}"]) == main.BAD_INPUT
+    error = capfd.readouterr().err
+    assert "damaged" in error
+    assert str(newest) in error
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*.json*")} == before
+    shutil.rmtree(newest)
+    assert run_main([SFT, f"--workdir={workdir}"]) == 0  # the remedy that the error names
+
+
+def test_resuming_with_another_model_or_optimizer_says_so(trained, capfd):
+    for flag, words in (
+        (c("model.d_model", 32), ["embed", "config.json"]),
+        (c("optimizer.name", "lion"), ["optimizer"]),
+    ):
+        assert run_main([SFT, f"--workdir={trained}", c("steps", 4), flag]) == main.BAD_INPUT
+        error = capfd.readouterr().err
+        assert all(word in error for word in words), error
+        assert "Traceback" not in error
