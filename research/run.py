@@ -114,7 +114,12 @@ def _place_state(init_state, optimizer, abstract, placed, mesh) -> train.TrainSt
     replicated = sharding.named(mesh, ())
     state = jax.eval_shape(init_state, abstract, jax.ShapeDtypeStruct((2,), jnp.uint32))
 
+    def hole(x: Any) -> bool:  # where one of several optimizers has nothing to do
+        return isinstance(x, optax.MaskedNode)
+
     def like(moment: Any, parameter: Any) -> Any:
+        if hole(moment):
+            return moment
         where = parameter.sharding if moment.shape == parameter.shape else replicated
         return jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=where)
 
@@ -122,7 +127,7 @@ def _place_state(init_state, optimizer, abstract, placed, mesh) -> train.TrainSt
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
 
     opt_state = optax.tree_utils.tree_map_params(
-        optimizer, like, state.opt_state, abstract, transform_non_params=everywhere
+        optimizer, like, state.opt_state, abstract, transform_non_params=everywhere, is_leaf=hole
     )
     rest = jax.tree.map(everywhere, state.replace(params=None, opt_state=None, ema=None))
     return rest.replace(params=abstract, opt_state=opt_state, ema=state.ema and abstract)

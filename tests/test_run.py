@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import base
-from research import checkpoint, config, metrics, run, sharding
+from research import checkpoint, config, metrics, optim, run, sharding
 
 EXPERIMENTS = sorted(p.stem for p in (Path(base.__file__).parent).glob("*.py") if p.stem not in ("base", "__init__"))
 
@@ -111,6 +111,17 @@ def test_sharded_run_has_the_losses_of_a_single_device(tmp_path):
     assert len(single) == 4
     assert single[-1] < single[0]
     np.testing.assert_allclose(mixed, single, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_every_optimizer_trains_on_a_mesh(name, tmp_path):
+    mesh = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}
+    rate = {"sgd": 0.3}.get(name, 3e-3)
+    optimizer = {"optimizer.name": name, "optimizer.learning_rate": rate, "optimizer.warmup_steps": 0}
+    c = load("sft", steps=4, **mesh, **optimizer, **{"eval.every": 0, "checkpoint.best_metric": ""})
+    run.run(c, str(tmp_path))
+    losses = [r["train/loss"] for r in metrics.read_metrics(str(tmp_path)) if "train/loss" in r]
+    assert losses[-1] < losses[0]
 
 
 def test_a_run_that_is_never_finite_ends_and_says_so(tmp_path):
