@@ -1,0 +1,239 @@
+"""Every implementation of attention against the reference, and the reference against loops."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from research.errors import InputError
+from research.ops import attention
+from research.ops.attention import cached_attention, self_attention
+
+CASES = {
+    "causal": {},
+    "window": {"window": 20},
+    "softcap": {"softcap": 0.7},
+    "all": {"causal": False, "window": 70, "softcap": 0.7},
+}
+
+
+def make_inputs(B=2, T=150, H=4, K=2, h=8, dtype=jnp.float32):
+    """q, k, v (the same in every dtype), and packed rows: two documents and padding, other borders in each row."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, h)), jnp.bfloat16).astype(dtype) for n in (H, K, K))
+    segment_ids = np.zeros((B, T), np.int32)
+    for b in range(B):
+        segment_ids[b, : T // 3 + b] = 1
+        segment_ids[b, T // 3 + b : T - 4 - b] = 2
+    return q, k, v, jnp.asarray(segment_ids)
+
+
+def out_and_gradients(q, k, v, segment_ids, **options):
+    """The output, and the gradients of a sum of it with fixed weights, all in float32."""
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.bfloat16).astype(q.dtype)
+
+    @jax.jit
+    def run(q, k, v):
+        f = functools.partial(self_attention, scale=0.3, **options)
+        out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, segment_ids), q, k, v)
+        return out, *vjp(weights)
+
+    return [np.asarray(x, np.float32) for x in run(q, k, v)]
+
+
+@functools.cache
+def reference(case, B, T):
+    return out_and_gradients(*make_inputs(B, T), implementation="reference", **CASES[case])
+
+
+def attention_by_loops(q, k, v, segment_ids, scale, causal, window, softcap):
+    q, k, v, segment_ids = (np.asarray(x, np.float64) for x in (q, k, v, segment_ids))
+    B, T, H, _ = q.shape
+    out = np.zeros_like(q)
+    for b, t, n in np.ndindex(B, T, H):
+        group = n // (H // k.shape[2])
+        weights = {}
+        for s in range(T):
+            if segment_ids[b, s] != segment_ids[b, t] or (causal and s > t) or (window and abs(s - t) >= window):
+                continue
+            score = scale * float(q[b, t, n] @ k[b, s, group])
+            weights[s] = math.exp(softcap * math.tanh(score / softcap) if softcap else score)
+        out[b, t, n] = sum(w * v[b, s, group] for s, w in weights.items()) / sum(weights.values())
+    return out
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "softcap"), [(True, 0, 0.0), (True, 4, 0.0), (False, 0, 0.7), (False, 3, 0.0)]
+)
+def test_reference_is_the_definition(causal, window, softcap):
+    x = make_inputs(T=17)
+    out = self_attention(*x, scale=0.3, causal=causal, window=window, softcap=softcap, implementation="reference")
+    np.testing.assert_allclose(out, attention_by_loops(*x, 0.3, causal, window, softcap), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [("cpu", c) for c in CASES]
+    + [("xla", "causal"), ("xla", "window")]
+    + [("splash", "softcap"), ("splash", "window"), ("splash", "all")],
+)
+def test_implementations_agree_with_the_reference(implementation, case):
+    x = make_inputs()  # T = 150 is 3 blocks of "cpu" and pads 2 of "splash"
+    options = CASES[case]
+    got = out_and_gradients(*x, implementation=implementation, interpret=True, **options)
+    for a, b in zip(got, reference(case, 2, 150), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(("T", "heads"), [(1, (3, 3)), (64, (6, 1)), (600, (2, 1))])
+def test_cpu_at_other_lengths_and_groups(T, heads):
+    x = make_inputs(B=1, T=T, H=heads[0], K=heads[1])
+    expected = out_and_gradients(*x, implementation="reference", window=100)
+    for a, b in zip(out_and_gradients(*x, implementation="cpu", window=100), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", "splash"])
+def test_bfloat16_is_close_to_float32(implementation):
+    x = make_inputs(T=70, dtype=jnp.bfloat16)
+    # Within jax's own code, dtypes are promoted.
+    with jax.numpy_dtype_promotion("standard" if implementation == "xla" else "strict"):
+        got = out_and_gradients(*x, implementation=implementation, interpret=True)
+        out = jax.eval_shape(functools.partial(self_attention, scale=0.3, implementation=implementation), *x)
+    assert out.dtype == jnp.bfloat16
+    for a, b in zip(got, reference("causal", 2, 70), strict=True):
+        np.testing.assert_allclose(a, b, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", "splash"])
+def test_documents_never_see_each_other(implementation):
+    q, k, v, segment_ids = make_inputs()
+    second = (segment_ids == 2)[:, :, None, None]
+    f = jax.jit(functools.partial(self_attention, scale=0.3, implementation=implementation, interpret=True))
+    one = f(q, k, v, segment_ids)
+    two = f(*(jnp.where(second, 9 * x, x) for x in (q, k, v)), segment_ids)
+    changed = np.asarray((one != two).any(axis=(2, 3)))
+    np.testing.assert_array_equal(changed, np.asarray(segment_ids == 2))
+    assert np.isfinite(two).all()  # padding too
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu", "splash"])
+def test_sharded_over_batch_and_heads_is_the_same(implementation):
+    x = make_inputs(B=4, T=70)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    spec = P(("data", "fsdp"), None, "tensor", None)
+    x = jax.device_put(x, tuple(NamedSharding(mesh, s) for s in (spec, spec, spec, P(("data", "fsdp")))))
+    with jax.set_mesh(mesh):
+        got = out_and_gradients(*x, implementation=implementation, spec=spec, interpret=True)
+    for a, b in zip(got, reference("causal", 4, 70), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_cached_attention_step_by_step_is_self_attention():
+    q, k, v, _ = make_inputs(T=12)
+    whole = self_attention(q, k, v, jnp.ones((2, 12), jnp.int32), scale=0.3, softcap=0.7, implementation="reference")
+    for t in (0, 6, 11):
+        mask = jnp.broadcast_to(jnp.arange(12) <= t, (2, 1, 12))
+        step = cached_attention(q[:, t : t + 1], k, v, mask, scale=0.3, softcap=0.7)
+        np.testing.assert_allclose(step[:, 0], whole[:, t], atol=1e-6)
+
+
+def test_a_query_that_sees_nothing_is_finite():
+    q, k, v, _ = make_inputs(T=5)
+    assert np.isfinite(cached_attention(q, k, v, jnp.zeros((2, 5, 5), bool), scale=0.3, softcap=0.0)).all()
+
+
+def test_saving_by_name_spares_the_forward_pass():
+    q, k, v, segment_ids = make_inputs(T=64)
+    policy = jax.checkpoint_policies.save_only_these_names("attention")
+
+    def loss(q):
+        return (self_attention(q, k, v, segment_ids, scale=0.3, implementation="cpu") ** 2).sum()
+
+    def maxima(f):  # only forward passes take the maximum of the scores
+        return str(jax.make_jaxpr(jax.grad(f))(q)).count("reduce_max")
+
+    saved = maxima(jax.checkpoint(loss, policy=policy))
+    assert saved == maxima(loss) > 0
+    assert maxima(jax.checkpoint(loss)) > saved
+
+
+def test_cudnn_lowers_where_jax_has_cuda_and_else_says_what_to_install():
+    q, k, v, segment_ids = make_inputs(T=64, dtype=jnp.bfloat16)
+    f = jax.jit(functools.partial(self_attention, scale=0.3, window=8, implementation="cudnn"))
+    try:
+        lowered = f.trace(q, k, v, segment_ids).lower(lowering_platforms=("cuda",)).as_text()
+    except InputError as error:
+        assert "understudy[gpu]" in str(error)  # noqa: PT017
+    else:
+        assert "cudnn$fmha" in lowered
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"implementation": "splahs"}, "Did you mean 'splash'"),
+        ({"implementation": "xla", "softcap": 5.0}, "softcap=5.0. Use 'cpu'"),
+        ({"implementation": "cudnn"}, "q is float32. Change the compute dtype"),
+        ({"implementation": "splash", "spec": P("data", "tensor")}, "T and h must be whole"),
+    ],
+)
+def test_what_an_implementation_cannot_do_is_an_error(options, message):
+    with pytest.raises(InputError, match=message):
+        self_attention(*make_inputs(T=8), scale=0.3, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [({"h": 12}, "multiples of 8"), ({"T": 7}, "even length"), ({"softcap": 1.0}, "softcap")]
+)
+def test_limits_of_cudnn(shape, message):
+    softcap = shape.pop("softcap", 0.0)
+    with pytest.raises(InputError, match=message):
+        self_attention(
+            *make_inputs(**{"T": 8, **shape}, dtype=jnp.bfloat16),
+            scale=0.3,
+            softcap=softcap,
+            implementation="cudnn",
+        )
+
+
+def test_heads_must_group():
+    with pytest.raises(InputError, match="3 heads, not a multiple of the 2"):
+        self_attention(*make_inputs(T=8, H=3, K=2), scale=0.3)
+
+
+def test_splash_under_a_mesh_needs_a_spec():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh), pytest.raises(InputError, match="Give spec"):
+        self_attention(*make_inputs(T=8), scale=0.3, implementation="splash")
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "q", "softcap", "expected"),
+    [
+        ("cpu", 0.0, (1, 8, jnp.float32), 5.0, "cpu"),
+        ("tpu", 0.0, (128, 64, jnp.float32), 5.0, "splash"),
+        ("tpu", 0.0, (64, 64, jnp.float32), 0.0, "reference"),
+        ("gpu", 8.0, (64, 128, jnp.bfloat16), 0.0, "cudnn"),
+        ("gpu", 8.9, (64, 256, jnp.bfloat16), 0.0, "reference"),
+        ("gpu", 9.0, (64, 256, jnp.bfloat16), 0.0, "cudnn"),
+        ("gpu", 7.5, (64, 64, jnp.bfloat16), 0.0, "reference"),
+        ("gpu", 9.0, (64, 64, jnp.float32), 0.0, "reference"),
+        ("gpu", 9.0, (64, 64, jnp.bfloat16), 5.0, "reference"),
+        ("metal", 0.0, (64, 64, jnp.float32), 0.0, "reference"),
+    ],
+)
+def test_auto_follows_its_rule(monkeypatch, platform, capability, q, softcap, expected):
+    T, h, dtype = q
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(attention, "_capability", lambda: capability)
+    assert attention._choose(jax.ShapeDtypeStruct((2, T, 4, h), dtype), softcap, None) == expected
+
+
+def test_capability_is_zero_without_cuda():
+    assert attention._capability() == 0.0
