@@ -24,6 +24,7 @@ IMPLEMENTATIONS = ("auto", "reference", "xla", "cpu", "cudnn", "splash")
 # Finite, so that a row that may see nothing gets the mean of the values and not NaN.
 _MASKED = -0.7 * float(np.finfo(np.float32).max)
 _NAME = "attention"
+_MIN_ROWS = 64  # of a block of "cpu": smaller matmuls are slow
 
 
 def self_attention(
@@ -58,9 +59,10 @@ def self_attention(
         which the backward pass doubles by a gradient that nobody reads; the causal half is still skipped.
       splash: Pallas kernel for TPUs. Segments, windows, softcap. T is padded to a multiple of 128. XLA can't
         partition it: under a mesh of more than one device (jax.set_mesh) it needs `spec`.
-      auto: by jax.default_backend(). cpu: "cpu". tpu: "splash" from T = 128 on. gpu: "cudnn" on CUDA devices of
-        compute capability 8.0 and later. "reference" on other platforms, and where that kernel can't do what is
-        asked by the limits above. To compile for a platform that this process doesn't run on, name one.
+      auto: by jax.default_backend(). cpu: "cpu" for T > 64, where there is more than one block. tpu: "splash" for
+        T >= 128. gpu: "cudnn" on CUDA devices of compute capability 8.0 and later. "reference" for shorter T, on
+        other platforms, and where that kernel can't do what is asked by the limits above. To compile for a platform
+        that this process doesn't run on, name one.
 
     Args:
       q: [B, T, H, h], floating.
@@ -124,14 +126,15 @@ def cached_attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float,
 
 def _choose(q: Array, softcap: float, spec: PartitionSpec | None) -> str:
     """The rule of "auto" (see self_attention)."""
-    platform = jax.default_backend()
-    if platform == "cpu":
-        return "cpu"
-    if platform == "tpu" and q.shape[1] >= 128 and not _why_not("splash", q, softcap, spec):
-        return "splash"
-    if platform == "gpu" and _capability() >= (8.0 if q.shape[3] <= 128 else 9.0):
-        return "reference" if _why_not("cudnn", q, softcap, spec) else "cudnn"
-    return "reference"
+    platform, T, h = jax.default_backend(), q.shape[1], q.shape[3]
+    kernel = "reference"
+    if platform == "cpu" and T > _MIN_ROWS:
+        kernel = "cpu"
+    elif platform == "tpu" and T >= 128:
+        kernel = "splash"
+    elif platform == "gpu" and _capability() >= (8.0 if h <= 128 else 9.0):
+        kernel = "cudnn"
+    return "reference" if _why_not(kernel, q, softcap, spec) else kernel
 
 
 def _capability() -> float:
@@ -156,7 +159,7 @@ def _why_not(implementation: str, q: Array, softcap: float, spec: PartitionSpec 
         mesh = jax.sharding.get_abstract_mesh()
         if spec is None and not mesh.empty and mesh.size > 1:
             return f"under a mesh of {mesh.size} devices it must know how q is laid out, and spec=None. Give spec"
-        if spec is not None and any(axes is not None for axes in spec[1:2] + spec[3:]):
+        if spec is not None and any(axes is not None for axes in (*spec[1:2], *spec[3:])):
             return f"T and h must be whole on each device, and spec={spec}. Split B and heads only"
     return ""
 
@@ -196,10 +199,9 @@ def _scores(q: Array, k: Array, mask: Array, scale: float, softcap: float) -> Ar
 def _blocks(T: int, causal: bool, window: int) -> list[tuple[slice, slice]]:
     """Blocks of query times, each with the key times that any of them sees.
 
-    At least 64 rows, for smaller matmuls are slow; at most 8 blocks, for each is compiled on its own, and 8 already
-    skip 7/16 of the work.
+    At most 8 blocks, for each is compiled on its own, and 8 already skip 7/16 of the work.
     """
-    size = 64 * max(1, -(-T // (8 * 64)))
+    size = _MIN_ROWS * -(-T // (8 * _MIN_ROWS))
     blocks = []
     for start in range(0, T, size):
         stop = min(start + size, T)

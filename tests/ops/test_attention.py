@@ -216,7 +216,8 @@ def test_splash_under_a_mesh_needs_a_spec():
 @pytest.mark.parametrize(
     ("platform", "capability", "q", "softcap", "expected"),
     [
-        ("cpu", 0.0, (1, 8, jnp.float32), 5.0, "cpu"),
+        ("cpu", 0.0, (65, 8, jnp.float32), 5.0, "cpu"),
+        ("cpu", 0.0, (64, 8, jnp.float32), 5.0, "reference"),
         ("tpu", 0.0, (128, 64, jnp.float32), 5.0, "splash"),
         ("tpu", 0.0, (64, 64, jnp.float32), 0.0, "reference"),
         ("gpu", 8.0, (64, 128, jnp.bfloat16), 0.0, "cudnn"),
