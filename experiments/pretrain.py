@@ -12,15 +12,15 @@ from experiments import base
 def get_config(arg: str = ""):
     chosen = base.variants(arg)
     config = base.get_config()
-    config.steps = 600
-    config.batch_size = 16
+    config.steps = 500
+    config.batch_size = 8
     config.seq_len = 256
     config.objective = {"terms": {"next_token": 1.0}, "next_token": {"z_loss": 0.0, "label_smoothing": 0.0}}
     config.data.path = "builtin:python_docs"
     config.tokenizer.kind = "bpe"
     config.tokenizer.vocab_size = 4096
     config.model.update(num_layers=4, d_model=256, num_heads=8, num_kv_heads=4, d_ff=768)
-    config.optimizer.update(name="adamw", learning_rate=3e-3, warmup_steps=50, schedule="cosine", weight_decay=0.1)
-    config.eval.update(every=200, batches=20)
-    config.checkpoint.update(every=200, best_metric="eval/loss")
+    config.optimizer.update(name="muon", learning_rate=3e-3, warmup_steps=50, schedule="cosine", weight_decay=0.1)
+    config.eval.update(every=250, batches=20)
+    config.checkpoint.update(every=250, best_metric="eval/loss")
     return base.debug(config) if "debug" in chosen else config

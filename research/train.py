@@ -121,6 +121,7 @@ def make_train_step(
             loss_sums = sum(out.loss_sum for out in outs.values())
             finite = jnp.isfinite(loss_sums) & jnp.isfinite(grad_norm)
             supervised = sum(out.weight for out in outs.values())
+            real = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
             ok = finite & (supervised > 0)
             keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)  # noqa: E731
             ema = state.ema
@@ -135,7 +136,9 @@ def make_train_step(
                 ema=ema,
                 bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
             )
-        return new, _metrics(terms, outs, batch, state.step) | {
+        return new, _metrics(terms, outs, state.step) | {
+            "tokens": _one(real),
+            "supervised_fraction": (next(iter(outs.values())).weight, real),
             "grad_norm": _one(grad_norm),
             "update_ratio": _one(update_norm / param_norm),
             "learning_rate": _one(schedule(state.updates)),
@@ -154,12 +157,12 @@ def make_eval_step(
 
     def evaluate(params: Params, frozen: Params, batch: Mapping[str, jax.Array], key: jax.Array) -> Metrics:
         fwd, step = Forward(models, {**frozen, **params}, batch), jnp.zeros((), jnp.int32)
-        return _metrics(terms, {n: t.loss(fwd, batch, key, step) for n, (t, _) in terms.items()}, batch, step)
+        return _metrics(terms, {n: t.loss(fwd, batch, key, step) for n, (t, _) in terms.items()}, step)
 
     return evaluate
 
 
-def _metrics(terms: Mapping[str, Any], outs: dict[str, LossOut], batch: Any, step: jax.Array) -> Metrics:
+def _metrics(terms: Mapping[str, Any], outs: dict[str, LossOut], step: jax.Array) -> Metrics:
     """With one term, its metrics and `loss`; with several, "term/name" each, and their weighted sum as `loss`."""
     metrics: Metrics = {}
     for name, out in outs.items():
@@ -168,9 +171,7 @@ def _metrics(terms: Mapping[str, Any], outs: dict[str, LossOut], batch: Any, ste
     if len(outs) > 1:
         sums = (c(step) * outs[n].loss_sum / _divisor(outs[n].weight) for n, (_, c) in terms.items())
         metrics["loss"] = _one(sum(sums))
-    real = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
-    supervised = next(iter(outs.values())).weight
-    return metrics | {"supervised_fraction": (supervised, real), "tokens": _one(real)}
+    return metrics
 
 
 def _one(x: jax.Array) -> tuple[jax.Array, jax.Array]:

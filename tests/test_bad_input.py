@@ -63,7 +63,7 @@ CASES = {
     "vocabulary smaller than the tokenizer": ([SFT, c("model.vocab_size", 100)], ["model.vocab_size = 100", "261"]),
     "unknown activation": ([SFT, c("model.mlp", "swigl")], ["model.mlp = 'swigl'", "Did you mean 'swiglu'"]),
     "unknown remat policy": ([SFT, c("model.remat", "ful")], ["model.remat = 'ful'", "Did you mean 'full'"]),
-    "unknown attention": ([SFT, c("model.attention", "flash")], ["flash", "reference"]),
+    "unknown attention": ([SFT, c("model.attention", "flash")], ["model.attention = 'flash'", "Did you mean 'splash'"]),
     "unknown optimizer": ([SFT, c("optimizer.name", "adamv")], ["optimizer.name", "Did you mean 'adamw'"]),
     "unknown schedule": ([SFT, c("optimizer.schedule", "cos")], ["optimizer.schedule", "cosine"]),
     "warm-up longer than the run": ([SFT, c("optimizer.warmup_steps", 50)], ["optimizer.warmup_steps", "50"]),

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from research import params as params_lib
 from research import sharding
 from research.errors import InputError, did_you_mean
-from research.ops.attention import cached_attention, self_attention
+from research.ops.attention import IMPLEMENTATIONS, cached_attention, self_attention
 from research.ops.losses import Head
 from research.params import ParamSpec
 
@@ -91,7 +90,12 @@ class ModelConfig:
         ):
             if getattr(self, field) < 1:
                 raise InputError(f"model.{field} = {getattr(self, field)}: must be at least 1.")
-        for field, known in (("mlp", _ACTIVATIONS), ("norm", _NORMS), ("remat", _REMAT)):
+        for field, known in (
+            ("mlp", _ACTIVATIONS),
+            ("norm", _NORMS),
+            ("remat", _REMAT),
+            ("attention", IMPLEMENTATIONS),
+        ):
             if getattr(self, field) not in known:
                 value = getattr(self, field)
                 raise InputError(f"model.{field} = {value!r}: no such choice.{did_you_mean(value, known)}")
@@ -276,8 +280,9 @@ def _layer(c: ModelConfig, rules: Mapping[str, Any], window: int, x, p, segment_
             window=window,
             softcap=c.attention_softcap,
             implementation=c.attention,
+            spec=sharding.partition(("batch", "time", "heads", "head_dim"), rules),
         )
-        x = x + linear(p["attention"]["o"], checkpoint_name(y, "attention"), contract=2)
+        x = x + linear(p["attention"]["o"], y, contract=2)
     with jax.named_scope("mlp"):
         x = x + _mlp(c, rules, p["mlp"], norm(c, p["mlp_norm"], x))
     return sharding.constrain(x, ("batch", "time", None), rules)
