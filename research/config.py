@@ -177,8 +177,8 @@ def check(config: Config, *, num_devices: int) -> None:
     if config.batch_size % unit:
         raise InputError(
             f"batch_size = {config.batch_size} isn't divisible by mesh.data x mesh.fsdp x microbatches = "
-            f"{shape['data']} x {shape['fsdp']} x {config.microbatches} = {unit}: each device takes as many rows as the "
-            f"next. The next that works: {-(-config.batch_size // unit) * unit}."
+            f"{shape['data']} x {shape['fsdp']} x {config.microbatches} = {unit}: each device takes as many rows as "
+            f"the next. The next that works: {-(-config.batch_size // unit) * unit}."
         )
     for axis in config.rules:
         if axis not in sharding.RULES:

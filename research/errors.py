@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -33,10 +34,12 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> str:
     inner = re.search(r"InputError: (.*)", text)
     if inner:
         return inner[1]
-    if isinstance(error, AttributeError | KeyError):
-        key = re.match(r"\W*(\w+)", text)
-        flag = next((a for a in argv if key and re.match(rf"--config\.(.*\.)?{key[1]}(\.|=|$)", a)), "--config")
-        near = re.search(r'Did you mean "(\w+)"', text)
-        hint = f"Did you mean {near[1]!r}?" if near else "See research/config.py for what there is."
-        return f"{flag}: no such field {key[1] if key else text!r}. {hint}"
+    if isinstance(error, AttributeError | KeyError) and (key := re.match(r"\W*(\w+)", text)):
+        for flag in argv:
+            if re.match(rf"--config\.(.*\.)?{key[1]}(\.|=|$)", flag):
+                near = re.search(r'Did you mean "(\w+)"', text)
+                hint = f"Did you mean {near[1]!r}?" if near else "See research/config.py for what there is."
+                return f"{flag}: no such field {key[1]!r}. {hint}"
+    if not type(error).__module__.startswith("absl"):
+        return "".join(traceback.format_exception(error)).strip()
     return text
