@@ -40,6 +40,6 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> str:
                 near = re.search(r'Did you mean "(\w+)"', text)
                 hint = f"Did you mean {near[1]!r}?" if near else "See research/config.py for what there is."
                 return f"{flag}: no such field {key[1]!r}. {hint}"
-    if not type(error).__module__.startswith("absl"):
+    if not isinstance(error, InputError) and not type(error).__module__.startswith("absl"):
         return "".join(traceback.format_exception(error)).strip()
     return text

@@ -1,4 +1,4 @@
-"""The transformer's variants: shapes and axes agree, documents in a row don't see each other, nothing sees the future."""
+"""Variants of the transformer: shapes and axes agree, packed documents and the future stay unseen."""
 
 import dataclasses
 
