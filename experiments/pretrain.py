@@ -3,7 +3,9 @@
     python -m research.main --config=experiments/pretrain.py
     python -m research.main --config=experiments/pretrain.py --config.data.path=my_texts.jsonl
 
-Cost: TODO. Expect: TODO.
+    python -m research.sweep --config=experiments/pretrain.py --workdir=runs/sweeps/pretrain
+
+Cost: 4:40 on 2 CPU cores (4.2 M parameters, 1.0 M tokens). Expect: held-out bits per byte from 3.75 to about 2.03.
 """
 
 from experiments import base
@@ -24,3 +26,9 @@ def get_config(arg: str = ""):
     config.eval.update(every=250, batches=20)
     config.checkpoint.update(every=250, best_metric="eval/loss")
     return base.debug(config) if "debug" in chosen else config
+
+
+def sweep(add):
+    for name in ("muon", "adamw"):
+        for learning_rate in (1e-3, 3e-3):
+            add({"optimizer.name": name, "optimizer.learning_rate": learning_rate})

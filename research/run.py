@@ -91,7 +91,7 @@ def assemble(config: Config, mesh: Any, batch: Mapping[str, jax.ShapeDtypeStruct
         models=models,
         terms=terms,
         init=jax.jit(lambda key: params.init(specs, key), out_shardings=placed),
-        init_state=jax.jit(init_state, out_shardings=jax.tree.map(lambda x: x.sharding, state)),
+        init_state=jax.jit(init_state, out_shardings=jax.tree.map(lambda x: x.sharding, state), donate_argnums=0),
         step=jax.jit(
             train.make_train_step(
                 terms,
@@ -198,8 +198,10 @@ def run(
         else:
             state, source_state = parts.init_state(initial, keys[1]), source.init()
         first = int(state.step)
+        changed = _changes(workdir, config) if resumed else []
         _write_record(workdir, config, command, mesh)
-        data.tokenizer.save(workdir)
+        if not resumed:
+            data.tokenizer.save(workdir)
         writer = stack.enter_context(
             metrics.Writer(
                 workdir,
@@ -212,7 +214,7 @@ def run(
         )
         _describe(writer, config, parts, data, mesh, workdir)
         if resumed:
-            writer.print(f"resumed  at step {first} of {config.steps}")
+            writer.print(f"resumed  at step {first} of {config.steps}" + "".join(f"\nchanged  {x}" for x in changed))
             (Path(workdir) / "done.json").unlink(missing_ok=True)
         evals = _make_evals(config, parts, data, writer)
         stop = stack.enter_context(_stop_on_signals())
@@ -245,7 +247,7 @@ def _loop(config, train_step, state, source_state, batches, evals, saver, window
             stopping, last = stop.is_set(), step == config.steps
             if stopping:
                 window.writer.print("asked to stop: saving first")
-            evaluating = config.eval.every and (last or step % config.eval.every == 0) and not stopping
+            evaluating = config.eval.every and (last or (step % config.eval.every == 0 and not stopping))
             saving = last or stopping or (config.checkpoint.every and step % config.checkpoint.every == 0)
             if not (evaluating or saving):
                 continue
@@ -486,6 +488,21 @@ def _write_record(workdir: str, config: Config, command: str, mesh: jax.sharding
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         },
     )
+
+
+def _changes(workdir: str, config: Config) -> list[str]:
+    """What differs from the config that this workdir last ran with: "optimizer.learning_rate: 0.001 -> 0.002"."""
+    before = json.loads((Path(workdir) / "config.json").read_text())["config"]
+    now = json.loads(json.dumps(config_lib.to_dict(config)))
+
+    def differ(a: Any, b: Any, name: str) -> Iterator[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted(a.keys() | b.keys()):
+                yield from differ(a.get(key), b.get(key), f"{name}.{key}")
+        elif a != b:
+            yield f"{name[1:]}: {a!r} -> {b!r}"
+
+    return list(differ(before, now, ""))
 
 
 def _describe(

@@ -92,12 +92,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
-def test_a_finished_run_is_left_alone(tmp_path):
+def test_a_finished_run_is_left_alone_until_it_gets_more_steps(tmp_path, capfd):
     first = run.run(load("sft"), str(tmp_path))
     before = parameters(tmp_path)
     again = run.run(load("sft"), str(tmp_path))
     assert again["eval/loss"] == first["eval/loss"]
     np.testing.assert_equal(parameters(tmp_path), before)
+    assert "changed" not in capfd.readouterr().err
+    run.run(load("sft", steps=3), str(tmp_path))
+    assert checkpoint.steps(tmp_path)[-1] == 3
+    assert "changed  steps: 2 -> 3" in capfd.readouterr().err
 
 
 def test_sharded_run_has_the_losses_of_a_single_device(tmp_path):

@@ -1,0 +1,66 @@
+"""What is kept, what comes back, and what a reader is told about a folder that holds nothing or something else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from research import checkpoint, train
+from research.errors import InputError
+
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def state_at(step):
+    values = {"policy": {"w": jnp.full((8, 4), float(step))}}
+    state = train.init_state(values, OPTIMIZER, jax.random.PRNGKey(step), ema=True)
+    return state.replace(step=jnp.asarray(step, jnp.int32))
+
+
+def like(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def save(workdir, scores, **options):
+    saver = checkpoint.Checkpointer(workdir, **options)
+    for step, score in enumerate(scores, start=1):
+        saver.save(state_at(step), {"step": step}, {"seed": 0}, {} if score is None else {"eval/loss": score})
+    saver.wait()
+    saver.close()
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("min", [2, 5, 6]), ("max", [1, 5, 6])])
+def test_the_last_and_the_best_are_kept(mode, kept, tmp_path):
+    save(tmp_path, [3.0, 1.0, 2.0, None, 2.5, None], keep_last=2, best_metric="eval/loss", best_mode=mode)
+    assert checkpoint.steps(tmp_path) == kept
+
+
+def test_state_and_source_come_back(tmp_path):
+    save(tmp_path, [None, None])
+    saver = checkpoint.Checkpointer(tmp_path)
+    state, source = saver.restore(like(state_at(0)))
+    saver.close()
+    assert source == {"step": 2}
+    jax.tree.map(np.testing.assert_array_equal, state, state_at(2))
+
+
+def test_parameters_alone_of_any_step_or_the_average(tmp_path):
+    save(tmp_path, [None, None])
+    wanted = like(state_at(0).params)
+    for step, ema in ((None, False), (1, False), (1, True)):
+        values, found = checkpoint.restore_params(tmp_path, wanted, step=step, ema=ema)
+        assert found == (step or 2)
+        np.testing.assert_array_equal(values["policy"]["w"], np.full((8, 4), found))
+
+
+def test_a_reader_is_told_what_is_there(tmp_path):
+    wanted = like(state_at(0).params)
+    with pytest.raises(InputError, match="has no checkpoints/STEP"):
+        checkpoint.restore_params(tmp_path, wanted)
+    save(tmp_path, [None, None])
+    with pytest.raises(InputError, match="no checkpoint of step 7; there are 1, 2"):
+        checkpoint.restore_params(tmp_path, wanted, step=7)
+    other = {"policy": {"w": jax.ShapeDtypeStruct((8, 5), jnp.float32), "b": jax.ShapeDtypeStruct((5,), jnp.float32)}}
+    with pytest.raises(InputError, match=r"\['policy'\]\['b'\] has shape missing"):
+        checkpoint.restore_params(tmp_path, other)
