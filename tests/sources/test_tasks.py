@@ -117,4 +117,10 @@ def test_bad_names(name, says):
     with pytest.raises(InputError, match=says):
         next(tasks.records(name, 1, seed=0))
     with pytest.raises(InputError, match=says):
-        tasks.verify_record({"prompt": "", "response": "", "task": name}, "")
+        tasks.verify(name, "", "", "")
+
+
+def test_a_task_that_is_not_ours_is_judged_by_the_response():
+    record = {"prompt": "sentiment?", "response": "good", "task": "classification"}
+    assert tasks.verify_record(record, " good\n")
+    assert not tasks.verify_record(record, "bad")
