@@ -8,7 +8,7 @@ import os  # noqa: E402
 import shlex  # noqa: E402
 import sys  # noqa: E402
 
-from absl import flags  # noqa: E402
+from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from research.errors import InputError, explain_flag_error  # noqa: E402
@@ -21,6 +21,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go. Defau
 
 
 def main(argv: list[str]) -> int:
+    app.define_help_flags()
     try:
         flags.FLAGS(argv)
         if _CONFIG.value is None:
