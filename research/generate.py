@@ -106,7 +106,7 @@ def _run(args: argparse.Namespace) -> None:
         stop_tokens=(tokenizer.eos,),
     )
     longest = longest_prompt(model, config)
-    template = args.template or loaded.config["data"]["template"]
+    template = args.template or loaded.template
     key = jax.random.key(args.seed)
 
     def ids_of(prompt: Prompt) -> list[int]:

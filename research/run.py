@@ -539,30 +539,37 @@ def use_compilation_cache(cache_dir: str = "") -> None:
 
 
 class LoadedModel(NamedTuple):
-    """A trained model, ready to run."""
+    """A trained model, ready to run. `template` is how prompts are put to it (sources.formats)."""
 
     model: transformer.Model
     params: Any
     tokenizer: tokenizers.Tokenizer
-    config: dict[str, Any]
+    template: str
+    mesh: jax.sharding.Mesh
 
 
-def load_model(workdir: str, *, step: int | None = None, ema: bool = False) -> LoadedModel:
-    """Reads the policy of a run from its working directory onto the default device.
+def load_model(
+    name: str, *, step: int | None = None, ema: bool = False, mesh: jax.sharding.Mesh | None = None
+) -> LoadedModel:
+    """Reads a model.
+
+    Args:
+      name: the working directory of a run.
+      step: which of its checkpoints; by default the newest.
+      ema: take the moving average of the parameters.
+      mesh: to lay the parameters out on; by default one device.
 
     Raises:
-      InputError: the folder isn't a run's, or its checkpoint can't be read.
+      InputError: there is no such model, or it can't be read.
     """
-    record = Path(workdir) / "config.json"
-    if not checkpoint.steps(workdir) or not record.is_file():
-        raise InputError(
-            f"{workdir}: not the workdir of a run that has saved: it lacks checkpoints/STEP or config.json."
-        )
-    values = json.loads(record.read_text())["config"]
-    tokenizer = tokenizers.load_tokenizer(workdir)
-    config = config_lib.parse(values)
-    model = transformer.make_model(config_lib.model_config(config, tokenizer.size))
-    mesh = sharding.make_mesh({}, jax.devices()[:1])
-    like = params.abstract(model.specs, params.shardings(model.specs, mesh))
-    loaded, _ = checkpoint.restore_params(workdir, {"policy": like}, step=step, ema=ema)
-    return LoadedModel(model, loaded["policy"], tokenizer, values)
+    record = Path(name) / "config.json"
+    if not checkpoint.steps(name) or not record.is_file():
+        raise InputError(f"{name}: not the workdir of a run that has saved: it lacks checkpoints/STEP or config.json.")
+    mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
+    config = config_lib.parse(json.loads(record.read_text())["config"])
+    rules = {**sharding.RULES, **config.rules}
+    tokenizer = tokenizers.load_tokenizer(name)
+    model = transformer.make_model(config_lib.model_config(config, tokenizer.size), rules)
+    like = params.abstract(model.specs, params.shardings(model.specs, mesh, rules))
+    loaded, _ = checkpoint.restore_params(name, {"policy": like}, step=step, ema=ema)
+    return LoadedModel(model, loaded["policy"], tokenizer, config.data["template"], mesh)

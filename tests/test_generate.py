@@ -34,8 +34,7 @@ def run(monkeypatch, capsys, tmp_path):
         unstack=lambda params: params,
         decode=lambda params, tokens, positions, mask, cache, index: (9 * jax.nn.one_hot(params[tokens], V), cache),
     )
-    config = {"data": {"template": "chat"}}
-    loaded = types.SimpleNamespace(model=model, params=table, tokenizer=TOKENIZER, config=config)
+    loaded = types.SimpleNamespace(model=model, params=table, tokenizer=TOKENIZER, template="chat")
     monkeypatch.setattr("research.run.load_model", lambda workdir, *, step, ema: loaded)
 
     def command(*flags):
