@@ -94,10 +94,11 @@ def muon_dimensions(specs: Tree) -> Tree:
     AdamW's update instead: scales, biases, embeddings and heads."""
 
     def one(spec: ParamSpec) -> Any:
-        if not spec.contracts or "vocab" in spec.axes:
+        if not spec.contracts or {"vocab", "labels", "positions", "token_types"} & set(spec.axes):
             return None
         inputs = tuple(i for i, axis in enumerate(spec.axes) if axis in spec.contracts)
-        outputs = tuple(i for i, axis in enumerate(spec.axes) if axis not in spec.contracts and axis != "layers")
+        stacked = ("layers",) if spec.axes[-1] == "experts" else ("layers", "experts")
+        outputs = tuple(i for i, axis in enumerate(spec.axes) if axis not in (*spec.contracts, *stacked))
         return optax.contrib.MuonDimensionNumbers(inputs, outputs)
 
     return tree_map(one, specs)

@@ -22,6 +22,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "embed_replicated": None,
     "head_dim": None,
+    "positions": None,
+    "token_types": None,
+    "experts": None,
+    "labels": None,
     "time": None,
 }
 

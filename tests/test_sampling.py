@@ -55,7 +55,7 @@ def _completions(model, params, config, prompts=PROMPTS, seed=0, **kwargs):
     [
         {},
         {"sliding_window": (4, 0), "attention_softcap": 2.0, "logit_softcap": 3.0, "tie_embeddings": False},
-        {"norm": "layernorm", "mlp": "gelu", "qk_norm": True, "embed_scale": True, "attention_bias": True},
+        {"norm": "layernorm", "mlp": "gelu", "qk_norm": "head", "embed_scale": True, "attention_bias": True},
     ],
 )
 def test_greedy_is_the_argmax_of_full_forward_passes(changes):

@@ -1,7 +1,8 @@
-"""A decoder-only transformer: one ModelConfig, pure functions over a pytree of arrays.
+"""The transformer: one ModelConfig, pure functions over a pytree of arrays.
 
 Axes: B batch, T time, S cached time, D model, H query heads, K key/value heads, h head dimension, F feed-forward,
-V vocabulary, L layers. Parameters are stored in float32 with layers stacked along L; the computation is in `dtype`.
+V vocabulary, E experts, L layers. Parameters are stored in float32 with layers stacked along L; the computation is in
+`dtype`.
 """
 
 import dataclasses
@@ -15,19 +16,27 @@ import jax.numpy as jnp
 from research import params as params_lib
 from research import sharding
 from research.errors import InputError, did_you_mean
+from research.ops import moe
 from research.ops.attention import IMPLEMENTATIONS, cached_attention, self_attention
 from research.ops.losses import Head
+from research.ops.rope import Angles, RopeScaling, rope, rope_angles
 from research.params import ParamSpec
 
 Params = Any  # a pytree of arrays in the shape of `specs`
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer: keys and values, each [B, S, K, h]
 
-_ACTIVATIONS = {
-    "swiglu": jax.nn.silu,
-    "geglu": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu": jax.nn.gelu,
+_MLPS = {  # activation, and whether a gate is multiplied by it
+    "swiglu": (jax.nn.silu, True),
+    "geglu": (functools.partial(jax.nn.gelu, approximate=False), True),
+    "geglu_tanh": (functools.partial(jax.nn.gelu, approximate=True), True),
+    "gelu": (functools.partial(jax.nn.gelu, approximate=False), False),
+    "gelu_tanh": (functools.partial(jax.nn.gelu, approximate=True), False),
+    "relu": (jax.nn.relu, False),
 }
 _NORMS = ("rmsnorm", "layernorm")
+_BLOCKS = ("pre", "post", "sandwich", "parallel", "residual")
+_POSITIONS = ("rope", "learned")
+_QK_NORMS = ("none", "head", "full")
 _REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -42,11 +51,35 @@ class ModelConfig:
 
     Attributes:
       head_dim: 0 means d_model / num_heads.
-      mlp: "swiglu" and "geglu" are gated (Shazeer 2020, arXiv:2002.05202); "gelu" is a plain two-layer MLP.
+      d_ff: F; with experts, of each.
+      mlp: "swiglu" and "geglu" are gated (Shazeer 2020, arXiv:2002.05202), "gelu" and "relu" plain two-layer MLPs;
+        "_tanh" is GELU's approximation.
+      num_experts: E; 0 is one dense MLP. Experts have no biases.
+      experts_per_token: how many experts each token goes through.
+      normalize_router: the chosen experts' probabilities are made to add up to 1.
+      block: where the norms of a layer are. "pre": x + f(norm(x)), for attention and then the MLP. "post": x +
+        norm(f(x)) (OLMo 2, arXiv:2501.00656). "sandwich": x + norm(f(norm(x))) (Gemma 2, arXiv:2408.00118).
+        "parallel": x + attention(norm(x)) + mlp(norm(x)), each with its norm (GPT-NeoX, arXiv:2204.06745).
+        "residual": norm(x + f(x)), and no norm at the end (the first transformer, arXiv:1706.03762, and BERT).
+      norm_offset: is added to the scale of RMSNorm, which is then stored around 0 (Gemma: 1).
+      positions: "rope", or "learned" embeddings, max_length of them.
+      rotary_dim: how many dimensions of each head RoPE turns; 0 is all.
+      local_rope_theta: of layers with a sliding window, which then aren't stretched by rope_scaling either (Gemma 3,
+        arXiv:2503.19786); 0: as the others.
       max_length: the longest sequence that it may be given.
+      causal: else every token sees all of its document (an encoder).
       sliding_window: tokens that each token sees, itself included, in layer i: sliding_window[i % len]; 0 means all.
+      attention_bias, attention_out_bias, mlp_bias, head_bias: of the query, key and value maps, of attention's output
+        map, of the MLP's maps, and of the logits.
+      qk_norm: RMSNorm of queries and keys before RoPE: "head", over each head's dimensions; "full", over all heads'
+        together (OLMo 2).
+      attention_scale: of scores; 0 means head_dim^-0.5.
       attention_softcap, logit_softcap: cap * tanh(x / cap) on scores and logits (Gemma 2, arXiv:2408.00118); 0 is off.
       embed_scale: multiply embeddings by sqrt(d_model).
+      embed_norm: norm of the embeddings (BERT).
+      token_types: kinds of segment with an embedding each (BERT); all tokens are of the first.
+      head_transform: a dense layer, the MLP's activation and a norm before the logits (BERT's masked-LM head).
+      num_labels: the head gives so many logits and not V: a classifier or reward model. 0 is a language model.
       remat: what the backward pass recomputes in each layer: "none" keeps all activations, "full" only the layer's
         input, "dots" the results of matmuls with weights, "attention" the layer's input and attention's output.
       attention: an implementation of ops.attention, or "auto".
@@ -61,18 +94,35 @@ class ModelConfig:
     head_dim: int = 0
     d_ff: int = 768
     mlp: str = "swiglu"
+    num_experts: int = 0
+    experts_per_token: int = 2
+    normalize_router: bool = True
+    block: str = "pre"
     norm: str = "rmsnorm"
     norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    positions: str = "rope"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    rotary_dim: int = 0
+    local_rope_theta: float = 0.0
     max_length: int = 2048
+    causal: bool = True
+    sliding_window: tuple[int, ...] = (0,)
     attention_bias: bool = False
+    attention_out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    tie_embeddings: bool = True
-    embed_scale: bool = False
+    head_bias: bool = False
+    qk_norm: str = "none"
+    attention_scale: float = 0.0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
-    sliding_window: tuple[int, ...] = (0,)
+    tie_embeddings: bool = True
+    embed_scale: bool = False
+    embed_norm: bool = False
+    token_types: int = 0
+    head_transform: bool = False
+    num_labels: int = 0
     init_std: float = 0.02
     remat: str = "none"
     attention: str = "auto"
@@ -91,8 +141,11 @@ class ModelConfig:
             if getattr(self, field) < 1:
                 raise InputError(f"model.{field} = {getattr(self, field)}: must be at least 1.")
         for field, known in (
-            ("mlp", _ACTIVATIONS),
+            ("mlp", _MLPS),
+            ("block", _BLOCKS),
             ("norm", _NORMS),
+            ("positions", _POSITIONS),
+            ("qk_norm", _QK_NORMS),
             ("remat", _REMAT),
             ("attention", IMPLEMENTATIONS),
         ):
@@ -111,14 +164,37 @@ class ModelConfig:
                 f"model.d_model = {self.d_model} isn't divisible by model.num_heads = {self.num_heads}. "
                 "Change one of them, or set model.head_dim."
             )
-        if self.dim_per_head % 2:
-            raise InputError(f"model.head_dim = {self.dim_per_head} is odd: rotary embeddings turn pairs.")
+        if self.positions == "rope":
+            if self.turned % 2 or self.turned > self.dim_per_head:
+                field = "rotary_dim" if self.rotary_dim else "head_dim"
+                raise InputError(
+                    f"model.{field} = {self.turned}: rotary embeddings turn pairs of at most head_dim = "
+                    f"{self.dim_per_head} dimensions. Choose an even number up to that."
+                )
+            self.rope_scaling.check(self.turned)
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise InputError(
+                f"model.experts_per_token = {self.experts_per_token}: must be from 1 to model.num_experts = "
+                f"{self.num_experts}."
+            )
+        if self.num_experts and self.mlp_bias:
+            raise InputError("model.mlp_bias = True: experts have no biases. Set it to False.")
         if not self.sliding_window or min(self.sliding_window) < 0:
             raise InputError(f"model.sliding_window = {self.sliding_window}: give sizes >= 0, 0 for full attention.")
 
     @property
     def dim_per_head(self) -> int:
         return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def turned(self) -> int:
+        """How many dimensions of a head RoPE turns."""
+        return self.rotary_dim or self.dim_per_head
+
+    @property
+    def scale(self) -> float:
+        """What attention's scores are multiplied by."""
+        return self.attention_scale or self.dim_per_head**-0.5
 
 
 class Model(NamedTuple):
@@ -128,7 +204,7 @@ class Model(NamedTuple):
       specs: pytree of ParamSpec.
       hidden: (params, batch) -> [B, T, D], the last hidden states after the final norm, in the compute dtype. `batch`
         holds tokens, segment_ids, positions, each [B, T] int32.
-      unembed: (params) -> Head, kernel [D, V].
+      unembed: (params) -> Head, kernel [D, V] or [D, num_labels].
       init_cache: (batch size, length S) -> empty Cache.
       unstack: (params) -> params with "layers" as a tuple of trees, as `decode` wants them. Decoding loops run it once,
         outside the loop: slicing stacked weights inside copies them at every token.
@@ -164,7 +240,7 @@ def make_specs(c: ModelConfig) -> Params:
     (Radford et al. 2019), so that the stream's variance doesn't grow with depth."""
     normal = jax.nn.initializers.normal(c.init_std)
     residual = jax.nn.initializers.normal(c.init_std / (2 * c.num_layers) ** 0.5)
-    zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+    zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.constant(1.0 - c.norm_offset)
     L, D, H, K, h, F, V = (
         c.num_layers,
         c.d_model,
@@ -175,42 +251,66 @@ def make_specs(c: ModelConfig) -> Params:
         c.vocab_size,
     )
 
-    def linear(shape, axes, contracts, bias, init=normal):
-        """A kernel stacked over layers, and its bias on the axes that aren't contracted."""
-        spec = {"kernel": ParamSpec((L, *shape), ("layers", *axes), init, contracts)}
+    def linear(shape, axes, contracts, bias, init=normal, stack=(("layers", L),)):
+        """A stacked kernel, and its bias on the axes that aren't contracted."""
+        names, sizes = tuple(n for n, _ in stack), tuple(s for _, s in stack)
+        spec = {"kernel": ParamSpec((*sizes, *shape), (*names, *axes), init, contracts)}
         if bias:
             out = [(n, a) for n, a in zip(shape, axes, strict=True) if a not in contracts]
-            spec["bias"] = ParamSpec((L, *(n for n, _ in out)), ("layers", *(a for _, a in out)), zeros)
+            spec["bias"] = ParamSpec((*sizes, *(n for n, _ in out)), (*names, *(a for _, a in out)), zeros)
         return spec
 
-    def norm(*stack, size=D, axis="embed_replicated"):
-        axes = ("layers",) * len(stack) + (axis,)
-        spec = {"scale": ParamSpec((*stack, size), axes, ones)}
-        if c.norm == "layernorm":
-            spec["bias"] = ParamSpec((*stack, size), axes, zeros)
+    def norm(*shape, axes=("layers", "embed_replicated"), kind=c.norm):
+        spec = {"scale": ParamSpec(shape, axes, ones)}
+        if kind == "layernorm":
+            spec["bias"] = ParamSpec(shape, axes, zeros)
         return spec
 
     attention = {
         "q": linear((D, H, h), ("embed", "heads", "head_dim"), ("embed",), c.attention_bias),
         "k": linear((D, K, h), ("embed", "kv_heads", "head_dim"), ("embed",), c.attention_bias),
         "v": linear((D, K, h), ("embed", "kv_heads", "head_dim"), ("embed",), c.attention_bias),
-        "o": linear((H, h, D), ("heads", "head_dim", "embed"), ("heads", "head_dim"), c.attention_bias, residual),
+        "o": linear((H, h, D), ("heads", "head_dim", "embed"), ("heads", "head_dim"), c.attention_out_bias, residual),
     }
-    if c.qk_norm:
-        attention |= {"q_norm": norm(L, size=h, axis="head_dim"), "k_norm": norm(L, size=h, axis="head_dim")}
+    if c.qk_norm == "head":
+        for name in ("q_norm", "k_norm"):
+            attention[name] = norm(L, h, axes=("layers", "head_dim"), kind="rmsnorm")
+    elif c.qk_norm == "full":
+        attention["q_norm"] = norm(L, H, h, axes=("layers", "heads", "head_dim"), kind="rmsnorm")
+        attention["k_norm"] = norm(L, K, h, axes=("layers", "kv_heads", "head_dim"), kind="rmsnorm")
+
+    stack = (("layers", L), *((("experts", c.num_experts),) if c.num_experts else ()))
     mlp = {
-        "up": linear((D, F), ("embed", "mlp"), ("embed",), c.mlp_bias),
-        "down": linear((F, D), ("mlp", "embed"), ("mlp",), c.mlp_bias, residual),
+        "up": linear((D, F), ("embed", "mlp"), ("embed",), c.mlp_bias, stack=stack),
+        "down": linear((F, D), ("mlp", "embed"), ("mlp",), c.mlp_bias, residual, stack),
     }
-    if c.mlp != "gelu":
-        mlp["gate"] = linear((D, F), ("embed", "mlp"), ("embed",), c.mlp_bias)
-    specs = {
-        "embed": ParamSpec((V, D), ("vocab", "embed"), normal, ("vocab",)),
-        "layers": {"attention_norm": norm(L), "attention": attention, "mlp_norm": norm(L), "mlp": mlp},
-        "final_norm": norm(),
-    }
-    if not c.tie_embeddings:
-        specs["head"] = ParamSpec((D, V), ("embed", "vocab"), normal, ("embed",))
+    if _MLPS[c.mlp][1]:
+        mlp["gate"] = linear((D, F), ("embed", "mlp"), ("embed",), c.mlp_bias, stack=stack)
+    if c.num_experts:
+        mlp["router"] = linear((D, c.num_experts), ("embed", "experts"), ("embed",), bias=False)
+
+    layers = {"attention_norm": norm(L, D), "attention": attention, "mlp_norm": norm(L, D), "mlp": mlp}
+    if c.block == "sandwich":
+        layers |= {"attention_post_norm": norm(L, D), "mlp_post_norm": norm(L, D)}
+
+    alone = ("embed_replicated",)
+    specs = {"embed": ParamSpec((V, D), ("vocab", "embed"), normal, ("vocab",)), "layers": layers}
+    if c.positions == "learned":
+        specs["position_embed"] = ParamSpec((c.max_length, D), ("positions", "embed"), normal, ("positions",))
+    if c.token_types:
+        specs["token_type_embed"] = ParamSpec((c.token_types, D), ("token_types", "embed"), normal, ("token_types",))
+    if c.embed_norm:
+        specs["embed_norm"] = norm(D, axes=alone)
+    if c.block != "residual":
+        specs["final_norm"] = norm(D, axes=alone)
+    if c.head_transform:
+        dense = linear((D, D), ("embed", "embed_replicated"), ("embed",), bias=True, stack=())
+        specs["head_transform"] = {"dense": dense, "norm": norm(D, axes=alone)}
+    columns, axis = (c.num_labels, "labels") if c.num_labels else (V, "vocab")
+    if c.num_labels or not c.tie_embeddings:
+        specs["head"] = ParamSpec((D, columns), ("embed", axis), normal, ("embed",))
+    if c.head_bias:
+        specs["head_bias"] = ParamSpec((columns,), (axis,), zeros)
     return specs
 
 
@@ -224,50 +324,83 @@ def linear(p: Params, x: jax.Array, contract: int = 1) -> jax.Array:
     return y
 
 
-def norm(c: ModelConfig, p: Params, x: jax.Array) -> jax.Array:
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last axis, in float32."""
+def norm(c: ModelConfig, p: Params, x: jax.Array, center: bool | None = None) -> jax.Array:
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the axes that the scale has, in float32."""
+    axes = tuple(range(x.ndim - p["scale"].ndim, x.ndim))
     y = x.astype(jnp.float32)
-    if c.norm == "layernorm":
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + c.norm_eps)
-    row = (1,) * (x.ndim - 1) + (-1,)
-    y = y * p["scale"].reshape(row)
+    if c.norm == "layernorm" if center is None else center:
+        y = y - jnp.mean(y, axis=axes, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + c.norm_eps)
+    row = (1,) * axes[0] + p["scale"].shape
+    y = y * (p["scale"].astype(jnp.float32).reshape(row) + c.norm_offset)
     if "bias" in p:
-        y = y + p["bias"].reshape(row)
+        y = y + p["bias"].astype(jnp.float32).reshape(row)
     return y.astype(x.dtype)
 
 
-def rope_angles(c: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, h/2] float32 of positions [B, T] (RoFormer, arXiv:2104.09864)."""
-    half = c.dim_per_head // 2
-    frequency = c.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
+def _angles(c: ModelConfig, positions: jax.Array, lengths: jax.Array) -> tuple[Angles | None, Angles | None]:
+    """Rotations of the layers that see everything and of those with a window; None where there are none."""
+    if c.positions != "rope":
+        return None, None
+    everywhere = rope_angles(c.rope_theta, c.turned, c.rope_scaling, positions, lengths)
+    if not c.local_rope_theta:
+        return everywhere, everywhere
+    return everywhere, rope_angles(c.local_rope_theta, c.turned, RopeScaling(), positions)
 
 
-def rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns pairs (x[i], x[i + h/2]) of the head dimension, x [B, T, heads, h]; the layout of Llama in transformers."""
-    cos, sin = angles
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def _qkv(c: ModelConfig, p: Params, x: jax.Array, angles: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _qkv(c: ModelConfig, p: Params, x: jax.Array, angles: Angles | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, k, v = linear(p["q"], x), linear(p["k"], x), linear(p["v"], x)
-    if c.qk_norm:
-        q, k = norm(c, p["q_norm"], q), norm(c, p["k_norm"], k)
-    return rope(q, angles), rope(k, angles), v
+    if c.qk_norm != "none":
+        q, k = norm(c, p["q_norm"], q, center=False), norm(c, p["k_norm"], k, center=False)
+    if angles is not None:
+        q, k = rope(q, angles), rope(k, angles)
+    return q, k, v
 
 
 def _mlp(c: ModelConfig, rules: Mapping[str, Any], p: Params, x: jax.Array) -> jax.Array:
-    y = linear(p["up"], x)
-    y = _ACTIVATIONS[c.mlp](linear(p["gate"], x)) * y if "gate" in p else _ACTIVATIONS[c.mlp](y)
-    return linear(p["down"], sharding.constrain(y, ("batch", "time", "mlp"), rules))
+    activation, gated = _MLPS[c.mlp]
+
+    def network(apply: Callable, x: jax.Array, constrain: Callable = lambda y: y) -> jax.Array:
+        y = apply(p["up"], x)
+        y = activation(apply(p["gate"], x)) * y if gated else activation(y)
+        return apply(p["down"], constrain(y))
+
+    if not c.num_experts:
+        return network(linear, x, lambda y: sharding.constrain(y, ("batch", "time", "mlp"), rules))
+    B, T, D = x.shape
+    x = x.reshape(B * T, D)
+    logits = linear(p["router"], x.astype(jnp.float32))
+    weights, experts = moe.route(logits, c.experts_per_token, c.normalize_router)
+    y = moe.mixture(x, weights, experts, c.num_experts, lambda dot, x: network(lambda q, x: dot(x, q["kernel"]), x))
+    return y.reshape(B, T, D)
+
+
+def _block(
+    c: ModelConfig, rules: Mapping[str, Any], p: Params, x: jax.Array, attend: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """One layer around `attend`, which maps [B, T, D] to attention's output [B, T, D]."""
+    before = c.block in ("pre", "sandwich", "parallel")
+    with jax.named_scope("attention"):
+        y = attend(norm(c, p["attention_norm"], x) if before else x)
+        if c.block in ("post", "sandwich"):
+            y = norm(c, p["attention_norm" if c.block == "post" else "attention_post_norm"], y)
+        attended = x + y
+        if c.block == "residual":
+            attended = norm(c, p["attention_norm"], attended)
+    with jax.named_scope("mlp"):
+        z = x if c.block == "parallel" else attended
+        y = _mlp(c, rules, p["mlp"], norm(c, p["mlp_norm"], z) if before else z)
+        if c.block in ("post", "sandwich"):
+            y = norm(c, p["mlp_norm" if c.block == "post" else "mlp_post_norm"], y)
+        x = attended + y
+        if c.block == "residual":
+            x = norm(c, p["mlp_norm"], x)
+    return sharding.constrain(x, ("batch", "time", None), rules)
 
 
 def _layer(c: ModelConfig, rules: Mapping[str, Any], window: int, x, p, segment_ids, angles) -> jax.Array:
-    with jax.named_scope("attention"):
-        q, k, v = _qkv(c, p["attention"], norm(c, p["attention_norm"], x), angles)
+    def attend(y: jax.Array) -> jax.Array:
+        q, k, v = _qkv(c, p["attention"], y, angles[1] if window else angles[0])
         q = sharding.constrain(q, ("batch", "time", "heads", "head_dim"), rules)
         k = sharding.constrain(k, ("batch", "time", "kv_heads", "head_dim"), rules)
         v = sharding.constrain(v, ("batch", "time", "kv_heads", "head_dim"), rules)
@@ -276,28 +409,57 @@ def _layer(c: ModelConfig, rules: Mapping[str, Any], window: int, x, p, segment_
             k,
             v,
             segment_ids,
-            scale=c.dim_per_head**-0.5,
+            scale=c.scale,
+            causal=c.causal,
             window=window,
             softcap=c.attention_softcap,
             implementation=c.attention,
             spec=sharding.partition(("batch", "time", "heads", "head_dim"), rules),
         )
-        x = x + linear(p["attention"]["o"], y, contract=2)
-    with jax.named_scope("mlp"):
-        x = x + _mlp(c, rules, p["mlp"], norm(c, p["mlp_norm"], x))
-    return sharding.constrain(x, ("batch", "time", None), rules)
+        return linear(p["attention"]["o"], y, contract=2)
+
+    return _block(c, rules, p, x, attend)
 
 
-def _embed(c: ModelConfig, rules: Mapping[str, Any], params: Params, tokens: jax.Array) -> jax.Array:
+def _embed(
+    c: ModelConfig, rules: Mapping[str, Any], params: Params, tokens: jax.Array, positions: jax.Array
+) -> jax.Array:
     x = params["embed"].astype(c.dtype)[tokens]
     if c.embed_scale:
         x = x * jnp.asarray(c.d_model**0.5, x.dtype)
+    if c.positions == "learned":
+        x = x + params["position_embed"].astype(c.dtype)[positions]
+    if c.token_types:
+        x = x + params["token_type_embed"][0].astype(c.dtype)[None, None]
+    if c.embed_norm:
+        x = norm(c, params["embed_norm"], x)
     return sharding.constrain(x, ("batch", "time", None), rules)
+
+
+def _finish(c: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    """From the last layer to what the head multiplies."""
+    if c.block != "residual":
+        x = norm(c, params["final_norm"], x)
+    if c.head_transform:
+        x = _MLPS[c.mlp][0](linear(params["head_transform"]["dense"], x))
+        x = norm(c, params["head_transform"]["norm"], x)
+    return x
+
+
+def _segment_lengths(segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """Tokens of the document that each token is in, [B, T]."""
+    T = positions.shape[1]
+
+    def row(segments: jax.Array, positions: jax.Array) -> jax.Array:
+        return jax.ops.segment_max(positions, segments, num_segments=T + 1)[segments] + 1
+
+    return jax.vmap(row)(segment_ids, positions)
 
 
 def hidden(c: ModelConfig, rules: Mapping[str, Any], params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
     """See Model.hidden. Layers run under a scan, one period of `sliding_window` at a time."""
-    segment_ids, angles = batch["segment_ids"], rope_angles(c, batch["positions"])
+    segment_ids, positions = batch["segment_ids"], batch["positions"]
+    angles = _angles(c, positions, _segment_lengths(segment_ids, positions))
     period = len(c.sliding_window)
 
     def one_period(x: jax.Array, layers: Params) -> jax.Array:
@@ -308,19 +470,19 @@ def hidden(c: ModelConfig, rules: Mapping[str, Any], params: Params, batch: Mapp
             x = layer(x, jax.tree.map(lambda w, i=i: w[i], layers), segment_ids, angles)
         return x
 
-    x = _embed(c, rules, params, batch["tokens"])
+    x = _embed(c, rules, params, batch["tokens"], positions)
     whole = c.num_layers // period
     split = jax.tree.map(lambda w: w[: whole * period].reshape(whole, period, *w.shape[1:]), params["layers"])
     x, _ = jax.lax.scan(lambda x, layers: (one_period(x, layers), None), x, split)
     if whole * period < c.num_layers:
         x = one_period(x, jax.tree.map(lambda w: w[whole * period :], params["layers"]))
-    return norm(c, params["final_norm"], x)
+    return _finish(c, params, x)
 
 
 def unembed(c: ModelConfig, params: Params) -> Head:
-    """The kernel [D, V] that turns hidden states into logits, and its soft-cap."""
-    kernel = params["embed"].T if c.tie_embeddings else params["head"]
-    return Head(kernel=kernel, bias=None, softcap=c.logit_softcap)
+    """The kernel that turns hidden states into logits, its bias and soft-cap."""
+    kernel = params["head"] if "head" in params else params["embed"].T
+    return Head(kernel=kernel, bias=params.get("head_bias"), softcap=c.logit_softcap)
 
 
 def init_cache(c: ModelConfig, batch_size: int, length: int) -> Cache:
@@ -347,34 +509,44 @@ def decode(
     index: jax.Array | int,
 ) -> tuple[jax.Array, Cache]:
     """See Model.decode."""
-    angles = rope_angles(c, positions)
+    if not c.causal or c.num_labels:
+        kind = "a classifier" if c.num_labels else "an encoder, which reads in both directions"
+        raise InputError(f"model: is {kind}, and can't generate. Use a causal language model.")
+    angles = _angles(c, positions, jnp.max(positions, axis=1, keepdims=True) + 1)
     T, S = mask.shape[1:]
     age = index + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
-    x = _embed(c, rules, params, tokens)
+    x = _embed(c, rules, params, tokens, positions)
     out = []
     for i, (p, (keys, values)) in enumerate(zip(params["layers"], cache, strict=True)):
-        q, k, v = _qkv(c, p["attention"], norm(c, p["attention_norm"], x), angles)
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, index, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(values, v, index, axis=1)
         window = c.sliding_window[i % len(c.sliding_window)]
         seen = mask & (age < window)[None] if window else mask
-        y = cached_attention(q, keys, values, seen, scale=c.dim_per_head**-0.5, softcap=c.attention_softcap)
-        x = x + linear(p["attention"]["o"], y, contract=2)
-        x = x + _mlp(c, rules, p["mlp"], norm(c, p["mlp_norm"], x))
-        out.append((keys, values))
-    return norm(c, params["final_norm"], x), tuple(out)
+
+        def attend(y, p=p, keys=keys, values=values, window=window, seen=seen):
+            q, k, v = _qkv(c, p["attention"], y, angles[1] if window else angles[0])
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, k, index, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(values, v, index, axis=1)
+            out.append((keys, values))
+            y = cached_attention(q, keys, values, seen, scale=c.scale, softcap=c.attention_softcap)
+            return linear(p["attention"]["o"], y, contract=2)
+
+        x = _block(c, rules, p, x, attend)
+    return _finish(c, params, x), tuple(out)
 
 
 def flops_per_token(c: ModelConfig, length: int) -> float:
-    """Model FLOPs of one training token (forward and backward) in causal sequences of `length` tokens.
+    """Model FLOPs of one training token (forward and backward) in sequences of `length` tokens.
 
     6 per matmul weight, the head included and the embedding look-up not, plus causal attention's 6 L H h T
     (PaLM, arXiv:2204.02311, appendix B, halved for the causal mask), windows counted at their size.
     """
     layers = jax.tree.leaves(make_specs(c)["layers"], is_leaf=params_lib.is_spec)
-    weights = params_lib.count([s for s in layers if s.contracts]) + c.d_model * c.vocab_size
+    used = {False: 1.0, True: c.experts_per_token / max(c.num_experts, 1)}
+    weights = sum(params_lib.count([s]) * used["experts" in s.axes and len(s.shape) > 3] for s in layers if s.contracts)
+    weights += c.d_model * (c.num_labels or c.vocab_size) + c.d_model**2 * c.head_transform
     seen = [min(w or length, length) for w in c.sliding_window]
     context = sum(
         seen[i % len(seen)] * (1 - seen[i % len(seen)] / (2 * length)) for i in range(c.num_layers)
     )  # mean number of keys per query, summed over layers
+    if not c.causal:
+        context = float(sum(min(w or length, length) for w in (seen[i % len(seen)] for i in range(c.num_layers))))
     return 6.0 * weights + 12.0 * c.num_heads * c.dim_per_head * context

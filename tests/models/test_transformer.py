@@ -14,16 +14,23 @@ from research.models.transformer import ModelConfig, flops_per_token, make_model
 BASE = ModelConfig(vocab_size=64, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, max_length=32)
 VARIANTS = {
     "llama": {},
-    "gpt": {"norm": "layernorm", "mlp": "gelu", "attention_bias": True, "mlp_bias": True, "num_kv_heads": 4},
+    "gpt": {
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "attention_bias": True,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "num_kv_heads": 4,
+    },
     "gemma": {
-        "mlp": "geglu",
+        "mlp": "geglu_tanh",
         "embed_scale": True,
         "attention_softcap": 5.0,
         "logit_softcap": 3.0,
         "sliding_window": (4, 0),  # three layers: a period and a remainder
         "head_dim": 16,
     },
-    "qwen": {"qk_norm": True, "tie_embeddings": False},
+    "qwen": {"qk_norm": "head", "tie_embeddings": False},
 }
 
 
