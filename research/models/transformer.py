@@ -77,7 +77,8 @@ class ModelConfig:
       attention_softcap, logit_softcap: cap * tanh(x / cap) on scores and logits (Gemma 2, arXiv:2408.00118); 0 is off.
       embed_scale: multiply embeddings by sqrt(d_model).
       embed_norm: norm of the embeddings (BERT).
-      token_types: kinds of segment with an embedding each (BERT); all tokens are of the first.
+      token_types: kinds of segment with an embedding each (BERT): the batch field `token_types`, [B, T] int32, says
+        which; without it all tokens are of the first.
       head_transform: a dense layer, the MLP's activation and a norm before the logits (BERT's masked-LM head).
       num_labels: the head gives so many logits and not V: a classifier or reward model. 0 is a language model.
       remat: what the backward pass recomputes in each layer: "none" keeps all activations, "full" only the layer's
@@ -422,7 +423,12 @@ def _layer(c: ModelConfig, rules: Mapping[str, Any], window: int, x, p, segment_
 
 
 def _embed(
-    c: ModelConfig, rules: Mapping[str, Any], params: Params, tokens: jax.Array, positions: jax.Array
+    c: ModelConfig,
+    rules: Mapping[str, Any],
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    token_types: jax.Array | None = None,
 ) -> jax.Array:
     x = params["embed"].astype(c.dtype)[tokens]
     if c.embed_scale:
@@ -430,7 +436,8 @@ def _embed(
     if c.positions == "learned":
         x = x + params["position_embed"].astype(c.dtype)[positions]
     if c.token_types:
-        x = x + params["token_type_embed"][0].astype(c.dtype)[None, None]
+        types = jnp.zeros_like(tokens) if token_types is None else token_types
+        x = x + params["token_type_embed"].astype(c.dtype)[types]
     if c.embed_norm:
         x = norm(c, params["embed_norm"], x)
     return sharding.constrain(x, ("batch", "time", None), rules)
@@ -470,7 +477,7 @@ def hidden(c: ModelConfig, rules: Mapping[str, Any], params: Params, batch: Mapp
             x = layer(x, jax.tree.map(lambda w, i=i: w[i], layers), segment_ids, angles)
         return x
 
-    x = _embed(c, rules, params, batch["tokens"], positions)
+    x = _embed(c, rules, params, batch["tokens"], positions, batch.get("token_types"))
     whole = c.num_layers // period
     split = jax.tree.map(lambda w: w[: whole * period].reshape(whole, period, *w.shape[1:]), params["layers"])
     x, _ = jax.lax.scan(lambda x, layers: (one_period(x, layers), None), x, split)

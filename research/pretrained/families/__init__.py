@@ -1,0 +1,31 @@
+"""One module for each `model_type` of transformers, found by its name. Each has
+
+ARCHITECTURES: the classes of transformers that it reads; the first is what an export is of.
+read(fields) -> dict: fields of ModelConfig from those of config.json.
+write(config) -> dict: fields of config.json; `read` of it gives the config back if the family can hold the model.
+tensors(config) -> list[Tensor].
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from research.errors import InputError, did_you_mean
+
+
+def names() -> list[str]:
+    """The model types there are."""
+    return [m.name for m in pkgutil.iter_modules(__path__) if m.name != "common"]
+
+
+def load(model_type: str, where: str) -> ModuleType:
+    """The family of a `model_type`.
+
+    Raises:
+      InputError: there is none of that name.
+    """
+    if model_type not in names():
+        raise InputError(
+            f"{where}: model_type = {model_type!r}: no such architecture here.{did_you_mean(model_type, names())}"
+        )
+    return importlib.import_module(f"{__name__}.{model_type}")

@@ -1,0 +1,72 @@
+"""Gemma 2 (arXiv:2408.00118): norms around each map, soft-caps, every other layer with a sliding window."""
+
+from typing import Any
+
+from research.models.transformer import ModelConfig
+from research.pretrained.families import common
+from research.pretrained.types import Fields, Tensor, windows
+
+ARCHITECTURES = ("Gemma2ForCausalLM", "Gemma2ForSequenceClassification")
+NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+
+
+def read(f: Fields) -> dict[str, Any]:
+    values = read_gemma(f)
+    types = f.take("layer_types", ["sliding_attention", "full_attention"] * values["num_layers"])
+    return {
+        **values,
+        **common.read_rope(f, values),
+        "sliding_window": windows(types[: values["num_layers"]], f.take("sliding_window", 4096)),
+        "attention_softcap": f.take("attn_logit_softcapping", 0.0),
+        "logit_softcap": f.take("final_logit_softcapping", 0.0),
+    }
+
+
+def read_gemma(f: Fields) -> dict[str, Any]:
+    """What Gemma 2 and 3 have in common."""
+    values = common.read_decoder(f, tied=True)
+    bias = f.take("attention_bias", False)
+    f.expect("use_bidirectional_attention", False)
+    f.take("hidden_act", None)  # an older name, which transformers doesn't read
+    head_dim = values["head_dim"] or values["d_model"] // values["num_heads"]
+    scale = float(f.take("query_pre_attn_scalar", 256)) ** -0.5
+    return {
+        **values,
+        "mlp": common.read_activation(f, "hidden_activation", gated=True, default="gelu_pytorch_tanh"),
+        "block": "sandwich",
+        "norm_offset": 1.0,
+        "embed_scale": True,
+        "attention_scale": 0.0 if scale == head_dim**-0.5 else scale,
+        "attention_bias": bias,
+        "attention_out_bias": bias,
+    }
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    return {
+        **write_gemma(c),
+        **common.write_rope(c),
+        "attn_logit_softcapping": c.attention_softcap or None,
+        "final_logit_softcapping": c.logit_softcap or None,
+    }
+
+
+def write_gemma(c: ModelConfig) -> dict[str, Any]:
+    kinds = [c.sliding_window[i % len(c.sliding_window)] for i in range(c.num_layers)]
+    return {
+        **common.write_decoder(c),
+        "hidden_activation": common.write_activation(c, gated=True),
+        "query_pre_attn_scalar": round(c.scale**-2, 6),
+        "attention_bias": c.attention_bias,
+        "sliding_window": max(kinds) or None,
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in kinds],
+    }
+
+
+def tensors(c: ModelConfig) -> list[Tensor]:
+    return common.decoder_tensors(c, NORMS)

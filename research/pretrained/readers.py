@@ -1,0 +1,288 @@
+"""Tensors of checkpoint files by name, one at a time: safetensors (sharded or not) and GGUF."""
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from research.errors import InputError, did_you_mean
+
+_DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Entry(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+      shape: its dimensions.
+      dtype: as stored; of a quantised tensor, as `read` gives it.
+      position: (file, byte): to read tensors in the order in which they lie on the disk.
+      read: () -> the array. It maps the file anew, so that its pages are given back with the array.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    position: tuple[str, int]
+    read: Callable[[], np.ndarray]
+
+
+def read_json(path: Path) -> Any:
+    """Raises InputError where there is no such file, or it isn't JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise InputError(f"{path}: is no JSON ({error}). Copy it anew.") from error
+
+
+def open_safetensors(folder: Path) -> dict[str, Entry]:
+    """Name -> entry, of all tensors of a folder.
+
+    Raises:
+      InputError: there is no safetensors file, a shard is missing, or a file is cut short or damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        where = read_json(index).get("weight_map", {})
+        files = [folder / name for name in sorted(set(where.values()))]
+        for file in files:
+            if not file.is_file():
+                lost = sum(name == file.name for name in where.values())
+                raise InputError(
+                    f"{file}: this shard, of {lost} tensors, is missing. {index.name} names it: copy it too."
+                )
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+            if pickles:
+                raise InputError(
+                    f"{folder}: holds its weights as pickle ({pickles[0]}), which can run any code when read, and is "
+                    "refused. Take a copy in safetensors, or convert it with transformers' save_pretrained."
+                )
+            raise InputError(f"{folder}: holds no .safetensors file.")
+    entries: dict[str, Entry] = {}
+    for file in files:
+        found = _header(file)
+        if twice := entries.keys() & found.keys():
+            raise InputError(
+                f"{folder}: the tensor {min(twice)!r} is in several files, {file.name} among them, and no {index.name} "
+                "says which counts. Remove the files that don't belong to the model."
+            )
+        entries |= found
+    return entries
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        head = f.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 0 < length <= size - 8:
+            raise InputError(f"{file}: is no safetensors file, or is cut short ({size:,} bytes). Copy it anew.")
+        try:
+            header = json.loads(f.read(length))
+        except ValueError as error:
+            raise InputError(f"{file}: its header is damaged ({error}). Copy it anew.") from error
+    start = 8 + length
+    header.pop("__metadata__", None)
+    end = start + max((info["data_offsets"][1] for info in header.values()), default=0)
+    if size < end:
+        raise InputError(f"{file}: is cut short: {size:,} bytes, and its header speaks of {end:,}. Copy it anew.")
+    entries = {}
+    for name, info in header.items():
+        if info["dtype"] not in _DTYPES:
+            raise InputError(
+                f"{file}: tensor {name!r} is of dtype {info['dtype']}, and only {', '.join(_DTYPES)} are read. Take a "
+                "copy of the model that isn't quantised."
+            )
+        dtype, shape, at = _DTYPES[info["dtype"]], tuple(info["shape"]), start + info["data_offsets"][0]
+        if info["data_offsets"][1] - info["data_offsets"][0] != dtype.itemsize * int(np.prod(shape)):
+            raise InputError(
+                f"{file}: tensor {name!r}: its bytes aren't those of {info['dtype']} {list(shape)}. Copy it anew."
+            )
+
+        def read(dtype=dtype, shape=shape, at=at) -> np.ndarray:
+            return (
+                np.memmap(file, dtype, "r", at, shape) if shape else np.fromfile(file, dtype, 1, offset=at).reshape(())
+            )
+
+        entries[name] = Entry(shape, dtype, (file.name, at), read)
+    return entries
+
+
+# GGUF's names of architectures -> the model_type of transformers. Their tensors are those of transformers but for
+# names, Llama's order of rows and Gemma's norms.
+_ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+}
+
+
+class Gguf(NamedTuple):
+    """A .gguf file: the fields of a config.json that say the same, its architecture, and its tensors by name."""
+
+    path: Path
+    config: dict[str, Any]
+    arch: str
+    stored: dict[str, Any]
+
+
+def open_gguf(file: Path) -> Gguf:
+    """Reads a file's metadata; `gguf_entries` then gives its tensors.
+
+    Raises:
+      InputError: the file is damaged, of an architecture that isn't known, or needs what isn't supported.
+    """
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(file)
+    except Exception as error:  # the package raises whatever numpy does with the bytes it finds
+        raise InputError(f"{file}: can't be read as GGUF, it may be cut short ({error}). Copy it anew.") from error
+    last = max(reader.tensors, key=lambda t: t.data_offset)
+    if last.data_offset + last.n_bytes > file.stat().st_size:
+        raise InputError(f"{file}: is cut short. Copy it anew.")
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+    arch = fields["general.architecture"].contents()
+    if arch not in _ARCHITECTURES:
+        raise InputError(
+            f"{file}: general.architecture = {arch!r}: no such architecture here.{did_you_mean(arch, _ARCHITECTURES)}"
+        )
+    stored = {t.name: t for t in reader.tensors}
+    get = _gguf_getter(file, arch, fields)
+    if get("expert_count", 0):
+        raise InputError(f"{file}: mixtures of experts are read from safetensors, not from GGUF. Take that copy.")
+    return Gguf(file, _gguf_config(arch, get, stored), arch, stored)
+
+
+def _gguf_getter(file: Path, arch: str, fields: dict[str, Any]) -> Callable[..., Any]:
+    def get(name: str, *default: Any) -> Any:
+        field = fields.get(f"{arch}.{name}")
+        if field is None and not default:
+            raise InputError(f"{file}: lacks the field {arch}.{name!r}. Convert the model anew.")
+        return default[0] if field is None else field.contents()
+
+    return get
+
+
+def _gguf_config(arch: str, get: Callable[..., Any], stored: dict[str, Any]) -> dict[str, Any]:
+    layers = get("block_count")
+    config = {
+        "model_type": _ARCHITECTURES[arch],
+        "vocab_size": int(stored["token_embd.weight"].shape[1]),
+        "num_hidden_layers": layers,
+        "hidden_size": get("embedding_length"),
+        "num_attention_heads": get("attention.head_count"),
+        "num_key_value_heads": get("attention.head_count_kv", get("attention.head_count")),
+        "intermediate_size": get("feed_forward_length"),
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_theta": get("rope.freq_base", 10_000.0),
+        "tie_word_embeddings": "output.weight" not in stored,
+    }
+    head_dim = get("attention.key_length", config["hidden_size"] // config["num_attention_heads"])
+    config["head_dim"] = head_dim
+    if arch == "phi3":
+        del config["head_dim"]
+    turned = get("rope.dimension_count", head_dim)
+    if turned != head_dim:
+        config["partial_rotary_factor"] = turned / head_dim
+    config |= _gguf_rope(get, stored, config)
+    if window := get("attention.sliding_window", 0):
+        config["sliding_window"] = window
+    if arch == "llama":
+        config["attention_bias"] = "blk.0.attn_q.bias" in stored
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in stored
+    if arch in ("gemma2", "gemma3"):
+        # llama.cpp holds the scale of Gemma's scores by name of the model's size: head_dim^-0.5 for all but 27B.
+        per_head = config["hidden_size"] // config["num_attention_heads"]
+        big = layers == {"gemma2": 46, "gemma3": 62}[arch]
+        config["query_pre_attn_scalar"] = per_head if big else head_dim
+    if arch == "gemma2":
+        config["attn_logit_softcapping"] = get("attn_logit_softcapping", 50.0)
+        config["final_logit_softcapping"] = get("final_logit_softcapping", 30.0)
+    return config
+
+
+def _gguf_rope(get: Callable[..., Any], stored: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Stretched RoPE: by a rule in the metadata, or by a tensor of factors for each pair of dimensions."""
+    kind, original = get("rope.scaling.type", "none"), get("rope.scaling.original_context_length", 0)
+    if "rope_freqs.weight" in stored:  # Llama 3.1 and later: 1 where a frequency stays
+        factors = np.asarray(stored["rope_freqs.weight"].data, np.float64)
+        whole = tuple(float(x) for x in factors)
+        length = config["max_position_embeddings"]
+        return {
+            "original_max_position_embeddings": length,
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "factor": 1.0,
+                "attention_factor": 1.0,
+                "short_factor": whole,
+                "long_factor": whole,
+            },
+        }
+    if "rope_factors_long.weight" in stored:
+        lists = {kind: stored[f"rope_factors_{kind}.weight"].data.tolist() for kind in ("long", "short")}
+        scaling = {"rope_type": "longrope", "long_factor": lists["long"], "short_factor": lists["short"]}
+        if attention := get("rope.scaling.attn_factor", 0.0):
+            scaling["attention_factor"] = attention
+        return {"original_max_position_embeddings": original, "rope_scaling": scaling}
+    if kind == "none":
+        return {}
+    scaling = {"rope_type": kind, "factor": get("rope.scaling.factor")}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = original
+    return {"rope_scaling": scaling}
+
+
+def _dequantized(stored: Any) -> np.ndarray:
+    import gguf
+
+    return gguf.quants.dequantize(stored.data, stored.tensor_type).reshape([int(n) for n in reversed(stored.shape)])
+
+
+def gguf_entries(file: Gguf, names: Sequence[str]) -> dict[str, Entry]:
+    """Those of `names`, of transformers, that the file has, as float32 and in transformers' order of rows."""
+    import gguf
+
+    arch = file.arch
+    table = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), file.config["num_hidden_layers"]
+    )
+    heads = {"q_proj": file.config["num_attention_heads"], "k_proj": file.config["num_key_value_heads"]}
+    entries = {}
+    for name in names:
+        stored = file.stored.get(table.get_name(name, try_suffixes=(".weight", ".bias")))
+        if stored is None:
+            continue
+        part = name.split(".")[-2]
+
+        def read(stored=stored, part=part) -> np.ndarray:
+            x = _dequantized(stored)
+            if arch == "llama" and part in heads:  # its rows lie in pairs (i, i + h/2), side by side
+                pairs = x.reshape(heads[part], -1, 2, *x.shape[1:])
+                x = pairs.swapaxes(1, 2).reshape(x.shape)
+            if arch.startswith("gemma") and part.endswith("norm"):
+                x = x - np.float32(1)  # it holds what is multiplied by, 1 + the scale
+            return x
+
+        shape = tuple(int(n) for n in reversed(stored.shape))
+        entries[name] = Entry(shape, np.dtype(np.float32), (file.path.name, stored.data_offset), read)
+    return entries

@@ -1,0 +1,137 @@
+"""What a family of checkpoints is: how its config and its tensors map to ours."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from research.errors import InputError
+from research.models.transformer import ModelConfig
+
+
+class Tensor(NamedTuple):
+    """A tensor of a checkpoint, and the parameters of ours that it holds.
+
+    Attributes:
+      name: theirs, with {layer} and {expert} for numbers.
+      paths: ours, such as ("layers/attention/q/kernel",). Several where a checkpoint keeps as one tensor what we keep
+        as several.
+      layout: from their axes to ours without layers and experts, as einops writes it: "(H h) D -> D H h". Letters are
+        those of `sizes`.
+      axis: of our layout; several parameters lie one after the other along it.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    layout: str
+    axis: int = 0
+
+
+def sizes(c: ModelConfig) -> dict[str, int]:
+    """What the letters of a layout stand for."""
+    H, K = c.num_heads, c.num_kv_heads
+    return {
+        "D": c.d_model,
+        "H": H,
+        "K": K,
+        "h": c.dim_per_head,
+        "heads": H + 2 * K,
+        "part": 3,
+        "F": c.d_ff,
+        "FF": 2 * c.d_ff,
+        "E": c.num_experts,
+        "V": c.vocab_size,
+        "P": c.max_length,
+        "N": c.token_types,
+        "C": c.num_labels,
+        "out": c.d_model,
+    }
+
+
+def their_shape(layout: str, size: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape on the left of a layout's arrow."""
+    shape = []
+    for group in re.findall(r"\([^)]*\)|\w+", layout.split("->")[0]):
+        n = 1
+        for letter in re.findall(r"\w+", group):
+            n *= size[letter]
+        shape.append(n)
+    return tuple(shape)
+
+
+# Fields of a config.json that don't change what a model computes: ids and names, training-time noise, output options.
+_HARMLESS = (
+    r"architectures|model_type|_name_or_path|transformers_version|auto_map|torch_dtype|dtype|use_cache|cache_implementation|"
+    r"(bos|eos|pad|sep|cls|mask|unk|decoder_start)_token_id|.*dropout.*|.*_pdrop|initializer_.*|init_.*|pretraining_tp|"
+    r"gradient_checkpointing|id2label|label2id|num_labels|task_specific_params|output_.*|return_dict|_?attn_implementation|"
+    r"problem_type|summary_.*|router_aux_loss_coef|router_jitter_noise|max_window_layers|language|finetuning_task|"
+    r"unsloth_.*|_sliding_window_pattern|sliding_window_pattern|tokenizer_class"
+)
+
+
+class Fields:
+    """A config.json whose fields are taken out one by one; what is left at the end is not understood.
+
+    Args:
+      values: the JSON object.
+      where: its file, for errors.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self._left, self._all, self.where = dict(values), dict(values), where
+
+    def take(self, name: str, *default: Any) -> Any:
+        """The value of a field. Null counts as absent, and absent as `default`, if one is given.
+
+        Raises:
+          InputError: the field is absent and there is no default.
+        """
+        value = self._left.pop(name, self._all.get(name))
+        if value is None:
+            if not default:
+                raise InputError(f"{self.where}: lacks the field {name!r}. Copy the file anew from where the model is.")
+            return default[0]
+        return value
+
+    def expect(self, name: str, *allowed: Any) -> None:
+        """Checks that a field, if it is there, has one of these values.
+
+        Raises:
+          InputError: it has another.
+        """
+        value = self.take(name, allowed[0])
+        if value not in allowed:
+            raise InputError(
+                f"{self.where}: {name} = {value!r} is not supported, only {' or '.join(map(repr, allowed))}. It would "
+                "change what the model computes."
+            )
+
+    def replace(self, name: str, value: Any) -> None:
+        """Sets a field."""
+        self._left[name] = self._all[name] = value
+
+    def section(self, name: str) -> "Fields | None":
+        """An object within it, or None."""
+        value = self.take(name, None)
+        return None if value is None else Fields(value, f"{self.where}: {name}")
+
+    def finish(self) -> None:
+        """Checks that every field was taken, or is known to change nothing, or is switched off.
+
+        Raises:
+          InputError: naming a field that isn't understood.
+        """
+        for name, value in self._left.items():
+            if not re.fullmatch(_HARMLESS, name) and value not in (None, False):
+                raise InputError(
+                    f"{self.where}: the field {name!r} = {str(value)[:60]!r} is not known for this architecture, and "
+                    "may change what the model computes. If you are sure that it doesn't, remove it from the file."
+                )
+
+
+def windows(types: Sequence[str], window: int) -> tuple[int, ...]:
+    """ModelConfig.sliding_window from the kind of each layer: the shortest pattern that repeats."""
+    sizes = [window if kind == "sliding_attention" else 0 for kind in types]
+    for period in range(1, len(sizes) + 1):
+        if all(size == sizes[i % period] for i, size in enumerate(sizes)):
+            return tuple(sizes[:period])
+    return (0,)
