@@ -1,4 +1,4 @@
-"""Lets a trained model write: python -m research.generate --checkpoint=WORKDIR --prompt="..."
+"""Lets a model write: python -m research.generate --model=MODEL --prompt="..."
 
 Completions go to stdout, all else to stderr.
 """
@@ -54,14 +54,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     description, _, _ = __doc__.partition(":")
     parser = argparse.ArgumentParser("python -m research.generate", description=description, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", metavar="WORKDIR", help="working directory of a run")
-    add("--step", type=int, help="which of its checkpoints; default: the newest")
+    model = "a run's workdir, a Hugging Face folder or hub name, or a .gguf file"
+    add("--model", "--checkpoint", dest="model", metavar="MODEL", help=model)
+    add("--step", type=int, help="which of a run's checkpoints; default: the newest")
     add("--ema", action="store_true", help="take the moving average of the parameters")
-    add("--prompt", help="continue this text; it is written as it comes")
+    add("--prompt", help="answer this, or continue it under the template plain; it is written as it comes")
     add("--prompts", metavar="FILE", help='.txt, one prompt a line, or .jsonl with "prompt" or "messages"')
     add("--interactive", action="store_true", help="hold a conversation")
+    add("--system", metavar="TEXT", help="begin with this system message, where a prompt has none of its own")
     add("--output", metavar="FILE", help="write completions, tokens and log-probabilities here as JSON lines")
-    add("--template", choices=TEMPLATES, help="how prompts are put to the model; default: as in training")
+    add("--template", choices=TEMPLATES, help="how prompts are put to the model; default: its own way")
     add("--max_new_tokens", type=int, help="default: 256, or half of model.max_length if that is less")
     add("--temperature", type=float, default=0.0, help="default: 0, greedy")
     add("--top_k", type=int, default=0, help="default: 0, off")
@@ -74,8 +76,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         flag = unknown[0].split("=")[0]
         raise InputError(f"{flag}: no such flag.{did_you_mean(flag, [f'--{name}' for name in vars(args)])}")
-    if not args.checkpoint:
-        raise InputError("--checkpoint: names no run. Give the working directory of one.")
+    if not args.model:
+        raise InputError(f"--model: names no model. Give {model}.")
     given = [f"--{name}" for name in ("prompt", "prompts", "interactive") if getattr(args, name)]
     if len(given) != 1:
         found = " and ".join(given) if given else "no prompt"
@@ -94,7 +96,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from research import run  # last, because it takes long to import
 
-    loaded = run.load_model(args.checkpoint, step=args.step, ema=args.ema)
+    loaded = run.load_model(args.model, step=args.step, ema=args.ema)
     model, tokenizer = loaded.model, loaded.tokenizer
     default = min(256, model.config.max_length // 2)
     config = SamplingConfig(
@@ -103,7 +105,7 @@ def _run(args: argparse.Namespace) -> None:
         top_k=args.top_k,
         top_p=args.top_p,
         min_p=args.min_p,
-        stop_tokens=(tokenizer.eos,),
+        stop_tokens=tokenizer.stop,
     )
     longest = longest_prompt(model, config)
     template = args.template or loaded.template
@@ -111,7 +113,7 @@ def _run(args: argparse.Namespace) -> None:
 
     def ids_of(prompt: Prompt) -> list[int]:
         try:
-            ids = render_prompt(prompt.record, tokenizer, template)
+            ids = render_prompt(_with_system(prompt.record, args.system), tokenizer, template)
         except InputError as error:
             raise InputError(f"{prompt.where}: {error}") from error
         if len(ids) > longest:
@@ -185,6 +187,16 @@ def _record(line: str, where: str) -> dict[str, Any]:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise InputError(f'{where}: "messages" is no list of objects with "role" and "content". Write it as one.')
     return record
+
+
+def _with_system(record: str | Mapping[str, Any], system: str | None) -> str | Mapping[str, Any]:
+    if system is None:
+        return record
+    record = {"prompt": record} if isinstance(record, str) else record
+    messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+    if messages[0].get("role") == "system":
+        return record
+    return {"messages": [{"role": "system", "content": system}, *messages]}
 
 
 def _complete(generate, params, ids, key, batch_size: int, longest: int) -> list[Completion]:

@@ -40,7 +40,7 @@ class DataSpec:
         that is not 0.
       format: "auto" (by the first record's fields), "text", "prompt_response" or "messages".
       fields: field -> the column that holds it: {"prompt": "question", "response": "answer"}.
-      template: "chat" or "plain"; see formats.
+      template: "auto", "model", "chat" or "plain"; see formats.
       seq_len: T, tokens in a row.
       pack: several examples share a row; else each has its own.
       shuffle: a new order each epoch, and chance neighbours within a row; else the order of the data.
@@ -56,7 +56,7 @@ class DataSpec:
     eval_fraction: float = 0.05
     format: str = "auto"
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    template: str = "chat"
+    template: str = "auto"
     seq_len: int = 1024
     pack: bool = True
     shuffle: bool = True

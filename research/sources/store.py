@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.errors import InputError
-from research.sources import formats, records
+from research.sources import chat, formats, records
 from research.sources.cache import cache_root, cached, code_digest, digest
 from research.sources.records import BadRecord, Origin, Turn
 from research.sources.tokenizers import Tokenizer
 
-READING = code_digest(records.__file__, formats.__file__, __file__)  # of all that decides what examples hold
+READING = code_digest(
+    records.__file__, formats.__file__, chat.__file__, __file__
+)  # of all that decides what examples hold
 SAMPLES = 256  # raw records kept beside the tokens
 _CHUNK_EXAMPLES, _CHUNK_CHARS = 1024, 4_000_000
 _EXAMPLE = np.dtype([("key", "<u8"), ("length", "<i8"), ("supervised", "<i8"), ("bytes", "<i8")])
@@ -28,6 +30,7 @@ class Example(NamedTuple):
     record: dict[str, Any]  # under the fields' own names
     turns: list[Turn]
     key: int  # equal for equal documents and equal prompts
+    where: str  # file and line, or the like
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,7 +92,7 @@ def read_examples(
                 counts["duplicates"] += 1
                 continue
             seen.add(key)
-        yield Example(records.canonical(record, fields), turns, key)
+        yield Example(records.canonical(record, fields), turns, key, where)
     if not any_good:
         bad = ", ".join(f"{n} {name}" for name, n in counts.items() if name.startswith("bad: "))
         raise InputError(f"{origin.name!r} holds no usable record ({bad or 'it is empty'}). Give another.")
@@ -108,8 +111,9 @@ def open_store(
     """Returns the tokens of `origin`, from the cache where they have been made of the same things before.
 
     Raises:
-      InputError: a record is bad, or the cache can't be written.
+      InputError: a record is bad, the template can't be used, or the cache can't be written.
     """
+    template = formats.resolve_template(template, tokenizer)
     made_of = {
         "origin": origin.made_of,
         "tokenizer": tokenizer.fingerprint(),
@@ -143,7 +147,8 @@ def _write(made: Path, examples: Iterator[Example], tokenizer: Tokenizer, templa
     with open(made / "tokens.bin", "wb") as tokens_file, open(made / "mask.bin", "wb") as mask_file:
         for chunk in _chunks(examples):
             text = chunk[0].turns[0][0] == "text"
-            tokens, mask, lengths = formats.encode([example.turns for example in chunk], tokenizer, template)
+            turns, where = [example.turns for example in chunk], [example.where for example in chunk]
+            tokens, mask, lengths = formats.encode(turns, tokenizer, template, where)
             tokens_file.write(tokens.astype(dtype).tobytes())
             row = np.zeros(len(chunk), _EXAMPLE)
             row["key"] = np.fromiter((example.key for example in chunk), np.uint64, len(chunk))

@@ -1,10 +1,12 @@
-"""Text to token ids and back: raw bytes, a BPE trained on the run's own text, or any tokenizer.json."""
+"""Text to token ids and back: raw bytes, a BPE trained on the run's own text, or the tokenizer of a model."""
 
 import dataclasses
 import functools
 import json
+import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import numpy as np
 import tokenizers
 
 from research.errors import InputError, did_you_mean
+from research.sources import gguf_tokenizer
 from research.sources.cache import cache_root, cached, code_digest, digest
+from research.sources.chat import ChatTemplate, end_of_turn, make_template
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 SPECIALS = (BOS, EOS, "<|system|>", "<|user|>", "<|assistant|>")
@@ -28,6 +32,12 @@ _KNOWN_EOS = (
     "[EOS]",
     "[SEP]",
 )
+# Beside tokenizer.json, a model's folder may hold these; `save` gives them back.
+_CONFIG, _GENERATION, _TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
+_SPECIAL = "special_tokens_map.json"
+_OTHER_FILES = (_SPECIAL, "added_tokens.json", "tokenizer.model", _GENERATION, _TEMPLATE)
+# What a tokenizer without a tokenizer.json is made of.
+_SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 # No merge crosses these: a word or a run of signs, each with the space before it; one digit, so that equal
 # places of two numbers are equal tokens; white space, but for its last character before a word.
 _WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
@@ -39,9 +49,10 @@ class TokenizerSpec:
 
     Attributes:
       kind: "byte" (ids 0-255 are the bytes, then the special tokens), "bpe" (byte-level byte-pair encoding
-        trained on the run's own training text), or a path: a tokenizer.json or the folder it lies in.
+        trained on the run's own training text), or a path: a tokenizer.json, a folder with the tokenizer of a model,
+        or a .gguf file.
       vocab_size: of "bpe", special tokens included; less where the text has too few pairs to merge.
-      eos_token: of a path, the token that ends a text; "" reads it from the tokenizer_config.json beside it.
+      eos_token: of a path, the token that ends a text; "" reads it from what lies beside it.
     """
 
     kind: str = "byte"
@@ -59,6 +70,10 @@ class Tokenizer:
       eos: id that ends every document.
       bos: id that begins every document, or None.
       raw_bytes: ids 0-255 are the bytes themselves, so that encoding needs no table.
+      chat_template: the Jinja source of the model's own chat template, or None.
+      stop: ids that end an answer: eos, those of generation_config.json, and what ends a turn in the chat template.
+      variables: what a chat template may write by name: {"eos_token": "</s>"} and the like.
+      files: name -> content, what lay beside the tokenizer.json.
     """
 
     backend: tokenizers.Tokenizer
@@ -66,6 +81,10 @@ class Tokenizer:
     eos: int
     bos: int | None
     raw_bytes: bool
+    chat_template: str | None
+    stop: tuple[int, ...]
+    variables: Mapping[str, str]
+    files: Mapping[str, bytes]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -73,7 +92,43 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         if self.raw_bytes:
             return [list(text.encode()) for text in texts]
+        return self._ids(texts)
+
+    def encode_stretches(self, texts: list[str], *, special: bool, first: bool) -> list[list[int]]:
+        """Encodes stretches of longer texts.
+
+        Args:
+          texts: the stretches.
+          special: special tokens in them become those tokens. Only for what a chat template wrote.
+          first: they begin their texts; else no space is put before them, as some tokenizers do with a text.
+        """
+        self.backend.encode_special_tokens = not special
+        try:
+            encode = self._ids if special else self.encode_batch
+            if first or not self._prefix:
+                return encode(texts)
+            n = len(self._prefix)
+            after = encode([f"\n{text}" for text in texts])
+            return [
+                ids[n:] if ids[:n] == self._prefix else encode([text])[0]
+                for ids, text in zip(after, texts, strict=True)
+            ]
+        finally:
+            self.backend.encode_special_tokens = True
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @functools.cached_property
+    def _prefix(self) -> list[int]:
+        """The ids of a line break, where a text after one is encoded otherwise than alone; else none."""
+        line, alone, after = self.encode_batch(["\n", "a", "\na"])
+        return [] if after == line + alone else line
+
+    @functools.cached_property
+    def chat(self) -> ChatTemplate | None:
+        """The chat template with what it refers to, or None."""
+        return _chat(self.backend, self.chat_template, self.variables)
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """Returns the text of `ids`; bytes that aren't UTF-8 become replacement characters."""
@@ -107,26 +162,23 @@ class Tokenizer:
         return sizes
 
     def save(self, path: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json into the folder `path`, for `load_tokenizer`."""
+        """Writes tokenizer.json and what belongs to it into the folder `path`, for transformers too."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": self.backend.id_to_token(self.eos),
-            "bos_token": None if self.bos is None else self.backend.id_to_token(self.bos),
-            "add_bos_token": self.bos is not None,
-        }
-        for name, text in (
-            ("tokenizer.json", self.backend.to_str(pretty=True)),
-            ("tokenizer_config.json", json.dumps(config, indent=1)),
-        ):
+        written = {"tokenizer.json": self.backend.to_str(pretty=True).encode(), **self.files}
+        for name, content in written.items():
             part = path / f".{name}.{uuid.uuid4().hex}"  # renamed when whole: a killed process breaks no older file
-            part.write_text(text, encoding="utf-8")
+            part.write_bytes(content)
             part.replace(path / name)
 
     def fingerprint(self) -> str:
-        """Returns a hash of all that decides what `encode` gives."""
-        return digest((self.backend.to_str(), self.eos, self.bos))
+        """Returns a hash of all that decides what ids a text or a conversation gets."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        told = (self.eos, self.bos, self.chat_template, self.stop, sorted(self.variables.items()))
+        return digest((self.backend.to_str(), *told))
 
 
 def make_tokenizer(
@@ -158,15 +210,42 @@ def make_tokenizer(
         folder = cache_root(cache_dir) / "tokenizers" / digest(made_of)
         cached(folder, lambda made: _train_bpe(texts(), spec.vocab_size).save(made))
         return load_tokenizer(folder)
-    return _read(Path(spec.kind).expanduser(), spec.eos_token)
+    return load_pretrained(spec.kind, eos_token=spec.eos_token)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Returns the tokenizer that `Tokenizer.save(folder)` wrote. Raises InputError where there is none."""
-    return _read(Path(folder), "")
+    return load_pretrained(folder)
 
 
-def _wrap(backend: tokenizers.Tokenizer, eos: int, bos: int | None) -> Tokenizer:
+def load_pretrained(ref: str | Path, *, eos_token: str = "") -> Tokenizer:
+    """Returns the tokenizer of a model, with its chat template if it has one. No code that comes with it is run.
+
+    Args:
+      ref: a folder with tokenizer.json, or with what transformers makes a tokenizer of; a tokenizer.json; or a .gguf
+        file.
+      eos_token: the token that ends a text; "" takes what the files say.
+
+    Raises:
+      InputError: there is no tokenizer, it can't be read, or its end-of-text token can't be known.
+    """
+    path = Path(ref).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return _read_gguf(path, eos_token)
+    if path.is_dir() and not (path / "tokenizer.json").is_file() and any((path / f).is_file() for f in _SLOW_FILES):
+        return _convert(path, eos_token)
+    return _read(path, eos_token)
+
+
+def _make(
+    backend: tokenizers.Tokenizer,
+    eos: int,
+    bos: int | None,
+    config: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    ends: tuple[int, ...] = (),
+) -> Tokenizer:
+    """A Tokenizer of what files say; `config` is that of a tokenizer_config.json, and `ends` ids that end an answer."""
     backend.no_truncation()  # a tokenizer.json may carry settings that cut or pad every text
     backend.no_padding()
     backend.encode_special_tokens = True  # plain text must not be able to forge an end of text or a turn
@@ -174,7 +253,40 @@ def _wrap(backend: tokenizers.Tokenizer, eos: int, bos: int | None) -> Tokenizer
     is_bytes = size == 256 + len(SPECIALS) and all(
         backend.token_to_id(char) == byte for byte, char in enumerate(_byte_chars())
     )
-    return Tokenizer(backend, size, eos, bos, raw_bytes=is_bytes)
+    files = dict(files or {})
+    config = dict(
+        config or {"bos_token": None if bos is None else backend.id_to_token(bos), "add_bos_token": bos is not None}
+    )
+    config["eos_token"] = backend.id_to_token(eos)
+    if (
+        "auto_map" in config or "tokenizer_class" not in config
+    ):  # code of its own isn't kept, and tokenizer.json says all
+        config = {k: v for k, v in config.items() if k != "auto_map"} | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    files[_CONFIG] = json.dumps(config, indent=1, ensure_ascii=False).encode()
+    told = {**json.loads(files.get(_SPECIAL, b"{}")), **config}
+    variables = {name: _content(token) for name, token in told.items() if name.endswith("_token") and _is_token(token)}
+    template = _find_template(files, config)
+    chat = _chat(backend, template, variables)
+    ends_turn = chat and end_of_turn(chat)
+    stop = dict.fromkeys([eos, *ends, *([backend.token_to_id(ends_turn)] if ends_turn else [])])
+    return Tokenizer(backend, size, eos, bos, is_bytes, template, tuple(stop), variables, files)
+
+
+def _chat(backend: tokenizers.Tokenizer, template: str | None, variables: Mapping[str, str]) -> ChatTemplate | None:
+    if template is None:
+        return None
+    added = backend.get_added_tokens_decoder().values()
+    special = [token.content for token in added if token.special]
+    return make_template(template, variables, special, [token.content for token in added])
+
+
+def _find_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
+    if _TEMPLATE in files:
+        return files[_TEMPLATE].decode()
+    template = config.get("chat_template")
+    if isinstance(template, list):  # of several, by name
+        template = next((named["template"] for named in template if named["name"] == "default"), None)
+    return template or None
 
 
 @functools.cache
@@ -198,7 +310,7 @@ def _byte_level(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
 def _byte_tokenizer() -> Tokenizer:
     backend = _byte_level(tokenizers.models.BPE({char: byte for byte, char in enumerate(_byte_chars())}, []))
     backend.add_special_tokens(list(SPECIALS))
-    return _wrap(backend, backend.token_to_id(EOS), backend.token_to_id(BOS))
+    return _make(backend, backend.token_to_id(EOS), backend.token_to_id(BOS))
 
 
 def _train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -210,48 +322,89 @@ def _train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return _wrap(backend, backend.token_to_id(EOS), backend.token_to_id(BOS))
+    return _make(backend, backend.token_to_id(EOS), backend.token_to_id(BOS))
 
 
 def _read(path: Path, eos_token: str) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise InputError(
-            f"tokenizer.kind: {str(path)!r} is no tokenizer.json and no folder with one."
-            f"{did_you_mean(str(path), ('byte', 'bpe'))} Or give the path of a tokenizer.json."
+            f"tokenizer.kind: {str(path)!r} is no tokenizer.json, no folder with one and no .gguf file."
+            f"{did_you_mean(str(path), ('byte', 'bpe'))} Or give the path of one."
         )
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the package raises bare Exception
         raise InputError(f"tokenizer.kind: {str(file)!r} can't be read as a tokenizer.json: {e}") from e
-    config_file = file.parent / "tokenizer_config.json"
+    told = {name: _read_json(file.parent / name) for name in (_CONFIG, _SPECIAL, _GENERATION)}
+    files = {name: (file.parent / name).read_bytes() for name in _OTHER_FILES if (file.parent / name).is_file()}
+    eos = _find_eos(backend, eos_token, {**told[_SPECIAL], **told[_CONFIG]}, str(file))
+    ends = told[_GENERATION].get("eos_token_id")
+    ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    unknown = [i for i in ends if backend.id_to_token(i) is None]
+    if unknown:
+        raise InputError(
+            f"{file.parent / _GENERATION}: eos_token_id = {list(ends)}, but the tokenizer has no {unknown[0]}. Mend it."
+        )
+    config = told[_CONFIG] or None
+    return _make(backend, eos, _find_bos(backend, {**told[_SPECIAL], **told[_CONFIG]}, eos), config, files, ends)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as e:
-        raise InputError(f"tokenizer.kind: {str(config_file)!r} is not valid JSON: {e}") from e
-    eos = _find_eos(backend, eos_token, config, file)
-    return _wrap(backend, eos, _find_bos(backend, config, eos))
+        raise InputError(f"tokenizer.kind: {str(file)!r} is not valid JSON: {e}") from e
 
 
-def _find_eos(backend: tokenizers.Tokenizer, eos_token: str, config: dict[str, Any], file: Path) -> int:
+def _read_gguf(path: Path, eos_token: str) -> Tokenizer:
+    backend, config, template, ends = gguf_tokenizer.make(path)
+    eos = _find_eos(backend, eos_token, config, str(path))
+    files = {_GENERATION: json.dumps({"eos_token_id": ends}).encode()} if ends else {}
+    if template is not None:
+        files[_TEMPLATE] = template.encode()
+    return _make(backend, eos, _find_bos(backend, config, eos), config, files, tuple(ends))
+
+
+def _convert(folder: Path, eos_token: str) -> Tokenizer:
+    """Has transformers make a tokenizer.json of the vocabularies of older models."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as made:
+        try:
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True).save_pretrained(made)
+        except Exception as e:  # it fails in many ways
+            raise InputError(f"tokenizer.kind: transformers can't read the tokenizer in {str(folder)!r}: {e}") from e
+        if not Path(made, "tokenizer.json").is_file():
+            raise InputError(
+                f"tokenizer.kind: the tokenizer in {str(folder)!r} can't be written as a tokenizer.json, which is "
+                "needed. Name another."
+            )
+        for name in (_GENERATION, "tokenizer.model"):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, made)
+        return _read(Path(made), eos_token)
+
+
+def _find_eos(backend: tokenizers.Tokenizer, eos_token: str, config: Mapping[str, Any], file: str) -> int:
     name = eos_token or _content(config.get("eos_token"))
     known = [token for token in _KNOWN_EOS if backend.token_to_id(token) is not None]
     if not name:
         if len(known) != 1:
             found = f"several tokens that could be: {', '.join(known)}" if known else "no well-known one"
             raise InputError(
-                f"tokenizer.eos_token: '' and no tokenizer_config.json beside {str(file)!r} says which "
+                f"tokenizer.eos_token: '' and no config beside {file!r} says which "
                 f"token ends a text; it has {found}. Set tokenizer.eos_token to the one that does."
             )
         name = known[0]
     eos = backend.token_to_id(name)
     if eos is None:
         hint = did_you_mean(name, known or [token.content for token in backend.get_added_tokens_decoder().values()])
-        raise InputError(f"tokenizer.eos_token: {name!r} is not in the vocabulary of {str(file)!r}.{hint}")
+        raise InputError(f"tokenizer.eos_token: {name!r} is not in the vocabulary of {file!r}.{hint}")
     return eos
 
 
-def _find_bos(backend: tokenizers.Tokenizer, config: dict[str, Any], eos: int) -> int | None:
+def _find_bos(backend: tokenizers.Tokenizer, config: Mapping[str, Any], eos: int) -> int | None:
     """The token that the tokenizer itself puts before a text: many name a bos_token that they never use."""
     name = _content(config.get("bos_token"))
     if config.get("add_bos_token") is True:
@@ -265,3 +418,7 @@ def _find_bos(backend: tokenizers.Tokenizer, config: dict[str, Any], eos: int) -
 def _content(token: Any) -> str:
     """A config writes a token as text, as {"content": text}, or as null."""
     return (token.get("content") if isinstance(token, dict) else token) or ""
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and "content" in value)

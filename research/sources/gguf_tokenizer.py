@@ -1,0 +1,187 @@
+"""The tokenizer inside a .gguf file: its vocabulary is stored there, and how to use it only by name.
+
+Formats: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What a name stands for is llama.cpp's to say
+(src/llama-vocab.cpp); where the models' own tokenizer.json differs from that (NFC in Qwen's), it is followed.
+"""
+
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from research.errors import InputError, did_you_mean
+
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of tokens
+
+# How text is cut before merges apply: one pattern, or several, one after the other.
+_SPACES = r"\s+(?!\S)|\s+"
+_SIGNS = r" ?[^\s\p{L}\p{N}]+"
+_SHORT = r"'(?:s|t|re|ve|m|ll|d)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
+_GPT2 = rf"{_SHORT}| ?\p{{L}}+| ?\p{{N}}+|{_SIGNS}|{_SPACES}"
+
+
+def _cl100k(digits: str) -> str:
+    return rf"(?i:{_SHORT})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}|{_SIGNS}[\r\n]*|\s*[\r\n]+|{_SPACES}"
+
+
+_LLAMA3, _QWEN2 = _cl100k(r"\p{N}{1,3}"), _cl100k(r"\p{N}")
+_TEKKEN = rf"{'|'.join(_CASED)}|\p{{N}}|{_SIGNS}[\r\n/]*|\s*[\r\n]+|{_SPACES}"
+_GPT4O = (
+    "|".join(rf"{word}(?i:{_SHORT})?" for word in _CASED) + rf"|\p{{N}}{{1,3}}|{_SIGNS}[\r\n/]*|\s*[\r\n]+|{_SPACES}"
+)
+_SPLITS = (
+    dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "jais"), (_GPT2,))
+    | dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (r"\p{N}", _GPT2))
+    | dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "dbrx", "smaug-bpe"), (_LLAMA3,))
+    | dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (_QWEN2,))
+    | {"tekken": (_TEKKEN,), "gpt-4o": (_GPT4O,), "llama4": (_GPT4O,)}
+)
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")  # found whole, merges or not
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Returns all that a .gguf file says before its tensors: key -> number, text or list.
+
+    Raises:
+      InputError: it is no GGUF file of version 2 or 3, or is cut short.
+    """
+    try:
+        with open(path, "rb") as file:
+            magic, version, _, count = _numbers(file, "4sIQQ")
+            if magic != b"GGUF" or version not in (2, 3):
+                raise InputError(f"{path}: is no little-endian GGUF file of version 2 or 3. Convert the model anew.")
+            return {_string(file): _value(file, *_numbers(file, "I")) for _ in range(count)}
+    except (OSError, EOFError, KeyError, UnicodeDecodeError, OverflowError, MemoryError) as e:
+        raise InputError(f"{path}: its metadata can't be read ({type(e).__name__}: {e}). Copy the file anew.") from e
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    if kind == _STRING:
+        return _string(file)
+    if kind != _ARRAY:
+        return _numbers(file, _NUMBERS[kind])[0]
+    kind, length = _numbers(file, "IQ")
+    if kind in _NUMBERS:
+        return list(_numbers(file, f"{length}{_NUMBERS[kind]}"))
+    return [_value(file, kind) for _ in range(length)]
+
+
+def _string(file: BinaryIO) -> str:
+    return _bytes(file, *_numbers(file, "Q")).decode()
+
+
+def _numbers(file: BinaryIO, form: str) -> tuple[Any, ...]:
+    return struct.unpack(f"<{form}", _bytes(file, struct.calcsize(f"<{form}")))
+
+
+def _bytes(file: BinaryIO, size: int) -> bytes:
+    data = file.read(size)
+    if len(data) < size:
+        raise EOFError("it ends too soon")
+    return data
+
+
+def make(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], str | None, list[int]]:
+    """Builds the tokenizer that a .gguf file describes.
+
+    Returns:
+      the tokenizer; what its tokenizer_config.json would say; its chat template, if it has one; and the ids that end
+      an answer.
+
+    Raises:
+      InputError: the file can't be read, has no tokenizer, or one of a kind that isn't known here.
+    """
+    metadata = read_metadata(path)
+    prefix = "tokenizer.ggml."
+    told = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    elsewhere = "Give the folder of the original model's tokenizer as tokenizer.kind."
+    kind, pre = told.get("model"), told.get("pre")
+    tokens = told.get("tokens")
+    if not tokens:
+        raise InputError(f"{path}: holds no vocabulary (tokenizer.ggml.tokens). {elsewhere}")
+    types = told.get("token_type") or [_NORMAL] * len(tokens)
+    if kind == "gpt2":
+        if pre not in _SPLITS:
+            raise InputError(
+                f"{path}: tokenizer.ggml.pre = {pre!r}: how this cuts text isn't known."
+                f"{did_you_mean(str(pre), _SPLITS)} {elsewhere}"
+            )
+        backend = _byte_level(told, pre)
+    elif kind == "llama":
+        backend = _sentencepiece(told, types)
+    else:
+        raise InputError(f"{path}: tokenizer.ggml.model = {kind!r} is neither 'gpt2' nor 'llama'. {elsewhere}")
+    backend.add_special_tokens([_whole(t, True) for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL])
+    backend.add_tokens([_whole(t, False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED])
+
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {short: told.get(f"{name}_token_id") for short, name in names.items()}
+    config = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+    adds_bos = told.get("add_bos_token", kind == "llama" or pre in _WHOLE_WORDS) and ids["bos"] is not None
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="$bos $A".replace("$bos", config["bos_token"]),
+            pair="$bos $A $bos:1 $B:1".replace("$bos", config["bos_token"]),
+            special_tokens=[(config["bos_token"], ids["bos"])],
+        )
+    config |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": bool(adds_bos),
+        "clean_up_tokenization_spaces": False,
+    }
+    ends = [told[name] for name in ("eos_token_id", "eot_token_id") if name in told]
+    return backend, config, metadata.get("tokenizer.chat_template"), ends
+
+
+def _whole(token: str, special: bool) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(token, normalized=False, special=special)
+
+
+def _byte_level(told: dict[str, Any], pre: str) -> tokenizers.Tokenizer:
+    vocab = {token: i for i, token in enumerate(told["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in told.get("merges", [])]
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _WHOLE_WORDS))
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated") for pattern in _SPLITS[pre]]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(told: dict[str, Any], types: list[int]) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE merges whichever neighbours give the token of the highest score (Kudo & Richardson 2018)."""
+    tokens, scores = told["tokens"], told.get("scores") or [0.0] * len(told["tokens"])
+    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == _NORMAL}
+    best_first = sorted((i for i, token in enumerate(tokens) if token in normal), key=lambda i: -scores[i])
+    merges = [
+        (token[:at], token[at:])
+        for token in (tokens[i] for i in best_first)
+        for at in range(1, len(token))
+        if token[:at] in normal and token[at:] in normal
+    ]
+    unknown = told.get("unknown_token_id")
+    model = models.BPE(
+        {token: i for i, token in enumerate(tokens)},
+        merges,
+        unk_token=None if unknown is None else tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = tokenizers.Tokenizer(model)
+    spaces = [normalizers.Replace(" ", "▁")]
+    words = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if told.get("add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend("▁"))
+        words.append(decoders.Strip(" ", 1, 0))
+    backend.normalizer = normalizers.Sequence(spaces)
+    backend.decoder = decoders.Sequence(words)
+    return backend
