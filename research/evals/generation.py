@@ -16,12 +16,14 @@ Record = Mapping[str, Any]
 
 
 class Sample(NamedTuple):
-    """One prompt and what came of it. `prompt` is as the model saw it, special tokens left out."""
+    """One prompt and what came of it. `prompt` is as the model saw it, special tokens left out; `task` is the record's,
+    or ""."""
 
     prompt: str
     expected: str
     completion: str
     correct: bool
+    task: str = ""
 
     def __str__(self) -> str:
         verdict = "right" if self.correct else f"wrong, expected {self.expected!r}"
@@ -77,10 +79,11 @@ def make_generation(
             expected = record["response"] if "response" in record else record["messages"][-1]["content"]
             text = tokenizer.decode(completion.tokens)
             correct = bool(verify({**record, "response": expected}, text))
-            samples.append(Sample(tokenizer.decode(prompt), expected, text, correct))
+            task = str(record.get("task") or "")
+            samples.append(Sample(tokenizer.decode(prompt), expected, text, correct, task))
             judged["exact_match"].append(correct)
-            if record.get("task"):
-                judged[f"exact_match/{record['task']}"].append(correct)
+            if task:
+                judged[f"exact_match/{task}"].append(correct)
         means = {name: sum(values) / len(values) for name, values in judged.items()}
         return means | {"skipped_too_long": float(len(rendered) - len(fitting))}, samples
 

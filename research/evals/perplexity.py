@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from research.errors import InputError
+from research.evals.scoring import BATCH_TOKENS, Record, encode_records, make_loglikelihood, ratio_of_sums
 from research.metrics import means
+from research.models.transformer import Model
 from research.objectives.types import next_token_targets
+from research.sources.tokenizers import Tokenizer
 
 Batch = Mapping[str, Any]
 
@@ -72,6 +75,72 @@ def make_perplexity(
             if name.split("/")[-1] == "nll"
         }
         return result | perplexities
+
+    return evaluate
+
+
+class TextSample(NamedTuple):
+    """One record: where it is, its scored tokens, and nats for each of these."""
+
+    where: str
+    count: int
+    loss: float
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.loss:.4f} nats a token, {self.count} tokens"
+
+
+def make_record_perplexity(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    records: Sequence[tuple[str, Record]],
+    *,
+    template: str,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Callable[[Any], tuple[dict[str, float], list[TextSample]]]:
+    """Returns evaluate(params) -> (metrics, a TextSample for each record, in order); each record is a row of its own.
+
+    The metrics are means over all scored tokens (see scoring.encode_records), those of records longer than the model
+    piece by piece (see scoring)
+      loss: nats per token.
+      perplexity: exp(loss).
+      bits_per_byte: bits over the UTF-8 bytes that the scored tokens stand for; an end token stands for none. Left out
+        where there is no tokenizer or no byte.
+      NAME_stderr: the standard error of each, records being independent, where there are two records or more.
+      tokens: how many are scored.
+
+    Args:
+      model: of `params`.
+      tokenizer: of the model; None will do where all records have tokens.
+      records: (where, record).
+      template: see sources.formats.
+      batch_tokens: see scoring.
+
+    Raises:
+      InputError: a record is at fault.
+    """
+    examples = encode_records(records, tokenizer, template, model.config.vocab_size)
+    counts = np.array([example.count for example in examples], np.float64)
+    sizes = None
+    if tokenizer is not None:
+        token_bytes = np.zeros(model.config.vocab_size, np.float64)
+        token_bytes[: tokenizer.size] = tokenizer.token_bytes()
+        sizes = np.array([token_bytes[tokens[1:][mask[1:]]].sum() for tokens, mask in examples])
+    loglikelihood = make_loglikelihood(model, batch_tokens=batch_tokens)
+
+    def evaluate(params: Any) -> tuple[dict[str, float], list[TextSample]]:
+        nats = -np.array([score.logprob for score in loglikelihood(params, examples)])
+        loss, error = ratio_of_sums(nats, counts)
+        found = {"loss": (loss, error), "perplexity": (_exp(loss), None if error is None else _exp(loss) * error)}
+        if sizes is not None and sizes.sum():
+            found["bits_per_byte"] = ratio_of_sums(nats / math.log(2), sizes)
+        metrics = {name: value for name, (value, _) in found.items()}
+        metrics |= {f"{name}_stderr": error for name, (_, error) in found.items() if error is not None}
+        samples = [
+            TextSample(where, int(count), float(total / count))
+            for (where, _), count, total in zip(records, counts, nats, strict=True)
+        ]
+        return metrics | {"tokens": float(counts.sum())}, samples
 
     return evaluate
 

@@ -1,0 +1,242 @@
+"""Our models for EleutherAI's lm-evaluation-harness (package lm_eval), so that all of its tasks run on them."""
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tokenizers
+import tqdm
+
+from research.errors import InputError, did_you_mean
+from research.evals.scoring import BATCH_TOKENS, Example, encode_pair, keep_end, make_loglikelihood
+from research.models.transformer import Model
+from research.sampling import SamplingConfig, generate_batches, longest_prompt, make_generate
+from research.sources.formats import render_prompt
+from research.sources.tokenizers import Tokenizer
+
+_DEFAULT_NEW_TOKENS = 256
+_GENERATION = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "max_gen_toks", "max_new_tokens")
+
+
+def import_lm_eval() -> Any:
+    """Raises InputError where the package isn't there."""
+    try:
+        import lm_eval
+        import lm_eval.api.model
+        import lm_eval.tasks
+    except ImportError as error:
+        raise InputError(
+            f"--lm_eval: the package lm_eval can't be imported ({error}). pip install -e '.[lm-eval]'."
+        ) from error
+    return lm_eval
+
+
+def make_lm(
+    model: Model,
+    params: Any,
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    batch_tokens: int = BATCH_TOKENS,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Any:
+    """Returns an lm_eval.api.model.LM, for lm_eval.simple_evaluate. Use it under the mesh of the parameters.
+
+    Args:
+      model, params, tokenizer: what is evaluated.
+      template: "plain", or the one for `apply_chat_template`. Under any but "plain", special tokens are read from the
+        text of a context, where the harness has put them.
+      batch_tokens: of log-likelihoods; see scoring.
+      batch_size: rows that are decoded at once.
+      seed: of sampling, where a task asks for it.
+
+    Raises:
+      InputError: lm_eval isn't installed.
+    """
+    lm_eval = import_lm_eval()
+    if template != "plain":
+        tokenizer = _reading_specials(tokenizer)
+    max_length = model.config.max_length
+    loglikelihood = make_loglikelihood(model, batch_tokens=batch_tokens)
+
+    def score(examples: Sequence[Example]) -> list[Any]:
+        total = sum(len(example.tokens) - 1 for example in examples)
+        with tqdm.tqdm(total=total, unit=" tokens", unit_scale=True, disable=None) as bar:
+            return loglikelihood(params, examples, bar.update)
+
+    class Understudy(lm_eval.api.model.LM):
+        """See lm_eval.api.model.LM for what each method is to do."""
+
+        @property
+        def tokenizer_name(self) -> str:
+            return f"{tokenizer.fingerprint()}-{template}"
+
+        @property
+        def max_length(self) -> int:
+            return max_length
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            return template
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            ids = _render(chat_history, tokenizer, template, add_generation_prompt)
+            text = tokenizer.decode(ids, skip_special=False)
+            if _encode(tokenizer, text) != ids:
+                raise InputError(
+                    f"--template = {template}: a prompt rendered with it isn't the same after becoming text, which is "
+                    f"what lm_eval takes: {text[:80]!r}. Use --template=plain."
+                )
+            return text
+
+        def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            pairs = [encode_pair(tokenizer, context, continuation) for context, continuation in _args(requests)]
+            return [(out.logprob, out.greedy) for out in score([keep_end(pair, max_length) for pair in pairs])]
+
+        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+            begin = tokenizer.eos if tokenizer.bos is None else tokenizer.bos
+            examples = []
+            for (text,) in _args(requests):
+                ids = np.array([begin, *tokenizer.encode(text)], np.int32)
+                examples.append(Example(ids, np.arange(len(ids)) > 0))
+            return [out.logprob for out in score(examples)]
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            groups: defaultdict[str, list[int]] = defaultdict(list)
+            arguments = _args(requests)
+            for i, (_, options) in enumerate(arguments):
+                groups[json.dumps(options, sort_keys=True)].append(i)
+            texts: dict[int, str] = {}
+            with tqdm.tqdm(total=len(arguments), unit=" prompts", disable=None) as bar:
+                for options, members in groups.items():
+                    contexts = [arguments[i][0] for i in members]
+                    for i, text in zip(members, generate(contexts, json.loads(options), bar), strict=True):
+                        texts[i] = text
+            return [texts[i] for i in range(len(arguments))]
+
+    def generate(contexts: Sequence[str], options: Mapping[str, Any], bar: tqdm.tqdm) -> list[str]:
+        config, until = _sampling(options, tokenizer, max_length)
+        longest = longest_prompt(model, config)
+        begun = bar.n
+        completions = generate_batches(
+            make_generate(model, config, tokenizer.size),
+            params,
+            [_encode(tokenizer, context)[-longest:] for context in contexts],
+            jax.random.key(seed),
+            batch_size=min(batch_size, len(contexts)),
+            longest=longest,
+            progress=lambda done: bar.update(begun + done - bar.n),
+        )
+        texts = [tokenizer.decode(completion.tokens) for completion in completions]
+        return [text[: min((text.find(end) for end in until if end in text), default=None)] for text in texts]
+
+    return Understudy()
+
+
+def evaluate(
+    lm: Any,
+    names: Sequence[str],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int = 0,
+    chat: bool = False,
+) -> dict[str, Any]:
+    """Runs tasks of the harness; returns what lm_eval.simple_evaluate returns.
+
+    Args:
+      lm: of `make_lm`.
+      names: of tasks, groups or tags.
+      include_path: a folder with more task files (.yaml).
+      num_fewshot: examples before each question; None leaves it to the task.
+      limit: the first so many documents of each task; 0 for all.
+      chat: put prompts into the chat template.
+
+    Raises:
+      InputError: a task isn't known.
+    """
+    lm_eval = import_lm_eval()
+    manager = lm_eval.tasks.TaskManager(include_path=include_path)
+    for name in names:
+        if not manager.match_tasks([name]):
+            raise InputError(f"--lm_eval: there is no task {name!r}.{did_you_mean(name, manager.all_tasks)[:500]}")
+    return lm_eval.simple_evaluate(
+        model=lm,
+        tasks=manager.match_tasks(list(names)),
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit or None,
+        apply_chat_template=chat,
+    )
+
+
+def _args(requests: Sequence[Any]) -> list[tuple[Any, ...]]:
+    return [request.args for request in requests]
+
+
+def _reading_specials(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, but text that reads like a special token is that token."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.encode_special_tokens = False
+    return dataclasses.replace(tokenizer, backend=backend, raw_bytes=False)
+
+
+def _render(
+    messages: list[dict[str, str]], tokenizer: Tokenizer, template: str, add_generation_prompt: bool
+) -> list[int]:
+    """Ids up to where the model speaks; without `add_generation_prompt`, up to the end of what it has begun to say."""
+    if add_generation_prompt:
+        return render_prompt({"messages": messages}, tokenizer, template)
+    return render_prompt({"messages": messages[:-1]}, tokenizer, template) + tokenizer.encode(messages[-1]["content"])
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a context, as scoring.encode_pair has them."""
+    ids = tokenizer.encode(text)
+    if tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
+        return [tokenizer.bos, *ids]
+    return ids or [tokenizer.eos]
+
+
+def _sampling(options: Mapping[str, Any], tokenizer: Tokenizer, max_length: int) -> tuple[SamplingConfig, list[str]]:
+    """The harness's generation arguments -> how to sample, and the texts that end an answer."""
+    for name, value in options.items():
+        neutral = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
+        if name not in _GENERATION and neutral.get(name) != value:
+            raise InputError(f"--lm_eval: a task asks for {name} = {value!r} in generation, which can't be done here.")
+    until = options.get("until") or []
+    until = [until] if isinstance(until, str) else list(until)
+    # An answer ends at a text; decoding ends at tokens. Those of one token save what comes after.
+    single = [ids[0] for ids in tokenizer.encode_batch(until) if len(ids) == 1]
+    most = options.get("max_gen_toks") or options.get("max_new_tokens") or _DEFAULT_NEW_TOKENS
+    temperature = float(options.get("temperature") or 0.0)
+    if options.get("do_sample"):
+        temperature = float(options.get("temperature", 1.0))
+    elif options.get("do_sample") is False:
+        temperature = 0.0
+    config = SamplingConfig(
+        max_new_tokens=min(int(most), max_length - 1),
+        temperature=temperature,
+        top_k=int(options.get("top_k") or 0),
+        top_p=float(options.get("top_p") or 1.0),
+        min_p=float(options.get("min_p") or 0.0),
+        stop_tokens=tuple(dict.fromkeys((*getattr(tokenizer, "stop", (tokenizer.eos,)), *single))),
+    )
+    return config, [text for text in until if text]
+
+
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """{"acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1} -> {"acc": 0.5, "acc_stderr": 0.1, "em/strict": 1}."""
+    plain = {}
+    for key, value in metrics.items():
+        name, comma, how = key.partition(",")
+        if not comma or not isinstance(value, int | float):
+            continue
+        base, is_error = name.removesuffix("_stderr"), name.endswith("_stderr")
+        base = base if how == "none" else f"{base}/{how}"
+        plain[f"{base}_stderr" if is_error else base] = float(value)
+    return plain

@@ -1,0 +1,145 @@
+"""Whether a model finds the right answer of several the likeliest."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from research.errors import InputError
+from research.evals.scoring import (
+    BATCH_TOKENS,
+    Example,
+    encode_pair,
+    keep_end,
+    make_loglikelihood,
+    ratio_of_sums,
+)
+from research.models.transformer import Model
+from research.sources.formats import render_prompt
+from research.sources.tokenizers import Tokenizer
+
+Record = Mapping[str, Any]
+
+
+class Question(NamedTuple):
+    """A context, what may come after it, and which of these is right."""
+
+    context: str
+    choices: list[str]
+    answer: int
+
+
+class ChoiceSample(NamedTuple):
+    """One question and what the model makes of it: the log-likelihood of each choice, in nats, and the likeliest, by
+    the sum (`chosen`) and by the mean over the choice's characters (`chosen_norm`)."""
+
+    question: str
+    choices: list[str]
+    answer: int
+    loglikelihoods: list[float]
+    chosen: int
+    chosen_norm: int
+
+    def __str__(self) -> str:
+        verdict = "right" if self.chosen == self.answer else f"wrong, expected {self.choices[self.answer]!r}"
+        return f"{self.question!r} -> {self.choices[self.chosen]!r} ({verdict})"
+
+
+def read_question(record: Record) -> Question:
+    """Reads {"question" or "prompt": text, "choices": list of texts, "answer": right one}.
+
+    The answer is its text, its number from 0, or its letter from "A".
+
+    Raises:
+      InputError: the record is at fault.
+    """
+    context = record.get("question", record.get("prompt"))
+    if not isinstance(context, str):
+        raise InputError("has no text in 'question' or 'prompt'. Write it there.")
+    choices = record.get("choices")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise InputError("field 'choices' must be a list of two or more texts, none empty. Write it as one.")
+    answer = record.get("answer")
+    if isinstance(answer, str):
+        letter = ord(answer) - ord("A") if len(answer) == 1 else -1
+        answer = choices.index(answer) if answer in choices else letter
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        last = len(choices) - 1
+        raise InputError(
+            f"field 'answer' is {record.get('answer')!r}, but must be one of the choices, 0 to {last}, or 'A' to "
+            f"{chr(ord('A') + last)!r}. Mend it."
+        )
+    return Question(context, choices, answer)
+
+
+def make_multiple_choice(
+    model: Model,
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
+    *,
+    template: str,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Callable[[Any], tuple[dict[str, float], list[ChoiceSample]]]:
+    """Returns evaluate(params) -> (metrics, a ChoiceSample for each question, in the order of `records`).
+
+    The metrics are fractions of questions whose right choice has the greatest log-likelihood (the first of equals),
+      acc: summed over its tokens.
+      acc_norm: divided by its characters, as lm-evaluation-harness does.
+      acc_bytes: divided by its UTF-8 bytes.
+      acc_tokens: divided by its tokens: the mean.
+      NAME_stderr: the standard error of each, where there are two questions or more.
+      truncated: the number of questions whose context lost its beginning, to fit into model.max_length.
+
+    Args:
+      model: of `params`.
+      tokenizer: of the model.
+      records: see `read_question`.
+      template: "plain" scores " CHOICE" right after the question, as text (scoring.encode_pair); under any other the
+        question is what the user says, and CHOICE what the model begins to say.
+      batch_tokens: see scoring.
+
+    Raises:
+      InputError: a record is at fault.
+    """
+    questions = [read_question(record) for record in records]
+    whole = [_encode(q.context, choice, tokenizer, template) for q in questions for choice in q.choices]
+    examples = [keep_end(example, model.config.max_length) for example in whole]
+    starts = np.cumsum([0] + [len(q.choices) for q in questions])
+    truncated = [
+        any(len(examples[i].tokens) < len(whole[i].tokens) for i in range(start, stop))
+        for start, stop in itertools.pairwise(starts)
+    ]
+    loglikelihood = make_loglikelihood(model, batch_tokens=batch_tokens)
+
+    def evaluate(params: Any) -> tuple[dict[str, float], list[ChoiceSample]]:
+        scores = loglikelihood(params, examples)
+        samples, right = [], {name: [] for name in ("acc", "acc_norm", "acc_bytes", "acc_tokens")}
+        for question, start in zip(questions, starts, strict=False):
+            context, choices, answer = question
+            nats = np.array([scores[start + i].logprob for i in range(len(choices))])
+            sizes = {
+                "acc": np.ones(len(choices)),
+                "acc_norm": np.array([float(len(choice)) for choice in choices]),
+                "acc_bytes": np.array([float(len(choice.encode())) for choice in choices]),
+                "acc_tokens": np.array([float(examples[start + i].count) for i in range(len(choices))]),
+            }
+            chosen = {name: int(np.argmax(nats / size)) for name, size in sizes.items()}
+            for name, i in chosen.items():
+                right[name].append(float(i == answer))
+            samples.append(ChoiceSample(context, choices, answer, nats.tolist(), chosen["acc"], chosen["acc_norm"]))
+        metrics = {}
+        for name, values in right.items():
+            metrics[name], error = ratio_of_sums(np.array(values), np.ones(len(values)))
+            if error is not None:
+                metrics[f"{name}_stderr"] = error
+        return metrics | {"truncated": float(sum(truncated))}, samples
+
+    return evaluate
+
+
+def _encode(context: str, choice: str, tokenizer: Tokenizer, template: str) -> Example:
+    if template == "plain":
+        return encode_pair(tokenizer, context, f" {choice}")
+    prompt, ids = render_prompt({"prompt": context}, tokenizer, template), tokenizer.encode(choice)
+    return Example(np.array(prompt + ids, np.int32), np.arange(len(prompt) + len(ids)) >= len(prompt))

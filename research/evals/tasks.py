@@ -1,0 +1,252 @@
+"""Evaluations by name, for the command line and for training.
+
+A task is written KIND[,OPTION=VALUE...]:DATA, where DATA is an entry as in data.path (a .jsonl file, ...):
+
+  perplexity:x.jsonl                           text, prompt + response, messages or tokens; see perplexity.py
+  choice:x.jsonl                               question, choices, answer; see multiple_choice.py
+  exact_match,verifier=number:x.jsonl          prompt + response or question + answer, or messages; see generation.py
+  exact_match,max_new_tokens=16:tasks:reverse  generated, with its verifier
+
+Options of all: name (in results; default: that of the file), template (default: the model's), limit (the first so many
+records). Of exact_match: verifier (see VERIFIERS), max_new_tokens (default: 256, or half of the model's max_length if
+that is less), batch_size (default: 64).
+"""
+
+import decimal
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from research.errors import InputError, did_you_mean
+from research.evals.generation import Sample, make_generation
+from research.evals.multiple_choice import make_multiple_choice, read_question
+from research.evals.perplexity import make_record_perplexity
+from research.evals.scoring import BATCH_TOKENS, ratio_of_sums
+from research.models.transformer import Model
+from research.sampling import SamplingConfig
+from research.sources import records as records_lib
+from research.sources import tasks as generated
+from research.sources.formats import TEMPLATES
+from research.sources.tokenizers import Tokenizer
+
+Record = Mapping[str, Any]
+Metrics = dict[str, float]
+
+_GENERATED_RECORDS = 1000
+_GENERATED_SEED = 0x5EED  # none that training is likely to draw from
+_COMMON = ("name", "template", "limit")
+_OPTIONS = {
+    "perplexity": _COMMON,
+    "choice": _COMMON,
+    "exact_match": (*_COMMON, "verifier", "max_new_tokens", "batch_size"),
+}
+# Digits with or without commas between thousands, a fraction, an exponent; a sign, but not the minus of 7-3.
+_NUMBER = re.compile(r"(?:(?<![\w)])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?")
+
+
+class Evaluation(NamedTuple):
+    """A task, loaded.
+
+    Attributes:
+      name: for its metrics.
+      evaluate: (params, key) -> (metrics, samples), under the mesh of the parameters. NAME_stderr among the metrics is
+        the standard error of NAME. Samples are NamedTuples, one a record, which str() makes a line of.
+    """
+
+    name: str
+    evaluate: Callable[[Any, jax.Array], tuple[Metrics, list[Any]]]
+
+
+def load(
+    spec: str,
+    model: Model,
+    tokenizer: Tokenizer | None,
+    template: str,
+    *,
+    limit: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Evaluation:
+    """Reads a task's records and makes its evaluation.
+
+    Args:
+      spec: see above.
+      model: to evaluate.
+      tokenizer: of the model; None will do for perplexity of records with tokens.
+      template: how prompts are put to the model, where the task doesn't say.
+      limit: the first so many records, where the task doesn't say; 0 for all.
+      batch_tokens: see scoring.
+
+    Raises:
+      InputError: the task, its file or a record is at fault.
+    """
+    kind, options, entry = parse(spec)
+    template = options.get("template", template)
+    try:
+        if tokenizer is None and kind != "perplexity":
+            raise InputError("needs text, and the model has no tokenizer.")
+        items = _read(entry, _whole(options, "limit", limit, 0))
+        name = options.get("name") or _name(entry)
+        if kind == "perplexity":
+            measure = make_record_perplexity(model, tokenizer, items, template=template, batch_tokens=batch_tokens)
+            return Evaluation(name, lambda params, key: measure(params))
+        if kind == "choice":
+            records = _each(items, lambda record: read_question(record) and record)
+            measure = make_multiple_choice(model, tokenizer, records, template=template, batch_tokens=batch_tokens)
+            return Evaluation(name, lambda params, key: measure(params))
+        return Evaluation(name, _exact_match(items, options, model, tokenizer, template))
+    except InputError as error:
+        raise InputError(f"task {spec}: {error}") from error
+
+
+def parse(spec: str) -> tuple[str, dict[str, str], str]:
+    """Returns (kind, options, data entry) of a task as written. Raises InputError where it can't be understood."""
+    head, colon, entry = spec.partition(":")
+    kind, *given = head.split(",")
+    if kind not in _OPTIONS:
+        raise InputError(f"task {spec}: there is no kind {kind!r}.{did_you_mean(kind, _OPTIONS)}")
+    if not colon or not entry:
+        raise InputError(f"task {spec}: names no data. Write {head}:x.jsonl.")
+    options = {}
+    for option in given:
+        name, equals, value = option.partition("=")
+        if name not in _OPTIONS[kind]:
+            raise InputError(f"task {spec}: {kind} has no option {name!r}.{did_you_mean(name, _OPTIONS[kind])}")
+        if not equals or not value:
+            raise InputError(f"task {spec}: option {name!r} has no value. Write {name}=VALUE.")
+        options[name] = value
+    for name, known in (("template", TEMPLATES), ("verifier", VERIFIERS)):
+        if name in options and options[name] not in known:
+            raise InputError(f"task {spec}: {name}={options[name]} isn't known.{did_you_mean(options[name], known)}")
+    return kind, options, entry
+
+
+def _whole(options: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
+    value = options.get(name, str(default))
+    if not value.isdecimal() or int(value) < least:
+        raise InputError(f"{name}={value}: must be a whole number, at least {least}.")
+    return int(value)
+
+
+def _read(entry: str, limit: int) -> list[tuple[str, dict[str, Any]]]:
+    origin = records_lib.locate(entry, count=limit or _GENERATED_RECORDS, seed=_GENERATED_SEED)
+    items = []
+    for where, raw in itertools.islice(origin.read(), limit or None):
+        try:
+            items.append((where, records_lib.parse(raw)))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    if not items:
+        raise InputError("holds no record. Write one JSON object a line.")
+    return items
+
+
+def _name(entry: str) -> str:
+    """x for dir/x.jsonl.gz, reverse_2 for tasks:reverse/2."""
+    scheme, colon, rest = entry.partition(":")
+    base = (
+        rest
+        if colon and scheme.isidentifier()
+        else re.sub(r"(\.jsonl?|\.txt|\.parquet|\.gz)+$", "", entry.split("/")[-1])
+    )
+    return re.sub(r"[^\w.-]+", "_", base).strip("_") or "task"
+
+
+def _each(items: list[tuple[str, Record]], read: Callable[[Record], Record]) -> list[Record]:
+    made = []
+    for where, record in items:
+        try:
+            made.append(read(record))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    return made
+
+
+def _exact_match(
+    items, options, model, tokenizer, template
+) -> Callable[[Any, jax.Array], tuple[Metrics, list[Sample]]]:
+    verifier = options.get("verifier", "task")
+
+    def read(record: Record) -> Record:
+        record = _prompted(record)
+        turns = records_lib.check(dict(record), records_lib.detect_format(record, {}), {})
+        if verifier == "number" and last_number(turns[-1][1]) is None:
+            raise InputError(f"has no number in its answer {turns[-1][1][:40]!r}. Mend it, or use another verifier.")
+        return record
+
+    default = min(256, model.config.max_length // 2)
+    sampling = SamplingConfig(
+        max_new_tokens=_whole(options, "max_new_tokens", default),
+        stop_tokens=getattr(tokenizer, "stop", (tokenizer.eos,)),
+    )
+    records = _each(items, read)
+    answer = make_generation(
+        model,
+        sampling,
+        tokenizer,
+        records,
+        verify=VERIFIERS[verifier],
+        template=template,
+        batch_size=min(len(records), _whole(options, "batch_size", 64)),
+    )
+
+    def evaluate(params: Any, key: jax.Array) -> tuple[Metrics, list[Sample]]:
+        metrics, samples = answer(params, key)
+        judged = defaultdict(list)
+        for sample in samples:
+            judged["exact_match"].append(sample.correct)
+            judged[f"exact_match/{sample.task}"].append(sample.correct)
+        for name, values in judged.items():
+            _, error = ratio_of_sums(np.array(values, np.float64), np.ones(len(values)))
+            if name in metrics and error is not None:
+                metrics[f"{name}_stderr"] = error
+        return metrics, samples
+
+    return evaluate
+
+
+def _prompted(record: Record) -> dict[str, Any]:
+    """`question` and `answer` under the names `prompt` and `response`; a number as text."""
+    record = dict(record)
+    if "messages" in record:
+        return record
+    for name, other in (("prompt", "question"), ("response", "answer")):
+        if name not in record:
+            if other not in record:
+                raise InputError(f"has neither {name!r} nor {other!r}, nor 'messages'. Add one.")
+            record[name] = record[other]
+    if type(record["response"]) in (int, float):
+        record["response"] = str(record["response"])
+    return record
+
+
+def last_number(text: str) -> decimal.Decimal | None:
+    """The last number in `text`, or None. "It is 1,234.50." has 1234.5, "x = -2" has -2 and "7-3" has 3."""
+    found = _NUMBER.findall(text)
+    return decimal.Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
+
+
+def _same_number(record: Record, completion: str) -> bool:
+    number = last_number(completion)
+    return number is not None and number == last_number(record["response"])
+
+
+def _same_text(record: Record, completion: str) -> bool:
+    return completion.strip() == record["response"].strip()
+
+
+def _contains(record: Record, completion: str) -> bool:
+    return record["response"].strip().casefold() in completion.casefold()
+
+
+# (record, completion) -> is it right?
+VERIFIERS: dict[str, Callable[[Record, str], bool]] = {
+    "task": generated.verify_record,  # that of the record's task, where it has one; else as "exact"
+    "exact": _same_text,  # the response, white space around it aside
+    "number": _same_number,  # the last number of the completion is the last of the response
+    "contains": _contains,  # the response is somewhere in the completion, in whatever case
+}
