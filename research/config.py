@@ -86,7 +86,10 @@ class Config:
       ema_decay: keep a moving average of the parameters, and evaluate it; 0 for none.
       max_bad_steps: end the run after so many updates in a row were skipped for a loss or gradient that isn't finite.
       model: the fields of ModelConfig; vocab_size 0 is the tokenizer's, dtype "auto" is bfloat16 on TPU and GPU and
-        float32 on CPU; init_from: the workdir of a run to take the first parameters from.
+        float32 on CPU; init_from: the model to start from: a run's workdir, a folder as transformers saves it, a hub
+        name (NAME/MODEL or NAME/MODEL@REVISION) or a .gguf file. It then decides all fields that are left at their
+        defaults.
+      tokenizer: "auto" is that of model.init_from, and without one "byte".
       objective: {"terms": {name: weight}, name: {options}}: see research.objectives.load.
       rules: logical axis -> mesh axis, where it differs from sharding.RULES.
       compilation_cache: keep compiled programs on disk, so that the next start is faster.
@@ -103,7 +106,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _model_defaults())
-    tokenizer: TokenizerSpec = TokenizerSpec()
+    tokenizer: TokenizerSpec = TokenizerSpec(kind="auto")
     data: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _data_defaults())
     objective: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"terms": {"next_token": 1.0}})
     optimizer: optim.OptimizerSpec = optim.OptimizerSpec()
@@ -214,6 +217,42 @@ def model_config(config: Config, vocab_size: int, backend: str | None = None) ->
     if values["dtype"] == "auto":
         values["dtype"] = "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
     return _build(ModelConfig, values, "model")
+
+
+# Fields that change neither the parameters' names nor their shapes: a config may set them against a checkpoint.
+_FREE = ("remat", "attention", "dtype", "init_std", "max_length", "rope_theta", "rope_scaling", "local_rope_theta")
+_FREE += ("sliding_window", "norm_eps", "attention_scale", "attention_softcap", "logit_softcap")
+
+
+def with_architecture(config: Config, base: ModelConfig, name: str) -> Config:
+    """The config with the model of a checkpoint; fields that differ from their defaults stay as they are.
+
+    Args:
+      config: its `model` section names a checkpoint.
+      base: the checkpoint's.
+      name: of the checkpoint, for errors.
+
+    Raises:
+      InputError: a field asks for other parameters than the checkpoint has.
+    """
+    defaults, mine = _model_defaults(), config.model
+    made = {}
+    for field in dataclasses.fields(ModelConfig):
+        hint = typing.get_type_hints(ModelConfig)[field.name]
+        value, theirs = mine[field.name], getattr(base, field.name)
+        if field.name in ("dtype", "remat", "attention"):  # of this run, not of the checkpoint
+            made[field.name] = value
+            continue
+        value = _convert(hint, value, f"model.{field.name}")
+        untouched = value == defaults[field.name]
+        learned = field.name == "max_length" and base.positions == "learned"
+        if not untouched and value != theirs and (field.name not in _FREE or learned):
+            raise InputError(
+                f"model.{field.name} = {value!r}, and the checkpoint that it starts from, {name}, has {theirs!r}. "
+                "Leave it at its default to take the checkpoint's, or leave model.init_from out to start afresh."
+            )
+        made[field.name] = theirs if untouched else value
+    return dataclasses.replace(config, model={**made, "init_from": mine["init_from"]})
 
 
 def data_spec(config: Config) -> DataSpec:

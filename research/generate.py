@@ -94,9 +94,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts) if args.prompts else [Prompt("--prompt", args.prompt)]
 
-    from research import run  # last, because it takes long to import
+    from research import loading  # last, because it takes long to import
 
-    loaded = run.load_model(args.model, step=args.step, ema=args.ema)
+    loaded = loading.load_model(args.model, step=args.step, ema=args.ema)
     model, tokenizer = loaded.model, loaded.tokenizer
     default = min(256, model.config.max_length // 2)
     config = SamplingConfig(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from research import checkpoint, metrics, objectives, optim, params, sharding, train
+from research import checkpoint, loading, metrics, objectives, optim, params, sharding, train
 from research import config as config_lib
 from research.config import Config
 from research.errors import InputError, did_you_mean
@@ -157,6 +157,13 @@ def run(
     """
     started = started or time.time()
     devices = jax.devices() if devices is None else devices
+    resumed = bool(checkpoint.steps(workdir))
+    base = None
+    if config.model["init_from"]:
+        base = None if resumed else loading.find(config.model["init_from"])
+        config = (
+            _as_it_began(workdir, config) if resumed else config_lib.with_architecture(config, base.config, base.name)
+        )
     config_lib.check(config, num_devices=len(devices))
     wandb = {"project": config.log.wandb} if config.log.wandb else None
     if wandb:
@@ -165,7 +172,7 @@ def run(
         use_compilation_cache(config.data["cache_dir"])
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
 
-    tokenizer = tokenizers.load_tokenizer(workdir) if checkpoint.steps(workdir) else None
+    tokenizer = tokenizers.load_tokenizer(workdir) if resumed else _given_tokenizer(config, base)
     data = dataset.load(config_lib.data_spec(config), config.tokenizer, tokenizer, seed=config.seed)
     source = dataset.make_source(
         data.train,
@@ -180,9 +187,10 @@ def run(
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         keys = jax.random.split(jax.random.PRNGKey(config.seed), 2)
-        resumed = bool(checkpoint.steps(workdir))
         traced = parts.step.trace(parts.state, {}, parts.batch)  # what the model or objective can't do shows here
-        initial = None if resumed else _initial_params(config, parts, keys[0])
+        initial = None
+        if not resumed:
+            initial = _read(base, parts) if base else parts.init(keys[0])
         saver = stack.enter_context(
             contextlib.closing(
                 checkpoint.Checkpointer(
@@ -202,6 +210,8 @@ def run(
         _write_record(workdir, config, command, mesh)
         if not resumed:
             data.tokenizer.save(workdir)
+            if base and base.origin:
+                checkpoint.write_json(Path(workdir) / loading.ORIGIN, base.origin)
         writer = stack.enter_context(
             metrics.Writer(
                 workdir,
@@ -371,7 +381,7 @@ def _make_evals(
     if records:
         answer = generation.make_generation(
             model,
-            SamplingConfig(max_new_tokens=config.eval.max_new_tokens, stop_tokens=(tokenizer.eos,)),
+            SamplingConfig(max_new_tokens=config.eval.max_new_tokens, stop_tokens=tokenizer.stop),
             tokenizer,
             records,
             verify=tasks.verify_record,
@@ -403,13 +413,28 @@ def _peak_flops(mesh: jax.sharding.Mesh) -> float | None:
     return peak if peak is None or device.platform == "cpu" else peak * mesh.size
 
 
-def _initial_params(config: Config, parts: Parts, key: jax.Array) -> dict[str, Any]:
-    """From `model.init_from`, else random."""
-    path = config.model["init_from"]
-    if not path:
-        return parts.init(key)
-    values, _ = checkpoint.restore_params(path, parts.state.params)
-    return values
+def _given_tokenizer(config: Config, base: loading.Found | None) -> tokenizers.Tokenizer | None:
+    """What "auto" means; None where the config names a tokenizer."""
+    if config.tokenizer.kind != "auto":
+        return None
+    if base is None:
+        return tokenizers.make_tokenizer(tokenizers.TokenizerSpec(kind="byte"), lambda: iter(()))
+    tokenizer = base.tokenizer()
+    loading.check_vocabulary(base.name, tokenizer, base.config)
+    return tokenizer
+
+
+def _as_it_began(workdir: str, config: Config) -> Config:
+    """The config with the architecture of the checkpoint that the run began with, which it no longer needs."""
+    began = config_lib.parse(json.loads((Path(workdir) / "config.json").read_text())["config"])
+    architecture = config_lib.model_config(began, vocab_size=began.model["vocab_size"])
+    return config_lib.with_architecture(config, architecture, workdir)
+
+
+def _read(base: loading.Found, parts: Parts) -> dict[str, Any]:
+    """The policy's first parameters, from `model.init_from`."""
+    placed = jax.tree.map(lambda x: x.sharding, parts.state.params["policy"])
+    return {"policy": base.read(parts.models["policy"].specs, placed)}
 
 
 def _put(batch: Mapping[str, np.ndarray], like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -538,38 +563,4 @@ def use_compilation_cache(cache_dir: str = "") -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-class LoadedModel(NamedTuple):
-    """A trained model, ready to run. `template` is how prompts are put to it (sources.formats)."""
-
-    model: transformer.Model
-    params: Any
-    tokenizer: tokenizers.Tokenizer
-    template: str
-    mesh: jax.sharding.Mesh
-
-
-def load_model(
-    name: str, *, step: int | None = None, ema: bool = False, mesh: jax.sharding.Mesh | None = None
-) -> LoadedModel:
-    """Reads a model.
-
-    Args:
-      name: the working directory of a run.
-      step: which of its checkpoints; by default the newest.
-      ema: take the moving average of the parameters.
-      mesh: to lay the parameters out on; by default one device.
-
-    Raises:
-      InputError: there is no such model, or it can't be read.
-    """
-    record = Path(name) / "config.json"
-    if not checkpoint.steps(name) or not record.is_file():
-        raise InputError(f"{name}: not the workdir of a run that has saved: it lacks checkpoints/STEP or config.json.")
-    mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
-    config = config_lib.parse(json.loads(record.read_text())["config"])
-    rules = {**sharding.RULES, **config.rules}
-    tokenizer = tokenizers.load_tokenizer(name)
-    model = transformer.make_model(config_lib.model_config(config, tokenizer.size), rules)
-    like = params.abstract(model.specs, params.shardings(model.specs, mesh, rules))
-    loaded, _ = checkpoint.restore_params(name, {"policy": like}, step=step, ema=ema)
-    return LoadedModel(model, loaded["policy"], tokenizer, config.data["template"], mesh)
+load_model = loading.load_model

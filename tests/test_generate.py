@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import subprocess
@@ -13,6 +14,7 @@ from research.errors import InputError
 from research.models.transformer import Model, ModelConfig
 from research.ops.losses import Head
 from research.sampling import Completion
+from research.sources.formats import render_prompt
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
 TOKENIZER = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))
@@ -35,12 +37,13 @@ def run(monkeypatch, capsys, tmp_path):
         decode=lambda params, tokens, positions, mask, cache, index: (9 * jax.nn.one_hot(params[tokens], V), cache),
     )
     loaded = types.SimpleNamespace(model=model, params=table, tokenizer=TOKENIZER, template="chat")
-    monkeypatch.setattr("research.run.load_model", lambda workdir, *, step, ema: loaded)
+    monkeypatch.setattr("research.loading.load_model", lambda workdir, *, step, ema: loaded)
 
     def command(*flags):
-        status = generate.main(["--checkpoint=x", *flags])
+        status = generate.main(["--model=x", *flags])
         return status, *capsys.readouterr()
 
+    command.loaded = loaded
     return command
 
 
@@ -191,9 +194,59 @@ def test_interactive_from_the_command_line(run, monkeypatch):
     assert (status, stdout) == (0, ANSWER + "\n")
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """What is rendered, and under which template."""
+    seen = []
+
+    def render(record, tokenizer, template):
+        seen.append((record, template))
+        return render_prompt(record, tokenizer, template)
+
+    monkeypatch.setattr("research.generate.render_prompt", render)
+    return seen
+
+
+def test_a_system_message_comes_first_where_there_is_none(run, asked, monkeypatch, tmp_path):
+    system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
+    own = {"role": "system", "content": "own"}
+    assert run("--prompt=U", "--system=S")[:2] == (0, ANSWER + "\n")
+    prompts = tmp_path / "x.jsonl"
+    prompts.write_text("\n".join(json.dumps(r) for r in ({"prompt": "U"}, {"messages": [own, user]})))
+    assert run(f"--prompts={prompts}", "--system=S")[0] == 0
+    lines = iter(["U", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    assert run("--interactive", "--system=S")[0] == 0
+    messages = {"messages": [system, user]}
+    assert [record for record, _ in asked] == [messages, messages, {"messages": [own, user]}, messages]
+    assert run("--prompt=U", "--system=")[2] == (
+        "error: --prompt: field 'content' is an empty system message. Fill or drop the record.\n"
+    )
+
+
+def test_the_models_template_and_its_stop_tokens(run, asked):
+    template = "{{ bos_token }}{{ messages[-1].content }}<|eos|>{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    own = dataclasses.replace(TOKENIZER, chat_template=template, stop=(TOKENIZER.eos, ord("!")))
+    run.loaded.tokenizer, run.loaded.template = own, "auto"
+    assert run("--prompt=<|eos|>")[:2] == (0, ANSWER[:-1] + "\n")
+    assert run("--prompt=a", "--template=model")[:2] == (0, ANSWER[:-1] + "\n")
+    assert [used for _, used in asked] == ["auto", "model"]
+    specials = [own.bos, own.eos, own.special("<|assistant|>")]
+    assert render_prompt("<|eos|>", own, "auto") == [specials[0], *b"<|eos|>", *specials[1:]]
+    run.loaded.tokenizer = TOKENIZER
+    assert run("--prompt=a", "--template=model")[2].startswith("error: --prompt: template: 'model', but the tokenizer")
+
+
+def test_the_models_flag_is_also_called_checkpoint(run, capsys):
+    assert generate.main(["--checkpoint=x", "--prompt=a"]) == 0
+    assert capsys.readouterr().out == ANSWER + "\n"
+    assert generate.main(["--prompt=a"]) == 2
+    assert "--model: names no model. Give a run's workdir" in capsys.readouterr().err
+
+
 def test_no_checkpoint_ends_with_one_line_and_status_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "research.generate", f"--checkpoint={tmp_path / 'none'}", "--prompt=a"],
+        [sys.executable, "-m", "research.generate", f"--model={tmp_path / 'none'}", "--prompt=a"],
         capture_output=True,
         text=True,
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import base
-from research import checkpoint, config, metrics, optim, run, sharding
+from research import checkpoint, config, loading, metrics, optim, run, sharding
 
 EXPERIMENTS = sorted(p.stem for p in (Path(base.__file__).parent).glob("*.py") if p.stem not in ("base", "__init__"))
 
@@ -157,7 +157,7 @@ def test_init_from_takes_the_parameters_of_another_run(tmp_path):
 
 def test_load_model_reads_back_what_was_trained(tmp_path):
     run.run(load("sft"), str(tmp_path))
-    loaded = run.load_model(str(tmp_path))
+    loaded = loading.load_model(str(tmp_path))
     saved = parameters(tmp_path)
     name = next(k for k in saved if k.endswith("['embed']") and "params" in k and "opt" not in k)
     np.testing.assert_array_equal(loaded.params["embed"], saved[name])

@@ -28,8 +28,8 @@ from research.pretrained.types import Fields, Tensor, sizes, their_shape
 Params = Any
 
 _HUB_NAME = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"
-_IN_FLIGHT = 128 * 2**20  # bytes of tensors that may be on their way to the devices at once
-_THREADS = 4
+_IN_FLIGHT = 64 * 2**20  # bytes of tensors that may be on their way to the devices at once
+_THREADS = 2
 # Tensors that some checkpoints hold and no computation of ours reads: buffers that are made anew, heads of pretraining.
 _SPARE = re.compile(
     r".*rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias|.*attention\.(masked_bias|bias|rotary_emb\.inv_freq)|"
@@ -222,7 +222,13 @@ def load(found: Pretrained, specs: Params, placements: Params) -> Params:
             spec, sharding = flat[path], where[path]
             if path not in arrays and at:
                 arrays[path] = _zeros(spec.shape, spec.dtype, sharding)()
-            arrays[path] = _write(sharding)(arrays[path], x, at) if at else _cast(spec.dtype, sharding)(x)
+            arrays[path] = (
+                _write(sharding)(arrays[path], x, at)
+                if at
+                else x
+                if x.dtype == spec.dtype
+                else _cast(spec.dtype, sharding)(x)
+            )
             arrays[path].block_until_ready()
 
     # Threads read and turn tensors, this one puts them into their stacks; few at a time, to bound the memory.
@@ -263,9 +269,22 @@ def _put(x: np.ndarray, sharding: NamedSharding, skip: int) -> jax.Array:
     parts: dict[str, np.ndarray] = {}  # devices that hold the same share one copy
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        return parts.setdefault(str(index), np.ascontiguousarray(x[index]))
+        return parts.setdefault(str(index), _aligned(x[index]))
 
     return jax.make_array_from_callback(x.shape, rest, part)
+
+
+def _aligned(x: np.ndarray) -> np.ndarray:
+    """A copy that starts at a multiple of 64 bytes, which the CPU's devices then share and don't copy again."""
+    memory = np.empty(x.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    if x.ndim and x.strides[-1] > x.itemsize:  # numpy reads a turned array against its grain; strips keep to the cache
+        for i in range(0, x.shape[-1], 16):
+            copy[..., i : i + 16] = x[..., i : i + 16]
+    else:
+        np.copyto(copy, x)
+    return copy
 
 
 @functools.cache
