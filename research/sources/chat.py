@@ -184,11 +184,12 @@ def _refuse_forgery(chat: ChatTemplate, messages: Sequence[Message], text: str, 
 
 
 def _render(chat: ChatTemplate, messages: Sequence[Message], prompting: bool) -> str:
+    template = _compile(chat.source)
     try:
-        return _compile(chat.source).render(
+        return template.render(
             messages=messages, tools=None, documents=None, add_generation_prompt=prompting, **chat.variables
         )
-    except Exception as e:  # a template is a program and can fail in any way
+    except Exception as e:  # a template is a program, and can fail in any way
         raise InputError(
             f"the model's chat template can't write {_describe(messages)}: {e}. Change the messages (some templates "
             "take no system message), or use another template: 'chat' or 'plain'."

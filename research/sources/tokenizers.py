@@ -131,8 +131,12 @@ class Tokenizer:
         return _chat(self.backend, self.chat_template, self.variables)
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
-        """Returns the text of `ids`; bytes that aren't UTF-8 become replacement characters."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        """Returns the text of `ids`; bytes that aren't UTF-8 become replacement characters.
+
+        `skip_special` leaves out special tokens, and those of `stop`, which some tokenizers don't call special.
+        """
+        hidden = self.stop if skip_special else ()
+        return self.backend.decode([int(i) for i in ids if i not in hidden], skip_special_tokens=skip_special)
 
     def special(self, name: str) -> int | None:
         """Returns the id of the special token `name`, or None."""
@@ -257,11 +261,10 @@ def _make(
     config = dict(
         config or {"bos_token": None if bos is None else backend.id_to_token(bos), "add_bos_token": bos is not None}
     )
-    config["eos_token"] = backend.id_to_token(eos)
-    if (
-        "auto_map" in config or "tokenizer_class" not in config
-    ):  # code of its own isn't kept, and tokenizer.json says all
-        config = {k: v for k, v in config.items() if k != "auto_map"} | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if _content(config.get("eos_token")) != backend.id_to_token(eos):
+        config["eos_token"] = backend.id_to_token(eos)
+    if config.pop("auto_map", None) or "tokenizer_class" not in config:  # its code isn't kept; tokenizer.json says all
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     files[_CONFIG] = json.dumps(config, indent=1, ensure_ascii=False).encode()
     told = {**json.loads(files.get(_SPECIAL, b"{}")), **config}
     variables = {name: _content(token) for name, token in told.items() if name.endswith("_token") and _is_token(token)}

@@ -7,7 +7,7 @@ import pytest
 import tokenizers as hf
 
 from research.errors import InputError
-from research.sources.tokenizers import TokenizerSpec, load_tokenizer, make_tokenizer
+from research.sources.tokenizers import TokenizerSpec, load_pretrained, load_tokenizer, make_tokenizer
 
 TEXTS = [
     "the cat sat on the mat, the cat sat",
@@ -160,3 +160,42 @@ def test_bad_specs(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"can't be read as a tokenizer\.json"):
         make(str(tmp_path))
+
+
+def test_files_of_older_models(tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    alphabet = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "he", "Ġhe", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\nh e\nĠ he\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 258}))
+    tokenizer = load_pretrained(folder)
+    assert tokenizer.encode("he he") == [256, 257]
+    assert (tokenizer.eos, tokenizer.bos, tokenizer.stop, tokenizer.size) == (258, None, (258,), 259)
+    tokenizer.save(tmp_path / "new")
+    assert load_pretrained(tmp_path / "new").fingerprint() == tokenizer.fingerprint()
+    (folder / "merges.txt").unlink()
+    (folder / "vocab.json").write_text("no JSON")
+    with pytest.raises(InputError, match="transformers can't read the tokenizer in"):
+        load_pretrained(folder)
+
+
+def test_code_that_comes_with_a_tokenizer_is_neither_run_nor_kept(tmp_path):
+    config = {"eos_token": "</s>", "tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    path = word_level(tmp_path, ["</s>"], config=config)
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    make(path).save(tmp_path / "saved")
+    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert saved == {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def test_ids_that_end_an_answer(tmp_path):
+    path = word_level(tmp_path, ["</s>", "<end>"])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 3]}))
+    assert make(path, eos_token="</s>").stop == (3, 4)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 99}))
+    with pytest.raises(InputError, match=r"generation_config.json: eos_token_id = \[99\], but the tokenizer has no 99"):
+        make(path, eos_token="</s>")
