@@ -75,10 +75,10 @@ def _run(args: argparse.Namespace) -> None:
     if args.lm_eval:
         lm_eval_adapter.import_lm_eval()
 
-    from research import run  # last, because it takes long to import
+    from research import loading, run  # last, because it takes long to import
 
     run.use_compilation_cache()
-    loaded = run.load_model(args.model, step=args.step, ema=args.ema, mesh=sharding.make_mesh(args.mesh))
+    loaded = loading.load_model(args.model, step=args.step, ema=args.ema, mesh=sharding.make_mesh(args.mesh))
     model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
     results: dict[str, Metrics] = {}
     counts: dict[str, int] = {}

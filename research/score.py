@@ -128,10 +128,10 @@ def _run(args: argparse.Namespace) -> None:
     if origin.generated:
         raise InputError(f"--input = {args.input}: is generated. Give a file.")
 
-    from research import run  # last, because it takes long to import
+    from research import loading, run  # last, because it takes long to import
 
     run.use_compilation_cache()
-    loaded = run.load_model(args.model, step=args.step, ema=args.ema, mesh=sharding.make_mesh(args.mesh))
+    loaded = loading.load_model(args.model, step=args.step, ema=args.ema, mesh=sharding.make_mesh(args.mesh))
     with jax.set_mesh(loaded.mesh), tempfile.TemporaryFile(dir=output.parent) as spool:
         lengths, identity = _encode(origin, loaded, args, spool)
         identity |= {"weights": _checksum(loaded.params), "per_token": args.per_token}

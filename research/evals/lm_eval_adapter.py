@@ -1,21 +1,19 @@
 """Our models for EleutherAI's lm-evaluation-harness (package lm_eval), so that all of its tasks run on them."""
 
-import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-import tokenizers
 import tqdm
 
 from research.errors import InputError, did_you_mean
-from research.evals.scoring import BATCH_TOKENS, Example, encode_pair, keep_end, make_loglikelihood
+from research.evals.scoring import BATCH_TOKENS, Example, encode_context, encode_pair, keep_end, make_loglikelihood
 from research.models.transformer import Model
 from research.sampling import SamplingConfig, generate_batches, longest_prompt, make_generate
-from research.sources.formats import render_prompt
+from research.sources.chat import render_parts
+from research.sources.formats import render_prompt, resolve_template
 from research.sources.tokenizers import Tokenizer
 
 _DEFAULT_NEW_TOKENS = 256
@@ -59,8 +57,8 @@ def make_lm(
       InputError: lm_eval isn't installed.
     """
     lm_eval = import_lm_eval()
-    if template != "plain":
-        tokenizer = _reading_specials(tokenizer)
+    template = resolve_template(template, tokenizer)
+    special = template != "plain"
     max_length = model.config.max_length
     loglikelihood = make_loglikelihood(model, batch_tokens=batch_tokens)
 
@@ -84,25 +82,20 @@ def make_lm(
             return template
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            ids = _render(chat_history, tokenizer, template, add_generation_prompt)
-            text = tokenizer.decode(ids, skip_special=False)
-            if _encode(tokenizer, text) != ids:
-                raise InputError(
-                    f"--template = {template}: a prompt rendered with it isn't the same after becoming text, which is "
-                    f"what lm_eval takes: {text[:80]!r}. Use --template=plain."
-                )
-            return text
+            prompt = chat_history if add_generation_prompt else chat_history[:-1]
+            begun = "" if add_generation_prompt else chat_history[-1]["content"]
+            if template == "model":
+                parts = render_parts(tokenizer.chat, prompt, add_generation_prompt=True)
+                return "".join(part.text for part in parts) + begun
+            ids = render_prompt({"messages": prompt}, tokenizer, template)
+            return tokenizer.decode(ids, skip_special=False) + begun
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            pairs = [encode_pair(tokenizer, context, continuation) for context, continuation in _args(requests)]
+            pairs = [encode_pair(tokenizer, *pair, special=special) for pair in _args(requests)]
             return [(out.logprob, out.greedy) for out in score([keep_end(pair, max_length) for pair in pairs])]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-            begin = tokenizer.eos if tokenizer.bos is None else tokenizer.bos
-            examples = []
-            for (text,) in _args(requests):
-                ids = np.array([begin, *tokenizer.encode(text)], np.int32)
-                examples.append(Example(ids, np.arange(len(ids)) > 0))
+            examples = [encode_pair(tokenizer, "", text) for (text,) in _args(requests)]
             return [out.logprob for out in score(examples)]
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -125,7 +118,7 @@ def make_lm(
         completions = generate_batches(
             make_generate(model, config, tokenizer.size),
             params,
-            [_encode(tokenizer, context)[-longest:] for context in contexts],
+            [ids[-longest:] for ids in encode_context(tokenizer, contexts, special=special)],
             jax.random.key(seed),
             batch_size=min(batch_size, len(contexts)),
             longest=longest,
@@ -178,30 +171,6 @@ def _args(requests: Sequence[Any]) -> list[tuple[Any, ...]]:
     return [request.args for request in requests]
 
 
-def _reading_specials(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer, but text that reads like a special token is that token."""
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    backend.encode_special_tokens = False
-    return dataclasses.replace(tokenizer, backend=backend, raw_bytes=False)
-
-
-def _render(
-    messages: list[dict[str, str]], tokenizer: Tokenizer, template: str, add_generation_prompt: bool
-) -> list[int]:
-    """Ids up to where the model speaks; without `add_generation_prompt`, up to the end of what it has begun to say."""
-    if add_generation_prompt:
-        return render_prompt({"messages": messages}, tokenizer, template)
-    return render_prompt({"messages": messages[:-1]}, tokenizer, template) + tokenizer.encode(messages[-1]["content"])
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a context, as scoring.encode_pair has them."""
-    ids = tokenizer.encode(text)
-    if tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
-        return [tokenizer.bos, *ids]
-    return ids or [tokenizer.eos]
-
-
 def _sampling(options: Mapping[str, Any], tokenizer: Tokenizer, max_length: int) -> tuple[SamplingConfig, list[str]]:
     """The harness's generation arguments -> how to sample, and the texts that end an answer."""
     for name, value in options.items():
@@ -224,7 +193,7 @@ def _sampling(options: Mapping[str, Any], tokenizer: Tokenizer, max_length: int)
         top_k=int(options.get("top_k") or 0),
         top_p=float(options.get("top_p") or 1.0),
         min_p=float(options.get("min_p") or 0.0),
-        stop_tokens=tuple(dict.fromkeys((*getattr(tokenizer, "stop", (tokenizer.eos,)), *single))),
+        stop_tokens=tuple(dict.fromkeys((*tokenizer.stop, *single))),
     )
     return config, [text for text in until if text]
 

@@ -16,7 +16,7 @@ from research.evals.scoring import (
     ratio_of_sums,
 )
 from research.models.transformer import Model
-from research.sources.formats import render_prompt
+from research.sources.formats import render_prompt, resolve_template
 from research.sources.tokenizers import Tokenizer
 
 Record = Mapping[str, Any]
@@ -139,7 +139,8 @@ def make_multiple_choice(
 
 
 def _encode(context: str, choice: str, tokenizer: Tokenizer, template: str) -> Example:
-    if template == "plain":
+    if resolve_template(template, tokenizer) == "plain":
         return encode_pair(tokenizer, context, f" {choice}")
-    prompt, ids = render_prompt({"prompt": context}, tokenizer, template), tokenizer.encode(choice)
+    prompt = render_prompt({"prompt": context}, tokenizer, template)
+    (ids,) = tokenizer.encode_stretches([choice], special=False, first=False)
     return Example(np.array(prompt + ids, np.int32), np.arange(len(prompt) + len(ids)) >= len(prompt))

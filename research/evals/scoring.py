@@ -79,23 +79,28 @@ def encode_records(
     Raises:
       InputError: a record is at fault, or has nothing to score; it is named.
     """
-    examples: list[Example | None] = []
-    turns: list[tuple[str, list[records.Turn]]] = []
-    for where, record in items:
+    examples: list[Example | None] = [None] * len(items)
+    # Documents and conversations apart, since the model's own chat template is for the latter alone.
+    turns: tuple[list[tuple[int, list[records.Turn]]], ...] = ([], [])
+    for i, (where, record) in enumerate(items):
         try:
             if _is_tokens(record):
                 ids = _token_ids(record["tokens"], vocab_size)
-                examples.append(Example(ids, np.ones(len(ids), bool)))
+                examples[i] = Example(ids, np.ones(len(ids), bool))
                 continue
             if tokenizer is None:
                 raise InputError("holds text, and the model has no tokenizer. Give ids in a field 'tokens'.")
-            turns.append((where, records.check(dict(record), records.detect_format(record, {}), {})))
-            examples.append(None)
+            one = records.check(dict(record), records.detect_format(record, {}), {})
+            turns[one[0][0] == "text"].append((i, one))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-    made = iter(_encode_turns(turns, tokenizer, template))
-    whole = [next(made) if example is None else example for example in examples]
-    for (where, _), example in zip(items, whole, strict=True):
+    for kind in filter(None, turns):
+        places = [items[i][0] for i, _ in kind]
+        tokens, mask, lengths = formats.encode([one for _, one in kind], tokenizer, template, places)
+        ends = np.cumsum(lengths)
+        for (i, _), start, end in zip(kind, ends - lengths, ends, strict=True):
+            examples[i] = Example(tokens[start:end], mask[start:end])
+    for (where, _), example in zip(items, examples, strict=True):
         if not example.count:
             raise InputError(f"{where}: has no token to score: one is predicted from those before it. Lengthen it.")
         if example.tokens.max() >= vocab_size:
@@ -103,7 +108,7 @@ def encode_records(
                 f"{where}: has token {example.tokens.max()}, and the model's vocabulary ends at {vocab_size - 1}. Use "
                 "the tokenizer that the model was trained with."
             )
-    return whole
+    return examples
 
 
 def _is_tokens(record: Record) -> bool:
@@ -134,45 +139,35 @@ def _token_ids(ids: Any, vocab_size: int) -> np.ndarray:
     return np.array(ids, np.int32)
 
 
-def _encode_turns(turns, tokenizer, template) -> Iterator[Example]:
-    if not turns:
-        return
-    try:
-        tokens, mask, lengths = formats.encode([t for _, t in turns], tokenizer, template)
-    except InputError:
-        for where, one in turns:  # which is it?
-            try:
-                formats.encode([one], tokenizer, template)
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from error
-        raise
-    ends = np.cumsum(lengths)
-    for start, end in zip(ends - lengths, ends, strict=True):
-        yield Example(tokens[start:end], mask[start:end])
+def encode_context(tokenizer: Tokenizer, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+    """Ids of texts that begin a sequence: the token that begins a text, where the tokenizer has one, comes first.
+
+    An empty text is that token, else the one that ends a text. With `special`, what reads like a special token is that
+    token, and the one that begins a text isn't put before itself.
+    """
+    ids = tokenizer.encode_stretches(list(texts), special=special, first=True)
+    if tokenizer.bos is None:
+        return [one or [tokenizer.eos] for one in ids]
+    return [one if one[:1] == [tokenizer.bos] else [tokenizer.bos, *one] for one in ids]
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Example:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, special: bool = False) -> Example:
     """A continuation scored after its context, both text, tokenised as lm-evaluation-harness does for causal models.
 
     White space at the end of the context goes to the continuation, and the tokens of the continuation are those of the
-    whole text that come after as many as the context has alone. The token that begins a text, where the tokenizer has
-    one, comes first; an empty context is that token, else the one that ends a text.
+    whole text that come after as many as the context has alone. See `encode_context` for the rest.
 
     Raises:
       InputError: no token is the continuation's own.
     """
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
-    whole, before = tokenizer.encode_batch([kept + continuation, kept])
-    if not before:
-        before = [tokenizer.eos] if tokenizer.bos is None else [tokenizer.bos]
+    whole, before = encode_context(tokenizer, [kept + continuation, kept], special=special)
+    if not kept and tokenizer.bos is None:
         whole = before + whole
-    elif tokenizer.bos is not None and before[0] != tokenizer.bos:
-        before, whole = [tokenizer.bos, *before], [tokenizer.bos, *whole]
-    ids, given = whole, len(before)
-    if len(ids) <= given:
+    if len(whole) <= len(before):
         raise InputError(f"{continuation!r} after {context[-40:]!r} has no tokens of its own. Lengthen it.")
-    return Example(np.array(ids, np.int32), np.arange(len(ids)) >= given)
+    return Example(np.array(whole, np.int32), np.arange(len(whole)) >= len(before))
 
 
 def keep_end(example: Example, max_length: int) -> Example:

@@ -181,7 +181,7 @@ def _exact_match(
     default = min(256, model.config.max_length // 2)
     sampling = SamplingConfig(
         max_new_tokens=_whole(options, "max_new_tokens", default),
-        stop_tokens=getattr(tokenizer, "stop", (tokenizer.eos,)),
+        stop_tokens=tokenizer.stop,
     )
     records = _each(items, read)
     answer = make_generation(
