@@ -7,8 +7,9 @@ import pytest
 
 from research import objectives, params, train
 from research.errors import InputError
-from research.evals.perplexity import make_perplexity
+from research.evals.perplexity import make_perplexity, make_record_perplexity
 from research.models.transformer import ModelConfig, make_model
+from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
 V = 32
 MODEL = make_model(ModelConfig(vocab_size=V, num_layers=1, d_model=8, num_heads=2, num_kv_heads=2, d_ff=8))
@@ -82,3 +83,36 @@ def test_nothing_to_evaluate_is_an_error():
     evaluate = make_perplexity(_eval_step({"sft": 1.0}), blank, TOKEN_BYTES, use_loss_mask=True)
     with pytest.raises(InputError, match="no token of the held-out data is supervised"):
         evaluate(values, {})
+
+
+def test_records_one_a_row():
+    tokenizer = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))
+    model = make_model(
+        ModelConfig(vocab_size=384, num_layers=1, d_model=8, num_heads=2, num_kv_heads=2, d_ff=8, max_length=16)
+    )
+    values = params.init(model.specs, jax.random.key(0))
+    values["embed"] *= 50.0
+    records = [("x:1", {"text": "héllo"}), ("x:2", {"prompt": "ab", "response": "c"}), ("x:3", {"text": "z" * 40})]
+    metrics, samples = make_record_perplexity(model, tokenizer, records, template="plain", batch_tokens=32)(values)
+
+    def nats(tokens, first):
+        ids = jnp.array(tokens, jnp.int32)[None]
+        batch = {"tokens": ids, "segment_ids": jnp.ones_like(ids), "positions": jnp.arange(ids.shape[1])[None]}
+        whole = jax.nn.log_softmax(model.hidden(values, batch)[0] @ model.unembed(values).kernel)
+        return -np.asarray(whole)[np.arange(first - 1, len(tokens) - 1), np.array(tokens[first:])]
+
+    bos, eos = tokenizer.bos, tokenizer.eos
+    long = [bos, *b"z" * 40, eos]
+    pieces = [nats(long[:17], 1), nats(long[16:33], 1), nats(long[25:42], 8)]  # the last reaches back
+    rows = [nats([bos, *"héllo".encode(), eos], 1), nats([bos, *b"abc", eos], 3), np.concatenate(pieces)]
+    counts, sums = np.array([len(row) for row in rows]), np.array([row.sum() for row in rows])
+    assert counts.tolist() == [7, 2, 41]
+    assert [sample[:2] for sample in samples] == [("x:1", 7), ("x:2", 2), ("x:3", 41)]
+    np.testing.assert_allclose([sample.loss for sample in samples], sums / counts, rtol=1e-5)
+    assert metrics["loss"] == pytest.approx(sums.sum() / 50, rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(sums.sum() / 50), rel=1e-4)
+    assert metrics["bits_per_byte"] == pytest.approx(sums.sum() / math.log(2) / (6 + 1 + 40), rel=1e-5)
+    error = math.sqrt(3 / 2 * np.square(sums - sums.sum() / 50 * counts).sum()) / 50
+    assert metrics["loss_stderr"] == pytest.approx(error, rel=1e-4)
+    assert metrics["perplexity_stderr"] == pytest.approx(error * metrics["perplexity"], rel=1e-4)
+    assert metrics["tokens"] == 50

@@ -1,0 +1,149 @@
+import json
+from decimal import Decimal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from research import params
+from research.errors import InputError
+from research.evals import tasks
+from research.models.transformer import Model, ModelConfig, make_model
+from research.ops.losses import Head
+from research.sources.tokenizers import TokenizerSpec, make_tokenizer
+
+TOKENIZER = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))
+V = TOKENIZER.size
+MODEL = make_model(
+    ModelConfig(vocab_size=384, num_layers=1, d_model=8, num_heads=2, num_kv_heads=2, d_ff=8, max_length=64)
+)
+KEY = jax.random.key(0)
+
+
+def _says(text):
+    """(model, parameters): its next token depends on the last alone, and it answers everything with `text`."""
+    ids = [TOKENIZER.special("<|assistant|>"), *TOKENIZER.encode(text), TOKENIZER.eos]
+    assert len(set(ids)) == len(ids)
+    model = Model(
+        config=ModelConfig(vocab_size=V, max_length=64),
+        specs=None,
+        hidden=None,
+        unembed=lambda params: Head(jnp.eye(V), None, 0.0),
+        init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length)),) * 2,),
+        unstack=lambda params: params,
+        decode=lambda params, tokens, positions, mask, cache, index: (jax.nn.one_hot(params[tokens], V), cache),
+    )
+    return model, jnp.zeros(V, jnp.int32).at[jnp.array(ids[:-1])].set(jnp.array(ids[1:]))
+
+
+def _file(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("It is 42.", "42"),
+        ("1,234,567.50 dollars", "1234567.5"),
+        ("x = -3", "-3"),
+        ("x = −3", "-3"),
+        ("7-3", "3"),
+        ("(2)-5", "5"),
+        ("#### 70", "70"),
+        ("3, 4 and 5,", "5"),
+        ("12,34", "34"),
+        ("6.02e23", "6.02e23"),
+        ("2 eggs", "2"),
+        ("$1,000", "1000"),
+        ("5.0", "5"),
+        ("none", None),
+    ],
+)
+def test_last_number(text, number):
+    assert tasks.last_number(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(
+    ("verifier", "says", "right"),
+    [
+        ("number", "is 42.0", [True, False, True]),
+        ("exact", "42 ", [True, False, False]),
+        ("contains", "Is 42.", [True, False, False]),
+        ("task", "42", [True, False, False]),
+    ],
+)
+def test_exact_match_with_a_verifier(tmp_path, verifier, says, right):
+    records = [
+        {"prompt": "a?", "response": "42"},
+        {"question": "b?", "answer": -4},
+        {"messages": [{"role": "user", "content": "c?"}, {"role": "assistant", "content": "It's 42."}]},
+    ]
+    path = _file(tmp_path / "some.nums.jsonl", *records)
+    model, values = _says(says)
+    name, evaluate = tasks.load(f"exact_match,verifier={verifier},max_new_tokens=10:{path}", model, TOKENIZER, "chat")
+    metrics, samples = evaluate(values, KEY)
+    assert name == "some.nums"
+    assert [sample.correct for sample in samples] == right
+    assert [sample.expected for sample in samples] == ["42", "-4", "It's 42."]
+    p = sum(right) / 3
+    assert metrics["exact_match"] == pytest.approx(p)
+    assert metrics["exact_match_stderr"] == pytest.approx((p * (1 - p) / 2) ** 0.5)
+
+
+def test_generated_tasks_with_their_verifiers():
+    model, values = _says("abc")
+    name, evaluate = tasks.load("exact_match,max_new_tokens=8,limit=30:tasks:compare/2", model, TOKENIZER, "chat")
+    metrics, samples = evaluate(values, KEY)
+    assert name == "compare_2"
+    assert len(samples) == 30
+    assert metrics["exact_match/compare/2"] == metrics["exact_match/compare/2_stderr"] == 0
+    _, evaluate = tasks.load("exact_match,max_new_tokens=8:tasks:copy", model, TOKENIZER, "chat", limit=2)
+    assert len(evaluate(values, KEY)[1]) == 2
+
+
+def test_choice_and_perplexity(tmp_path):
+    values = params.init(MODEL.specs, jax.random.key(0))
+    choice = _file(tmp_path / "c.jsonl", *({"question": f"{i}?", "choices": ["x", "y"], "answer": 0} for i in range(5)))
+    name, evaluate = tasks.load(f"choice,name=mine,template=plain,limit=3:{choice}", MODEL, TOKENIZER, "chat")
+    metrics, samples = evaluate(values, KEY)
+    assert (name, len(samples)) == ("mine", 3)
+    assert 0 <= metrics["acc"] <= 1
+    texts = _file(tmp_path / "t.jsonl", {"text": "abc"}, {"tokens": [1, 2, 3]})
+    metrics, samples = tasks.load(f"perplexity:{texts}", MODEL, TOKENIZER, "chat").evaluate(values, KEY)
+    assert [sample.count for sample in samples] == [4, 2]
+    assert metrics["tokens"] == 6
+    ids = _file(tmp_path / "i.jsonl", {"tokens": [1, 2, 3]})
+    metrics, _ = tasks.load(f"perplexity:{ids}", MODEL, None, "chat").evaluate(values, KEY)
+    assert "bits_per_byte" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("choise:{}", r"task choise:.*: there is no kind 'choise'. Did you mean 'choice'\?"),
+        ("choice", "task choice: names no data. Write choice:x.jsonl"),
+        ("choice,verifier=exact:{}", "choice has no option 'verifier'"),
+        ("exact_match,verifer=exact:{}", "has no option 'verifer'. Did you mean 'verifier'"),
+        ("exact_match,verifier:{}", "option 'verifier' has no value"),
+        ("exact_match,verifier=numbr:{}", "verifier=numbr isn't known. Did you mean 'number'"),
+        ("choice,template=plane:{}", "template=plane isn't known. Did you mean 'plain'"),
+        ("choice,limit=x:{}", "limit=x: must be a whole number"),
+        ("exact_match,max_new_tokens=0:{}", "max_new_tokens=0: must be a whole number, at least 1"),
+        ("exact_match:nothing.jsonl", "task exact_match:nothing.jsonl: there is no 'nothing.jsonl'"),
+        ("choice:{}", "x.jsonl:1: has no text in 'question'|x.jsonl:1: field 'choices'"),
+        ("exact_match:{}", "x.jsonl:2: has neither 'response' nor 'answer'"),
+        ("exact_match,verifier=number:{}", "x.jsonl:1: has no number in its answer 'none'"),
+        ("perplexity:{}", "x.jsonl:2: has the fields 'prompt', but needs"),
+    ],
+)
+def test_faults_are_named(tmp_path, spec, message):
+    path = _file(tmp_path / "x.jsonl", {"prompt": "a", "response": "none"}, {"prompt": "b"})
+    with pytest.raises(InputError, match=message):
+        tasks.load(spec.format(path), MODEL, TOKENIZER, "chat")
+
+
+def test_a_model_without_a_tokenizer_needs_ids(tmp_path):
+    path = _file(tmp_path / "x.jsonl", {"question": "?", "choices": ["x", "y"], "answer": 0})
+    with pytest.raises(InputError, match="needs text, and the model has no tokenizer"):
+        tasks.load(f"choice:{path}", MODEL, None, "plain")
