@@ -285,7 +285,7 @@ def _section(known: dict[str, Any], values: Mapping[str, Any], path: str) -> dic
 
 def _convert(hint: Any, value: Any, field: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, field)
+        return value if isinstance(value, hint) else _build(hint, value, field)
     kind = typing.get_origin(hint) or hint
     if kind is tuple:
         value = tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -25,7 +25,7 @@ class Found(NamedTuple):
       name: as it was asked for.
       config: what it computes, in the default dtype of this process's devices.
       rules: logical axis -> mesh axis.
-      tokenizer: () -> its tokenizer.
+      tokenizer: () -> its tokenizer; raises InputError where there is none.
       template: how prompts are put to it.
       read: (specs, placements) -> parameters, in the specs' dtypes.
       origin: what an export writes again: {"config", "generation", "dtypes"}; empty for a model that began with us.
@@ -35,6 +35,7 @@ class Found(NamedTuple):
     config: transformer.ModelConfig
     rules: dict[str, Any]
     tokenizer: Callable[[], tokenizers.Tokenizer]
+    has_tokenizer: bool
     template: str
     read: Callable[[Any, Any], Any]
     origin: dict[str, Any]
@@ -72,11 +73,18 @@ def find(name: str, *, step: int | None = None, ema: bool = False) -> Found:
         name=name,
         config=c,
         rules=dict(sharding.RULES),
-        tokenizer=lambda: tokenizers.load_pretrained(found.where),
+        tokenizer=lambda: _tokenizer(found.where),
+        has_tokenizer=tokenizers.is_there(found.where),
         template="auto",
         read=lambda specs, placements: pretrained.load(found, specs, placements),
         origin=origin,
     )
+
+
+def _tokenizer(path: Path) -> tokenizers.Tokenizer:
+    if not tokenizers.is_there(path):
+        raise InputError(f"{path}: comes without a tokenizer. Copy its tokenizer.json beside the weights.")
+    return tokenizers.load_pretrained(path)
 
 
 def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
@@ -96,6 +104,7 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
         config=config_lib.model_config(config, tokenizer.size),
         rules={**sharding.RULES, **config.rules},
         tokenizer=lambda: tokenizer,
+        has_tokenizer=True,
         template=config.data["template"],
         read=read,
         origin=json.loads(origin.read_text()) if origin.is_file() else {},
@@ -103,23 +112,30 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
 
 
 class LoadedModel(NamedTuple):
-    """A model, ready to run. `template` is how prompts are put to it (sources.formats)."""
+    """A model, ready to run. `template` is how prompts are put to it (sources.formats). `tokenizer` is None only where
+    `load_model` was told that none is needed, and the model comes with none."""
 
     model: transformer.Model
     params: Any
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: tokenizers.Tokenizer | None
     template: str
     mesh: jax.sharding.Mesh
 
 
 def load_model(
-    name: str, *, step: int | None = None, ema: bool = False, mesh: jax.sharding.Mesh | None = None
+    name: str,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    needs_tokenizer: bool = True,
 ) -> LoadedModel:
     """Reads a model to run it; kernels are held in the compute dtype.
 
     Args:
       name, step, ema: see `find`.
       mesh: to lay the parameters out on; by default one device.
+      needs_tokenizer: else the model may come without one.
 
     Raises:
       InputError: there is no such model, it can't be read, or its tokenizer doesn't fit it.
@@ -127,8 +143,9 @@ def load_model(
     found = find(name, step=step, ema=ema)
     mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
     model = transformer.make_model(found.config, found.rules)
-    tokenizer = found.tokenizer()
-    check_vocabulary(name, tokenizer, found.config)
+    tokenizer = found.tokenizer() if needs_tokenizer or found.has_tokenizer else None
+    if tokenizer is not None:
+        check_vocabulary(name, tokenizer, found.config)
     specs = params.tree_map(
         lambda s: dataclasses.replace(s, dtype=found.config.dtype) if s.contracts else s, model.specs
     )

@@ -161,4 +161,4 @@ def test_load_model_reads_back_what_was_trained(tmp_path):
     saved = parameters(tmp_path)
     name = next(k for k in saved if k.endswith("['embed']") and "params" in k and "opt" not in k)
     np.testing.assert_array_equal(loaded.params["embed"], saved[name])
-    assert loaded.template == "chat"
+    assert loaded.template == "auto"

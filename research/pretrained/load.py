@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from research.errors import InputError
 from research.models.transformer import ModelConfig
 from research.pretrained import families
 from research.pretrained.readers import Entry, gguf_entries, open_gguf, open_safetensors, read_json
-from research.pretrained.types import Fields, Tensor, sizes, their_shape
+from research.pretrained.types import Fields, Tensor, letters, places, sizes, their_shape
 
 Params = Any
 
@@ -111,7 +111,7 @@ def open_pretrained(name: str) -> Pretrained:
     else:
         raise InputError(f"{path}: is neither a folder nor a .gguf file.")
     family = families.load(values.get("model_type", ""), where)
-    architectures = values.get("architectures") or family.ARCHITECTURES[:1]
+    architectures = values["architectures"] = values.get("architectures") or [family.ARCHITECTURES[0]]
     if architectures[0] not in family.ARCHITECTURES:
         raise InputError(
             f"{where}: architectures = {architectures}: of model_type {values['model_type']!r} only "
@@ -121,7 +121,7 @@ def open_pretrained(name: str) -> Pretrained:
     config = make_config(family.read(fields), where)
     fields.finish()
     if path.suffix == ".gguf":
-        entries = gguf_entries(gguf, [name for tensor in family.tensors(config) for name, _ in _places(tensor, config)])
+        entries = gguf_entries(gguf, [name for tensor in family.tensors(config) for name, _ in places(tensor, config)])
     generation = path / "generation_config.json"
     found = Pretrained(
         where=path,
@@ -146,14 +146,6 @@ def make_config(values: Mapping[str, Any], where: str) -> ModelConfig:
         raise InputError(f"{where}: {error}") from error
 
 
-def _places(tensor: Tensor, c: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(their name, (layer, expert) as far as there are such) of each tensor that one entry of a family stands for."""
-    for layer in range(c.num_layers if "{layer}" in tensor.name else 1):
-        for expert in range(c.num_experts if "{expert}" in tensor.name else 1):
-            at = (*((layer,) if "{layer}" in tensor.name else ()), *((expert,) if "{expert}" in tensor.name else ()))
-            yield tensor.name.format(layer=layer, expert=expert), at
-
-
 def _aliases(name: str) -> list[str]:
     """Other names for the same: without the name of the model's body, and BERT's first names of LayerNorm's arrays."""
     old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
@@ -162,7 +154,7 @@ def _aliases(name: str) -> list[str]:
 
 def _renamed(found: Pretrained) -> dict[str, Entry]:
     """The entries by the family's own names."""
-    names = [name for tensor in found.family.tensors(found.config) for name, _ in _places(tensor, found.config)]
+    names = [name for tensor in found.family.tensors(found.config) for name, _ in places(tensor, found.config)]
     return {name: found.entries[next(a for a in _aliases(name) if a in found.entries)] for name in names}
 
 
@@ -171,7 +163,7 @@ def _check(found: Pretrained) -> None:
     size, used = sizes(found.config), set()
     for tensor in found.family.tensors(found.config):
         wanted = their_shape(tensor.layout, size)
-        for name, _ in _places(tensor, found.config):
+        for name, _ in places(tensor, found.config):
             known = next((a for a in _aliases(name) if a in found.entries), None)
             if known is None:
                 raise InputError(
@@ -209,7 +201,7 @@ def load(found: Pretrained, specs: Params, placements: Params) -> Params:
         params_lib.path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(specs, is_leaf=params_lib.is_spec)
     }
     where = {params_lib.path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(placements)}
-    work = [(tensor, name, at) for tensor in found.family.tensors(c) for name, at in _places(tensor, c)]
+    work = [(tensor, name, at) for tensor in found.family.tensors(c) for name, at in places(tensor, c)]
     work.sort(key=lambda w: found.entries[w[1]].position)
     arrays: dict[str, jax.Array] = {}
 
@@ -252,13 +244,9 @@ def _bytes(entry: Entry) -> int:
     return math.prod(entry.shape) * entry.dtype.itemsize
 
 
-def _letters(layout: str, c: ModelConfig) -> dict[str, int]:
-    return {letter: n for letter, n in sizes(c).items() if re.search(rf"\b{letter}\b", layout)}
-
-
 def _split(x: np.ndarray, tensor: Tensor, c: ModelConfig, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
     """A tensor of a checkpoint as the parameters that it holds, views of it where that can be."""
-    x = einops.rearrange(x, tensor.layout, **_letters(tensor.layout, c))
+    x = einops.rearrange(x, tensor.layout, **letters(tensor.layout, c))
     ends = np.cumsum([shape[tensor.axis] for shape in shapes])[:-1]
     return np.split(x, ends, axis=tensor.axis) if len(shapes) > 1 else [x]
 

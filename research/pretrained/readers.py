@@ -1,6 +1,7 @@
 """Tensors of checkpoint files by name, one at a time: safetensors (sharded or not) and GGUF."""
 
 import json
+import math
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from research.errors import InputError, did_you_mean
+from research.pretrained.gguf_file import Stored, read_header
 
 _DTYPES = {
     "F64": np.dtype("<f8"),
@@ -141,7 +143,7 @@ class Gguf(NamedTuple):
     path: Path
     config: dict[str, Any]
     arch: str
-    stored: dict[str, Any]
+    stored: dict[str, Stored]
 
 
 def open_gguf(file: Path) -> Gguf:
@@ -150,43 +152,37 @@ def open_gguf(file: Path) -> Gguf:
     Raises:
       InputError: the file is damaged, of an architecture that isn't known, or needs what isn't supported.
     """
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(file)
-    except Exception as error:  # the package raises whatever numpy does with the bytes it finds
-        raise InputError(f"{file}: can't be read as GGUF, it may be cut short ({error}). Copy it anew.") from error
-    last = max(reader.tensors, key=lambda t: t.data_offset)
-    if last.data_offset + last.n_bytes > file.stat().st_size:
-        raise InputError(f"{file}: is cut short. Copy it anew.")
-    fields = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-    arch = fields["general.architecture"].contents()
+    header = read_header(file)
+    arch, stored = header.metadata.get("general.architecture"), header.tensors
     if arch not in _ARCHITECTURES:
         raise InputError(
             f"{file}: general.architecture = {arch!r}: no such architecture here.{did_you_mean(arch, _ARCHITECTURES)}"
         )
-    stored = {t.name: t for t in reader.tensors}
-    get = _gguf_getter(file, arch, fields)
+    last = max(stored, key=lambda name: stored[name].start)
+    needed = stored[last].start + _stored_bytes(file, last, stored[last])
+    if needed > file.stat().st_size:
+        raise InputError(f"{file}: is cut short: {file.stat().st_size:,} bytes of {needed:,}. Copy it anew.")
+    get = _gguf_getter(file, arch, header.metadata)
     if get("expert_count", 0):
         raise InputError(f"{file}: mixtures of experts are read from safetensors, not from GGUF. Take that copy.")
-    return Gguf(file, _gguf_config(arch, get, stored), arch, stored)
+    return Gguf(file, _gguf_config(file, arch, get, stored), arch, stored)
 
 
 def _gguf_getter(file: Path, arch: str, fields: dict[str, Any]) -> Callable[..., Any]:
     def get(name: str, *default: Any) -> Any:
-        field = fields.get(f"{arch}.{name}")
-        if field is None and not default:
-            raise InputError(f"{file}: lacks the field {arch}.{name!r}. Convert the model anew.")
-        return default[0] if field is None else field.contents()
+        value = fields.get(f"{arch}.{name}")
+        if value is None and not default:
+            raise InputError(f"{file}: lacks the field '{arch}.{name}'. Convert the model anew.")
+        return default[0] if value is None else value
 
     return get
 
 
-def _gguf_config(arch: str, get: Callable[..., Any], stored: dict[str, Any]) -> dict[str, Any]:
+def _gguf_config(file: Path, arch: str, get: Callable[..., Any], stored: dict[str, Stored]) -> dict[str, Any]:
     layers = get("block_count")
     config = {
         "model_type": _ARCHITECTURES[arch],
-        "vocab_size": int(stored["token_embd.weight"].shape[1]),
+        "vocab_size": stored["token_embd.weight"].shape[0],
         "num_hidden_layers": layers,
         "hidden_size": get("embedding_length"),
         "num_attention_heads": get("attention.head_count"),
@@ -204,7 +200,7 @@ def _gguf_config(arch: str, get: Callable[..., Any], stored: dict[str, Any]) -> 
     turned = get("rope.dimension_count", head_dim)
     if turned != head_dim:
         config["partial_rotary_factor"] = turned / head_dim
-    config |= _gguf_rope(get, stored, config)
+    config |= _gguf_rope(file, get, stored, config)
     if window := get("attention.sliding_window", 0):
         config["sliding_window"] = window
     if arch == "llama":
@@ -221,12 +217,13 @@ def _gguf_config(arch: str, get: Callable[..., Any], stored: dict[str, Any]) -> 
     return config
 
 
-def _gguf_rope(get: Callable[..., Any], stored: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _gguf_rope(
+    file: Path, get: Callable[..., Any], stored: dict[str, Stored], config: dict[str, Any]
+) -> dict[str, Any]:
     """Stretched RoPE: by a rule in the metadata, or by a tensor of factors for each pair of dimensions."""
     kind, original = get("rope.scaling.type", "none"), get("rope.scaling.original_context_length", 0)
     if "rope_freqs.weight" in stored:  # Llama 3.1 and later: 1 where a frequency stays
-        factors = np.asarray(stored["rope_freqs.weight"].data, np.float64)
-        whole = tuple(float(x) for x in factors)
+        whole = _dequantized(file, stored["rope_freqs.weight"]).tolist()
         length = config["max_position_embeddings"]
         return {
             "original_max_position_embeddings": length,
@@ -239,7 +236,7 @@ def _gguf_rope(get: Callable[..., Any], stored: dict[str, Any], config: dict[str
             },
         }
     if "rope_factors_long.weight" in stored:
-        lists = {kind: stored[f"rope_factors_{kind}.weight"].data.tolist() for kind in ("long", "short")}
+        lists = {kind: _dequantized(file, stored[f"rope_factors_{kind}.weight"]).tolist() for kind in ("long", "short")}
         scaling = {"rope_type": "longrope", "long_factor": lists["long"], "short_factor": lists["short"]}
         if attention := get("rope.scaling.attn_factor", 0.0):
             scaling["attention_factor"] = attention
@@ -252,10 +249,25 @@ def _gguf_rope(get: Callable[..., Any], stored: dict[str, Any], config: dict[str
     return {"rope_scaling": scaling}
 
 
-def _dequantized(stored: Any) -> np.ndarray:
+def _stored_bytes(file: Path, name: str, stored: Stored) -> int:
     import gguf
 
-    return gguf.quants.dequantize(stored.data, stored.tensor_type).reshape([int(n) for n in reversed(stored.shape)])
+    try:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(stored.type)]
+    except ValueError as error:
+        raise InputError(
+            f"{file}: tensor {name!r} is of type {stored.type}, which the package gguf doesn't know."
+        ) from error
+    return math.prod(stored.shape) // block * size
+
+
+def _dequantized(file: Path, stored: Stored) -> np.ndarray:
+    import gguf
+
+    kind = gguf.GGMLQuantizationType(stored.type)
+    shape = gguf.quants.quant_shape_to_byte_shape(stored.shape, kind)
+    data = np.memmap(file, np.uint8, "r", stored.start, shape)
+    return gguf.quants.dequantize(data, kind).reshape(stored.shape)
 
 
 def gguf_entries(file: Gguf, names: Sequence[str]) -> dict[str, Entry]:
@@ -275,7 +287,7 @@ def gguf_entries(file: Gguf, names: Sequence[str]) -> dict[str, Entry]:
         part = name.split(".")[-2]
 
         def read(stored=stored, part=part) -> np.ndarray:
-            x = _dequantized(stored)
+            x = _dequantized(file.path, stored)
             if arch == "llama" and part in heads:  # its rows lie in pairs (i, i + h/2), side by side
                 pairs = x.reshape(heads[part], -1, 2, *x.shape[1:])
                 x = pairs.swapaxes(1, 2).reshape(x.shape)
@@ -283,6 +295,5 @@ def gguf_entries(file: Gguf, names: Sequence[str]) -> dict[str, Entry]:
                 x = x - np.float32(1)  # it holds what is multiplied by, 1 + the scale
             return x
 
-        shape = tuple(int(n) for n in reversed(stored.shape))
-        entries[name] = Entry(shape, np.dtype(np.float32), (file.path.name, stored.data_offset), read)
+        entries[name] = Entry(stored.shape, np.dtype(np.float32), (file.path.name, stored.start), read)
     return entries

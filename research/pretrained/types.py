@@ -1,7 +1,7 @@
 """What a family of checkpoints is: how its config and its tensors map to ours."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from research.errors import InputError
@@ -56,6 +56,19 @@ def their_shape(layout: str, size: Mapping[str, int]) -> tuple[int, ...]:
             n *= size[letter]
         shape.append(n)
     return tuple(shape)
+
+
+def letters(layout: str, c: ModelConfig) -> dict[str, int]:
+    """Those of `sizes` that a layout names, as einops.rearrange wants them."""
+    return {letter: n for letter, n in sizes(c).items() if re.search(rf"\b{letter}\b", layout)}
+
+
+def places(tensor: Tensor, c: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(their name, (layer, expert) as far as there are such) of each tensor that one entry of a family stands for."""
+    for layer in range(c.num_layers if "{layer}" in tensor.name else 1):
+        for expert in range(c.num_experts if "{expert}" in tensor.name else 1):
+            at = (*((layer,) if "{layer}" in tensor.name else ()), *((expert,) if "{expert}" in tensor.name else ()))
+            yield tensor.name.format(layer=layer, expert=expert), at
 
 
 # Fields of a config.json that don't change what a model computes: ids and names, training-time noise, output options.

@@ -4,17 +4,15 @@ Formats: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What a name 
 (src/llama-vocab.cpp); where the models' own tokenizer.json differs from that (NFC in Qwen's), it is followed.
 """
 
-import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from research.errors import InputError, did_you_mean
+from research.pretrained.gguf_file import read_header
 
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of tokens
 
 # How text is cut before merges apply: one pattern, or several, one after the other.
@@ -45,48 +43,6 @@ _SPLITS = (
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")  # found whole, merges or not
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Returns all that a .gguf file says before its tensors: key -> number, text or list.
-
-    Raises:
-      InputError: it is no GGUF file of version 2 or 3, or is cut short.
-    """
-    try:
-        with open(path, "rb") as file:
-            magic, version, _, count = _numbers(file, "4sIQQ")
-            if magic != b"GGUF" or version not in (2, 3):
-                raise InputError(f"{path}: is no little-endian GGUF file of version 2 or 3. Convert the model anew.")
-            return {_string(file): _value(file, *_numbers(file, "I")) for _ in range(count)}
-    except (OSError, EOFError, KeyError, UnicodeDecodeError, OverflowError, MemoryError) as e:
-        raise InputError(f"{path}: its metadata can't be read ({type(e).__name__}: {e}). Copy the file anew.") from e
-
-
-def _value(file: BinaryIO, kind: int) -> Any:
-    if kind == _STRING:
-        return _string(file)
-    if kind != _ARRAY:
-        return _numbers(file, _NUMBERS[kind])[0]
-    kind, length = _numbers(file, "IQ")
-    if kind in _NUMBERS:
-        return list(_numbers(file, f"{length}{_NUMBERS[kind]}"))
-    return [_value(file, kind) for _ in range(length)]
-
-
-def _string(file: BinaryIO) -> str:
-    return _bytes(file, *_numbers(file, "Q")).decode()
-
-
-def _numbers(file: BinaryIO, form: str) -> tuple[Any, ...]:
-    return struct.unpack(f"<{form}", _bytes(file, struct.calcsize(f"<{form}")))
-
-
-def _bytes(file: BinaryIO, size: int) -> bytes:
-    data = file.read(size)
-    if len(data) < size:
-        raise EOFError("it ends too soon")
-    return data
-
-
 def make(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], str | None, list[int]]:
     """Builds the tokenizer that a .gguf file describes.
 
@@ -97,7 +53,7 @@ def make(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], str | 
     Raises:
       InputError: the file can't be read, has no tokenizer, or one of a kind that isn't known here.
     """
-    metadata = read_metadata(path)
+    metadata = read_header(path).metadata
     prefix = "tokenizer.ggml."
     told = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     elsewhere = "Give the folder of the original model's tokenizer as tokenizer.kind."

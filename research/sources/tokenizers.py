@@ -222,6 +222,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return load_pretrained(folder)
 
 
+def is_there(ref: str | Path) -> bool:
+    """Whether `load_pretrained(ref)` would find files of a tokenizer."""
+    path = Path(ref)
+    return path.is_file() or any((path / file).is_file() for file in ("tokenizer.json", *_SLOW_FILES))
+
+
 def load_pretrained(ref: str | Path, *, eos_token: str = "") -> Tokenizer:
     """Returns the tokenizer of a model, with its chat template if it has one. No code that comes with it is run.
 

@@ -5,7 +5,7 @@ import pytest
 import tokenizers as hf
 
 from research.errors import InputError
-from research.sources.gguf_tokenizer import read_metadata
+from research.pretrained.gguf_file import read_header
 from research.sources.tokenizers import TokenizerSpec, load_pretrained, make_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -112,7 +112,7 @@ def test_saved_it_is_the_same_to_us_and_to_transformers(tmp_path, make):
 
 
 def test_metadata(tmp_path):
-    metadata = read_metadata(byte_level(tmp_path / "x.gguf", "gpt-2", rope_freq_base=1e4))
+    metadata = read_header(byte_level(tmp_path / "x.gguf", "gpt-2", rope_freq_base=1e4)).metadata
     assert metadata["general.architecture"] == "llama"
     assert metadata["llama.rope.freq_base"] == 1e4
     assert metadata["tokenizer.ggml.tokens"][256:258] == ["he", "ll"]
