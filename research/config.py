@@ -55,6 +55,7 @@ class EvalConfig:
       generate: how many held-out prompts are answered greedily and judged; 0 for none.
       max_new_tokens: the longest answer.
       show: so many of the answers are printed.
+      tasks: further evaluations, as `python -m research.evaluate --task=...` takes them: "choice:questions.jsonl".
     """
 
     every: int = 200
@@ -62,6 +63,7 @@ class EvalConfig:
     generate: int = 0
     max_new_tokens: int = 32
     show: int = 4
+    tasks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

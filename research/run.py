@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from research import config as config_lib
 from research.config import Config
 from research.errors import InputError, did_you_mean
 from research.evals import generation, perplexity
+from research.evals import tasks as eval_tasks
 from research.models import transformer
 from research.sampling import SamplingConfig
 from research.sources import cache, dataset, tasks, tokenizers
@@ -183,6 +185,7 @@ def run(
         process_count=jax.process_count(),
     )
     parts = assemble(config, mesh, source.spec, data.tokenizer.size)
+    listed = _listed_evals(config, parts.models["policy"], data.tokenizer)
     peak = _peak_flops(mesh)
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
@@ -226,7 +229,7 @@ def run(
         if resumed:
             writer.print(f"resumed  at step {first} of {config.steps}" + "".join(f"\nchanged  {x}" for x in changed))
             (Path(workdir) / "done.json").unlink(missing_ok=True)
-        evals = _make_evals(config, parts, data, writer)
+        evals = _make_evals(config, parts, data, listed, writer)
         stop = stack.enter_context(_stop_on_signals())
         batches = stack.enter_context(contextlib.closing(_prefetch(source, source_state, parts.batch)))
         window = _Window(config, parts, writer, peak)
@@ -354,8 +357,23 @@ class _Window:
         self.steps, self.seconds, self.waited, self.tokens = [], 0.0, 0.0, 0.0
 
 
+def _listed_evals(
+    config: Config, model: transformer.Model, tokenizer: tokenizers.Tokenizer
+) -> list[eval_tasks.Evaluation]:
+    """Those of `eval.tasks`."""
+    listed = [eval_tasks.load(spec, model, tokenizer, config.data["template"]) for spec in config.eval.tasks]
+    twice = [name for name, n in Counter(name for name, _ in listed).items() if n > 1]
+    if twice:
+        raise InputError(f"eval.tasks: {twice[0]!r} is there twice. Give one of them another name: KIND,name=...:DATA.")
+    return listed
+
+
 def _make_evals(
-    config: Config, parts: Parts, data: dataset.Data, writer: metrics.Writer
+    config: Config,
+    parts: Parts,
+    data: dataset.Data,
+    listed: Sequence[eval_tasks.Evaluation],
+    writer: metrics.Writer,
 ) -> Callable[..., dict[str, float]]:
     """Returns evaluate(state, frozen, step) -> {"eval/loss": ...}, which also writes them and shows some answers."""
     tokenizer, model = data.tokenizer, parts.models["policy"]
@@ -399,6 +417,11 @@ def _make_evals(
             for sample in samples[: config.eval.show]:
                 writer.print(f"  {sample}")
                 writer.text(step, "eval/sample", str(sample))
+        for name, measure in listed:
+            found, samples = measure(values["policy"], key)
+            scores |= {f"{name}/{k}": value for k, value in found.items() if not k.endswith("_stderr")}
+            for sample in samples[: config.eval.show]:
+                writer.print(f"  {name}: {sample}")
         scores = {f"eval/{name}": value for name, value in scores.items()}
         writer.write(step, scores)
         return scores
@@ -561,6 +584,3 @@ def use_compilation_cache(cache_dir: str = "") -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache.cache_root(cache_dir) / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-load_model = loading.load_model

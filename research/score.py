@@ -131,7 +131,9 @@ def _run(args: argparse.Namespace) -> None:
     from research import loading, run  # last, because it takes long to import
 
     run.use_compilation_cache()
-    loaded = loading.load_model(args.model, step=args.step, ema=args.ema, mesh=sharding.make_mesh(args.mesh))
+    loaded = loading.load_model(
+        args.model, step=args.step, ema=args.ema, mesh=sharding.make_mesh(args.mesh), needs_tokenizer=False
+    )
     with jax.set_mesh(loaded.mesh), tempfile.TemporaryFile(dir=output.parent) as spool:
         lengths, identity = _encode(origin, loaded, args, spool)
         identity |= {"weights": _checksum(loaded.params), "per_token": args.per_token}

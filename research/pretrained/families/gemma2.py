@@ -57,11 +57,12 @@ def write(c: ModelConfig) -> dict[str, Any]:
 
 
 def write_gemma(c: ModelConfig) -> dict[str, Any]:
+    scalar = round(c.scale**-2, 6)
     kinds = [c.sliding_window[i % len(c.sliding_window)] for i in range(c.num_layers)]
     return {
         **common.write_decoder(c),
         "hidden_activation": common.write_activation(c, gated=True),
-        "query_pre_attn_scalar": round(c.scale**-2, 6),
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "attention_bias": c.attention_bias,
         "sliding_window": max(kinds) or None,
         "layer_types": ["sliding_attention" if window else "full_attention" for window in kinds],
