@@ -158,6 +158,10 @@ def open_gguf(file: Path) -> Gguf:
         raise InputError(
             f"{file}: general.architecture = {arch!r}: no such architecture here.{did_you_mean(arch, _ARCHITECTURES)}"
         )
+    if (parts := header.metadata.get("split.count", 1)) > 1:
+        raise InputError(f"{file}: is one of {parts} parts. Join them: llama-gguf-split --merge {file.name} WHOLE.gguf")
+    if "token_embd.weight" not in stored:
+        raise InputError(f"{file}: lacks the tensor 'token_embd.weight': it holds no model. Take the file that does.")
     last = max(stored, key=lambda name: stored[name].start)
     needed = stored[last].start + _stored_bytes(file, last, stored[last])
     if needed > file.stat().st_size:
@@ -211,6 +215,9 @@ def _gguf_config(file: Path, arch: str, get: Callable[..., Any], stored: dict[st
         per_head = config["hidden_size"] // config["num_attention_heads"]
         big = layers == {"gemma2": 46, "gemma3": 62}[arch]
         config["query_pre_attn_scalar"] = per_head if big else head_dim
+    if arch == "gemma3":
+        config["rope_local_base_freq"] = get("rope.freq_base_swa", 10_000.0)
+        config["sliding_window_pattern"] = get("attention.sliding_window_pattern", 6)
     if arch == "gemma2":
         config["attn_logit_softcapping"] = get("attn_logit_softcapping", 50.0)
         config["final_logit_softcapping"] = get("final_logit_softcapping", 30.0)
@@ -245,7 +252,13 @@ def _gguf_rope(
         return {}
     scaling = {"rope_type": kind, "factor": get("rope.scaling.factor")}
     if kind == "yarn":
-        scaling["original_max_position_embeddings"] = original
+        scaling |= {
+            "original_max_position_embeddings": original,
+            "attention_factor": get("rope.scaling.yarn_attn_factor", None),
+            "beta_fast": get("rope.scaling.yarn_beta_fast", None),
+            "beta_slow": get("rope.scaling.yarn_beta_slow", None),
+            "extrapolation_factor": get("rope.scaling.yarn_ext_factor", None),
+        }
     return {"rope_scaling": scaling}
 
 
@@ -271,7 +284,12 @@ def _dequantized(file: Path, stored: Stored) -> np.ndarray:
 
 
 def gguf_entries(file: Gguf, names: Sequence[str]) -> dict[str, Entry]:
-    """Those of `names`, of transformers, that the file has, as float32 and in transformers' order of rows."""
+    """The file's tensors as float32 and in transformers' order of rows.
+
+    Args:
+      file: of `open_gguf`.
+      names: the tensors that transformers has for such a model. What the file holds beyond them keeps its own name.
+    """
     import gguf
 
     arch = file.arch
@@ -279,12 +297,13 @@ def gguf_entries(file: Gguf, names: Sequence[str]) -> dict[str, Entry]:
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), file.config["num_hidden_layers"]
     )
     heads = {"q_proj": file.config["num_attention_heads"], "k_proj": file.config["num_key_value_heads"]}
+    known = {table.get_name(name, try_suffixes=(".weight", ".bias")): name for name in names}
     entries = {}
-    for name in names:
-        stored = file.stored.get(table.get_name(name, try_suffixes=(".weight", ".bias")))
-        if stored is None:
+    for own, stored in file.stored.items():
+        if own.startswith("rope_"):  # of the config (see _gguf_rope)
             continue
-        part = name.split(".")[-2]
+        name = known.get(own, own)
+        part = name.rpartition(".")[0].rpartition(".")[2]
 
         def read(stored=stored, part=part) -> np.ndarray:
             x = _dequantized(file.path, stored)

@@ -124,6 +124,7 @@ def _read_scaling(f: Fields, max_length: int, original: int) -> RopeScaling:
         values["truncate"] = f.take("truncate", True)
         f.expect("mscale", None, 0, 1.0)
         f.expect("mscale_all_dim", None, 0)
+        f.expect("extrapolation_factor", None, 1.0)
     if kind in ("yarn", "longrope"):
         values["attention_factor"] = f.take("attention_factor", 0.0)
     f.finish()
