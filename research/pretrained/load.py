@@ -104,6 +104,12 @@ def open_pretrained(name: str) -> Pretrained:
             raise InputError(f"{path}: holds no config.json. Name a folder that transformers' save_pretrained wrote.")
         values = read_json(file)
         where = str(file)
+        if method := values.get("quantization_config"):
+            method = method.get("quant_method", method) if isinstance(method, dict) else method
+            raise InputError(
+                f"{where}: quantization_config: the weights are quantised ({method}), which is read from GGUF alone. "
+                "Take a copy of the model that isn't quantised, or a .gguf file."
+            )
         entries = open_safetensors(path)
     elif path.suffix == ".gguf":
         gguf = open_gguf(path)

@@ -38,14 +38,17 @@ class Entry(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def read_json(path: Path) -> Any:
-    """Raises InputError where there is no such file, or it isn't JSON."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises InputError where there is no such file, or it isn't a JSON object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}).") from error
     except ValueError as error:
         raise InputError(f"{path}: is no JSON ({error}). Copy it anew.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: is no JSON object, but {str(values)[:40]!r}. Copy it anew.")
+    return values
 
 
 def open_safetensors(folder: Path) -> dict[str, Entry]:
@@ -56,7 +59,9 @@ def open_safetensors(folder: Path) -> dict[str, Entry]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        where = read_json(index).get("weight_map", {})
+        where = read_json(index).get("weight_map")
+        if not where:
+            raise InputError(f"{index}: lacks the field 'weight_map'. Copy it anew.")
         files = [folder / name for name in sorted(set(where.values()))]
         for file in files:
             if not file.is_file():
@@ -95,25 +100,23 @@ def _header(file: Path) -> dict[str, Entry]:
             raise InputError(f"{file}: is no safetensors file, or is cut short ({size:,} bytes). Copy it anew.")
         try:
             header = json.loads(f.read(length))
-        except ValueError as error:
-            raise InputError(f"{file}: its header is damaged ({error}). Copy it anew.") from error
-    start = 8 + length
-    header.pop("__metadata__", None)
-    end = start + max((info["data_offsets"][1] for info in header.values()), default=0)
+            header.pop("__metadata__", None)
+            infos = {n: (info["dtype"], tuple(info["shape"]), *info["data_offsets"]) for n, info in header.items()}
+            end = 8 + length + max((end for _, _, _, end in infos.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: its header is damaged ({error!r}). Copy it anew.") from error
     if size < end:
         raise InputError(f"{file}: is cut short: {size:,} bytes, and its header speaks of {end:,}. Copy it anew.")
     entries = {}
-    for name, info in header.items():
-        if info["dtype"] not in _DTYPES:
+    for name, (kind, shape, first, last) in infos.items():
+        if kind not in _DTYPES:
             raise InputError(
-                f"{file}: tensor {name!r} is of dtype {info['dtype']}, and only {', '.join(_DTYPES)} are read. Take a "
-                "copy of the model that isn't quantised."
+                f"{file}: tensor {name!r} is of dtype {kind}, and only {', '.join(_DTYPES)} are read. Take a copy of "
+                "the model that isn't quantised."
             )
-        dtype, shape, at = _DTYPES[info["dtype"]], tuple(info["shape"]), start + info["data_offsets"][0]
-        if info["data_offsets"][1] - info["data_offsets"][0] != dtype.itemsize * int(np.prod(shape)):
-            raise InputError(
-                f"{file}: tensor {name!r}: its bytes aren't those of {info['dtype']} {list(shape)}. Copy it anew."
-            )
+        dtype, at = _DTYPES[kind], 8 + length + first
+        if last - first != dtype.itemsize * math.prod(shape):
+            raise InputError(f"{file}: tensor {name!r}: its bytes aren't those of {kind} {list(shape)}. Copy it anew.")
 
         def read(dtype=dtype, shape=shape, at=at) -> np.ndarray:
             return (

@@ -105,6 +105,24 @@ class Fields:
             return default[0]
         return value
 
+    def take_all(self, table: Mapping[str, str], **defaults: Any) -> dict[str, Any]:
+        """Fields of ModelConfig from those of the file that mean the same.
+
+        Args:
+          table: their name -> ours.
+          **defaults: by our name.
+
+        Raises:
+          InputError: a field is absent and has no default, or isn't a number of ModelConfig's kind.
+        """
+        values = {}
+        for theirs, ours in table.items():
+            value = values[ours] = self.take(theirs, *((defaults[ours],) if ours in defaults else ()))
+            kind = float if isinstance(getattr(ModelConfig, ours, 0), float) else int
+            if isinstance(value, bool) or not isinstance(value, int | kind):
+                raise InputError(f"{self.where}: {theirs} = {value!r}: must be of type {kind.__name__}.")
+        return values
+
     def expect(self, name: str, *allowed: Any) -> None:
         """Checks that a field, if it is there, has one of these values.
 

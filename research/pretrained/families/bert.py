@@ -20,7 +20,7 @@ _FIELDS = {
 
 
 def read(f: Fields) -> dict[str, Any]:
-    values = {ours: f.take(theirs) for theirs, ours in _FIELDS.items()}
+    values = f.take_all(_FIELDS)
     f.expect("position_embedding_type", "absolute")
     f.expect("is_decoder", False)
     f.expect("add_cross_attention", False)

@@ -35,7 +35,7 @@ _SCALING = {"default": "none", "su": "longrope"}
 
 def read_decoder(f: Fields, *, tied: bool = False, eps: float = 1e-6) -> dict[str, Any]:
     """The fields that Llama and its descendants share. `tied` and `eps` stand where the file says nothing."""
-    values = {ours: f.take(theirs, *((eps,) if ours == "norm_eps" else ())) for theirs, ours in _FIELDS.items()}
+    values = f.take_all(_FIELDS, norm_eps=eps)
     values["num_kv_heads"] = f.take("num_key_value_heads", values["num_heads"])
     values["head_dim"] = f.take("head_dim", 0)
     if values["head_dim"] * values["num_heads"] == values["d_model"]:

@@ -18,7 +18,7 @@ _FIELDS = {
 
 
 def read(f: Fields) -> dict[str, Any]:
-    values = {ours: f.take(theirs) for theirs, ours in _FIELDS.items()}
+    values = f.take_all(_FIELDS)
     f.take("n_ctx", None)  # n_positions, once more
     f.expect("scale_attn_weights", True)
     f.expect("scale_attn_by_inverse_layer_idx", False)

@@ -19,7 +19,7 @@ _FIELDS = {
 
 
 def read(f: Fields) -> dict[str, Any]:
-    values = {ours: f.take(theirs) for theirs, ours in _FIELDS.items()} | {"head_dim": 0}
+    values = f.take_all(_FIELDS) | {"head_dim": 0}
     part, theta = f.take("rotary_pct", 0.25), f.take("rotary_emb_base", 10_000.0)
     f.replace("partial_rotary_factor", f.take("partial_rotary_factor", part))
     rope = common.read_rope(f, values, theta=theta)
