@@ -74,8 +74,10 @@ def read_activation(f: Fields, name: str, *, gated: bool, default: str) -> str:
 
 
 def write_activation(c: ModelConfig, *, gated: bool) -> str:
+    """The inverse of `read_activation`. A family that has no such activation gets another, by which save.choose tells
+    that it can't hold the model."""
     known = {ours: theirs for theirs, ours in reversed((_GATED if gated else _PLAIN).items())}
-    return known.get(c.mlp, c.mlp)
+    return known.get(c.mlp, "silu" if gated else "gelu")
 
 
 def read_rope(f: Fields, values: dict[str, Any], *, theta: float = 10_000.0) -> dict[str, Any]:
