@@ -1,0 +1,72 @@
+"""The mixture of experts against a loop over tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.ops.moe import mixture, route
+
+N, D, F, E = 6, 8, 6, 4
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    shapes = {"x": (N, D), "logits": (N, E), "up": (E, D, F), "down": (E, F, D)}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def ours(a, k, normalize):
+    weights, experts = route(a["logits"], k, normalize)
+    return mixture(a["x"], weights, experts, E, lambda dot, x: dot(jax.nn.silu(dot(x, a["up"])), a["down"]))
+
+
+def by_loops(a, k, normalize):
+    rows = []
+    for x, logits in zip(a["x"], a["logits"], strict=True):
+        probabilities = jax.nn.softmax(logits)
+        chosen = np.argsort(-np.asarray(jax.lax.stop_gradient(logits)))[:k].tolist()
+        total = sum(probabilities[e] for e in chosen) if normalize else 1.0
+        rows.append(sum(probabilities[e] / total * (jax.nn.silu(x @ a["up"][e]) @ a["down"][e]) for e in chosen))
+    return jnp.stack(rows)
+
+
+@pytest.mark.parametrize(("k", "normalize"), [(1, False), (2, True), (2, False), (4, True)])
+def test_output_and_gradients_are_those_of_a_loop_over_tokens(arrays, k, normalize):
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(N, D)), jnp.float32)
+
+    def measured(f):
+        out, vjp = jax.vjp(lambda a: f(a, k, normalize), arrays)
+        return out, vjp(weights)[0]
+
+    (out, gradients), (expected, wanted) = jax.jit(lambda: measured(ours))(), measured(by_loops)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    for name in arrays:
+        np.testing.assert_allclose(gradients[name], wanted[name], atol=1e-5, err_msg=name)
+
+
+def test_no_token_is_dropped_when_all_want_one_expert(arrays):
+    logits = jnp.tile(jnp.asarray([[0.0, 50.0, -50.0, -50.0]], jnp.float32), (N, 1))
+    a = {**arrays, "logits": logits}
+    expected = jax.nn.silu(a["x"] @ a["up"][1]) @ a["down"][1]
+    np.testing.assert_allclose(ours(a, 1, True), expected, atol=1e-5)
+    gradient = jax.jit(jax.grad(lambda up: jnp.sum(ours({**a, "up": up}, 1, True))))(a["up"])
+    assert np.any(gradient[1])
+    assert not np.any(gradient[jnp.asarray([0, 2, 3])])
+
+
+def test_the_router_chooses_the_likeliest(arrays):
+    weights, experts = route(arrays["logits"], 2, normalize=False)
+    probabilities = jax.nn.softmax(arrays["logits"], axis=1)
+    np.testing.assert_array_equal(experts, np.argsort(-probabilities, axis=1)[:, :2])
+    np.testing.assert_array_equal(weights, np.sort(probabilities, axis=1)[:, :-3:-1])
+    np.testing.assert_allclose(jnp.sum(route(arrays["logits"], 3, normalize=True)[0], axis=1), 1, rtol=1e-6)
+
+
+def test_bfloat16_stays_bfloat16(arrays):
+    weights, experts = route(arrays["logits"], 2, normalize=True)
+    x = arrays["x"].astype(jnp.bfloat16)
+    out = mixture(x, weights, experts, E, lambda dot, x: dot(jax.nn.silu(dot(x, arrays["up"])), arrays["down"]))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), by_loops(arrays, 2, True), atol=0.1, rtol=0.05)
