@@ -1,9 +1,10 @@
 """Supervised fine-tuning of a model that exists: name it, and the data.
 
-    python -m research.main --config=experiments/finetune.py --config.model.init_from=NAME --config.data.path=pairs.jsonl
+    python -m research.main --config=experiments/finetune.py \\
+        --config.model.init_from=NAME --config.data.path=pairs.jsonl
 
-NAME is a Hugging Face folder or hub name, a .gguf file, or the workdir of a run. Prompts are put to the model by its own chat
-template; the loss is on the answers. Expect: with SmolLM2-135M-Instruct on chained sums, 2 CPU cores, @@COST@@.
+NAME is a Hugging Face folder or hub name, a .gguf file, or the workdir of a run. Prompts are put to the model by its
+own chat template; the loss is on the answers.
 """
 
 from experiments import base

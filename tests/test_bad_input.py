@@ -8,6 +8,7 @@ import importlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -15,6 +16,8 @@ from absl import flags
 from research import checkpoint, main
 
 SFT, PRETRAIN = "--config=experiments/sft.py:debug", "--config=experiments/pretrain.py:debug"
+FINETUNE = "--config=experiments/finetune.py"
+TINY = str(Path(__file__).parent / "golden/hf_tiny/llama")
 GOOD = json.dumps({"prompt": "a", "response": "b"})
 
 
@@ -91,10 +94,25 @@ CASES = {
     "unknown format": ([SFT, c("data.format", "chatt")], ["data.format", "chatt"]),
     "unknown template": ([SFT, c("data.template", "chatml")], ["data.template", "chatml", "chat"]),
     "missing tokenizer": ([SFT, c("tokenizer.kind", "DIR/tokenizer.json")], ["tokenizer", "DIR/tokenizer.json"]),
-    "init_from without a checkpoint": ([SFT, c("model.init_from", "DIR")], ["DIR", "no checkpoints"]),
+    "init_from without a checkpoint": (
+        [SFT, c("model.init_from", "DIR")],
+        ["DIR: holds no config.json", "save_pretrained"],
+    ),
     "init_from of another shape": (
         [SFT, c("model.init_from", "RUN"), c("model.d_ff", 192)],
-        ["128", "192", "config.json"],
+        ["model.d_ff = 192", "RUN, has 128", "model.init_from"],
+    ),
+    "init_from a model without a tokenizer": (
+        [FINETUNE, c("model.init_from", "TINY"), c("seq_len", 32)],
+        ["TINY: comes without a tokenizer", "tokenizer.json"],
+    ),
+    "init_from a model that another tokenizer doesn't fit": (
+        [FINETUNE, c("model.init_from", "TINY"), c("seq_len", 32), c("tokenizer.kind", "byte")],
+        ["model.vocab_size = 96", "261"],
+    ),
+    "init_from a model that is shorter than the rows": (
+        [FINETUNE, c("model.init_from", "TINY")],
+        ["seq_len = 256", "model.max_length = 64"],
     ),
 }
 
@@ -156,7 +174,7 @@ def test_bad_input_is_named_and_nothing_is_written(case, files, request, tmp_pat
     arguments, words = CASES[case]
     if any("RUN" in a for a in arguments):
         arguments = [a.replace("RUN", str(request.getfixturevalue("trained"))) for a in arguments]
-    arguments = [a.replace("DIR", str(files)) for a in arguments]
+    arguments = [a.replace("DIR", str(files)).replace("TINY", TINY) for a in arguments]
     workdir = tmp_path / "work"
     capfd.readouterr()
     assert run_main([*arguments, f"--workdir={workdir}"]) == main.BAD_INPUT
@@ -164,7 +182,7 @@ def test_bad_input_is_named_and_nothing_is_written(case, files, request, tmp_pat
     assert "Traceback" not in error
     assert error.startswith("error: ") or "\nerror: " in error
     for word in words:
-        assert word.replace("DIR", str(files)) in error, error
+        assert word.replace("DIR", str(files)).replace("TINY", TINY).replace("RUN", "run") in error, error
     assert not workdir.exists()
 
 
