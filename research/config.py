@@ -92,6 +92,8 @@ class Config:
         name (NAME/MODEL or NAME/MODEL@REVISION) or a .gguf file. It then decides all fields that are left at their
         defaults.
       tokenizer: "auto" is that of model.init_from, and without one "byte".
+      roles: further models that the objective reads, such as {"teacher": {"init_from": NAME}}: each a section like
+        `model`. They are frozen, and not part of the run's checkpoints.
       objective: {"terms": {name: weight}, name: {options}}: see research.objectives.load.
       rules: logical axis -> mesh axis, where it differs from sharding.RULES.
       compilation_cache: keep compiled programs on disk, so that the next start is faster.
@@ -108,6 +110,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _model_defaults())
+    roles: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerSpec = TokenizerSpec(kind="auto")
     data: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _data_defaults())
     objective: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"terms": {"next_token": 1.0}})
@@ -203,22 +206,28 @@ def check(config: Config, *, num_devices: int) -> None:
     optim.make_schedule(config.optimizer, config.steps)
 
 
-def model_config(config: Config, vocab_size: int, backend: str | None = None) -> ModelConfig:
-    """The `model` section with `auto` values filled in: the vocabulary and the compute dtype of `backend`.
+def model_section(config: Config, role: str) -> tuple[str, Mapping[str, Any]]:
+    """Where the config describes the model of a role, and what it says."""
+    return ("model", config.model) if role == "policy" else (f"roles.{role}", config.roles[role])
+
+
+def model_config(config: Config, vocab_size: int, backend: str | None = None, role: str = "policy") -> ModelConfig:
+    """A model's section with `auto` values filled in: the vocabulary and the compute dtype of `backend`.
 
     Raises:
       InputError: the tokenizer has more tokens than model.vocab_size.
     """
-    values = {k: v for k, v in config.model.items() if k not in _MODEL_EXTRA}
+    where, values = model_section(config, role)
+    values = {k: v for k, v in values.items() if k not in _MODEL_EXTRA}
     if values["vocab_size"] and values["vocab_size"] < vocab_size:
         raise InputError(
-            f"model.vocab_size = {values['vocab_size']} is smaller than the tokenizer, which has {vocab_size} tokens. "
-            "Set it to 0 to follow the tokenizer."
+            f"{where}.vocab_size = {values['vocab_size']} is smaller than the tokenizer, which has {vocab_size} "
+            "tokens. Set it to 0 to follow the tokenizer."
         )
     values["vocab_size"] = values["vocab_size"] or -(-vocab_size // 128) * 128  # whole tiles, divisible by any mesh
     if values["dtype"] == "auto":
         values["dtype"] = "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
-    return _build(ModelConfig, values, "model")
+    return _build(ModelConfig, values, where)
 
 
 # Fields that change neither the parameters' names nor their shapes: a config may set them against a checkpoint.
@@ -226,35 +235,38 @@ _FREE = ("remat", "attention", "dtype", "init_std", "max_length", "rope_theta", 
 _FREE += ("sliding_window", "norm_eps", "attention_scale", "attention_softcap", "logit_softcap")
 
 
-def with_architecture(config: Config, base: ModelConfig, name: str) -> Config:
+def with_architecture(config: Config, base: ModelConfig, name: str, role: str = "policy") -> Config:
     """The config with the model of a checkpoint; fields that differ from their defaults stay as they are.
 
     Args:
-      config: its `model` section names a checkpoint.
+      config: its section for the role names a checkpoint.
       base: the checkpoint's.
       name: of the checkpoint, for errors.
+      role: whose model.
 
     Raises:
       InputError: a field asks for other parameters than the checkpoint has.
     """
-    defaults, mine = _model_defaults(), config.model
-    made = {}
+    (where, mine), defaults, made = model_section(config, role), _model_defaults(), {}
     for field in dataclasses.fields(ModelConfig):
         hint = typing.get_type_hints(ModelConfig)[field.name]
         value, theirs = mine[field.name], getattr(base, field.name)
         if field.name in ("dtype", "remat", "attention"):  # of this run, not of the checkpoint
             made[field.name] = value
             continue
-        value = _convert(hint, value, f"model.{field.name}")
+        value = _convert(hint, value, f"{where}.{field.name}")
         untouched = value == defaults[field.name]
         learned = field.name == "max_length" and base.positions == "learned"
         if not untouched and value != theirs and (field.name not in _FREE or learned):
             raise InputError(
-                f"model.{field.name} = {value!r}, and the checkpoint that it starts from, {name}, has {theirs!r}. "
-                "Leave it at its default to take the checkpoint's, or leave model.init_from out to start afresh."
+                f"{where}.{field.name} = {value!r}, and the checkpoint that it starts from, {name}, has {theirs!r}. "
+                f"Leave it at its default to take the checkpoint's, or leave {where}.init_from out to start afresh."
             )
         made[field.name] = theirs if untouched else value
-    return dataclasses.replace(config, model={**made, "init_from": mine["init_from"]})
+    section = {**made, "init_from": mine["init_from"]}
+    if role == "policy":
+        return dataclasses.replace(config, model=section)
+    return dataclasses.replace(config, roles={**config.roles, role: section})
 
 
 def data_spec(config: Config) -> DataSpec:
@@ -275,6 +287,10 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     for section, known in (("model", _model_defaults), ("data", _data_defaults)):
         if cls is Config and section in made:
             made[section] = _section(known(), made[section], section)
+    if cls is Config and "roles" in made:
+        made["roles"] = {
+            role: _section(_model_defaults(), values, f"roles.{role}") for role, values in made["roles"].items()
+        }
     return cls(**made)
 
 

@@ -146,9 +146,7 @@ def load_model(
     tokenizer = found.tokenizer() if needs_tokenizer or found.has_tokenizer else None
     if tokenizer is not None:
         check_vocabulary(name, tokenizer, found.config)
-    specs = params.tree_map(
-        lambda s: dataclasses.replace(s, dtype=found.config.dtype) if s.contracts else s, model.specs
-    )
+    specs = transformer.in_compute_dtype(model)
     values = found.read(specs, params.shardings(specs, mesh, found.rules))
     return LoadedModel(model, values, tokenizer, found.template, mesh)
 

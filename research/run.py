@@ -50,6 +50,7 @@ class Parts(NamedTuple):
     step: Callable[..., tuple[train.TrainState, train.Metrics]]
     evaluate: Callable[..., train.Metrics]
     state: train.TrainState  # ShapeDtypeStructs with shardings
+    frozen: dict[str, Any]  # the same, of the parameters of the other roles
     batch: dict[str, jax.ShapeDtypeStruct]
 
 
@@ -64,12 +65,16 @@ def assemble(config: Config, mesh: Any, batch: Mapping[str, jax.ShapeDtypeStruct
     """
     rules = {**sharding.RULES, **config.rules}
     terms = objectives.load(config.objective)
-    models = {"policy": transformer.make_model(config_lib.model_config(config, vocab_size), rules)}
+    models = {
+        role: transformer.make_model(config_lib.model_config(config, vocab_size, role=role), rules)
+        for role in ("policy", *config.roles)
+    }
     for name, (objective, _) in terms.items():
         for role in objective.trainable + objective.frozen:
             if role not in models:
                 raise InputError(
-                    f"objective.terms.{name}: needs a model in the role {role!r}; there is only the policy."
+                    f"objective.terms.{name}: needs a model in the role {role!r}, and there are {', '.join(models)}. "
+                    f'Name one: roles = {{"{role}": {{"init_from": ...}}}}.'
                 )
         for field in objective.fields:
             if field not in batch:
@@ -77,7 +82,11 @@ def assemble(config: Config, mesh: Any, batch: Mapping[str, jax.ShapeDtypeStruct
                     f"objective.terms.{name}: reads the batch field {field!r}, which data.path = "
                     f"{config.data['path']!r} doesn't give.{did_you_mean(field, batch)}"
                 )
-    specs = {role: model.specs for role, model in models.items()}
+    read = {role for objective, _ in terms.values() for role in objective.trainable + objective.frozen}
+    if unread := [role for role in config.roles if role not in read]:
+        raise InputError(f"roles.{unread[0]}: no term of the objective reads it. Leave it out, or add the term.")
+    specs = {"policy": models["policy"].specs}
+    frozen = {role: transformer.in_compute_dtype(models[role]) for role in config.roles}
     schedule = optim.make_schedule(config.optimizer, config.steps)
     optimizer = optim.make_optimizer(
         config.optimizer, config.steps, params.decay_mask(specs), muon_dims=params.muon_dimensions(specs)
@@ -107,6 +116,7 @@ def assemble(config: Config, mesh: Any, batch: Mapping[str, jax.ShapeDtypeStruct
         ),
         evaluate=jax.jit(train.make_eval_step(terms, models)),
         state=state,
+        frozen=params.abstract(frozen, params.shardings(frozen, mesh, rules)),
         batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in batch.items()},
     )
 
@@ -160,12 +170,7 @@ def run(
     started = started or time.time()
     devices = jax.devices() if devices is None else devices
     resumed = bool(checkpoint.steps(workdir))
-    base = None
-    if config.model["init_from"]:
-        base = None if resumed else loading.find(config.model["init_from"])
-        config = (
-            _as_it_began(workdir, config) if resumed else config_lib.with_architecture(config, base.config, base.name)
-        )
+    config, bases = _with_checkpoints(config, workdir if resumed else None)
     config_lib.check(config, num_devices=len(devices))
     wandb = {"project": config.log.wandb} if config.log.wandb else None
     if wandb:
@@ -174,7 +179,7 @@ def run(
         use_compilation_cache(config.data["cache_dir"])
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
 
-    tokenizer = tokenizers.load_tokenizer(workdir) if resumed else _given_tokenizer(config, base)
+    tokenizer = tokenizers.load_tokenizer(workdir) if resumed else _given_tokenizer(config, bases.get("policy"))
     data = dataset.load(config_lib.data_spec(config), config.tokenizer, tokenizer, seed=config.seed)
     source = dataset.make_source(
         data.train,
@@ -190,10 +195,14 @@ def run(
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         keys = jax.random.split(jax.random.PRNGKey(config.seed), 2)
-        traced = parts.step.trace(parts.state, {}, parts.batch)  # what the model or objective can't do shows here
+        # What the model or objective can't do shows here.
+        traced = parts.step.trace(parts.state, parts.frozen, parts.batch)
+        frozen = {role: _read(bases[role], like) for role, like in parts.frozen.items()}
         initial = None
-        if not resumed:
-            initial = _read(base, parts) if base else parts.init(keys[0])
+        if not resumed and "policy" in bases:
+            initial = {"policy": _read(bases["policy"], parts.state.params["policy"])}
+        elif not resumed:
+            initial = parts.init(keys[0])
         saver = stack.enter_context(
             contextlib.closing(
                 checkpoint.Checkpointer(
@@ -213,8 +222,8 @@ def run(
         _write_record(workdir, config, command, mesh)
         if not resumed:
             data.tokenizer.save(workdir)
-            if base and base.origin:
-                checkpoint.write_json(Path(workdir) / loading.ORIGIN, base.origin)
+            if "policy" in bases and bases["policy"].origin:
+                checkpoint.write_json(Path(workdir) / loading.ORIGIN, bases["policy"].origin)
         writer = stack.enter_context(
             metrics.Writer(
                 workdir,
@@ -234,13 +243,15 @@ def run(
         batches = stack.enter_context(contextlib.closing(_prefetch(source, source_state, parts.batch)))
         window = _Window(config, parts, writer, peak)
         train_step = traced.lower().compile()
-        _loop(config, train_step, state, source_state, batches, evals, saver, window, stop, workdir, started)
+        _loop(config, train_step, state, frozen, source_state, batches, evals, saver, window, stop, workdir, started)
     return _finish(config, workdir)
 
 
-def _loop(config, train_step, state, source_state, batches, evals, saver, window, stop, workdir, started) -> None:
+def _loop(
+    config, train_step, state, frozen, source_state, batches, evals, saver, window, stop, workdir, started
+) -> None:
     """Every step: a batch, an update. At intervals: metrics, evaluation, checkpoint."""
-    first, frozen = int(state.step), {}
+    first = int(state.step)
     if config.eval.every and first == 0:
         evals(state, frozen, 0)
     pending = None  # metrics are read one step late, so that the host doesn't wait for the step it has just sent off
@@ -447,17 +458,32 @@ def _given_tokenizer(config: Config, base: loading.Found | None) -> tokenizers.T
     return tokenizer
 
 
-def _as_it_began(workdir: str, config: Config) -> Config:
-    """The config with the architecture of the checkpoint that the run began with, which it no longer needs."""
-    began = config_lib.parse(json.loads((Path(workdir) / "config.json").read_text())["config"])
-    architecture = config_lib.model_config(began, vocab_size=began.model["vocab_size"])
-    return config_lib.with_architecture(config, architecture, workdir)
+def _with_checkpoints(config: Config, resumed: str | None) -> tuple[Config, dict[str, loading.Found]]:
+    """The config with the architectures of the checkpoints that it names, and these by role.
+
+    A run that is `resumed` from a workdir no longer needs the checkpoint that its policy began with.
+    """
+    bases: dict[str, loading.Found] = {}
+    for role in ("policy", *config.roles):
+        where, section = config_lib.model_section(config, role)
+        name = section["init_from"]
+        if resumed and role == "policy" and name:
+            began = config_lib.parse(json.loads((Path(resumed) / "config.json").read_text())["config"])
+            architecture = config_lib.model_config(began, vocab_size=began.model["vocab_size"])
+            config = config_lib.with_architecture(config, architecture, resumed)
+        elif name:
+            bases[role] = loading.find(name)
+            config = config_lib.with_architecture(config, bases[role].config, name, role)
+        elif role != "policy":
+            raise InputError(
+                f"{where}.init_from = '': names no model. Give a workdir, a folder, a hub name or a .gguf."
+            )
+    return config, bases
 
 
-def _read(base: loading.Found, parts: Parts) -> dict[str, Any]:
-    """The policy's first parameters, from `model.init_from`."""
-    placed = jax.tree.map(lambda x: x.sharding, parts.state.params["policy"])
-    return {"policy": base.read(parts.models["policy"].specs, placed)}
+def _read(base: loading.Found, like: Any) -> Any:
+    """The parameters of a checkpoint: `like` has their shapes, dtypes and shardings."""
+    return base.read(like, jax.tree.map(lambda x: x.sharding, like))
 
 
 def _put(batch: Mapping[str, np.ndarray], like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -236,6 +236,12 @@ def make_model(config: ModelConfig, rules: Mapping[str, Any] = sharding.RULES) -
     )
 
 
+def in_compute_dtype(model: Model) -> Params:
+    """The specs of a model that isn't trained: kernels are in the dtype that they are used in."""
+    dtype = jnp.dtype(model.config.dtype)
+    return params_lib.tree_map(lambda s: dataclasses.replace(s, dtype=dtype) if s.contracts else s, model.specs)
+
+
 def make_specs(c: ModelConfig) -> Params:
     """Shapes, logical axes and initial values. Kernels that write to the residual stream start at std / sqrt(2 L)
     (Radford et al. 2019), so that the stream's variance doesn't grow with depth."""
