@@ -30,7 +30,7 @@ def loaded(monkeypatch):
     values["embed"] *= 40.0
     model = types.SimpleNamespace(model=MODEL, params=values, tokenizer=TOKENIZER, template="chat")
 
-    def load(name, *, step, ema, mesh):
+    def load(name, *, step, ema, mesh, needs_tokenizer):
         placed = jax.device_put(model.params, params.shardings(MODEL.specs, mesh, sharding.RULES))
         return types.SimpleNamespace(**{**vars(model), "params": placed, "mesh": mesh})
 
