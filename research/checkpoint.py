@@ -4,6 +4,7 @@ Orbax writes into a temporary folder and renames it when all is there, so that a
 checkpoints whole; what a kill left behind is removed at the next start.
 """
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -88,18 +89,23 @@ class Checkpointer:
         except Exception as error:
             raise _damaged(Path(folder / "state"), error) from error
         _check_shapes(folder, found.get("params"), like.params, "params")
+        # A checkpoint from before objectives had carries will do for one that has none.
+        there = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
+        if "carry" not in found and not like.carry:
+            del there["carry"]
         try:
             restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), run=ocp.args.JsonRestore())
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(there), run=ocp.args.JsonRestore())
             )
         except ValueError as error:  # the structures differ: another optimizer, or an average that wasn't there
             raise InputError(
-                f"{folder}: was saved with another optimizer or ema_decay than the config's: {str(error)[:300]}\n"
+                f"{folder}: was saved with another optimizer, objective or ema_decay than the config's: "
+                f"{str(error)[:300]}\n"
                 "Start in a new --workdir, with model.init_from to take the parameters along."
             ) from error
         except Exception as error:
             raise _damaged(Path(folder / "state"), error) from error
-        return restored["state"], restored["run"]["source"]
+        return like.replace(**restored["state"]), restored["run"]["source"]
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
@@ -112,6 +118,24 @@ def steps(workdir: str | Path) -> list[int]:
     """Steps of the checkpoints of a working directory, in order."""
     folder = Path(workdir) / FOLDER
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def best_step(workdir: str | Path) -> int:
+    """The checkpoint that is best by the run's checkpoint.best_metric.
+
+    Raises:
+      InputError: the run names no metric, or no checkpoint has its value.
+    """
+    record = json.loads((Path(workdir) / "config.json").read_text())["config"]["checkpoint"]
+    name, sign = record["best_metric"], 1 if record["best_mode"] == "max" else -1
+    scores = {}
+    for step in steps(workdir):
+        file = Path(workdir) / FOLDER / str(step) / "metrics" / "metrics"
+        if file.is_file():
+            scores[step] = sign * json.loads(file.read_text())[name]
+    if not scores:
+        raise InputError(f"{workdir}: has no best checkpoint (checkpoint.best_metric = {name!r}). Take the newest one.")
+    return max(scores, key=lambda step: scores[step])
 
 
 def restore_params(

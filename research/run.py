@@ -93,7 +93,7 @@ def assemble(config: Config, mesh: Any, batch: Mapping[str, jax.ShapeDtypeStruct
     )
 
     def init_state(values: dict[str, Any], key: jax.Array) -> train.TrainState:
-        return train.init_state(values, optimizer, key, ema=config.ema_decay > 0)
+        return train.init_state(values, optimizer, key, config.ema_decay > 0, train.init_carry(terms, batch))
 
     placed = params.shardings(specs, mesh, rules)
     state = _place_state(init_state, optimizer, params.abstract(specs, placed), placed, mesh)
@@ -421,7 +421,7 @@ def _make_evals(
 
     def evaluate(state: train.TrainState, frozen: dict[str, Any], step: int) -> dict[str, float]:
         values = state.params if state.ema is None else state.ema
-        scores = loss(values, frozen)
+        scores = loss(values, frozen, state.carry)
         if answer is not None:
             judged, samples = answer(values["policy"], key)
             scores |= judged

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from research import sharding
 from research.objectives.types import Forward, LossOut, Objective
 
 Params = Any
+Carry = dict[str, Any]  # term -> pytree of arrays, for the objectives that have one
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
 
 
@@ -26,6 +28,7 @@ class TrainState:
       key: the run's random key; step t uses fold_in(key, t).
       ema: moving average of params (None unless asked for).
       bad_steps: int32, updates skipped in a row because the loss or gradient wasn't finite.
+      carry: what objectives remember across steps.
     """
 
     step: jax.Array
@@ -35,10 +38,15 @@ class TrainState:
     key: jax.Array
     ema: Params | None
     bad_steps: jax.Array
+    carry: Carry
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, key: jax.Array, ema: bool = False
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    ema: bool = False,
+    carry: Carry | None = None,
 ) -> TrainState:
     """The state before the first step. `key` is a raw uint32 key, which every checkpoint format can hold."""
     return TrainState(
@@ -49,7 +57,15 @@ def init_state(
         key=key,
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         bad_steps=jnp.zeros((), jnp.int32),
+        carry=carry or {},
     )
+
+
+def init_carry(
+    terms: Mapping[str, tuple[Objective, Any]], batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]
+) -> Carry:
+    """The first carries of those terms that have one; of `batch` only shapes and dtypes are read."""
+    return {name: term.init_carry(batch) for name, (term, _) in terms.items() if term.init_carry is not None}
 
 
 def make_train_step(
@@ -75,12 +91,11 @@ def make_train_step(
       ema_decay: of the moving average of parameters, where the state has one.
     """
 
-    def forward(params: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array) -> dict[str, LossOut]:
-        fwd = Forward(models, {**frozen, **params}, batch)
-        return {name: term.loss(fwd, batch, key, step) for name, (term, _) in terms.items()}
+    def forward(params: Params, frozen: Params, carry: Carry, batch: Any, key: jax.Array, step: jax.Array):
+        return _losses(terms, Forward(models, {**frozen, **params}, batch), batch, key, step, carry)
 
-    def total(params, frozen, batch, key, step, weights):
-        outs = forward(params, frozen, batch, key, step)
+    def total(params, frozen, carry, batch, key, step, weights):
+        outs = forward(params, frozen, carry, batch, key, step)
         if weights is None:
             weights = {name: out.weight for name, out in outs.items()}
         loss = sum(
@@ -89,22 +104,22 @@ def make_train_step(
         )
         return loss, outs
 
-    def gradients(params, frozen, batch, key, step):
+    def gradients(params, frozen, carry, batch, key, step):
         if microbatches == 1:
-            return jax.grad(total, has_aux=True)(params, frozen, batch, key, step, None)
+            return jax.grad(total, has_aux=True)(params, frozen, carry, batch, key, step, None)
         parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
         keys = jax.random.split(key, microbatches)
         # The weights come first. Where they depend on the batch alone, as masks do, the compiler drops the forward
         # pass from this scan as dead code.
         _, weights = jax.lax.scan(
-            lambda _, x: (None, {k: o.weight for k, o in forward(params, frozen, *x, step).items()}),
+            lambda _, x: (None, {k: o.weight for k, o in forward(params, frozen, carry, *x, step).items()}),
             None,
             (parts, keys),
         )
         weights = jax.tree.map(lambda w: jnp.sum(w, axis=0), weights)
 
         def add(grads, x):
-            more, outs = jax.grad(total, has_aux=True)(params, frozen, *x, step, weights)
+            more, outs = jax.grad(total, has_aux=True)(params, frozen, carry, *x, step, weights)
             return jax.tree.map(jnp.add, grads, more), outs
 
         grads, outs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (parts, keys))
@@ -112,7 +127,7 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Params, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, outs = gradients(state.params, frozen, batch, key, state.step)
+        grads, outs = gradients(state.params, frozen, state.carry, batch, key, state.step)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -127,6 +142,11 @@ def make_train_step(
             ema = state.ema
             if ema is not None:
                 ema = keep(jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params), ema)
+            carry = {
+                name: _replicated(term.update(state.carry[name], outs[name].statistics))
+                for name, (term, _) in terms.items()
+                if term.update is not None
+            }
             new = TrainState(
                 step=state.step + 1,
                 updates=jnp.where(ok, state.updates + 1, state.updates),
@@ -135,6 +155,7 @@ def make_train_step(
                 key=state.key,
                 ema=ema,
                 bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+                carry=keep(carry, state.carry),
             )
         return new, _metrics(terms, outs, state.step) | {
             "tokens": _one(real),
@@ -150,16 +171,30 @@ def make_train_step(
     return step
 
 
-def make_eval_step(
-    terms: Mapping[str, tuple[Objective, Any]], models: Mapping[str, Any]
-) -> Callable[[Params, Params, Mapping[str, jax.Array], jax.Array], Metrics]:
-    """Returns evaluate(params, frozen, batch, key) -> metrics of one batch; nothing is updated."""
+def make_eval_step(terms: Mapping[str, tuple[Objective, Any]], models: Mapping[str, Any]) -> Callable[..., Metrics]:
+    """Returns evaluate(params, frozen, batch, key, carry) -> metrics of one batch; nothing is updated.
 
-    def evaluate(params: Params, frozen: Params, batch: Mapping[str, jax.Array], key: jax.Array) -> Metrics:
+    `carry` is that of the TrainState; it may be left out where no term has one.
+    """
+
+    def evaluate(
+        params: Params, frozen: Params, batch: Mapping[str, jax.Array], key: jax.Array, carry: Carry | None = None
+    ) -> Metrics:
         fwd, step = Forward(models, {**frozen, **params}, batch), jnp.zeros((), jnp.int32)
-        return _metrics(terms, {n: t.loss(fwd, batch, key, step) for n, (t, _) in terms.items()}, step)
+        return _metrics(terms, _losses(terms, fwd, batch, key, step, carry or {}), step)
 
     return evaluate
+
+
+def _losses(terms, forward: Forward, batch, key: jax.Array, step: jax.Array, carry: Carry) -> dict[str, LossOut]:
+    return {
+        name: term.loss(forward, batch, key, step, *([] if term.init_carry is None else [carry[name]]))
+        for name, (term, _) in terms.items()
+    }
+
+
+def _replicated(tree: Any) -> Any:
+    return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim), tree)
 
 
 def _metrics(terms: Mapping[str, Any], outs: dict[str, LossOut], step: jax.Array) -> Metrics:

@@ -1,5 +1,8 @@
 """What is kept, what comes back, and what a reader is told about a folder that holds nothing or something else."""
 
+import dataclasses
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,10 @@ import pytest
 from research import checkpoint, train
 from research.errors import InputError
 
+# A state as it was saved before objectives had carries.
+Older = flax.struct.dataclass(
+    type("Older", (), {"__annotations__": {k: v for k, v in train.TrainState.__annotations__.items() if k != "carry"}})
+)
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
@@ -43,6 +50,22 @@ def test_state_and_source_come_back(tmp_path):
     saver.close()
     assert source == {"step": 2}
     jax.tree.map(np.testing.assert_array_equal, state, state_at(2))
+
+
+def test_a_carry_comes_back_and_one_that_is_not_there_is_an_error(tmp_path):
+    plain, carrying = state_at(1), state_at(1).replace(carry={"term": {"threshold": jnp.asarray([0.25, 0.75])}})
+    older = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain) if f.name != "carry"}
+    for name, saved in (("plain", plain), ("carrying", carrying), ("older", Older(**older))):
+        saver = checkpoint.Checkpointer(tmp_path / name)
+        saver.save(saved, {}, {}, {})
+        saver.wait()
+        for wanted in (plain, carrying):
+            if bool(wanted.carry) != (name == "carrying"):
+                with pytest.raises(InputError, match="another optimizer, objective or ema_decay"):
+                    saver.restore(like(wanted))
+            else:
+                jax.tree.map(np.testing.assert_array_equal, saver.restore(like(wanted))[0], wanted)
+        saver.close()
 
 
 def test_parameters_alone_of_any_step_or_the_average(tmp_path):

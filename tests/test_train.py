@@ -164,6 +164,86 @@ def test_an_all_masked_batch_is_skipped_and_reported():
     close(state.params, {"policy": INITIAL}, rtol=0, atol=0)
 
 
+SMALL = make_model(dataclasses.replace(CONFIG, num_layers=1, d_model=16, num_heads=2, d_ff=16))
+
+
+def carrying(bad_step):
+    """An objective whose loss is scaled by a carry: a running mean of the hidden states' squares. Its loss isn't finite
+    at `bad_step`."""
+
+    def loss(forward, batch, key, step, carry):
+        real = (batch["segment_ids"] > 0).astype(jnp.float32)
+        squares = jnp.sum(jnp.square(forward.hidden()) * real[:, :, None], axis=(0, 1))
+        total = jnp.where(step == bad_step, jnp.nan, 1.0) * jnp.sum(squares * carry["mean"])
+        return LossOut(total, jnp.sum(real), {}, {"sum": squares, "count": jnp.sum(real)})
+
+    def first(batch):
+        return {"mean": jnp.full((SMALL.config.d_model,), 1.0 / batch["tokens"].shape[0])}
+
+    def update(carry, sums):
+        return {"mean": carry["mean"] + 0.5 * (sums["sum"] / sums["count"] - carry["mean"])}
+
+    return {"carrying": (Objective(loss=loss, init_carry=first, update=update), lambda step: jnp.asarray(1.0))}
+
+
+def three_steps(microbatches=1, mesh=None):
+    """The states after 1, 2 and 3 steps on as many batches; the second is skipped."""
+    terms, models, optimizer = carrying(bad_step=1), {"policy": SMALL}, optax.sgd(0.1)
+    schedule = lambda t: jnp.asarray(0.1)  # noqa: E731
+    step = jax.jit(train.make_train_step(terms, models, optimizer, schedule=schedule, microbatches=microbatches))
+    batches = [make_batch(seed=i) for i in range(3)]
+    values = {"policy": params.init(SMALL.specs, jax.random.PRNGKey(0))}
+    if mesh is not None:
+        values = jax.device_put(values, params.shardings({"policy": SMALL.specs}, mesh))
+        batches = jax.device_put(batches, sharding.named(mesh, ("batch", "time")))
+    carry = train.init_carry(terms, batches[0])
+    states = [train.init_state(values, optimizer, jax.random.PRNGKey(1), carry=carry)]
+    for batch in batches:
+        states.append(step(states[-1], {}, batch)[0])
+    return states[1:]
+
+
+def mean_squares(state, batch):
+    return np.square(SMALL.hidden(state.params["policy"], batch))[np.asarray(batch["segment_ids"] > 0)].mean(axis=0)
+
+
+@pytest.fixture(scope="module")
+def carried():
+    return three_steps()
+
+
+def test_a_carry_follows_the_statistics_of_the_whole_batch(carried):
+    before, last = (s.carry["carrying"]["mean"] for s in carried[1:])
+    np.testing.assert_allclose(last, 0.5 * before + 0.5 * mean_squares(carried[1], make_batch(seed=2)), rtol=1e-4)
+    evaluate = train.make_eval_step(carrying(bad_step=-1), {"policy": SMALL})
+    out = evaluate(carried[-1].params, {}, make_batch(), jax.random.PRNGKey(0), carried[-1].carry)
+    expected = np.sum(mean_squares(carried[-1], make_batch()) * last)
+    np.testing.assert_allclose(out["loss"][0] / out["loss"][1], expected, rtol=1e-4)
+
+
+def test_a_carry_stays_where_the_update_is_skipped(carried):
+    first, second, third = carried
+    assert [int(s.updates) for s in carried] == [1, 1, 2]
+    np.testing.assert_array_equal(second.carry["carrying"]["mean"], first.carry["carrying"]["mean"])
+    assert not np.allclose(third.carry["carrying"]["mean"], first.carry["carrying"]["mean"])
+
+
+def test_a_carry_is_the_same_for_microbatches_and_for_a_mesh(carried):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    cut = three_steps(microbatches=4)
+    with jax.set_mesh(mesh):
+        sharded = three_steps(mesh=mesh)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(sharded[-1].carry))
+    for other in (cut, sharded):
+        close(other[-1].carry, carried[-1].carry, rtol=1e-4)
+        close(other[-1].params, carried[-1].params, rtol=1e-3, atol=1e-5)
+
+
+def test_a_carry_needs_both_its_beginning_and_its_update():
+    with pytest.raises(ValueError, match="come together"):
+        Objective(loss=lambda *args: None, update=lambda carry, sums: carry)
+
+
 def test_remat_changes_no_gradient():
     batch, values = make_batch(), INITIAL
 

@@ -25,8 +25,8 @@ def make_perplexity(
     *,
     use_loss_mask: bool,
     put: Callable[[Batch], Batch] = lambda batch: batch,
-) -> Callable[[Any, Any], dict[str, float]]:
-    """Returns evaluate(params, frozen) -> metric -> mean over all of `batches`.
+) -> Callable[..., dict[str, float]]:
+    """Returns evaluate(params, frozen, carry) -> metric -> mean over all of `batches`.
 
     The metrics are those of `eval_step`, and from its `nll` (nats per supervised token, one for each term of a
     composed objective)
@@ -35,7 +35,7 @@ def make_perplexity(
         models across tokenizers. With one term only. An end-of-text token costs bits and stands for no byte.
 
     Args:
-      eval_step: (params, frozen, batch, key) -> name -> (sum, weight), jitted.
+      eval_step: (params, frozen, batch, key, carry) -> name -> (sum, weight), jitted; see train.make_eval_step.
       batches: this process's rows of each held-out batch, as a Source gives them.
       token_bytes: [V] int32, UTF-8 bytes of each token.
       use_loss_mask: supervise the tokens of `loss_mask`, as the objective does; else all tokens.
@@ -56,11 +56,11 @@ def make_perplexity(
         sizes = jnp.asarray(token_bytes, jnp.float32)[targets]
         return nll_sum / math.log(2), jnp.sum(sizes * weights)
 
-    def evaluate(params: Any, frozen: Any) -> dict[str, float]:
+    def evaluate(params: Any, frozen: Any, carry: Any = None) -> dict[str, float]:
         parts = []
         for i, batch in enumerate(batches):
             batch = put(batch)
-            out = eval_step(params, frozen, batch, jax.random.fold_in(jax.random.key(0), i))
+            out = eval_step(params, frozen, batch, jax.random.fold_in(jax.random.key(0), i), carry)
             if "nll" in out:
                 out = out | {"bits_per_byte": bits_and_bytes(out["nll"][0], batch)}
             parts.append(out)

@@ -23,11 +23,13 @@ class LossOut(NamedTuple):
       loss_sum: scalar float32, the loss summed over what is supervised. Its gradient is taken.
       weight: scalar float32, what to divide by: the number of supervised tokens, usually.
       metrics: name -> (sum, weight), scalars; reported as sum / weight.
+      statistics: pytree of sums, of which an objective with a carry makes its next one.
     """
 
     loss_sum: jax.Array
     weight: jax.Array
     metrics: dict[str, tuple[jax.Array, jax.Array]]
+    statistics: Any = ()
 
 
 class Forward:
@@ -52,19 +54,33 @@ class Forward:
 class Objective:
     """A kind of supervision.
 
+    An objective that remembers something across steps, such as running thresholds, has a carry: a small pytree of
+    arrays, the same on every device, saved in checkpoints. The loss reads it, and `update` changes it once per step by
+    the statistics of the whole batch, so that microbatches, devices and hosts make no difference. Where a step's update
+    is skipped, it stays as it was; an evaluation reads it and changes nothing.
+
     Attributes:
-      loss: (forward, batch, key, step) -> LossOut; pure. `key` differs per step and microbatch.
+      loss: (forward, batch, key, step) -> LossOut; pure. `key` differs per step and microbatch. With a carry:
+        (forward, batch, key, step, carry).
       fields: the batch fields it reads; checked against the source before anything compiles.
       trainable: roles whose parameters get gradients.
       frozen: roles that are read only.
       batch_coupled: the loss needs the whole batch, so that it can't be cut into microbatches.
+      init_carry: (shapes and dtypes of the batch) -> the first carry; None for an objective without one.
+      update: (carry, statistics summed over the batch) -> the next carry, of the same shapes and dtypes.
     """
 
-    loss: Callable[[Forward, Batch, jax.Array, jax.Array], LossOut]
+    loss: Callable[..., LossOut]
     fields: tuple[str, ...] = ("tokens", "segment_ids", "positions")
     trainable: tuple[str, ...] = ("policy",)
     frozen: tuple[str, ...] = ()
     batch_coupled: bool = False
+    init_carry: Callable[[Mapping[str, jax.ShapeDtypeStruct]], Any] | None = None
+    update: Callable[[Any, Any], Any] | None = None
+
+    def __post_init__(self):
+        if (self.init_carry is None) != (self.update is None):
+            raise ValueError("Objective: init_carry and update come together")
 
 
 def next_token_targets(batch: Batch, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
