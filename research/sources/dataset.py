@@ -17,7 +17,7 @@ from research.errors import InputError, did_you_mean
 from research.sources import packing
 from research.sources.cache import digest
 from research.sources.formats import TEMPLATES
-from research.sources.records import FIELDS, FORMATS, Origin, locate
+from research.sources.records import FIELDS, FORMATS, Classes, Origin, locate
 from research.sources.store import READING, SAMPLES, Example, Store, open_store, read_examples
 from research.sources.tokenizers import Tokenizer, TokenizerSpec, make_tokenizer
 from research.sources.types import Source, State
@@ -38,14 +38,19 @@ class DataSpec:
         of training; generated records come from another seed.
       eval_fraction: how much of `path` to hold out, by a hash of each document or prompt; at least one where
         that is not 0.
-      format: "auto" (by the first record's fields), "text", "prompt_response" or "messages".
+      format: "auto" (by the first record's fields), "text", "prompt_response", "messages" or "labelled", which has to
+        be asked for: text with a class, `label`, or the probabilities of the classes, `probs`.
       fields: field -> the column that holds it: {"prompt": "question", "response": "answer"}.
       template: "auto", "model", "chat" or "plain"; see formats.
       seq_len: T, tokens in a row.
       pack: several examples share a row; else each has its own.
       shuffle: a new order each epoch, and chance neighbours within a row; else the order of the data.
       on_bad_record: "error", or "skip" and count.
-      on_long: "drop" or "truncate" a conversation longer than seq_len; long texts are always cut into pieces.
+      on_long: "drop" or "truncate" a conversation longer than seq_len; what has a label is cut at its beginning, and
+        long texts are always cut into pieces.
+      labels: names of the classes in their order, where a label is a name.
+      num_classes: C; 0 is as many as the data and `labels` have.
+      prompt: what a classifier reads, with {text} where the text goes.
       examples: how many records to generate, for tasks: and reasoning_gym:.
       max_records: read at most so many records of each entry; 0 reads all.
       cache_dir: where tokens are kept; "" is $UNDERSTUDY_CACHE, else ~/.cache/understudy.
@@ -62,6 +67,9 @@ class DataSpec:
     shuffle: bool = True
     on_bad_record: str = "error"
     on_long: str = "drop"
+    labels: tuple[str, ...] = ()
+    num_classes: int = 0
+    prompt: str = "{text}"
     examples: int = 10_000
     max_records: int = 0
     cache_dir: str = ""
@@ -77,6 +85,7 @@ class Rows:
       length: [S] int64, tokens of each segment.
       splits: [R + 1] int64, row r has the segments splits[r] to splits[r + 1].
       seq_len: T.
+      labels: [S, C] float32, the probability of each class; None where there are no labels.
     """
 
     stores: tuple[Store, ...]
@@ -84,6 +93,7 @@ class Rows:
     length: np.ndarray
     splits: np.ndarray
     seq_len: int
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.splits) - 1
@@ -92,7 +102,8 @@ class Rows:
         """Returns rows by number, [B] int64; number -1 is a row of padding alone.
 
         Returns:
-          tokens, segment_ids, positions: [B, T] int32, and loss_mask: [B, T] float32.
+          tokens, segment_ids, positions: [B, T] int32, and loss_mask: [B, T] float32; with labels, label_probs:
+          [B, T, C] float32, at the last token of each segment, and 0 elsewhere.
         """
         first = np.where(rows < 0, 0, self.splits[rows])
         count = np.where(rows < 0, 0, self.splits[rows + 1] - first)
@@ -110,6 +121,10 @@ class Rows:
         values = {"tokens": tokens, "segment_ids": nth[which] + 1, "positions": position, "loss_mask": mask}
         for name, value in values.items():
             batch[name].reshape(-1)[at] = value
+        if self.labels is not None:
+            C = self.labels.shape[1]
+            batch["label_probs"] = np.zeros((*shape, C), np.float32)
+            batch["label_probs"].reshape(-1, C)[row * self.seq_len + in_row + length - 1] = self.labels[segment]
         return batch
 
     def _read(self, address: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -176,6 +191,7 @@ def load(spec: DataSpec, tokenizer_spec: TokenizerSpec, tokenizer: Tokenizer | N
         tokenizer = _make_tokenizer(tokenizer_spec, origins, eval_origins, spec)
     stores = [_open(origin, tokenizer, spec) for origin in origins]
     eval_stores = [_open(origin, tokenizer, spec) for origin in eval_origins]
+    stores, eval_stores = _same_classes(stores, eval_stores, spec)
 
     to_train, to_eval, samples = _split(stores, eval_stores, spec.eval_fraction)
 
@@ -233,7 +249,7 @@ def make_source(
       InputError: the batch can't be shared evenly among the processes.
     """
     mine = _share(batch_size, process_index, process_count)
-    spec = _batch_spec(batch_size, train[0][0].seq_len)
+    spec = _batch_spec(batch_size, train[0][0])
     order = grain.MapDataset.mix(
         [_row_order(k, len(rows), seed if shuffle else None) for k, (rows, _) in enumerate(train)],
         [weight for _, weight in train],
@@ -299,10 +315,14 @@ def _share(batch_size: int, process_index: int, process_count: int) -> slice:
     return slice(process_index * each, (process_index + 1) * each)
 
 
-def _batch_spec(batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch_spec(batch_size: int, rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:
     ints = {name: np.int32 for name in ("tokens", "segment_ids", "positions")}
     types = ints | {"loss_mask": np.float32}
-    return {name: jax.ShapeDtypeStruct((batch_size, seq_len), dtype) for name, dtype in types.items()}
+    spec = {name: jax.ShapeDtypeStruct((batch_size, rows.seq_len), dtype) for name, dtype in types.items()}
+    if rows.labels is not None:
+        shape = (batch_size, rows.seq_len, rows.labels.shape[1])
+        spec["label_probs"] = jax.ShapeDtypeStruct(shape, np.float32)
+    return spec
 
 
 def _check(spec: DataSpec) -> None:
@@ -327,6 +347,10 @@ def _check(spec: DataSpec) -> None:
         raise InputError(f"data.eval_fraction: {spec.eval_fraction} is not a part of the data. Use 0 <= fraction < 1.")
     if spec.max_records < 0:
         raise InputError(f"data.max_records: {spec.max_records} is not a number of records. Use 0 to read all.")
+    if "{text}" not in spec.prompt:
+        raise InputError(f"data.prompt: {spec.prompt!r} has no {{text}}, which stands for what is to be classified.")
+    if spec.num_classes < len(spec.labels) and spec.num_classes:
+        raise InputError(f"data.num_classes: {spec.num_classes} is fewer than data.labels names, {len(spec.labels)}.")
     if spec.examples < 1:
         raise InputError(f"data.examples: {spec.examples} is not a number of records. Use at least 1.")
 
@@ -357,6 +381,29 @@ def _locate(field: str, path: str, spec: DataSpec, seed: int) -> Origin:
     return origin._replace(made_of=[origin.made_of, most], read=lambda: itertools.islice(origin.read(), most))
 
 
+def _classes(spec: DataSpec) -> Classes:
+    return Classes(tuple(spec.labels), spec.prompt)
+
+
+def _same_classes(stores: list[Store], eval_stores: list[Store], spec: DataSpec) -> tuple[list[Store], list[Store]]:
+    """The stores with labels over the same number of classes."""
+    every = [*stores, *eval_stores]
+    labelled = [store.labels is not None for store in every]
+    if not any(labelled):
+        return stores, eval_stores
+    if not all(labelled):
+        raise InputError("data.path: some entries have labels, and others none. Train on them in runs of their own.")
+    seen = max(store.labels.shape[1] for store in every)
+    C = spec.num_classes or max(seen, len(spec.labels))
+    if seen > C:
+        raise InputError(f"data.num_classes: {C} is fewer than the labels have, {seen}. Set it to 0 to follow them.")
+    every = [
+        dataclasses.replace(store, labels=np.pad(store.labels, ((0, 0), (0, C - store.labels.shape[1]))))
+        for store in every
+    ]
+    return every[: len(stores)], every[len(stores) :]
+
+
 def _open(origin: Origin, tokenizer: Tokenizer, spec: DataSpec) -> Store:
     return open_store(
         origin,
@@ -365,6 +412,7 @@ def _open(origin: Origin, tokenizer: Tokenizer, spec: DataSpec) -> Store:
         fields=spec.fields,
         template=spec.template,
         on_bad_record=spec.on_bad_record,
+        classes=_classes(spec),
         cache_dir=spec.cache_dir,
     )
 
@@ -376,7 +424,7 @@ def _make_tokenizer(
     limit = 0 if eval_origins else int(spec.eval_fraction * _KEYS)
 
     def examples(origin: Origin) -> Iterator[Example]:
-        return read_examples(origin, spec.format, spec.fields, spec.on_bad_record, Counter())
+        return read_examples(origin, spec.format, spec.fields, spec.on_bad_record, Counter(), _classes(spec))
 
     def texts() -> Iterator[str]:
         held_out = {example.key for origin in eval_origins for example in examples(origin)}
@@ -390,7 +438,7 @@ def _make_tokenizer(
                     break
 
     read = [origin.made_of for origin in [*origins, *eval_origins]]
-    made_of = [read, spec.format, sorted(spec.fields.items()), spec.on_bad_record, limit, READING]
+    made_of = [read, spec.format, sorted(spec.fields.items()), spec.on_bad_record, limit, *_classes(spec), READING]
     return make_tokenizer(tokenizer_spec, texts, texts_id=digest([json.dumps(made_of)]), cache_dir=spec.cache_dir)
 
 
@@ -419,7 +467,7 @@ def _held_out_below(keys: np.ndarray, fraction: float) -> int:
 def _lay_out(parts: list[tuple[Store, np.ndarray]], spec: DataSpec, rng: np.random.Generator | None):
     """Lays the chosen examples ([E] bool beside each store) into rows; counts what becomes of them."""
     counts: Counter[str] = Counter()
-    starts, lengths = [], []
+    starts, lengths, labels = [], [], []
     base = 0
     for store, chosen in parts:
         example = np.flatnonzero(chosen)
@@ -429,6 +477,8 @@ def _lay_out(parts: list[tuple[Store, np.ndarray]], spec: DataSpec, rng: np.rand
             counts["supervised_tokens"] += int(length.sum()) - len(length)  # a piece's first token follows nothing
         else:
             supervised, long = store.supervised[example], length > spec.seq_len
+            if store.labels is not None:  # the last token is where the label is read
+                start = start + np.where(long, length - spec.seq_len, 0)
             for i in np.flatnonzero(long):
                 supervised[i] = store.mask[start[i] : start[i] + spec.seq_len].sum()
             fits = ~long if spec.on_long == "drop" else np.ones(len(long), bool)
@@ -441,18 +491,23 @@ def _lay_out(parts: list[tuple[Store, np.ndarray]], spec: DataSpec, rng: np.rand
         counts["bytes"] += int(store.bytes[example].sum())
         starts.append(base + start)
         lengths.append(length)
+        if store.labels is not None:
+            labels.append(store.labels[example])
         base += len(store.tokens)
     start, length = np.concatenate(starts), np.concatenate(lengths)
+    target = np.concatenate(labels) if labels else None
     if rng is not None:
         chance = rng.permutation(len(start))
         start, length = start[chance], length[chance]
+        target = None if target is None else target[chance]
     row = packing.best_fit_decreasing(length, spec.seq_len) if spec.pack else np.arange(len(length))
     order = np.argsort(row, kind="stable")
     splits = np.concatenate([[0], np.cumsum(np.bincount(row))]).astype(np.int64)
     counts["rows"] = len(splits) - 1
     counts["tokens"] = int(length.sum())
     stores = tuple(store for store, _ in parts)
-    return Rows(stores, start[order], length[order], splits, spec.seq_len), counts
+    target = None if target is None else target[order]
+    return Rows(stores, start[order], length[order], splits, spec.seq_len, target), counts
 
 
 def _dropped(counts: Counter[str], spec: DataSpec) -> str:

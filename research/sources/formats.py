@@ -6,7 +6,8 @@ Templates, with tokens in <| |>:
          first. A tokenizer without these markers spells them as plain text.
   plain  <|bos|> PROMPT RESPONSE <|eos|>, with nothing between.
   auto   model if the tokenizer has a chat template, else chat if it has the markers, else plain.
-A plain document is <|bos|> TEXT <|eos|> under all. What is supervised is tokenised by itself, so that no token
+A plain document is <|bos|> TEXT <|eos|> under all. What has a label is rendered as a prompt, and supervised at its
+last token, where a classifier reads. What is supervised is tokenised by itself, so that no token
 straddles its border, and a prompt has the same ids in training and in generation.
 """
 
@@ -70,6 +71,8 @@ def encode(examples: Sequence[Sequence[Turn]], tokenizer: Tokenizer, template: s
       InputError: the model's chat template refuses a conversation, or leaves nothing to learn, or no end of an answer.
     """
     template = resolve_template(template, tokenizer)
+    if examples[0][-1][0] == "user":
+        return _encode_labelled(examples, tokenizer, template, where)
     if template == "model" and examples[0][0][0] != "text":
         return _encode_with_model_template(examples, tokenizer, where)
     pieces = [_render(turns, tokenizer, template) for turns in examples]
@@ -135,6 +138,24 @@ def _encode_with_model_template(examples: Sequence[Sequence[Turn]], tokenizer: T
             "the model would never learn to stop. Have the template write one after an assistant's turn (within {% "
             "generation %}, if it has that), or set tokenizer.eos_token to the token that it does write."
         )
+    return tokens, mask, lengths
+
+
+def _encode_labelled(examples: Sequence[Sequence[Turn]], tokenizer: Tokenizer, template: str, where: Sequence[str]):
+    if template == "model":
+        parts = [render_parts(tokenizer.chat, _messages(turns), add_generation_prompt=True) for turns in examples]
+        ids, counts = _encode_parts(parts, tokenizer), [len(example) for example in parts]
+    else:
+        pieces = [_render([*turns, ("assistant", "")], tokenizer, template)[:-2] for turns in examples]
+        flat = list(itertools.chain.from_iterable(pieces))
+        texts = iter(tokenizer.encode_batch([content for content, _ in flat if isinstance(content, str)]))
+        ids = [next(texts) if isinstance(content, str) else [content] for content, _ in flat]
+        counts = [len(example) for example in pieces]
+    tokens, mask, lengths = _join(ids, [False] * len(ids), counts)
+    if not lengths.all():
+        at = f"{where[int(np.argmin(lengths))]}: " if where else ""
+        raise InputError(f"{at}the text has no token under this tokenizer. Drop the record.")
+    mask[np.cumsum(lengths) - 1] = True
     return tokens, mask, lengths
 
 

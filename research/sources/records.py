@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,11 +18,12 @@ from research.sources.cache import code_digest
 Turn = tuple[str, str]  # (role, text); a plain document is one turn of the role "text"
 Raw = bytes | dict[str, Any]  # a line of JSON, or a record that its reader has parsed
 
-FORMATS = ("text", "prompt_response", "messages")
-FIELDS = ("text", "prompt", "response", "messages")
+FORMATS = ("text", "prompt_response", "messages", "labelled")
+FIELDS = ("text", "prompt", "response", "messages", "label", "probs")
 ROLES = ("system", "user", "assistant")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt")
 TXT_DOCUMENT_BYTES = 16 * 1024
+_MOST_CLASSES = 10_000  # a greater number is an id, not a class
 
 
 class BadRecord(InputError):
@@ -31,6 +32,23 @@ class BadRecord(InputError):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+class Classes(NamedTuple):
+    """How records of the format "labelled" are read.
+
+    Attributes:
+      names: of the classes in their order, where labels are names; they may be numbers from 0 on instead.
+      prompt: what the model reads, with {text} where the record's text goes.
+      known: records have labels; False where they are to get them.
+    """
+
+    names: tuple[str, ...] = ()
+    prompt: str = "{text}"
+    known: bool = True
+
+
+NUMBERED = Classes()
 
 
 class Origin(NamedTuple):
@@ -273,7 +291,7 @@ def detect_format(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
 
 
 def check(record: dict[str, Any], format: str, fields: Mapping[str, str]) -> list[Turn]:
-    """Returns the record's turns: [("text", document)], or those of its conversation.
+    """Returns the record's turns: [("text", document)], those of its conversation, or [("user", what has a label)].
 
     Args:
       record: column -> value.
@@ -290,11 +308,56 @@ def check(record: dict[str, Any], format: str, fields: Mapping[str, str]) -> lis
             ("user", _text(record, "prompt", fields.get("prompt", "prompt"))),
             ("assistant", _text(record, "response", fields.get("response", "response"))),
         ]
+    if format == "labelled":
+        return [("user", _text(record, "text", fields.get("text", "text")))]
     column = fields.get("messages", "messages")
     messages = _field(record, "messages", column)
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRecord("wrong type", f"field {column!r} must be a list of objects with role and content.")
     return _conversation(messages)
+
+
+def label(record: Mapping[str, Any], fields: Mapping[str, str], names: Sequence[str]) -> int | list[float]:
+    """Returns a record's class: its number, or the probability of each.
+
+    Args:
+      record: column -> value. It has `label` (a number from 0 on, or one of `names`) or `probs` (a list).
+      fields: field -> the column that holds it. Where a record has both, it says which is meant.
+      names: of the classes.
+
+    Raises:
+      BadRecord: there is neither or both, or the value is no class or no distribution.
+    """
+    columns = {name: fields.get(name, name) for name in ("label", "probs")}
+    named = {name for name in columns if name in fields}
+    given = named or {name for name, column in columns.items() if column in record}
+    if len(given) != 1:
+        raise BadRecord(
+            "no label" if not given else "two labels",
+            f"has {'neither' if not given else 'both'} of 'label' and 'probs'. Name the column in data.fields: "
+            "{'label': ...} or {'probs': ...}.",
+        )
+    (name,) = given
+    value = _field(record, name, columns[name])
+    if name == "probs":
+        numbers = isinstance(value, list | tuple) and all(
+            isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in value
+        )
+        if not numbers or len(value) < 2 or abs(sum(value) - 1) > 1e-3 or (names and len(value) != len(names)):
+            wanted = f"{len(names)} probabilities" if names else "two or more probabilities"
+            raise BadRecord(
+                "not a distribution",
+                f"field {columns[name]!r} must be {wanted} that add up to 1, but is {value!r:.80}.",
+            )
+        return [float(p) for p in value]
+    if isinstance(value, bool):
+        value = int(value)
+    if isinstance(value, str) and value in names:
+        return list(names).index(value)
+    if isinstance(value, int) and 0 <= value < (len(names) or _MOST_CLASSES):
+        return value
+    hint = f"one of data.labels = {tuple(names)}" if names else "a number from 0 on; name the classes in data.labels"
+    raise BadRecord("unknown label", f"field {columns[name]!r} is {value!r:.80}, and must be {hint}.")
 
 
 def canonical(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from research.errors import InputError
 from research.sources import chat, formats, records
 from research.sources.cache import cache_root, cached, code_digest, digest
-from research.sources.records import BadRecord, Origin, Turn
+from research.sources.records import NUMBERED, BadRecord, Classes, Origin, Turn
 from research.sources.tokenizers import Tokenizer
 
 READING = code_digest(
@@ -31,6 +31,7 @@ class Example(NamedTuple):
     turns: list[Turn]
     key: int  # equal for equal documents and equal prompts
     where: str  # file and line, or the like
+    label: int | list[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ class Store:
       bytes: [E] int64, UTF-8 bytes of each example's text.
       samples: the examples of the least keys, sorted by key, one a prompt: {"key", "length", "record"}; none
         for text.
+      labels: [E, C] float32, the probability of each class; None where the examples have no labels.
       counts: "records" read, "duplicates" dropped, and "bad": {reason: how many were skipped}.
       was_cached: nothing had to be tokenised.
     """
@@ -57,12 +59,18 @@ class Store:
     supervised: np.ndarray
     bytes: np.ndarray
     samples: list[dict[str, Any]]
+    labels: np.ndarray | None
     counts: dict[str, Any]
     was_cached: bool
 
 
 def read_examples(
-    origin: Origin, format: str, fields: Mapping[str, str], on_bad_record: str, counts: Counter[str]
+    origin: Origin,
+    format: str,
+    fields: Mapping[str, str],
+    on_bad_record: str,
+    counts: Counter[str],
+    classes: Classes = NUMBERED,
 ) -> Iterator[Example]:
     """Yields the checked records of `origin`; counts "records", "duplicates" and the bad ones by reason.
 
@@ -77,7 +85,11 @@ def read_examples(
             record = records.parse(raw)
             if format == "auto":
                 format = records.detect_format(record, fields)
-            turns = records.check(record, format, fields)
+            turns, label = records.check(record, format, fields), None
+            if format == "labelled":
+                if classes.known:
+                    label = records.label(record, fields, classes.names)
+                turns = [(role, classes.prompt.replace("{text}", text)) for role, text in turns]
         except BadRecord as e:
             if on_bad_record == "error":
                 raise InputError(f"{where}: {e} Or set data.on_bad_record='skip'.") from e
@@ -92,7 +104,7 @@ def read_examples(
                 counts["duplicates"] += 1
                 continue
             seen.add(key)
-        yield Example(records.canonical(record, fields), turns, key, where)
+        yield Example(records.canonical(record, fields), turns, key, where, label)
     if not any_good:
         bad = ", ".join(f"{n} {name}" for name, n in counts.items() if name.startswith("bad: "))
         raise InputError(f"{origin.name!r} holds no usable record ({bad or 'it is empty'}). Give another.")
@@ -106,6 +118,7 @@ def open_store(
     fields: Mapping[str, str],
     template: str,
     on_bad_record: str,
+    classes: Classes = NUMBERED,
     cache_dir: str = "",
 ) -> Store:
     """Returns the tokens of `origin`, from the cache where they have been made of the same things before.
@@ -117,14 +130,15 @@ def open_store(
     made_of = {
         "origin": origin.made_of,
         "tokenizer": tokenizer.fingerprint(),
-        "options": [format, dict(sorted(fields.items())), template, on_bad_record],
+        "options": [format, dict(sorted(fields.items())), template, on_bad_record, *classes],
         "code": READING,
     }
     folder = cache_root(cache_dir) / "tokens" / digest([json.dumps(made_of)])
 
     def build(made: Path) -> None:
         counts: Counter[str] = Counter()
-        _write(made, read_examples(origin, format, fields, on_bad_record, counts), tokenizer, template, counts)
+        examples = read_examples(origin, format, fields, on_bad_record, counts, classes)
+        _write(made, examples, tokenizer, template, counts)
 
     was_cached = cached(folder, build)
     meta = json.loads((folder / "meta.json").read_text())
@@ -134,6 +148,7 @@ def open_store(
         mask=None if meta["text"] else np.memmap(folder / "mask.bin", dtype=bool, mode="r"),
         **{name: np.ascontiguousarray(examples[name]) for name in _EXAMPLE.names},
         samples=meta["samples"],
+        labels=np.load(folder / "labels.npy") if (folder / "labels.npy").is_file() else None,
         counts=meta["counts"],
         was_cached=was_cached,
     )
@@ -143,6 +158,7 @@ def _write(made: Path, examples: Iterator[Example], tokenizer: Tokenizer, templa
     dtype = "<u2" if tokenizer.size <= 2**16 else "<u4"
     rows: list[np.ndarray] = []
     samples: list[dict[str, Any]] = []
+    labels: list[int | list[float]] = []
     text = False
     with open(made / "tokens.bin", "wb") as tokens_file, open(made / "mask.bin", "wb") as mask_file:
         for chunk in _chunks(examples):
@@ -156,10 +172,13 @@ def _write(made: Path, examples: Iterator[Example], tokenizer: Tokenizer, templa
             row["supervised"] = np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
             row["bytes"] = [sum(len(text.encode()) for _, text in example.turns) for example in chunk]
             rows.append(row)
+            labels += [example.label for example in chunk if example.label is not None]
             if not text:
                 mask_file.write(mask.tobytes())
                 samples = _least(samples, chunk, lengths)
     np.save(made / "examples.npy", np.concatenate(rows))
+    if labels:
+        np.save(made / "labels.npy", _distributions(labels))
     bad = {name.removeprefix("bad: "): n for name, n in counts.items() if name.startswith("bad: ")}
     meta = {
         "dtype": dtype,
@@ -168,6 +187,20 @@ def _write(made: Path, examples: Iterator[Example], tokenizer: Tokenizer, templa
         "counts": {"records": counts["records"], "duplicates": counts["duplicates"], "bad": bad},
     }
     (made / "meta.json").write_text(json.dumps(meta, default=str))
+
+
+def _distributions(labels: list[int | list[float]]) -> np.ndarray:
+    """Class numbers, or probabilities, one for each example -> [E, C] float32."""
+    soft = {len(label) for label in labels if isinstance(label, list)}
+    if len(soft) > 1:
+        raise InputError(f"labels: some records have {min(soft)} probabilities, and others {max(soft)}. Mend them.")
+    made = np.zeros((len(labels), max(soft | {1 + max((x for x in labels if isinstance(x, int)), default=1)})))
+    for row, label in zip(made, labels, strict=True):
+        if isinstance(label, int):
+            row[label] = 1
+        else:
+            row[: len(label)] = label
+    return (made / made.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
