@@ -15,6 +15,7 @@ from research import objectives, optim, sharding
 from research.errors import InputError, did_you_mean
 from research.models.transformer import ModelConfig
 from research.sources.dataset import DataSpec
+from research.sources.rollout import RolloutSpec
 from research.sources.tokenizers import TokenizerSpec
 
 
@@ -92,9 +93,12 @@ class Config:
         name (NAME/MODEL or NAME/MODEL@REVISION) or a .gguf file. It then decides all fields that are left at their
         defaults.
       tokenizer: "auto" is that of model.init_from, and without one "byte".
+      trainable: which parameters train: a regular expression that their whole names match, such as "head" or
+        "layers/.*|final_norm/.*"; "" is all. The others take no gradient and no optimizer state.
       roles: further models that the objective reads, such as {"teacher": {"init_from": NAME}}: each a section like
         `model`. They are frozen, and not part of the run's checkpoints.
       objective: {"terms": {name: weight}, name: {options}}: see research.objectives.load.
+      rollout: the policy answers the prompts of the data itself, for on-policy objectives.
       rules: logical axis -> mesh axis, where it differs from sharding.RULES.
       compilation_cache: keep compiled programs on disk, so that the next start is faster.
     """
@@ -110,10 +114,12 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _model_defaults())
+    trainable: str = ""
     roles: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerSpec = TokenizerSpec(kind="auto")
     data: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _data_defaults())
     objective: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"terms": {"next_token": 1.0}})
+    rollout: RolloutSpec = RolloutSpec()
     optimizer: optim.OptimizerSpec = optim.OptimizerSpec()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -204,6 +210,10 @@ def check(config: Config, *, num_devices: int) -> None:
                 f"microbatches = {config.microbatches}: {name!r} needs the whole batch at once. Set it to 1."
             )
     optim.make_schedule(config.optimizer, config.steps)
+    if config.rollout.share and config.data["pack"]:
+        raise InputError(
+            f"rollout.share = {config.rollout.share}: the policy answers one prompt a row. Set data.pack = False."
+        )
 
 
 def model_section(config: Config, role: str) -> tuple[str, Mapping[str, Any]]:
@@ -257,6 +267,10 @@ def with_architecture(config: Config, base: ModelConfig, name: str, role: str = 
         value = _convert(hint, value, f"{where}.{field.name}")
         untouched = value == defaults[field.name]
         learned = field.name == "max_length" and base.positions == "learned"
+        if (
+            field.name == "num_labels" and not theirs
+        ):  # a classifier starts from a language model, with a head of its own
+            theirs = value
         if not untouched and value != theirs and (field.name not in _FREE or learned):
             raise InputError(
                 f"{where}.{field.name} = {value!r}, and the checkpoint that it starts from, {name}, has {theirs!r}. "
@@ -270,7 +284,8 @@ def with_architecture(config: Config, base: ModelConfig, name: str, role: str = 
 
 
 def data_spec(config: Config) -> DataSpec:
-    return _build(DataSpec, {**config.data, "seq_len": config.seq_len}, "data")
+    classes = {"num_classes": config.data["num_classes"] or config.model["num_labels"]}
+    return _build(DataSpec, {**config.data, **classes, "seq_len": config.seq_len}, "data")
 
 
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:

@@ -134,7 +134,7 @@ def make_schedule(spec: OptimizerSpec, steps: int) -> Callable[[jax.typing.Array
 
 
 def make_optimizer(
-    spec: OptimizerSpec, steps: int, decay_mask: Tree, muon_dims: Tree = None
+    spec: OptimizerSpec, steps: int, decay_mask: Tree, muon_dims: Tree = None, trains: Tree = None
 ) -> optax.GradientTransformation:
     """The optimizer, in this order: clipping, direction, weight decay, learning rate.
 
@@ -153,10 +153,17 @@ def make_optimizer(
       decay_mask: for each parameter, whether weight decay applies to it.
       muon_dims: for each parameter the optax.contrib.MuonDimensionNumbers of the matrices it holds (axes in neither of
         the two, like that of layers, count matrices), or None where adamw applies. Only muon needs it.
+      trains: for each parameter, whether it is updated; the others have no state. By default all are.
 
     Raises:
       InputError: see `check`.
     """
+    if trains is not None:
+        hide = lambda x, t: x if t else optax.MaskedNode()  # noqa: E731
+        decay_mask = jax.tree.map(hide, decay_mask, trains)
+        if muon_dims is not None:
+            muon_dims = jax.tree.map(hide, muon_dims, trains, is_leaf=_is_dims)
+        return optax.masked(make_optimizer(spec, steps, decay_mask, muon_dims), trains)
     schedule = make_schedule(spec, steps)
     decay = [optax.add_decayed_weights(spec.weight_decay, mask=decay_mask)] if spec.weight_decay else []
     adam = optax.scale_by_adam(b1=spec.b1, b2=spec.b2, eps=spec.eps, mu_dtype=spec.mu_dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax.contrib
 
 from research import sharding
+from research.errors import InputError
 
 Tree = Any  # a pytree
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -87,6 +89,23 @@ def abstract(specs: Tree, placements: Tree) -> Tree:
 def decay_mask(specs: Tree) -> Tree:
     """True where weight decay applies: everything that contracts, hence not norms and biases."""
     return tree_map(lambda s: bool(s.contracts), specs)
+
+
+def matching(specs: Tree, pattern: str) -> Tree:
+    """True for the parameters whose whole name matches a regular expression; "" matches all.
+
+    Raises:
+      InputError: no name matches, or the expression is faulty.
+    """
+    try:
+        names = re.compile(pattern or ".*")
+    except re.error as error:
+        raise InputError(f"trainable = {pattern!r}: is no regular expression ({error}).") from error
+    made = jax.tree_util.tree_map_with_path(lambda p, _: bool(names.fullmatch(path_name(p))), specs, is_leaf=is_spec)
+    if not any(jax.tree.leaves(made)):
+        every = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)]
+        raise InputError(f"trainable = {pattern!r}: matches none of the parameters, which are {', '.join(every)}.")
+    return made
 
 
 def muon_dimensions(specs: Tree) -> Tree:

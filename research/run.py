@@ -29,6 +29,7 @@ from research.evals import tasks as eval_tasks
 from research.models import transformer
 from research.sampling import SamplingConfig
 from research.sources import cache, dataset, tasks, tokenizers
+from research.sources.rollout import make_rollout
 from research.sources.types import Source
 
 
@@ -49,12 +50,19 @@ class Parts(NamedTuple):
     init_state: Callable[[dict[str, Any], jax.Array], train.TrainState]
     step: Callable[..., tuple[train.TrainState, train.Metrics]]
     evaluate: Callable[..., train.Metrics]
+    rollout: Callable[..., dict[str, jax.Array]] | None  # (state, batch) -> batch with answers of the policy
     state: train.TrainState  # ShapeDtypeStructs with shardings
     frozen: dict[str, Any]  # the same, of the parameters of the other roles
     batch: dict[str, jax.ShapeDtypeStruct]
 
 
-def assemble(config: Config, mesh: Any, batch: Mapping[str, jax.ShapeDtypeStruct], vocab_size: int) -> Parts:
+def assemble(
+    config: Config,
+    mesh: Any,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    vocab_size: int,
+    tokenizer: tokenizers.Tokenizer | None = None,
+) -> Parts:
     """Models, objective, optimizer and step for a mesh, which may be abstract: nothing touches a device.
 
     Args:
@@ -62,6 +70,7 @@ def assemble(config: Config, mesh: Any, batch: Mapping[str, jax.ShapeDtypeStruct
       mesh: a Mesh or AbstractMesh with the axes of `sharding`.
       batch: the source's spec: the fields of a global batch.
       vocab_size: of the tokenizer.
+      tokenizer: where something is to be computed, and not only traced.
     """
     rules = {**sharding.RULES, **config.rules}
     terms = objectives.load(config.objective)
@@ -88,8 +97,9 @@ def assemble(config: Config, mesh: Any, batch: Mapping[str, jax.ShapeDtypeStruct
     specs = {"policy": models["policy"].specs}
     frozen = {role: transformer.in_compute_dtype(models[role]) for role in config.roles}
     schedule = optim.make_schedule(config.optimizer, config.steps)
+    trains = {"policy": params.matching(models["policy"].specs, config.trainable)} if config.trainable else None
     optimizer = optim.make_optimizer(
-        config.optimizer, config.steps, params.decay_mask(specs), muon_dims=params.muon_dimensions(specs)
+        config.optimizer, config.steps, params.decay_mask(specs), params.muon_dimensions(specs), trains
     )
 
     def init_state(values: dict[str, Any], key: jax.Array) -> train.TrainState:
@@ -98,6 +108,21 @@ def assemble(config: Config, mesh: Any, batch: Mapping[str, jax.ShapeDtypeStruct
     placed = params.shardings(specs, mesh, rules)
     state = _place_state(init_state, optimizer, params.abstract(specs, placed), placed, mesh)
     rows = sharding.named(mesh, ("batch", "time"), rules)
+    answers = None
+    if config.rollout.share:
+        sample = make_rollout(
+            models["policy"],
+            config.rollout,
+            seq_len=config.seq_len,
+            stop_tokens=tokenizer.stop if tokenizer else (),
+            vocab_size=vocab_size,
+        )
+
+        def answer(state: train.TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
+            return sample(state.params["policy"], batch, key)
+
+        answers = jax.jit(answer, out_shardings={k: rows for k in batch})
     return Parts(
         models=models,
         terms=terms,
@@ -111,10 +136,12 @@ def assemble(config: Config, mesh: Any, batch: Mapping[str, jax.ShapeDtypeStruct
                 schedule=schedule,
                 microbatches=config.microbatches,
                 ema_decay=config.ema_decay,
+                trains=trains,
             ),
             donate_argnums=0,
         ),
         evaluate=jax.jit(train.make_eval_step(terms, models)),
+        rollout=answers,
         state=state,
         frozen=params.abstract(frozen, params.shardings(frozen, mesh, rules)),
         batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in batch.items()},
@@ -152,6 +179,7 @@ def run(
     started: float | None = None,
     command: str = "",
     devices: Sequence[Any] | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, float]:
     """Trains, and returns the last metrics. A run of the same workdir goes on where it stopped.
 
@@ -161,6 +189,7 @@ def run(
       started: unix seconds of the process's start, for the time to the first step.
       command: for the record.
       devices: to make the mesh of; by default all.
+      stop: is set where SIGTERM or SIGINT comes, so that the caller knows of one that comes at the run's end.
 
     Raises:
       InputError: something in the config can't work. Nothing has been written.
@@ -189,7 +218,8 @@ def run(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    parts = assemble(config, mesh, source.spec, data.tokenizer.size)
+    parts = assemble(config, mesh, source.spec, data.tokenizer.size, data.tokenizer)
+    _check_classes(config, parts)
     listed = _listed_evals(config, parts.models["policy"], data.tokenizer)
     peak = _peak_flops(mesh)
 
@@ -200,7 +230,7 @@ def run(
         frozen = {role: _read(bases[role], like) for role, like in parts.frozen.items()}
         initial = None
         if not resumed and "policy" in bases:
-            initial = {"policy": _read(bases["policy"], parts.state.params["policy"])}
+            initial = {"policy": _begin(bases["policy"], parts, mesh, keys[0])}
         elif not resumed:
             initial = parts.init(keys[0])
         saver = stack.enter_context(
@@ -239,10 +269,15 @@ def run(
             writer.print(f"resumed  at step {first} of {config.steps}" + "".join(f"\nchanged  {x}" for x in changed))
             (Path(workdir) / "done.json").unlink(missing_ok=True)
         evals = _make_evals(config, parts, data, listed, writer)
-        stop = stack.enter_context(_stop_on_signals())
+        stop = stack.enter_context(_stop_on_signals(stop or threading.Event()))
         batches = stack.enter_context(contextlib.closing(_prefetch(source, source_state, parts.batch)))
         window = _Window(config, parts, writer, peak)
-        train_step = traced.lower().compile()
+        train_step = compiled = traced.lower().compile()
+        if parts.rollout:
+
+            def train_step(state, frozen, batch):
+                return compiled(state, frozen, parts.rollout(state, batch))
+
         _loop(config, train_step, state, frozen, source_state, batches, evals, saver, window, stop, workdir, started)
     return _finish(config, workdir)
 
@@ -486,6 +521,31 @@ def _read(base: loading.Found, like: Any) -> Any:
     return base.read(like, jax.tree.map(lambda x: x.sharding, like))
 
 
+def _check_classes(config: Config, parts: Parts) -> None:
+    """Raises InputError where the head's classes aren't those of the data."""
+    labels, model = parts.batch.get("label_probs"), parts.models["policy"].config
+    if labels is not None and model.num_labels and model.num_labels != labels.shape[-1]:
+        raise InputError(
+            f"model.num_labels = {model.num_labels}, and the labels of data.path = {config.data['path']!r} have "
+            f"{labels.shape[-1]} classes. Set model.num_labels to that."
+        )
+
+
+def _begin(base: loading.Found, parts: Parts, mesh: jax.sharding.Mesh, key: jax.Array) -> Any:
+    """The policy's first parameters. A classifier made of a language model takes all but the head from it."""
+    like, model = parts.state.params["policy"], parts.models["policy"]
+    if model.config.num_labels == base.config.num_labels:
+        return _read(base, like)
+    body = transformer.make_model(
+        dataclasses.replace(model.config, num_labels=0, head_bias=base.config.head_bias)
+    ).specs
+    values = base.read(body, params.shardings(body, mesh, base.rules))
+    head = {name: model.specs[name] for name in like if name in ("head", "head_bias")}
+    placed = {name: like[name].sharding for name in head}
+    fresh = jax.jit(lambda key: params.init({"policy": head}, key)["policy"], out_shardings=placed)(key)
+    return {name: fresh[name] if name in fresh else values[name] for name in like}
+
+
 def _put(batch: Mapping[str, np.ndarray], like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """This process's rows -> global arrays."""
     return {k: jax.make_array_from_process_local_data(like[k].sharding, v, like[k].shape) for k, v in batch.items()}
@@ -520,9 +580,8 @@ def _prefetch(source: Source, state: dict[str, Any], like: Mapping[str, jax.Shap
 
 
 @contextlib.contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
+def _stop_on_signals(stop: threading.Event) -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set, so that the loop can save first. A second SIGINT interrupts at once."""
-    stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

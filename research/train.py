@@ -23,7 +23,7 @@ class TrainState:
     Attributes:
       step: int32, batches seen.
       updates: int32, updates made: `step` less those skipped. The learning-rate schedule follows it.
-      params: role -> parameters, for the trainable roles.
+      params: role -> parameters, for the trainable roles; under "objectives" those that belong to a term.
       opt_state: of optax.
       key: the run's random key; step t uses fold_in(key, t).
       ema: moving average of params (None unless asked for).
@@ -76,6 +76,7 @@ def make_train_step(
     schedule: Callable[[jax.Array], jax.Array],
     microbatches: int = 1,
     ema_decay: float = 0.0,
+    trains: Params | None = None,
 ) -> Callable[[TrainState, Params, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Returns step(state, frozen, batch) -> (state, metrics).
 
@@ -89,12 +90,18 @@ def make_train_step(
       schedule: updates made -> learning rate, for the metrics.
       microbatches: the batch is cut along its first axis into this many parts, which run one after the other.
       ema_decay: of the moving average of parameters, where the state has one.
+      trains: True for the parameters that take a gradient; by default all.
     """
 
+    states = hidden_states(terms)
+
     def forward(params: Params, frozen: Params, carry: Carry, batch: Any, key: jax.Array, step: jax.Array):
-        return _losses(terms, Forward(models, {**frozen, **params}, batch), batch, key, step, carry)
+        fwd = Forward(models, {**frozen, **params}, batch, states)
+        return _losses(terms, fwd, batch, key, step, carry)
 
     def total(params, frozen, carry, batch, key, step, weights):
+        if trains is not None:
+            params = jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, trains)
         outs = forward(params, frozen, carry, batch, key, step)
         if weights is None:
             weights = {name: out.weight for name, out in outs.items()}
@@ -180,10 +187,20 @@ def make_eval_step(terms: Mapping[str, tuple[Objective, Any]], models: Mapping[s
     def evaluate(
         params: Params, frozen: Params, batch: Mapping[str, jax.Array], key: jax.Array, carry: Carry | None = None
     ) -> Metrics:
-        fwd, step = Forward(models, {**frozen, **params}, batch), jnp.zeros((), jnp.int32)
+        fwd = Forward(models, {**frozen, **params}, batch, hidden_states(terms))
+        step = jnp.zeros((), jnp.int32)
         return _metrics(terms, _losses(terms, fwd, batch, key, step, carry or {}), step)
 
     return evaluate
+
+
+def hidden_states(terms: Mapping[str, tuple[Objective, Any]]) -> dict[str, tuple[int, ...]]:
+    """Role -> the layers whose hidden states any of the terms reads."""
+    found: dict[str, set[int]] = {}
+    for term, _ in terms.values():
+        for role, layers in term.states.items():
+            found.setdefault(role, set()).update(layers)
+    return {role: tuple(sorted(layers)) for role, layers in found.items()}
 
 
 def _losses(terms, forward: Forward, batch, key: jax.Array, step: jax.Array, carry: Carry) -> dict[str, LossOut]:
