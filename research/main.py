@@ -30,17 +30,15 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         return _fail(explain_flag_error(error, argv), BAD_INPUT)
 
-    from research import config, run
+    from research import config, run, study
 
+    if "study" in values:
+        return study.main(argv)
     name = os.path.basename(flags.FLAGS["config"].config_filename).removesuffix(".py")
     workdir = _WORKDIR.value or os.path.join("runs", time.strftime(f"%Y-%m-%d_%H-%M-%S_{name}"))
+    command = shlex.join(["python", "-m", "research.main", *argv[1:]])
     try:
-        run.run(
-            config.parse(values),
-            workdir,
-            started=STARTED,
-            command=shlex.join(["python", "-m", "research.main", *argv[1:]]),
-        )
+        run.run(config.parse(values), workdir, started=STARTED, command=command)
     except InputError as error:
         return _fail(error, BAD_INPUT)
     except run.Diverged as error:
