@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from research.ops.losses import cross_entropy
 
 Batch = Mapping[str, jax.Array]  # tokens, segment_ids, positions: [B, T] int32; loss_mask: [B, T] float32; ...
+# What a teacher with a tokenizer of its own reads, [B, T] int32, and for each position of `tokens` that of the teacher's
+# row where it has read the same text, else -1.
+OWN_FIELDS = ("teacher_tokens", "teacher_segment_ids", "teacher_positions", "teacher_at")
 
 
 class LossOut(NamedTuple):
@@ -33,17 +36,41 @@ class LossOut(NamedTuple):
 
 
 class Forward:
-    """The models of each role applied to one batch; each pass is made once, however many terms read it."""
+    """The models of each role applied to one batch; each pass is made once, however many terms read it.
 
-    def __init__(self, models: Mapping[str, Any], params: Mapping[str, Any], batch: Batch):
-        self.models, self.params, self.batch = models, params, batch
+    Args:
+      models: role -> Model.
+      params: role -> parameters, and under "objectives" those of each term that has some.
+      batch: the batch.
+      states: role -> the layers that `hidden_at` will be asked for.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Any],
+        params: Mapping[str, Any],
+        batch: Batch,
+        states: Mapping[str, tuple[int, ...]] | None = None,
+    ):
+        self.models, self.params, self.batch, self.states = models, params, batch, states or {}
         self._hidden: dict[str, jax.Array] = {}
+        self._at: dict[str, dict[int, jax.Array]] = {}
 
     def hidden(self, role: str = "policy") -> jax.Array:
         """Last hidden states [B, T, D] of `role` on the batch, in its compute dtype."""
         if role not in self._hidden:
-            self._hidden[role] = self.models[role].hidden(self.params[role], self.batch)
+            model, layers = self.models[role], self.states.get(role, ())
+            if layers:
+                self._hidden[role], found = model.hidden_at(self.params[role], self.batch, layers)
+                self._at[role] = dict(zip(layers, found, strict=True))
+            else:
+                self._hidden[role] = model.hidden(self.params[role], self.batch)
         return self._hidden[role]
+
+    def hidden_at(self, layer: int, role: str = "policy") -> jax.Array:
+        """The residual stream [B, T, D] after a layer that the objective named in `states`."""
+        self.hidden(role)
+        return self._at[role][layer]
 
     def head(self, role: str = "policy") -> Any:
         """The unembedding of `role` (see ops.losses.Head)."""
@@ -65,6 +92,11 @@ class Objective:
       fields: the batch fields it reads; checked against the source before anything compiles.
       trainable: roles whose parameters get gradients.
       frozen: roles that are read only.
+      own_tokens: those of them that read OWN_FIELDS, made by a tokenizer of their own; all others read `tokens`.
+      states: role -> the layers whose hidden states it reads with Forward.hidden_at.
+      params: (models by role) -> ParamSpecs of parameters of its own, which train with the policy and lie in
+        forward.params["objectives"][name of the term]; None for none.
+      annotations: what those of data.annotations must have been made with, where it reads some.
       batch_coupled: the loss needs the whole batch, so that it can't be cut into microbatches.
       init_carry: (shapes and dtypes of the batch) -> the first carry; None for an objective without one.
       update: (carry, statistics summed over the batch) -> the next carry, of the same shapes and dtypes.
@@ -74,6 +106,10 @@ class Objective:
     fields: tuple[str, ...] = ("tokens", "segment_ids", "positions")
     trainable: tuple[str, ...] = ("policy",)
     frozen: tuple[str, ...] = ()
+    own_tokens: tuple[str, ...] = ()
+    states: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    params: Callable[[Mapping[str, Any]], Any] | None = None
+    annotations: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     batch_coupled: bool = False
     init_carry: Callable[[Mapping[str, jax.ShapeDtypeStruct]], Any] | None = None
     update: Callable[[Any, Any], Any] | None = None

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from research.errors import InputError, did_you_mean
-from research.sources import packing
+from research.sources import annotations, packing
+from research.sources.annotations import Annotations
 from research.sources.cache import digest
 from research.sources.formats import TEMPLATES
 from research.sources.records import FIELDS, FORMATS, Classes, Origin, locate
@@ -24,6 +25,7 @@ from research.sources.types import Source, State
 
 _TOKENIZER_CHARS = 100_000_000  # a trained tokenizer sees at most so much text, shared among the sources
 _KEYS = 2**64
+_OF_ROWS = ("pack", "shuffle", "eval_fraction", "annotations", "cache_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class DataSpec:
       prompt: what a classifier reads, with {text} where the text goes.
       examples: how many records to generate, for tasks: and reasoning_gym:.
       max_records: read at most so many records of each entry; 0 reads all.
+      annotations: a folder that research.annotate made of the same data; batches then hold what a teacher says.
       cache_dir: where tokens are kept; "" is $UNDERSTUDY_CACHE, else ~/.cache/understudy.
     """
 
@@ -72,6 +75,7 @@ class DataSpec:
     prompt: str = "{text}"
     examples: int = 10_000
     max_records: int = 0
+    annotations: str = ""
     cache_dir: str = ""
 
 
@@ -86,6 +90,7 @@ class Rows:
       splits: [R + 1] int64, row r has the segments splits[r] to splits[r + 1].
       seq_len: T.
       labels: [S, C] float32, the probability of each class; None where there are no labels.
+      annotations: what a teacher says of the tokens; None for none.
     """
 
     stores: tuple[Store, ...]
@@ -94,6 +99,7 @@ class Rows:
     splits: np.ndarray
     seq_len: int
     labels: np.ndarray | None = None
+    annotations: Annotations | None = None
 
     def __len__(self) -> int:
         return len(self.splits) - 1
@@ -103,7 +109,7 @@ class Rows:
 
         Returns:
           tokens, segment_ids, positions: [B, T] int32, and loss_mask: [B, T] float32; with labels, label_probs:
-          [B, T, C] float32, at the last token of each segment, and 0 elsewhere.
+          [B, T, C] float32, at the last token of each segment, and 0 elsewhere; with annotations, those fields.
         """
         first = np.where(rows < 0, 0, self.splits[rows])
         count = np.where(rows < 0, 0, self.splits[rows + 1] - first)
@@ -125,6 +131,8 @@ class Rows:
             C = self.labels.shape[1]
             batch["label_probs"] = np.zeros((*shape, C), np.float32)
             batch["label_probs"].reshape(-1, C)[row * self.seq_len + in_row + length - 1] = self.labels[segment]
+        if self.annotations is not None:
+            batch |= self.annotations.fields(address, at, shape)
         return batch
 
     def _read(self, address: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -206,6 +214,10 @@ def load(spec: DataSpec, tokenizer_spec: TokenizerSpec, tokenizer: Tokenizer | N
                 f"Raise data.seq_len, set data.on_long='truncate', or give more data."
             )
     held_out, eval_counts = _lay_out(list(zip(eval_stores or stores, to_eval, strict=True)), spec, None)
+    if spec.annotations:
+        made_of = settings(spec, tokenizer, seed)
+        laid_out = [(_annotate(rows, spec.annotations, made_of), counts) for rows, counts in laid_out]
+        held_out = _annotate(held_out, spec.annotations, made_of)
     report = {
         "tokenizer_size": tokenizer.size,
         "sources": [
@@ -224,6 +236,19 @@ def load(spec: DataSpec, tokenizer_spec: TokenizerSpec, tokenizer: Tokenizer | N
         held_out_records=_records(samples, spec),
         report=report,
     )
+
+
+def settings(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
+    """What decides the tokens of a run, and where documents are cut; not how they are packed and ordered."""
+    told = dataclasses.asdict(spec)
+    fields = {f"data.{name}": told[name] for name in told if name not in ("seq_len", *_OF_ROWS)}
+    known = {"tokenizer": f"{tokenizer.fingerprint()} ({tokenizer.size} tokens)", "seq_len": spec.seq_len}
+    return known | fields | {"seed": seed}
+
+
+def _annotate(rows: Rows, folder: str, made_of: Mapping[str, Any]) -> Rows:
+    found = annotations.attach(folder, rows.stores, rows.start, rows.length, made_of)
+    return dataclasses.replace(rows, annotations=found)
 
 
 def make_source(
@@ -322,6 +347,10 @@ def _batch_spec(batch_size: int, rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:
     if rows.labels is not None:
         shape = (batch_size, rows.seq_len, rows.labels.shape[1])
         spec["label_probs"] = jax.ShapeDtypeStruct(shape, np.float32)
+    if rows.annotations is not None:
+        empty = np.zeros(0, np.int64)
+        fields = rows.annotations.fields(empty, empty, (batch_size, rows.seq_len))
+        spec |= {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}
     return spec
 
 

@@ -1,0 +1,223 @@
+"""A teacher's likeliest tokens for each token of a store, on disk, for batches to take along.
+
+A folder of annotations has one folder per store, and `meta.json`, which says what they were made with. Of a store:
+
+  segments.npy    [S, 2] int64: first token and length of the pieces of documents that the teacher read, in order
+  at.npy          [N] int64: the tokens that are annotated, by their place in the store, in order
+  ids.bin         [N, K] uint16 or uint32: the likeliest next tokens
+  log_probs.bin   [N, K] float32
+  rest.bin        [N] float32: the log of the mass of all other tokens
+  progress.json   how many of the N are written
+
+As documents are read apart, what the teacher says at a token depends on its piece alone: neither on the packing of rows
+nor on their order. float16 would save a third of the space, and cost 3 digits: -10 to within 0.004.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from research.errors import InputError
+from research.sources.store import Store
+
+META, PROGRESS = "meta.json", "progress.json"
+_REMEDY = "Set it to what it was, or make new annotations with research.annotate."
+
+
+class Pieces(NamedTuple):
+    """What is to be annotated of one store; arrays as in the files."""
+
+    segments: np.ndarray
+    at: np.ndarray
+
+
+class Part(NamedTuple):
+    """The annotations of one store, mapped into memory."""
+
+    pieces: Pieces
+    ids: np.ndarray
+    log_probs: np.ndarray
+    rest: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Annotations:
+    """The annotations of several stores, whose tokens are addressed one after the other.
+
+    Attributes:
+      parts: of each store; None for one without.
+      sizes: tokens of each store.
+      k: K.
+    """
+
+    parts: tuple[Part | None, ...]
+    sizes: tuple[int, ...]
+    k: int
+
+    def fields(self, address: np.ndarray, at: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Batch fields of tokens that lie at `at` of a flat batch [B * T].
+
+        Args:
+          address: [N] int64, of each token in the stores.
+          at: [N] int64.
+          shape: (B, T).
+
+        Returns:
+          teacher_ids: [B, T, K] int32; teacher_log_probs: [B, T, K] float32, -inf where there is none; teacher_rest:
+          [B, T] float32, 0 where there is none.
+        """
+        ids = np.zeros((shape[0] * shape[1], self.k), np.int32)
+        log_probs = np.full(ids.shape, -np.inf, np.float32)
+        rest = np.zeros(len(ids), np.float32)
+        base = 0
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            here = np.flatnonzero((address >= base) & (address < base + size))
+            if part is not None and len(here) and len(part.pieces.at):
+                row = np.minimum(np.searchsorted(part.pieces.at, address[here] - base), len(part.pieces.at) - 1)
+                there = part.pieces.at[row] == address[here] - base
+                to, row = at[here[there]], row[there]
+                ids[to], log_probs[to], rest[to] = part.ids[row], part.log_probs[row], part.rest[row]
+            base += size
+        return {
+            "teacher_ids": ids.reshape(*shape, self.k),
+            "teacher_log_probs": log_probs.reshape(*shape, self.k),
+            "teacher_rest": rest.reshape(shape),
+        }
+
+
+def split(stores: Sequence[Store], start: np.ndarray, length: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Segments by store: (first token in the store, length) of each, from addresses over all `stores`."""
+    ends = np.cumsum([len(store.tokens) for store in stores])
+    owner = np.searchsorted(ends, start, side="right")
+    bases = ends - [len(store.tokens) for store in stores]
+    return [(start[owner == i] - bases[i], length[owner == i]) for i in range(len(stores))]
+
+
+def pieces(store: Store, start: np.ndarray, length: np.ndarray, on: str) -> Pieces:
+    """What to annotate: all tokens but the last of each segment, or with `on` = "supervised" those before a token that
+    is to be predicted."""
+    segments = np.unique(np.stack([start, length], axis=1), axis=0)
+    start, length = segments[:, 0], segments[:, 1] - 1
+    first = np.cumsum(length) - length
+    at = np.repeat(start - first, length) + np.arange(length.sum())
+    if on == "supervised" and store.mask is not None:
+        at = at[store.mask[at + 1]]
+    return Pieces(segments, np.unique(at))
+
+
+def content(store: Store) -> str:
+    """A name for a store's tokens, wherever they lie."""
+    made = hashlib.blake2b(digest_size=16)
+    for array in (store.tokens, store.length, *([] if store.mask is None else [store.mask])):
+        made.update(array.dtype.str.encode())
+        for i in range(0, len(array), 2**24):
+            made.update(np.ascontiguousarray(array[i : i + 2**24]).tobytes())
+    return made.hexdigest()
+
+
+def layout(n: int, k: int, vocab_size: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """Files of a store's annotations: name -> (dtype, shape)."""
+    return {
+        "ids": (np.dtype("<u2" if vocab_size <= 2**16 else "<u4"), (n, k)),
+        "log_probs": (np.dtype("<f4"), (n, k)),
+        "rest": (np.dtype("<f4"), (n,)),
+    }
+
+
+def map_file(folder: Path, name: str, n: int, k: int, vocab_size: int, mode: str) -> np.ndarray:
+    dtype, shape = layout(n, k, vocab_size)[name]
+    return np.memmap(folder / f"{name}.bin", dtype=dtype, mode=mode, shape=shape)
+
+
+def read_meta(folder: str) -> dict[str, Any]:
+    path = Path(folder) / META
+    if not path.is_file():
+        raise InputError(
+            f"data.annotations = {folder!r}: holds no annotations. Make them: python -m research.annotate --config=... "
+            f"--output={folder}"
+        )
+    return json.loads(path.read_text())
+
+
+def attach(
+    folder: str, stores: Sequence[Store], start: np.ndarray, length: np.ndarray, settings: Mapping[str, Any]
+) -> Annotations:
+    """The annotations of the segments of some rows.
+
+    Args:
+      folder: of annotations.
+      stores: whose tokens, one after the other, are addressed.
+      start, length: [S] int64, address and length of each segment.
+      settings: what decides the tokens and segments of this run, for the error where they differ.
+
+    Raises:
+      InputError: some of the segments aren't annotated; the message says which setting differs.
+    """
+    meta = read_meta(folder)
+    by_content = {entry["content"]: entry for entry in meta["stores"]}
+    found: list[Part | None] = []
+    for store, (first, n) in zip(stores, split(stores, start, length), strict=True):
+        if not len(first):
+            found.append(None)
+            continue
+        entry = by_content.get(content(store))
+        if entry is None:
+            raise _mismatch(folder, meta, settings, "the tokens differ")
+        part = _open(folder, entry, meta)
+        theirs = part.pieces.segments
+        # The piece of that first token, the longest where there are several.
+        row = np.searchsorted(theirs[:, 0], first, side="right") - 1
+        if not (len(theirs) and np.all((row >= 0) & (theirs[row, 0] == first) & (theirs[row, 1] >= n))):
+            raise _mismatch(folder, meta, settings, "documents are cut into other pieces")
+        found.append(part)
+    return Annotations(tuple(found), tuple(len(store.tokens) for store in stores), meta["k"])
+
+
+def _open(folder: str, entry: Mapping[str, Any], meta: Mapping[str, Any]) -> Part:
+    path, n = Path(folder) / entry["folder"], entry["annotated"]
+    progress = path / PROGRESS
+    done = json.loads(progress.read_text())["done"] if progress.is_file() else 0
+    if done < n:
+        raise InputError(
+            f"data.annotations = {folder!r}: is unfinished, {done:,} of {n:,} tokens of {entry['name']}. The command "
+            "that began it goes on from there."
+        )
+    arrays = [map_file(path, name, n, meta["k"], meta["vocab_size"], "r") for name in layout(n, meta["k"], 0)]
+    return Part(Pieces(np.load(path / "segments.npy"), np.load(path / "at.npy", mmap_mode="r")), *arrays)
+
+
+def _mismatch(folder: str, meta: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> InputError:
+    theirs, ours = meta["settings"], json.loads(json.dumps(settings))
+    for name in (*ours, *(n for n in theirs if n not in ours)):
+        if theirs.get(name) != ours.get(name):
+            return InputError(
+                f"data.annotations = {folder!r}: was made with {name} = {theirs.get(name)!r}, and this run has "
+                f"{ours.get(name)!r}: {what}. {_REMEDY}"
+            )
+    return InputError(
+        f"data.annotations = {folder!r}: was made of other data under the same names, {ours['data.path']!r}: {what}. "
+        "Make new annotations with research.annotate."
+    )
+
+
+def check(folder: str, term: str, wanted: Mapping[str, Any]) -> None:
+    """Raises InputError where annotations were made with other options than a term of the objective asks for."""
+    if not wanted:
+        return
+    if not folder:
+        raise InputError(
+            f"objective.{term}.cached = True: reads a teacher's annotations. Name their folder in data.annotations; "
+            "research.annotate makes it."
+        )
+    meta = read_meta(folder)
+    for name, value in wanted.items():
+        if meta[name] != value:
+            raise InputError(
+                f"data.annotations = {folder!r}: was made with --{name}={meta[name]}, and objective.{term} asks for "
+                f"{name} = {value}. Change the one, or make new annotations with research.annotate."
+            )
