@@ -4,7 +4,9 @@
         --config.model.init_from=NAME --config.data.path=pairs.jsonl
 
 NAME is a Hugging Face folder or hub name, a .gguf file, or the workdir of a run. Prompts are put to the model by its
-own chat template; the loss is on the answers.
+own chat template; the loss is on the answers. SmolLM2-135M-Instruct, 100 steps of 8 x 128 tokens of two-digit sums,
+2 CPU cores: 9 minutes of steps and 3 of evaluation; held-out loss 2.96 to 0.70, exact match of 112 answers 0 to 0.33
+(--config.seq_len=128 --config.optimizer.learning_rate=2e-4).
 """
 
 from experiments import base
