@@ -158,3 +158,23 @@ def check_vocabulary(name: str, tokenizer: tokenizers.Tokenizer, c: transformer.
             f"{name}: its tokenizer has {tokenizer.size} tokens, and its embedding {c.vocab_size} rows. They don't "
             "belong together: take both from one copy of the model."
         )
+
+
+def check_reads(field: str, found: Found, tokenizer: tokenizers.Tokenizer) -> None:
+    """Raises InputError where a model that is given the ids of `tokenizer` would take them for other tokens.
+
+    A model without a tokenizer is taken at its word if it has an embedding for every id.
+    """
+    if not found.has_tokenizer:
+        return check_vocabulary(f"{field} = {found.name}", tokenizer, found.config)
+    theirs, ours = found.tokenizer().backend.get_vocab(), tokenizer.backend.get_vocab()
+    if theirs == ours:
+        return None
+    token, _ = min(ours.items() - theirs.items() or theirs.items() - ours.items(), key=lambda item: item[1])
+    known = f"{token!r} is {ours.get(token, 'unknown')} to the policy and {theirs.get(token, 'unknown')} to it"
+    raise InputError(
+        f"{field}.init_from = {found.name}: has another tokenizer than the policy, with {len(theirs)} tokens for "
+        f"{len(ours)}: {known}. Give the policy its tokenizer (tokenizer.kind), distil across tokenizers "
+        "(objective.distill.kind='uld', with data.teacher_tokenizer), or train on what it writes "
+        "(research.generate, then sft)."
+    )

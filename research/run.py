@@ -28,7 +28,7 @@ from research.evals import generation, perplexity
 from research.evals import tasks as eval_tasks
 from research.models import transformer
 from research.sampling import SamplingConfig
-from research.sources import cache, dataset, tasks, tokenizers
+from research.sources import annotations, cache, dataset, tasks, tokenizers
 from research.sources.rollout import make_rollout
 from research.sources.types import Source
 
@@ -46,7 +46,8 @@ class Parts(NamedTuple):
 
     models: dict[str, transformer.Model]
     terms: dict[str, tuple[objectives.Objective, objectives.Coefficient]]
-    init: Callable[[jax.Array], dict[str, Any]]  # key -> parameters of the trainable roles
+    init: Callable[[jax.Array], dict[str, Any]]  # key -> parameters of the trainable roles, and those of objectives
+    init_objectives: Callable[[jax.Array], dict[str, Any]]  # key -> the latter alone
     init_state: Callable[[dict[str, Any], jax.Array], train.TrainState]
     step: Callable[..., tuple[train.TrainState, train.Metrics]]
     evaluate: Callable[..., train.Metrics]
@@ -95,9 +96,14 @@ def assemble(
     if unread := [role for role in config.roles if role not in read]:
         raise InputError(f"roles.{unread[0]}: no term of the objective reads it. Leave it out, or add the term.")
     specs = {"policy": models["policy"].specs}
+    own = {name: objective.params(models) for name, (objective, _) in terms.items() if objective.params is not None}
+    if own:
+        specs["objectives"] = own
     frozen = {role: transformer.in_compute_dtype(models[role]) for role in config.roles}
     schedule = optim.make_schedule(config.optimizer, config.steps)
     trains = {"policy": params.matching(models["policy"].specs, config.trainable)} if config.trainable else None
+    if trains and own:
+        trains["objectives"] = params.matching(own, "")
     optimizer = optim.make_optimizer(
         config.optimizer, config.steps, params.decay_mask(specs), params.muon_dimensions(specs), trains
     )
@@ -127,6 +133,10 @@ def assemble(
         models=models,
         terms=terms,
         init=jax.jit(lambda key: params.init(specs, key), out_shardings=placed),
+        init_objectives=jax.jit(
+            lambda key: params.init({"objectives": own} if own else {}, key),
+            out_shardings={"objectives": placed["objectives"]} if own else {},
+        ),
         init_state=jax.jit(init_state, out_shardings=jax.tree.map(lambda x: x.sharding, state), donate_argnums=0),
         step=jax.jit(
             train.make_train_step(
@@ -210,6 +220,7 @@ def run(
 
     tokenizer = tokenizers.load_tokenizer(workdir) if resumed else _given_tokenizer(config, bases.get("policy"))
     data = dataset.load(config_lib.data_spec(config), config.tokenizer, tokenizer, seed=config.seed)
+    _check_teachers(config, bases, data.tokenizer)
     source = dataset.make_source(
         data.train,
         batch_size=config.batch_size,
@@ -230,7 +241,7 @@ def run(
         frozen = {role: _read(bases[role], like) for role, like in parts.frozen.items()}
         initial = None
         if not resumed and "policy" in bases:
-            initial = {"policy": _begin(bases["policy"], parts, mesh, keys[0])}
+            initial = {"policy": _begin(bases["policy"], parts, mesh, keys[0]), **parts.init_objectives(keys[0])}
         elif not resumed:
             initial = parts.init(keys[0])
         saver = stack.enter_context(
@@ -514,6 +525,20 @@ def _with_checkpoints(config: Config, resumed: str | None) -> tuple[Config, dict
                 f"{where}.init_from = '': names no model. Give a workdir, a folder, a hub name or a .gguf."
             )
     return config, bases
+
+
+def _check_teachers(config: Config, bases: Mapping[str, loading.Found], tokenizer: tokenizers.Tokenizer) -> None:
+    """Raises InputError where a teacher would misread the batch, or its annotations aren't what the objective wants."""
+    for role, base in bases.items():
+        if role != "policy":
+            loading.check_reads(f"roles.{role}", base, tokenizer)
+    for name, (objective, _) in objectives.load(config.objective).items():
+        annotations.check(config.data["annotations"], name, objective.annotations)
+        if objective.annotations and config.rollout.share:
+            raise InputError(
+                f"rollout.share = {config.rollout.share}: objective.{name} reads a teacher's annotations, and there "
+                f"are none of what the policy writes. Set rollout.share to 0, or objective.{name}.cached to False."
+            )
 
 
 def _read(base: loading.Found, like: Any) -> Any:

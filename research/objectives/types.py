@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from research.ops.losses import cross_entropy
 
 Batch = Mapping[str, jax.Array]  # tokens, segment_ids, positions: [B, T] int32; loss_mask: [B, T] float32; ...
-# What a teacher with a tokenizer of its own reads, [B, T] int32, and for each position of `tokens` that of the teacher's
-# row where it has read the same text, else -1.
+# What a teacher with a tokenizer of its own reads, [B, T] int32, and for each position of `tokens` the one of the
+# teacher's row where it has read the same text, else -1.
 OWN_FIELDS = ("teacher_tokens", "teacher_segment_ids", "teacher_positions", "teacher_at")
 
 
