@@ -25,9 +25,9 @@ from research.metrics import read_metrics, read_samples
 _FIRST = ("loss", "perplexity", "bits_per_byte", "exact_match", "accuracy")
 _TRAINING = ("grad_norm", "update_ratio", "learning_rate", "tokens_per_second", "mfu", "supervised_fraction")
 _LOG_SCALE = ("loss", "perplexity", "bits_per_byte", "grad_norm", "update_ratio")
-_COLORS = ("#4a7de0", "#e07b39", "#2f9e6e", "#c0487f", "#8a63d2", "#c9a227", "#3aa0b8", "#8c6d5a")
+COLORS = ("#4a7de0", "#e07b39", "#2f9e6e", "#c0487f", "#8a63d2", "#c9a227", "#3aa0b8", "#8c6d5a")
 _BAD = "#d33b3b"
-_THEMES = {
+THEMES = {
     "light": {"face": "#ffffff", "ink": "#333842", "grid": "#e6e8ec"},
     "dark": {"face": "#1b1e24", "ink": "#c9ced8", "grid": "#333842"},
 }
@@ -124,21 +124,17 @@ def plot(title: str, metrics: Sequence[str], runs: Sequence[Run], theme: str = "
     apart. A noisy curve is faint under its moving mean; a step whose value isn't finite is a cross at the foot.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator
-    from PIL import Image
 
-    style = _THEMES[theme]
+    style = THEMES[theme]
     labels = {metric: "/".join(part for part in metric.split("/") if part != title) or metric for metric in metrics}
     colored = metrics if len(runs) == 1 else [run.name for run in runs]
     many = colormaps["viridis"](np.linspace(0.1, 0.9, len(colored)))
-    palette = dict(zip(colored, _COLORS if len(colored) <= len(_COLORS) else many, strict=False))
+    palette = dict(zip(colored, COLORS if len(colored) <= len(COLORS) else many, strict=False))
     lines = {metric: "-" if len(runs) == 1 else ("-", "--", ":", "-.")[i % 4] for i, metric in enumerate(metrics)}
 
-    figure = Figure(figsize=(6.4, 3.7), dpi=150, layout="constrained", facecolor=style["face"])
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    axes = figure.add_subplot(facecolor=style["face"])
+    figure, axes = new_axes(_words(title), "step", theme)
     curves = [(run, metric) for run in runs for metric in metrics if metric in run.series]
     broken = False
     for run, metric in curves:
@@ -169,14 +165,6 @@ def plot(title: str, metrics: Sequence[str], runs: Sequence[Run], theme: str = "
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10), integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
-    axes.set_title(_words(title), color=style["ink"], fontsize=12, loc="left", pad=8)
-    axes.set_xlabel("step", color=style["ink"], fontsize=9)
-    axes.tick_params(which="both", colors=style["ink"], labelsize=9, length=0)
-    axes.grid(True, color=style["grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name == "bottom")
-        spine.set_color(style["grid"])
     solid = {"linewidth": 1.6, "color": style["ink"]}
     keys = [Line2D([], [], label=labels.get(name, name), **solid | {"color": palette[name]}) for name in colored]
     keys = keys if len(colored) > 1 else []
@@ -188,6 +176,32 @@ def plot(title: str, metrics: Sequence[str], runs: Sequence[Run], theme: str = "
     if keys:
         axes.legend(handles=keys, frameon=False, fontsize=8, labelcolor=style["ink"], **place)
 
+    return to_png(figure)
+
+
+def new_axes(title: str, xlabel: str, theme: str = "light") -> tuple[Any, Any]:
+    """Returns a matplotlib (figure, axes) that looks as all plots here do; `theme` is "light" or "dark"."""
+    from matplotlib.figure import Figure
+
+    style = THEMES[theme]
+    figure = Figure(figsize=(6.4, 3.7), dpi=150, layout="constrained", facecolor=style["face"])
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    axes = figure.add_subplot(facecolor=style["face"])
+    axes.set_title(title, color=style["ink"], fontsize=12, loc="left", pad=8)
+    axes.set_xlabel(xlabel, color=style["ink"], fontsize=9)
+    axes.tick_params(which="both", colors=style["ink"], labelsize=9, length=0)
+    axes.grid(True, color=style["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color(style["grid"])
+    return figure, axes
+
+
+def to_png(figure: Any) -> bytes:
+    """Returns a matplotlib figure as a PNG of at most 256 colours."""
+    from PIL import Image
+
     drawn, png = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
     small = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
@@ -198,18 +212,28 @@ def plot(title: str, metrics: Sequence[str], runs: Sequence[Run], theme: str = "
 def make_page(runs: Sequence[Run], plots: Mapping[str, Mapping[str, bytes]]) -> str:
     """Returns the report as HTML that refers to no other file; `plots` holds title -> theme -> PNG."""
     names = ", ".join(run.name for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"
-    parts = [f"<h1>{_escape(names)}</h1>", _status(runs), "<h2>Numbers</h2>", _numbers(runs)]
+    parts = [f"<h1>{escape(names)}</h1>", _status(runs), "<h2>Numbers</h2>", _numbers(runs)]
     parts += ["<h2>Curves</h2>", _CAPTION]
     parts.append('<div class="plots">')
     for title, png in plots.items():
-        parts.append(
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_url(png["dark"])}">'
-            f'<img src="{_data_url(png["light"])}" alt="{_escape(_words(title))} over steps"></picture>'
-        )
+        parts.append(picture(png, f"{_words(title)} over steps"))
     parts += ["</div>", *(_samples(run, named=len(runs) > 1) for run in runs if run.samples)]
     parts += [_settings("Config", runs, [run.config for run in runs])]
     parts += [_settings("Versions and command", runs, [run.about for run in runs])]
-    return _PAGE.format(title=_escape(names), style=_STYLE, body="\n".join(filter(None, parts)))
+    return page(names, parts)
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """Returns a page that refers to no other file; `parts` are HTML, empty ones left out."""
+    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(filter(None, parts)))
+
+
+def picture(png: Mapping[str, bytes], alt: str) -> str:
+    """A plot inside a page, light or dark as the reader has it; `png` holds theme -> PNG."""
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{data_url(png["dark"])}">'
+        f'<img src="{data_url(png["light"])}" alt="{escape(alt)}"></picture>'
+    )
 
 
 def write_report(workdirs: Sequence[str], out: str | None = None) -> str:
@@ -226,7 +250,7 @@ def write_report(workdirs: Sequence[str], out: str | None = None) -> str:
     unique = len(set(bases)) == len(bases)
     runs = [load_run(workdir, base if unique else workdir) for workdir, base in zip(workdirs, bases, strict=True)]
     plots = {
-        title: {theme: plot(title, metrics, runs, theme) for theme in _THEMES}
+        title: {theme: plot(title, metrics, runs, theme) for theme in THEMES}
         for title, metrics in group_metrics(runs).items()
         if changes(title, metrics, runs)
     }
@@ -287,18 +311,20 @@ def _number(value: float) -> str:
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
 
 
-def _escape(text: Any) -> str:
+def escape(text: Any) -> str:
+    """Text for HTML."""
     return html.escape(str(text))
 
 
-def _data_url(png: bytes) -> str:
+def data_url(png: bytes) -> str:
+    """A PNG inside a page."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
     """A table of texts, which are escaped here; it scrolls sideways on a narrow screen."""
-    head = "".join(f"<th>{_escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
         f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
@@ -309,7 +335,7 @@ def _status(runs: Sequence[Run]) -> str:
     for run in runs:
         state = f"finished at step {run.last_step}" if run.finished else f"not finished, step {run.last_step}"
         text = state if len(runs) == 1 else f"{run.name}: {state}"
-        chips.append(f'<span class="{"done" if run.finished else "open"}">{_escape(text)}</span>')
+        chips.append(f'<span class="{"done" if run.finished else "open"}">{escape(text)}</span>')
     return f'<p class="chips">{"".join(chips)}</p>'
 
 
@@ -320,24 +346,24 @@ def _numbers(runs: Sequence[Run]) -> str:
             [metric, *(_number(run.series[metric][1][-1]) if metric in run.series else "" for run in runs)]
             for metric in metrics
         ]
-        return _table(["last value of", *(run.name for run in runs)], rows, "numbers")
+        return table(["last value of", *(run.name for run in runs)], rows, "numbers")
     rows = []
     for metric in metrics:
         steps, values = runs[0].series[metric]
         finite = values[np.isfinite(values)]
         bounds = [_number(finite.min()), _number(finite.max())] if finite.size else ["", ""]
         rows.append([metric, _number(values[-1]), str(steps[-1]), *bounds])
-    return _table(["metric", "last", "at step", "lowest", "highest"], rows, "numbers")
+    return table(["metric", "last", "at step", "lowest", "highest"], rows, "numbers")
 
 
 def _samples(run: Run, named: bool, shown: int = 10) -> str:
     """The sampled texts, the newest step first and unfolded."""
     by_step: dict[int, list[str]] = {}
     for sample in run.samples:
-        block = f'<p class="name">{_escape(sample["name"])}</p><pre>{_escape(sample["text"])}</pre>'
+        block = f'<p class="name">{escape(sample["name"])}</p><pre>{escape(sample["text"])}</pre>'
         by_step.setdefault(sample["step"], []).append(block)
     steps = sorted(by_step, reverse=True)
-    parts = [f"<h2>Samples{_escape(f' of {run.name}') if named else ''}</h2>"]
+    parts = [f"<h2>Samples{escape(f' of {run.name}') if named else ''}</h2>"]
     for step in steps[:shown]:
         unfolded = " open" if step == steps[0] else ""
         parts.append(f"<details{unfolded}><summary>step {step}</summary>{''.join(by_step[step])}</details>")
@@ -356,9 +382,9 @@ def _settings(title: str, runs: Sequence[Run], settings: Sequence[Mapping[str, s
     differing = [row for row in rows if len(set(row[1:])) > 1]
     parts = [f"<h2>{title}</h2>"]
     if differing:
-        parts.append(_table(header, differing, "settings"))
+        parts.append(table(header, differing, "settings"))
     unfolded = "" if differing or len(rows) > 20 else " open"
-    parts.append(f"<details{unfolded}><summary>all</summary>{_table(header, rows, 'settings')}</details>")
+    parts.append(f"<details{unfolded}><summary>all</summary>{table(header, rows, 'settings')}</details>")
     return "\n".join(parts)
 
 
