@@ -28,11 +28,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from research import sharding
+from research import params, sharding
 from research.errors import InputError, did_you_mean
 from research.evals.scoring import BATCH_TOKENS, Example, encode_records, make_token_scorer
 from research.sources import records
@@ -136,7 +135,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     with jax.set_mesh(loaded.mesh), tempfile.TemporaryFile(dir=output.parent) as spool:
         lengths, identity = _encode(origin, loaded, args, spool)
-        identity |= {"weights": _checksum(loaded.params), "per_token": args.per_token}
+        identity |= {"weights": params.checksum(loaded.params), "per_token": args.per_token}
         done = _open_partial(output, identity)
         score = make_token_scorer(loaded.model, batch_tokens=args.batch_tokens)
         at_once = _BATCHES_AT_ONCE * args.batch_tokens * math.prod(loaded.mesh.shape[a] for a in ("data", "fsdp"))
@@ -257,19 +256,6 @@ def _json(raw: records.Raw) -> bytes:
     return json.dumps(
         raw, ensure_ascii=False, default=lambda x: x.decode() if isinstance(x, bytes) else str(x)
     ).encode()
-
-
-def _checksum(params: Any) -> str:
-    """Tells parameters apart, however they are sharded: sums of their bits, modulo 2^32, are exact in any order."""
-
-    @jax.jit
-    def sums(leaves: list[jax.Array]) -> list[jax.Array]:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-        bits = [jax.lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize]) for x in leaves]
-        return [jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32) for x in bits]
-
-    values = jax.device_get(sums(jax.tree.leaves(params)))
-    return hashlib.blake2b(str([int(x) for x in values]).encode(), digest_size=16).hexdigest()
 
 
 def _partial(output: Path) -> Path:
