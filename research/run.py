@@ -209,7 +209,7 @@ def run(
     started = started or time.time()
     devices = jax.devices() if devices is None else devices
     resumed = bool(checkpoint.steps(workdir))
-    config, bases = _with_checkpoints(config, workdir if resumed else None)
+    config, bases = with_checkpoints(config, workdir if resumed else None)
     config_lib.check(config, num_devices=len(devices))
     wandb = {"project": config.log.wandb} if config.log.wandb else None
     if wandb:
@@ -218,7 +218,7 @@ def run(
         use_compilation_cache(config.data["cache_dir"])
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
 
-    tokenizer = tokenizers.load_tokenizer(workdir) if resumed else _given_tokenizer(config, bases.get("policy"))
+    tokenizer = tokenizers.load_tokenizer(workdir) if resumed else given_tokenizer(config, bases.get("policy"))
     data = dataset.load(config_lib.data_spec(config), config.tokenizer, tokenizer, seed=config.seed)
     _check_teachers(config, bases, data.tokenizer)
     source = dataset.make_source(
@@ -493,7 +493,7 @@ def _peak_flops(mesh: jax.sharding.Mesh) -> float | None:
     return peak if peak is None or device.platform == "cpu" else peak * mesh.size
 
 
-def _given_tokenizer(config: Config, base: loading.Found | None) -> tokenizers.Tokenizer | None:
+def given_tokenizer(config: Config, base: loading.Found | None) -> tokenizers.Tokenizer | None:
     """What "auto" means; None where the config names a tokenizer."""
     if config.tokenizer.kind != "auto":
         return None
@@ -504,7 +504,7 @@ def _given_tokenizer(config: Config, base: loading.Found | None) -> tokenizers.T
     return tokenizer
 
 
-def _with_checkpoints(config: Config, resumed: str | None) -> tuple[Config, dict[str, loading.Found]]:
+def with_checkpoints(config: Config, resumed: str | None) -> tuple[Config, dict[str, loading.Found]]:
     """The config with the architectures of the checkpoints that it names, and these by role.
 
     A run that is `resumed` from a workdir no longer needs the checkpoint that its policy began with.
