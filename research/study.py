@@ -159,7 +159,8 @@ class Plan:
           name: letters, digits and _ . + = -
           module: such as "research.label".
           args: flag -> value. True is the flag alone, False and None leave it out, a sequence gives it several times.
-            "{workdir}" in a value is the stage's own folder, which is there when the command starts.
+            "{workdir}" in a value is the stage's own folder, which is there when the command starts; what it writes
+            belongs in there, since any other file that its flags name is taken for an input.
 
         Raises:
           InputError: there is no such module.
@@ -551,9 +552,9 @@ def _tail(path: str, lines: int = 5) -> str:
 
 def _summary(metrics: Mapping[str, float]) -> str:
     """The metrics that tell most, of the evaluation if there was one."""
-    found = [f"eval/{name}" for name in ("loss", "accuracy", "exact_match", "bits_per_byte")] + ["train/loss"]
-    found = [name for name in found if name in metrics] or sorted(metrics)
-    return describe({name: metrics[name] for name in found[:4]})
+    found = [f"eval/{name}" for name in ("loss", "accuracy", "exact_match", "bits_per_byte")]
+    found = [name for name in found if name in metrics] or ["train/loss"]
+    return describe({name: metrics[name] for name in found if name in metrics})
 
 
 def _time_left(todo: Sequence[Stage], took: Sequence[tuple[Stage, float]]) -> float:
