@@ -7,7 +7,7 @@ V vocabulary, E experts, L layers. Parameters are stored in float32 with layers 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -205,6 +205,10 @@ class Model(NamedTuple):
       specs: pytree of ParamSpec.
       hidden: (params, batch) -> [B, T, D], the last hidden states after the final norm, in the compute dtype. `batch`
         holds tokens, segment_ids, positions, each [B, T] int32.
+      hidden_at: (params, batch, layers) -> (hidden, states): the residual stream [B, T, D] after each of the layers,
+        which are numbered from 1; 0 is the embedding, and negative ones count from the end.
+      attention_inputs: (params, state, batch, layer) -> queries [B, T, H, h], keys and values [B, T, K, h] of a layer,
+        as attention takes them, from the state before it.
       unembed: (params) -> Head, kernel [D, V] or [D, num_labels].
       init_cache: (batch size, length S) -> empty Cache.
       unstack: (params) -> params with "layers" as a tuple of trees, as `decode` wants them. Decoding loops run it once,
@@ -217,6 +221,8 @@ class Model(NamedTuple):
     config: ModelConfig
     specs: Params
     hidden: Callable[[Params, Mapping[str, jax.Array]], jax.Array]
+    hidden_at: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+    attention_inputs: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     unembed: Callable[[Params], Head]
     init_cache: Callable[[int, int], Cache]
     unstack: Callable[[Params], Params]
@@ -229,6 +235,8 @@ def make_model(config: ModelConfig, rules: Mapping[str, Any] = sharding.RULES) -
         config=config,
         specs=make_specs(config),
         hidden=functools.partial(hidden, config, rules),
+        hidden_at=functools.partial(hidden_at, config, rules),
+        attention_inputs=functools.partial(attention_inputs, config),
         unembed=functools.partial(unembed, config),
         init_cache=functools.partial(init_cache, config),
         unstack=functools.partial(unstack, config),
@@ -470,26 +478,75 @@ def _segment_lengths(segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def hidden(c: ModelConfig, rules: Mapping[str, Any], params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """See Model.hidden. Layers run under a scan, one period of `sliding_window` at a time."""
+    """See Model.hidden."""
+    return hidden_at(c, rules, params, batch, ())[0]
+
+
+def hidden_at(
+    c: ModelConfig,
+    rules: Mapping[str, Any],
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    layers: Sequence[int],
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """See Model.hidden_at. Layers run under a scan, one period of `sliding_window` at a time; it ends at each of
+    `layers` and another begins, so that only these states are held."""
+    wanted = [layer_number(c, layer) for layer in layers]
     segment_ids, positions = batch["segment_ids"], batch["positions"]
     angles = _angles(c, positions, _segment_lengths(segment_ids, positions))
     period = len(c.sliding_window)
 
-    def one_period(x: jax.Array, layers: Params) -> jax.Array:
+    def some_layers(x: jax.Array, layers: Params, first: int = 0) -> jax.Array:
         for i in range(jax.tree.leaves(layers)[0].shape[0]):
-            layer = functools.partial(_layer, c, rules, c.sliding_window[i])
+            layer = functools.partial(_layer, c, rules, c.sliding_window[(first + i) % period])
             if c.remat != "none":
                 layer = jax.checkpoint(layer, policy=_REMAT[c.remat])
             x = layer(x, jax.tree.map(lambda w, i=i: w[i], layers), segment_ids, angles)
         return x
 
+    def run(x: jax.Array, first: int, stop: int) -> jax.Array:
+        cut = lambda a, b: jax.tree.map(lambda w: w[a:b], params["layers"])  # noqa: E731
+        aligned = min(-(-first // period) * period, stop)
+        whole = (stop - aligned) // period
+        if first < aligned:
+            x = some_layers(x, cut(first, aligned), first)
+        if whole:
+            split = jax.tree.map(
+                lambda w: w.reshape(whole, period, *w.shape[1:]), cut(aligned, aligned + whole * period)
+            )
+            x, _ = jax.lax.scan(lambda x, layers: (some_layers(x, layers), None), x, split)
+        if aligned + whole * period < stop:
+            x = some_layers(x, cut(aligned + whole * period, stop))
+        return x
+
     x = _embed(c, rules, params, batch["tokens"], positions, batch.get("token_types"))
-    whole = c.num_layers // period
-    split = jax.tree.map(lambda w: w[: whole * period].reshape(whole, period, *w.shape[1:]), params["layers"])
-    x, _ = jax.lax.scan(lambda x, layers: (one_period(x, layers), None), x, split)
-    if whole * period < c.num_layers:
-        x = one_period(x, jax.tree.map(lambda w: w[whole * period :], params["layers"]))
-    return _finish(c, params, x)
+    states, done = {0: x}, 0
+    for stop in sorted({*wanted, c.num_layers}):
+        x = run(x, done, stop)
+        states[stop], done = x, stop
+    return _finish(c, params, x), tuple(states[layer] for layer in wanted)
+
+
+def layer_number(c: ModelConfig, layer: int) -> int:
+    """The number of a layer that may count from the end. Raises InputError where there is no such layer."""
+    if not -c.num_layers - 1 <= layer <= c.num_layers:
+        raise InputError(f"layer {layer}: the model has {c.num_layers}, numbered from 1; 0 is the embedding.")
+    return layer if layer >= 0 else c.num_layers + 1 + layer
+
+
+def attention_inputs(
+    c: ModelConfig, params: Params, x: jax.Array, batch: Mapping[str, jax.Array], layer: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See Model.attention_inputs."""
+    i = layer_number(c, layer) - 1
+    if i < 0:
+        raise InputError(f"layer {layer}: is the embedding, which has no attention. The first layer is 1.")
+    p = jax.tree.map(lambda w: w[i], params["layers"])
+    if c.block in ("pre", "sandwich", "parallel"):
+        x = norm(c, p["attention_norm"], x)
+    positions = batch["positions"]
+    angles = _angles(c, positions, _segment_lengths(batch["segment_ids"], positions))
+    return _qkv(c, p["attention"], x, angles[1] if c.sliding_window[i % len(c.sliding_window)] else angles[0])
 
 
 def unembed(c: ModelConfig, params: Params) -> Head:

@@ -1,0 +1,113 @@
+"""How far the hidden states and the attention of one model are from those of another: sums over tokens."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from research.errors import InputError, did_you_mean
+
+DISTANCES = ("mse", "cosine")
+_CHUNK_ELEMENTS = 2**24  # of the relations held at once, of each model
+
+
+def hidden_distance(student: jax.Array, teacher: jax.Array, weights: jax.Array, kind: str) -> jax.Array:
+    """Weighted sum over tokens of the distance between two states; the teacher's takes no gradient.
+
+    A position of weight 0 is left out: nothing in it is read, NaN included. All is in float32 (float64 where the
+    student's states are).
+
+    Args:
+      student, teacher: [B, T, D].
+      weights: [B, T] float32.
+      kind: "mse": the mean over D of the squared difference (FitNets, arXiv:1412.6550, eq. 3, with the mean for the
+        sum). "cosine": 1 - their cosine (DistilBERT, arXiv:1910.01108, section 3).
+
+    Raises:
+      InputError: an unknown kind.
+    """
+    if kind not in DISTANCES:
+        raise InputError(f"distance = {kind!r}: no such distance.{did_you_mean(kind, DISTANCES)}")
+    dtype = _dtype(student)
+    present = weights != 0
+    a, b = (jnp.where(present[:, :, None], x, 0).astype(dtype) for x in (student, jax.lax.stop_gradient(teacher)))
+    if kind == "mse":
+        each = jnp.mean(jnp.square(a - b), axis=-1)
+    else:
+        length = lambda x: jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1), 1e-24))  # noqa: E731
+        each = 1 - jnp.sum(a * b, axis=-1) / (length(a) * length(b))
+    return jnp.sum(weights.astype(dtype) * jnp.where(present, each, 0))
+
+
+def relation_divergence(
+    student: tuple[jax.Array, jax.Array],
+    teacher: tuple[jax.Array, jax.Array],
+    segment_ids: jax.Array,
+    weights: jax.Array,
+    *,
+    heads: int,
+    causal: bool = True,
+) -> jax.Array:
+    """Weighted sum over tokens of KL(teacher's || student's relation), averaged over relation heads.
+
+    The relation of a token is the softmax over the tokens of its document (with `causal`, up to itself) of a b /
+    sqrt(d): attention itself where a are the queries and b the keys (but for sliding windows, soft-caps and scales of
+    their own, which are left out), and for a = b the query, key or value relations of MiniLM (arXiv:2002.10957, eq. 7;
+    arXiv:2012.15828, eq. 5). For it the vectors of all heads are joined and cut anew into `heads`, so that models of
+    any widths can be compared. The teacher takes no gradient.
+
+    No array with both times is held beyond a chunk of queries, in the backward pass neither.
+
+    Args:
+      student, teacher: (a, b), each [B, T, H, h]; b may have fewer heads, which then are repeated.
+      segment_ids: [B, T] int32, 0 at padding.
+      weights: [B, T] float32.
+      heads: relation heads; divides H h of either model.
+
+    Raises:
+      InputError: it doesn't divide.
+    """
+    (B, T), dtype = segment_ids.shape, _dtype(student[0])
+    t = max(1, min(T, _CHUNK_ELEMENTS // (B * heads * T)))
+    n = math.ceil(T / t)
+    (a, b), (c, d) = (_rejoin(pair, heads, dtype) for pair in (student, jax.lax.stop_gradient(teacher)))
+    times = jnp.arange(n * t, dtype=jnp.int32)
+
+    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [n, B, t, ...]
+        x = jnp.pad(x, [(0, 0), (0, n * t - T)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, n, t, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+    def chunk(total: jax.Array, x: tuple) -> tuple[jax.Array, None]:
+        a, c, segments, weights, times = x
+        seen = segments[:, :, None] == segment_ids[:, None, :]
+        if causal:
+            seen &= (times[:, None] >= jnp.arange(T, dtype=jnp.int32)[None, :])[None]
+        log_q, log_p = (_relation(u, v, seen) for u, v in ((a, b), (c, d)))
+        kl = jnp.sum(jnp.where(seen[:, None], jnp.exp(log_p) * (log_p - log_q), 0), axis=-1)
+        return total + jnp.sum(weights.astype(dtype) * jnp.mean(kl, axis=1)), None
+
+    chunks = split(a), split(c), split(segment_ids), split(weights), times.reshape(n, t)
+    return jax.lax.scan(chunk, jnp.zeros((), dtype), chunks)[0]
+
+
+def _relation(a: jax.Array, b: jax.Array, seen: jax.Array) -> jax.Array:
+    """a [B, t, A, d], b [B, T, A, d] -> log-probabilities [B, A, t, T], any finite number where `seen` is False."""
+    scores = jnp.einsum("btad,bsad->bats", a, b) / math.sqrt(a.shape[-1])
+    scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min / 4)
+    return jax.nn.log_softmax(scores)
+
+
+def _rejoin(pair: tuple[jax.Array, jax.Array], heads: int, dtype) -> tuple[jax.Array, jax.Array]:
+    a, b = pair
+    if a.shape[2] != b.shape[2]:
+        b = jnp.repeat(b, a.shape[2] // b.shape[2], axis=2)
+    width = a.shape[2] * a.shape[3]
+    if width % heads:
+        raise InputError(f"relation_heads = {heads}: doesn't divide {width}, the width of all heads together.")
+    return tuple(x.astype(dtype).reshape(*x.shape[:2], heads, width // heads) for x in (a, b))
+
+
+def _dtype(x: jax.Array):
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
