@@ -221,10 +221,10 @@ def test_batches_that_fit_no_device_are_found_before_anything_runs(tmp_path, run
 def test_a_study_runs_in_order_and_then_skips(tmp_path, experiment, runs, capsys):
     assert command(experiment, tmp_path) == 0
     assert stems(runs) == ["small", "student-s0", "student-s1"]
-    lines = capsys.readouterr().out.splitlines()
+    lines = re.sub(r"\d:\d\d", "TIME", capsys.readouterr().out).splitlines()
     assert lines[0] == f"4 stages in {tmp_path}/runs/store, the study in {tmp_path}/runs/x"
-    assert lines[1] == "[1/4] small  0:00  eval  loss 1.25  accuracy 0.5  ETA 0:00"
-    assert lines[4].startswith("[4/4] student-s1  0:00  eval  loss 1.25")
+    assert lines[1] == "[1/4] small  TIME  eval  loss 1.25  accuracy 0.5  ETA TIME"
+    assert lines[4].startswith("[4/4] student-s1  TIME  eval  loss 1.25")
     assert "ETA" not in lines[4]
     assert len(lines) == 5
 
