@@ -74,7 +74,7 @@ def assemble(
       tokenizer: where something is to be computed, and not only traced.
     """
     rules = {**sharding.RULES, **config.rules}
-    terms = objectives.load(config.objective)
+    terms = objectives.load(config.objective, tokenizer)
     models = {
         role: transformer.make_model(config_lib.model_config(config, vocab_size, role=role), rules)
         for role in ("policy", *config.roles)

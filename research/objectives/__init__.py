@@ -12,16 +12,19 @@ import optax
 
 from research.errors import InputError, did_you_mean
 from research.objectives.types import Objective
+from research.sources.tokenizers import Tokenizer
 
 Coefficient = Callable[[jax.Array], jax.Array]  # step -> weight of a term
 
 
-def load(spec: Mapping[str, Any]) -> dict[str, tuple[Objective, Coefficient]]:
+def load(spec: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[str, tuple[Objective, Coefficient]]:
     """The terms of a composed objective: name -> (objective, its weight as a function of the step).
 
     Args:
       spec: {"terms": {"sft": 1.0, ...}, "sft": {options of its `make`}, ...}. A weight is a number, or a linear
         schedule {"start": 0.0, "end": 1.0, "steps": 1000}.
+      tokenizer: of the run, for those whose `make` has a parameter `tokenizer`. None where it isn't known yet, and
+        options are only to be checked.
 
     Raises:
       InputError: an unknown objective or option, or no term at all.
@@ -32,19 +35,21 @@ def load(spec: Mapping[str, Any]) -> dict[str, tuple[Objective, Coefficient]]:
     for name in spec:
         if name != "terms" and name not in terms:
             raise InputError(f"objective.{name}: options for a term that isn't used.{did_you_mean(name, terms)}")
-    return {n: (_objective(n, spec.get(n, {})), _coefficient(n, weight)) for n, weight in terms.items()}
+    return {n: (_objective(n, spec.get(n, {}), tokenizer), _coefficient(n, weight)) for n, weight in terms.items()}
 
 
-def _objective(name: str, options: Mapping[str, Any]) -> Objective:
+def _objective(name: str, options: Mapping[str, Any], tokenizer: Tokenizer | None) -> Objective:
     known = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "types"]
     if name not in known:
         raise InputError(f"objective.terms.{name}: no module research/objectives/{name}.py.{did_you_mean(name, known)}")
     make = importlib.import_module(f"{__name__}.{name}").make
-    allowed = inspect.signature(make).parameters
+    parameters = inspect.signature(make).parameters
+    given = {"tokenizer": tokenizer} if "tokenizer" in parameters else {}
+    allowed = [p for p in parameters if p not in given]
     for option in options:
         if option not in allowed:
             raise InputError(f"objective.{name}.{option}: no such option.{did_you_mean(option, allowed)}")
-    return make(**options)
+    return make(**options, **given)
 
 
 def _coefficient(name: str, weight: Any) -> Coefficient:

@@ -5,13 +5,15 @@ function `make(**options) -> Objective` and name the module in a config's `objec
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from research.errors import InputError
 from research.ops.losses import cross_entropy
+from research.sources.tokenizers import Tokenizer
 
 Batch = Mapping[str, jax.Array]  # tokens, segment_ids, positions: [B, T] int32; loss_mask: [B, T] float32; ...
 # What a teacher with a tokenizer of its own reads, [B, T] int32, and for each position of `tokens` the one of the
@@ -143,3 +145,59 @@ def token_loss(
     if z_loss:
         metrics["z_loss"] = (z_loss * out.z_sum, out.weight_sum)
     return LossOut(out.loss_sum, out.weight_sum, metrics)
+
+
+def class_logits(forward: Forward, label_tokens: Sequence[int] | None = None, role: str = "policy") -> jax.Array:
+    """Logits [B, T, C] of a few classes at every position, float32.
+
+    Args:
+      forward: the models on the batch.
+      label_tokens: of a language model, C tokens that stand for the classes: no other logit is computed. None for a
+        model whose head has a logit for each class (num_labels).
+      role: whose logits.
+
+    Raises:
+      InputError: the model's head is of the other kind.
+    """
+    num_labels, where = forward.models[role].config.num_labels, "model" if role == "policy" else f"roles.{role}"
+    if label_tokens is None and not num_labels:
+        raise InputError(
+            f"{where}.num_labels = 0: the model's head predicts tokens, not classes. Set it to the number of classes, "
+            "or let words stand for the classes (head = 'words')."
+        )
+    if label_tokens is not None and num_labels:
+        raise InputError(
+            f"{where}.num_labels = {num_labels}: the model's head predicts classes, so that no words can stand for "
+            "them. Set it to 0, or use head = 'linear'."
+        )
+    hidden, (kernel, bias, softcap) = forward.hidden(role), forward.head(role)
+    if label_tokens is not None:
+        columns = jnp.asarray(label_tokens, jnp.int32)
+        kernel, bias = jnp.take(kernel, columns, axis=1), None if bias is None else bias[columns]
+    logits = jnp.einsum("btd,dc->btc", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits += bias.astype(jnp.float32)[None, None, :]
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
+
+
+def label_tokens(words: Sequence[str], tokenizer: Tokenizer, field: str) -> tuple[int, ...]:
+    """The first token of each word, as it is where the word goes on from other text.
+
+    Args:
+      words: one for each class, with the space before them that the model expects: " yes".
+      tokenizer: of the model.
+      field: what to call them in an error.
+
+    Raises:
+      InputError: fewer than two words, an empty one, or two that begin with the same token.
+    """
+    if isinstance(words, str) or len(words) < 2 or not all(isinstance(w, str) and w for w in words):
+        raise InputError(f"{field} = {words!r}: give a list of words, one for each class, two or more.")
+    tokens = tuple(ids[0] for ids in tokenizer.encode_stretches(list(words), special=False, first=False))
+    for i, token in enumerate(tokens):
+        if token in tokens[:i]:
+            raise InputError(
+                f"{field} = {list(words)}: {words[tokens.index(token)]!r} and {words[i]!r} begin with the same token "
+                f"{tokenizer.decode([token])!r}, and a class is known by its first. Choose other words."
+            )
+    return tokens
