@@ -96,7 +96,8 @@ def assemble(
     if unread := [role for role in config.roles if role not in read]:
         raise InputError(f"roles.{unread[0]}: no term of the objective reads it. Leave it out, or add the term.")
     specs = {"policy": models["policy"].specs}
-    own = {name: objective.params(models) for name, (objective, _) in terms.items() if objective.params is not None}
+    own = {name: term.params(models) for name, (term, _) in terms.items() if term.params is not None}
+    own = {name: made for name, made in own.items() if made}
     if own:
         specs["objectives"] = own
     frozen = {role: transformer.in_compute_dtype(models[role]) for role in config.roles}

@@ -104,10 +104,10 @@ def test_a_student_learns_its_teacher():
     )
     step, found = jax.jit(step), []
     state = train.init_state({"policy": INITIAL}, optimizer, jax.random.PRNGKey(1))
-    for _ in range(60):
+    for _ in range(12):
         state, metrics = step(state, TEACHERS, batch)
         found.append(float(metrics["loss"][0] / metrics["loss"][1]))
-    assert found[-1] < 0.5 * found[0]
+    assert found[-1] < 0.7 * found[0]
     assert state.params.keys() == {"policy"}
 
 
