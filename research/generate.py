@@ -1,12 +1,15 @@
 """Lets a model write: python -m research.generate --model=MODEL --prompt="..."
 
-Completions go to stdout, all else to stderr.
+Completions go to stdout, all else to stderr. With --output, a killed run leaves OUTPUT.partial, and the same command
+goes on from there.
 """
 
 import argparse
 import bisect
 import contextlib
+import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +32,7 @@ from research.sources.formats import TEMPLATES, render_prompt
 Decode = Callable[[list[int]], str]
 Messages = list[dict[str, str]]
 
+_BATCHES_AT_ONCE = 8  # sorted by length together, and written together
 _CHAT_HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
@@ -127,11 +131,14 @@ def _run(args: argparse.Namespace) -> None:
     if args.prompts or args.output:
         generate = make_generate(model, config, tokenizer.size)
         ids = [ids_of(prompt) for prompt in prompts]
-        with _open(args.output) as file:  # first, so that hours of work don't end at a folder that isn't there
-            completions = _complete(generate, loaded.params, ids, key, args.batch_size, longest)
-            for prompt, completion in zip(prompts, completions, strict=True):
-                text, completion = cut(completion, tokenizer.decode, args.stop)
-                print(_to_json(prompt, text, completion) if args.output else text, file=file)
+        with _open(args.output, _identity(args, ids)) as (file, done):
+            for first in range(done, len(ids), size := _BATCHES_AT_ONCE * args.batch_size):
+                batch = ids[first : first + size]
+                completions = _complete(generate, loaded.params, batch, key, args.batch_size, longest, first, len(ids))
+                for prompt, completion in zip(prompts[first:], completions, strict=False):
+                    text, completion = cut(completion, tokenizer.decode, args.stop)
+                    print(_to_json(prompt, text, completion) if args.output else text, file=file)
+                file.flush()
         return
 
     stream = make_stream(model, config, tokenizer.size)
@@ -199,16 +206,17 @@ def _with_system(record: str | Mapping[str, Any], system: str | None) -> str | M
     return {"messages": [{"role": "system", "content": system}, *messages]}
 
 
-def _complete(generate, params, ids, key, batch_size: int, longest: int) -> list[Completion]:
+def _complete(generate, params, ids, key, batch_size: int, longest: int, first: int, total: int) -> list[Completion]:
     began = time.perf_counter()
     completions = generate_batches(
         generate,
         params,
         ids,
         key,
-        batch_size=min(batch_size, len(ids)),
+        batch_size=min(batch_size, total),
         longest=longest,
-        progress=lambda done: print(f"{done} of {len(ids)} prompts", file=sys.stderr),
+        first_row=first,
+        progress=lambda done: print(f"{first + done} of {total} prompts", file=sys.stderr),
     )
     count, seconds = sum(len(c.tokens) for c in completions), time.perf_counter() - began
     print(f"{count} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
@@ -303,13 +311,38 @@ def _to_json(prompt: Prompt, text: str, completion: Completion) -> str:
     )
 
 
-def _open(path: str | None) -> contextlib.AbstractContextManager[TextIO]:
+def _identity(args: argparse.Namespace, ids: list[list[int]]) -> str:
+    """Hash of what decides the completions."""
+    decides = {k: v for k, v in vars(args).items() if k not in ("prompt", "prompts", "output", "interactive")}
+    return hashlib.sha256(json.dumps([decides, ids], sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _open(path: str | None, identity: str) -> Iterator[tuple[TextIO, int]]:
+    """Opens PATH.partial for what is to come, and says how many lines are there from a run of the same command that was
+    killed; it becomes PATH at the end.
+
+    Raises:
+      InputError: it can't be written.
+    """
     if path is None:
-        return contextlib.nullcontext(sys.stdout)
+        yield sys.stdout, 0
+        return
+    partial, begun = Path(f"{path}.partial"), Path(f"{path}.partial.id")
     try:
-        return open(path, "w", encoding="utf-8")
+        if not (begun.is_file() and begun.read_text() == identity and partial.is_file()):
+            partial.write_bytes(b"")
+            begun.write_text(identity)
+        whole = partial.read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        os.truncate(partial, len(whole))
+        file = open(partial, "a", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"--output = {path}: can't be written ({error}). Name another file.") from error
+    with file:
+        yield file, whole.count(b"\n")
+    partial.replace(path)
+    begun.unlink()
 
 
 if __name__ == "__main__":

@@ -205,11 +205,12 @@ def generate_batches(
     batch_size: int,
     bucket: int = 32,
     longest: int | None = None,
+    first_row: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
     """Continues any number of prompts, those of similar length together; returns their completions in order.
 
-    Prompt i is row i of `generate` whatever batch it falls into. Empty rows fill the last batch up, so that
+    Prompt i is row first_row + i of `generate` whatever batch it falls into. Empty rows fill the last batch up, so that
     there is one compilation for each padded length. All processes of a run call this together, with the same
     prompts.
 
@@ -220,6 +221,7 @@ def generate_batches(
       key: random key.
       batch_size: B; a multiple of the mesh's data and fsdp axes wastes nothing.
       bucket, longest: see `pad_prompts`.
+      first_row: number of the first prompt, where these are a part of more.
       progress: called with the number of prompts done, after each batch.
 
     Raises:
@@ -237,7 +239,7 @@ def generate_batches(
             np.pad(padded, ((0, empty), (0, 0))),
             np.pad(lengths, (0, empty)),
             key,
-            np.pad(np.array(rows, np.int32), (0, empty)),
+            np.pad(np.array(rows, np.int32) + np.int32(first_row), (0, empty)),
         )
         tokens, lengths, logprobs = jax.device_get(out)
         for row, i in enumerate(rows):

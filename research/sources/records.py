@@ -73,7 +73,7 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
     Args:
       entry: a file, folder or glob of files (jsonl, jsonl.gz, json, parquet, txt); a folder written by
         `datasets.save_to_disk`; hf:NAME[:CONFIG][:SPLIT]; tasks:NAME[/LEVEL]; reasoning_gym:NAME;
-        builtin:python_docs, its halves python_docs/a and python_docs/b, and builtin:word_order (see stdlib_text).
+        builtin:python_docs or builtin:python_topics.
       count, seed: how many records to generate, and from which seed, where the entry names a generator.
 
     Raises:
@@ -93,9 +93,7 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
 
         known = {
             "python_docs": stdlib_text.records,
-            "python_docs/a": lambda: stdlib_text.records("a"),
-            "python_docs/b": lambda: stdlib_text.records("b"),
-            "word_order": stdlib_text.word_order,
+            "python_topics": stdlib_text.topics,
         }
         if rest not in known:
             raise InputError(f"there is no {entry!r}.{did_you_mean(rest, known)}")

@@ -1,32 +1,41 @@
 """English that ships inside Python: the topics of `help()` and the docstrings of the standard library.
 
-Text to train on with nothing downloaded, and a task with classes made of it: is a sentence's word order right? It
-differs a little between Python versions and installations.
+Text to train on with nothing downloaded, and paragraphs of it with four topics to tell apart. It differs a little
+between Python versions and installations.
 Sources are parsed, never imported, so that nothing runs and no display or optional library is needed.
 """
 
 import ast
 import inspect
+import itertools
 import os
 import pathlib
-import random
 import re
 import sysconfig
 import warnings
-import zlib
 from collections.abc import Iterator
 
 from research.errors import InputError
 
 MIN_CHARACTERS = 200  # A shorter document is a name and a line.
+TOPICS: dict[str, tuple[str, ...]] = {
+    "language": (),
+    "interfaces": ("cmd", "curses", "pty", "readline", "tkinter", "tty", "turtle"),
+    "concurrency": (
+        "_threading_local", "asyncio", "concurrent", "contextvars", "multiprocessing", "queue", "sched", "selectors",
+        "signal", "subprocess", "threading",
+    ),
+    "internet": (
+        "base64", "cgi", "email", "ftplib", "html", "http", "imaplib", "ipaddress", "mailbox", "mimetypes", "nntplib",
+        "poplib", "smtplib", "socket", "socketserver", "ssl", "telnetlib", "urllib", "uuid", "webbrowser", "wsgiref",
+        "xmlrpc",
+    ),
+}  # fmt: skip
 _SKIPPED_FOLDERS = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
 
 
-def records(half: str = "") -> Iterator[dict[str, str]]:
+def records() -> Iterator[dict[str, str]]:
     """Yields {"text": document}, in a fixed order: each topic of `help()`, then each module's docstrings.
-
-    Args:
-      half: "a" or "b": only the documents of this half, chosen by a hash of each.
 
     Raises:
       InputError: this Python ships neither the topics nor library sources.
@@ -36,8 +45,7 @@ def records(half: str = "") -> Iterator[dict[str, str]]:
     for text in (*_topics(), *_modules(library)):
         if len(text) >= MIN_CHARACTERS:
             empty = False
-            if not half or half == "ab"[zlib.crc32(text.encode()) % 2]:
-                yield {"text": text}
+            yield {"text": text}
     if empty:
         raise InputError(
             f"built-in text: this Python has no help topics (pydoc_data), and no sources in {library}. "
@@ -45,38 +53,23 @@ def records(half: str = "") -> Iterator[dict[str, str]]:
         )
 
 
-def word_order() -> Iterator[dict[str, str | int]]:
-    """Yields {"text": sentence, "label": 1 if its words are in order, else 0}; about half of them each.
+def topics() -> Iterator[dict[str, str]]:
+    """Yields {"text": the first 40 words of a paragraph, "label": one of TOPICS}, in a fixed order.
 
-    Where they are not, two pairs of neighbours are swapped. The sentences are those of half b of the documents, so that
-    a model that has read half a has learned English, and none of them. Each call yields the same.
+    What is of the topics of `help()` is "language"; of the library, the modules that TOPICS lists are its topics. The name
+    of what a docstring belongs to is left out. (`records` has the paragraphs too, with these names and without labels.)
     """
-    sentences = {s: None for record in records("b") for s in _sentences(record["text"])}
-    order = random.Random(0)
-    chosen = list(sentences)
-    order.shuffle(chosen)
-    for sentence in chosen:
-        right = order.random() < 0.5
-        yield {"text": sentence if right else _swap(sentence, order, pairs=2), "label": int(right)}
-
-
-def _sentences(text: str) -> Iterator[str]:
-    """Sentences of 6 to 30 words, most of them plain words."""
-    for paragraph in re.split(r"\n\s*\n", text):
-        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(paragraph.split())):
-            words = sentence.split()
-            plain = sum(word.strip(".,").isalpha() for word in words)
-            if 6 <= len(words) <= 30 and plain >= 0.6 * len(words) and re.fullmatch(r"[A-Z].*[.!?]", sentence):
-                yield sentence
-
-
-def _swap(sentence: str, order: random.Random, pairs: int) -> str:
-    """The first word, and the mark at the end, stay where they are."""
-    words, end = sentence[:-1].split(), sentence[-1]
-    places = [i for i in range(1, len(words) - 1) if words[i] != words[i + 1]]
-    for i in order.sample(places, min(pairs, len(places))):
-        words[i], words[i + 1] = words[i + 1], words[i]
-    return " ".join(words) + end
+    library = pathlib.Path(sysconfig.get_path("stdlib"))
+    topic_of = {module: topic for topic, modules in TOPICS.items() for module in modules}
+    documents = itertools.chain(
+        (("language", text) for text in _topics()),
+        ((topic_of.get(re.split(r"[.\n]", text)[0]), text) for text in _modules(library)),
+    )
+    for topic, text in documents:
+        for paragraph in re.split(r"\n\s*\n", text) if topic else ():
+            words = paragraph.split()
+            if len(words) >= 8:
+                yield {"text": " ".join(words[:40]), "label": topic}
 
 
 def _topics() -> Iterator[str]:
