@@ -35,20 +35,18 @@ class Checkpointer:
     def __init__(self, workdir: str | Path, *, keep_last: int = 2, best_metric: str = "", best_mode: str = "min"):
         _quiet()
         keep: list[Any] = [policies.LatestN(keep_last)]
+        score = None
         if best_metric:
             sign = -1.0 if best_mode == "min" else 1.0
-            keep.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: sign * metrics[best_metric],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            score = lambda metrics: sign * metrics[best_metric]  # noqa: E731
+            keep.append(policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
         self._best_metric = best_metric
         self._manager = ocp.CheckpointManager(
             Path(workdir).resolve() / FOLDER,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                best_fn=score,  # without it, metrics aren't written, and the best is forgotten when the run is resumed
+                cleanup_tmp_directories=True,
             ),
         )
 

@@ -1,6 +1,7 @@
 """What is kept, what comes back, and what a reader is told about a folder that holds nothing or something else."""
 
 import dataclasses
+import json
 
 import flax.struct
 import jax
@@ -29,9 +30,9 @@ def like(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def save(workdir, scores, **options):
+def save(workdir, scores, first=1, **options):
     saver = checkpoint.Checkpointer(workdir, **options)
-    for step, score in enumerate(scores, start=1):
+    for step, score in enumerate(scores, start=first):
         saver.save(state_at(step), {"step": step}, {"seed": 0}, {} if score is None else {"eval/loss": score})
     saver.wait()
     saver.close()
@@ -41,6 +42,20 @@ def save(workdir, scores, **options):
 def test_the_last_and_the_best_are_kept(mode, kept, tmp_path):
     save(tmp_path, [3.0, 1.0, 2.0, None, 2.5, None], keep_last=2, best_metric="eval/loss", best_mode=mode)
     assert checkpoint.steps(tmp_path) == kept
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 1)])
+def test_the_best_is_known_and_kept_when_the_run_goes_on(mode, best, tmp_path):
+    options = {"keep_last": 1, "best_metric": "eval/loss", "best_mode": mode}
+    save(tmp_path, [3.0, 1.0, 2.0], **options)
+    save(tmp_path, [2.5, 2.2], first=4, **options)
+    assert checkpoint.steps(tmp_path) == [best, 5]
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"checkpoint": options}}))
+    assert checkpoint.best_step(tmp_path) == best
+    save(tmp_path / "without", [None])
+    (tmp_path / "without/config.json").write_text(json.dumps({"config": {"checkpoint": options}}))
+    with pytest.raises(InputError, match="has no best checkpoint"):
+        checkpoint.best_step(tmp_path / "without")
 
 
 def test_state_and_source_come_back(tmp_path):

@@ -56,8 +56,8 @@ def records() -> Iterator[dict[str, str]]:
 def topics() -> Iterator[dict[str, str]]:
     """Yields {"text": the first 40 words of a paragraph, "label": one of TOPICS}, in a fixed order.
 
-    What is of the topics of `help()` is "language"; of the library, the modules that TOPICS lists are its topics. The name
-    of what a docstring belongs to is left out. (`records` has the paragraphs too, with these names and without labels.)
+    What is of the topics of `help()` is "language"; of the library, TOPICS says which modules are of which. The name of
+    what a docstring belongs to is left out. (`records` has the paragraphs too, with these names and without labels.)
     """
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     topic_of = {module: topic for topic, modules in TOPICS.items() for module in modules}
