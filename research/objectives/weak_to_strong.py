@@ -29,7 +29,7 @@ LOSSES: dict[str, dict[str, Any]] = {
         "coefficient": 0.5,
         "warmup_steps": 0,
         "own_labels": "batch",
-        "rate": 0.01,
+        "rate": 0.3,
         "balance": False,
     },
     "product_of_confidence": {"alpha": 1.0, "beta": 1.0},
@@ -91,7 +91,9 @@ def make(
       own_labels: how the model's predictions become labels in auxiliary_confidence: hardened so that classes are as
         frequent as in the weak labels, with thresholds from the "batch" (as published; no microbatches) or "running"
         ones, which follow from step to step; hardened without thresholds ("argmax"); or as they are ("soft").
-      rate: of the running thresholds, by how much they move in a step at most.
+      rate: of the running thresholds, by how much they move in a step at most. They must move faster than the model's
+        probabilities do: where they lag, all own labels are of one class, which drives the model further there, and it
+        swings from class to class (metric own_class_0 against weak_class_0).
       balance: of auxiliary_confidence: weak labels are shifted so that no class is favoured, and thresholds made for
         classes of equal frequency (no microbatches).
       hard: of bootstrap: own labels are the most likely classes.

@@ -72,7 +72,16 @@ def _own_by_quantile(logits, labels, weights, coefficient, prior=None):
 
 
 def test_every_published_case_is_tested():
-    tested = {"xent", "logconf", "product", "eleuther_window", "eleuther_kl", "eleuther_logconf", "adaptconf", "augconf"}
+    tested = {
+        "xent",
+        "logconf",
+        "product",
+        "eleuther_window",
+        "eleuther_kl",
+        "eleuther_logconf",
+        "adaptconf",
+        "augconf",
+    }
     assert set(KINDS) == tested | {"recipe_xent", "recipe_logconf", "recipe_product"}
     assert sum(map(len, KINDS.values())) == 156
 
@@ -306,6 +315,18 @@ def test_a_batch_in_which_nothing_counts_gives_zeros():
     before = cl.init_thresholds(4)
     after = cl.update_thresholds(before, cl.threshold_sums(before, nan, nan, none), 0.1)
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_a_step_of_the_running_thresholds():
+    before = cl.RunningThresholds(jnp.asarray([0.3, 0.6]), jnp.asarray([0.25, 0.75]), jnp.asarray(12.0))
+    logits = jnp.log(jnp.asarray([[0.8, 0.2], [0.2, 0.8], [0.4, 0.6 - 1e-4], [jnp.nan, jnp.nan]]))
+    labels = jnp.asarray([[1.0, 0.0], [0.5, 0.5], [0.75, 0.25], [0.5, 0.5]])
+    sums = cl.threshold_sums(before, logits, labels, jnp.asarray([1.0, 2.0, 1.0, 0.0]))
+    jax.tree.map(np.testing.assert_allclose, sums, cl.ThresholdSums(np.array([2.0, 1.0]), np.array([2.25, 0.75]), 3.0))
+    after = cl.update_thresholds(before, sums, 0.1)
+    prior = np.array([0.25 * 12 + 2.25, 0.75 * 12 + 0.75]) / 15
+    np.testing.assert_allclose(after.prior, prior, rtol=1e-6)
+    np.testing.assert_allclose(after.thresholds, [0.3, 0.6] + 0.1 * (np.array([2, 1]) / 3 - prior), rtol=1e-6)
 
 
 @pytest.mark.parametrize("C", [2, 4])
