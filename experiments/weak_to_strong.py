@@ -1,0 +1,182 @@
+"""Weak-to-strong generalisation: what does a strong model learn from a weaker one's labels?
+
+    python -m research.main --config=experiments/weak_to_strong.py
+    python -m research.main --config=experiments/weak_to_strong.py:smollm2 --config.study.data=texts.jsonl \\
+        --config.study.strong=model.gguf
+
+A study (Burns et al., arXiv:2312.09390). Small models learn to predict text; the weak ones then learn a task from few
+true labels, and label the text that the strong one learns from, under each loss. The ceiling learned the same text from
+true labels. The table has accuracies, the performance gap recovered and agreement, over seeds. The task is to tell
+which of four topics a paragraph has; `study.data` may be any file of records with `text` and `label` (numbers from 0
+on, or names that study.labels lists).
+"""
+
+import functools
+
+from ml_collections import ConfigDict
+
+from experiments import base
+from research import loading, params, pgr_report
+from research.models import transformer
+
+SIZES = {
+    "xs": {"num_layers": 1, "d_model": 32, "num_heads": 2, "num_kv_heads": 2, "d_ff": 96},
+    "s": {"num_layers": 2, "d_model": 64, "num_heads": 4, "num_kv_heads": 4, "d_ff": 192},
+    "l": {"num_layers": 4, "d_model": 128, "num_heads": 4, "num_kv_heads": 4, "d_ff": 384},
+}
+
+# What a student learns with: options of objectives/weak_to_strong.py, and how its labels are made of the weak ones.
+STUDENTS = {
+    "soft": {"loss": "cross_entropy"},
+    "hard": {"loss": "hard_cross_entropy"},
+    "confidence": {"loss": "auxiliary_confidence", "coefficient": 0.5, "warmup_steps": 16},
+    "product": {"loss": "product_of_confidence"},
+    "reverse_kl": {"loss": "reverse_kl"},
+    "reverse_ce": {"loss": "reverse_cross_entropy"},
+    "adaptive": {"loss": "adaptive_confidence"},
+    "bootstrap": {"loss": "bootstrap", "coefficient": 0.2, "hard": True},
+    "filtered": {"loss": "cross_entropy", "keep": 0.5},  # the most confident half of each class
+    "ensemble": {"loss": "cross_entropy", "ensemble": True},  # the mean of the weak models of all seeds
+    "chain": {"loss": "cross_entropy", "chain": True},  # weak labels teach the next size up, and its labels the next
+}
+
+
+def get_config(arg: str = ""):
+    chosen = base.variants(arg, "smollm2")
+    config = base.get_config()  # of a classifier; pretraining and sizes are set below
+    config.batch_size = 8
+    config.seq_len = 256
+    config.steps = 80
+    config.tokenizer.vocab_size = 2048
+    config.objective = {"terms": {"classify": 1.0}}
+    config.data.update(format="labelled", template="plain", on_long="truncate", eval_fraction=0.1)
+    config.model.num_labels = 4
+    config.optimizer.update(name="adamw", learning_rate=3e-3, warmup_steps=8, schedule="cosine", weight_decay=0.01)
+    config.eval.update(every=20, batches=0)
+    config.checkpoint.update(every=20, keep_last=1, best_metric="eval/label_nll")  # stops early, on weak labels
+    config.log.tensorboard = False
+    study = {
+        "data": "builtin:python_topics",
+        "labels": ("language", "interfaces", "concurrency", "internet"),
+        "weak_records": 400,
+        "strong_records": 2800,
+        "test_records": 2000,
+        "pretrain_data": "builtin:python_docs",
+        "pretrain_steps": 400,
+        "weak": ("xs", "s"),
+        "strong": "l",  # of SIZES, or a model as model.init_from takes it
+        "strong_learning_rate": 3e-3,
+        "strong_steps": 80,
+        "students": ("soft", "hard", "confidence", "product", "reverse_kl", "adaptive", "filtered"),
+        "seeds": 3,
+        "store": "",
+    }
+    if "smollm2" in chosen:
+        config.model.num_labels = 2
+        study |= {"data": "", "labels": (), "strong": "", "weak": ("xs",), "pretrain_steps": 0, "seeds": 1}
+        study |= {"weak_records": 150, "strong_records": 3000, "test_records": 1000, "strong_learning_rate": 5e-5}
+    with config.unlocked():
+        config.study = ConfigDict(study)
+    if "debug" in chosen:
+        config.steps, config.seq_len, config.eval.every, config.checkpoint.every = 2, 64, 1, 1
+        config.optimizer.warmup_steps = 1
+        config.study.update(weak_records=40, strong_records=60, test_records=20, pretrain_steps=2, strong_steps=2)
+        config.study.update(seeds=2, students=("soft", "confidence", "filtered", "ensemble", "chain"))
+    return config
+
+
+def study(config, add):
+    s = config.study
+    split = f"weak:{s.weak_records},strong:{s.strong_records},test:{s.test_records}"
+    files = add.command("split", "research.split", {"data": s.data, "parts": split, "output": "{workdir}"}).workdir
+    cells = [cell for weak in s.weak for cell in _pair(config, add, files, weak)]
+    return functools.partial(pgr_report.report, cells)
+
+
+def _pair(config, add, files, weak):
+    """Adds everything for one weak size; returns the report's cells."""
+    s, test = config.study, f"{files}/test.jsonl"
+    strong = "strong" if s.strong not in SIZES else s.strong
+    sizes = list(SIZES)
+    between = sizes[sizes.index(weak) + 1 : sizes.index(strong)] if strong in sizes else []
+
+    def train(name, size, seed, data, objective):
+        return add.train(f"{name}-{size}-s{seed}", _classifier(config, add, size, seed, data, objective)).workdir
+
+    def label(name, model, data, keep=1.0):
+        flags = {"model": model, "data": data, "output": "{workdir}/labels.jsonl", "step": "best", "keep": keep}
+        return f"{add.command(name, 'research.label', flags).workdir}/labels.jsonl"
+
+    seeds = range(s.seeds)
+    weak_models = [train("weak", weak, seed, f"{files}/weak.jsonl", {"classify": {}}) for seed in seeds]
+    cells = []
+    for seed in seeds:
+        ceiling = train("ceiling", s.strong, seed, f"{files}/strong.jsonl", {"classify": {}})
+        ceiling = label(f"ceiling-{strong}-s{seed}-test", ceiling, test)
+        for student in s.students:
+            options = dict(STUDENTS[student])
+            if "chain" in options and not between:
+                continue
+            keep, ensemble, chain = (options.pop(k, d) for k, d in (("keep", 1.0), ("ensemble", 0), ("chain", 0)))
+            supervisor = ",".join(weak_models) if ensemble else weak_models[seed]
+            name = f"{weak}{'-all' if ensemble else f'-s{seed}'}"
+            data = label(f"labels-{name}-{keep:g}", supervisor, f"{files}/strong.jsonl", keep)
+            for size in between if chain else ():
+                supervisor = train(f"chain-{name}", size, seed, data, {"weak_to_strong": options})
+                data = label(f"chain-{name}-{size}-labels", supervisor, f"{files}/strong.jsonl")
+            model = train(f"{student}-{name}", s.strong, seed, data, {"weak_to_strong": options})
+            cells.append(
+                {
+                    "weak_size": weak,
+                    "strong_size": strong,
+                    "loss": student,
+                    "seed": seed,
+                    "weak": label(f"weak-{name}-test", supervisor if ensemble else weak_models[seed], test),
+                    "student": label(f"{student}-{name}-{strong}-test", model, test),
+                    "ceiling": ceiling,
+                    "weak_params": _count(config, weak),
+                    "strong_params": _count(config, s.strong),
+                }
+            )
+    return cells
+
+
+def _count(config, size):
+    """Number of parameters."""
+    if size in SIZES:
+        c = transformer.ModelConfig(**SIZES[size], vocab_size=config.tokenizer.vocab_size)
+    else:
+        c = loading.find(size).config
+    return params.count(transformer.make_specs(c))
+
+
+def _classifier(config, add, size, seed, data, objective):
+    """The config of a run that makes a classifier of a language model."""
+    run = config.copy_and_resolve_references()
+    run.seed = seed
+    run.objective = {"terms": dict.fromkeys(objective, 1.0), **objective}
+    run.data.path = data
+    run.data.labels = tuple(config.study.labels)
+    if size not in SIZES:
+        run.model.init_from = size
+        run.optimizer.learning_rate = config.study.strong_learning_rate
+    elif config.study.pretrain_steps:
+        run.model.init_from = add.train(f"pretrain-{size}", _pretrain(config, size)).workdir
+    else:
+        run.model.update(SIZES[size])
+    if size == config.study.strong:
+        run.steps = config.study.strong_steps
+    return run
+
+
+def _pretrain(config, size):
+    run = base.get_config()
+    run.steps = config.study.pretrain_steps
+    run.batch_size, run.seq_len = 16, min(128, config.seq_len)
+    run.data.path = config.study.pretrain_data
+    run.tokenizer.update(kind="bpe", vocab_size=config.tokenizer.vocab_size)
+    run.model.update(SIZES[size])
+    run.optimizer.update(name="muon", learning_rate=3e-3, warmup_steps=run.steps // 10, weight_decay=0.1)
+    run.eval.update(every=run.steps, batches=20)
+    run.checkpoint.update(every=0, keep_last=1)
+    return run
