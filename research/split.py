@@ -34,12 +34,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--data", metavar="DATA", help="as an entry of config.data.path: a file, folder, builtin:NAME, tasks:NAME ...")
+    add("--data", metavar="DATA[,DATA]", help="as in config.data.path: files, folders, builtin:NAME, tasks:NAME ...")
     add("--output", metavar="DIR", help="where the files go; made where it isn't there")
     add("--parts", metavar="NAME:COUNT,...", help="the files, and how many records each gets")
     add("--fields", type=json.loads, default={}, help='columns of other names: \'{"text": "headline"}\'')
     add("--seed", type=int, default=0, help="of which record goes where")
-    add("--examples", type=int, default=10_000, help="how many records to generate, for tasks:")
+    add("--examples", type=int, default=10_000, help="how many records to generate, for each tasks:")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -53,11 +53,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> None:
     parts = _parts(args.parts)
     try:
-        origin = records.locate(args.data, count=args.examples, seed=args.seed)
+        origins = [records.locate(entry, count=args.examples, seed=args.seed) for entry in args.data.split(",")]
     except InputError as error:
         raise InputError(f"--data: {error}") from error
     distinct = {}
-    for where, raw in origin.read():
+    for where, raw in itertools.chain.from_iterable(origin.read() for origin in origins):
         try:
             record = records.canonical(records.parse(raw), args.fields)
             if "text" in record:
