@@ -496,16 +496,23 @@ def hidden_at(
     angles = _angles(c, positions, _segment_lengths(segment_ids, positions))
     period = len(c.sliding_window)
 
+    def one_layer(x: jax.Array, p: Params, i: int) -> jax.Array:
+        layer = functools.partial(_layer, c, rules, c.sliding_window[i % period])
+        if c.remat != "none":
+            layer = jax.checkpoint(layer, policy=_REMAT[c.remat])
+        return layer(x, p, segment_ids, angles)
+
     def some_layers(x: jax.Array, layers: Params, first: int = 0) -> jax.Array:
         for i in range(jax.tree.leaves(layers)[0].shape[0]):
-            layer = functools.partial(_layer, c, rules, c.sliding_window[(first + i) % period])
-            if c.remat != "none":
-                layer = jax.checkpoint(layer, policy=_REMAT[c.remat])
-            x = layer(x, jax.tree.map(lambda w, i=i: w[i], layers), segment_ids, angles)
+            x = one_layer(x, jax.tree.map(lambda w, i=i: w[i], layers), first + i)
         return x
 
     def run(x: jax.Array, first: int, stop: int) -> jax.Array:
         cut = lambda a, b: jax.tree.map(lambda w: w[a:b], params["layers"])  # noqa: E731
+        if (
+            period == 1
+        ):  # as they are: another axis would make XLA copy all weights, and the scan keep them a second time
+            return jax.lax.scan(lambda x, p: (one_layer(x, p, 0), None), x, cut(first, stop))[0]
         aligned = min(-(-first // period) * period, stop)
         whole = (stop - aligned) // period
         if first < aligned:
