@@ -61,7 +61,7 @@ def get_config(arg: str = ""):
     with config.unlocked():
         config.study = ConfigDict(study)
     if "debug" in chosen:
-        config.steps, config.eval.every, config.optimizer.warmup_steps = 2, 1, 1
+        config.steps, config.eval.every, config.optimizer.warmup_steps, config.data.max_records = 2, 1, 1, 50
         config.study.update(teacher_steps=2, seeds=1, test_records=8)
         config.study.students = tuple(
             way for way in config.study.students if way != "sequence"

@@ -11,15 +11,24 @@ import numpy as np
 import pytest
 
 from experiments import base
-from research import checkpoint, config, loading, metrics, optim, run, sharding
+from research import checkpoint, config, loading, metrics, optim, run, sharding, study
 
 EXPERIMENTS = sorted(p.stem for p in (Path(base.__file__).parent).glob("*.py") if p.stem not in ("base", "__init__"))
 
 
-def load(name, arg="debug", **overrides):
+def values_of(name, arg="debug", **overrides):
     values = importlib.import_module(f"experiments.{name}").get_config(arg)
     values.update_from_flattened_dict(overrides)
-    return config.parse(values.to_dict())
+    return values
+
+
+STUDIES = [name for name in EXPERIMENTS if "study" in values_of(name)]
+
+
+def load(name, arg="debug", **overrides):
+    values = values_of(name, arg, **overrides).to_dict()
+    values.pop("study", None)
+    return config.parse(values)
 
 
 def parameters(workdir):
@@ -37,7 +46,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - set(STUDIES)))
 def test_experiment_takes_two_steps(name, tmp_path):
     final = run.run(load(name), str(tmp_path / "w"))
     assert np.isfinite(final["train/loss"])
@@ -46,6 +55,40 @@ def test_experiment_takes_two_steps(name, tmp_path):
     assert record["config"]["steps"] == 2
     assert record["versions"]["jax"] == jax.__version__
     assert json.loads((tmp_path / "w/done.json").read_text())["step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "students", "files"),
+    [
+        ("weak_to_strong", ("confidence",), ["table.csv", "report.html"]),
+        ("distill", ("mixed",), ["eval_test_loss.png"]),
+    ],
+)
+def test_study_runs_to_its_report(name, students, files, tmp_path, capfd):
+    overrides = {"study.students": students, "study.seeds": 1}
+    if name == "weak_to_strong":
+        overrides["study.weak"] = ("xs",)
+    values = values_of(name, **overrides)
+    module = importlib.import_module(f"experiments.{name}")
+    plan = study.Plan(str(tmp_path / "store"))
+    report = module.study(values, plan)
+    assert study.run_stages(plan.stages) == {}
+    report(str(tmp_path / "w"))
+    assert students[0] in capfd.readouterr().out
+    for file in files:
+        assert (tmp_path / "w" / file).is_file()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_study_adds_up_at_full_size(name, tmp_path):
+    """Every stage of every variant is a config that parses, with all that it names made by a stage before it."""
+    module = importlib.import_module(f"experiments.{name}")
+    for arg in ("", "tasks") if name == "distill" else ("",):
+        plan = study.Plan(str(tmp_path / "store"))
+        values = values_of(name, arg)
+        module.study(values, plan)
+        assert len({stage.id for stage in plan.stages}) == len(plan.stages) > 6
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -58,6 +101,9 @@ def test_experiment_traces_at_full_size(name, mesh):
     fields = {
         k: jax.ShapeDtypeStruct((c.batch_size, c.seq_len), jnp.int32) for k in ("tokens", "segment_ids", "positions")
     } | {"loss_mask": jax.ShapeDtypeStruct((c.batch_size, c.seq_len), jnp.float32)}
+    if c.model["num_labels"]:
+        shape = (c.batch_size, c.seq_len, c.model["num_labels"])
+        fields["label_probs"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     abstract = sharding.make_abstract_mesh(mesh, devices)
     with jax.sharding.use_abstract_mesh(abstract):
         parts = run.assemble(c, abstract, fields, vocab_size=300)
