@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from research import checkpoint, run, study
+from research import checkpoint, metrics, run, study
 from research.errors import InputError
 from research.study import BAD_INPUT, DIVERGED, FAILED, STOPPED, Plan, main, run_stages, state
 
@@ -544,14 +544,37 @@ def get_config(arg=""):
 def study(config, add):
     small = add.train("small", config)
     rest = {k: v for k, v in config.to_dict().items() if k != "model"}
-    large = add.train("large", rest | {"seed": 1, "model": {"init_from": small.workdir}})
+    mine = {"terms": {"focal": 1.0}, "focal": {"gamma": 2.0}}
+    large = add.train("large", rest | {"seed": 1, "model": {"init_from": small.workdir}, "objective": mine})
     return lambda workdir: pathlib.Path(workdir, "report.json").write_text(json.dumps(large.workdir))
 """
 
 
-def test_real_runs_through_main(tmp_path):
+FOCAL = """
+import jax.numpy as jnp
+
+from research.objectives.types import LossOut, Objective, next_token_targets
+from research.ops.losses import log_probs
+
+
+def make(gamma=1.0):
+    def loss(forward, batch, key, step):
+        targets, weights = next_token_targets(batch)
+        log_p = log_probs(forward.hidden(), forward.head(), targets)
+        focal = -((1 - jnp.exp(log_p)) ** gamma) * log_p
+        n = jnp.sum(weights)
+        return LossOut(jnp.sum(weights * focal), n, {"gamma": (gamma * n, n)})
+
+    return Objective(loss=loss)
+"""
+
+
+def test_real_runs_through_main_with_a_loss_of_ones_own(tmp_path, monkeypatch):
+    """A new loss is one module and one config, wherever they are."""
     path = tmp_path / "real.py"
     path.write_text(REAL)
+    (tmp_path / "focal.py").write_text(FOCAL)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     line = [sys.executable, "-m", "research.main", f"--config={path}", f"--workdir={tmp_path}/runs/x"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -565,3 +588,4 @@ def test_real_runs_through_main(tmp_path):
     assert stored["config"]["model"]["d_model"] == 64  # as the stage before it
     assert stored["command"].startswith("python -m research.study --config=")
     assert checkpoint.steps(large)[-1] == 2
+    assert metrics.read_metrics(str(large))[-1]["eval/gamma"] == 2.0

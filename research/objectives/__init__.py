@@ -1,6 +1,8 @@
-"""Objectives by name: each module here that has a `make` function is one. Nothing is registered."""
+"""Objectives by name: each module here that has a `make` function is one, and any that Python can import by that name,
+such as mine.py in the folder that a command is given in. Nothing is registered."""
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -40,9 +42,18 @@ def load(spec: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[st
 
 def _objective(name: str, options: Mapping[str, Any], tokenizer: Tokenizer | None) -> Objective:
     known = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "types"]
-    if name not in known:
-        raise InputError(f"objective.terms.{name}: no module research/objectives/{name}.py.{did_you_mean(name, known)}")
-    make = importlib.import_module(f"{__name__}.{name}").make
+    if name in known:
+        module = importlib.import_module(f"{__name__}.{name}")
+    elif name.isidentifier() and importlib.util.find_spec(name) is not None:  # of the user's own, beside the run
+        module = importlib.import_module(name)
+    else:
+        raise InputError(
+            f"objective.terms.{name}: no module research/objectives/{name}.py, and no {name}.py where Python looks for "
+            f"modules.{did_you_mean(name, known)}"
+        )
+    if not hasattr(module, "make"):
+        raise InputError(f"objective.terms.{name}: {module.__file__} has no function make(**options) -> Objective.")
+    make = module.make
     parameters = inspect.signature(make).parameters
     given = {"tokenizer": tokenizer} if "tokenizer" in parameters else {}
     allowed = [p for p in parameters if p not in given]
