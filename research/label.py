@@ -71,6 +71,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--prompt", help="what the model reads, with {text} in it; default: the run's")
     add("--words", help="of each class, parted by commas, as the language model would go on; default: the run's")
     add("--keep", type=float, default=1.0, help="keep this share of each predicted class, the most confident ones")
+    add("--overwrite", action="store_true", help="replace the output where it is there")
     add("--max_records", type=int, default=0, help="label only so many; 0: all")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -86,8 +87,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> None:
     output = Path(args.output)
-    if output.exists():
-        raise InputError(f"--output = {output}: is there already. Remove it, or name another file.")
+    if output.exists() and not args.overwrite:
+        raise InputError(f"--output = {output}: is there already. Remove it, name another file, or use --overwrite.")
     if not output.parent.is_dir():
         raise InputError(f"--output = {output}: there is no folder {str(output.parent)!r}. Make it first.")
     try:
