@@ -105,6 +105,7 @@ def _pair(config, add, files, weak):
 
     def label(name, model, data, keep=1.0):
         flags = {"model": model, "data": data, "output": "{workdir}/labels.jsonl", "step": "best", "keep": keep}
+        flags["overwrite"] = True
         return f"{add.command(name, 'research.label', flags).workdir}/labels.jsonl"
 
     seeds = range(s.seeds)
