@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from experiments import base
 from research import loading, params, pgr_report
+from research.errors import InputError
 from research.models import transformer
 
 SIZES = {
@@ -73,8 +74,11 @@ def get_config(arg: str = ""):
     }
     if "smollm2" in chosen:
         config.model.num_labels = 2
-        study |= {"data": "", "labels": (), "strong": "", "weak": ("xs",), "pretrain_steps": 0, "seeds": 1}
-        study |= {"weak_records": 150, "strong_records": 3000, "test_records": 1000, "strong_learning_rate": 5e-5}
+        config.batch_size = 4
+        config.eval.every = config.checkpoint.every = 26
+        study |= {"data": "", "pretrain_data": "", "labels": (), "weak": ("s",), "seeds": 1}
+        study |= {"weak_records": 150, "strong_records": 3000, "test_records": 1000}
+        study |= {"strong": "", "strong_steps": 52, "strong_learning_rate": 1e-4, "students": ("soft", "confidence")}
     with config.unlocked():
         config.study = ConfigDict(study)
     if "debug" in chosen:
@@ -87,6 +91,11 @@ def get_config(arg: str = ""):
 
 def study(config, add):
     s = config.study
+    for field in ("data", "strong"):
+        if not s[field]:
+            raise InputError(
+                f"study.{field} is missing. Give --config.study.{field}=...; see the experiment's docstring."
+            )
     split = f"weak:{s.weak_records},strong:{s.strong_records},test:{s.test_records}"
     files = add.command("split", "research.split", {"data": s.data, "parts": split, "output": "{workdir}"}).workdir
     cells = [cell for weak in s.weak for cell in _pair(config, add, files, weak)]
@@ -101,7 +110,8 @@ def _pair(config, add, files, weak):
     between = sizes[sizes.index(weak) + 1 : sizes.index(strong)] if strong in sizes else []
 
     def train(name, size, seed, data, objective):
-        return add.train(f"{name}-{size}-s{seed}", _classifier(config, add, size, seed, data, objective)).workdir
+        called = strong if size == s.strong else size
+        return add.train(f"{name}-{called}-s{seed}", _classifier(config, add, size, seed, data, objective)).workdir
 
     def label(name, model, data, keep=1.0):
         flags = {"model": model, "data": data, "output": "{workdir}/labels.jsonl", "step": "best", "keep": keep}
@@ -174,7 +184,7 @@ def _pretrain(config, size):
     run = base.get_config()
     run.steps = config.study.pretrain_steps
     run.batch_size, run.seq_len = 16, min(128, config.seq_len)
-    run.data.path = config.study.pretrain_data
+    run.data.path = config.study.pretrain_data or config.study.data
     run.tokenizer.update(kind="bpe", vocab_size=config.tokenizer.vocab_size)
     run.model.update(SIZES[size])
     run.optimizer.update(name="muon", learning_rate=3e-3, warmup_steps=run.steps // 10, weight_decay=0.1)
