@@ -75,8 +75,11 @@ def assemble(
     """
     rules = {**sharding.RULES, **config.rules}
     terms = objectives.load(config.objective, tokenizer)
+    reads_own = {role for objective, _ in terms.values() for role in objective.own_tokens}
     models = {
-        role: transformer.make_model(config_lib.model_config(config, vocab_size, role=role), rules)
+        role: transformer.make_model(
+            config_lib.model_config(config, 1 if role in reads_own else vocab_size, role=role), rules
+        )
         for role in ("policy", *config.roles)
     }
     for name, (objective, _) in terms.items():
@@ -220,7 +223,8 @@ def run(
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
 
     tokenizer = tokenizers.load_tokenizer(workdir) if resumed else given_tokenizer(config, bases.get("policy"))
-    data = dataset.load(config_lib.data_spec(config), config.tokenizer, tokenizer, seed=config.seed)
+    teacher = _teacher_tokenizer(config, bases)
+    data = dataset.load(config_lib.data_spec(config), config.tokenizer, tokenizer, seed=config.seed, teacher=teacher)
     _check_teachers(config, bases, data.tokenizer)
     source = dataset.make_source(
         data.train,
@@ -353,7 +357,9 @@ class _Window:
 
     def __init__(self, config: Config, parts: Parts, writer: metrics.Writer, peak: float | None):
         self.config, self.writer, self.peak = config, writer, peak
-        self.flops_per_token = transformer.flops_per_token(parts.models["policy"].config, config.seq_len)
+        flops = {role: transformer.flops_per_token(m.config, config.seq_len) for role, m in parts.models.items()}
+        # A frozen model's forward pass is a third of it.
+        self.flops_per_token = sum(n if role == "policy" else n / 3 for role, n in flops.items())
         self.steps: list[train.Metrics] = []
         self.start_clock(afresh=True)
 
@@ -528,12 +534,32 @@ def with_checkpoints(config: Config, resumed: str | None) -> tuple[Config, dict[
     return config, bases
 
 
+def _teacher_tokenizer(config: Config, bases: Mapping[str, loading.Found]) -> tokenizers.Tokenizer | None:
+    """The tokenizer of the roles that read tokens of their own; None where there are none."""
+    terms = objectives.load(config.objective)
+    roles = [role for objective, _ in terms.values() for role in objective.own_tokens if role in bases]
+    if not roles:
+        return None
+    if config.rollout.share:
+        raise InputError(
+            f"rollout.share = {config.rollout.share}: roles.{roles[0]} reads the data in its own tokens, and what the "
+            "policy writes has none. Set rollout.share to 0, or use a teacher with the policy's tokenizer."
+        )
+    tokenizer = bases[roles[0]].tokenizer()
+    for role in roles:
+        loading.check_vocabulary(bases[role].name, tokenizer, bases[role].config)
+        loading.check_reads(f"roles.{role}", bases[role], tokenizer)
+    return tokenizer
+
+
 def _check_teachers(config: Config, bases: Mapping[str, loading.Found], tokenizer: tokenizers.Tokenizer) -> None:
     """Raises InputError where a teacher would misread the batch, or its annotations aren't what the objective wants."""
+    terms = objectives.load(config.objective)
+    own = {role for objective, _ in terms.values() for role in objective.own_tokens}
     for role, base in bases.items():
-        if role != "policy":
+        if role != "policy" and role not in own:
             loading.check_reads(f"roles.{role}", base, tokenizer)
-    for name, (objective, _) in objectives.load(config.objective).items():
+    for name, (objective, _) in terms.items():
         annotations.check(config.data["annotations"], name, objective.annotations)
         if objective.annotations and config.rollout.share:
             raise InputError(
