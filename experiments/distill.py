@@ -3,9 +3,11 @@
     python -m research.main --config=experiments/distill.py         # on text
     python -m research.main --config=experiments/distill.py:tasks   # on prompts; also on the teacher's answers
                                                                     # ("sequence") and on its own ("on_policy")
+    python -m research.main --config=experiments/distill.py:tasks,weak  # weak to strong: the teacher is the smaller one
 
 A study: a teacher is trained, then students, each way over seeds. It ends with held-out loss (and exact match) of each
-way to train. `study.teacher` may name a model that exists instead, with the student's tokenizer.
+way to train; where the teacher is the weaker one, with the share of the gap recovered as well. `study.teacher` may name a
+model that exists instead, with the student's tokenizer.
 """
 
 import functools
@@ -29,18 +31,18 @@ TASK_STUDENTS = {
     "alone": {"terms": {"sft": 1.0}},
     "forward_kl": {"terms": {"distill": 1.0}, "distill": {"kind": "forward_kl"}},
     "sequence": {"terms": {"sft": 1.0}},  # on the teacher's answers, those that end
-    "on_policy": {"terms": {"distill": 1.0}, "distill": {"kind": "reverse_kl"}},  # on the student's, half of the rows
+    "on_policy": {"terms": {"distill": 1.0}, "distill": {"kind": "jsd", "beta": 0.5}},  # on its own, half of the rows
 }
 
 
 def get_config(arg: str = ""):
-    chosen = base.variants(arg, "tasks")
-    tasks = "tasks" in chosen
+    chosen = base.variants(arg, "tasks", "weak")
+    tasks, weak = "tasks" in chosen, "weak" in chosen
     config = base.get_config()  # of a student
     config.batch_size = 16
     config.seq_len = 64 if tasks else 128
     config.steps = 600 if tasks else 300
-    config.model.update(STUDENT)
+    config.model.update(TEACHER if weak else STUDENT)
     config.optimizer.update(name="muon", learning_rate=3e-3, warmup_steps=30, weight_decay=0.1)
     config.eval.update(every=100, batches=1)
     config.checkpoint.update(every=0, keep_last=1)
@@ -50,12 +52,14 @@ def get_config(arg: str = ""):
     study = {
         "data": "tasks:copy,tasks:reverse,tasks:upper,tasks:sort_letters" if tasks else "builtin:python_docs",
         "test_records": 256 if tasks else 50,
-        "teacher": "",
-        "teacher_steps": 600,
+        "teacher": "",  # a model that exists, with the student's tokenizer
+        "teacher_model": STUDENT if weak else TEACHER,
+        "teacher_steps": 200 if weak else 600,
         "teacher_learning_rate": 3e-3,
         "students": tuple(TASK_STUDENTS if tasks else TEXT_STUDENTS),
         "seeds": 3,
         "tasks": tasks,
+        "weak": weak,
         "store": "",
     }
     with config.unlocked():
@@ -90,7 +94,7 @@ def study(config, add):
     teacher = s.teacher
     if not teacher:
         terms = {"terms": {"sft" if s.tasks else "next_token": 1.0}}
-        values = run(0, train, terms, **{f"model.{k}": v for k, v in TEACHER.items()}, steps=s.teacher_steps)
+        values = run(0, train, terms, **{f"model.{k}": v for k, v in s.teacher_model.items()}, steps=s.teacher_steps)
         values.optimizer.learning_rate = s.teacher_learning_rate
         values.tokenizer.update(kind="byte" if s.tasks else "bpe", vocab_size=2048)
         teacher = add.train("teacher", values).workdir
@@ -106,7 +110,8 @@ def study(config, add):
         runs[way] = [
             add.train(f"{way}-s{seed}", run(seed, data, ways[way], **changes)).workdir for seed in range(s.seeds)
         ]
-    return functools.partial(compare_report.report, runs, metrics)
+    gap = ("teacher", "alone") if s.weak and "alone" in s.students and not s.teacher else None
+    return functools.partial(compare_report.report, runs, metrics, gap=gap)
 
 
 def _answers(add, teacher, prompts):

@@ -38,15 +38,19 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(m, m - half, m + half)
 
 
-def report(runs: Mapping[str, Sequence[str]], metrics: Sequence[str], workdir: str) -> None:
+def report(
+    runs: Mapping[str, Sequence[str]], metrics: Sequence[str], workdir: str, *, gap: tuple[str, str] | None = None
+) -> None:
     """Writes table.csv, table.json, a PNG for each metric and report.html into a folder, and prints the table.
 
-    A study returns functools.partial(report, runs, metrics).
+    A study returns functools.partial(report, runs, metrics), or one with `gap` set as well.
 
     Args:
       runs: name of a way to train -> workdirs of its runs, one a seed.
       metrics: such as "eval/test/loss". A way none of whose runs has it is shown without.
       workdir: of the study.
+      gap: names of a weak way and of a strong one: the table gets a column for each metric with the share of the gap
+        between their means that a way has recovered (PGR, arXiv:2312.09390, section 3.1), without interval.
 
     Raises:
       InputError: no run of any way has a metric.
@@ -59,15 +63,22 @@ def report(runs: Mapping[str, Sequence[str]], metrics: Sequence[str], workdir: s
             last = [curve[metric][max(curve[metric])] for curve in seeds if curve[metric]]
             row[metric] = mean(last) if last else None
         rows.append(row)
+    recovered = _recovered(rows, metrics, gap) if gap else {}
     for metric in metrics:
         if all(row[metric] is None for row in rows):
             raise InputError(f"{metric}: no run of the study has this metric. Look at their eval sections.")
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
-    header = ["", "seeds", *metrics]
-    shown = [[row["name"], str(row["seeds"]), *(_text(row[metric]) for metric in metrics)] for row in rows]
+    header = ["", "seeds", *metrics, *(f"PGR of {metric}" for metric in recovered)]
+    shown = [
+        [row["name"], str(row["seeds"]), *(_text(row[metric]) for metric in metrics)]
+        + [f"{share[row['name']]:.3f}" if row["name"] in share else "-" for share in recovered.values()]
+        for row in rows
+    ]
     values = [
-        {k: v._asdict() if isinstance(v, Mean) else v for k, v in row.items()} | {"runs": list(runs[row["name"]])}
+        {k: v._asdict() if isinstance(v, Mean) else v for k, v in row.items()}
+        | {"runs": list(runs[row["name"]])}
+        | {f"PGR of {metric}": share.get(row["name"]) for metric, share in recovered.items()}
         for row in rows
     ]
     (out / "table.json").write_text(json.dumps(_plain(values), indent=2) + "\n")
@@ -117,6 +128,23 @@ def _curves(run: str, metrics: Sequence[str]) -> dict[str, dict[int, float]]:
         for metric in metrics:
             if metric in record:
                 found[metric][int(record["step"])] = record[metric]
+    return found
+
+
+def _recovered(
+    rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], gap: tuple[str, str]
+) -> dict[str, dict[str, float]]:
+    """metric -> way -> (way - weak) / (strong - weak); nothing where there is no gap."""
+    of = {row["name"]: row for row in rows}
+    found: dict[str, dict[str, float]] = {}
+    for metric in metrics:
+        weak, strong = (of[name][metric].value if of[name][metric] else math.nan for name in gap)
+        if abs(strong - weak) > 0:
+            found[metric] = {
+                name: (row[metric].value - weak) / (strong - weak)
+                for name, row in of.items()
+                if name not in gap and row[metric]
+            }
     return found
 
 

@@ -49,6 +49,15 @@ def test_the_table_has_the_last_values_over_seeds(tmp_path, capsys):
     assert "2.5 [-3.853, 8.853]" in (tmp_path / "out/report.html").read_text()
 
 
+def test_the_gap_recovered_is_a_ratio_of_means(tmp_path, capsys):
+    losses = {"weak": [4.0, 2.0], "student": [1.5, 3.0], "ceiling": [1.0, 1.0]}
+    runs = {k: [write(tmp_path / f"{k}{i}", {1: x}) for i, x in enumerate(v)] for k, v in losses.items()}
+    compare_report.report(runs, ["eval/loss"], str(tmp_path / "out"), gap=("weak", "ceiling"))
+    assert "PGR of eval/loss" in capsys.readouterr().out
+    table = {row["name"]: row["PGR of eval/loss"] for row in json.loads((tmp_path / "out/table.json").read_text())}
+    assert table == {"weak": None, "student": pytest.approx(0.375), "ceiling": None}
+
+
 def test_a_metric_that_nobody_has_is_named(tmp_path):
     runs = {"alone": [write(tmp_path / "a", {0: 1.0})]}
     with pytest.raises(InputError, match="eval/lss: no run of the study has this metric"):
