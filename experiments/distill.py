@@ -6,8 +6,8 @@
     python -m research.main --config=experiments/distill.py:tasks,weak  # weak to strong: the teacher is the smaller one
 
 A study: a teacher is trained, then students, each way over seeds. It ends with held-out loss (and exact match) of each
-way to train; where the teacher is the weaker one, with the share of the gap recovered as well. `study.teacher` may name a
-model that exists instead, with the student's tokenizer.
+way to train; where the teacher is the weaker one, with the share of the gap recovered as well. `study.teacher` may name
+a model that exists instead, with the student's tokenizer.
 """
 
 import functools

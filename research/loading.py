@@ -175,6 +175,5 @@ def check_reads(field: str, found: Found, tokenizer: tokenizers.Tokenizer) -> No
     raise InputError(
         f"{field}.init_from = {found.name}: has another tokenizer than the policy, with {len(theirs)} tokens for "
         f"{len(ours)}: {known}. Give the policy its tokenizer (tokenizer.kind), distil across tokenizers "
-        "(objective.distill.kind='uld', with data.teacher_tokenizer), or train on what it writes "
-        "(research.generate, then sft)."
+        "(objective.distill.kind='uld'), or train on what it writes (research.generate, then sft)."
     )

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import InputError, did_you_mean
-from research.objectives.types import OWN_FIELDS, Batch, Forward, LossOut, Objective, next_token_targets
+from research.objectives.types import Batch, Forward, LossOut, Objective, next_token_targets
 from research.ops import divergences
+from research.sources import parallel
 from research.sources.tokenizers import Tokenizer
 
 CACHED_FIELDS = ("teacher_ids", "teacher_log_probs", "teacher_rest")
@@ -32,8 +33,8 @@ def make(
 
     Args:
       kind, temperature, beta, alpha: see ops.divergences.divergence. "uld" compares sorted probabilities, for a teacher
-        of another tokenizer (ops.divergences.uld): data.teacher_tokenizer names it, and the two are compared where both
-        have read the same text. (The paper pairs the k-th tokens of both, which drift apart.)
+        of another tokenizer (ops.divergences.uld): it reads the same documents in its own tokens, and the two are
+        compared where both have read the same text. (The paper pairs the k-th tokens of both, which drift apart.)
       scale_by_temperature: multiply by temperature^2, so that gradients keep their size (the paper's section 2).
       on: "supervised", the positions that predict a token of loss_mask, or "all" those that predict one.
       teachers: role -> weight, for several teachers; the loss is their weighted sum. By default {"teacher": 1}.
@@ -113,7 +114,7 @@ def make(
         return LossOut(total, out.weight_sum, metrics)
 
     fields = ("tokens", "segment_ids", "positions") + (("loss_mask",) if on == "supervised" else ())
-    fields += CACHED_FIELDS if cached else OWN_FIELDS if kind == "uld" else ()
+    fields += CACHED_FIELDS if cached else parallel.FIELDS if kind == "uld" else ()
     return Objective(
         loss=loss,
         fields=fields,

@@ -16,9 +16,6 @@ from research.ops.losses import cross_entropy
 from research.sources.tokenizers import Tokenizer
 
 Batch = Mapping[str, jax.Array]  # tokens, segment_ids, positions: [B, T] int32; loss_mask: [B, T] float32; ...
-# What a teacher with a tokenizer of its own reads, [B, T] int32, and for each position of `tokens` the one of the
-# teacher's row where it has read the same text, else -1.
-OWN_FIELDS = ("teacher_tokens", "teacher_segment_ids", "teacher_positions", "teacher_at")
 
 
 class LossOut(NamedTuple):
@@ -94,7 +91,7 @@ class Objective:
       fields: the batch fields it reads; checked against the source before anything compiles.
       trainable: roles whose parameters get gradients.
       frozen: roles that are read only.
-      own_tokens: those of them that read OWN_FIELDS, made by a tokenizer of their own; all others read `tokens`.
+      own_tokens: those of them that read the fields of sources.parallel, made by their own tokenizer; all others read `tokens`.
       states: role -> the layers whose hidden states it reads with Forward.hidden_at.
       params: (models by role) -> ParamSpecs of parameters of its own, which train with the policy and lie in
         forward.params["objectives"][name of the term]; None for none.

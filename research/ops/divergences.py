@@ -543,5 +543,5 @@ def _chunk_size(hidden: jax.Array, logits_per_token: int) -> int:
     parts = {} if mesh.empty else mesh.shape
     rows = B / math.prod(parts.get(axis, 1) for axis in sharding.RULES["batch"])
     bytes_per_token = 4 * logits_per_token / parts.get(sharding.RULES["vocab"], 1)
-    tokens = max(D, CHUNK_TOKENS.get(jax.default_backend(), 2048))
+    tokens = max(D, CHUNK_TOKENS.get(jax.default_backend(), 2048)) // 2  # as much memory as two models' logits need
     return int(max(1, min(T, min(tokens, CHUNK_BYTES / bytes_per_token) // rows)))

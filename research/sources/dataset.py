@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from research.errors import InputError, did_you_mean
-from research.sources import annotations, packing
+from research.sources import annotations, packing, parallel
 from research.sources.annotations import Annotations
 from research.sources.cache import digest
 from research.sources.formats import TEMPLATES
@@ -91,6 +91,8 @@ class Rows:
       seq_len: T.
       labels: [S, C] float32, the probability of each class; None where there are no labels.
       annotations: what a teacher says of the tokens; None for none.
+      teacher: the same rows in the tokens of a teacher's tokenizer; None where it reads these.
+      sizes: with it, bytes of each token of either tokenizer.
     """
 
     stores: tuple[Store, ...]
@@ -100,6 +102,8 @@ class Rows:
     seq_len: int
     labels: np.ndarray | None = None
     annotations: Annotations | None = None
+    teacher: "Rows | None" = None
+    sizes: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.splits) - 1
@@ -109,7 +113,8 @@ class Rows:
 
         Returns:
           tokens, segment_ids, positions: [B, T] int32, and loss_mask: [B, T] float32; with labels, label_probs:
-          [B, T, C] float32, at the last token of each segment, and 0 elsewhere; with annotations, those fields.
+          [B, T, C] float32, at the last token of each segment, and 0 elsewhere; with annotations or a teacher's
+          rows, those fields.
         """
         first = np.where(rows < 0, 0, self.splits[rows])
         count = np.where(rows < 0, 0, self.splits[rows + 1] - first)
@@ -133,6 +138,8 @@ class Rows:
             batch["label_probs"].reshape(-1, C)[row * self.seq_len + in_row + length - 1] = self.labels[segment]
         if self.annotations is not None:
             batch |= self.annotations.fields(address, at, shape)
+        if self.teacher is not None:
+            batch |= parallel.fields(batch, self.teacher.batch(rows), self.sizes)
         return batch
 
     def _read(self, address: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -176,7 +183,13 @@ class Data:
     report: dict[str, Any]
 
 
-def load(spec: DataSpec, tokenizer_spec: TokenizerSpec, tokenizer: Tokenizer | None = None, seed: int = 0) -> Data:
+def load(
+    spec: DataSpec,
+    tokenizer_spec: TokenizerSpec,
+    tokenizer: Tokenizer | None = None,
+    seed: int = 0,
+    teacher: Tokenizer | None = None,
+) -> Data:
     """Reads, tokenises, splits and packs what `spec` names.
 
     Args:
@@ -184,6 +197,7 @@ def load(spec: DataSpec, tokenizer_spec: TokenizerSpec, tokenizer: Tokenizer | N
       tokenizer_spec: the tokenizer to make; not looked at where one is given.
       tokenizer: one made before, so that ids stay those of a checkpoint.
       seed: of generated records, and of which examples share a row.
+      teacher: another tokenizer; batches then hold the same documents in its tokens too (parallel.fields).
 
     Raises:
       InputError: an option, an entry or a record is at fault, or nothing is left to train on.
@@ -201,19 +215,28 @@ def load(spec: DataSpec, tokenizer_spec: TokenizerSpec, tokenizer: Tokenizer | N
     eval_stores = [_open(origin, tokenizer, spec) for origin in eval_origins]
     stores, eval_stores = _same_classes(stores, eval_stores, spec)
 
+    others = {}
+    if teacher is not None:
+        stores_of = zip([*origins, *eval_origins], [*stores, *eval_stores], strict=True)
+        others = {id(store): _open(origin, teacher, spec) for origin, store in stores_of}
+
     to_train, to_eval, samples = _split(stores, eval_stores, spec.eval_fraction)
 
     rng = np.random.default_rng(seed) if spec.shuffle else None
     parts = list(zip(stores, to_train, strict=True))
     groups = [parts] if weights is None else [[part] for part in parts]
-    laid_out = [_lay_out(group, spec, rng) for group in groups]
+    laid_out = [_lay_out(group, spec, rng, others) for group in groups]
     for (rows, counts), name in zip(laid_out, [spec.path] if weights is None else paths, strict=True):
         if not len(rows):
             raise InputError(
                 f"data.path: nothing of {name!r} is left to train on ({_dropped(counts, spec)}). "
                 f"Raise data.seq_len, set data.on_long='truncate', or give more data."
             )
-    held_out, eval_counts = _lay_out(list(zip(eval_stores or stores, to_eval, strict=True)), spec, None)
+    held_out, eval_counts = _lay_out(list(zip(eval_stores or stores, to_eval, strict=True)), spec, None, others)
+    if teacher is not None:
+        sizes = tokenizer.token_bytes(), teacher.token_bytes()
+        laid_out = [(dataclasses.replace(rows, sizes=sizes), counts) for rows, counts in laid_out]
+        held_out = dataclasses.replace(held_out, sizes=sizes)
     if spec.annotations:
         made_of = settings(spec, tokenizer, seed)
         laid_out = [(_annotate(rows, spec.annotations, made_of), counts) for rows, counts in laid_out]
@@ -351,6 +374,8 @@ def _batch_spec(batch_size: int, rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:
         empty = np.zeros(0, np.int64)
         fields = rows.annotations.fields(empty, empty, (batch_size, rows.seq_len))
         spec |= {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}
+    if rows.teacher is not None:
+        spec |= {name: jax.ShapeDtypeStruct((batch_size, rows.seq_len), np.int32) for name in parallel.FIELDS}
     return spec
 
 
@@ -493,15 +518,24 @@ def _held_out_below(keys: np.ndarray, fraction: float) -> int:
     return min(max(int(fraction * _KEYS), least + 1), greatest)
 
 
-def _lay_out(parts: list[tuple[Store, np.ndarray]], spec: DataSpec, rng: np.random.Generator | None):
-    """Lays the chosen examples ([E] bool beside each store) into rows; counts what becomes of them."""
+def _lay_out(
+    parts: list[tuple[Store, np.ndarray]], spec: DataSpec, rng: np.random.Generator | None, others: Mapping[int, Store]
+):
+    """Lays the chosen examples ([E] bool beside each store) into rows; counts what becomes of them. `others` has the
+    same examples in a teacher's tokens, by the id of a store."""
     counts: Counter[str] = Counter()
-    starts, lengths, labels = [], [], []
-    base = 0
+    starts, lengths, labels, other_starts, other_lengths = [], [], [], [], []
+    base = other_base = 0
     for store, chosen in parts:
         example = np.flatnonzero(chosen)
         start, length = (np.cumsum(store.length) - store.length)[example], store.length[example]
         if store.mask is None:
+            if others and np.any(length > spec.seq_len):
+                raise InputError(
+                    f"data.seq_len: {spec.seq_len} cuts texts of up to {length.max()} tokens, and a teacher's "
+                    "tokenizer would cut them elsewhere. Give shorter texts, raise it, or use a teacher with the same "
+                    "tokenizer."
+                )
             start, length = packing.cut(start, length, spec.seq_len)
             counts["supervised_tokens"] += int(length.sum()) - len(length)  # a piece's first token follows nothing
         else:
@@ -523,20 +557,32 @@ def _lay_out(parts: list[tuple[Store, np.ndarray]], spec: DataSpec, rng: np.rand
         if store.labels is not None:
             labels.append(store.labels[example])
         base += len(store.tokens)
+        if others:
+            other = others[id(store)]
+            other_starts.append(other_base + (np.cumsum(other.length) - other.length)[example])
+            other_lengths.append(np.minimum(other.length[example], spec.seq_len))
+            other_base += len(other.tokens)
     start, length = np.concatenate(starts), np.concatenate(lengths)
+    other = np.stack([np.concatenate(x) for x in (other_starts, other_lengths)]) if others else None
     target = np.concatenate(labels) if labels else None
     if rng is not None:
         chance = rng.permutation(len(start))
         start, length = start[chance], length[chance]
         target = None if target is None else target[chance]
-    row = packing.best_fit_decreasing(length, spec.seq_len) if spec.pack else np.arange(len(length))
+        other = None if other is None else other[:, chance]
+    longest = length if other is None else np.maximum(length, other[1])
+    row = packing.best_fit_decreasing(longest, spec.seq_len) if spec.pack else np.arange(len(length))
     order = np.argsort(row, kind="stable")
     splits = np.concatenate([[0], np.cumsum(np.bincount(row))]).astype(np.int64)
     counts["rows"] = len(splits) - 1
     counts["tokens"] = int(length.sum())
     stores = tuple(store for store, _ in parts)
     target = None if target is None else target[order]
-    return Rows(stores, start[order], length[order], splits, spec.seq_len, target), counts
+    rows = Rows(stores, start[order], length[order], splits, spec.seq_len, target)
+    if other is not None:
+        stores = tuple(others[id(store)] for store in stores)
+        rows = dataclasses.replace(rows, teacher=Rows(stores, *other[:, order], splits, spec.seq_len))
+    return rows, counts
 
 
 def _dropped(counts: Counter[str], spec: DataSpec) -> str:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_run import load
 from test_train import INITIAL, MODEL, adamw, make_batch
 
-from research import loading, objectives, params, train
+from research import config, loading, objectives, params, run, train
 from research.errors import InputError
 from research.models.transformer import ModelConfig, make_model
 from research.objectives import distill
@@ -181,3 +182,19 @@ def test_a_teacher_with_other_tokens_is_an_error():
         loading.check_reads("roles.teacher", found(other, 300), tokenizer)
     with pytest.raises(InputError, match=r"its tokenizer has 261 tokens, and its embedding 200"):
         loading.check_reads("roles.teacher", found(None, 200), tokenizer)
+
+
+def test_a_run_across_tokenizers(tmp_path):
+    """The teacher reads pieces of words, the student bytes; any other kind of loss is refused."""
+    few = {"steps": 1, "eval.every": 0, "checkpoint.best_metric": "", "data.path": "tasks:copy"}
+    run.run(load("sft", **few, **{"tokenizer.kind": "bpe", "tokenizer.vocab_size": 300}), str(tmp_path / "teacher"))
+    values = config.to_dict(load("sft", **(few | {"steps": 2})))
+    values |= {"roles": {"teacher": {"init_from": str(tmp_path / "teacher")}}}
+    values["objective"] = {"terms": {"distill": 1.0}, "distill": {"kind": "uld"}}
+    final = run.run(config.parse(values), str(tmp_path / "student"))
+    assert 0 < final["train/divergence"] <= 2
+    assert 0 < final["train/supervised_fraction"] < 1
+    values["objective"] = {"terms": {"distill": 1.0}}
+    with pytest.raises(InputError, match=r"roles\.teacher\.init_from = .*: has another tokenizer than the policy"):
+        run.run(config.parse(values), str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
