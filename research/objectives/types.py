@@ -91,7 +91,8 @@ class Objective:
       fields: the batch fields it reads; checked against the source before anything compiles.
       trainable: roles whose parameters get gradients.
       frozen: roles that are read only.
-      own_tokens: those of them that read the fields of sources.parallel, made by their own tokenizer; all others read `tokens`.
+      own_tokens: those of them that read the fields of sources.parallel, made by their own tokenizer; all others read
+        `tokens`.
       states: role -> the layers whose hidden states it reads with Forward.hidden_at.
       params: (models by role) -> ParamSpecs of parameters of its own, which train with the policy and lie in
         forward.params["objectives"][name of the term]; None for none.
