@@ -558,8 +558,9 @@ def attention_inputs(
 
 def unembed(c: ModelConfig, params: Params) -> Head:
     """The kernel that turns hidden states into logits, its bias and soft-cap."""
-    kernel = params["head"] if "head" in params else params["embed"].T
-    return Head(kernel=kernel, bias=params.get("head_bias"), softcap=c.logit_softcap)
+    tied = "head" not in params
+    kernel = params["embed"].T if tied else params["head"]
+    return Head(kernel=kernel, bias=params.get("head_bias"), softcap=c.logit_softcap, by_token=tied)
 
 
 def init_cache(c: ModelConfig, batch_size: int, length: int) -> Cache:

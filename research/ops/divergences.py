@@ -61,6 +61,8 @@ class _Options(NamedTuple):
     teacher_softcap: float
     tail: str
     chunk: int
+    by_token: bool
+    teacher_by_token: bool = False
 
 
 class TopK(NamedTuple):
@@ -162,6 +164,8 @@ def divergence(
         teacher_head.softcap,
         "",
         chunk or _chunk_size(student_hidden, sum(sizes)),
+        student_head.by_token,
+        teacher_head.by_token,
     )
     student_head, teacher_head = _cut(student_head, min(sizes)), _cut(teacher_head, min(sizes))
     return _sums(options, student_hidden, student_head, teacher_hidden, teacher_head, weights)
@@ -213,7 +217,8 @@ def topk_divergence(
     if vocab_size is not None and not 0 < vocab_size <= V:
         raise InputError(f"vocab_size={vocab_size}: must be in 1..{V}, the size of the student's logits.")
     chunk = chunk or _chunk_size(student_hidden, V)
-    options = _Options(kind, skew, temperature, vocab_size, student_head.softcap, 0.0, tail, chunk)
+    softcap, by_token = student_head.softcap, student_head.by_token
+    options = _Options(kind, skew, temperature, vocab_size, softcap, 0.0, tail, chunk, by_token)
     return _sums(options, student_hidden, student_head, TopK(ids, log_probs, rest), None, weights)
 
 
@@ -236,7 +241,9 @@ def uld(
     """
     check("uld", temperature)
     chunk = chunk or _chunk_size(student_hidden, student_head.kernel.shape[1] + teacher_head.kernel.shape[1])
-    options = _Options("uld", 0.0, temperature, None, student_head.softcap, teacher_head.softcap, "", chunk)
+    heads = student_head, teacher_head
+    softcaps, by_token = [head.softcap for head in heads], [head.by_token for head in heads]
+    options = _Options("uld", 0.0, temperature, None, *softcaps, "", chunk, *by_token)
     return _sums(options, student_hidden, student_head, teacher_hidden, teacher_head, weights)
 
 
@@ -266,10 +273,10 @@ def top_k(
     if not 0 < k <= (vocab_size or V):
         raise InputError(f"k={k}: must be in 1..{vocab_size or V}, the size of the vocabulary.")
     check("uld", temperature)
-    dtype, kernel = _dtype(hidden), head.kernel.astype(hidden.dtype)
+    dtype, kernel = _dtype(hidden), _stored(head).astype(hidden.dtype)
 
     def one(x: jax.Array) -> TopK:
-        logits = _logits(x, kernel, head.bias, head.softcap, dtype)
+        logits = _logits(x, kernel, head.bias, head.softcap, dtype, head.by_token)
         log_probs = jax.nn.log_softmax(_mask(logits / temperature, vocab_size))
         values, ids = jax.lax.top_k(log_probs, k)
         others = jnp.put_along_axis(log_probs, ids, -jnp.inf, axis=-1, inplace=False)
@@ -304,13 +311,18 @@ def _mixture(kind: str, beta: float, alpha: float) -> tuple[str, float]:
 def _cut(head: Head, size: int) -> Head:
     if head.kernel.shape[1] == size:
         return head
-    return Head(head.kernel[:, :size], None if head.bias is None else head.bias[:size], head.softcap)
+    return head._replace(kernel=head.kernel[:, :size], bias=None if head.bias is None else head.bias[:size])
+
+
+def _stored(head: Head) -> jax.Array:
+    """The kernel as it lies in memory, [D, V], or [V, D] with by_token."""
+    return head.kernel.T if head.by_token else head.kernel
 
 
 def _sums(options, hidden, head, teacher, teacher_head, weights) -> Divergence:
-    teacher_head = None if teacher_head is None else (teacher_head.kernel, teacher_head.bias)
+    teacher_head = None if teacher_head is None else (_stored(teacher_head), teacher_head.bias)
     teacher, teacher_head = jax.lax.stop_gradient((teacher, teacher_head))
-    total, tokens = _divergence(options, hidden, (head.kernel, head.bias), teacher, teacher_head, weights)
+    total, tokens = _divergence(options, hidden, (_stored(head), head.bias), teacher, teacher_head, weights)
     weights = jax.lax.stop_gradient(weights)
     metrics = jax.tree.map(lambda x: jnp.sum(weights.astype(x.dtype) * x), tokens)
     return Divergence(total, *metrics[1:], jnp.sum(weights))
@@ -377,12 +389,12 @@ def _one_chunk(options, head, teacher_head, hidden, teacher, weights, with_gradi
     dtype, temperature = _dtype(hidden), options.temperature
     present = weights != 0
     hidden = jnp.where(present[:, :, None], hidden, 0)  # NaN times a gradient of 0 would be NaN
-    logits = _logits(hidden, kernel, bias, options.softcap, dtype)
+    logits = _logits(hidden, kernel, bias, options.softcap, dtype, options.by_token)
     student = _mask(logits / temperature, options.vocab_size)
     if isinstance(teacher, TopK):
         tokens, g = _topk_tokens(options, student, teacher)
     else:
-        teacher = _logits(teacher, *teacher_head, options.teacher_softcap, dtype)
+        teacher = _logits(teacher, *teacher_head, options.teacher_softcap, dtype, options.teacher_by_token)
         teacher = _mask(teacher / temperature, options.vocab_size)
         compare = {"uld": _uld_tokens, LOGIT_MSE: _mse_tokens}.get(options.kind, _whole_tokens)
         tokens, g = compare(options, student, teacher)
@@ -395,13 +407,15 @@ def _one_chunk(options, head, teacher_head, hidden, teacher, weights, with_gradi
         g *= 1 - jnp.square(logits / options.softcap)
     g_bias = None if bias is None else jnp.sum(g, axis=(0, 1))
     g = g.astype(hidden.dtype)
-    g_hidden = jnp.einsum("btv,dv->btd", g, kernel, preferred_element_type=dtype).astype(hidden.dtype)
-    g_kernel = jnp.einsum("btd,btv->dv", hidden, g, preferred_element_type=dtype)
+    axes = "vd" if options.by_token else "dv"
+    g_hidden = jnp.einsum(f"btv,{axes}->btd", g, kernel, preferred_element_type=dtype).astype(hidden.dtype)
+    g_kernel = jnp.einsum(f"btd,btv->{axes}", hidden, g, preferred_element_type=dtype)
     return tokens, g_hidden, (g_kernel, g_bias)
 
 
-def _logits(hidden, kernel, bias, softcap, dtype):
-    logits = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=dtype)
+def _logits(hidden, kernel, bias, softcap, dtype, by_token):
+    axes = "vd" if by_token else "dv"
+    logits = jnp.einsum(f"btd,{axes}->btv", hidden, kernel, preferred_element_type=dtype)
     if bias is not None:
         logits += bias.astype(dtype)[None, None, :]
     return softcap * jnp.tanh(logits / softcap) if softcap else logits

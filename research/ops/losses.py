@@ -28,11 +28,14 @@ class Head(NamedTuple):
       kernel: [D, V]; the transpose of the embedding where the two are tied.
       bias: [V], or None.
       softcap: a python float; 0 means that logits aren't capped (Gemma 2, arXiv:2408.00118, section 2).
+      by_token: the kernel is the transpose of an array [V, D]. Loops over chunks may carry that one, as XLA would write
+        out the other.
     """
 
     kernel: jax.Array
     bias: jax.Array | None
     softcap: float
+    by_token: bool = False
 
 
 class CrossEntropy(NamedTuple):

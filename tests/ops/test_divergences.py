@@ -363,15 +363,18 @@ def test_a_vocabulary_of_128_000(kind):
     _close(gradient(ours), gradient(theirs), rtol=2e-4, atol=2e-6)
 
 
-def test_a_tied_embedding_shared_with_the_cross_entropy():
+@pytest.mark.parametrize("by_token", [False, True])
+def test_a_tied_embedding_shared_with_the_cross_entropy(by_token):
     (hidden, kernel, _), teacher, weights = _inputs()
     targets = jax.random.randint(jax.random.key(1), weights.shape, 0, kernel.shape[1])
 
     def ours(embedding):
-        h, head = hidden + embedding[targets], Head(embedding.T, None, 0.0)
+        h, head = hidden + embedding[targets], Head(embedding.T, None, 0.0, by_token)
         hard = cross_entropy(h, head, targets, weights).loss_sum
-        soft = divergence(h, head, teacher[0], Head(*teacher[1:], 0.0), weights, kind="reverse_kl", chunk=2)
-        return hard + 2.0 * soft.divergence_sum
+        theirs = Head(*teacher[1:], 0.0, by_token)
+        soft = divergence(h, head, teacher[0], theirs, weights, kind="reverse_kl", chunk=2)
+        top = topk_divergence(h, head, *top_k(teacher[0], theirs, 32, chunk=2), weights, kind="reverse_kl", chunk=2)
+        return hard + soft.divergence_sum + top.divergence_sum + uld(h, head, teacher[0], theirs, 0 * weights)[0]
 
     def theirs(embedding):
         p, q = _softmax(teacher), _softmax((hidden + embedding[targets], embedding.T, None))
