@@ -208,3 +208,20 @@ def test_load_model_reads_back_what_was_trained(tmp_path):
     name = next(k for k in saved if k.endswith("['embed']") and "params" in k and "opt" not in k)
     np.testing.assert_array_equal(loaded.params["embed"], saved[name])
     assert loaded.template == "auto"
+
+
+def test_on_policy_distillation_is_resumed_bit_for_bit(tmp_path):
+    run.run(load("sft", **{"eval.every": 0, "checkpoint.best_metric": ""}), str(tmp_path / "teacher"))
+    changes = {"steps": 4, "eval.every": 0, "checkpoint.best_metric": "", "data.pack": False, "log.every": 1, "seed": 1}
+    changes |= {"rollout.share": 0.5, "rollout.max_new_tokens": 8, "rollout.temperature": 1.0}
+    changes |= {"roles": {"teacher": {"init_from": str(tmp_path / "teacher")}}}
+    changes |= {"objective": {"terms": {"distill": 1.0}, "distill": {"kind": "reverse_kl"}}}
+    changes |= {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0}
+    whole = run.run(load("sft", **changes), str(tmp_path / "whole"))
+    assert whole["train/divergence"] > 0
+    run.run(load("sft", **(changes | {"steps": 2})), str(tmp_path / "cut"))
+    run.run(load("sft", **changes), str(tmp_path / "cut"))
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    off_policy = run.run(load("sft", **(changes | {"rollout.share": 0.0, "steps": 1})), str(tmp_path / "off"))
+    first = next(r for r in metrics.read_metrics(str(tmp_path / "whole")) if "train/loss" in r)
+    assert off_policy["train/supervised_fraction"] != first["train/supervised_fraction"]
