@@ -496,15 +496,21 @@ def hidden_at(
     angles = _angles(c, positions, _segment_lengths(segment_ids, positions))
     period = len(c.sliding_window)
 
-    def one_layer(x: jax.Array, p: Params, i: int) -> jax.Array:
-        layer = functools.partial(_layer, c, rules, c.sliding_window[i % period])
+    def one_layer(x: jax.Array, p: Params, i: int, nth: int | None = None) -> jax.Array:
+        """Layer i, whose parameters are `p`, or with `nth` among those of several: then taken from them inside, so that
+        remat keeps none a second time."""
+
+        def layer(x, p, segment_ids, angles):
+            p = p if nth is None else jax.tree.map(lambda w: w[nth], p)
+            return _layer(c, rules, c.sliding_window[i % period], x, p, segment_ids, angles)
+
         if c.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT[c.remat])
         return layer(x, p, segment_ids, angles)
 
     def some_layers(x: jax.Array, layers: Params, first: int = 0) -> jax.Array:
-        for i in range(jax.tree.leaves(layers)[0].shape[0]):
-            x = one_layer(x, jax.tree.map(lambda w, i=i: w[i], layers), first + i)
+        for nth in range(jax.tree.leaves(layers)[0].shape[0]):
+            x = one_layer(x, layers, first + nth, nth)
         return x
 
     def run(x: jax.Array, first: int, stop: int) -> jax.Array:

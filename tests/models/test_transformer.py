@@ -129,3 +129,14 @@ def test_flops_count_matmuls_and_causal_attention():
 def test_impossible_configs(changes, words):
     with pytest.raises(InputError, match=words):
         dataclasses.replace(BASE, **changes)
+
+
+@pytest.mark.parametrize("sliding_window", [(0,), (0, 0)])
+def test_neither_the_scan_nor_remat_keeps_the_weights_a_second_time(sliding_window):
+    """A wide model and a short text: its gradient takes less than the weights beside its arguments and results."""
+    wide = ModelConfig(64, 8, 32, 2, 2, d_ff=8192, remat="full", sliding_window=sliding_window)
+    model = make_model(wide)
+    values = params.tree_map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), model.specs)
+    batch = {k: jax.ShapeDtypeStruct((1, 16), jnp.int32) for k in ("tokens", "segment_ids", "positions")}
+    compiled = jax.jit(jax.grad(lambda p, b: jnp.sum(model.hidden(p, b)))).lower(values, batch).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.7 * 4 * params.count(model.specs)
