@@ -168,7 +168,8 @@ def class_logits(forward: Forward, label_tokens: Sequence[int] | None = None, ro
             f"{where}.num_labels = {num_labels}: the model's head predicts classes, so that no words can stand for "
             "them. Set it to 0, or use head = 'linear'."
         )
-    hidden, (kernel, bias, softcap) = forward.hidden(role), forward.head(role)
+    hidden, head = forward.hidden(role), forward.head(role)
+    kernel, bias, softcap = head.kernel, head.bias, head.softcap
     if label_tokens is not None:
         columns = jnp.asarray(label_tokens, jnp.int32)
         kernel, bias = jnp.take(kernel, columns, axis=1), None if bias is None else bias[columns]
