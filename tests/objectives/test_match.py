@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_run import load, parameters
 from test_train import CONFIG, INITIAL, MODEL, close, make_batch
 
-from research import objectives, params, sharding, train
+from research import config, loading, objectives, params, run, sharding, train
 from research.errors import InputError
 from research.models.transformer import ModelConfig, make_model
 from research.objectives import match
@@ -145,3 +146,25 @@ def test_composed_terms_make_one_pass_through_each_model():
 def test_what_can_not_be_compared_is_an_error(options, message):
     with pytest.raises(InputError, match=message):
         match.make(**options).params(MODELS)
+
+
+def test_a_run_keeps_its_projections(tmp_path):
+    """Begun from a checkpoint, resumed, read as a model: the projections are the run's, not the model's."""
+    few = {"steps": 1, "eval.every": 0, "checkpoint.best_metric": "", "data.path": "tasks:copy"}
+    run.run(load("sft", **few), str(tmp_path / "teacher"))
+    values = config.to_dict(load("sft", **few))
+    values["model"] = {"init_from": str(tmp_path / "teacher")}
+    values |= {"roles": {"teacher": {"init_from": str(tmp_path / "teacher")}}}
+    values["objective"] = {"terms": {"match": 1.0}, "match": {"layers": [[1, -1]], "attention": [[1, 2]]}}
+    run.run(config.parse(values), str(tmp_path / "student"))
+    first = parameters(tmp_path / "student")
+    final = run.run(config.parse({**values, "steps": 2}), str(tmp_path / "student"))
+    second = parameters(tmp_path / "student")
+    name = "['params']['objectives']['match']['1_-1']"
+    assert first[name].shape == (64, 64)
+    assert np.abs(first[name] - second[name]).max() > 0
+    assert 0 < final["train/hidden_1_-1"] < 10
+    assert (
+        loading.load_model(str(tmp_path / "student")).params.keys()
+        == loading.load_model(str(tmp_path / "teacher")).params.keys()
+    )
