@@ -47,7 +47,7 @@ def get_config(arg: str = ""):
     config = base.get_config()  # of a classifier; pretraining and sizes are set below
     config.batch_size = 8
     config.seq_len = 256
-    config.steps = 80
+    config.steps = 40
     config.tokenizer.vocab_size = 2048
     config.objective = {"terms": {"classify": 1.0}}
     config.data.update(format="labelled", template="plain", on_long="truncate", eval_fraction=0.1)
@@ -59,14 +59,14 @@ def get_config(arg: str = ""):
     study = {
         "data": "builtin:python_topics",
         "labels": ("language", "interfaces", "concurrency", "internet"),
-        "weak_records": 400,
+        "weak_records": 150,
         "strong_records": 2800,
         "test_records": 1500,
         "pretrain_data": "builtin:python_docs",
         "pretrain_steps": 400,
         "weak": ("xs", "s"),
         "strong": "l",  # of SIZES, or a model as model.init_from takes it
-        "strong_learning_rate": 3e-3,
+        "strong_learning_rate": 1e-3,
         "strong_steps": 60,
         "students": ("soft", "hard", "confidence", "product", "reverse_kl", "adaptive", "filtered"),
         "seeds": 3,
@@ -77,7 +77,7 @@ def get_config(arg: str = ""):
         config.batch_size = 4
         config.eval.every = config.checkpoint.every = 26
         study |= {"data": "", "pretrain_data": "", "labels": (), "weak": ("s",), "seeds": 1}
-        study |= {"weak_records": 150, "strong_records": 3000, "test_records": 1000}
+        study |= {"strong_records": 3000, "test_records": 1000}
         study |= {"strong": "", "strong_steps": 52, "strong_learning_rate": 1e-4, "students": ("soft", "confidence")}
     with config.unlocked():
         config.study = ConfigDict(study)
@@ -170,13 +170,12 @@ def _classifier(config, add, size, seed, data, objective):
     run.data.labels = tuple(config.study.labels)
     if size not in SIZES:
         run.model.init_from = size
-        run.optimizer.learning_rate = config.study.strong_learning_rate
     elif config.study.pretrain_steps:
         run.model.init_from = add.train(f"pretrain-{size}", _pretrain(config, size)).workdir
     else:
         run.model.update(SIZES[size])
     if size == config.study.strong:
-        run.steps = config.study.strong_steps
+        run.steps, run.optimizer.learning_rate = config.study.strong_steps, config.study.strong_learning_rate
     return run
 
 
