@@ -31,6 +31,8 @@ def run(monkeypatch, capsys, tmp_path):
         config=ModelConfig(vocab_size=V, max_length=64),
         specs=None,
         hidden=None,
+        hidden_at=None,
+        attention_inputs=None,
         unembed=lambda params: Head(jnp.eye(V), None, 0.0),
         init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length)),) * 2,),
         unstack=lambda params: params,

@@ -184,6 +184,7 @@ def test_a_teacher_with_other_tokens_is_an_error():
         loading.check_reads("roles.teacher", found(None, 200), tokenizer)
 
 
+@pytest.mark.slow
 def test_a_run_across_tokenizers(tmp_path):
     """The teacher reads pieces of words, the student bytes; any other kind of loss is refused."""
     few = {"steps": 1, "eval.every": 0, "checkpoint.best_metric": "", "data.path": "tasks:copy"}

@@ -148,6 +148,7 @@ def test_what_can_not_be_compared_is_an_error(options, message):
         match.make(**options).params(MODELS)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_projections(tmp_path):
     """Begun from a checkpoint, resumed, read as a model: the projections are the run's, not the model's."""
     few = {"steps": 1, "eval.every": 0, "checkpoint.best_metric": "", "data.path": "tasks:copy"}
