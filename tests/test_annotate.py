@@ -51,6 +51,7 @@ def whole(folder):
     return str(folder / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_from_the_cache_is_the_run_with_the_teacher(folder, whole, tmp_path):
     """Rows in other order and with other neighbours than when they were annotated."""
     other = {"seed": 5, "batch_size": 16}

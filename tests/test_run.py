@@ -210,6 +210,7 @@ def test_load_model_reads_back_what_was_trained(tmp_path):
     assert loaded.template == "auto"
 
 
+@pytest.mark.slow
 def test_on_policy_distillation_is_resumed_bit_for_bit(tmp_path):
     run.run(load("sft", **{"eval.every": 0, "checkpoint.best_metric": ""}), str(tmp_path / "teacher"))
     changes = {"steps": 4, "eval.every": 0, "checkpoint.best_metric": "", "data.pack": False, "log.every": 1, "seed": 1}

@@ -458,6 +458,7 @@ def study(config, add):
 """
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_studies_go_on_and_processes_share_the_work(tmp_path, monkeypatch):
     path, store, go = tmp_path / "slow.py", tmp_path / "runs/store", tmp_path / "go"
     path.write_text(SLOW)

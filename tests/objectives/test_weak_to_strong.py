@@ -219,6 +219,7 @@ def same(one, two):
         np.testing.assert_allclose(*(m[name][0] / m[name][1] for _, m in (one, two)), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_running_thresholds_are_the_same_for_microbatches_and_a_mesh():
     whole = three_steps(**RUNNING)
     carry = whole[0].carry["weak_to_strong"]

@@ -21,6 +21,7 @@ def write(path, text):
     path.write_text(text, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_library_of_this_python():
     start = time.process_time()
     texts = [record["text"] for record in stdlib_text.records()]
