@@ -31,7 +31,10 @@ TASK_STUDENTS = {
     "alone": {"terms": {"sft": 1.0}},
     "forward_kl": {"terms": {"distill": 1.0}, "distill": {"kind": "forward_kl"}},
     "sequence": {"terms": {"sft": 1.0}},  # on the teacher's answers, those that end
-    "on_policy": {"terms": {"distill": 1.0}, "distill": {"kind": "jsd", "beta": 0.5}},  # on its own, half of the rows
+    "on_policy": {
+        "terms": {"distill": 1.0},
+        "distill": {"kind": "reverse_kl"},
+    },  # from `alone`; half of the rows its own
 }
 
 
@@ -100,16 +103,18 @@ def study(config, add):
         teacher = add.train("teacher", values).workdir
     runs = {} if s.teacher else {"teacher": [teacher]}
     for way in s.students:
-        changes, data = {"tokenizer.kind": teacher}, train
+        data, changes = train, {"tokenizer.kind": teacher}
         if way == "sequence":
             data = _answers(add, teacher, train)
         if "distill" in ways[way]["terms"]:
             changes["roles"] = {"teacher": {"init_from": teacher}}
-        if way == "on_policy":
-            changes |= {"rollout.share": 0.5, "rollout.max_new_tokens": 16}
-        runs[way] = [
-            add.train(f"{way}-s{seed}", run(seed, data, ways[way], **changes)).workdir for seed in range(s.seeds)
-        ]
+        runs[way] = []
+        for seed in range(s.seeds):
+            if way == "on_policy":  # what it writes must be worth judging: it begins where `alone` ends
+                alone = add.train(f"alone-s{seed}", run(seed, train, ways["alone"], **{"tokenizer.kind": teacher}))
+                changes |= {"model.init_from": alone.workdir, "steps": max(1, config.steps // 2)}
+                changes |= {"optimizer.learning_rate": 1e-3, "rollout.share": 0.5, "rollout.max_new_tokens": 16}
+            runs[way].append(add.train(f"{way}-s{seed}", run(seed, data, ways[way], **changes)).workdir)
     gap = ("teacher", "alone") if s.weak and "alone" in s.students and not s.teacher else None
     return functools.partial(compare_report.report, runs, metrics, gap=gap)
 
