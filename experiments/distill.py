@@ -9,7 +9,8 @@ A study: a teacher is trained, then students, each way over seeds. It ends with 
 way to train; where the teacher is the weaker one, with the share of the gap recovered as well. `study.teacher` may name
 a model that exists instead, with the student's tokenizer.
 
-Expect: on text, held-out loss 4.94 alone, 4.68 from the teacher (4.21). On prompts exact match 0.87 alone, 0.92 on-policy.
+Expect: on text, held-out loss 4.94 alone, 4.68 from the teacher (4.21); on prompts, exact match 0.87 alone, 0.92 on
+policy.
 """
 
 import functools
