@@ -9,6 +9,9 @@ true labels, and label the text that the strong one learns from, under each loss
 true labels. The table has accuracies, the performance gap recovered and agreement, over seeds. The task is to tell
 which of four topics a paragraph has; `study.data` may be any file of records with `text` and `label` (numbers from 0
 on, or names that study.labels lists).
+
+Cost: 5:32 on 2 CPU cores with --config.study.seeds=1, 2:00 of them pretraining, which all seeds share: some 13 minutes.
+Expect: weak 0.53 and 0.60, student 0.56 and 0.63, ceiling 0.82; the table tells which loss helps, and which doesn't.
 """
 
 import functools
