@@ -267,9 +267,7 @@ def with_architecture(config: Config, base: ModelConfig, name: str, role: str = 
         value = _convert(hint, value, f"{where}.{field.name}")
         untouched = value == defaults[field.name]
         learned = field.name == "max_length" and base.positions == "learned"
-        if (
-            field.name == "num_labels" and not theirs
-        ):  # a classifier starts from a language model, with a head of its own
+        if field.name == "num_labels" and not theirs:  # a classifier with a new head on a language model's body
             theirs = value
         if not untouched and value != theirs and (field.name not in _FREE or learned):
             raise InputError(

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from research import sharding
+from research import commands, sharding
 from research.errors import InputError
 from research.score import add_model_flags, parse_flags
 
@@ -30,23 +30,11 @@ Metrics = Mapping[str, float]
 
 
 def main(argv: Sequence[str]) -> int:
-    try:
-        _run(_parse(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return commands.run(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m research.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.make_parser("evaluate", __doc__)
     add = parser.add_argument
     add_model_flags(parser)
     add("--task", action="append", default=[], help="see above; can be repeated")

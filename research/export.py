@@ -10,25 +10,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from research.errors import InputError, did_you_mean
+from research import commands
+from research.errors import InputError
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str]) -> int:
-    try:
-        _run(_parse(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return commands.run(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     description, _, _ = __doc__.partition(":")
-    parser = argparse.ArgumentParser("python -m research.export", description=description, allow_abbrev=False)
+    parser = commands.make_parser("export", description)
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -43,13 +37,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=_DTYPES, help="default: of each tensor what it was in the checkpoint that the run began with"
     )
     add("--max_shard_gb", type=float, default=5.0, help="begin a new file before one grows above this; default: 5")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise InputError(f"{flag}: no such flag.{did_you_mean(flag, [f'--{name}' for name in vars(args)])}")
-    for name in ("checkpoint", "output"):
-        if not getattr(args, name):
-            raise InputError(f"--{name}: is missing. See --help.")
+    args = commands.parse(parser, argv, ("checkpoint", "output"), "See --help.")
     if args.max_shard_gb <= 0:
         raise InputError(f"--max_shard_gb = {args.max_shard_gb}: must be above 0.")
     return args

@@ -14,39 +14,24 @@ from typing import Any
 
 import numpy as np
 
-from research.errors import InputError, did_you_mean
+from research import commands
+from research.errors import InputError
 from research.sources import records, tasks
 
 
 def main(argv: Sequence[str]) -> int:
-    try:
-        _run(_parse(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return commands.run(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m research.filter",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.make_parser("filter", __doc__)
     add = parser.add_argument
     add("--data", metavar="FILE", help="completions, as research.generate writes them")
     add("--output", metavar="FILE", help="where the records go, as JSON lines")
     add("--ended", type=int, metavar="N", help="drop completions of N tokens, which were cut off there")
     add("--verified", action="store_true", help="keep those that the record's task, or its `response`, says are right")
     add("--keep", type=float, default=1.0, help="of the rest, keep this share: those likeliest per token")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise InputError(f"{flag}: no such flag.{did_you_mean(flag, [f'--{name}' for name in vars(args)])}")
-    for name in ("data", "output"):
-        if not getattr(args, name):
-            raise InputError(f"--{name}: is missing. Give --data=completions.jsonl --output=pairs.jsonl.")
+    args = commands.parse(parser, argv, ("data", "output"), "Give --data=completions.jsonl --output=pairs.jsonl.")
     if not 0 < args.keep <= 1:
         raise InputError(f"--keep = {args.keep}: must be in (0, 1].")
     return args

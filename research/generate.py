@@ -9,7 +9,6 @@ import bisect
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,8 @@ from typing import Any, NamedTuple, TextIO
 
 import jax
 
-from research.errors import InputError, did_you_mean
+from research import commands
+from research.errors import InputError
 from research.sampling import (
     Completion,
     SamplingConfig,
@@ -44,19 +44,12 @@ class Prompt(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    try:
-        _run(_parse(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return commands.run(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     description, _, _ = __doc__.partition(":")
-    parser = argparse.ArgumentParser("python -m research.generate", description=description, allow_abbrev=False)
+    parser = commands.make_parser("generate", description)
     add = parser.add_argument
     model = "a run's workdir, a Hugging Face folder or hub name, or a .gguf file"
     add("--model", "--checkpoint", dest="model", metavar="MODEL", help=model)
@@ -76,10 +69,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; can be repeated")
     add("--batch_size", type=int, default=16, help="how many prompts of a file are decoded at once")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise InputError(f"{flag}: no such flag.{did_you_mean(flag, [f'--{name}' for name in vars(args)])}")
+    args = commands.parse(parser, argv)
     if not args.model:
         raise InputError(f"--model: names no model. Give {model}.")
     given = [f"--{name}" for name in ("prompt", "prompts", "interactive") if getattr(args, name)]
@@ -333,14 +323,12 @@ def _open(path: str | None, identity: str) -> Iterator[tuple[TextIO, int]]:
         if not (begun.is_file() and begun.read_text() == identity and partial.is_file()):
             partial.write_bytes(b"")
             begun.write_text(identity)
-        whole = partial.read_bytes()
-        whole = whole[: whole.rfind(b"\n") + 1]
-        os.truncate(partial, len(whole))
+        done = commands.whole_lines(partial)
         file = open(partial, "a", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"--output = {path}: can't be written ({error}). Name another file.") from error
     with file:
-        yield file, whole.count(b"\n")
+        yield file, done
     partial.replace(path)
     begun.unlink()
 

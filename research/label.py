@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from research.errors import InputError, did_you_mean
+from research import commands
+from research.errors import InputError
 from research.models import transformer
 from research.objectives import types as objective_types
 from research.sources import packing, records
@@ -44,24 +45,11 @@ class Classifier(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    try:
-        _run(_parse(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return commands.run(lambda: _run(_parse(argv)), resumable=True)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m research.label",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.make_parser("label", __doc__)
     add = parser.add_argument
     add("--model", metavar="M[,M]", help="workdirs of runs, or with --words a language model from anywhere")
     add("--data", metavar="FILE", help=".jsonl, .jsonl.gz, .json, .parquet or .txt; a folder or glob of them")
@@ -73,13 +61,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--keep", type=float, default=1.0, help="keep this share of each predicted class, the most confident ones")
     add("--overwrite", action="store_true", help="replace the output where it is there")
     add("--max_records", type=int, default=0, help="label only so many; 0: all")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise InputError(f"{flag}: no such flag.{did_you_mean(flag, [f'--{name}' for name in vars(args)])}")
-    for name in ("model", "data", "output"):
-        if not getattr(args, name):
-            raise InputError(f"--{name}: is missing. Give --model=M --data=x.jsonl --output=y.jsonl.")
+    args = commands.parse(parser, argv, ("model", "data", "output"), "Give --model=M --data=x.jsonl --output=y.jsonl.")
     if not 0 < args.keep <= 1:
         raise InputError(f"--keep = {args.keep}: must be in (0, 1].")
     return args
@@ -241,11 +223,7 @@ def _resume(partial: Path, identity: dict[str, Any]) -> int:
         raise InputError(
             f"{partial}: was begun with other {differing}. Give that command again, or remove this file to begin anew."
         )
-    whole = partial.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    with open(partial, "rb+") as file:
-        file.truncate(len(whole))
-    return whole.count(b"\n")
+    return commands.whole_lines(partial)
 
 
 def _most_confident(partial: Path, share: float) -> Path:

@@ -31,8 +31,8 @@ import jax
 import numpy as np
 import tqdm
 
-from research import params, sharding
-from research.errors import InputError, did_you_mean
+from research import commands, params, sharding
+from research.errors import InputError
 from research.evals.scoring import BATCH_TOKENS, Example, encode_records, make_token_scorer
 from research.sources import records
 from research.sources.formats import TEMPLATES
@@ -43,24 +43,11 @@ _BATCHES_AT_ONCE = 16  # sorted by length together, and written together
 
 
 def main(argv: Sequence[str]) -> int:
-    try:
-        _run(_parse(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return commands.run(lambda: _run(_parse(argv)), resumable=True)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m research.score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.make_parser("score", __doc__)
     add = parser.add_argument
     add_model_flags(parser)
     add("--input", metavar="FILE", help=".jsonl, .jsonl.gz, .json, .parquet or .txt; a folder or glob of them")
@@ -98,10 +85,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Raises InputError for a flag that isn't known, or a value that can't work. `mesh` becomes a dict."""
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise InputError(f"{flag}: no such flag.{did_you_mean(flag, [f'--{name}' for name in vars(args)])}")
+    args = commands.parse(parser, argv)
     if args.batch_tokens < 1:
         raise InputError(f"--batch_tokens = {args.batch_tokens}: must be at least 1.")
     sizes = {}
@@ -292,13 +276,7 @@ def _open_partial(output: Path, identity: dict[str, Any]) -> int:
                 f"{partial}: was begun by another command: {said[name]}. Give that command again, or remove this file "
                 "to begin anew."
             )
-    lines = end = 0
-    with open(partial, "rb+") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                lines, end = lines + 1, end + len(line)
-        file.truncate(end)
-    return lines
+    return commands.whole_lines(partial)
 
 
 if __name__ == "__main__":

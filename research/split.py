@@ -13,26 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from research.errors import InputError, did_you_mean
+from research import commands
+from research.errors import InputError
 from research.sources import formats, records
 
 
 def main(argv: Sequence[str]) -> int:
-    try:
-        _run(_parse(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return commands.run(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m research.split",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.make_parser("split", __doc__)
     add = parser.add_argument
     add("--data", metavar="DATA[,DATA]", help="as in config.data.path: files, folders, builtin:NAME, tasks:NAME ...")
     add("--output", metavar="DIR", help="where the files go; made where it isn't there")
@@ -40,14 +31,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--fields", type=json.loads, default={}, help='columns of other names: \'{"text": "headline"}\'')
     add("--seed", type=int, default=0, help="of which record goes where")
     add("--examples", type=int, default=10_000, help="how many records to generate, for each tasks:")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise InputError(f"{flag}: no such flag.{did_you_mean(flag, [f'--{name}' for name in vars(args)])}")
-    for name in ("data", "output", "parts"):
-        if not getattr(args, name):
-            raise InputError(f"--{name}: is missing. Give --data=x.jsonl --output=DIR --parts=train:1000,test.")
-    return args
+    remedy = "Give --data=x.jsonl --output=DIR --parts=train:1000,test."
+    return commands.parse(parser, argv, ("data", "output", "parts"), remedy)
 
 
 def _run(args: argparse.Namespace) -> None:
