@@ -1,0 +1,101 @@
+"""Reads the settings of a launcher: settings.env, the environment, the command line.
+
+Shell scripts take them as assignments, with RUN once more as the array ARGUMENTS:
+
+    settings=$(python3 launch/settings.py --require=ZONE,PROJECT -- "$@"); eval "$settings"
+"""
+
+import difflib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+FILE = Path(__file__).with_name("settings.env")
+BAD_INPUT = 2
+_NUMBERS = {"NODES": 1, "PROCESSES": 1, "DEVICES": 1, "SLICES": 1, "MAX_RESTARTS": 0, "GRACE": 0}
+_CHOICES = {"PLATFORM": ("cpu", "gpu", "tpu"), "SPOT": ("0", "1"), "KEEP": ("0", "1")}
+
+
+class SettingError(ValueError):
+    """A setting is missing, unknown or has no such value. The message names it and says what to do."""
+
+
+def read(argv: Sequence[str], require: Sequence[str] = (), file: Path = FILE) -> tuple[dict[str, str], bool]:
+    """Returns every setting as text, and whether --dry_run was given. An empty value means none.
+
+    Args:
+      argv: NAME=value or --name=value, --dry_run, and after `--` the arguments of research.main, which become RUN.
+      require: the names, besides RUN, that must have a value.
+
+    Raises:
+      SettingError: a name isn't known, a value is missing or not allowed.
+    """
+    values = _read_file(file)
+    known = list(values)
+    values.update({name: os.environ[name] for name in known if name in os.environ})
+    argv, run = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    dry_run = False
+    for argument in argv:
+        if argument == "--dry_run":
+            dry_run = True
+            continue
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+            raise SettingError(f"{argument}: no such setting. {hint} What research.main is to get comes after --.")
+        if not equals:
+            raise SettingError(f"{argument}: has no value. Write {name}=VALUE.")
+        values[name.upper()] = value
+    if run:
+        values["RUN"] = shlex.join(run)
+    _check(values, require)
+    return values, dry_run
+
+
+def _read_file(file: Path) -> dict[str, str]:
+    values = {}
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, equals, value = line.partition("=")
+        if not equals or not name.isidentifier():
+            raise SettingError(f"{file}:{number}: {line!r} is no NAME=value line.")
+        values[name] = value.strip()
+    return values
+
+
+def _check(values: dict[str, str], require: Sequence[str]) -> None:
+    for name in ("RUN", *require):
+        if not values[name]:
+            remedy = "-- --config=... --workdir=..." if name == "RUN" else f"{name}=VALUE"
+            raise SettingError(f"{name}: is missing. Give it in {FILE.name}, in the environment or as {remedy}")
+    for name, least in _NUMBERS.items():
+        if not values[name].isdecimal() or int(values[name]) < least:
+            raise SettingError(f"{name} = {values[name]!r}: is no whole number from {least} on.")
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
+            raise SettingError(f"{name} = {values[name]!r}: is none of {', '.join(choices)}.")
+    flags = {argument.split("=")[0] for argument in shlex.split(values["RUN"])}
+    for flag in ("--config", "--workdir"):
+        if flag not in flags:
+            raise SettingError(f"RUN = {values['RUN']!r}: has no {flag}=..., without which a restart can't go on.")
+
+
+def main(argv: Sequence[str]) -> int:
+    require = list(filter(None, argv[0].removeprefix("--require=").split(",")))
+    try:
+        values, dry_run = read(argv[2:], require)
+    except SettingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    for name, value in {**values, "DRY_RUN": str(int(dry_run))}.items():
+        print(f"{name}={shlex.quote(value)}")
+    print(f"ARGUMENTS=({shlex.join(shlex.split(values['RUN']))})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Submits a run to Slurm: launch/slurm.sh NODES=2 PROCESSES=4 PLATFORM=gpu [--dry_run] -- --config=... --workdir=...
+set -euo pipefail
+# shellcheck disable=SC2154  # settings.py assigns them.
+here=$(cd "$(dirname "$0")" && pwd)
+settings=$(python3 "$here/settings.py" --require= -- "$@")
+eval "$settings"
+
+if [[ $PLATFORM == gpu && $DEVICES != 1 ]]; then
+  echo "error: DEVICES = $DEVICES: under Slurm, JAX gives each process one GPU. Raise PROCESSES." >&2
+  exit 2
+fi
+
+# --signal: SIGTERM to the tasks GRACE seconds before the time limit.
+submit=(sbatch "--job-name=$RUN_NAME" "--nodes=$NODES" "--ntasks-per-node=$PROCESSES" "--signal=TERM@$GRACE")
+[[ $PLATFORM == gpu ]] && submit+=("--gpus-per-node=$PROCESSES")
+[[ -n $PARTITION ]] && submit+=("--partition=$PARTITION")
+[[ -n $ACCOUNT ]] && submit+=("--account=$ACCOUNT")
+[[ -n $TIME_LIMIT ]] && submit+=("--time=$TIME_LIMIT")
+submit+=("--export=ALL,PLATFORM=$PLATFORM,DEVICES=$DEVICES,MAX_RESTARTS=$MAX_RESTARTS,GRACE=$GRACE")
+submit+=("$here/slurm.sbatch" "${ARGUMENTS[@]}")
+
+if [[ $DRY_RUN == 1 ]]; then
+  printf '%q ' "${submit[@]}"
+  echo
+else
+  "${submit[@]}"
+fi
