@@ -28,9 +28,7 @@ def main(argv: Sequence[str]) -> int:
                 "PLATFORM = 'tpu': one process has all of a machine's TPUs; run research.main."
             )
         if settings["NODES"] != "1":
-            raise settings_lib.SettingError(
-                f"NODES = {settings['NODES']!r}: this launcher knows this machine alone."
-            )
+            raise settings_lib.SettingError(f"NODES = {settings['NODES']!r}: this launcher knows this machine alone.")
     except settings_lib.SettingError as error:
         print(f"error: {error}", file=sys.stderr)
         return settings_lib.BAD_INPUT

@@ -7,14 +7,15 @@ Shell scripts take them as assignments, with RUN once more as the array ARGUMENT
 
 import difflib
 import os
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 FILE = Path(__file__).with_name("settings.env")
 BAD_INPUT = 2
-_NUMBERS = {"NODES": 1, "PROCESSES": 1, "DEVICES": 1, "SLICES": 1, "MAX_RESTARTS": 0, "GRACE": 0}
+_NUMBERS = {"NODES": 1, "PROCESSES": 1, "DEVICES": 1, "SLICES": 1, "MAX_RESTARTS": 0, "GRACE": 1, "POLL": 0}
 _CHOICES = {"PLATFORM": ("cpu", "gpu", "tpu"), "SPOT": ("0", "1"), "KEEP": ("0", "1")}
 
 
@@ -22,17 +23,20 @@ class SettingError(ValueError):
     """A setting is missing, unknown or has no such value. The message names it and says what to do."""
 
 
-def read(argv: Sequence[str], require: Sequence[str] = (), file: Path = FILE) -> tuple[dict[str, str], bool]:
+def read(argv: Sequence[str], require: Iterable[str] = (), mount: str = "") -> tuple[dict[str, str], bool]:
     """Returns every setting as text, and whether --dry_run was given. An empty value means none.
+
+    RUN comes back as a shell quotes it.
 
     Args:
       argv: NAME=value or --name=value, --dry_run, and after `--` the arguments of research.main, which become RUN.
       require: the names, besides RUN, that must have a value.
+      mount: where the nodes' shared storage appears, if the launcher decides that; --workdir must lie under it.
 
     Raises:
       SettingError: a name isn't known, a value is missing or not allowed.
     """
-    values = _read_file(file)
+    values = _read_file(FILE)
     known = list(values)
     values.update({name: os.environ[name] for name in known if name in os.environ})
     argv, run = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
@@ -52,7 +56,26 @@ def read(argv: Sequence[str], require: Sequence[str] = (), file: Path = FILE) ->
     if run:
         values["RUN"] = shlex.join(run)
     _check(values, require)
+    arguments = _arguments(values["RUN"])
+    for flag in ("--config", "--workdir"):
+        if not arguments.get(flag):
+            raise SettingError(f"RUN = {values['RUN']!r}: has no {flag}=..., without which a restart can't go on.")
+    if mount and not arguments["--workdir"].startswith(f"{mount}/"):
+        raise SettingError(f"RUN = {values['RUN']!r}: its --workdir isn't under {mount}, all that outlives a node.")
+    values["RUN"] = shlex.join(shlex.split(values["RUN"]))
     return values, dry_run
+
+
+def _arguments(run: str) -> dict[str, str]:
+    try:
+        words = shlex.split(run)
+    except ValueError as error:
+        raise SettingError(f"RUN = {run!r}: {error}") from None
+    flags = (word.partition("=") for word in words)
+    return {
+        name: value if equals else following
+        for (name, equals, value), following in zip(flags, [*words[1:], ""], strict=True)
+    }
 
 
 def _read_file(file: Path) -> dict[str, str]:
@@ -67,7 +90,7 @@ def _read_file(file: Path) -> dict[str, str]:
     return values
 
 
-def _check(values: dict[str, str], require: Sequence[str]) -> None:
+def _check(values: dict[str, str], require: Iterable[str]) -> None:
     for name in ("RUN", *require):
         if not values[name]:
             remedy = "-- --config=... --workdir=..." if name == "RUN" else f"{name}=VALUE"
@@ -78,22 +101,21 @@ def _check(values: dict[str, str], require: Sequence[str]) -> None:
     for name, choices in _CHOICES.items():
         if values[name] not in choices:
             raise SettingError(f"{name} = {values[name]!r}: is none of {', '.join(choices)}.")
-    flags = {argument.split("=")[0] for argument in shlex.split(values["RUN"])}
-    for flag in ("--config", "--workdir"):
-        if flag not in flags:
-            raise SettingError(f"RUN = {values['RUN']!r}: has no {flag}=..., without which a restart can't go on.")
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", values["RUN_NAME"]):
+        raise SettingError(f"RUN_NAME = {values['RUN_NAME']!r}: must be small letters, digits and -, 40 at most.")
 
 
 def main(argv: Sequence[str]) -> int:
-    require = list(filter(None, argv[0].removeprefix("--require=").split(",")))
+    own, given = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    options = dict(option.removeprefix("--").split("=", 1) for option in own)
     try:
-        values, dry_run = read(argv[2:], require)
+        values, dry_run = read(given, filter(None, options.get("require", "").split(",")), options.get("mount", ""))
     except SettingError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     for name, value in {**values, "DRY_RUN": str(int(dry_run))}.items():
         print(f"{name}={shlex.quote(value)}")
-    print(f"ARGUMENTS=({shlex.join(shlex.split(values['RUN']))})")
+    print(f"ARGUMENTS=({values['RUN']})")
     return 0
 
 

@@ -3,7 +3,7 @@
 set -euo pipefail
 # shellcheck disable=SC2154  # settings.py assigns them.
 here=$(cd "$(dirname "$0")" && pwd)
-settings=$(python3 "$here/settings.py" --require= -- "$@")
+settings=$(python3 "$here/settings.py" -- "$@")
 eval "$settings"
 
 if [[ $PLATFORM == gpu && $DEVICES != 1 ]]; then
