@@ -6,14 +6,14 @@ here=$(cd "$(dirname "$0")" && pwd)
 settings=$(python3 "$here/settings.py" -- "$@")
 eval "$settings"
 
-if [[ $PLATFORM == gpu && $DEVICES != 1 ]]; then
-  echo "error: DEVICES = $DEVICES: under Slurm, JAX gives each process one GPU. Raise PROCESSES." >&2
+if [[ $PLATFORM == gpu && $DEVICES != 1 && $PROCESSES != 1 ]]; then
+  echo "error: DEVICES = $DEVICES: of several processes on a node, JAX gives each one GPU. Set DEVICES or PROCESSES to 1." >&2
   exit 2
 fi
 
 # --signal: SIGTERM to the tasks GRACE seconds before the time limit.
 submit=(sbatch "--job-name=$RUN_NAME" "--nodes=$NODES" "--ntasks-per-node=$PROCESSES" "--signal=TERM@$GRACE")
-[[ $PLATFORM == gpu ]] && submit+=("--gpus-per-node=$PROCESSES")
+[[ $PLATFORM == gpu ]] && submit+=("--gpus-per-node=$((PROCESSES * DEVICES))")
 [[ -n $PARTITION ]] && submit+=("--partition=$PARTITION")
 [[ -n $ACCOUNT ]] && submit+=("--account=$ACCOUNT")
 [[ -n $TIME_LIMIT ]] && submit+=("--time=$TIME_LIMIT")

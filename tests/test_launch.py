@@ -122,7 +122,7 @@ def test_bad_settings_are_named(box, arguments, run, says):
 @pytest.mark.parametrize(
     ("name", "arguments", "run", "says"),
     [
-        ("slurm.sh", ["PLATFORM=gpu", "DEVICES=4"], RUN, "DEVICES = 4"),
+        ("slurm.sh", ["PLATFORM=gpu", "DEVICES=4", "PROCESSES=2"], RUN, "DEVICES = 4"),
         ("jobset.py", ["IMAGE=i"], RUN, "CLAIM: is missing."),
         ("jobset.py", ["IMAGE=i", "CLAIM=c", "PROCESSES=2"], RUN, "PROCESSES = '2'"),
         ("jobset.py", ["IMAGE=i", "CLAIM=c", "PLATFORM=tpu"], RUN, "ACCELERATOR = ''"),
@@ -263,9 +263,10 @@ def wait_for(happened):
         time.sleep(0.02)
 
 
-def test_slurm_submits_gpus(box):
+@pytest.mark.parametrize("per_node", ["PROCESSES=4", "DEVICES=4"])
+def test_slurm_submits_gpus(box, per_node):
     stand_in(box, "sbatch", "")
-    made = launch("slurm.sh", "PLATFORM=gpu", "NODES=2", "PROCESSES=4", "TIME_LIMIT=2:00:00", "ACCOUNT=a", "GRACE=90")
+    made = launch("slurm.sh", "PLATFORM=gpu", "NODES=2", per_node, "TIME_LIMIT=2:00:00", "ACCOUNT=a", "GRACE=90")
     assert made.returncode == 0, made.stderr
     (call,) = calls(box)
     assert {"--gpus-per-node=4", "--signal=TERM@90", "--time=2:00:00", "--account=a"} <= set(call)
