@@ -80,7 +80,8 @@ prepare() {
     call gcloud compute tpus tpu-vm scp "$archive" "$RUN_NAME:understudy.tar.gz" "${place[@]}" --worker=all &&
     remote "set -e
 pkill -TERM -f '[r]esearch.main' || true
-while pgrep -f '[r]esearch.main' > /dev/null; do sleep 1; done
+for _ in \$(seq $GRACE); do pgrep -f '[r]esearch.main' > /dev/null || break; sleep 1; done
+pkill -KILL -f '[r]esearch.main' || true
 rm -rf understudy && mkdir understudy && tar -xzf understudy.tar.gz -C understudy
 python3 -m pip install --quiet --user uv
 [ -d venv ] || ~/.local/bin/uv venv --quiet --python 3.12 venv
