@@ -58,9 +58,11 @@ def main(argv: Sequence[str]) -> int:
                 process.kill()
         for output in outputs:
             output.join(timeout=5)
-        if status == 0 or told_to_stop or not goes_on(status):
+        if told_to_stop or not goes_on(status):
             break
-        say(f"status {status}; {restarts} of {settings['MAX_RESTARTS']} restarts used")
+        left = int(settings["MAX_RESTARTS"]) - restarts
+        then = f"starts again, {left} times at most" if left else "no restart left"
+        say(f"the run ended with {describe(status)}: {then}")
     return status if status >= 0 else 128 - status
 
 
