@@ -29,4 +29,4 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "done.json").exists()
     assert sum("image/png" in output.get("data", {}) for output in outputs["plots"]) == 3
     said = "".join(output.get("text", "") for output in outputs["chat"] if output.get("name") == "stdout")
-    assert said.strip(), outputs["chat"]
+    assert said.count("\n") == 3, outputs["chat"]  # answers, which may be empty after two steps
