@@ -200,6 +200,33 @@ def test_local_forwards_a_signal_and_does_not_start_again(box):
     assert (box / "starts_1").read_text() == "1"
 
 
+@pytest.mark.slow
+def test_local_goes_on_after_a_process_was_killed(tmp_path, monkeypatch):
+    """research.main itself: the launcher and the run agree on flags, environment and statuses."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    workdir = tmp_path / "run"
+    run = [
+        "--config=experiments/pretrain.py:debug",
+        "--config.steps=60",
+        "--config.eval.every=10",
+        f"--workdir={workdir}",
+    ]
+    run += ["--config.checkpoint.every=10", "--config.eval.generate=0", "--config.mesh.fsdp=4"]
+    command = [sys.executable, LAUNCH / "local.py", "PROCESSES=2", "DEVICES=2", "--", *run]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        lines = []
+        for line in launcher.stdout:
+            lines.append(line)
+            if "step 30/60" in line and not any("SIGKILL" in earlier for earlier in lines):
+                os.kill(json.loads((workdir / "processes" / "1.json").read_text())["pid"], signal.SIGKILL)
+    output = "".join(lines)
+    assert launcher.returncode == 0, output
+    assert "process 1 ended with SIGKILL" in output
+    assert "[0] error: process 0: process 1 (pid " in output, "the survivor says who died"
+    assert "[0] resumed  at step " in output
+    assert (workdir / "done.json").exists()
+
+
 def test_local_gives_each_process_its_own_gpus(box):
     made = launch("local.py", "PLATFORM=gpu", "PROCESSES=2", "DEVICES=2", "--dry_run")
     first, second = map(shlex.split, made.stdout.splitlines())
