@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import settings as settings_lib
 
-PREEMPTED, PEER_LOST = 75, 76  # Exit statuses of research.main, as in research/README.md.
+PREEMPTED, PEER_LOST = 75, 76  # Exit statuses of research.main, told in launch/README.md.
 
 
 def main(argv: Sequence[str]) -> int:
