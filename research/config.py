@@ -5,11 +5,10 @@ the dataclasses below. Every error names the field as it is spelt on the command
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
-
-import jax
 
 from research import objectives, optim, sharding
 from research.errors import InputError, did_you_mean
@@ -21,11 +20,20 @@ from research.sources.tokenizers import TokenizerSpec
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis: `data` splits the batch, `fsdp` batch and parameters, `tensor` heads, MLP and
-    vocabulary. One may be -1: what is left."""
+    """Devices along each axis. One may be -1: what is left.
+
+    Attributes:
+      data: splits the batch; the slices of a multi-slice TPU are along it.
+      fsdp: batch and parameters (fully sharded data parallelism).
+      expert: the batch, and in mixtures of experts the experts.
+      sequence: the tokens of a row.
+      tensor: heads, MLP and vocabulary.
+    """
 
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
+    sequence: int = 1
     tensor: int = 1
 
 
@@ -78,6 +86,15 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """What research.plan needs to know; `prices`: of a chip and hour, by kind, in any currency; 0: not told."""
+
+    prices: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(("v4", "v5e", "v5p", "v6e", "A100", "H100", "H200", "B200", "cpu"), 0.0)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One run.
 
@@ -100,6 +117,7 @@ class Config:
       objective: {"terms": {name: weight}, name: {options}}: see research.objectives.load.
       rollout: the policy answers the prompts of the data itself, for on-policy objectives.
       rules: logical axis -> mesh axis, where it differs from sharding.RULES.
+      stall_seconds: end a run of several processes when it has made no step for so long; 0: never.
       compilation_cache: keep compiled programs on disk, so that the next start is faster.
     """
 
@@ -110,6 +128,7 @@ class Config:
     microbatches: int = 1
     ema_decay: float = 0.0
     max_bad_steps: int = 5
+    stall_seconds: int = 1800
     compilation_cache: bool = True
     mesh: MeshConfig = MeshConfig()
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -124,6 +143,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    plan: PlanConfig = PlanConfig()
 
 
 _MODEL_EXTRA = {"init_from": ""}
@@ -187,16 +207,22 @@ def check(config: Config, *, num_devices: int) -> None:
             "them off. Set eval.every, or checkpoint.best_metric=''."
         )
     shape = dict(zip(sharding.AXES, sharding.mesh_shape(dataclasses.asdict(config.mesh), num_devices), strict=True))
-    unit = shape["data"] * shape["fsdp"] * config.microbatches
+    _check_rules(config.rules)
+    rules = {**sharding.RULES, **config.rules}
+    over = [axis for axis in sharding.AXES if axis in (rules["batch"] or ())]
+    unit = math.prod(shape[axis] for axis in over) * config.microbatches
     if config.batch_size % unit:
+        names = " x ".join([*(f"mesh.{axis}" for axis in over), "microbatches"])
+        sizes = " x ".join(str(n) for n in [*(shape[axis] for axis in over), config.microbatches])
         raise InputError(
-            f"batch_size = {config.batch_size} isn't divisible by mesh.data x mesh.fsdp x microbatches = "
-            f"{shape['data']} x {shape['fsdp']} x {config.microbatches} = {unit}: each device takes as many rows as "
-            f"the next. The next that works: {-(-config.batch_size // unit) * unit}."
+            f"batch_size = {config.batch_size} isn't divisible by {names} = {sizes} = {unit}: each device takes as "
+            f"many rows as the next. The next that works: {-(-config.batch_size // unit) * unit}."
         )
-    for axis in config.rules:
-        if axis not in sharding.RULES:
-            raise InputError(f"rules.{axis}: no such logical axis.{did_you_mean(axis, sharding.RULES)}")
+    if config.seq_len % shape["sequence"]:
+        raise InputError(
+            f"seq_len = {config.seq_len} isn't divisible by mesh.sequence = {shape['sequence']}: each device takes as "
+            "many tokens of a row as the next. Change either."
+        )
     model = model_config(config, vocab_size=config.model["vocab_size"] or 256)
     if config.seq_len > model.max_length:
         raise InputError(
@@ -216,13 +242,23 @@ def check(config: Config, *, num_devices: int) -> None:
         )
 
 
+def _check_rules(rules: Mapping[str, Any]) -> None:
+    for name, axes in rules.items():
+        if name not in sharding.RULES:
+            raise InputError(f"rules.{name}: no such logical axis.{did_you_mean(name, sharding.RULES)}")
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if axis not in sharding.AXES:
+                raise InputError(f"rules.{name} = {axes!r}: no such mesh axis.{did_you_mean(axis, sharding.AXES)}")
+
+
 def model_section(config: Config, role: str) -> tuple[str, Mapping[str, Any]]:
     """Where the config describes the model of a role, and what it says."""
     return ("model", config.model) if role == "policy" else (f"roles.{role}", config.roles[role])
 
 
 def model_config(config: Config, vocab_size: int, backend: str | None = None, role: str = "policy") -> ModelConfig:
-    """A model's section with `auto` values filled in: the vocabulary and the compute dtype of `backend`.
+    """A model's section with `auto` values filled in: the vocabulary and the compute dtype of `backend`, by
+    default that of the mesh in context or this process.
 
     Raises:
       InputError: the tokenizer has more tokens than model.vocab_size.
@@ -236,7 +272,7 @@ def model_config(config: Config, vocab_size: int, backend: str | None = None, ro
         )
     values["vocab_size"] = values["vocab_size"] or -(-vocab_size // 128) * 128  # whole tiles, divisible by any mesh
     if values["dtype"] == "auto":
-        values["dtype"] = "float32" if (backend or jax.default_backend()) == "cpu" else "bfloat16"
+        values["dtype"] = "float32" if (backend or sharding.platform()) == "cpu" else "bfloat16"
     return _build(ModelConfig, values, where)
 
 

@@ -7,17 +7,21 @@ STARTED = time.time()
 import os  # noqa: E402
 import shlex  # noqa: E402
 import sys  # noqa: E402
+import traceback  # noqa: E402
 
 from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from research.errors import InputError, explain_flag_error  # noqa: E402
 
-# Exit statuses. 75 is sysexits.h's EX_TEMPFAIL: the same command goes on from where it stopped.
+# Exit statuses. 75 is sysexits.h's EX_TEMPFAIL: the same command goes on from where it stopped. See distributed.LOST.
 BAD_INPUT, DIVERGED, PREEMPTED = 2, 3, 75
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: experiments/NAME.py[:VARIANT,...].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go. Default: a dated folder under runs/.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where peers aren't found by themselves.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: processes of the run.", lower_bound=0)
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: which one this is, from 0.")
 
 
 def main(argv: list[str]) -> int:
@@ -30,8 +34,18 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         return _fail(explain_flag_error(error, argv), BAD_INPUT)
 
-    from research import config, run, study
+    from research import config, distributed, run, study
 
+    try:
+        distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    except InputError as error:
+        return _fail(error, BAD_INPUT)
+    except distributed.Unreachable as error:
+        return _fail(error, distributed.LOST)
+    if distributed.several() and ("study" in values or not _WORKDIR.value):
+        told = "the runs of a study are processes of their own" if "study" in values else "--workdir: is missing"
+        error = f"{told}. Give each run of several processes a --workdir on storage that all share; --submit a study."
+        return distributed.leave(_fail(error, BAD_INPUT))
     if "study" in values:
         return study.main(argv)
     name = os.path.basename(flags.FLAGS["config"].config_filename).removesuffix(".py")
@@ -39,13 +53,16 @@ def main(argv: list[str]) -> int:
     command = shlex.join(["python", "-m", "research.main", *argv[1:]])
     try:
         run.run(config.parse(values), workdir, started=STARTED, command=command)
-    except InputError as error:
-        return _fail(error, BAD_INPUT)
     except run.Diverged as error:
         return _fail(error, DIVERGED)
     except run.Preempted as stop:
         print(stop, file=sys.stderr)
         return PREEMPTED
+    except InputError as error:
+        return distributed.leave(_fail(error, BAD_INPUT))
+    except Exception:
+        traceback.print_exc()
+        return distributed.leave(1)
     return 0
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from research import checkpoint, loading, metrics, objectives, optim, params, sharding, train
+from research import checkpoint, distributed, loading, metrics, objectives, optim, params, sharding, train
 from research import config as config_lib
 from research.config import Config
 from research.errors import InputError, did_you_mean
@@ -153,6 +153,7 @@ def assemble(
                 trains=trains,
             ),
             donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
         ),
         evaluate=jax.jit(train.make_eval_step(terms, models)),
         rollout=answers,
@@ -226,13 +227,13 @@ def run(
     teacher = _teacher_tokenizer(config, bases)
     data = dataset.load(config_lib.data_spec(config), config.tokenizer, tokenizer, seed=config.seed, teacher=teacher)
     _check_teachers(config, bases, data.tokenizer)
+    mine = sharding.local_rows(mesh, config.batch_size, {**sharding.RULES, **config.rules})
     source = dataset.make_source(
         data.train,
         batch_size=config.batch_size,
         seed=config.seed,
         shuffle=config.data["shuffle"],
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        mine=mine,
     )
     parts = assemble(config, mesh, source.spec, data.tokenizer.size, data.tokenizer)
     _check_classes(config, parts)
@@ -265,11 +266,14 @@ def run(
             state, source_state = parts.init_state(initial, keys[1]), source.init()
         first = int(state.step)
         changed = _changes(workdir, config) if resumed else []
-        _write_record(workdir, config, command, mesh)
-        if not resumed:
-            data.tokenizer.save(workdir)
-            if "policy" in bases and bases["policy"].origin:
-                checkpoint.write_json(Path(workdir) / loading.ORIGIN, bases["policy"].origin)
+        watch = stack.enter_context(distributed.watch(workdir, config.stall_seconds, (Preempted, Diverged)))
+        if distributed.main():
+            _write_record(workdir, config, command, mesh)
+            (Path(workdir) / "done.json").unlink(missing_ok=True)
+            if not resumed:
+                data.tokenizer.save(workdir)
+                if "policy" in bases and bases["policy"].origin:
+                    checkpoint.write_json(Path(workdir) / loading.ORIGIN, bases["policy"].origin)
         writer = stack.enter_context(
             metrics.Writer(
                 workdir,
@@ -283,25 +287,27 @@ def run(
         _describe(writer, config, parts, data, mesh, workdir)
         if resumed:
             writer.print(f"resumed  at step {first} of {config.steps}" + "".join(f"\nchanged  {x}" for x in changed))
-            (Path(workdir) / "done.json").unlink(missing_ok=True)
-        evals = _make_evals(config, parts, data, listed, writer)
-        stop = stack.enter_context(_stop_on_signals(stop or threading.Event()))
-        batches = stack.enter_context(contextlib.closing(_prefetch(source, source_state, parts.batch)))
+        evals = _make_evals(config, parts, data, listed, writer, mine)
+        batches = stack.enter_context(contextlib.closing(_prefetch(source, source_state, parts.batch, mine)))
         window = _Window(config, parts, writer, peak)
-        train_step = compiled = traced.lower().compile()
+        compiled = distributed.one_at_a_time(traced.lower().compile())
+        train_step = compiled
         if parts.rollout:
+            answer = distributed.one_at_a_time(parts.rollout)
 
             def train_step(state, frozen, batch):
-                return compiled(state, frozen, parts.rollout(state, batch))
+                return compiled(state, frozen, answer(state, batch))
 
-        _loop(config, train_step, state, frozen, source_state, batches, evals, saver, window, stop, workdir, started)
+        stop = stack.enter_context(_stop_on_signals(stop or threading.Event()))
+        due = lambda step: stop.is_set() or distributed.should_stop(step)  # noqa: E731
+        start = state, frozen, source_state
+        _loop(config, train_step, start, batches, evals, saver, window, due, watch.progress, workdir, started)
     return _finish(config, workdir)
 
 
-def _loop(
-    config, train_step, state, frozen, source_state, batches, evals, saver, window, stop, workdir, started
-) -> None:
-    """Every step: a batch, an update. At intervals: metrics, evaluation, checkpoint."""
+def _loop(config, train_step, start, batches, evals, saver, window, due, tell, workdir, started) -> None:
+    """Every step: a batch, an update. At intervals: metrics, evaluation, checkpoint. `due(step)`: whether to stop."""
+    state, frozen, source_state = start
     first = int(state.step)
     if config.eval.every and first == 0:
         evals(state, frozen, 0)
@@ -311,6 +317,7 @@ def _loop(
         for step in range(first + 1, config.steps + 1):
             with window.waiting():
                 batch, source_state = next(batches)
+            tell(step)
             state, out = train_step(state, frozen, batch)
             if pending is not None:
                 window.add(*pending)
@@ -319,7 +326,7 @@ def _loop(
                 jax.block_until_ready(out)
                 window.writer.write(step, {"startup/seconds_to_first_step": time.time() - started})
                 window.start_clock(afresh=True)
-            stopping, last = stop.is_set(), step == config.steps
+            stopping, last = due(step), step == config.steps
             if stopping:
                 window.writer.print("asked to stop: saving first")
             evaluating = config.eval.every and (last or (step % config.eval.every == 0 and not stopping))
@@ -348,7 +355,8 @@ def _finish(config: Config, workdir: str) -> dict[str, float]:
     final: dict[str, float] = {}
     for record in metrics.read_metrics(workdir):
         final |= {name: value for name, value in record.items() if "/" in name}
-    checkpoint.write_json(Path(workdir) / "done.json", {"step": config.steps, "metrics": final})
+    if distributed.main():
+        checkpoint.write_json(Path(workdir) / "done.json", {"step": config.steps, "metrics": final})
     return final
 
 
@@ -438,6 +446,7 @@ def _make_evals(
     data: dataset.Data,
     listed: Sequence[eval_tasks.Evaluation],
     writer: metrics.Writer,
+    mine: Sequence[int],
 ) -> Callable[..., dict[str, float]]:
     """Returns evaluate(state, frozen, step) -> {"eval/loss": ...}, which also writes them and shows some answers."""
     tokenizer, model = data.tokenizer, parts.models["policy"]
@@ -446,17 +455,16 @@ def _make_evals(
             data.held_out,
             config.batch_size,
             config.eval.batches or None,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            mine=mine,
         )
     )
     masked = any("loss_mask" in objective.fields for objective, _ in parts.terms.values())
     loss = perplexity.make_perplexity(
-        parts.evaluate,
+        distributed.one_at_a_time(parts.evaluate),
         batches,
         tokenizer.token_bytes(),
         use_loss_mask=masked,
-        put=lambda b: _put(b, parts.batch),
+        put=lambda b: _put(b, parts.batch, mine),
     )
     answer = None
     records = data.held_out_records[: config.eval.generate]
@@ -494,10 +502,12 @@ def _make_evals(
 
 
 def _peak_flops(mesh: jax.sharding.Mesh) -> float | None:
-    """Of all devices; simulated CPU devices share one machine's peak."""
-    device = mesh.devices.flat[0]
+    """Of all devices; the simulated CPU devices of a process share its machine's peak."""
+    device = jax.local_devices()[0]
     peak = metrics.peak_flops(device)
-    return peak if peak is None or device.platform == "cpu" else peak * mesh.size
+    if peak is None:
+        return None
+    return peak * jax.process_count() if device.platform == "cpu" else peak * mesh.size
 
 
 def given_tokenizer(config: Config, base: loading.Found | None) -> tokenizers.Tokenizer | None:
@@ -511,10 +521,13 @@ def given_tokenizer(config: Config, base: loading.Found | None) -> tokenizers.To
     return tokenizer
 
 
-def with_checkpoints(config: Config, resumed: str | None) -> tuple[Config, dict[str, loading.Found]]:
+def with_checkpoints(
+    config: Config, resumed: str | None, *, described: bool = False
+) -> tuple[Config, dict[str, loading.Found]]:
     """The config with the architectures of the checkpoints that it names, and these by role.
 
-    A run that is `resumed` from a workdir no longer needs the checkpoint that its policy began with.
+    A run that is `resumed` from a workdir no longer needs the checkpoint that its policy began with. With `described`,
+    roles may name none: their section then describes them, which is enough to compile.
     """
     bases: dict[str, loading.Found] = {}
     for role in ("policy", *config.roles):
@@ -527,7 +540,7 @@ def with_checkpoints(config: Config, resumed: str | None) -> tuple[Config, dict[
         elif name:
             bases[role] = loading.find(name)
             config = config_lib.with_architecture(config, bases[role].config, name, role)
-        elif role != "policy":
+        elif role != "policy" and not described:
             raise InputError(
                 f"{where}.init_from = '': names no model. Give a workdir, a folder, a hub name or a .gguf."
             )
@@ -598,12 +611,25 @@ def _begin(base: loading.Found, parts: Parts, mesh: jax.sharding.Mesh, key: jax.
     return {name: fresh[name] if name in fresh else values[name] for name in like}
 
 
-def _put(batch: Mapping[str, np.ndarray], like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """This process's rows -> global arrays."""
-    return {k: jax.make_array_from_process_local_data(like[k].sharding, v, like[k].shape) for k, v in batch.items()}
+def _put(
+    batch: Mapping[str, np.ndarray], like: Mapping[str, jax.ShapeDtypeStruct], mine: Sequence[int]
+) -> dict[str, jax.Array]:
+    """This process's rows, whose numbers are `mine`, -> global arrays."""
+
+    def put(x: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(like.shape[0])
+            first = int(np.searchsorted(mine, start))
+            return x[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback(like.shape, like.sharding, of_device)
+
+    return {k: put(x, like[k]) for k, x in batch.items()}
 
 
-def _prefetch(source: Source, state: dict[str, Any], like: Mapping[str, jax.ShapeDtypeStruct], depth: int = 2):
+def _prefetch(
+    source: Source, state: dict[str, Any], like: Mapping[str, jax.ShapeDtypeStruct], mine: Sequence[int], depth: int = 2
+):
     """Yields (batch on the devices, source state after it), read ahead by a thread. An error there is raised here."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
@@ -612,7 +638,7 @@ def _prefetch(source: Source, state: dict[str, Any], like: Mapping[str, jax.Shap
         try:
             while not closed.is_set():
                 batch, state = source.next(state)
-                ready.put((_put(batch, like), state, None))
+                ready.put((_put(batch, like, mine), state, None))
         except BaseException as error:
             ready.put((None, None, error))
 
@@ -633,8 +659,11 @@ def _prefetch(source: Source, state: dict[str, Any], like: Mapping[str, jax.Shap
 
 @contextlib.contextmanager
 def _stop_on_signals(stop: threading.Event) -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, so that the loop can save first. A second SIGINT interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():
+    """An event that SIGTERM and SIGINT set, so that the loop can save first. A second SIGINT interrupts at once.
+
+    Of several processes each must stop at the same step: SIGTERM goes to JAX, see distributed.should_stop.
+    """
+    if threading.current_thread() is not threading.main_thread() or distributed.several():
         yield stop
         return
 

@@ -5,15 +5,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from research.errors import InputError, did_you_mean
 
-AXES = ("data", "fsdp", "tensor")
+# The outermost first: what talks least and may be furthest apart. Slices of a multi-slice TPU are cut along "data".
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
 # Logical axis -> mesh axis (or axes). What isn't named here is replicated.
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
+    "time": "sequence",
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
@@ -24,9 +27,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "positions": None,
     "token_types": None,
-    "experts": None,
+    "experts": "expert",
     "labels": None,
-    "time": None,
 }
 
 
@@ -57,10 +59,26 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices (or those given) with axes AXES."""
+    """A mesh of all devices (or those given) with axes AXES.
+
+    Where the devices are of several slices (TPU slices that are joined by a data-centre network), the data axis goes
+    over the slices first, so that all other axes lie within one.
+
+    Raises:
+      InputError: see `mesh_shape`; or mesh.data isn't a multiple of the number of slices.
+    """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape, types = mesh_shape(sizes, len(devices)), (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise InputError(
+            f"mesh.data = {shape[0]}: the devices are in {slices} slices, which the data axis goes over. Make it a "
+            f"multiple of {slices}."
+        )
+    within, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(AXES) - 1))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
 
 
 def make_abstract_mesh(sizes: Mapping[str, int], num_devices: int) -> AbstractMesh:
@@ -84,9 +102,9 @@ def named(
     """A NamedSharding from logical axes; with `shape`, divisibility is checked (InputError names the array)."""
     spec = partition(axes, rules)
     for size, axis, over in zip(shape, axes, spec, strict=False):
-        over = (over,) if isinstance(over, str) else over or ()
-        parts = math.prod(mesh.shape[a] for a in over)
+        parts = num_parts(over, mesh)
         if size % parts:
+            over = (over,) if isinstance(over, str) else over
             raise InputError(
                 f"{name}: its axis {axis!r} has size {size}, which mesh {'x'.join(over)} = {parts} doesn't divide. "
                 f"Choose a mesh.{over[-1]} that divides it, or change the size."
@@ -94,8 +112,28 @@ def named(
     return NamedSharding(mesh, spec)
 
 
+def local_rows(mesh: Mesh, batch_size: int, rules: Mapping[str, Any] = RULES) -> list[int]:
+    """The rows of a global batch that devices of this process hold, in order."""
+    rows = range(batch_size)
+    held = NamedSharding(mesh, partition(("batch",), rules)).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (index,) in held.values() for row in rows[index]})
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None], rules: Mapping[str, Any] = RULES) -> jax.Array:
     """Pins an activation's layout to the mesh in context (jax.set_mesh); without a mesh, does nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, rules))
+
+
+def num_parts(axes: str | Sequence[str] | None, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Into how many parts an array's dimension is cut by mesh axes, as a PartitionSpec has them; of the mesh in context
+    by default, and 1 without one."""
+    shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape or {}
+    return math.prod(shape.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": that of the mesh in context, which this process may only compile for; else its own."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.platform if device is not None else jax.default_backend()

@@ -71,7 +71,7 @@ RECORD = "study.json"  # in the study's workdir: its stages, where they are, and
 LOG, ABOUT, DONE, FAULT = "log.txt", "stage.json", "done.json", "failed.json"  # in a stage's folder
 
 # What changes no result of a run, and so isn't hashed.
-_FREE = (("log",), ("compilation_cache",), ("data", "cache_dir"), ("mesh",), ("rules",))
+_FREE = (("log",), ("compilation_cache",), ("data", "cache_dir"), ("mesh",), ("rules",), ("plan",), ("stall_seconds",))
 _PATHS = ("path", "eval_path", "init_from", "annotations")  # fields whose value may be a file without looking like one
 
 Report = Callable[[str], None]

@@ -1,6 +1,7 @@
 """The train step: the same update however the batch is cut or sharded; nothing taken from bad batches."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,10 @@ from research.objectives.types import LossOut, Objective
 
 CONFIG = ModelConfig(vocab_size=128, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, max_length=32)
 MODEL = make_model(CONFIG)
-INITIAL = jax.jit(lambda key: params.init(MODEL.specs, key))(jax.random.PRNGKey(0))
+EXPERTS = make_model(dataclasses.replace(CONFIG, num_experts=4, d_ff=32))
+INITIAL, INITIAL_EXPERTS = (
+    jax.jit(lambda key, model=model: params.init(model.specs, key))(jax.random.PRNGKey(0)) for model in (MODEL, EXPERTS)
+)
 
 
 def make_batch(rows=8, length=24, seed=0):
@@ -33,21 +37,21 @@ def make_batch(rows=8, length=24, seed=0):
     }
 
 
-def one_step(spec, batch, *, microbatches=1, optimizer=None, steps=1):
-    terms, models = objectives.load(spec), {"policy": MODEL}
+def one_step(spec, batch, *, microbatches=1, optimizer=None, steps=1, model=MODEL, initial=INITIAL):
+    terms, models = objectives.load(spec), {"policy": model}
     optimizer = optimizer or optax.sgd(1.0)
     step = jax.jit(
         train.make_train_step(terms, models, optimizer, schedule=lambda t: jnp.asarray(1.0), microbatches=microbatches)
     )
-    state = train.init_state({"policy": INITIAL}, optimizer, jax.random.PRNGKey(1))
+    state = train.init_state({"policy": initial}, optimizer, jax.random.PRNGKey(1))
     for _ in range(steps):
         state, metrics = step(state, {}, batch)
     return state, metrics
 
 
-def adamw():
+def adamw(model=MODEL):
     return optim.make_optimizer(
-        optim.OptimizerSpec(learning_rate=1e-2, warmup_steps=0), 10, params.decay_mask({"policy": MODEL.specs})
+        optim.OptimizerSpec(learning_rate=1e-2, warmup_steps=0), 10, params.decay_mask({"policy": model.specs})
     )
 
 
@@ -113,19 +117,45 @@ def test_composed_terms_make_one_forward_pass():
     np.testing.assert_allclose(means["loss"], 0.3 * means["sft/loss"] + 0.5 * means["next_token/loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}])
-def test_sharded_equals_single_device(mesh):
-    batch, spec, optimizer = make_batch(), {"terms": {"sft": 1.0}}, adamw()
-    single, single_metrics = one_step(spec, batch, optimizer=optimizer, steps=3)
+SFT = {"terms": {"sft": 1.0}}
+MESHES = [
+    {"data": 8},
+    {"fsdp": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"sequence": 8},
+    {"data": 2, "sequence": 4},
+    {"fsdp": 2, "sequence": 2, "tensor": 2},
+    {"expert": 4, "tensor": 2},
+    {"fsdp": 2, "expert": 2, "sequence": 2},
+]
+
+
+def of(experts):
+    model = EXPERTS if experts else MODEL
+    return model, INITIAL_EXPERTS if experts else INITIAL, adamw(model)
+
+
+@functools.cache
+def on_one_device(experts):
+    model, initial, optimizer = of(experts)
+    return one_step(SFT, make_batch(), optimizer=optimizer, steps=3, model=model, initial=initial)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "experts"), [(mesh, False) for mesh in MESHES[:6]] + [(mesh, True) for mesh in (MESHES[1], *MESHES[5:])]
+)
+def test_sharded_equals_single_device(mesh, experts):
+    single, single_metrics = on_one_device(experts)
+    model, initial, optimizer, batch = *of(experts), make_batch()
     mesh = sharding.make_mesh(mesh)
     with jax.set_mesh(mesh):
         step = jax.jit(
             train.make_train_step(
-                objectives.load(spec), {"policy": MODEL}, optimizer, schedule=lambda t: jnp.asarray(1.0)
+                objectives.load(SFT), {"policy": model}, optimizer, schedule=lambda t: jnp.asarray(1.0)
             )
         )
-        placed = params.shardings({"policy": MODEL.specs}, mesh)
-        values = jax.device_put({"policy": INITIAL}, placed)
+        placed = params.shardings({"policy": model.specs}, mesh)
+        values = jax.device_put({"policy": initial}, placed)
         state = train.init_state(values, optimizer, jax.random.PRNGKey(1))
         rows = jax.device_put(batch, sharding.named(mesh, ("batch", "time")))
         for _ in range(3):

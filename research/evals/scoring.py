@@ -6,17 +6,17 @@ token is predicted once, from at most max_length tokens before it, and the last 
 
 import collections
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from research import sharding
+from research import distributed, sharding
 from research.errors import InputError
 from research.models.transformer import Model
-from research.ops.losses import CHUNK_BYTES, CHUNK_TOKENS, cross_entropy, log_probs
+from research.ops.chunks import CHUNK_BYTES, CHUNK_TOKENS
+from research.ops.losses import cross_entropy, log_probs
 from research.sources import formats, records
 from research.sources.tokenizers import Tokenizer
 
@@ -208,7 +208,7 @@ def make_token_scorer(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> Call
       batch_tokens: tokens of a batch, padding included, on each device that shares in the batch.
     """
 
-    compute = jax.jit(functools.partial(token_logprobs, model))
+    compute = distributed.one_at_a_time(jax.jit(functools.partial(token_logprobs, model)))
 
     def score(
         params: Params, examples: Sequence[Example], progress: Progress = lambda tokens: None
@@ -231,7 +231,7 @@ def make_loglikelihood(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> Cal
     Args: see `make_token_scorer`.
     """
 
-    compute = jax.jit(functools.partial(row_likelihoods, model))
+    compute = distributed.one_at_a_time(jax.jit(functools.partial(row_likelihoods, model)))
 
     def loglikelihood(
         params: Params, examples: Sequence[Example], progress: Progress = lambda tokens: None
@@ -252,13 +252,12 @@ def _constrain(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 def _batch_shards() -> int:
     """How many parts the mesh in context cuts a batch into."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in sharding.RULES["batch"])
+    return sharding.num_parts(sharding.RULES["batch"])
 
 
 def _chunk(rows: int, vocab_size: int) -> int:
     """Positions of all rows whose logits are made at once: see ops.losses, which sees one row at a time here."""
-    tokens = min(CHUNK_TOKENS.get(jax.default_backend(), 2048), CHUNK_BYTES // (4 * vocab_size))
+    tokens = min(CHUNK_TOKENS.get(sharding.platform(), 2048), CHUNK_BYTES // (4 * vocab_size))
     return max(1, tokens * _batch_shards() // rows)
 
 

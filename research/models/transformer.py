@@ -33,6 +33,7 @@ _MLPS = {  # activation, and whether a gate is multiplied by it
     "gelu_tanh": (functools.partial(jax.nn.gelu, approximate=True), False),
     "relu": (jax.nn.relu, False),
 }
+_CACHED = ("batch", None, "kv_heads", "head_dim")
 _NORMS = ("rmsnorm", "layernorm")
 _BLOCKS = ("pre", "post", "sandwich", "parallel", "residual")
 _POSITIONS = ("rope", "learned")
@@ -238,7 +239,7 @@ def make_model(config: ModelConfig, rules: Mapping[str, Any] = sharding.RULES) -
         hidden_at=functools.partial(hidden_at, config, rules),
         attention_inputs=functools.partial(attention_inputs, config),
         unembed=functools.partial(unembed, config),
-        init_cache=functools.partial(init_cache, config),
+        init_cache=functools.partial(init_cache, config, rules),
         unstack=functools.partial(unstack, config),
         decode=functools.partial(decode, config, rules),
     )
@@ -376,18 +377,25 @@ def _mlp(c: ModelConfig, rules: Mapping[str, Any], p: Params, x: jax.Array) -> j
     activation, gated = _MLPS[c.mlp]
 
     def network(apply: Callable, x: jax.Array, constrain: Callable = lambda y: y) -> jax.Array:
-        y = apply(p["up"], x)
-        y = activation(apply(p["gate"], x)) * y if gated else activation(y)
-        return apply(p["down"], constrain(y))
+        y = apply("up", x)
+        y = activation(apply("gate", x)) * y if gated else activation(y)
+        return apply("down", constrain(y))
 
     if not c.num_experts:
-        return network(linear, x, lambda y: sharding.constrain(y, ("batch", "time", "mlp"), rules))
-    B, T, D = x.shape
-    x = x.reshape(B * T, D)
+        constrain = lambda y: sharding.constrain(y, ("batch", "time", "mlp"), rules)  # noqa: E731
+        return network(lambda name, x: linear(p[name], x), x, constrain)
+    B, T = x.shape[:2]
     logits = linear(p["router"], x.astype(jnp.float32))
-    weights, experts = moe.route(logits, c.experts_per_token, c.normalize_router)
-    y = moe.mixture(x, weights, experts, c.num_experts, lambda dot, x: network(lambda q, x: dot(x, q["kernel"]), x))
-    return y.reshape(B, T, D)
+    chosen = moe.route(logits.reshape(B * T, -1), c.experts_per_token, c.normalize_router)
+    weights, experts = (y.reshape(B, T, -1) for y in chosen)
+
+    def expert(kernels: Params, dot: Callable, x: jax.Array) -> jax.Array:
+        apply = lambda name, x: dot(x, kernels[name])  # noqa: E731
+        return network(apply, x)
+
+    kernels = {name: q["kernel"] for name, q in p.items() if name != "router"}
+    axes = {name: ("experts", *(("mlp", "embed") if name == "down" else ("embed", "mlp"))) for name in kernels}
+    return moe.sharded_mixture(x, weights, experts, c.num_experts, kernels, expert, kernels=axes, rules=rules)
 
 
 def _block(
@@ -569,9 +577,10 @@ def unembed(c: ModelConfig, params: Params) -> Head:
     return Head(kernel=kernel, bias=params.get("head_bias"), softcap=c.logit_softcap, by_token=tied)
 
 
-def init_cache(c: ModelConfig, batch_size: int, length: int) -> Cache:
+def init_cache(c: ModelConfig, rules: Mapping[str, Any], batch_size: int, length: int) -> Cache:
     shape = (batch_size, length, c.num_kv_heads, c.dim_per_head)
-    return tuple((jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)) for _ in range(c.num_layers))
+    empty = lambda: sharding.constrain(jnp.zeros(shape, c.dtype), _CACHED, rules)  # noqa: E731
+    return tuple((empty(), empty()) for _ in range(c.num_layers))
 
 
 def unstack(c: ModelConfig, params: Params) -> Params:
@@ -596,6 +605,7 @@ def decode(
     if not c.causal or c.num_labels:
         kind = "a classifier" if c.num_labels else "an encoder, which reads in both directions"
         raise InputError(f"model: is {kind}, and can't generate. Use a causal language model.")
+    rules = {**rules, "time": None}  # there is one token at a time
     angles = _angles(c, positions, jnp.max(positions, axis=1, keepdims=True) + 1)
     T, S = mask.shape[1:]
     age = index + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
@@ -609,6 +619,7 @@ def decode(
             q, k, v = _qkv(c, p["attention"], y, angles[1] if window else angles[0])
             keys = jax.lax.dynamic_update_slice_in_dim(keys, k, index, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(values, v, index, axis=1)
+            keys, values = (sharding.constrain(y, _CACHED, rules) for y in (keys, values))
             out.append((keys, values))
             y = cached_attention(q, keys, values, seen, scale=c.scale, softcap=c.attention_softcap)
             return linear(p["attention"]["o"], y, contract=2)

@@ -7,13 +7,15 @@ the G query heads of a key/value head are rows of one matmul, [B, K, T * G, h] a
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from research import sharding
 from research.errors import InputError, did_you_mean
 
 Array = jax.Array
@@ -59,10 +61,13 @@ def self_attention(
         which the backward pass doubles by a gradient that nobody reads; the causal half is still skipped.
       splash: Pallas kernel for TPUs. Segments, windows, softcap. T is padded to a multiple of 128. XLA can't
         partition it: under a mesh of more than one device (jax.set_mesh) it needs `spec`.
-      auto: by jax.default_backend(). cpu: "cpu" for T > 64, where there is more than one block. tpu: "splash" for
+      auto: by sharding.platform(). cpu: "cpu" for T > 64, where there is more than one block. tpu: "splash" for
         T >= 128. gpu: "cudnn" on CUDA devices of compute capability 8.0 and later. "reference" for shorter T, on
-        other platforms, and where that kernel can't do what is asked by the limits above. To compile for a platform
-        that this process doesn't run on, name one.
+        other platforms, and where that kernel can't do what is asked by the limits above.
+
+    Where `spec` cuts T (sequence parallelism), each device has the queries of its part of T, and gathers the keys and
+    values of all of it: with grouped queries they are small beside the rest, and the causal mask can be skipped over by
+    splash as ever (for which T has to be a multiple of 128 times the parts). "cpu" has no such form.
 
     Args:
       q: [B, T, H, h], floating.
@@ -73,7 +78,8 @@ def self_attention(
       window: a token sees those less than `window` away, itself included: t - window + 1 .. t under causal. 0 is off.
       softcap: scores become softcap * tanh(scores / softcap) before the mask (Gemma 2, arXiv:2408.00118). 0 is off.
       implementation: one of IMPLEMENTATIONS.
-      spec: how q's axes (B, T, heads, h) lie on the mesh in context, for "splash"; k and v lie likewise.
+      spec: how q's axes (B, T, heads, h) lie on the mesh in context; k and v lie likewise. "splash" needs it, and so
+        does a T that is cut.
       interpret: runs the kernel of "splash" without a TPU, slowly; for tests.
 
     Returns:
@@ -97,14 +103,28 @@ def self_attention(
         return _cpu(q, k, v, segment_ids, scale, causal, window, softcap)
     if implementation == "splash":
         return _splash(q, k, v, segment_ids, scale, causal, window, softcap, spec, interpret)
-    mask = _mask(segment_ids, causal, window)
-    if implementation == "reference":
-        out = cached_attention(q, k, v, mask, scale=scale, softcap=softcap)
-    elif implementation == "xla":
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="xla")
-    else:
-        out = _cudnn(q, k, v, mask, scale, causal)
-    return checkpoint_name(out, _NAME)
+
+    def masked(q: Array, k: Array, v: Array, mask: Array, causal: bool) -> Array:
+        if implementation == "reference":
+            return cached_attention(q, k, v, mask, scale=scale, softcap=softcap)
+        if implementation == "xla":
+            return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="xla")
+        return _cudnn(q, k, v, mask, scale, causal)
+
+    if _time_parts(spec) == 1:
+        return checkpoint_name(masked(q, k, v, _mask(segment_ids, causal, window), causal), _NAME)
+
+    def local(q: Array, k: Array, v: Array, at: Array, queries: Array, keys: Array) -> Array:
+        every = jnp.arange(keys.shape[1], dtype=jnp.int32)
+        return masked(q, k, v, _seen(queries, keys, at, every, causal, window), causal=False)
+
+    B, T, heads, h = spec
+    here, whole = PartitionSpec(B, T), PartitionSpec(B)
+    keys = PartitionSpec(B, None, heads, h)
+    specs = (spec, keys, keys, PartitionSpec(T), here, whole)
+    local = jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)
+    index = jnp.arange(q.shape[1], dtype=jnp.int32)
+    return checkpoint_name(local(q, k, v, index, segment_ids, segment_ids), _NAME)
 
 
 def cached_attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: float) -> Array:
@@ -126,7 +146,7 @@ def cached_attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float,
 
 def _choose(q: Array, softcap: float, spec: PartitionSpec | None) -> str:
     """The rule of "auto" (see self_attention)."""
-    platform, T, h = jax.default_backend(), q.shape[1], q.shape[3]
+    platform, T, h = sharding.platform(), q.shape[1], q.shape[3]
     kernel = "reference"
     if platform == "cpu" and T > _MIN_ROWS:
         kernel = "cpu"
@@ -155,20 +175,34 @@ def _why_not(implementation: str, q: Array, softcap: float, spec: PartitionSpec 
             return f"it takes head dimensions that are multiples of 8 up to 256, and q has {h}"
         if T % 2:
             return f"it takes sequences of even length, and q has {T}. Pad by one"
+    if implementation == "cpu" and _time_parts(spec) > 1:
+        return f"T must be whole on each device, and spec={spec}. Use 'reference'"
     if implementation == "splash":
-        mesh = jax.sharding.get_abstract_mesh()
+        mesh, parts = jax.sharding.get_abstract_mesh(), _time_parts(spec)
         if spec is None and not mesh.empty and mesh.size > 1:
             return f"under a mesh of {mesh.size} devices it must know how q is laid out, and spec=None. Give spec"
-        if spec is not None and any(axes is not None for axes in (*spec[1:2], *spec[3:])):
-            return f"T and h must be whole on each device, and spec={spec}. Split B and heads only"
+        if spec is not None and any(sharding.num_parts(axes) > 1 for axes in spec[3:]):
+            return f"h must be whole on each device, and spec={spec}. Split B, T and heads only"
+        if parts > 1 and T % (128 * parts):
+            return f"T is cut into {parts}, each of which must be a multiple of 128, and q has {T}"
     return ""
+
+
+def _time_parts(spec: PartitionSpec | None) -> int:
+    """Into how many parts the mesh in context cuts T."""
+    return 1 if spec is None or len(spec) < 2 else sharding.num_parts(spec[1])
 
 
 def _mask(segment_ids: Array, causal: bool, window: int, t: slice = slice(None), s: slice = slice(None)) -> Array:
     """[B, T, S] bool: whether queries at `t` see keys at `s`."""
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    ahead = (index[t][:, None] - index[s][None, :])[None]
-    mask = segment_ids[:, t, None] == segment_ids[:, None, s]
+    return _seen(segment_ids[:, t], segment_ids[:, s], index[t], index[s], causal, window)
+
+
+def _seen(queries: Array, keys: Array, t: Array, s: Array, causal: bool, window: int) -> Array:
+    """[B, T, S] bool, of segment ids [B, T] and [B, S] at the times t [T] and s [S]."""
+    ahead = (t[:, None] - s[None, :])[None]
+    mask = queries[:, :, None] == keys[:, None, :]
     if causal:
         mask &= ahead >= 0
     if window:
@@ -286,27 +320,34 @@ def _splash(q, k, v, segment_ids, scale, causal, window, softcap, spec, interpre
     local = functools.partial(
         _splash_local, scale=scale, causal=causal, window=window, softcap=softcap, interpret=interpret
     )
-    if spec is not None and not jax.sharding.get_abstract_mesh().empty:
+    mesh, parts = jax.sharding.get_abstract_mesh(), _time_parts(spec)
+    H = q.shape[2] // (sharding.num_parts(spec[2]) if spec is not None else 1)
+    kernel = _splash_kernel(q.shape[1], H, parts, causal, window, softcap, interpret)
+    local = functools.partial(_splash_local, scale=scale)
+    if spec is not None and not mesh.empty:
+        B, T, heads, h = spec
+        keys = PartitionSpec(B, None, heads, h)
+        kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, T if parts > 1 else None)))
+        specs = (kernel_spec, spec, keys, keys, PartitionSpec(B, T), PartitionSpec(B))
         # The kernel's outputs don't say over which mesh axes they vary, so that can't be checked.
-        specs = (spec, spec, spec, PartitionSpec(*spec[:1]))
         local = jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)
-    return local(q, k, v, segment_ids)
+    return local(kernel, q, k, v, segment_ids, segment_ids)
 
 
-def _splash_local(q, k, v, segment_ids, *, scale, causal, window, softcap, interpret) -> Array:
+def _splash_kernel(T: int, H: int, parts: int, causal: bool, window: int, softcap: float, interpret: bool) -> Any:
+    """The kernel of H heads over a T that is cut into `parts`: it holds arrays about the mask, to be cut likewise."""
     # Imported here: Pallas takes a while, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 
-    T, H = q.shape[1:3]
     padded = -(-T // 128) * 128
-    block = max(size for size in (128, 256, 384, 512) if padded % size == 0)
+    block = max(size for size in (128, 256, 384, 512) if padded % (size * parts) == 0)
     shape = (padded, padded)
     if window:
         mask = mask_lib.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
     else:
         mask = mask_lib.CausalMask(shape) if causal else mask_lib.FullMask(shape)
-    kernel = kernel_lib.make_splash_mha(
+    return kernel_lib.make_splash_mha(
         mask_lib.MultiHeadMask([mask] * H),
         block_sizes=kernel_lib.BlockSizes(
             block_q=block,
@@ -319,15 +360,21 @@ def _splash_local(q, k, v, segment_ids, *, scale, causal, window, softcap, inter
         attn_logits_soft_cap=softcap or None,
         residual_checkpoint_name=_NAME,
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=parts,
         interpret=interpret,
     )
 
-    def heads_first(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, padded - T), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    # Padding is a segment that no token is in.
-    ids = jnp.pad(segment_ids, ((0, 0), (0, padded - T)), constant_values=-1)
+def _splash_local(kernel, q, k, v, q_segments, k_segments, *, scale) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+
+    def heads_first(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    def padded(ids: Array) -> Array:  # padding is a segment that no token is in
+        return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % 128)), constant_values=-1)
+
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    out = jax.vmap(kernel)(heads_first(scaled), heads_first(k), heads_first(v), kernel_lib.SegmentIds(ids, ids))
-    return out.swapaxes(1, 2)[:, :T]
+    ids = SegmentIds(padded(q_segments), padded(k_segments))
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, 0))(heads_first(scaled), heads_first(k), heads_first(v), ids)
+    return out.swapaxes(1, 2)[:, : q.shape[1]]

@@ -9,8 +9,6 @@ line of `_terms`.
 """
 
 import functools
-import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,7 +16,8 @@ import jax.numpy as jnp
 
 from research import sharding
 from research.errors import InputError, did_you_mean
-from research.ops.losses import CHUNK_BYTES, CHUNK_TOKENS, Head
+from research.ops.chunks import CHUNK_TOKENS, chunk_size, chunks
+from research.ops.losses import Head
 
 KINDS = (
     "forward_kl",
@@ -139,7 +138,7 @@ def divergence(
       beta: of jsd.
       alpha: of the skewed ones.
       vocab_size: tokens from this id on are padding: they have probability 0 in both models.
-      chunk: positions per chunk; by default what CHUNK_TOKENS and CHUNK_BYTES (of both models' logits) allow.
+      chunk: positions per chunk; by default what ops.chunks finds fit for each device, of both models' logits.
 
     Raises:
       InputError: an unknown kind, a value out of its range, vocabularies of different sizes without a vocab_size that
@@ -267,7 +266,7 @@ def top_k(
     Raises:
       InputError: k or vocab_size don't fit the logits.
     """
-    (B, T, _), V = hidden.shape, head.kernel.shape[1]
+    T, V = hidden.shape[1], head.kernel.shape[1]
     if not 0 < (vocab_size or V) <= V:
         raise InputError(f"vocab_size={vocab_size}: must be in 1..{V}, the size of the logits.")
     if not 0 < k <= (vocab_size or V):
@@ -282,7 +281,7 @@ def top_k(
         others = jnp.put_along_axis(log_probs, ids, -jnp.inf, axis=-1, inplace=False)
         return TopK(ids, values, jax.nn.logsumexp(others, axis=-1))
 
-    split, join = _chunks(B, T, chunk or _chunk_size(hidden, V))
+    split, join = chunks(T, chunk or _chunk_size(hidden, V))
     return jax.tree.map(join, jax.lax.map(one, split(hidden)))
 
 
@@ -351,7 +350,7 @@ _divergence.defvjp(_divergence_forward, _divergence_backward)
 
 def _scan(options, hidden, head, teacher, teacher_head, weights, *, with_gradient):
     """Runs over chunks of time. Returns _Tokens, and the gradients of the divergence's sum by hidden and head."""
-    split, join = _chunks(*hidden.shape[:2], options.chunk)
+    split, join = chunks(hidden.shape[1], options.chunk)
 
     def body(sums, x):
         tokens, g_hidden, g_head = _one_chunk(options, compute_head, teacher_head, *x, with_gradient)
@@ -366,21 +365,6 @@ def _scan(options, hidden, head, teacher, teacher_head, weights, *, with_gradien
     if not with_gradient:
         return tokens, None
     return tokens, (join(g_hidden), jax.tree.map(lambda g, x: g.astype(x.dtype), sums, head))
-
-
-def _chunks(B: int, T: int, chunk: int) -> tuple[Callable, Callable]:
-    """Returns split: [B, T, ...] -> [n, B, t, ...] with t <= chunk, and join, the way back."""
-    n = math.ceil(T / chunk)
-    t = math.ceil(T / n)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, n * t - T)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, n, t, *x.shape[2:]), 1, 0)
-
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(B, n * t, *x.shape[3:])[:, :T]
-
-    return split, join
 
 
 def _one_chunk(options, head, teacher_head, hidden, teacher, weights, with_gradient):
@@ -551,11 +535,6 @@ def _dtype(hidden):
 
 
 def _chunk_size(hidden: jax.Array, logits_per_token: int) -> int:
-    """As many positions as CHUNK_TOKENS and CHUNK_BYTES allow on each device of the mesh in context."""
-    B, T, D = hidden.shape
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = {} if mesh.empty else mesh.shape
-    rows = B / math.prod(parts.get(axis, 1) for axis in sharding.RULES["batch"])
-    bytes_per_token = 4 * logits_per_token / parts.get(sharding.RULES["vocab"], 1)
-    tokens = max(D, CHUNK_TOKENS.get(jax.default_backend(), 2048)) // 2  # as much memory as two models' logits need
-    return int(max(1, min(T, min(tokens, CHUNK_BYTES / bytes_per_token) // rows)))
+    """Half the tokens that one model's logits get: there are two."""
+    tokens = max(hidden.shape[2], CHUNK_TOKENS.get(sharding.platform(), 2048)) // 2
+    return chunk_size(hidden, logits_per_token, tokens)

@@ -6,19 +6,12 @@ nothing computed twice.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from research import sharding
-
-# A chunk's float32 logits on one device take at most this much; the gradient needs twice that.
-CHUNK_BYTES = 256 * 2**20
-# Tokens of a chunk on one device: enough for the matrix products to outweigh the reading and writing of the kernel's
-# gradient [D, V], which each chunk adds to. On a CPU more of them only leave the cache.
-CHUNK_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
+from research.ops.chunks import chunk_size, chunks
 
 
 class Head(NamedTuple):
@@ -97,9 +90,9 @@ def cross_entropy(
       weights: [B, T] float32.
       z_loss: coefficient of the z-loss.
       label_smoothing: e above, in [0, 1).
-      chunk: positions per chunk; by default what CHUNK_TOKENS and CHUNK_BYTES allow on each device.
+      chunk: positions per chunk; by default what ops.chunks finds fit for each device.
     """
-    options = _Options(head.softcap, z_loss, label_smoothing, chunk or _chunk_size(hidden, head.kernel))
+    options = _Options(head.softcap, z_loss, label_smoothing, chunk or chunk_size(hidden, head.kernel.shape[1]))
     loss_sum, tokens = _cross_entropy(options, hidden, head.kernel, head.bias, targets, weights)
     weights = jax.lax.stop_gradient(weights)
     return CrossEntropy(
@@ -116,7 +109,7 @@ def log_probs(hidden: jax.Array, head: Head, targets: jax.Array, *, chunk: int |
 
     Args: see `cross_entropy`. Where the target isn't in [0, V) the value means nothing, and must not be used.
     """
-    options = _Options(head.softcap, 0.0, 0.0, chunk or _chunk_size(hidden, head.kernel))
+    options = _Options(head.softcap, 0.0, 0.0, chunk or chunk_size(hidden, head.kernel.shape[1]))
     return _log_probs(options, hidden, head.kernel, head.bias, targets)
 
 
@@ -161,16 +154,7 @@ _log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 def _scan(options, hidden, kernel, bias, targets, weights, *, with_gradient):
     """Runs over chunks of time. Returns _Tokens, and the gradients of the loss sum by hidden, kernel and bias."""
-    B, T, _ = hidden.shape
-    n = math.ceil(T / options.chunk)
-    chunk = math.ceil(T / n)
-
-    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [n, B, chunk, ...]
-        x = jnp.pad(x, [(0, 0), (0, n * chunk - T)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, n, chunk, *x.shape[2:]), 1, 0)
-
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(B, n * chunk, *x.shape[3:])[:, :T]
+    split, join = chunks(hidden.shape[1], options.chunk)
 
     def body(sums, x):
         tokens, g_hidden, *more = _one_chunk(options, compute_kernel, bias, *x, with_gradient)
@@ -216,14 +200,3 @@ def _one_chunk(options, kernel, bias, hidden, targets, weights, with_gradient):
     g_hidden = jnp.einsum("btv,dv->btd", g, kernel, preferred_element_type=jnp.float32).astype(hidden.dtype)
     g_kernel = jnp.einsum("btd,btv->dv", hidden, g, preferred_element_type=jnp.float32)
     return tokens, g_hidden, g_kernel, g_bias
-
-
-def _chunk_size(hidden: jax.Array, kernel: jax.Array) -> int:
-    """As many positions as CHUNK_TOKENS and CHUNK_BYTES allow on each device of the mesh in context."""
-    (B, T, D), V = hidden.shape, kernel.shape[1]
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = {} if mesh.empty else mesh.shape
-    rows = B / math.prod(parts.get(axis, 1) for axis in sharding.RULES["batch"])
-    bytes_per_token = 4 * V / parts.get(sharding.RULES["vocab"], 1)
-    tokens = max(D, CHUNK_TOKENS.get(jax.default_backend(), 2048))
-    return int(max(1, min(T, min(tokens, CHUNK_BYTES / bytes_per_token) // rows)))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import InputError, did_you_mean
+from research.ops.chunks import chunks
 
 DISTANCES = ("mse", "cosine")
 _CHUNK_ELEMENTS = 2**24  # of the relations held at once, of each model
@@ -70,26 +71,21 @@ def relation_divergence(
     """
     (B, T), dtype = segment_ids.shape, _dtype(student[0])
     t = max(1, min(T, _CHUNK_ELEMENTS // (B * heads * T)))
-    n = math.ceil(T / t)
+    split, _ = chunks(T, t)
     (a, b), (c, d) = (_rejoin(pair, heads, dtype) for pair in (student, jax.lax.stop_gradient(teacher)))
-    times = jnp.arange(n * t, dtype=jnp.int32)
-
-    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [n, B, t, ...]
-        x = jnp.pad(x, [(0, 0), (0, n * t - T)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, n, t, *x.shape[2:]), 1, 0)
+    times = jnp.arange(T, dtype=jnp.int32)[None]
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
     def chunk(total: jax.Array, x: tuple) -> tuple[jax.Array, None]:
         a, c, segments, weights, times = x
         seen = segments[:, :, None] == segment_ids[:, None, :]
         if causal:
-            seen &= (times[:, None] >= jnp.arange(T, dtype=jnp.int32)[None, :])[None]
+            seen &= times[:, :, None] >= jnp.arange(T, dtype=jnp.int32)[None, None, :]
         log_q, log_p = (_relation(u, v, seen) for u, v in ((a, b), (c, d)))
         kl = jnp.sum(jnp.where(seen[:, None], jnp.exp(log_p) * (log_p - log_q), 0), axis=-1)
         return total + jnp.sum(weights.astype(dtype) * jnp.mean(kl, axis=1)), None
 
-    chunks = split(a), split(c), split(segment_ids), split(weights), times.reshape(n, t)
-    return jax.lax.scan(chunk, jnp.zeros((), dtype), chunks)[0]
+    return jax.lax.scan(chunk, jnp.zeros((), dtype), jax.tree.map(split, (a, c, segment_ids, weights, times)))[0]
 
 
 def _relation(a: jax.Array, b: jax.Array, seen: jax.Array) -> jax.Array:

@@ -280,23 +280,19 @@ def make_source(
     batch_size: int,
     seed: int,
     shuffle: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    mine: Sequence[int] | None = None,
 ) -> Source:
     """Returns a source of endless batches. Its state is the step: batch i depends on (seed, i) alone.
 
     Args:
       train: (rows, weight) parts, as Data.train: rows are drawn in proportion to the weights, those of each
         part in a new order each epoch.
-      batch_size: B of the global batch. Process p of n gets its p-th n-th.
+      batch_size: B of the global batch.
       seed: of the order.
       shuffle: else each part keeps its own order.
-      process_index, process_count: which process this is, of how many.
-
-    Raises:
-      InputError: the batch can't be shared evenly among the processes.
+      mine: numbers of the rows of the global batch that batches hold, for one process of several; by default all.
     """
-    mine = _share(batch_size, process_index, process_count)
+    mine = range(batch_size) if mine is None else mine
     spec = _batch_spec(batch_size, train[0][0])
     order = grain.MapDataset.mix(
         [_row_order(k, len(rows), seed if shuffle else None) for k, (rows, _) in enumerate(train)],
@@ -308,7 +304,7 @@ def make_source(
 
     def next_batch(state: State, models: Any = None, key: Any = None) -> tuple[dict[str, np.ndarray], State]:
         step = state["step"]
-        drawn = np.array([order[step * batch_size + i] for i in range(mine.start, mine.stop)])
+        drawn = np.array([order[step * batch_size + int(i)] for i in mine])
         part, row = drawn[:, 0], drawn[:, 1]
         batch = {name: np.zeros((len(drawn), *s.shape[1:]), s.dtype) for name, s in spec.items()}
         for k in np.unique(part):
@@ -324,21 +320,16 @@ def eval_batches(
     batch_size: int,
     max_batches: int | None = None,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    mine: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields this process's rows of batches that hold every row once; padding rows fill up the last.
+    """Yields batches that hold every row once; padding rows fill up the last. `mine`: see `make_source`.
 
     Where `max_batches` leaves some out, the rows taken lie evenly over all of them.
-
-    Raises:
-      InputError: the batch can't be shared evenly among the processes.
     """
-    mine = _share(batch_size, process_index, process_count)
     taken = len(rows) if max_batches is None else min(len(rows), max_batches * batch_size)
     index = np.arange(taken) * len(rows) // max(taken, 1)
     index = np.concatenate([index, np.full(-taken % batch_size, -1)])
-    return (rows.batch(batch[mine]) for batch in index.reshape(-1, batch_size))
+    return (rows.batch(batch if mine is None else batch[np.asarray(mine)]) for batch in index.reshape(-1, batch_size))
 
 
 def _row_order(part: int, n_rows: int, seed: int | None) -> grain.MapDataset:
@@ -352,15 +343,6 @@ def _row_order(part: int, n_rows: int, seed: int | None) -> grain.MapDataset:
     elif seed is not None:
         order = order.shuffle(seed=int(np.random.SeedSequence([seed, part]).generate_state(1)[0]))
     return order.repeat().map(lambda row: (part, row))
-
-
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size < 1 or batch_size % process_count:
-        raise InputError(
-            f"batch_size: {batch_size} can't be shared evenly by {process_count} processes. Use a multiple."
-        )
-    each = batch_size // process_count
-    return slice(process_index * each, (process_index + 1) * each)
 
 
 def _batch_spec(batch_size: int, rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:

@@ -134,6 +134,32 @@ def test_sharded_over_batch_and_heads_is_the_same(implementation):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference", "xla", "splash"])
+@pytest.mark.parametrize("kind", ["causal", "window"])
+def test_sharded_over_time_is_the_same(implementation, kind):
+    x = make_inputs(B=2, T=256)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    spec = P("data", "sequence", "tensor", None)
+    x = jax.device_put(x, tuple(NamedSharding(mesh, s) for s in (spec, spec, spec, P("data", "sequence"))))
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard" if implementation == "xla" else "strict"):
+        got = out_and_gradients(*x, implementation=implementation, spec=spec, interpret=True, **CASES[kind])
+    for a, b in zip(got, reference(kind, 2, 256), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_time_that_is_cut_finely_or_for_the_wrong_kernel_is_refused():
+    x = make_inputs(B=2, T=70)
+    mesh = jax.make_mesh((2,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    spec = P(None, "sequence", None, None)
+    with jax.set_mesh(mesh):
+        with pytest.raises(InputError, match="multiple of 128, and q has 70"):
+            self_attention(*x, scale=0.3, implementation="splash", spec=spec)
+        with pytest.raises(InputError, match="T must be whole on each device"):
+            self_attention(*x, scale=0.3, implementation="cpu", spec=spec)
+        with pytest.raises(InputError, match="h must be whole on each device"):
+            self_attention(*x, scale=0.3, implementation="splash", spec=P(None, None, None, "sequence"))
+
+
 def test_cached_attention_step_by_step_is_self_attention():
     q, k, v, _ = make_inputs(T=12)
     whole = self_attention(q, k, v, jnp.ones((2, 12), jnp.int32), scale=0.3, softcap=0.7, implementation="reference")
@@ -180,7 +206,6 @@ def test_cudnn_lowers_where_jax_has_cuda_and_else_says_what_to_install():
         ({"implementation": "splahs"}, "Did you mean 'splash'"),
         ({"implementation": "xla", "softcap": 5.0}, "softcap=5.0. Use 'cpu'"),
         ({"implementation": "cudnn"}, "q is float32. Change the compute dtype"),
-        ({"implementation": "splash", "spec": P("data", "tensor")}, "T and h must be whole"),
     ],
 )
 def test_what_an_implementation_cannot_do_is_an_error(options, message):

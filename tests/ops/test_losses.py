@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from research import sharding
-from research.ops import losses
+from research.ops import chunks, losses
 from research.ops.losses import Head, cross_entropy, log_probs
 
 GOLDENS = goldens.load("ce")
@@ -212,7 +212,7 @@ def test_no_array_holds_the_logits(devices):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2}) if devices == 8 else None
     with jax.set_mesh(mesh) if mesh else jax.default_device(None):
         for f in (ce, lp):
-            assert _largest(jax.grad(f, argnums=(0, 1)), *args) * 4 <= losses.CHUNK_BYTES * devices
+            assert _largest(jax.grad(f, argnums=(0, 1)), *args) * 4 <= chunks.CHUNK_BYTES * devices
 
 
 def test_nothing_is_made_for_a_gradient_that_is_not_asked_for():

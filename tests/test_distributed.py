@@ -1,0 +1,133 @@
+"""Several processes on this machine, each with two simulated devices, are one run."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from research import checkpoint, distributed, metrics
+
+STEPS = 24
+pytestmark = pytest.mark.slow
+
+
+def start(workdir, processes, devices, mesh, steps=STEPS):
+    """Popen objects of the processes of a run; their output goes to WORKDIR.N.log."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_"))}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-m", "research.main", "--config=experiments/sft.py:debug", f"--workdir={workdir}"]
+    options = {"steps": steps, "log.every": 1, "eval.every": 0, "checkpoint.every": 4, "checkpoint.best_metric": ""}
+    options |= {f"mesh.{axis}": size for axis, size in mesh.items()}
+    command += [f"--config.{name}={value}" for name, value in options.items()]
+    made = []
+    for i in range(processes):
+        peers = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={i}"]
+        with open(f"{workdir}.{i}.log", "w") as log:
+            command_line = command + (peers if processes > 1 else [])
+            made.append(subprocess.Popen(command_line, stdout=log, stderr=subprocess.STDOUT, env=env))
+    return made
+
+
+def finish(processes, seconds=240):
+    """Their exit statuses."""
+    end = time.time() + seconds
+    try:
+        return [p.wait(max(0.1, end - time.time())) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+
+
+def log(workdir, i):
+    with open(f"{workdir}.{i}.log") as f:
+        return f.read()
+
+
+def losses(workdir):
+    records = metrics.read_metrics(str(workdir))
+    return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+
+
+def wait_for(workdir, step, processes, seconds=120):
+    end = time.time() + seconds
+    while time.time() < end and all(p.poll() is None for p in processes):
+        if (workdir / "metrics.jsonl").exists() and any(s >= step for s in losses(workdir)):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"step {step} was not reached:\n{log(workdir, 0)}")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The losses of one process with one device."""
+    workdir = tmp_path_factory.mktemp("alone") / "w"
+    assert finish(start(workdir, 1, 1, {})) == [0], log(workdir, 0)
+    return losses(workdir)
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    steps = sorted(wanted)
+    np.testing.assert_allclose([found[s] for s in steps], [wanted[s] for s in steps], rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("processes", "mesh"),
+    [(2, {"data": 2, "fsdp": 2}), (2, {"sequence": 2, "tensor": 2}), (4, {"fsdp": 4, "sequence": 2})],
+)
+def test_several_processes_have_the_losses_of_one(processes, mesh, alone, tmp_path):
+    workdir = tmp_path / "w"
+    mesh = {"data": 1} | mesh
+    assert finish(start(workdir, processes, 2, mesh)) == [0] * processes, log(workdir, processes - 1)
+    same(losses(workdir), alone)
+    assert json.loads((workdir / "done.json").read_text())["step"] == STEPS
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_who_name_it_and_one_process_goes_on(killed, alone, tmp_path):
+    workdir = tmp_path / "w"
+    processes = start(workdir, 2, 2, {"data": 2, "fsdp": 2})
+    wait_for(workdir, 10, processes)
+    processes[killed].kill()
+    began = time.time()
+    statuses = finish(processes, 60)
+    assert time.time() - began < 60
+    assert statuses[1 - killed] == distributed.LOST
+    assert re.search(rf"error: process {1 - killed}: process {killed} \(pid \d+ on .*died", log(workdir, 1 - killed))
+    saved = checkpoint.steps(workdir)[-1]
+    assert 4 <= saved < STEPS
+    assert finish(start(workdir, 1, 8, {"data": 2, "tensor": 2, "sequence": 2})) == [0]
+    assert f"resumed  at step {saved}" in log(workdir, 0)
+    same(losses(workdir), alone)
+
+
+def test_sigterm_to_one_saves_once_at_the_same_step(alone, tmp_path):
+    workdir = tmp_path / "w"
+    processes = start(workdir, 2, 2, {"data": 4})
+    wait_for(workdir, 5, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    assert finish(processes) == [75, 75], log(workdir, 1)
+    saved = [int(re.search(r"saved step (\d+) of", log(workdir, i))[1]) for i in range(2)]
+    assert saved[0] == saved[1] == checkpoint.steps(workdir)[-1] < STEPS
+    assert finish(start(workdir, 2, 2, {"data": 2, "fsdp": 2})) == [0, 0]
+    same(losses(workdir), alone)
+
+
+def test_an_error_of_one_process_is_told_to_the_others(tmp_path):
+    workdir = tmp_path / "w"
+    processes = start(workdir, 2, 2, {"data": 4}, steps=100_000)
+    wait_for(workdir, 3, processes)
+    processes[1].send_signal(signal.SIGINT)
+    statuses = finish(processes, 60)
+    assert statuses[0] == distributed.LOST
+    assert re.search(r"process 0: process 1 .* ended: KeyboardInterrupt", log(workdir, 0))

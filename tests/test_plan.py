@@ -1,0 +1,132 @@
+"""Plans: a real compiler for a TPU that isn't here, and the arithmetic around it."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+
+from experiments import base
+from research import config, plan
+from research.errors import InputError
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler isn't here")
+
+HLO = """HloModule jit_step, entry_computation_layout={()->f32[]}
+
+%add.1 (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body.2 (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %ag = bf16[16,128]{1,0:T(8,128)(2,1)} all-gather(%w), replica_groups=[2,2]<=[4], dimensions={0}
+  %rs = f32[4,128]{1,0} reduce-scatter(%g), replica_groups={{0,1},{2,3}}, to_apply=%add.1
+  %pair = (bf16[8,128]{1,0}, bf16[8,128]{1,0}) all-gather-start(%v), dimensions={0}
+  %done = bf16[8,128]{1,0} all-gather-done(%pair)
+}
+
+%condition.3 (p: (s32[], f32[8,128])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main.9 (a: f32[8,128]) -> f32[] {
+  %loop = (s32[]) while(%t), condition=%condition.3, body=%body.2, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %ar = f32[] all-reduce(%y), replica_groups={{0,1,2,3}}, to_apply=%add.1
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_their_loops_run():
+    found = {c.kind: (c.calls, c.bytes) for c in plan.find_collectives(HLO)}
+    assert found == {
+        "all-gather": (10, 5 * (16 * 128 * 2 + 8 * 128 * 2)),
+        "reduce-scatter": (5, 5 * 2 * 4 * 128 * 4),
+        "all-reduce": (1, 4),
+    }
+
+
+def test_what_the_compiler_says_of_memory():
+    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
+    text += "Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G."
+    assert plan._out_of_memory(text) == "needs 20.10G of 15.75G: 4.35G too much"
+    assert plan._out_of_memory("INTERNAL: a bug") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e", "isn't of the form KIND:SHAPE"),
+        ("v5x:4x4", "Did you mean 'v5e'"),
+        ("gpu:8xH101", "Did you mean"),
+        ("cpu:8x8", "give cpu:COUNT"),
+        ("cpu:9999", "9999 devices can't be simulated"),
+        pytest.param("v5e:3x5", "Give a shape that v5e comes in", marks=needs_libtpu),
+    ],
+)
+def test_a_topology_that_does_not_exist_is_an_error(name, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        plan.find(name)
+
+
+def small(**overrides):
+    values = base.debug(base.get_config())
+    values.seq_len, values.batch_size = 256, 16
+    values.tokenizer.kind = "byte"
+    values.model.vocab_size = 512
+    values.update_from_flattened_dict(overrides)
+    return config.parse(values.to_dict())
+
+
+def test_bytes_are_those_of_one_device():
+    whole = plan.make(small(), plan.find("cpu:1"))
+    cut = plan.make(small(**{"mesh.data": 1, "mesh.fsdp": 8}), plan.find("gpu:8xH100"))
+    assert whole.parameters == cut.parameters
+    assert whole.bytes_of["parameters"] == 4 * whole.parameters
+    assert whole.bytes_of["optimizer"] >= 8 * whole.parameters
+    for kind in ("parameters", "optimizer"):  # norms alone are whole on each device
+        assert whole.bytes_of[kind] / 8 < cut.bytes_of[kind] < whole.bytes_of[kind] / 7
+    assert not whole.collectives
+    assert {c.kind for c in cut.collectives} >= {"all-gather", "all-reduce"}
+    assert whole.seconds["network"] == 0 < cut.seconds["network"]
+    assert whole.fits
+    assert cut.fits
+    text = plan.describe(small(**{"plan.prices.H100": 2.0}), plan.find("gpu:8xH100"), cut)
+    assert "an estimate: compiled for simulated CPU devices" in text
+    assert "plan.prices.H100 = 2.0" in text
+
+
+@needs_libtpu
+def test_compiles_for_a_tpu_that_is_not_here(tmp_path, capsys):
+    command = ["--config=experiments/pretrain.py:debug", "--topology=v5e:2x2", "--config.mesh.fsdp=2"]
+    command += ["--config.plan.prices.v5e=1.2", f"--json={tmp_path / 'plan.json'}"]
+    assert plan.main(command) == 0
+    said = capsys.readouterr().out
+    assert "4 devices, mesh data 2, fsdp 2" in said
+    assert "fits" in said
+    assert "plan.prices.v5e = 1.2" in said
+    (record,) = json.loads((tmp_path / "plan.json").read_text())
+    assert record["bytes_of"]["temporary"] > 0
+    assert record["collectives"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_search_names_the_fastest_that_fits(tmp_path):
+    command = ["--config=experiments/pretrain.py:debug", "--topology=v5e:2x2", "--search", "--max_compiles=3"]
+    assert plan.main([*command, f"--json={tmp_path / 'plan.json'}"]) == 0
+    records = json.loads((tmp_path / "plan.json").read_text())
+    assert 1 <= len(records) <= 3
+    assert all(r["fits"] for r in records)
+    most = [sum(r["seconds"].values()) for r in records]
+    assert most[-1] == min(most)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_says_by_how_much(capsys):
+    command = ["--config=experiments/large.py:8b", "--topology=v5e:2x2", "--config.batch_size=4"]
+    assert plan.main(command) == 1
+    said = capsys.readouterr().out
+    assert "DOESN'T FIT" in said
+    assert re.search(r"take \d+ chips or more", said)
