@@ -194,11 +194,15 @@ def find(name: str) -> Topology:
     tpus = [k for k in CHIPS if k.startswith("v")]
     if kind not in tpus:
         raise InputError(f"--topology={name}: {kind!r} isn't known.{did_you_mean(kind, [*tpus, 'gpu', 'cpu'])}")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a server of Google's cloud for minutes
-    os.environ.setdefault("TPU_LIBRARY_LOG_LEVEL", "3")
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Without these libtpu asks a server of Google's cloud what it runs on, and complains.
+    environment = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    }
+    environment |= {"TPU_WORKER_ID": "0", "JAX_PLATFORMS": "cpu", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    for variable, value in environment.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     try:
@@ -249,9 +253,9 @@ def make(config: Any, topology: Topology) -> Plan:
     config, bases = run.with_checkpoints(config, None, described=True)
     config_lib.check(config, num_devices=len(topology.devices))
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), topology.devices)
+    config, vocab_size = _for(config, topology), _vocab_size(config, bases.get("policy"))
+    parts = run.assemble(config, mesh, batch_spec(config), vocab_size)
     with jax.set_mesh(mesh):
-        vocab_size = _vocab_size(config, bases.get("policy"))
-        parts = run.assemble(_for(config, topology), mesh, batch_spec(config, vocab_size), vocab_size)
         lowered = parts.step.trace(parts.state, parts.frozen, parts.batch).lower()
         began, compiler, compiled = time.time(), "", None
         try:
@@ -301,12 +305,15 @@ def make(config: Any, topology: Topology) -> Plan:
 
 
 def _for(config: Any, topology: Topology) -> Any:
-    """The config with what "auto" means there, where the simulated devices would mislead."""
-    if topology.kind.startswith("v"):
-        return config
+    """The config with the compute dtype that "auto" means there; this process's platform is another."""
     dtype = "float32" if topology.kind == "cpu" else "bfloat16"
-    model = {**config.model, "dtype": dtype if config.model["dtype"] == "auto" else config.model["dtype"]}
-    return dataclasses.replace(config, model=model)
+
+    def told(section: Mapping[str, Any]) -> dict[str, Any]:
+        given = section.get("dtype", "auto")
+        return {**section, "dtype": dtype if given == "auto" else given}
+
+    roles = {role: told(section) for role, section in config.roles.items()}
+    return dataclasses.replace(config, model=told(config.model), roles=roles)
 
 
 def _vocab_size(config: Any, base: Any) -> int:
@@ -321,7 +328,7 @@ def _vocab_size(config: Any, base: Any) -> int:
     return made.size
 
 
-def batch_spec(config: Any, vocab_size: int) -> dict[str, Any]:
+def batch_spec(config: Any) -> dict[str, Any]:
     """The fields of a global batch, without the data: those of any text, and what the objective's terms read.
 
     Raises:
@@ -377,37 +384,45 @@ _ITEM |= {"u32": 4, "f64": 8, "s64": 8, "u64": 8}
 def find_collectives(hlo: str) -> Iterator[Collective]:
     """The collectives of a compiled program's text, those in loops as often as these run.
 
-    The bytes of one are those of its result on a chip; of a reduce-scatter those of its operand.
+    The bytes of one are those of its result on a chip; where it scatters, those of its operand. The TPU compiler writes
+    an asynchronous one into several computations, which share its channel, and tells an all-reduce that scatters by the
+    name of its computation alone.
     """
     bodies = _computations(hlo)
-    calls: dict[str, list[int]] = {}
+    found: dict[str, tuple[str, int, int]] = {}  # channel -> kind, calls, bytes
 
     def walk(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
-            found = re.match(rf"\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({_KINDS})(-start)?\(", line)
-            if found:
-                size = _size(found[1])
-                if found[3] and found[2] in ("all-gather", "collective-permute"):  # (operand, result, ...)
-                    size = max(_sizes(found[1]), default=0)
-                elif found[2] == "reduce-scatter":
+            made = re.match(rf"\s*(?:ROOT )?%?([\w.-]+) = (.*?) ({_KINDS})(-start)?\(", line)
+            if made:
+                kind, size = made[3], _size(made[2])
+                if made[4] and kind in ("all-gather", "collective-permute"):  # (operand, result, ...)
+                    size = max(_sizes(made[2]), default=0)
+                elif kind == "reduce-scatter":
                     size *= _group(line)
-                entry = calls.setdefault(found[2], [0, 0])
-                entry[0] += times
-                entry[1] += times * size
+                elif name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = channel[1] if channel else f"{name}/{made[1]}"
+                calls = max(times, found.get(key, ("", 0, 0))[1])
+                found[key] = kind, calls, size
+                continue  # what it applies is arithmetic
             trips = 1
-            if " while(" in line:
-                known = re.search(r'known_trip_count\D*?"?n"?\D*?(\d+)', line)
-                trips = int(known[1]) if known else 1
-            for callee in re.findall(
-                r"(?:body|to_apply|calls|called_computations|branch_computations)=\{?%?([\w.-]+)", line
-            ):
-                if callee != name and not (found and "to_apply" in line):
-                    walk(callee, times * trips)
+            if loop := re.search(r" while\(.*condition=%?([\w.-]+)", line):
+                known = re.search(r'known_trip_count\D*?"n"\D*?(\d+)', line)
+                limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies.get(loop[1], ())))
+                trips = int(known[1]) if known else max((int(n) for n in limits), default=1)
+            for callee in re.findall(r"(?:body|to_apply|calls|\w+_computations)=\{?%?([\w.-]+)", line):
+                walk(callee, times * trips)
 
     entry = next((name for name in bodies if name.startswith("ENTRY ")), None)
     if entry:
         walk(entry, 1)
-    return (Collective(kind, n, size) for kind, (n, size) in sorted(calls.items(), key=lambda x: -x[1][1]))
+    kinds: dict[str, Collective] = {}
+    for kind, calls, size in found.values():
+        before = kinds.get(kind, Collective(kind, 0, 0))
+        kinds[kind] = Collective(kind, before.calls + calls, before.bytes + calls * size)
+    return iter(sorted(kinds.values(), key=lambda c: -c.bytes))
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
@@ -436,7 +451,11 @@ def _size(shapes: str) -> int:
 
 
 def _group(line: str) -> int:
-    """Members of a collective's group."""
+    """Members of a collective's group: {{0,1},{2,3}}, [2,2]<=[4] or mesh['x'=2,'y'=2] {'y'}."""
+    named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
     if iota:
         return int(iota[2])
