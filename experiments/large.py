@@ -44,8 +44,10 @@ def get_config(arg: str = ""):
         config.roles = {"teacher": SHAPES["8b"] | {"init_from": "", "remat": "full"}}
     if "mixtral" in chosen:
         config.mesh.expert = 8
+    if "70b" in chosen:
+        config.mesh.tensor = 2
     if "debug" in chosen:
         config.model.update(vocab_size=0, num_experts=min(config.model.num_experts, 2), max_length=256)
-        config.mesh.update(expert=1)
+        config.mesh.update(expert=1, tensor=1)
         return base.debug(config)
     return config

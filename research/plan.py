@@ -370,9 +370,11 @@ def _bytes(tree: Any) -> int:
 
 def _out_of_memory(text: str) -> str:
     """What the compiler says of a program that needs too much memory; "" if that isn't it."""
-    said = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm.*?Exceeded hbm capacity by ([\d.]+\w)", text, re.S)
-    if said:
+    if said := re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm.*?Exceeded hbm capacity by ([\d.]+\w)", text, re.S):
         return f"needs {said[1]} of {said[2]}: {said[3]} too much"
+    if said := re.search(r"HLO temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", text):
+        over = float(said[1]) - float(said[2])
+        return f"needs {said[1]}G of {said[2]}G for temporaries alone: {over:.2f}G too much"
     return text.splitlines()[0][:200] if "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text else ""
 
 

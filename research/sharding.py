@@ -70,15 +70,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     devices = jax.devices() if devices is None else devices
     shape, types = mesh_shape(sizes, len(devices)), (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", None) for device in devices})
-    if slices == 1 or devices[0].platform != "tpu":
+    if devices[0].platform != "tpu":
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if slices == 1:  # an axis may be a part of one of the torus's, such as 8 of 4x4x4
+        laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(laid_out, AXES, axis_types=types)
     if shape[0] % slices:
         raise InputError(
             f"mesh.data = {shape[0]}: the devices are in {slices} slices, which the data axis goes over. Make it a "
             f"multiple of {slices}."
         )
     within, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(AXES) - 1))
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+    laid_out = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(laid_out, AXES, axis_types=types)
 
 
 def make_abstract_mesh(sizes: Mapping[str, int], num_devices: int) -> AbstractMesh:

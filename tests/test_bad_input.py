@@ -50,6 +50,20 @@ CASES = {
     "batch not divisible by the mesh": ([SFT, c("batch_size", 12)], ["batch_size = 12", "mesh.data", "16"]),
     "mesh larger than the machine": ([SFT, c("mesh.data", 16)], ["data=16", "16 devices", "there are 8", "-1"]),
     "mesh that doesn't divide": ([SFT, c("mesh.tensor", 3)], ["tensor=3", "8 devices"]),
+    "sequence that the mesh doesn't divide": (
+        [SFT, c("seq_len", 100), c("mesh.data", 1), c("mesh.sequence", 8)],
+        ["seq_len = 100", "mesh.sequence = 8"],
+    ),
+    "unknown mesh axis in a rule": (["--config=DIR/rule.py"], ["rules.embed", "fdsp", "Did you mean 'fsdp'"]),
+    "processes without a coordinator": ([SFT, "--process_id=1"], ["--process_id", "--coordinator=HOST:PORT"]),
+    "process beyond the number": (
+        [SFT, "--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
+        ["process 2 of 2", "--process_id"],
+    ),
+    "coordinator without a port": (
+        [SFT, "--coordinator=localhost", "--num_processes=2", "--process_id=0"],
+        ["--coordinator=localhost", "no port"],
+    ),
     "heads not divisible by key/value heads": (
         [SFT, c("model.num_kv_heads", 3)],
         ["model.num_kv_heads = 3", "model.num_heads = 4"],
@@ -147,6 +161,8 @@ def files(tmp_path_factory):
         ("option", {"terms": {"sft": 1.0}, "sft": {"smoothing": 0.1}}),
     ):
         (folder / f"{name}.py").write_text(EXPERIMENT.replace("{}", repr(objective)))
+    rule = EXPERIMENT.replace("c.objective = {}", "c.rules = {'embed': 'fdsp'}")
+    (folder / "rule.py").write_text(rule)
     return folder
 
 
@@ -154,7 +170,8 @@ def run_main(arguments):
     """research.main in this process, its flags as at a start."""
     sys.modules.pop("research.main", None)
     flags.FLAGS.unparse_flags()
-    for name in [f for f in flags.FLAGS if f in ("config", "workdir") or f.startswith("config.")]:
+    ours = ("config", "workdir", "coordinator", "num_processes", "process_id")
+    for name in [f for f in flags.FLAGS if f in ours or f.startswith("config.")]:
         delattr(flags.FLAGS, name)
     fresh = importlib.import_module("research.main")
     with pytest.MonkeyPatch.context() as patch:

@@ -67,6 +67,9 @@ def test_what_the_compiler_says_of_memory():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
     text += "Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G."
     assert plan._out_of_memory(text) == "needs 20.10G of 15.75G: 4.35G too much"
+    text = "Ran out of memory on HBM, the total memory required for HLO temporaries (35.21G) "
+    text += "exceeds available HBM (15.75G)."
+    assert plan._out_of_memory(text) == "needs 35.21G of 15.75G for temporaries alone: 19.46G too much"
     assert plan._out_of_memory("INTERNAL: a bug") == ""
 
 
@@ -145,4 +148,5 @@ def test_what_does_not_fit_says_by_how_much(capsys):
     assert plan.main(command) == 1
     said = capsys.readouterr().out
     assert "DOESN'T FIT" in said
+    assert "too much" in said
     assert re.search(r"take \d+ chips or more", said)
