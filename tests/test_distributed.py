@@ -15,7 +15,7 @@ import pytest
 from research import checkpoint, distributed, metrics
 
 STEPS = 24
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 
 def start(workdir, processes, devices, mesh, steps=STEPS):
@@ -81,6 +81,7 @@ def same(found, wanted):
     np.testing.assert_allclose([found[s] for s in steps], [wanted[s] for s in steps], rtol=2e-3)
 
 
+@slow
 @pytest.mark.parametrize(
     ("processes", "mesh"),
     [(2, {"data": 2, "fsdp": 2}), (2, {"sequence": 2, "tensor": 2}), (4, {"fsdp": 4, "sequence": 2})],
@@ -93,6 +94,7 @@ def test_several_processes_have_the_losses_of_one(processes, mesh, alone, tmp_pa
     assert json.loads((workdir / "done.json").read_text())["step"] == STEPS
 
 
+@slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_who_name_it_and_one_process_goes_on(killed, alone, tmp_path):
     workdir = tmp_path / "w"
@@ -111,6 +113,7 @@ def test_a_killed_process_ends_the_others_who_name_it_and_one_process_goes_on(ki
     same(losses(workdir), alone)
 
 
+@slow
 def test_sigterm_to_one_saves_once_at_the_same_step(alone, tmp_path):
     workdir = tmp_path / "w"
     processes = start(workdir, 2, 2, {"data": 4})
@@ -123,6 +126,7 @@ def test_sigterm_to_one_saves_once_at_the_same_step(alone, tmp_path):
     same(losses(workdir), alone)
 
 
+@slow
 def test_an_error_of_one_process_is_told_to_the_others(tmp_path):
     workdir = tmp_path / "w"
     processes = start(workdir, 2, 2, {"data": 4}, steps=100_000)
@@ -131,3 +135,60 @@ def test_an_error_of_one_process_is_told_to_the_others(tmp_path):
     statuses = finish(processes, 60)
     assert statuses[0] == distributed.LOST
     assert re.search(r"process 0: process 1 .* ended: KeyboardInterrupt", log(workdir, 0))
+
+
+@pytest.fixture
+def watches(tmp_path, monkeypatch):
+    """Those of three processes, in this one."""
+    made = []
+    (tmp_path / "processes").mkdir()
+    for i in range(3):
+        monkeypatch.setattr(distributed.jax, "process_index", lambda i=i: i)
+        monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
+        made.append(distributed.Watch(str(tmp_path), stall_seconds=100))
+    for watch in made:
+        watch.beat()
+    return made
+
+
+def clock(monkeypatch, seconds):
+    now = time.monotonic()
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now + seconds)
+
+
+def test_a_silent_process_is_named_and_one_that_beats_is_not(watches, monkeypatch):
+    first, second, third = watches
+    third.progress(7)
+    third.beat()
+    assert first.look() == ""
+    clock(monkeypatch, distributed.DEAD_SECONDS + 1)
+    second.beat()
+    assert re.match(r"process 2 \(pid \d+ on \S+, at step 7\) died: it has not been heard of for 21 s", first.look())
+    third.beat()
+    assert first.look() == ""
+
+
+def test_a_process_that_ended_well_is_not_missed_and_one_that_did_not_is(watches, monkeypatch):
+    first, second, third = watches
+    second.ended, third.ended = "", ""
+    second.beat()
+    third.beat()
+    assert first.look() == ""
+    clock(monkeypatch, distributed.DEAD_SECONDS + 1)
+    assert first.look() == ""
+    third.ended = "OSError: no space"
+    third.beat()
+    assert first.look().endswith("ended: OSError: no space")
+
+
+def test_no_step_for_long_names_those_behind(watches, monkeypatch):
+    first, second, third = watches
+    first.progress(12)
+    second.progress(12)
+    third.progress(11)
+    clock(monkeypatch, 101)
+    second.beat()
+    third.beat()
+    assert first.look() == (
+        "no step for 101 s (stall_seconds); this process is at step 12, and stalled are those behind it: 2"
+    )
