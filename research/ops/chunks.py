@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,48 @@ def chunks(T: int, size: int) -> tuple[Callable[[jax.Array], jax.Array], Callabl
         return x.reshape(x.shape[0], T, *x.shape[3:])
 
     return split, join
+
+
+def whole_width(kernel: jax.Array, axes: str) -> jax.Array:
+    """A head's kernel ("dv" or "vd") with all of D on each device: gathered here once, and not in every chunk."""
+    return sharding.constrain(kernel, [{"d": None, "v": "vocab"}[axis] for axis in axes])
+
+
+def token_shards(hidden: jax.Array) -> tuple[int, int]:
+    """Into how many parts the mesh in context cuts B and T of [B, T, D]; 1 where it can't evenly."""
+    B, T = hidden.shape[:2]
+    parts = sharding.num_parts(sharding.RULES["batch"])
+    return 1 if B % parts else parts, _time_parts(T)
+
+
+def kernel_gradient(hidden: jax.Array, g: jax.Array, axes: str, shards: tuple[int, int], dtype: Any) -> jax.Array:
+    """The gradient of a head's kernel, from a chunk [B, t, D] and the gradient of its logits [B, t, V].
+
+    Returns:
+      [D, V] or, for `axes` "vd", [V, D]. Where tokens are sharded (`token_shards`), [rows, times, ...]: a sum for each
+      shard, which stays where it is. Chunks add up so, and devices talk once at the end (`total`).
+    """
+    if shards == (1, 1):
+        return jnp.einsum(f"btd,btv->{axes}", hidden, g, preferred_element_type=dtype)
+    rows, times = shards
+    hidden, g = (x.reshape(rows, x.shape[0] // rows, times, x.shape[1] // times, x.shape[2]) for x in (hidden, g))
+    return _placed(jnp.einsum(f"abctd,abctv->ac{axes}", hidden, g, preferred_element_type=dtype), axes)
+
+
+def no_gradient(kernel: jax.Array, axes: str, shards: tuple[int, int], dtype: Any) -> jax.Array:
+    """Zeros in the shape of `kernel_gradient`."""
+    if shards == (1, 1):
+        return jnp.zeros(kernel.shape, dtype)
+    return _placed(jnp.zeros((*shards, *kernel.shape), dtype), axes)
+
+
+def total(gradient: jax.Array) -> jax.Array:
+    """The sum over shards of what `kernel_gradient` gives."""
+    return jnp.sum(gradient, axis=(0, 1)) if gradient.ndim == 4 else gradient
+
+
+def _placed(gradient: jax.Array, axes: str) -> jax.Array:
+    return sharding.constrain(gradient, ["batch", "time", *({"d": None, "v": "vocab"}[axis] for axis in axes)])
 
 
 def _time_parts(T: int) -> int:

@@ -16,7 +16,16 @@ import jax.numpy as jnp
 
 from research import sharding
 from research.errors import InputError, did_you_mean
-from research.ops.chunks import CHUNK_TOKENS, chunk_size, chunks
+from research.ops.chunks import (
+    CHUNK_TOKENS,
+    chunk_size,
+    chunks,
+    kernel_gradient,
+    no_gradient,
+    token_shards,
+    total,
+    whole_width,
+)
 from research.ops.losses import Head
 
 KINDS = (
@@ -353,21 +362,27 @@ def _scan(options, hidden, head, teacher, teacher_head, weights, *, with_gradien
     split, join = chunks(hidden.shape[1], options.chunk)
 
     def body(sums, x):
-        tokens, g_hidden, g_head = _one_chunk(options, compute_head, teacher_head, *x, with_gradient)
+        tokens, g_hidden, g_head = _one_chunk(options, compute_head, teacher_head, *x, with_gradient, shards)
         return jax.tree.map(jnp.add, sums, g_head), (tokens, g_hidden)
 
-    compute_head = head[0].astype(hidden.dtype), head[1]
+    axes, teacher_axes = ("vd" if by else "dv" for by in (options.by_token, options.teacher_by_token))
+    shards, dtype = token_shards(hidden), _dtype(hidden)
+    compute_head = whole_width(head[0].astype(hidden.dtype), axes), head[1]
     if teacher_head is not None:
-        teacher_head = teacher_head[0].astype(teacher.dtype), teacher_head[1]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _dtype(hidden)), head) if with_gradient else None
+        teacher_head = whole_width(teacher_head[0].astype(teacher.dtype), teacher_axes), teacher_head[1]
+    zeros = None
+    if with_gradient:
+        g_bias = None if head[1] is None else jnp.zeros(head[1].shape, dtype)
+        zeros = no_gradient(head[0], axes, shards, dtype), g_bias
     sums, (tokens, g_hidden) = jax.lax.scan(body, zeros, jax.tree.map(split, (hidden, teacher, weights)))
     tokens = jax.tree.map(join, tokens)
     if not with_gradient:
         return tokens, None
+    sums = total(sums[0]), sums[1]
     return tokens, (join(g_hidden), jax.tree.map(lambda g, x: g.astype(x.dtype), sums, head))
 
 
-def _one_chunk(options, head, teacher_head, hidden, teacher, weights, with_gradient):
+def _one_chunk(options, head, teacher_head, hidden, teacher, weights, with_gradient, shards):
     """A chunk of [B, t, ...] arrays -> _Tokens of [B, t], and the gradients by hidden and head (None unless wanted)."""
     kernel, bias = head
     dtype, temperature = _dtype(hidden), options.temperature
@@ -393,7 +408,7 @@ def _one_chunk(options, head, teacher_head, hidden, teacher, weights, with_gradi
     g = g.astype(hidden.dtype)
     axes = "vd" if options.by_token else "dv"
     g_hidden = jnp.einsum(f"btv,{axes}->btd", g, kernel, preferred_element_type=dtype).astype(hidden.dtype)
-    g_kernel = jnp.einsum(f"btd,btv->{axes}", hidden, g, preferred_element_type=dtype)
+    g_kernel = kernel_gradient(hidden, g, axes, shards, dtype)
     return tokens, g_hidden, (g_kernel, g_bias)
 
 

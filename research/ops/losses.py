@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.ops.chunks import chunk_size, chunks
+from research.ops.chunks import chunk_size, chunks, kernel_gradient, no_gradient, token_shards, total, whole_width
 
 
 class Head(NamedTuple):
@@ -157,20 +157,24 @@ def _scan(options, hidden, kernel, bias, targets, weights, *, with_gradient):
     split, join = chunks(hidden.shape[1], options.chunk)
 
     def body(sums, x):
-        tokens, g_hidden, *more = _one_chunk(options, compute_kernel, bias, *x, with_gradient)
+        tokens, g_hidden, *more = _one_chunk(options, compute_kernel, bias, *x, with_gradient, shards)
         return jax.tree.map(jnp.add, sums, tuple(more)), (tokens, g_hidden)
 
-    compute_kernel = kernel.astype(hidden.dtype)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (kernel, bias) if with_gradient else (None, None))
+    compute_kernel, shards = whole_width(kernel.astype(hidden.dtype), "dv"), token_shards(hidden)
+    zeros = None, None
+    if with_gradient:
+        g_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+        zeros = no_gradient(kernel, "dv", shards, jnp.float32), g_bias
     sums, (tokens, g_hidden) = jax.lax.scan(body, zeros, jax.tree.map(split, (hidden, targets, weights)))
     tokens = jax.tree.map(join, tokens)
     if not with_gradient:
         return tokens, None
+    sums = total(sums[0]), sums[1]
     g_kernel, g_bias = jax.tree.map(lambda g, x: g.astype(x.dtype), sums, (kernel, bias))
     return tokens, (join(g_hidden), g_kernel, g_bias)
 
 
-def _one_chunk(options, kernel, bias, hidden, targets, weights, with_gradient):
+def _one_chunk(options, kernel, bias, hidden, targets, weights, with_gradient, shards):
     """hidden [B, t, D], targets and weights [B, t] -> _Tokens of [B, t], and the gradients (None unless wanted)."""
     V, e = kernel.shape[1], options.label_smoothing
     logits = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
@@ -198,5 +202,5 @@ def _one_chunk(options, kernel, bias, hidden, targets, weights, with_gradient):
     g_bias = None if bias is None else jnp.sum(g, axis=(0, 1))
     g = g.astype(hidden.dtype)
     g_hidden = jnp.einsum("btv,dv->btd", g, kernel, preferred_element_type=jnp.float32).astype(hidden.dtype)
-    g_kernel = jnp.einsum("btd,btv->dv", hidden, g, preferred_element_type=jnp.float32)
+    g_kernel = kernel_gradient(hidden, g, "dv", shards, jnp.float32)
     return tokens, g_hidden, g_kernel, g_bias
