@@ -194,13 +194,19 @@ def find(name: str) -> Topology:
     tpus = [k for k in CHIPS if k.startswith("v")]
     if kind not in tpus:
         raise InputError(f"--topology={name}: {kind!r} isn't known.{did_you_mean(kind, [*tpus, 'gpu', 'cpu'])}")
-    # Without these libtpu asks a server of Google's cloud what it runs on, and complains.
+    # Without these libtpu asks a server of Google's cloud what it runs on, and lets in one process at a time.
     environment = {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     }
-    environment |= {"TPU_WORKER_ID": "0", "JAX_PLATFORMS": "cpu", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    environment |= {
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_PLATFORMS": "cpu",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }
     for variable, value in environment.items():
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
