@@ -24,9 +24,9 @@ import jax
 import numpy as np
 import tqdm
 from absl import flags
-from ml_collections import config_flags
 
-from research.errors import InputError, did_you_mean, explain_flag_error
+from research import commands
+from research.errors import InputError, did_you_mean
 from research.sources import annotations, packing
 from research.sources.annotations import META, PROGRESS, Pieces
 from research.sources.dataset import Data, Rows, settings
@@ -45,8 +45,7 @@ class Job(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "As of research.main.", flag_values=values, sys_argv=["", *argv])
+    values = commands.experiment_flags(argv)
     flags.DEFINE_string("output", None, "The folder of the annotations.", flag_values=values)
     flags.DEFINE_string("teacher", None, "A model, in place of config.roles.teacher.", flag_values=values)
     flags.DEFINE_integer("k", 32, "How many of the likeliest tokens.", flag_values=values)
@@ -55,27 +54,17 @@ def main(argv: Sequence[str]) -> int:
     if {"--help", "-h"} & set(argv):
         print(f"{__doc__}{values.get_help()}")
         return 0
-    try:
-        try:
-            values(["annotate", *argv])
-            if values.config is None or values.output is None:
-                raise InputError("--config, --output: are missing. Give --config=experiments/x.py --output=DIR.")
-            told = values.config.to_dict()
-        except Exception as error:
-            raise InputError(explain_flag_error(error, argv)) from error
+
+    def work() -> None:
+        told = commands.parse_experiment(values, argv, "output", "--config=experiments/x.py --output=DIR")
 
         from research import config  # late, because it takes long to import
 
         if values.teacher:
             told["roles"] = {**told["roles"], "teacher": {"init_from": values.teacher}}
         annotate(config.parse(told), values.output, k=values.k, temperature=values.temperature, on=values.on)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return commands.run(work, resumable=True)
 
 
 def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0, on: str = "supervised") -> None:

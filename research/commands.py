@@ -5,21 +5,25 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from research.errors import InputError, did_you_mean
+from absl import flags
+from ml_collections import config_flags
+
+from research.errors import InputError, did_you_mean, explain_flag_error
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
-def run(work: Callable[[], None], *, resumable: bool = False) -> int:
+def run(work: Callable[[], int | None], *, resumable: bool = False) -> int:
     """Does a command's work, and returns its exit status; an InputError is printed.
 
     Args:
-      work: all of it, from its flags on.
+      work: all of it, from its flags on; what it returns is the status, None being 0.
       resumable: where it is interrupted, say that the same command goes on.
     """
     try:
-        work()
+        return work() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -27,7 +31,6 @@ def run(work: Callable[[], None], *, resumable: bool = False) -> int:
         if resumable:
             print("interrupted: the same command goes on", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 def make_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -56,6 +59,28 @@ def parse(
         if not getattr(args, name):
             raise InputError(f"--{name}: is missing. {remedy}")
     return args
+
+
+def experiment_flags(argv: Sequence[str]) -> flags.FlagValues:
+    """Flags of a command that takes an experiment, with --config and what overrides it; the command adds its own."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "As of research.main.", flag_values=values, sys_argv=["", *argv])
+    return values
+
+
+def parse_experiment(values: flags.FlagValues, argv: Sequence[str], required: str, example: str) -> dict[str, Any]:
+    """Parses flags into `values`; returns the experiment's config.
+
+    Raises:
+      InputError: a flag is at fault, or --config or `required` isn't given; `example` is then shown.
+    """
+    try:
+        values(["command", *argv])
+        if values.config is None or values[required].value is None:
+            raise InputError(f"--config, --{required}: are missing. Give {example}.")
+        return values.config.to_dict()
+    except Exception as error:
+        raise InputError(explain_flag_error(error, argv)) from error
 
 
 def whole_lines(path: Path) -> int:

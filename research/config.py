@@ -209,7 +209,7 @@ def check(config: Config, *, num_devices: int) -> None:
     shape = dict(zip(sharding.AXES, sharding.mesh_shape(dataclasses.asdict(config.mesh), num_devices), strict=True))
     _check_rules(config.rules)
     rules = {**sharding.RULES, **config.rules}
-    over = [axis for axis in sharding.AXES if axis in (rules["batch"] or ())]
+    over = [axis for axis in sharding.AXES if axis in sharding.mesh_axes(rules["batch"])]
     unit = math.prod(shape[axis] for axis in over) * config.microbatches
     if config.batch_size % unit:
         names = " x ".join([*(f"mesh.{axis}" for axis in over), "microbatches"])
@@ -246,7 +246,7 @@ def _check_rules(rules: Mapping[str, Any]) -> None:
     for name, axes in rules.items():
         if name not in sharding.RULES:
             raise InputError(f"rules.{name}: no such logical axis.{did_you_mean(name, sharding.RULES)}")
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
+        for axis in sharding.mesh_axes(axes):
             if axis not in sharding.AXES:
                 raise InputError(f"rules.{name} = {axes!r}: no such mesh axis.{did_you_mean(axis, sharding.AXES)}")
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
 
-from research.errors import InputError, did_you_mean, explain_flag_error
+from research import commands
+from research.errors import InputError, did_you_mean
 
 GIB = 2**30
 
@@ -138,8 +138,7 @@ class Plan:
 
 
 def main(argv: Sequence[str]) -> int:
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "As of research.main.", flag_values=values, sys_argv=["", *argv])
+    values = commands.experiment_flags(argv)
     flags.DEFINE_string("topology", None, "v5e:16x16, 2*v5p:4x4x4, gpu:8xH100 or cpu:8.", flag_values=values)
     flags.DEFINE_bool("search", False, "Try meshes, remat policies and microbatches.", flag_values=values)
     flags.DEFINE_integer("max_compiles", 8, "Of --search: how many to compile, the most promising.", flag_values=values)
@@ -147,31 +146,23 @@ def main(argv: Sequence[str]) -> int:
     if {"--help", "-h"} & set(argv):
         print(f"{__doc__}{values.get_help()}")
         return 0
-    try:
-        try:
-            values(["plan", *argv])
-            if values.config is None or values.topology is None:
-                raise InputError(
-                    "--config, --topology: are missing. Give --config=experiments/x.py --topology=v5e:4x4."
-                )
-            told = values.config.to_dict()
-        except Exception as error:
-            raise InputError(explain_flag_error(error, argv)) from error
+
+    def work() -> int:
+        told = commands.parse_experiment(values, argv, "topology", "--config=experiments/x.py --topology=v5e:4x4")
         topology = find(values.topology)
 
         from research import config as config_lib  # late, because jax must know of simulated devices first
 
         config = config_lib.parse({k: v for k, v in told.items() if k != "study"})
         found = search(config, topology, values.max_compiles) if values.search else [(config, make(config, topology))]
-        for each, plan in found[-1:]:
-            print(describe(each, topology, plan))
+        best, plan = found[-1]
+        print(describe(best, topology, plan))
         if values.json:
             records = [_record(each, topology, plan) for each, plan in found]
             Path(values.json).write_text(json.dumps(records, indent=2) + "\n")
-        return 0 if found[-1][1].fits else 1
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 0 if plan.fits else 1
+
+    return commands.run(work)
 
 
 def find(name: str) -> Topology:
@@ -199,8 +190,6 @@ def find(name: str) -> Topology:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    }
-    environment |= {
         "TPU_WORKER_ID": "0",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_PLATFORMS": "cpu",

@@ -108,7 +108,7 @@ def named(
     for size, axis, over in zip(shape, axes, spec, strict=False):
         parts = num_parts(over, mesh)
         if size % parts:
-            over = (over,) if isinstance(over, str) else over
+            over = mesh_axes(over)
             raise InputError(
                 f"{name}: its axis {axis!r} has size {size}, which mesh {'x'.join(over)} = {parts} doesn't divide. "
                 f"Choose a mesh.{over[-1]} that divides it, or change the size."
@@ -134,7 +134,12 @@ def num_parts(axes: str | Sequence[str] | None, mesh: Mesh | AbstractMesh | None
     """Into how many parts an array's dimension is cut by mesh axes, as a PartitionSpec has them; of the mesh in context
     by default, and 1 without one."""
     shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape or {}
-    return math.prod(shape.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    return math.prod(shape.get(axis, 1) for axis in mesh_axes(axes))
+
+
+def mesh_axes(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    """What a rule says, which may be one mesh axis, several or none."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def platform() -> str:

@@ -4,7 +4,7 @@ Axes: N tokens, D model, F feed-forward, E experts, k experts per token.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -106,7 +106,7 @@ def sharded_mixture(
     whole = jax.sharding.get_abstract_mesh().empty or any(
         n % sharding.num_parts(axes) for n, axes in zip(x.shape, rows, strict=True)
     )
-    batch, split, inner = (_axes(rules[name]) for name in ("batch", "experts", "mlp"))
+    batch, split, inner = (sharding.mesh_axes(rules[name]) for name in ("batch", "experts", "mlp"))
     gathered = tuple(axis for axis in split if axis in batch)
     added = (*inner, *(axis for axis in split if axis not in batch))
     parts = 1 if whole else sharding.num_parts(split)
@@ -126,7 +126,3 @@ def sharded_mixture(
     held = {**rules, "embed": None}
     specs = jax.tree.map(lambda axes: sharding.partition(axes, held), kernels, is_leaf=lambda x: isinstance(x, tuple))
     return jax.shard_map(local, in_specs=(rows, rows, rows, specs), out_specs=rows)(x, weights, experts, params)
-
-
-def _axes(axes: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
