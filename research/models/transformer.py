@@ -444,6 +444,7 @@ def _layer(c: ModelConfig, rules: Mapping[str, Any], window: int, x, p, segment_
     return _block(c, rules, p, x, attend)
 
 
+@jax.named_scope("embed")
 def _embed(
     c: ModelConfig,
     rules: Mapping[str, Any],
@@ -465,6 +466,7 @@ def _embed(
     return sharding.constrain(x, ("batch", "time", None), rules)
 
 
+@jax.named_scope("final_norm")
 def _finish(c: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     """From the last layer to what the head multiplies."""
     if c.block != "residual":
@@ -543,7 +545,8 @@ def hidden_at(
     x = _embed(c, rules, params, batch["tokens"], positions, batch.get("token_types"))
     states, done = {0: x}, 0
     for stop in sorted({*wanted, c.num_layers}):
-        x = run(x, done, stop)
+        with jax.named_scope("layers"):
+            x = run(x, done, stop)
         states[stop], done = x, stop
     return _finish(c, params, x), tuple(states[layer] for layer in wanted)
 
@@ -624,7 +627,8 @@ def decode(
             y = cached_attention(q, keys, values, seen, scale=c.scale, softcap=c.attention_softcap)
             return linear(p["attention"]["o"], y, contract=2)
 
-        x = _block(c, rules, p, x, attend)
+        with jax.named_scope("layers"):
+            x = _block(c, rules, p, x, attend)
     return _finish(c, params, x), tuple(out)
 
 

@@ -96,6 +96,7 @@ class _Tokens(NamedTuple):
     agreement: jax.Array | None
 
 
+@jax.named_scope("loss")
 def divergence(
     student_hidden: jax.Array,
     student_head: Head,
@@ -179,6 +180,7 @@ def divergence(
     return _sums(options, student_hidden, student_head, teacher_hidden, teacher_head, weights)
 
 
+@jax.named_scope("loss")
 def topk_divergence(
     student_hidden: jax.Array,
     student_head: Head,
@@ -230,6 +232,7 @@ def topk_divergence(
     return _sums(options, student_hidden, student_head, TopK(ids, log_probs, rest), None, weights)
 
 
+@jax.named_scope("loss")
 def uld(
     student_hidden: jax.Array,
     student_head: Head,

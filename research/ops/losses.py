@@ -65,6 +65,7 @@ class _Tokens(NamedTuple):
     correct: jax.Array
 
 
+@jax.named_scope("loss")
 def cross_entropy(
     hidden: jax.Array,
     head: Head,
@@ -104,6 +105,7 @@ def cross_entropy(
     )
 
 
+@jax.named_scope("loss")
 def log_probs(hidden: jax.Array, head: Head, targets: jax.Array, *, chunk: int | None = None) -> jax.Array:
     """log p(target) under softmax(logits), [B, T] float32; the gradient computes each chunk's logits again.
 

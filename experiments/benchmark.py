@@ -1,0 +1,46 @@
+"""What research.benchmark measures: shapes to compare by, which train on the built-in text as well.
+
+    python -m research.benchmark --config=experiments/benchmark.py:small
+    python -m research.benchmark --config=experiments/benchmark.py:small --only=train,decode --against=hf
+    python -m research.benchmark --config=experiments/benchmark.py:smol --only=train --config.batch_size=8
+    python -m research.benchmark --config=experiments/benchmark.py:1b --only=train,decode,loading --steps=20
+    python -m research.main --config=experiments/benchmark.py:small
+
+`small` (the default): Llama-shaped, 6.82 M parameters, 8 x 256 tokens. `smol`: the shape of SmolLM2-135M (V 49152,
+tied; arXiv:2502.02737), 2 x 256 tokens. `1b`: a Llama of 1.24 B parameters (the shape of Llama 3.2 1B), 8 x 4096 tokens
+for one GPU of 80 GB. AdamW, gradients clipped at 1.0; no evaluation.
+
+Cost: of `small`, all parts, about 5 minutes on 2 CPU cores; of `1b` on a GPU the line above is the one to take.
+"""
+
+from experiments import base
+
+SHAPES = {
+    "small": {"vocab_size": 4096, "num_layers": 6, "d_model": 256, "num_heads": 8, "num_kv_heads": 4, "d_ff": 768},
+    "smol": {"vocab_size": 49_152, "num_layers": 30, "d_model": 576, "num_heads": 9, "num_kv_heads": 3, "d_ff": 1536},
+    "1b": {"vocab_size": 128_256, "num_layers": 16, "d_model": 2048, "num_heads": 32, "num_kv_heads": 8, "d_ff": 8192},
+}
+
+
+def get_config(arg: str = ""):
+    chosen = base.variants(arg, *SHAPES)
+    size = next((name for name in SHAPES if name in chosen), "small")
+    config = base.get_config()
+    config.steps = 200
+    config.batch_size = {"small": 8, "smol": 2, "1b": 8}[size]
+    config.seq_len = 4096 if size == "1b" else 256
+    config.objective = {"terms": {"next_token": 1.0}}
+    config.data.path = "builtin:python_docs"
+    config.tokenizer.update(kind="bpe", vocab_size=4096)
+    config.model.update(SHAPES[size], mlp="swiglu", norm_eps=1e-5, tie_embeddings=size != "small")
+    if size != "small":
+        config.model.update(max_length=8192, rope_theta=500_000.0 if size == "1b" else 100_000.0)
+    if size == "1b":
+        config.model.remat = "full"
+    config.optimizer.update(name="adamw", learning_rate=1e-3, warmup_steps=20, weight_decay=0.1, clip_norm=1.0)
+    config.eval.update(every=0)
+    config.checkpoint.update(every=0, keep_last=1)
+    if "debug" in chosen:
+        config.model.vocab_size = 0
+        return base.debug(config)
+    return config
