@@ -23,6 +23,10 @@ Params = Any
 Generate = Callable[..., "Generated"]
 Stream = Callable[[Params, Sequence[int], jax.Array], Iterator[list[int]]]
 
+_GROUPS = 8  # this part of the slots is refilled at once
+_PIECE = 64  # tokens of a prompt that are read at once where slots are refilled
+_SLACK = 32  # the least number of tokens between two shifts of the cache
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -84,17 +88,32 @@ class Completion(NamedTuple):
     logprobs: list[float]
 
 
+class _Queue(NamedTuple):
+    """What is to be continued: prompts [B, P], their lengths [B], the most new tokens of each [B], random keys [B]."""
+
+    prompts: jax.Array
+    lengths: jax.Array
+    limits: jax.Array
+    keys: jax.Array
+
+
 class _State(NamedTuple):
-    """Between two tokens: the last of `step` tokens is in `out`, and not yet in the cache."""
+    """Between two tokens of A slots, each of which holds one row of the queue."""
 
-    step: jax.Array
-    done: jax.Array  # [B] bool
+    index: jax.Array  # of the cache entry that all slots write next
+    row: jax.Array  # [A] int32
+    first: jax.Array  # [A] int32, where in the cache the row begins
+    made: jax.Array  # [A] int32, new tokens of the row
+    last: jax.Array  # [A] int32, the latest of them, which is not yet in the cache
+    done: jax.Array  # [A] bool: the row has ended, or there is none
     cache: Cache
-    out: Generated
+    out: Generated  # of the whole queue
 
 
-def make_generate(model: Model, config: SamplingConfig, vocab_size: int | None = None) -> Generate:
-    """Returns generate(params, prompts, lengths, key, rows=None) -> Generated, jitted.
+def make_generate(
+    model: Model, config: SamplingConfig, vocab_size: int | None = None, *, slots: int | None = None
+) -> Generate:
+    """Returns generate(params, prompts, lengths, key, rows=None, limits=None) -> Generated, jitted.
 
     It takes
       params: of `model`, sharded as you like under the mesh of jax.set_mesh. The result is on every device.
@@ -103,28 +122,47 @@ def make_generate(model: Model, config: SamplingConfig, vocab_size: int | None =
       key: random key.
       rows: [B] int32, by default 0 to B - 1. A row's token n is drawn with a key made of (key, its number
         here, n), so that it depends on no other row.
+      limits: [B] int32, the most tokens of each row, where that is below N.
 
     Args:
       model: to decode with.
       config: how to choose tokens.
       vocab_size: ids from here on, which pad the model's vocabulary, are never chosen; None: there are none.
+      slots: A, the most rows that are decoded at once; None: all. Of more, the next takes the place of one that has
+        ended (the iteration-level scheduling of Orca, OSDI 2022), the longest prompts first. Every row gets the same
+        tokens, and the cache has room for A rows.
 
     Raises:
-      InputError: `vocab_size` or a stop token is beyond the vocabulary, or there is no room for a prompt; when
-        called, P + N > model.config.max_length.
+      InputError: `vocab_size` or a stop token is beyond the vocabulary, `slots` is below 1, or there is no room for a
+        prompt; when called, P + N > model.config.max_length.
     """
-    begin, advance = _make_steps(model, config, vocab_size)
+    if slots is not None and slots < 1:
+        raise InputError(f"slots = {slots}: must be at least 1. None decodes all prompts at once.")
+    steps = _make_steps(model, config, vocab_size)
 
     @jax.jit
     def generate(
-        params: Params, prompts: jax.Array, lengths: jax.Array, key: jax.Array, rows: jax.Array | None = None
+        params: Params,
+        prompts: jax.Array,
+        lengths: jax.Array,
+        key: jax.Array,
+        rows: jax.Array | None = None,
+        limits: jax.Array | None = None,
     ) -> Generated:
-        rows = jnp.arange(prompts.shape[0]) if rows is None else rows
+        B, P = prompts.shape
+        if longest_prompt(model, config) < P:
+            raise InputError(
+                f"prompts padded to {P} tokens and sampling.max_new_tokens = {config.max_new_tokens} make more than "
+                f"model.max_length = {model.config.max_length}. Lower sampling.max_new_tokens, or shorten the prompts."
+            )
+        rows = jnp.arange(B) if rows is None else rows
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+        N = jnp.full(B, config.max_new_tokens, jnp.int32)
+        limits = N if limits is None else jnp.minimum(N, limits)
+        queue = _Queue(prompts, jnp.where(limits > 0, lengths, 0), limits, keys)
         params = model.unstack(params)
-        state = begin(params, prompts, lengths, keys)
-        state = advance(params, lengths, keys, state, config.max_new_tokens)
-        return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim), state.out)
+        out = _decode(steps, params, queue) if slots is None or slots >= B else _take_turns(steps, params, queue, slots)
+        return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim), out)
 
     return generate
 
@@ -137,28 +175,31 @@ def make_stream(
     They are the tokens that `make_generate` gives in row 0. `params` are what model.unstack returns under jit,
     once for many prompts. Raises InputError as `make_generate` does and, when iterated over, as `pad_prompts`.
     """
-    begin, advance = _make_steps(model, config, vocab_size)
+    steps = _make_steps(model, config, vocab_size)
+    limit = np.array([config.max_new_tokens], np.int32)
 
     @jax.jit
-    def start(params: Params, prompts: jax.Array, lengths: jax.Array, keys: jax.Array) -> _State:
-        return begin(params, prompts, lengths, keys)
+    def start(params: Params, queue: _Queue) -> _State:
+        return steps.begin(params, queue)
 
-    @functools.partial(jax.jit, donate_argnums=3)
-    def more(params: Params, lengths: jax.Array, keys: jax.Array, state: _State) -> _State:
-        return advance(params, lengths, keys, state, jnp.minimum(state.step + chunk, config.max_new_tokens))
+    @functools.partial(jax.jit, donate_argnums=2)
+    def more(params: Params, queue: _Queue, state: _State) -> _State:
+        until = state.made[0] + chunk
+        going = lambda state: ~state.done[0] & (state.made[0] < until)  # noqa: E731
+        return jax.lax.while_loop(going, lambda state: steps.step(params, queue, state), state)
 
     def stream(params: Params, prompt: Sequence[int], key: jax.Array) -> Iterator[list[int]]:
         prompts, lengths = pad_prompts([prompt], bucket=bucket, longest=longest_prompt(model, config))
-        keys = jax.random.fold_in(key, 0)[None]
-        state = start(params, prompts, lengths, keys)
+        queue = _Queue(prompts, lengths, limit, jax.random.fold_in(key, 0)[None])
+        state = start(params, queue)
         given = 0
         while True:
-            tokens, made, done = jax.device_get((state.out.tokens[0], state.out.lengths[0], state.done[0]))
+            tokens, made, done = jax.device_get((state.out.tokens[0], state.made[0], state.done[0]))
             yield tokens[given:made].tolist()
             given = made
-            if done or made == config.max_new_tokens:
+            if done:
                 return
-            state = more(params, lengths, keys, state)
+            state = more(params, queue, state)
 
     return stream
 
@@ -280,13 +321,26 @@ def _check_lengths(prompts: Sequence[Sequence[int]], longest: int | None) -> Non
             )
 
 
-def _make_steps(model: Model, config: SamplingConfig, vocab_size: int | None) -> tuple[Callable, Callable]:
-    """The two halves of decoding. `params` are unstacked, and `keys` [B] the random keys of the rows.
+class _Steps(NamedTuple):
+    """The parts of decoding, on unstacked parameters.
 
-    Returns:
-      begin: (params, prompts, lengths, keys) -> the _State after the prompts and one new token.
-      advance: (params, lengths, keys, state, until) -> that after `until` tokens, or when all rows are done.
+    Attributes:
+      begin: (params, queue) -> the _State of as many slots as there are rows, after the prompts and one new token.
+      step: (params, queue, state) -> the state after one more token in every slot that isn't done.
+      idle: (queue, slots) -> a state in which no slot has a row.
+      refill: (params, queue, state, rows [R], count) -> the state after the first `count` of these rows have gone into
+        slots that are done, of which there are at least as many.
+      shift: (queue, state) -> the state after all of the cache has moved to the left as far as possible.
     """
+
+    begin: Callable[[Params, _Queue], _State]
+    step: Callable[[Params, _Queue, _State], _State]
+    idle: Callable[[_Queue, int], _State]
+    refill: Callable[[Params, _Queue, _State, jax.Array, jax.Array], _State]
+    shift: Callable[[_Queue, _State], _State]
+
+
+def _make_steps(model: Model, config: SamplingConfig, vocab_size: int | None) -> _Steps:
     N, max_length = config.max_new_tokens, model.config.max_length
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
     if not 0 < vocab_size <= model.config.vocab_size:
@@ -303,53 +357,150 @@ def _make_steps(model: Model, config: SamplingConfig, vocab_size: int | None) ->
         )
     stops = np.array(config.stop_tokens, np.int32)
 
-    def append(params, hidden, keys, step, done, out):
-        """Chooses token number `step` of each row from its last hidden state, [B, D]."""
+    def choose(params, queue, hidden, row, made, done, out):
+        """The next token of rows [R] from their last hidden states [R, D]; returns (tokens, done, out)."""
         logits = _logits(model.unembed(params), hidden, vocab_size)
-        tokens = _choose(logits, config, keys, step)
-        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), tokens[:, None], axis=1)
-        tokens = jnp.where(done, 0, tokens)
-        logprobs = jnp.where(done[:, None], 0.0, logprobs)
+        tokens = _choose(logits, config, queue.keys[row], made)
+        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), tokens[:, None], axis=1)[:, 0]
+        row = jnp.where(done, len(out.lengths), row)  # beyond the end: written nowhere
         out = Generated(
-            tokens=jax.lax.dynamic_update_slice_in_dim(out.tokens, tokens[:, None], step, axis=1),
-            lengths=jnp.where(done, out.lengths, step + 1),
-            logprobs=jax.lax.dynamic_update_slice_in_dim(out.logprobs, logprobs, step, axis=1),
+            tokens=out.tokens.at[row, made].set(tokens, mode="drop"),
+            lengths=out.lengths.at[row].set(made + 1, mode="drop"),
+            logprobs=out.logprobs.at[row, made].set(logprobs, mode="drop"),
         )
-        return done | jnp.isin(tokens, stops), out
+        return tokens, done | jnp.isin(tokens, stops) | (made + 1 >= queue.limits[row]), out
 
-    def begin(params, prompts, lengths, keys):
-        B, P = prompts.shape
-        if max_length < P + N:
-            raise InputError(
-                f"prompts padded to {P} tokens and sampling.max_new_tokens = {N} make more than "
-                f"model.max_length = {max_length}. Lower sampling.max_new_tokens, or shorten the prompts."
-            )
-        first = (P - lengths)[:, None, None]
-        t, s = jnp.arange(P)[None, :, None], jnp.arange(P + N)[None, None, :]
+    def read(params, prompts, lengths, cache, index, size):
+        """Puts entries index to index + size of prompts [R, P] into the cache; returns ([R, size, D], cache)."""
+        S = jax.tree.leaves(cache)[0].shape[1]
+        first = (prompts.shape[1] - lengths)[:, None, None]
+        t, s = index + jnp.arange(size)[None, :, None], jnp.arange(S)[None, None, :]
         # Padding sees itself: a softmax over nothing would put NaN into the cache.
         mask = ((first <= s) & (s <= t)) | (s == t)
         positions = jnp.maximum(t - first, 0)[:, :, 0]
-        hidden, cache = model.decode(params, prompts, positions, mask, model.init_cache(B, P + N), 0)
-        out = Generated(jnp.zeros((B, N), jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros((B, N), jnp.float32))
-        done, out = append(params, hidden[:, -1], keys, jnp.int32(0), lengths == 0, out)
-        return _State(jnp.int32(1), done, cache, out)
+        tokens = jax.lax.dynamic_slice_in_dim(prompts, index, size, axis=1)
+        return model.decode(params, tokens, positions, mask, cache, index)
 
-    def advance(params, lengths, keys, state, until):
-        S = state.cache[0][0].shape[1]
-        first, s = (S - N - lengths)[:, None, None], jnp.arange(S)[None, None, :]
+    def empty(queue):
+        B = len(queue.lengths)
+        return Generated(jnp.zeros((B, N), jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros((B, N), jnp.float32))
 
-        def body(state: _State) -> _State:
-            index = S - N + state.step - 1
-            tokens = jax.lax.dynamic_slice_in_dim(state.out.tokens, state.step - 1, 1, axis=1)
-            mask = (first <= s) & (s <= index)
-            positions = index - first[:, :, 0]
-            hidden, cache = model.decode(params, tokens, positions, mask, state.cache, index)
-            done, out = append(params, hidden[:, 0], keys, state.step, state.done, state.out)
-            return _State(state.step + 1, done, cache, out)
+    def begin(params, queue):
+        B, P = queue.prompts.shape
+        row, made, done, out = jnp.arange(B), jnp.zeros(B, jnp.int32), queue.lengths == 0, empty(queue)
+        hidden, cache = read(params, queue.prompts, queue.lengths, model.init_cache(B, P + N), 0, P)
+        last, done, out = choose(params, queue, hidden[:, -1], row, made, done, out)
+        return _State(jnp.int32(P), row, P - queue.lengths, made + 1, last, done, cache, out)
 
-        return jax.lax.while_loop(lambda state: (state.step < until) & ~jnp.all(state.done), body, state)
+    def step(params, queue, state):
+        index, first = state.index, state.first[:, None, None]
+        s = jnp.arange(jax.tree.leaves(state.cache)[0].shape[1])[None, None, :]
+        mask, positions = (first <= s) & (s <= index), index - first[:, :, 0]
+        hidden, cache = model.decode(params, state.last[:, None], positions, mask, state.cache, index)
+        last, done, out = choose(params, queue, hidden[:, 0], state.row, state.made, state.done, state.out)
+        return _State(index + 1, state.row, state.first, state.made + 1, last, done, cache, out)
 
-    return begin, advance
+    def idle(queue, slots):
+        P = queue.prompts.shape[1]
+        none = jnp.zeros(slots, jnp.int32)
+        cache = model.init_cache(slots, P + N + max(_SLACK, (P + N) // 8))
+        return _State(jnp.int32(P), none, none + P, none, none, jnp.ones(slots, bool), cache, empty(queue))
+
+    def refill(params, queue, state, rows, count):
+        (R,), P = rows.shape, queue.prompts.shape[1]
+        done = jnp.arange(R) >= count
+        lengths = jnp.where(done, 0, queue.lengths[rows])
+        # In pieces, so that short prompts cost little. LongRoPE has to see all of a prompt to choose its factors.
+        size = P if P % _PIECE or model.config.rope_scaling.kind == "longrope" else _PIECE
+        piece = functools.partial(read, params, queue.prompts[rows], lengths, size=size)
+        cache = model.init_cache(R, P)
+        hidden = jax.eval_shape(piece, cache, 0)[0]
+        hidden, cache = jax.lax.fori_loop(
+            (P - jnp.max(lengths)) // size,
+            P // size,
+            lambda i, carry: piece(carry[1], i * size),
+            (jnp.zeros(hidden.shape, hidden.dtype), cache),
+        )
+        made = jnp.zeros(R, jnp.int32)
+        last, ended, out = choose(params, queue, hidden[:, -1], rows, made, done, state.out)
+
+        free = jnp.argsort(~state.done)[:R]
+
+        def place(i, big):  # a prompt's last entry is just before what all slots write next
+            return jax.tree.map(
+                lambda big, new: jax.lax.dynamic_update_slice(
+                    big,
+                    jax.lax.dynamic_slice_in_dim(new, i, 1),
+                    (free[i], state.index - P, *(0,) * (big.ndim - 2)),
+                ),
+                big,
+                cache,
+            )
+
+        into = jnp.where(done, len(state.row), free)
+        put = lambda old, new: old.at[into].set(new, mode="drop")  # noqa: E731
+        return _State(
+            index=state.index,
+            row=put(state.row, rows),
+            first=put(state.first, state.index - lengths),
+            made=put(state.made, made + 1),
+            last=put(state.last, last),
+            done=put(state.done, ended),
+            cache=jax.lax.fori_loop(0, count, place, state.cache),
+            out=out,
+        )
+
+    def shift(queue, state):
+        by = jnp.min(jnp.where(state.done, state.index, state.first))
+        by = jnp.minimum(by, state.index - queue.prompts.shape[1])
+        cache = jax.tree.map(lambda x: jnp.roll(x, -by, axis=1), state.cache)
+        return state._replace(index=state.index - by, first=state.first - by, cache=cache)
+
+    return _Steps(begin, step, idle, refill, shift)
+
+
+def _decode(steps: _Steps, params: Params, queue: _Queue) -> Generated:
+    """All rows at once, until all are done."""
+    state = steps.begin(params, queue)
+    going = lambda state: ~jnp.all(state.done)  # noqa: E731
+    return jax.lax.while_loop(going, lambda state: steps.step(params, queue, state), state).out
+
+
+def _take_turns(steps: _Steps, params: Params, queue: _Queue, slots: int) -> Generated:
+    """As many rows at once as there are slots.
+
+    Some are put into slots together, once as many are free. Loops stand for conditions, since XLA may copy the cache
+    into a lax.cond.
+    """
+    P = queue.prompts.shape[1]
+    padded = -(-P // _PIECE) * _PIECE if P > _PIECE else P
+    queue = queue._replace(prompts=jnp.pad(queue.prompts, ((0, 0), (padded - P, 0))))
+    parts = sharding.num_parts(sharding.RULES["batch"])
+    group = min(slots, -(-slots // (_GROUPS * parts)) * parts)
+    order = jnp.pad(jnp.argsort(-queue.lengths), (0, group))
+    total = jnp.sum(queue.lengths > 0)
+
+    def wanted(begun, state):
+        left = total - begun
+        return (left > 0) & (jnp.sum(state.done) >= jnp.minimum(group, left))
+
+    def refill(carry):
+        begun, state = carry
+        count = jnp.minimum(group, total - begun)
+        rows = jax.lax.dynamic_slice_in_dim(order, begun, group)
+        return begun + count, steps.refill(params, queue, state, rows, count)
+
+    def full(state):
+        return state.index == jax.tree.leaves(state.cache)[0].shape[1]
+
+    def turn(carry):
+        begun, state = jax.lax.while_loop(lambda carry: wanted(*carry), refill, carry)
+        state = jax.lax.while_loop(full, lambda state: steps.shift(queue, state), state)
+        going = lambda state: ~jnp.all(state.done) & ~full(state) & ~wanted(begun, state)  # noqa: E731
+        return begun, jax.lax.while_loop(going, lambda state: steps.step(params, queue, state), state)
+
+    going = lambda carry: (carry[0] < total) | ~jnp.all(carry[1].done)  # noqa: E731
+    return jax.lax.while_loop(going, turn, (jnp.int32(0), steps.idle(queue, slots)))[1].out
 
 
 def _logits(head: Head, hidden: jax.Array, vocab_size: int) -> jax.Array:
@@ -362,11 +513,11 @@ def _logits(head: Head, hidden: jax.Array, vocab_size: int) -> jax.Array:
     return jnp.where(jnp.arange(logits.shape[1])[None] < vocab_size, logits, -jnp.inf)
 
 
-def _choose(logits: jax.Array, config: SamplingConfig, keys: jax.Array, step: jax.Array) -> jax.Array:
-    """The next token of each row, [B] int32, from logits [B, V]."""
+def _choose(logits: jax.Array, config: SamplingConfig, keys: jax.Array, made: jax.Array) -> jax.Array:
+    """Token number made[i] of each row, [B] int32, from logits [B, V]."""
     if config.temperature == 0:
         return jnp.argmax(logits, axis=1).astype(jnp.int32)
     logits, ids = filter_logits(logits, config)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+    keys = jax.vmap(jax.random.fold_in)(keys, made)
     drawn = jax.vmap(jax.random.categorical)(keys, logits)
     return jnp.take_along_axis(ids, drawn[:, None], axis=1)[:, 0]

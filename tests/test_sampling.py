@@ -113,15 +113,15 @@ def test_decoding_ends_when_all_rows_have(tiny):
     """A row that only fills the batch doesn't keep it going either."""
     model, params = tiny
     config = SamplingConfig(max_new_tokens=20, stop_tokens=tuple(range(48)))
-    begin, advance = sampling._make_steps(model, config, None)
+    steps = sampling._make_steps(model, config, None)
 
     @jax.jit
-    def steps(params, prompts, lengths):
-        keys, params = jax.random.split(jax.random.key(0), 2), model.unstack(params)
-        return advance(params, lengths, keys, begin(params, prompts, lengths, keys), 20)
+    def begin(params, prompts, lengths):
+        limits, keys = jnp.full(2, 20), jax.random.split(jax.random.key(0), 2)
+        return steps.begin(model.unstack(params), sampling._Queue(prompts, lengths, limits, keys))
 
-    state = steps(params, np.ones((2, 8), np.int32), np.array([3, 0], np.int32))
-    assert int(state.step) == 1
+    state = begin(params, np.ones((2, 8), np.int32), np.array([3, 0], np.int32))
+    assert state.done.tolist() == [True, True]
     assert state.out.lengths.tolist() == [1, 0]
 
 
