@@ -24,7 +24,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +37,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from research import benchmark_peers, commands
+from research import benchmark_peers, commands, profiling
 from research.benchmark_peers import Failed, Peer
 from research.errors import InputError, did_you_mean
 
@@ -442,8 +444,7 @@ def _train(bench: Bench, config: Any, name: str) -> Result:
         for peer in list(runners)[2:]:
             runners[peer](1)
         found = in_turn(runners, _count(bench, warm))
-        if bench.profile:
-            _profile(bench, ours, name)
+        costliest = _profile(bench, ours, name) if bench.profile else None
         times, peak = spread(found[""]), product_flops / spread(found[" matmul"])["median"]
         flops = model_flops(parts.models, tokens, config.seq_len)
         record = {
@@ -480,7 +481,9 @@ def _train(bench: Bench, config: Any, name: str) -> Result:
         f"{name}: {_ms(times)}, {record['tokens_per_second']:.5g} tokens/s, MFU {record['mfu']:.1%} of "
         f"{peak / 1e12:.3g} TFLOP/s, {_peak_memory(record['memory'])}"
     )
-    return record, text + _told(record)
+    if costliest is not None:
+        record["costliest"] = costliest
+    return record, text + _told(record) + profiling.describe(costliest or [])
 
 
 def _told(record: Record) -> str:
@@ -550,12 +553,382 @@ def _start_training(
     return child, told["loss"]
 
 
-def _profile(bench: Bench, ours: Stepper, name: str) -> None:
-    raise NotImplementedError
+def _profile(bench: Bench, ours: Stepper, name: str) -> list[dict[str, Any]]:
+    """Traces three steps into FILE/NAME, and returns what took the most time."""
+    import jax
+
+    folder = str(Path(bench.profile) / name)
+    with jax.profiler.trace(folder, create_perfetto_trace=True):
+        for _ in range(3):
+            ours.step()
+    return profiling.costliest(folder, [ours.compiled.as_text()])
+
+
+def loop(bench: Bench) -> Iterator[Result]:
+    """Runs research.run for a few steps, and the bare step as often, in turn: what the loop adds, as a share of it."""
+    from research import metrics, run
+
+    config = dataclasses.replace(
+        bench.config,
+        eval=dataclasses.replace(bench.config.eval, every=0),
+        checkpoint=dataclasses.replace(bench.config.checkpoint, every=0, best_metric=""),
+    )
+    ours = Stepper(prepare(bench, config))
+    ours(2)
+    n = max(3, _count(bench, ours(1)[0] * _ROUNDS))
+    shares, waits, bare, looped = [], [], [], []
+    for _ in range(_ROUNDS):
+        with tempfile.TemporaryDirectory() as workdir:
+            try:
+                run.run(dataclasses.replace(config, steps=n), workdir)
+            except run.Preempted as stop:
+                raise KeyboardInterrupt from stop
+            lines = [line for line in metrics.read_metrics(workdir) if "train/tokens_per_second" in line]
+        each = [line["train/tokens"] / line["train/tokens_per_second"] for line in lines]
+        looped.append(statistics.mean(each))
+        waits.append(statistics.mean(line["train/data_wait_fraction"] for line in lines))
+        bare.append(statistics.mean(ours(n)))
+        shares.append(looped[-1] / bare[-1] - 1)
+    record = {
+        "seconds": spread(looped),
+        "bare_seconds": spread(bare),
+        "overhead": spread(shares),
+        "data_wait_fraction": statistics.median(waits),
+        "steps": n,
+        "log_every": config.log.every,
+    }
+    yield (
+        record,
+        (
+            f"{_ms(record['seconds'])} a step, {_ms(record['bare_seconds'])} without the loop: "
+            f"{record['overhead']['median']:+.1%}; waits for data {record['data_wait_fraction']:.2%} of the time"
+        ),
+    )
+
+
+def decode(bench: Bench) -> Iterator[Result]:
+    """Greedy decoding of prompts of equal length; then of many that begin and end at different lengths."""
+    import jax
+    import numpy as np
+
+    from research import config as config_lib
+    from research import params, sampling, sharding
+    from research.models import transformer
+
+    rules = {**sharding.RULES, **bench.config.rules}
+    model = transformer.make_model(config_lib.model_config(bench.config, bench.vocab_size), rules)
+    c, rng, key = model.config, np.random.default_rng(0), jax.random.PRNGKey(0)
+    specs = transformer.in_compute_dtype(model)
+    values = jax.jit(lambda key: params.init(specs, key), out_shardings=params.shardings(specs, bench.mesh, rules))(key)
+    unit = sharding.num_parts(rules["batch"], bench.mesh)
+    prompt, new = min(32, c.max_length // 2), min(128, c.max_length // 2)
+    move, moved = copy(bench.mesh)
+    weights = sum(x.nbytes for x in jax.tree.leaves(values)) - (0 if c.tie_embeddings else values["embed"].nbytes)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if bench.against:
+            _write_model(folder, c, values)
+        for size in sorted({-(-size // unit) * unit for size in bench.decode}):
+            prompts = rng.integers(0, bench.vocab_size, (size, prompt)).astype(np.int32)
+            lengths = np.full(size, prompt, np.int32)
+            _forget_peak()
+
+            def make(n: int, prompts: Any = prompts, lengths: Any = lengths) -> Callable[[], Any]:
+                generate = sampling.make_generate(model, sampling.SamplingConfig(max_new_tokens=n), bench.vocab_size)
+                return lambda: generate(values, prompts, lengths, key)
+
+            whole = make(new)
+            runners = {"": _ready(whole), " first": _ready(make(1)), " copy": move}
+            children: dict[str, Peer] = {}
+            theirs: dict[str, Any] = {}
+            np.savez(f"{folder}/batch.npz", prompts=prompts)
+            for peer in bench.against:
+                try:
+                    children[peer] = stack.enter_context(Peer(peer))
+                    theirs[peer] = children[peer].call("decode", folder=folder, new_tokens=new, dtype=c.dtype)["tokens"]
+                    runners[peer] = lambda n, p=children[peer]: p.call("run", n=n)
+                except Failed as error:
+                    theirs[peer] = str(error)
+            tokens = np.asarray(whole().tokens)
+            found = in_turn(runners, _count(bench, runners[""](1)[0], 15))
+            times, first = spread(found[""]), spread(found[" first"])
+            per_token = (times["median"] - first["median"]) / max(new - 1, 1)
+            cached = 2 * c.num_layers * c.num_kv_heads * c.dim_per_head * size * (prompt + new / 2)
+            read = weights + cached * jax.numpy.dtype(c.dtype).itemsize
+            bandwidth = moved / spread(found[" copy"])["median"]
+            record = {
+                "case": f"batch {size}",
+                "seconds": times,
+                "tokens_per_second": size * new / times["median"],
+                "prefill_seconds": first,
+                "seconds_per_token": per_token,
+                "prompt": prompt,
+                "new_tokens": new,
+                "dtype": c.dtype,
+                "bytes_per_token": read,
+                "bytes_per_second": bandwidth,
+                "of_bandwidth": read / bandwidth / per_token,
+                "resident_peak": benchmark_peers.peak_resident(),
+            }
+            for peer, answer in theirs.items():
+                answer = found[peer] if isinstance(found.get(peer), str) else answer
+                if isinstance(answer, str):
+                    record.setdefault("against", {})[peer] = {"error": answer}
+                    continue
+                peer_times = spread(found[peer])
+                record.setdefault("against", {})[peer] = {
+                    "seconds": peer_times,
+                    "tokens_per_second": size * new / peer_times["median"],
+                    "ratio": peer_times["median"] / times["median"],
+                    "same_tokens": float(np.mean(np.asarray(answer) == tokens)),
+                    "memory": children[peer].call("memory"),
+                }
+            for child in children.values():
+                child.close()
+            text = (
+                f"batch {size}: {record['tokens_per_second']:.5g} tokens/s, prompt {_ms(first)}, then "
+                f"{1e3 * per_token:.4g} ms a token, {record['of_bandwidth']:.0%} of {bandwidth / 1e9:.3g} GB/s"
+            )
+            yield record, text + _told(record)
+    yield _queue(bench, model, values, -(-max(bench.decode) // unit) * unit)
+
+
+def _queue(bench: Bench, model: Any, values: Any, size: int) -> Result:
+    """Many prompts of unequal lengths, which end at unequal lengths too: places refilled, against padded batches."""
+    import jax
+    import numpy as np
+
+    from research import sampling
+
+    rng, key, longest = np.random.default_rng(0), jax.random.PRNGKey(0), min(64, model.config.max_length // 4)
+    new = min(128, model.config.max_length // 2)
+    count = 8 * size
+    prompts = [
+        rng.integers(0, bench.vocab_size, n).tolist() for n in rng.integers(max(1, longest // 8), longest, count)
+    ]
+    # Of random weights every token is about as likely: one that ends a row comes after 64 tokens, on average.
+    stop = tuple(range(max(1, bench.vocab_size // 64)))
+    config = sampling.SamplingConfig(max_new_tokens=new, temperature=1.0, stop_tokens=stop)
+    padded = sampling.make_generate(model, config, bench.vocab_size)
+    refilled = sampling.make_generate(model, config, bench.vocab_size, slots=size)
+    made: dict[str, int] = {}
+
+    def all_of(name: str, generate: Any, batch_size: int) -> Callable[[], None]:
+        def work() -> None:
+            done = sampling.generate_batches(generate, values, prompts, key, batch_size=batch_size, bucket=longest)
+            made[name] = sum(len(completion.tokens) for completion in done)
+
+        return work
+
+    runners = {
+        "padded": _ready(all_of("padded", padded, size)),
+        "refilled": _ready(all_of("refilled", refilled, count)),
+    }
+    found = in_turn(runners, _count(bench, runners["padded"](1)[0], 8))
+    record: Record = {"case": f"{count} prompts, {size} at once", "new_tokens": made}
+    for name, seconds in found.items():
+        record[name] = {"seconds": spread(seconds)}
+        record[name]["tokens_per_second"] = made[name] / record[name]["seconds"]["median"]
+    record["ratio"] = record["refilled"]["tokens_per_second"] / record["padded"]["tokens_per_second"]
+    return record, (
+        f"{record['case']}, places refilled: {record['refilled']['tokens_per_second']:.5g} tokens/s, "
+        f"{record['ratio']:.2f} times padded batches ({record['padded']['tokens_per_second']:.5g})"
+    )
+
+
+def data(bench: Bench) -> Iterator[Result]:
+    """Reads the config's data with bytes and with a BPE: from the text, and from the cache; packs; makes batches."""
+    import numpy as np
+
+    from research import config as config_lib
+    from research.sources import dataset, packing, tokenizers
+
+    config = bench.config
+    wanted = config_lib.data_spec(config)
+    for kind in ("byte", "bpe"):
+        with tempfile.TemporaryDirectory() as folder:
+            spec = dataclasses.replace(wanted, cache_dir=f"{folder}/trained")
+            size = config.tokenizer.vocab_size
+            told = tokenizers.TokenizerSpec(kind=kind, vocab_size=size)
+            began = time.perf_counter()
+            found = dataset.load(spec, told, seed=config.seed)
+            first = time.perf_counter() - began
+            spec = dataclasses.replace(wanted, cache_dir=f"{folder}/given")
+            began, cpu = time.perf_counter(), time.process_time()
+            dataset.load(spec, told, found.tokenizer, seed=config.seed)
+            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+            warm = spread(
+                benchmark_peers.timed(lambda: dataset.load(spec, told, found.tokenizer, seed=config.seed), 5)  # noqa: B023
+            )
+            source = dataset.make_source(found.train, batch_size=config.batch_size, seed=config.seed)
+            state = [source.init()]
+
+            def batch() -> None:
+                _, state[0] = source.next(state[0])  # noqa: B023
+
+            batch()
+            batches = spread(benchmark_peers.timed(batch, 50))
+        tokens = sum(found.report[part]["tokens"] for part in ("train", "held_out"))
+        record = {
+            "case": kind,
+            "tokens": tokens,
+            "first_seconds": first,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_cpu_second": tokens / cpu,
+            "cached_seconds": warm,
+            "packing_efficiency": found.report["train"]["packing_efficiency"],
+            "batch_seconds": batches,
+            "batches_per_second": 1 / batches["median"],
+        }
+        yield (
+            record,
+            (
+                f"{kind}: {tokens:,} tokens, {record['tokens_per_second']:.3g} tokens/s, "
+                f"{record['tokens_per_cpu_second']:.3g} a core; {first:.2f} s in all the first time, from the cache "
+                f"{_ms(warm)}; {record['batches_per_second']:.4g} batches/s"
+            ),
+        )
+    lengths = np.random.default_rng(0).integers(1, config.seq_len + 1, 1_000_000)
+    seconds = spread(benchmark_peers.timed(lambda: packing.best_fit_decreasing(lengths, config.seq_len), 3))
+    yield (
+        {"case": "packing", "examples": len(lengths), "seconds": seconds},
+        f"packing a million examples: {_ms(seconds)}",
+    )
+
+
+def loading(bench: Bench) -> Iterator[Result]:
+    """Writes and reads the model: a whole training state as our checkpoint, its parameters as safetensors. The files
+    are read from the system's cache where they fit."""
+    import jax
+
+    from research import checkpoint, params
+    from research.pretrained import load
+
+    made = prepare(bench, bench.config)
+    state, policy = made.state, made.parts.models["policy"]
+    times: dict[str, list[float]] = {"write": [], "read": []}
+    for _ in range(min(bench.steps, 3) or 3):
+        with tempfile.TemporaryDirectory() as folder, contextlib.closing(checkpoint.Checkpointer(folder)) as saver:
+
+            def write(saver: Any = saver) -> None:
+                saver.save(state, {"step": 0}, {}, {})
+                saver.wait()
+
+            times["write"] += benchmark_peers.timed(write, 1)
+            read = lambda saver=saver: jax.block_until_ready(saver.restore(made.parts.state)[0].params)  # noqa: E731
+            times["read"] += benchmark_peers.timed(read, 1)
+    yield _rates("checkpoint", sum(x.nbytes for x in jax.tree.leaves(state)), times)
+    times, total, values = {"write": [], "read": []}, 0, state.params["policy"]
+    placed = params.shardings(policy.specs, bench.mesh)
+    for _ in range(min(bench.steps, 3) or 3):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            total = _write_model(folder, policy.config, values)
+            times["write"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            jax.block_until_ready(load.load(load.open_pretrained(folder), policy.specs, placed))
+            times["read"].append(time.perf_counter() - began)
+    yield _rates("safetensors", total, times)
+
+
+def _rates(case: str, size: int, times: Mapping[str, Sequence[float]]) -> Result:
+    write, read = spread(times["write"]), spread(times["read"])
+    record = {"case": case, "bytes": size, "write_seconds": write, "read_seconds": read}
+    record |= {"write_bytes_per_second": size / write["median"], "read_bytes_per_second": size / read["median"]}
+    return record, (
+        f"{case}, {size / 1e6:,.0f} MB: written in {write['median']:.3g} s ({size / write['median'] / 1e9:.3g} GB/s), "
+        f"read in {read['median']:.3g} s ({size / read['median'] / 1e9:.3g} GB/s)"
+    )
+
+
+def save(bench: Bench) -> Iterator[Result]:
+    """How long a save holds the loop up, and how much slower the ten steps after it are, while files are written."""
+    from research import checkpoint
+
+    ours = Stepper(prepare(bench, bench.config))
+    ours(2)
+    stalls, slowed, plain, after = [], [], [], min(bench.steps, 10) or 10
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(checkpoint.Checkpointer(folder)) as saver:
+        for i in range(4):
+            step = statistics.median(ours(min(after, 5)))
+            began = time.perf_counter()
+            saver.save(ours.state, {"step": i}, {}, {})
+            stall = time.perf_counter() - began
+            more = sum(ours(after)) - after * step
+            saver.wait()
+            if i:  # the first also starts Orbax
+                stalls.append(stall)
+                slowed.append(more)
+                plain.append(step)
+    stall, step = spread(stalls), statistics.median(plain)
+    record = {
+        "stall_seconds": stall,
+        "stall_steps": stall["median"] / step,
+        "slowed_seconds": spread(slowed),
+        "slowed_over_steps": after,
+        "step_seconds": step,
+    }
+    yield (
+        record,
+        (
+            f"the loop stands still for {_ms(stall)}, {record['stall_steps']:.2g} steps; the {after} steps after it take "
+            f"{1e3 * record['slowed_seconds']['median']:.3g} ms longer"
+        ),
+    )
+
+
+def startup(bench: Bench) -> Iterator[Result]:
+    """Processes of research.main: seconds to the end of the first step, by what an earlier one left in the cache; and
+    what importing takes."""
+    from research import metrics
+
+    seconds: dict[str, list[float]] = {"nothing": [], "tokens": [], "tokens_and_programs": []}
+    steps = ("steps=2", "eval.every=0", "checkpoint.every=0", "checkpoint.best_metric=", "compilation_cache=True")
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "UNDERSTUDY_CACHE": f"{folder}/cache"}
+
+        def child(*argv: str) -> float:
+            began = time.perf_counter()
+            done = subprocess.run([sys.executable, *argv], env=environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(argv)} ended with status {done.returncode}: {done.stderr[-500:]}")
+            return time.perf_counter() - began
+
+        def start(cached: str) -> None:
+            workdir = f"{folder}/{cached}-{len(seconds[cached])}"
+            told = [f"--config.{field}" for field in (*steps, f"data.cache_dir={folder}/cache")]
+            child("-m", "research.main", *bench.flags, *told, f"--workdir={workdir}")
+            lines = [line for line in metrics.read_metrics(workdir) if "startup/seconds_to_first_step" in line]
+            seconds[cached].append(lines[0]["startup/seconds_to_first_step"])
+            shutil.rmtree(workdir)
+
+        start("nothing")
+        repeats = min(bench.steps, 3) or 3
+        for _ in range(repeats):
+            shutil.rmtree(f"{folder}/cache/xla", ignore_errors=True)
+            start("tokens")
+            start("tokens_and_programs")
+        imports = [child("-c", "import research.run") for _ in range(repeats)]
+    record = {"seconds_to_first_step": {cached: spread(s) for cached, s in seconds.items()}, "import": spread(imports)}
+    told = {cached: times["median"] for cached, times in record["seconds_to_first_step"].items()}
+    yield (
+        record,
+        (
+            f"first step after {told['tokens_and_programs']:.3g} s, without compiled programs {told['tokens']:.3g} s, "
+            f"without tokens either {told['nothing']:.3g} s; importing takes {record['import']['median']:.3g} s"
+        ),
+    )
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Result]]] = {
     "train": train,
+    "loop": loop,
+    "decode": decode,
+    "data": data,
+    "loading": loading,
+    "checkpoint": save,
+    "startup": startup,
 }
 
 
