@@ -591,7 +591,7 @@ def _guess(config: Any, topology: Topology) -> tuple[bool, float]:
     """(whether it can't fit, seconds of a step), by hand; only the order matters.
 
     Activations kept of a layer and token, in units of d_model: 1 of its input with remat "full", 2 with "attention",
-    roughly 6 + 4 d_ff / d_model with "dots", twice that with "none". Each microbatch gathers all parameters of its
+    roughly 5 + 2 d_ff / d_model with "dots", 2.5 times that with "none". Each microbatch gathers all parameters of its
     tensor shard, in the forward and the backward pass, and scatters the gradients; tensor parallelism reduces two
     activations a layer, in either pass.
     """
@@ -604,8 +604,8 @@ def _guess(config: Any, topology: Topology) -> tuple[bool, float]:
     tensor, sequence = config.mesh.tensor, config.mesh.sequence
     tokens = config.batch_size * config.seq_len
     local = tokens / (n / tensor) / config.microbatches  # of a device, at once; time is cut like the batch
-    dense = 6 + 4 * model.d_ff * max(1, model.experts_per_token * bool(model.num_experts)) / model.d_model
-    kept = {"full": 1, "attention": 2, "dots": dense / tensor, "none": 2 * dense / tensor}[model.remat]
+    dense = 5 + 2 * model.d_ff * max(1, model.experts_per_token * bool(model.num_experts)) / model.d_model
+    kept = {"full": 1, "attention": 2, "dots": dense / tensor, "none": 2.5 * dense / tensor}[model.remat]
     activations = local * model.d_model * 2 * model.num_layers * kept
     state = 16 * size / n  # parameters, two moments and gradients, float32
     repeated = {"full": 1 / 3, "attention": 0.3, "dots": 0.05, "none": 0.0}[model.remat]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from research import params as params_lib
 from research import sharding
 from research.errors import InputError, did_you_mean
-from research.ops import moe
+from research.ops import matmul, moe
 from research.ops.attention import IMPLEMENTATIONS, cached_attention, self_attention
 from research.ops.losses import Head
 from research.ops.rope import Angles, RopeScaling, rope, rope_angles
@@ -41,7 +41,7 @@ _QK_NORMS = ("none", "head", "full")
 _REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
 }
 
@@ -83,7 +83,8 @@ class ModelConfig:
       head_transform: a dense layer, the MLP's activation and a norm before the logits (BERT's masked-LM head).
       num_labels: the head gives so many logits and not V: a classifier or reward model. 0 is a language model.
       remat: what the backward pass recomputes in each layer: "none" keeps all activations, "full" only the layer's
-        input, "dots" the results of matmuls with weights, "attention" the layer's input and attention's output.
+        input, "attention" that and attention's output, "dots" also the results of matmuls with weights: what is then
+        computed again is element by element, which takes less than storing it.
       attention: an implementation of ops.attention, or "auto".
       dtype: of activations and matmuls: float32 or bfloat16.
     """
@@ -126,7 +127,7 @@ class ModelConfig:
     head_transform: bool = False
     num_labels: int = 0
     init_std: float = 0.02
-    remat: str = "none"
+    remat: str = "dots"
     attention: str = "auto"
     dtype: str = "float32"
 
@@ -333,7 +334,7 @@ def make_specs(c: ModelConfig) -> Params:
 def linear(p: Params, x: jax.Array, contract: int = 1) -> jax.Array:
     """x [..., *in] times kernel [*in, *out], plus the bias if there is one; `contract` counts the axes of *in."""
     kernel = p["kernel"].astype(x.dtype)
-    y = jnp.tensordot(x, kernel, axes=contract)
+    y = matmul.matmul(x, kernel, contract)
     if "bias" in p:
         bias = p["bias"].astype(x.dtype)
         y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -506,21 +507,21 @@ def hidden_at(
     angles = _angles(c, positions, _segment_lengths(segment_ids, positions))
     period = len(c.sliding_window)
 
-    def one_layer(x: jax.Array, p: Params, i: int, nth: int | None = None) -> jax.Array:
+    def one_layer(x: jax.Array, p: Params, i: int, nth: int | None = None, scanned: bool = True) -> jax.Array:
         """Layer i, whose parameters are `p`, or with `nth` among those of several: then taken from them inside, so that
-        remat keeps none a second time."""
+        remat keeps none a second time. Outside a scan the compiler must be kept from sharing what is to be repeated."""
 
         def layer(x, p, segment_ids, angles):
             p = p if nth is None else jax.tree.map(lambda w: w[nth], p)
             return _layer(c, rules, c.sliding_window[i % period], x, p, segment_ids, angles)
 
         if c.remat != "none":
-            layer = jax.checkpoint(layer, policy=_REMAT[c.remat])
+            layer = jax.checkpoint(layer, policy=_REMAT[c.remat], prevent_cse=not scanned)
         return layer(x, p, segment_ids, angles)
 
-    def some_layers(x: jax.Array, layers: Params, first: int = 0) -> jax.Array:
+    def some_layers(x: jax.Array, layers: Params, first: int = 0, scanned: bool = False) -> jax.Array:
         for nth in range(jax.tree.leaves(layers)[0].shape[0]):
-            x = one_layer(x, layers, first + nth, nth)
+            x = one_layer(x, layers, first + nth, nth, scanned)
         return x
 
     def run(x: jax.Array, first: int, stop: int) -> jax.Array:
@@ -537,7 +538,7 @@ def hidden_at(
             split = jax.tree.map(
                 lambda w: w.reshape(whole, period, *w.shape[1:]), cut(aligned, aligned + whole * period)
             )
-            x, _ = jax.lax.scan(lambda x, layers: (some_layers(x, layers), None), x, split)
+            x, _ = jax.lax.scan(lambda x, layers: (some_layers(x, layers, scanned=True), None), x, split)
         if aligned + whole * period < stop:
             x = some_layers(x, cut(aligned + whole * period, stop))
         return x

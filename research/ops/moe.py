@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from research import sharding
 
@@ -65,7 +66,7 @@ def mixture(
     sizes = jnp.bincount(chosen, length=num_experts).astype(jnp.int32)
 
     def linear(y: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(y, kernel.astype(y.dtype), sizes)
+        return checkpoint_name(jax.lax.ragged_dot(y, kernel.astype(y.dtype), sizes), "linear")
 
     y = apply(linear, x[order // k])
     weights = jnp.where(here, weights.reshape(-1), 0)[order].astype(y.dtype)
