@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +13,8 @@ from research import checkpoint, train
 from research.errors import InputError
 
 # A state as it was saved before objectives had carries.
-Older = flax.struct.dataclass(
-    type("Older", (), {"__annotations__": {k: v for k, v in train.TrainState.__annotations__.items() if k != "carry"}})
+Older = jax.tree_util.register_dataclass(
+    dataclasses.make_dataclass("Older", [f.name for f in dataclasses.fields(train.TrainState) if f.name != "carry"])
 )
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 

@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from experiments import base
@@ -72,7 +73,7 @@ def classifier(folder, data, language_model):
 
 
 def restored(workdir):
-    with checkpoint.ocp.StandardCheckpointer() as reader:
+    with ocp.StandardCheckpointer() as reader:
         step = checkpoint.steps(workdir)[-1]
         return reader.restore(workdir.resolve() / checkpoint.FOLDER / str(step) / "state")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from experiments import base
@@ -34,7 +35,7 @@ def load(name, arg="debug", **overrides):
 def parameters(workdir):
     """Every array of the newest checkpoint, by name."""
     step = checkpoint.steps(workdir)[-1]
-    with checkpoint.ocp.StandardCheckpointer() as reader:
+    with ocp.StandardCheckpointer() as reader:
         tree = reader.restore(Path(workdir).resolve() / checkpoint.FOLDER / str(step) / "state")
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 

@@ -1,6 +1,7 @@
 """From what a config says of its data to batches: find, tokenise, split, pack, order."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -9,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
@@ -294,17 +294,23 @@ def make_source(
     """
     mine = range(batch_size) if mine is None else mine
     spec = _batch_spec(batch_size, train[0][0])
-    order = grain.MapDataset.mix(
-        [_row_order(k, len(rows), seed if shuffle else None) for k, (rows, _) in enumerate(train)],
-        [weight for _, weight in train],
-    )
+
+    @functools.cache
+    def order() -> Any:
+        """Place in the run -> (part, row). Made for the first batch, as the import of Grain takes a while."""
+        import grain
+
+        return grain.MapDataset.mix(
+            [_row_order(k, len(rows), seed if shuffle else None) for k, (rows, _) in enumerate(train)],
+            [weight for _, weight in train],
+        )
 
     def init() -> State:
         return {"step": 0}
 
     def next_batch(state: State, models: Any = None, key: Any = None) -> tuple[dict[str, np.ndarray], State]:
         step = state["step"]
-        drawn = np.array([order[step * batch_size + int(i)] for i in mine])
+        drawn = np.array([order()[step * batch_size + int(i)] for i in mine])
         part, row = drawn[:, 0], drawn[:, 1]
         batch = {name: np.zeros((len(drawn), *s.shape[1:]), s.dtype) for name, s in spec.items()}
         for k in np.unique(part):
@@ -332,8 +338,10 @@ def eval_batches(
     return (rows.batch(batch if mine is None else batch[np.asarray(mine)]) for batch in index.reshape(-1, batch_size))
 
 
-def _row_order(part: int, n_rows: int, seed: int | None) -> grain.MapDataset:
-    """Endless (part, row) pairs, every row once an epoch; `seed` None keeps the rows' order."""
+def _row_order(part: int, n_rows: int, seed: int | None) -> Any:
+    """Endless (part, row) pairs, every row once an epoch, as a grain.MapDataset; `seed` None keeps the rows' order."""
+    import grain
+
     order = grain.MapDataset.range(n_rows)
     if seed is not None and n_rows < 4096:
         # Grain's shuffle tries about 2^16 / n_rows numbers for each that it gives: 10 ms a row where there are two.
