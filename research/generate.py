@@ -20,6 +20,7 @@ import jax
 from research import commands
 from research.errors import InputError
 from research.sampling import (
+    BATCHES_AT_ONCE,
     Completion,
     SamplingConfig,
     generate_batches,
@@ -32,7 +33,6 @@ from research.sources.formats import TEMPLATES, render_prompt
 Decode = Callable[[list[int]], str]
 Messages = list[dict[str, str]]
 
-_BATCHES_AT_ONCE = 8  # sorted by length together, and written together
 _CHAT_HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace) -> None:
         generate = make_generate(model, config, tokenizer.size)
         ids = [ids_of(prompt) for prompt in prompts]
         with _open(args.output, _identity(args, ids)) as (file, done):
-            for first in range(done, len(ids), size := _BATCHES_AT_ONCE * args.batch_size):
+            for first in range(done, len(ids), size := BATCHES_AT_ONCE * args.batch_size):
                 batch = ids[first : first + size]
                 completions = _complete(generate, loaded.params, batch, key, args.batch_size, longest, first, len(ids))
                 for prompt, completion in zip(prompts[first:], completions, strict=False):

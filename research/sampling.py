@@ -23,6 +23,7 @@ Params = Any
 Generate = Callable[..., "Generated"]
 Stream = Callable[[Params, Sequence[int], jax.Array], Iterator[list[int]]]
 
+BATCHES_AT_ONCE = 8  # so many times batch_size prompts, a power of two, are the most in one call
 _GROUPS = 8  # this part of the slots is refilled at once
 _PIECE = 64  # tokens of a prompt that are read at once where slots are refilled
 _SLACK = 32  # the least number of tokens between two shifts of the cache
@@ -110,10 +111,8 @@ class _State(NamedTuple):
     out: Generated  # of the whole queue
 
 
-def make_generate(
-    model: Model, config: SamplingConfig, vocab_size: int | None = None, *, slots: int | None = None
-) -> Generate:
-    """Returns generate(params, prompts, lengths, key, rows=None, limits=None) -> Generated, jitted.
+def make_generate(model: Model, config: SamplingConfig, vocab_size: int | None = None) -> Generate:
+    """Returns generate(params, prompts, lengths, key, rows=None, limits=None, *, slots=None) -> Generated, jitted.
 
     It takes
       params: of `model`, sharded as you like under the mesh of jax.set_mesh. The result is on every device.
@@ -123,24 +122,22 @@ def make_generate(
       rows: [B] int32, by default 0 to B - 1. A row's token n is drawn with a key made of (key, its number
         here, n), so that it depends on no other row.
       limits: [B] int32, the most tokens of each row, where that is below N.
+      slots: A, an int: the most rows that are decoded at once; None: all. Of more, the next takes the place of one that
+        has ended (the iteration-level scheduling of Orca, OSDI 2022), the longest prompts first. Every row gets the
+        same tokens, and the cache has room for A rows.
 
     Args:
       model: to decode with.
       config: how to choose tokens.
       vocab_size: ids from here on, which pad the model's vocabulary, are never chosen; None: there are none.
-      slots: A, the most rows that are decoded at once; None: all. Of more, the next takes the place of one that has
-        ended (the iteration-level scheduling of Orca, OSDI 2022), the longest prompts first. Every row gets the same
-        tokens, and the cache has room for A rows.
 
     Raises:
-      InputError: `vocab_size` or a stop token is beyond the vocabulary, `slots` is below 1, or there is no room for a
-        prompt; when called, P + N > model.config.max_length.
+      InputError: `vocab_size` or a stop token is beyond the vocabulary, or there is no room for a prompt; when
+        called, P + N > model.config.max_length, or `slots` is below 1.
     """
-    if slots is not None and slots < 1:
-        raise InputError(f"slots = {slots}: must be at least 1. None decodes all prompts at once.")
     steps = _make_steps(model, config, vocab_size)
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnames="slots")
     def generate(
         params: Params,
         prompts: jax.Array,
@@ -148,8 +145,12 @@ def make_generate(
         key: jax.Array,
         rows: jax.Array | None = None,
         limits: jax.Array | None = None,
+        *,
+        slots: int | None = None,
     ) -> Generated:
         B, P = prompts.shape
+        if slots is not None and slots < 1:
+            raise InputError(f"slots = {slots}: must be at least 1. None decodes all prompts at once.")
         if longest_prompt(model, config) < P:
             raise InputError(
                 f"prompts padded to {P} tokens and sampling.max_new_tokens = {config.max_new_tokens} make more than "
@@ -251,19 +252,19 @@ def generate_batches(
 ) -> list[Completion]:
     """Continues any number of prompts, those of similar length together; returns their completions in order.
 
-    Prompt i is row first_row + i of `generate` whatever batch it falls into. Empty rows fill the last batch up, so that
-    there is one compilation for each padded length. All processes of a run call this together, with the same
-    prompts.
+    Prompt i is row first_row + i of `generate` whatever call it falls into. A call takes batch_size prompts, or 2, 4 or
+    8 times as many, which take turns; empty rows fill it up, so that there are at most four compilations for each
+    padded length. All processes of a run call this together, with the same prompts.
 
     Args:
       generate: of `make_generate`.
       params: its parameters.
       prompts: lists of ids.
       key: random key.
-      batch_size: B; a multiple of the mesh's data and fsdp axes wastes nothing.
+      batch_size: prompts decoded at once; a multiple of the mesh's data and fsdp axes wastes nothing.
       bucket, longest: see `pad_prompts`.
       first_row: number of the first prompt, where these are a part of more.
-      progress: called with the number of prompts done, after each batch.
+      progress: called with the number of prompts done, after each call.
 
     Raises:
       InputError: see `pad_prompts`.
@@ -271,16 +272,20 @@ def generate_batches(
     _check_lengths(prompts, longest)
     completions: dict[int, Completion] = {}
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for first in range(0, len(prompts), batch_size):
-        rows = by_length[first : first + batch_size]
+    for first in range(0, len(prompts), BATCHES_AT_ONCE * batch_size):
+        rows = by_length[first : first + BATCHES_AT_ONCE * batch_size]
         padded, lengths = pad_prompts([prompts[i] for i in rows], bucket=bucket, longest=longest)
-        empty = batch_size - len(rows)
+        size = batch_size
+        while size < len(rows):
+            size *= 2
+        empty = size - len(rows)
         out = generate(
             params,
             np.pad(padded, ((0, empty), (0, 0))),
             np.pad(lengths, (0, empty)),
             key,
             np.pad(np.array(rows, np.int32) + np.int32(first_row), (0, empty)),
+            slots=batch_size,
         )
         tokens, lengths, logprobs = jax.device_get(out)
         for row, i in enumerate(rows):
@@ -372,7 +377,7 @@ def _make_steps(model: Model, config: SamplingConfig, vocab_size: int | None) ->
 
     def read(params, prompts, lengths, cache, index, size):
         """Puts entries index to index + size of prompts [R, P] into the cache; returns ([R, size, D], cache)."""
-        S = jax.tree.leaves(cache)[0].shape[1]
+        S = _cache_size(cache)
         first = (prompts.shape[1] - lengths)[:, None, None]
         t, s = index + jnp.arange(size)[None, :, None], jnp.arange(S)[None, None, :]
         # Padding sees itself: a softmax over nothing would put NaN into the cache.
@@ -394,7 +399,7 @@ def _make_steps(model: Model, config: SamplingConfig, vocab_size: int | None) ->
 
     def step(params, queue, state):
         index, first = state.index, state.first[:, None, None]
-        s = jnp.arange(jax.tree.leaves(state.cache)[0].shape[1])[None, None, :]
+        s = jnp.arange(_cache_size(state.cache))[None, None, :]
         mask, positions = (first <= s) & (s <= index), index - first[:, :, 0]
         hidden, cache = model.decode(params, state.last[:, None], positions, mask, state.cache, index)
         last, done, out = choose(params, queue, hidden[:, 0], state.row, state.made, state.done, state.out)
@@ -431,7 +436,7 @@ def _make_steps(model: Model, config: SamplingConfig, vocab_size: int | None) ->
                 lambda big, new: jax.lax.dynamic_update_slice(
                     big,
                     jax.lax.dynamic_slice_in_dim(new, i, 1),
-                    (free[i], state.index - P, *(0,) * (big.ndim - 2)),
+                    (free[i], *(0,) * (big.ndim - 3), state.index - P, 0),
                 ),
                 big,
                 cache,
@@ -453,10 +458,15 @@ def _make_steps(model: Model, config: SamplingConfig, vocab_size: int | None) ->
     def shift(queue, state):
         by = jnp.min(jnp.where(state.done, state.index, state.first))
         by = jnp.minimum(by, state.index - queue.prompts.shape[1])
-        cache = jax.tree.map(lambda x: jnp.roll(x, -by, axis=1), state.cache)
+        cache = jax.tree.map(lambda x: jnp.roll(x, -by, axis=-2), state.cache)
         return state._replace(index=state.index - by, first=state.first - by, cache=cache)
 
     return _Steps(begin, step, idle, refill, shift)
+
+
+def _cache_size(cache: Cache) -> int:
+    """S: the axis before the last of its arrays."""
+    return jax.tree.leaves(cache)[0].shape[-2]
 
 
 def _decode(steps: _Steps, params: Params, queue: _Queue) -> Generated:
@@ -491,7 +501,7 @@ def _take_turns(steps: _Steps, params: Params, queue: _Queue, slots: int) -> Gen
         return begun + count, steps.refill(params, queue, state, rows, count)
 
     def full(state):
-        return state.index == jax.tree.leaves(state.cache)[0].shape[1]
+        return state.index == _cache_size(state.cache)
 
     def turn(carry):
         begun, state = jax.lax.while_loop(lambda carry: wanted(*carry), refill, carry)

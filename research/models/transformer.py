@@ -23,7 +23,7 @@ from research.ops.rope import Angles, RopeScaling, rope, rope_angles
 from research.params import ParamSpec
 
 Params = Any  # a pytree of arrays in the shape of `specs`
-Cache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer: keys and values, each [B, S, K, h]
+Cache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer: keys and values, each [B, K, S, h]
 
 _MLPS = {  # activation, and whether a gate is multiplied by it
     "swiglu": (jax.nn.silu, True),
@@ -33,7 +33,7 @@ _MLPS = {  # activation, and whether a gate is multiplied by it
     "gelu_tanh": (functools.partial(jax.nn.gelu, approximate=True), False),
     "relu": (jax.nn.relu, False),
 }
-_CACHED = ("batch", None, "kv_heads", "head_dim")
+_CACHED = ("batch", "kv_heads", None, "head_dim")
 _NORMS = ("rmsnorm", "layernorm")
 _BLOCKS = ("pre", "post", "sandwich", "parallel", "residual")
 _POSITIONS = ("rope", "learned")
@@ -216,7 +216,7 @@ class Model(NamedTuple):
       unstack: (params) -> params with "layers" as a tuple of trees, as `decode` wants them. Decoding loops run it once,
         outside the loop: slicing stacked weights inside copies them at every token.
       decode: (unstacked params, tokens [B, T], positions [B, T], mask [B, T, S], cache, index) -> ([B, T, D], cache).
-        Writes the keys and values of the T tokens at cache[:, index : index + T]; `mask` says which of the S cached
+        Writes the keys and values of the T tokens at cache[:, :, index : index + T]; `mask` says which of the S cached
         entries each token may see (sliding windows are applied on top, by cache index).
     """
 
@@ -366,7 +366,11 @@ def _angles(c: ModelConfig, positions: jax.Array, lengths: jax.Array) -> tuple[A
 
 
 def _qkv(c: ModelConfig, p: Params, x: jax.Array, angles: Angles | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v = linear(p["q"], x), linear(p["k"], x), linear(p["v"], x)
+    if "qkv" in p:
+        y = linear(p["qkv"], x)
+        q, k, v = y[..., :-2, :].reshape(*x.shape[:2], c.num_heads, c.dim_per_head), y[..., -2, :], y[..., -1, :]
+    else:
+        q, k, v = linear(p["q"], x), linear(p["k"], x), linear(p["v"], x)
     if c.qk_norm != "none":
         q, k = norm(c, p["q_norm"], q, center=False), norm(c, p["k_norm"], k, center=False)
     if angles is not None:
@@ -384,6 +388,10 @@ def _mlp(c: ModelConfig, rules: Mapping[str, Any], p: Params, x: jax.Array) -> j
 
     if not c.num_experts:
         constrain = lambda y: sharding.constrain(y, ("batch", "time", "mlp"), rules)  # noqa: E731
+        if "up_gate" in p:
+            y = linear(p["up_gate"], x)
+            both = {"up": y[..., 0, :], "gate": y[..., 1, :]}
+            return network(lambda name, x: both[name] if name in both else linear(p[name], x), x, constrain)
         return network(lambda name, x: linear(p[name], x), x, constrain)
     B, T = x.shape[:2]
     logits = linear(p["router"], x.astype(jnp.float32))
@@ -582,17 +590,32 @@ def unembed(c: ModelConfig, params: Params) -> Head:
 
 
 def init_cache(c: ModelConfig, rules: Mapping[str, Any], batch_size: int, length: int) -> Cache:
-    shape = (batch_size, length, c.num_kv_heads, c.dim_per_head)
+    shape = (batch_size, c.num_kv_heads, length, c.dim_per_head)
     empty = lambda: sharding.constrain(jnp.zeros(shape, c.dtype), _CACHED, rules)  # noqa: E731
     return tuple((empty(), empty()) for _ in range(c.num_layers))
 
 
 def unstack(c: ModelConfig, params: Params) -> Params:
-    """See Model.unstack. Kernels are cast to the compute dtype here, once."""
+    """See Model.unstack. Kernels are cast to the compute dtype here, once, and those that read the same are joined."""
     specs = make_specs(c)
     params = jax.tree.map(lambda w, s: w.astype(c.dtype) if s.contracts else w, params, specs)
-    layers = tuple(jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(c.num_layers))
-    return {**params, "layers": layers}
+    layers = (jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(c.num_layers))
+    return {**params, "layers": tuple(_join(c, layer) for layer in layers)}
+
+
+def _join(c: ModelConfig, p: Params) -> Params:
+    """One layer with fewer, larger kernels: qkv [D, K, G + 2, h], each key/value head after the G query heads that it
+    serves, and up_gate [D, 2, F]. With few tokens the time goes into reading them."""
+    attention, mlp = dict(p["attention"]), dict(p["mlp"])
+
+    def heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q = q.reshape(*q.shape[:-2], c.num_kv_heads, -1, q.shape[-1])
+        return jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
+
+    attention["qkv"] = jax.tree.map(heads, *(attention.pop(name) for name in "qkv"))
+    if "gate" in mlp and not c.num_experts:
+        mlp["up_gate"] = jax.tree.map(lambda *w: jnp.stack(w, axis=-2), mlp.pop("up"), mlp.pop("gate"))
+    return {**p, "attention": attention, "mlp": mlp}
 
 
 def decode(
@@ -621,8 +644,8 @@ def decode(
 
         def attend(y, p=p, keys=keys, values=values, window=window, seen=seen):
             q, k, v = _qkv(c, p["attention"], y, angles[1] if window else angles[0])
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, k, index, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(values, v, index, axis=1)
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, k.swapaxes(1, 2), index, axis=2)
+            values = jax.lax.dynamic_update_slice_in_dim(values, v.swapaxes(1, 2), index, axis=2)
             keys, values = (sharding.constrain(y, _CACHED, rules) for y in (keys, values))
             out.append((keys, values))
             y = cached_attention(q, keys, values, seen, scale=c.scale, softcap=c.attention_softcap)

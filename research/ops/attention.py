@@ -106,6 +106,7 @@ def self_attention(
 
     def masked(q: Array, k: Array, v: Array, mask: Array, causal: bool) -> Array:
         if implementation == "reference":
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             return cached_attention(q, k, v, mask, scale=scale, softcap=softcap)
         if implementation == "xla":
             return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="xla")
@@ -132,16 +133,16 @@ def cached_attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float,
 
     Args:
       q: [B, T, H, h].
-      k, v: [B, S, K, h] in q's dtype.
+      k, v: [B, K, S, h] in q's dtype: as the products want them, for a cache is read far oftener than written.
       mask: [B, T, S] bool, True where a query sees a key. A query that sees none gets a finite, meaningless output.
       scale, softcap: see self_attention.
 
     Returns:
       [B, T, H, h] in q.dtype.
     """
-    s = _scores(_rows(q, k.shape[2]), k.swapaxes(1, 2), mask, scale, softcap)
+    s = _scores(_rows(q, k.shape[1]), k, mask, scale, softcap)
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-    return _heads(jnp.einsum("bkrs,bksh->bkrh", p, v.swapaxes(1, 2)), q.shape[1])
+    return _heads(jnp.einsum("bkrs,bksh->bkrh", p, v), q.shape[1])
 
 
 def _choose(q: Array, softcap: float, spec: PartitionSpec | None) -> str:

@@ -24,6 +24,7 @@ class RolloutSpec:
         (arXiv:2306.13649, algorithm 1) is this share.
       max_new_tokens: the longest answer. A row whose prompt leaves less room keeps the data's answer.
       temperature, top_k, top_p: see sampling.SamplingConfig.
+      slots: how many rows are decoded at once, for less memory; others follow as these end. 0: all.
     """
 
     share: float = 0.0
@@ -31,10 +32,13 @@ class RolloutSpec:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    slots: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise InputError(f"rollout.share = {self.share}: must be in [0, 1].")
+        if self.slots < 0:
+            raise InputError(f"rollout.slots = {self.slots}: must be at least 0, which decodes all rows at once.")
 
 
 def make_rollout(
@@ -84,7 +88,7 @@ def make_rollout(
         length = jnp.where(mine, start, 0)
         shift = jnp.arange(room, dtype=jnp.int32)[None] - (room - length[:, None])
         prompts = jnp.where(shift >= 0, _at(tokens, shift), 0)
-        out = generate(params, prompts, length, sample_key)
+        out = generate(params, prompts, length, sample_key, slots=spec.slots or None)
 
         t = jnp.arange(T, dtype=jnp.int32)[None]
         since = t - length[:, None]

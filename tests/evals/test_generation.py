@@ -23,7 +23,7 @@ def _table_model(max_length=64):
         hidden_at=None,
         attention_inputs=None,
         unembed=lambda params: Head(jnp.eye(V), None, 0.0),
-        init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length)),) * 2,),
+        init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length, 1)),) * 2,),
         unstack=lambda params: params,
         decode=lambda params, tokens, positions, mask, cache, index: (jax.nn.one_hot(params[tokens], V), cache),
     )
