@@ -37,13 +37,12 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from research import benchmark_peers, commands, profiling
-from research.benchmark_peers import Failed, Peer
+from research import benchmark_peers, commands, measure, profiling
+from research.benchmark_peers import Peer
 from research.errors import InputError, did_you_mean
 
 _SECONDS = 20.0  # that a measurement takes, where --steps doesn't say
-_ROUNDS = 4
-_SCALAR = ("next_token", "sft")  # the objectives that peers know
+_WITH_PEERS = ("next_token", "sft")  # the objectives that peers know
 
 Record = dict[str, Any]
 Result = tuple[Record, str]  # what is written, and a readable line
@@ -131,7 +130,7 @@ def _make(told: Mapping[str, Any], **rest: Any) -> Bench:
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     bench = Bench(config, mesh, plan._vocab_size(config, bases.get("policy")), **rest)
     for name in bench.objectives:
-        _with_objective(config, name)
+        measure.with_objective(config, name)
     return bench
 
 
@@ -171,244 +170,19 @@ def _run(bench: Bench, parts: Sequence[str], files: Sequence[Any]) -> int:
     return status
 
 
-# Measuring.
-
-
-def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of some measurements, and how many there were."""
-    q1, median, q3 = statistics.quantiles(seconds, method="inclusive") if len(seconds) > 1 else seconds * 3
-    return {"median": median, "q1": q1, "q3": q3, "n": len(seconds)}
-
-
-def in_turn(runners: Mapping[str, Callable[[int], list[float]]], n: int) -> dict[str, list[float] | str]:
-    """Runs each n times, a few at a time in turn, so that all see the same hours of a busy machine.
-
-    Args:
-      runners: name -> function that does its work k times and returns the seconds of each.
-      n: how often.
-
-    Returns:
-      name -> n times; or, of a peer that failed, why.
-    """
-    rounds = min(_ROUNDS, n)
-    found: dict[str, Any] = {name: [] for name in runners}
-    for i in range(rounds):
-        for name, runner in runners.items():
-            if isinstance(found[name], str):
-                continue
-            try:
-                found[name] += runner(n * (i + 1) // rounds - n * i // rounds)
-            except Failed as error:
-                found[name] = str(error)
-    return found
-
-
-def matmul(mesh: Any, dtype: str, size: int = 0) -> tuple[Callable[[int], list[float]], float]:
-    """A square matrix product on every device of the mesh at once: a runner for `in_turn`, and its FLOPs in all.
-
-    `size` is 8192, or 1024 on a CPU, by default.
-    """
-    import jax
-
-    size = size or (1024 if mesh.devices.flat[0].platform == "cpu" else 8192)
-    shape, where = (mesh.size, size, size), _one_each(mesh)
-    a, b = (jax.jit(lambda: jax.numpy.ones(shape, dtype), out_shardings=where)() for _ in range(2))
-    product = jax.jit(jax.numpy.matmul, out_shardings=where)
-    return _ready(lambda: product(a, b)), 2.0 * size**3 * mesh.size
-
-
-def copy(mesh: Any, size: int = 0) -> tuple[Callable[[int], list[float]], float]:
-    """The same for memory: y = x + 1, and the bytes that it reads and writes. `size` is 1 GiB, or 128 MiB on a CPU."""
-    import jax
-
-    size = size or (2**27 if mesh.devices.flat[0].platform == "cpu" else 2**30)
-    where = _one_each(mesh)
-    x = jax.jit(lambda: jax.numpy.ones((mesh.size, size // 4 // mesh.size), "float32"), out_shardings=where)()
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)
-    held = [add(x)]
-
-    def again() -> Any:
-        held[0] = add(held[0])
-        return held[0]
-
-    return _ready(again), 2.0 * (size // 4 // mesh.size * mesh.size) * 4
-
-
-def _one_each(mesh: Any) -> Any:
-    import jax
-
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
-
-
-def _ready(work: Callable[[], Any]) -> Callable[[int], list[float]]:
-    """A runner of what returns arrays; it has run once."""
-    import jax
-
-    jax.block_until_ready(work())
-    return lambda n: benchmark_peers.timed(lambda: jax.block_until_ready(work()), n)
-
-
 def _count(bench: Bench, seconds: float, most: int = 40) -> int:
     """How often to do what takes so many seconds."""
     return bench.steps or max(4, min(most, round(_SECONDS / max(seconds, 1e-9))))
-
-
-def _memory(compiled: Any) -> Record:
-    """Bytes of a device by the compiler's analysis, and at the peak so far."""
-    import jax
-
-    found = compiled.memory_analysis()
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return {
-        "arguments": found.argument_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes,
-        "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,
-        "resident_peak": benchmark_peers.peak_resident(),
-        "device_peak": stats.get("peak_bytes_in_use"),
-    }
 
 
 def _ms(times: Mapping[str, float]) -> str:
     return f"{1e3 * times['median']:.4g} ms ({1e3 * times['q1']:.4g} to {1e3 * times['q3']:.4g}, {times['n']} times)"
 
 
-# What is measured: a step with made-up data.
-
-
-def fake_batch(spec: Mapping[str, Any], vocab_size: int, *, packed: bool = True, seed: int = 0) -> dict[str, Any]:
-    """A batch without data.
-
-    Args:
-      spec: name -> ShapeDtypeStruct, as plan.batch_spec gives it.
-      vocab_size: tokens are random below it.
-      packed: rows hold several documents; else each holds one.
-      seed: of all that is random.
-
-    Returns:
-      name -> numpy array. A third of each document is its prompt (loss_mask 0); labels are of random classes, one at
-      the end of each document; what a teacher said is sorted and adds up to 1.
-
-    Raises:
-      InputError: a field isn't one of those of plan.batch_spec.
-    """
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    B, T = spec["tokens"].shape
-    segments, positions, last = (np.zeros((B, T), np.int32) for _ in range(3))
-    mask = np.zeros((B, T), np.float32)
-    for row in range(B):
-        start = number = 0
-        while start < T:
-            length = int(rng.integers(max(2, T // 8), max(3, T // 2))) if packed else T
-            stop = T if T - (start + length) < 2 else start + length
-            number += 1
-            segments[row, start:stop] = number
-            positions[row, start:stop] = np.arange(stop - start)
-            mask[row, start + (stop - start) // 3 : stop] = 1
-            last[row, stop - 1] = 1
-            start = stop
-    tokens = rng.integers(0, vocab_size, (2, B, T)).astype(np.int32)
-    made = {"tokens": tokens[0], "segment_ids": segments, "positions": positions, "loss_mask": mask}
-    made |= {"teacher_tokens": tokens[1], "teacher_segment_ids": segments, "teacher_positions": positions}
-    made["teacher_at"] = np.where(last > 0, -1, np.arange(T, dtype=np.int32)[None])
-    if "label_probs" in spec:
-        classes = rng.integers(0, spec["label_probs"].shape[2], (B, T))
-        made["label_probs"] = np.eye(spec["label_probs"].shape[2], dtype=np.float32)[classes] * last[:, :, None]
-    if "teacher_ids" in spec:
-        k = spec["teacher_ids"].shape[2]
-        made["teacher_ids"] = (tokens[1][:, :, None] + np.arange(k, dtype=np.int32)) % vocab_size
-        probs = -np.sort(-rng.dirichlet(np.ones(k + 1), (B, T)), axis=2)
-        logs = np.log(np.maximum(probs, 1e-9)).astype(np.float32)
-        made["teacher_log_probs"], made["teacher_rest"] = logs[:, :, :k], logs[:, :, k]
-    for name in spec:
-        if name not in made:
-            raise InputError(f"objective: reads the batch field {name!r}, which a benchmark can't make up.")
-    return {name: np.asarray(made[name], spec[name].dtype) for name in spec}
-
-
-class Prepared(NamedTuple):
-    """A compiled train step, and what it takes. `state` is given away by the first call."""
-
-    parts: Any
-    compiled: Any
-    state: Any
-    frozen: Any
-    batch: Any
-    numpy_batch: Mapping[str, Any]
-    compile_seconds: float
-
-
-def prepare(bench: Bench, config: Any, *, packed: bool = True) -> Prepared:
-    """Assembles a run's step as research.run does, with random parameters and a made-up batch; under jax.set_mesh."""
-    import jax
-
-    from research import params, plan, run
-    from research.models import transformer
-
-    parts = run.assemble(config, bench.mesh, plan.batch_spec(config), bench.vocab_size)
-    batch = fake_batch(parts.batch, bench.vocab_size, packed=packed, seed=config.seed)
-    key = jax.random.PRNGKey(config.seed)
-    specs = {role: transformer.in_compute_dtype(parts.models[role]) for role in parts.frozen}
-    placed = jax.tree.map(lambda x: x.sharding, parts.frozen)
-    began = time.perf_counter()
-    compiled = parts.step.lower(parts.state, parts.frozen, parts.batch).compile()
-    return Prepared(
-        parts,
-        compiled,
-        parts.init_state(parts.init(key), key),
-        jax.jit(lambda key: params.init(specs, key), out_shardings=placed)(key),
-        {name: jax.device_put(x, parts.batch[name].sharding) for name, x in batch.items()},
-        batch,
-        time.perf_counter() - began,
-    )
-
-
-class Stepper:
-    """Runs a prepared step. Its calls are runners for `in_turn`; `out` holds the last metrics."""
-
-    def __init__(self, made: Prepared):
-        self.compiled, self.state, self.frozen, self.batch = made.compiled, made.state, made.frozen, made.batch
-
-    def __call__(self, n: int) -> list[float]:
-        return benchmark_peers.timed(self.step, n)
-
-    def step(self) -> None:
-        import jax
-
-        self.state, self.out = self.compiled(self.state, self.frozen, self.batch)
-        jax.block_until_ready((self.state, self.out))
-
-
-def _with_objective(config: Any, name: str) -> Any:
-    """The config with one objective on the same model; what it wants of other roles is of the policy's architecture."""
-    from research import objectives
-
-    spec = {"terms": {name: 1.0}, **{k: v for k, v in config.objective.items() if k == name}}
-    term, _ = objectives.load(spec)[name]
-    described = {**config.model, "init_from": ""}
-    roles = {role: config.roles.get(role, described) for role in (*term.frozen, *term.trainable) if role != "policy"}
-    model = config.model
-    if "label_probs" in term.fields and not model["num_labels"]:
-        model = {**model, "num_labels": config.data["num_classes"] or len(config.data["labels"]) or 2}
-    return dataclasses.replace(config, objective=spec, roles=roles, model=model)
-
-
-def model_flops(models: Mapping[str, Any], tokens: int, length: int) -> float:
-    """Of a step, by transformer.flops_per_token; a frozen model's forward pass is a third of a training step's."""
-    from research.models import transformer
-
-    each = {role: transformer.flops_per_token(model.config, length) for role, model in models.items()}
-    return tokens * sum(flops if role == "policy" else flops / 3 for role, flops in each.items())
-
-
-# The parts.
-
-
 def train(bench: Bench) -> Iterator[Result]:
     """The compiled step: time, tokens/s, model-FLOPs utilisation of the measured peak, memory; and that of peers."""
     for name in bench.objectives or ("",):
-        config = _with_objective(bench.config, name) if name else bench.config
+        config = measure.with_objective(bench.config, name) if name else bench.config
         yield _train(bench, config, name or "+".join(config.objective["terms"]))
 
 
@@ -417,36 +191,34 @@ def _train(bench: Bench, config: Any, name: str) -> Result:
 
     from research import sharding
 
-    _forget_peak()
-    made = prepare(bench, config, packed=not bench.against)
+    measure.forget_peak()
+    made = measure.prepare(config, bench.mesh, bench.vocab_size, packed=not bench.against)
     dtype = made.parts.models["policy"].config.dtype
     with contextlib.ExitStack() as stack:
         peers: dict[str, Peer | str] = {}
         losses: dict[str, float] = {}
         if bench.against:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            _write_work(folder, made, config)
             for peer in bench.against:
                 try:
-                    peers[peer], losses[peer] = _start_training(stack, peer, folder, config, made, name)
-                except Failed as error:
+                    _write_work(folder, made, config, name)
+                    peers[peer], losses[peer] = _start_training(stack, peer, folder, config, made)
+                except (measure.Failed, InputError) as error:
                     peers[peer] = str(error)
-        ours = Stepper(made)
+        ours = measure.Stepper(made)
         model, tokens = made.parts.models["policy"], config.batch_size * config.seq_len
         parts, compiled, compile_seconds = made.parts, made.compiled, made.compile_seconds
         del made  # the state is the stepper's now, to be given away
         ours.step()
         loss = float(_mean(ours.out["loss"]))
         warm = ours(1)[0]
-        product, product_flops = matmul(bench.mesh, dtype)
+        product, product_flops = measure.matmul(bench.mesh, dtype)
         runners = {"": ours, " matmul": lambda n: product(3 * n)}
         runners |= {name: (lambda n, p=p: p.call("run", n=n)) for name, p in peers.items() if isinstance(p, Peer)}
-        for peer in list(runners)[2:]:
-            runners[peer](1)
-        found = in_turn(runners, _count(bench, warm))
+        found = measure.in_turn(runners, _count(bench, warm))
         costliest = _profile(bench, ours, name) if bench.profile else None
-        times, peak = spread(found[""]), product_flops / spread(found[" matmul"])["median"]
-        flops = model_flops(parts.models, tokens, config.seq_len)
+        times, peak = measure.spread(found[""]), product_flops / measure.spread(found[" matmul"])["median"]
+        flops = measure.model_flops(parts.models, tokens, config.seq_len)
         record = {
             "case": name,
             "seconds": times,
@@ -459,14 +231,14 @@ def _train(bench: Bench, config: Any, name: str) -> Result:
             "platform": sharding.platform(),
             "compile_seconds": compile_seconds,
             "loss": loss,
-            "memory": _memory(compiled),
+            "memory": measure.memory(compiled),
         }
         for peer, child in peers.items():
             theirs = child if isinstance(child, str) else found[peer]
             if isinstance(theirs, str):
                 record.setdefault("against", {})[peer] = {"error": theirs}
                 continue
-            theirs = spread(theirs)
+            theirs = measure.spread(theirs)
             record.setdefault("against", {})[peer] = {
                 "seconds": theirs,
                 "tokens_per_second": tokens / theirs["median"],
@@ -506,18 +278,21 @@ def _mean(metric: Any) -> Any:
     return metric[0] / metric[1]
 
 
-def _forget_peak() -> None:
-    """Peak memory counts from here, where the system lets us."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+def _write_work(folder: str, made: measure.Prepared, config: Any, name: str) -> None:
+    """What peers read, if it isn't there: config.json, safetensors, batch.npz.
 
-
-def _write_work(folder: str, made: Prepared, config: Any) -> None:
-    """What peers read: config.json, safetensors, batch.npz. Raises Failed where they don't know the architecture."""
+    Raises:
+      Failed: peers don't know the objective.
+      InputError: transformers has no such architecture.
+    """
     import numpy as np
 
     from research.objectives.types import next_token_targets
 
+    if name not in _WITH_PEERS:
+        raise measure.Failed(f"peers know {' and '.join(_WITH_PEERS)} alone")
+    if Path(folder, "batch.npz").exists():
+        return
     _write_model(folder, made.parts.models["policy"].config, made.state.params["policy"])
     batch = made.numpy_batch
     mask = batch["loss_mask"] if "sft" in config.objective["terms"] else None
@@ -538,10 +313,9 @@ def _write_model(folder: str, model: Any, values: Any) -> int:
 
 
 def _start_training(
-    stack: contextlib.ExitStack, peer: str, folder: str, config: Any, made: Prepared, name: str
+    stack: contextlib.ExitStack, peer: str, folder: str, config: Any, made: measure.Prepared
 ) -> tuple[Peer, float]:
-    if name not in _SCALAR:
-        raise Failed(f"peers know {' and '.join(_SCALAR)} alone")
+    """The process, which has made two steps, and the loss of the first."""
     child = stack.enter_context(Peer(peer))
     o = config.optimizer
     chosen = {k: getattr(o, k) for k in ("learning_rate", "b1", "b2", "eps", "weight_decay", "clip_norm")}
@@ -550,18 +324,20 @@ def _start_training(
     told = child.call(
         "train", folder=folder, optimizer=chosen, microbatches=config.microbatches, dtype=model.dtype, remat=remat
     )
+    child.call("run", n=1)
     return child, told["loss"]
 
 
-def _profile(bench: Bench, ours: Stepper, name: str) -> list[dict[str, Any]]:
-    """Traces three steps into FILE/NAME, and returns what took the most time."""
+def _profile(bench: Bench, ours: measure.Stepper, name: str) -> list[Record]:
+    """Traces a few steps into FOLDER/NAME; returns what took the most time, in seconds of a step."""
     import jax
 
-    folder = str(Path(bench.profile) / name)
+    folder, steps = str(Path(bench.profile) / name), 3
     with jax.profiler.trace(folder, create_perfetto_trace=True):
-        for _ in range(3):
+        for _ in range(steps):
             ours.step()
-    return profiling.costliest(folder, [ours.compiled.as_text()])
+    found = profiling.costliest(folder, [ours.compiled.as_text()])
+    return [{**each, "seconds": each["seconds"] / steps} for each in found]
 
 
 def loop(bench: Bench) -> Iterator[Result]:
@@ -573,11 +349,11 @@ def loop(bench: Bench) -> Iterator[Result]:
         eval=dataclasses.replace(bench.config.eval, every=0),
         checkpoint=dataclasses.replace(bench.config.checkpoint, every=0, best_metric=""),
     )
-    ours = Stepper(prepare(bench, config))
+    ours = measure.Stepper(measure.prepare(config, bench.mesh, bench.vocab_size))
     ours(2)
-    n = max(3, _count(bench, ours(1)[0] * _ROUNDS))
+    n = max(3, _count(bench, ours(1)[0] * measure.ROUNDS))
     shares, waits, bare, looped = [], [], [], []
-    for _ in range(_ROUNDS):
+    for _ in range(measure.ROUNDS):
         with tempfile.TemporaryDirectory() as workdir:
             try:
                 run.run(dataclasses.replace(config, steps=n), workdir)
@@ -590,20 +366,18 @@ def loop(bench: Bench) -> Iterator[Result]:
         bare.append(statistics.mean(ours(n)))
         shares.append(looped[-1] / bare[-1] - 1)
     record = {
-        "seconds": spread(looped),
-        "bare_seconds": spread(bare),
-        "overhead": spread(shares),
+        "seconds": measure.spread(looped),
+        "bare_seconds": measure.spread(bare),
+        "overhead": measure.spread(shares),
         "data_wait_fraction": statistics.median(waits),
         "steps": n,
         "log_every": config.log.every,
     }
-    yield (
-        record,
-        (
-            f"{_ms(record['seconds'])} a step, {_ms(record['bare_seconds'])} without the loop: "
-            f"{record['overhead']['median']:+.1%}; waits for data {record['data_wait_fraction']:.2%} of the time"
-        ),
+    text = (
+        f"{_ms(record['seconds'])} a step, {_ms(record['bare_seconds'])} without the loop: "
+        f"{record['overhead']['median']:+.1%}; waits for data {record['data_wait_fraction']:.2%} of the time"
     )
+    yield record, text
 
 
 def decode(bench: Bench) -> Iterator[Result]:
@@ -622,7 +396,7 @@ def decode(bench: Bench) -> Iterator[Result]:
     values = jax.jit(lambda key: params.init(specs, key), out_shardings=params.shardings(specs, bench.mesh, rules))(key)
     unit = sharding.num_parts(rules["batch"], bench.mesh)
     prompt, new = min(32, c.max_length // 2), min(128, c.max_length // 2)
-    move, moved = copy(bench.mesh)
+    move, moved = measure.copy(bench.mesh)
     weights = sum(x.nbytes for x in jax.tree.leaves(values)) - (0 if c.tie_embeddings else values["embed"].nbytes)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -631,14 +405,14 @@ def decode(bench: Bench) -> Iterator[Result]:
         for size in sorted({-(-size // unit) * unit for size in bench.decode}):
             prompts = rng.integers(0, bench.vocab_size, (size, prompt)).astype(np.int32)
             lengths = np.full(size, prompt, np.int32)
-            _forget_peak()
+            measure.forget_peak()
 
             def make(n: int, prompts: Any = prompts, lengths: Any = lengths) -> Callable[[], Any]:
                 generate = sampling.make_generate(model, sampling.SamplingConfig(max_new_tokens=n), bench.vocab_size)
                 return lambda: generate(values, prompts, lengths, key)
 
             whole = make(new)
-            runners = {"": _ready(whole), " first": _ready(make(1)), " copy": move}
+            runners = {"": measure.ready(whole), " first": measure.ready(make(1)), " copy": move}
             children: dict[str, Peer] = {}
             theirs: dict[str, Any] = {}
             np.savez(f"{folder}/batch.npz", prompts=prompts)
@@ -647,15 +421,15 @@ def decode(bench: Bench) -> Iterator[Result]:
                     children[peer] = stack.enter_context(Peer(peer))
                     theirs[peer] = children[peer].call("decode", folder=folder, new_tokens=new, dtype=c.dtype)["tokens"]
                     runners[peer] = lambda n, p=children[peer]: p.call("run", n=n)
-                except Failed as error:
+                except measure.Failed as error:
                     theirs[peer] = str(error)
             tokens = np.asarray(whole().tokens)
-            found = in_turn(runners, _count(bench, runners[""](1)[0], 15))
-            times, first = spread(found[""]), spread(found[" first"])
+            found = measure.in_turn(runners, _count(bench, runners[""](1)[0], 15))
+            times, first = measure.spread(found[""]), measure.spread(found[" first"])
             per_token = (times["median"] - first["median"]) / max(new - 1, 1)
             cached = 2 * c.num_layers * c.num_kv_heads * c.dim_per_head * size * (prompt + new / 2)
             read = weights + cached * jax.numpy.dtype(c.dtype).itemsize
-            bandwidth = moved / spread(found[" copy"])["median"]
+            bandwidth = moved / measure.spread(found[" copy"])["median"]
             record = {
                 "case": f"batch {size}",
                 "seconds": times,
@@ -668,14 +442,14 @@ def decode(bench: Bench) -> Iterator[Result]:
                 "bytes_per_token": read,
                 "bytes_per_second": bandwidth,
                 "of_bandwidth": read / bandwidth / per_token,
-                "resident_peak": benchmark_peers.peak_resident(),
+                "resident_peak": measure.peak_resident(),
             }
             for peer, answer in theirs.items():
                 answer = found[peer] if isinstance(found.get(peer), str) else answer
                 if isinstance(answer, str):
                     record.setdefault("against", {})[peer] = {"error": answer}
                     continue
-                peer_times = spread(found[peer])
+                peer_times = measure.spread(found[peer])
                 record.setdefault("against", {})[peer] = {
                     "seconds": peer_times,
                     "tokens_per_second": size * new / peer_times["median"],
@@ -694,50 +468,57 @@ def decode(bench: Bench) -> Iterator[Result]:
 
 
 def _queue(bench: Bench, model: Any, values: Any, size: int) -> Result:
-    """Many prompts of unequal lengths, which end at unequal lengths too: places refilled, against padded batches."""
+    """Many prompts of unequal lengths, which end at unequal lengths too: generate_batches, which gives the place of a
+    row that has ended to the next, against one padded batch after the other."""
     import jax
     import numpy as np
 
     from research import sampling
 
     rng, key, longest = np.random.default_rng(0), jax.random.PRNGKey(0), min(64, model.config.max_length // 4)
-    new = min(128, model.config.max_length // 2)
-    count = 8 * size
-    prompts = [
-        rng.integers(0, bench.vocab_size, n).tolist() for n in rng.integers(max(1, longest // 8), longest, count)
-    ]
+    new, count = min(128, model.config.max_length // 2), 8 * size
+    lengths = np.sort(rng.integers(max(1, longest // 8), longest, count))
+    prompts = [rng.integers(0, bench.vocab_size, n).tolist() for n in lengths]
     # Of random weights every token is about as likely: one that ends a row comes after 64 tokens, on average.
     stop = tuple(range(max(1, bench.vocab_size // 64)))
     config = sampling.SamplingConfig(max_new_tokens=new, temperature=1.0, stop_tokens=stop)
-    padded = sampling.make_generate(model, config, bench.vocab_size)
-    refilled = sampling.make_generate(model, config, bench.vocab_size, slots=size)
+    generate = sampling.make_generate(model, config, bench.vocab_size)
     made: dict[str, int] = {}
 
-    def all_of(name: str, generate: Any, batch_size: int) -> Callable[[], None]:
+    def all_of(name: str, at_once: int) -> Callable[[], None]:
         def work() -> None:
-            done = sampling.generate_batches(generate, values, prompts, key, batch_size=batch_size, bucket=longest)
-            made[name] = sum(len(completion.tokens) for completion in done)
+            made[name] = 0
+            for first in range(0, count, at_once):
+                done = sampling.generate_batches(
+                    generate,
+                    values,
+                    prompts[first : first + at_once],
+                    key,
+                    batch_size=size,
+                    bucket=longest,
+                    first_row=first,
+                )
+                made[name] += sum(len(completion.tokens) for completion in done)
 
         return work
 
-    runners = {
-        "padded": _ready(all_of("padded", padded, size)),
-        "refilled": _ready(all_of("refilled", refilled, count)),
-    }
-    found = in_turn(runners, _count(bench, runners["padded"](1)[0], 8))
+    runners = {"padded": measure.ready(all_of("padded", size)), "refilled": measure.ready(all_of("refilled", count))}
+    found = measure.in_turn(runners, _count(bench, runners["padded"](1)[0], 8))
     record: Record = {"case": f"{count} prompts, {size} at once", "new_tokens": made}
     for name, seconds in found.items():
-        record[name] = {"seconds": spread(seconds)}
+        record[name] = {"seconds": measure.spread(seconds)}
         record[name]["tokens_per_second"] = made[name] / record[name]["seconds"]["median"]
     record["ratio"] = record["refilled"]["tokens_per_second"] / record["padded"]["tokens_per_second"]
-    return record, (
+    text = (
         f"{record['case']}, places refilled: {record['refilled']['tokens_per_second']:.5g} tokens/s, "
         f"{record['ratio']:.2f} times padded batches ({record['padded']['tokens_per_second']:.5g})"
     )
+    return record, text
 
 
 def data(bench: Bench) -> Iterator[Result]:
-    """Reads the config's data with bytes and with a BPE: from the text, and from the cache; packs; makes batches."""
+    """The config's data with bytes and with a BPE: tokenising its texts, preparing it from the text and from the cache;
+    batches; packing."""
     import numpy as np
 
     from research import config as config_lib
@@ -747,18 +528,18 @@ def data(bench: Bench) -> Iterator[Result]:
     wanted = config_lib.data_spec(config)
     for kind in ("byte", "bpe"):
         with tempfile.TemporaryDirectory() as folder:
-            spec = dataclasses.replace(wanted, cache_dir=f"{folder}/trained")
+            spec = dataclasses.replace(wanted, cache_dir=folder)
             size = config.tokenizer.vocab_size
             told = tokenizers.TokenizerSpec(kind=kind, vocab_size=size)
             began = time.perf_counter()
             found = dataset.load(spec, told, seed=config.seed)
             first = time.perf_counter() - began
-            spec = dataclasses.replace(wanted, cache_dir=f"{folder}/given")
+            texts = _texts(found)
             began, cpu = time.perf_counter(), time.process_time()
-            dataset.load(spec, told, found.tokenizer, seed=config.seed)
+            tokens = sum(len(ids) for ids in found.tokenizer.encode_batch(texts))
             seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-            warm = spread(
-                benchmark_peers.timed(lambda: dataset.load(spec, told, found.tokenizer, seed=config.seed), 5)  # noqa: B023
+            warm = measure.spread(
+                measure.timed(lambda: dataset.load(spec, told, seed=config.seed), 5)  # noqa: B023
             )
             source = dataset.make_source(found.train, batch_size=config.batch_size, seed=config.seed)
             state = [source.init()]
@@ -767,34 +548,46 @@ def data(bench: Bench) -> Iterator[Result]:
                 _, state[0] = source.next(state[0])  # noqa: B023
 
             batch()
-            batches = spread(benchmark_peers.timed(batch, 50))
-        tokens = sum(found.report[part]["tokens"] for part in ("train", "held_out"))
+            batches = measure.spread(measure.timed(batch, 50))
         record = {
             "case": kind,
             "tokens": tokens,
-            "first_seconds": first,
-            "seconds": seconds,
+            "tokenize_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "tokens_per_cpu_second": tokens / cpu,
+            "first_seconds": first,
             "cached_seconds": warm,
             "packing_efficiency": found.report["train"]["packing_efficiency"],
             "batch_seconds": batches,
             "batches_per_second": 1 / batches["median"],
         }
-        yield (
-            record,
-            (
-                f"{kind}: {tokens:,} tokens, {record['tokens_per_second']:.3g} tokens/s, "
-                f"{record['tokens_per_cpu_second']:.3g} a core; {first:.2f} s in all the first time, from the cache "
-                f"{_ms(warm)}; {record['batches_per_second']:.4g} batches/s"
-            ),
+        text = (
+            f"{kind}: {record['tokens_per_second'] / 1e6:.3g} M tokens/s, "
+            f"{record['tokens_per_cpu_second'] / 1e6:.3g} M a core; all is ready after {first:.3g} s the first time, "
+            f"from the cache {_ms(warm)}; "
+            f"{record['batches_per_second']:.4g} batches/s"
         )
+        yield record, text
     lengths = np.random.default_rng(0).integers(1, config.seq_len + 1, 1_000_000)
-    seconds = spread(benchmark_peers.timed(lambda: packing.best_fit_decreasing(lengths, config.seq_len), 3))
-    yield (
-        {"case": "packing", "examples": len(lengths), "seconds": seconds},
-        f"packing a million examples: {_ms(seconds)}",
-    )
+    seconds = measure.spread(measure.timed(lambda: packing.best_fit_decreasing(lengths, config.seq_len), 3))
+    record = {"case": "packing", "examples": len(lengths), "seconds": seconds}
+    yield record, f"packing a million examples: {_ms(seconds)}"
+
+
+def _texts(found: Any, most: int = 2_000_000) -> list[str]:
+    """Texts of the training data, of at most so many tokens: the pieces that were packed."""
+    import numpy as np
+
+    texts, tokens = [], 0
+    for rows, _ in found.train:
+        for row in range(len(rows)):
+            if tokens >= most:
+                break
+            batch = rows.batch(np.array([row]))
+            ids, segments = batch["tokens"][0], batch["segment_ids"][0]
+            texts += [found.tokenizer.decode(ids[segments == n].tolist()) for n in range(1, segments.max() + 1)]
+            tokens += int((segments > 0).sum())
+    return texts
 
 
 def loading(bench: Bench) -> Iterator[Result]:
@@ -805,7 +598,7 @@ def loading(bench: Bench) -> Iterator[Result]:
     from research import checkpoint, params
     from research.pretrained import load
 
-    made = prepare(bench, bench.config)
+    made = measure.prepare(bench.config, bench.mesh, bench.vocab_size)
     state, policy = made.state, made.parts.models["policy"]
     times: dict[str, list[float]] = {"write": [], "read": []}
     for _ in range(min(bench.steps, 3) or 3):
@@ -815,9 +608,9 @@ def loading(bench: Bench) -> Iterator[Result]:
                 saver.save(state, {"step": 0}, {}, {})
                 saver.wait()
 
-            times["write"] += benchmark_peers.timed(write, 1)
+            times["write"] += measure.timed(write, 1)
             read = lambda saver=saver: jax.block_until_ready(saver.restore(made.parts.state)[0].params)  # noqa: E731
-            times["read"] += benchmark_peers.timed(read, 1)
+            times["read"] += measure.timed(read, 1)
     yield _rates("checkpoint", sum(x.nbytes for x in jax.tree.leaves(state)), times)
     times, total, values = {"write": [], "read": []}, 0, state.params["policy"]
     placed = params.shardings(policy.specs, bench.mesh)
@@ -833,20 +626,21 @@ def loading(bench: Bench) -> Iterator[Result]:
 
 
 def _rates(case: str, size: int, times: Mapping[str, Sequence[float]]) -> Result:
-    write, read = spread(times["write"]), spread(times["read"])
+    write, read = measure.spread(times["write"]), measure.spread(times["read"])
     record = {"case": case, "bytes": size, "write_seconds": write, "read_seconds": read}
     record |= {"write_bytes_per_second": size / write["median"], "read_bytes_per_second": size / read["median"]}
-    return record, (
+    text = (
         f"{case}, {size / 1e6:,.0f} MB: written in {write['median']:.3g} s ({size / write['median'] / 1e9:.3g} GB/s), "
         f"read in {read['median']:.3g} s ({size / read['median'] / 1e9:.3g} GB/s)"
     )
+    return record, text
 
 
 def save(bench: Bench) -> Iterator[Result]:
     """How long a save holds the loop up, and how much slower the ten steps after it are, while files are written."""
     from research import checkpoint
 
-    ours = Stepper(prepare(bench, bench.config))
+    ours = measure.Stepper(measure.prepare(bench.config, bench.mesh, bench.vocab_size))
     ours(2)
     stalls, slowed, plain, after = [], [], [], min(bench.steps, 10) or 10
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(checkpoint.Checkpointer(folder)) as saver:
@@ -861,21 +655,19 @@ def save(bench: Bench) -> Iterator[Result]:
                 stalls.append(stall)
                 slowed.append(more)
                 plain.append(step)
-    stall, step = spread(stalls), statistics.median(plain)
+    stall, step = measure.spread(stalls), statistics.median(plain)
     record = {
         "stall_seconds": stall,
         "stall_steps": stall["median"] / step,
-        "slowed_seconds": spread(slowed),
+        "slowed_seconds": measure.spread(slowed),
         "slowed_over_steps": after,
         "step_seconds": step,
     }
-    yield (
-        record,
-        (
-            f"the loop stands still for {_ms(stall)}, {record['stall_steps']:.2g} steps; the {after} steps after it take "
-            f"{1e3 * record['slowed_seconds']['median']:.3g} ms longer"
-        ),
+    text = (
+        f"the loop stands still for {_ms(stall)}, {record['stall_steps']:.2g} steps; the {after} steps "
+        f"after it take {1e3 * record['slowed_seconds']['median']:.3g} ms longer"
     )
+    yield record, text
 
 
 def startup(bench: Bench) -> Iterator[Result]:
@@ -910,15 +702,14 @@ def startup(bench: Bench) -> Iterator[Result]:
             start("tokens")
             start("tokens_and_programs")
         imports = [child("-c", "import research.run") for _ in range(repeats)]
-    record = {"seconds_to_first_step": {cached: spread(s) for cached, s in seconds.items()}, "import": spread(imports)}
-    told = {cached: times["median"] for cached, times in record["seconds_to_first_step"].items()}
-    yield (
-        record,
-        (
-            f"first step after {told['tokens_and_programs']:.3g} s, without compiled programs {told['tokens']:.3g} s, "
-            f"without tokens either {told['nothing']:.3g} s; importing takes {record['import']['median']:.3g} s"
-        ),
+    times = {cached: measure.spread(each) for cached, each in seconds.items()}
+    record = {"seconds_to_first_step": times, "import": measure.spread(imports)}
+    told = {cached: each["median"] for cached, each in times.items()}
+    text = (
+        f"first step after {told['tokens_and_programs']:.3g} s, without compiled programs {told['tokens']:.3g} s, "
+        f"without tokens either {told['nothing']:.3g} s; importing takes {record['import']['median']:.3g} s"
     )
+    yield record, text
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Result]]] = {

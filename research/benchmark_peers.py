@@ -14,12 +14,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+from research import measure
 from research.errors import InputError, did_you_mean
 
 # Name -> the packages that it needs.
@@ -34,10 +33,6 @@ def check(names: Sequence[str]) -> None:
         missing = [package for package in PEERS[name] if importlib.util.find_spec(package) is None]
         if missing:
             raise InputError(f"--against={name}: needs {' and '.join(missing)}. pip install {' '.join(missing)}")
-
-
-class Failed(Exception):
-    """A peer couldn't do what it was asked to."""
 
 
 class Peer:
@@ -79,30 +74,11 @@ class Peer:
             pass
         line = self._process.stdout.readline()
         if not line:
-            raise Failed(f"it ended with status {self._process.wait()}")
+            raise measure.Failed(f"it ended with status {self._process.wait()}")
         answer = json.loads(line)
         if "error" in answer:
-            raise Failed(answer["error"])
+            raise measure.Failed(answer["error"])
         return answer["result"]
-
-
-def peak_resident() -> int | None:
-    """Bytes of this process's memory at its peak; None where the system doesn't say."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), None)
-
-
-def timed(work: Callable[[], Any], n: int) -> list[float]:
-    """Seconds of each of n calls; each returns when all is done."""
-    seconds = []
-    for _ in range(n):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return seconds
 
 
 class HuggingFace:
@@ -183,11 +159,11 @@ class HuggingFace:
 
     def run(self, n: int) -> list[float]:
         """Does what was prepared n times; returns the seconds of each."""
-        return timed(self.work, n)
+        return measure.timed(self.work, n)
 
     def memory(self) -> dict:
         cuda = self.torch.cuda.max_memory_allocated() if self.device == "cuda" else None
-        return {"resident_peak": peak_resident(), "device_peak": cuda}
+        return {"resident_peak": measure.peak_resident(), "device_peak": cuda}
 
 
 class PlainJax:
@@ -201,7 +177,7 @@ class PlainJax:
         import optax
 
         if microbatches > 1:
-            raise Failed("plain jax has no microbatches")
+            raise measure.Failed("plain jax has no microbatches")
         model, params = self._model(folder, dtype, attention="reference", remat="full" if remat else "none")
         clip = [optax.clip_by_global_norm(optimizer["clip_norm"])] if optimizer["clip_norm"] else []
         o = {k: optimizer[k] for k in ("learning_rate", "b1", "b2", "eps", "weight_decay")}
@@ -249,13 +225,13 @@ class PlainJax:
 
     def run(self, n: int) -> list[float]:
         """Does what was prepared n times; returns the seconds of each."""
-        return timed(self.work, n)
+        return measure.timed(self.work, n)
 
     def memory(self) -> dict:
         import jax
 
         stats = jax.devices()[0].memory_stats() or {}
-        return {"resident_peak": peak_resident(), "device_peak": stats.get("peak_bytes_in_use")}
+        return {"resident_peak": measure.peak_resident(), "device_peak": stats.get("peak_bytes_in_use")}
 
 
 def make(name: str) -> Any:
@@ -272,8 +248,10 @@ def main(argv: Sequence[str]) -> int:
         method = getattr(peer, values.pop("call"), None)
         try:
             if method is None:
-                raise Failed(f"{argv[0]} has nothing of the kind")
+                raise measure.Failed(f"{argv[0]} has nothing of the kind")
             answer = {"result": method(**values)}
+        except measure.Failed as error:
+            answer = {"error": str(error)}
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {str(error).strip()[:500]}"}

@@ -6,40 +6,42 @@ Operations are named by the scopes that they were traced in (jax.named_scope): "
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-_NAMED = re.compile(r'%?([\w.\-]+) = .*?metadata=\{[^}]*?op_name="([^"]*)"')
 _SCOPES = ("embed", "layers", "attention", "mlp", "final_norm", "loss", "optimizer")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$", re.M)
+_OP_NAME = re.compile(r'metadata=\{[^}]*?op_name="([^"]*)"')
+_WAITS = ("while", "conditional", "call")  # for what runs within, which other threads may do
 
 
 def scope(op_name: str) -> str:
-    """The part of the model that an operation belongs to.
+    """The part of a step that an operation belongs to.
 
     Args:
       op_name: of HLO metadata: "jit(step)/transpose(jvp(layers))/while/body/attention/dot_general".
 
     Returns:
-      "layers/attention (backward)"; "other" for what is in no scope.
+      "layers/attention (backward)"; "... (again)" for what rematerialisation repeats; "other" for what is in no scope.
     """
-    words = re.findall(r"[\w.]+", op_name)
+    words = re.findall(r"\w+", op_name)
     found = list(dict.fromkeys(word for word in words if word in _SCOPES))
     if not found:
         return "other"
-    again = "rematted_computation" in words or "checkpoint" in words
-    backward = "transpose" in words
-    suffix = " (recomputed)" if backward and again and "transpose" not in words[-1:] and _recomputed(op_name) else ""
-    return "/".join(found) + (suffix or " (backward)" * backward)
-
-
-def _recomputed(op_name: str) -> bool:
-    return "rematted_computation" in op_name
+    if found[0] in ("attention", "mlp"):  # JAX takes what doesn't change out of the scan over layers
+        found.insert(0, "layers")
+    again = "rematted_computation" in words
+    return "/".join(found) + (" (again)" if again else " (backward)" if "transpose" in words else "")
 
 
 def names(hlo: str) -> dict[str, str]:
-    """Instruction -> op_name, of a compiled program's text."""
-    return dict(_NAMED.findall(hlo))
+    """Instruction -> op_name of a compiled program's text; "" where it has none, as the compiler's own copies."""
+    found = {}
+    for name, rest in _INSTRUCTION.findall(hlo):
+        op_name = _OP_NAME.search(rest)
+        found[name] = op_name[1] if op_name else ""
+    return found
 
 
 def costliest(folder: str, programs: Sequence[str], most: int = 10) -> list[dict[str, Any]]:
@@ -51,48 +53,48 @@ def costliest(folder: str, programs: Sequence[str], most: int = 10) -> list[dict
       most: how many.
 
     Returns:
-      [{"scope", "seconds", "share"}], the costliest first. Seconds are of all devices and threads, without those of
-      operations that ran within; the share is of all operations together.
+      [{"scope", "seconds", "share"}], the costliest first; none where the trace holds no operation of the programs.
+      Seconds are those of all devices and threads together, without those of operations that ran within.
     """
     import jax
 
     files = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
-    if not files:
-        return []
     known: dict[str, str] = {}
     for text in programs:
         known |= names(text)
+    planes = list(jax.profiler.ProfileData.from_file(str(files[-1])).planes) if files else []
+    # A CPU's operations are in the host's plane; where there are other devices, it holds what waits for them.
+    planes = [plane for plane in planes if plane.name.startswith("/device:")] or planes
     seconds: dict[str, float] = defaultdict(float)
-    for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
+    for plane in planes:
         for line in plane.lines:
-            for name, own in _self_times(line.events):
-                if name in known:
+            for name, own in _own_times(line.events, known):
+                if not name.startswith(_WAITS):
                     seconds[scope(known[name])] += own / 1e9
     total = sum(seconds.values())
     ranked = sorted(seconds.items(), key=lambda item: -item[1])[:most]
     return [{"scope": name, "seconds": s, "share": s / total} for name, s in ranked]
 
 
-def _self_times(events: Any) -> list[tuple[str, float]]:
-    """(instruction, nanoseconds without those of events within it) of the events of one line."""
-    found: list[list[Any]] = []
-    within: list[tuple[float, int]] = []  # of the events that haven't ended: the end, and where it is in `found`
-    for event in sorted(events, key=lambda e: (e.start_ns, -e.duration_ns)):
-        name = _instruction(event)
-        if name is None:
-            continue
-        while within and within[-1][0] <= event.start_ns:
+def _own_times(events: Any, known: dict[str, str]) -> Iterator[tuple[str, float]]:
+    """(instruction, nanoseconds without those of instructions within it) of the events of one line."""
+    timed = []
+    for event in events:
+        name = next((str(value) for key, value in event.stats if key == "hlo_op"), event.name)
+        name = name.partition(" = ")[0].removeprefix("%")
+        if name in known:
+            timed.append((event.start_ns, -event.duration_ns, name))
+    own: list[float] = []
+    within: list[tuple[float, int]] = []  # of those that haven't ended: the end, and the place in `own`
+    timed.sort()
+    for start, minus, _ in timed:
+        while within and within[-1][0] <= start:
             within.pop()
         if within:
-            found[within[-1][1]][1] -= event.duration_ns
-        within.append((event.start_ns + event.duration_ns, len(found)))
-        found.append([name, event.duration_ns])
-    return [(name, own) for name, own in found]
-
-
-def _instruction(event: Any) -> str | None:
-    stats = {key: value for key, value in event.stats if key in ("hlo_op",)}
-    return str(stats["hlo_op"]) if "hlo_op" in stats else None
+            own[within[-1][1]] += minus
+        within.append((start - minus, len(own)))
+        own.append(-minus)
+    yield from ((name, time) for (_, _, name), time in zip(timed, own, strict=True))
 
 
 def describe(found: Sequence[dict[str, Any]]) -> str:
