@@ -109,20 +109,61 @@ def test_a_stop_token_ends_its_row_and_counts(tiny):
     assert out.lengths[2] <= 5
 
 
-def test_decoding_ends_when_all_rows_have(tiny):
-    """A row that only fills the batch doesn't keep it going either."""
+@pytest.mark.parametrize(("slots", "passes"), [(None, 1), (2, 5), (6, 1)])
+def test_decoding_ends_when_all_rows_have(tiny, slots, passes):
+    """A row that only fills the batch doesn't keep it going either. `passes` are those through the model."""
     model, params = tiny
+    seen = []
+
+    def decode(params, tokens, *args):
+        jax.debug.callback(lambda: seen.append(tokens.shape))
+        return model.decode(params, tokens, *args)
+
     config = SamplingConfig(max_new_tokens=20, stop_tokens=tuple(range(48)))
-    steps = sampling._make_steps(model, config, None)
+    generate = make_generate(model._replace(decode=decode), config)
+    lengths = np.array([3, 0, 1, 8, 2, 2], np.int32)
+    out = generate(params, np.ones((6, 8), np.int32), lengths, jax.random.key(0), slots=slots)
+    assert out.lengths.tolist() == [1, 0, 1, 1, 1, 1]
+    jax.effects_barrier()
+    assert len(seen) == passes
 
-    @jax.jit
-    def begin(params, prompts, lengths):
-        limits, keys = jnp.full(2, 20), jax.random.split(jax.random.key(0), 2)
-        return steps.begin(model.unstack(params), sampling._Queue(prompts, lengths, limits, keys))
 
-    state = begin(params, np.ones((2, 8), np.int32), np.array([3, 0], np.int32))
-    assert state.done.tolist() == [True, True]
-    assert state.out.lengths.tolist() == [1, 0]
+@pytest.mark.parametrize(
+    ("changes", "temperature"), [({"sliding_window": (4, 0)}, 0.0), ({"positions": "learned", "mlp": "gelu"}, 1.0)]
+)
+def test_rows_that_take_turns_get_the_same(changes, temperature, monkeypatch):
+    """Prompts of several pieces, two slots refilled together, a cache that is shifted, a row without a prompt."""
+    monkeypatch.setattr(sampling, "_PIECE", 4)
+    monkeypatch.setattr(sampling, "_SLACK", 3)
+    monkeypatch.setattr(sampling, "_GROUPS", 2)
+    model, params = _model(**changes)
+    rng = np.random.default_rng(0)
+    prompts, lengths = pad_prompts(
+        [rng.integers(0, 48, n).tolist() for n in (5, 1, 9, 2, 15, 3, 7, 1, 12, 11, 6, 1)], bucket=15
+    )
+    lengths[7] = 0
+    limits = np.array([99, 3, 99, 1, 5, 99, 99, 99, 7, 99, 0, 99], np.int32)
+    generate = make_generate(model, SamplingConfig(12, temperature=temperature, stop_tokens=(7, 11, 21, 35)))
+    key, rows = jax.random.key(0), np.arange(20, 32, dtype=np.int32)
+    alone = jax.device_get(generate(params, prompts, lengths, key, rows))
+    turns = jax.device_get(generate(params, prompts, lengths, key, rows, limits, slots=3))
+    assert len(set(alone.lengths.tolist())) > 3
+    np.testing.assert_array_equal(turns.lengths, np.minimum(alone.lengths, limits))
+    kept = np.arange(12) < turns.lengths[:, None]
+    np.testing.assert_array_equal(turns.tokens, np.where(kept, alone.tokens, 0))
+    np.testing.assert_allclose(turns.logprobs, np.where(kept, alone.logprobs, 0), atol=1e-4)
+
+
+def test_other_prompts_of_the_same_sizes_compile_nothing(tiny):
+    model, params = tiny
+    generate = make_generate(model, SamplingConfig(max_new_tokens=4, stop_tokens=(3,)))
+    counts = []
+    for lengths in ((8, 1, 3, 2, 2), (1, 2, 7, 3, 1, 4, 5, 2)):
+        prompts = [[1] * n for n in lengths]
+        generate_batches(generate, params, prompts, jax.random.key(0), batch_size=2, bucket=8)
+        counts.append(generate._cache_size())
+    assert counts == [1, 1]
+    assert generate_batches(generate, params, [], jax.random.key(0), batch_size=2) == []
 
 
 def test_padded_ids_are_never_chosen(tiny):
@@ -200,9 +241,11 @@ def test_sharded_over_a_mesh_it_is_the_same():
         placed = jax.device_put(params, params_lib.shardings(model.specs, mesh))
         out = generate(placed, prompts, lengths, jax.random.key(0))
         odd = generate_batches(generate, placed, PROMPTS[:3], jax.random.key(0), batch_size=3, bucket=16)
+        turns = generate(placed, prompts, lengths, jax.random.key(0), slots=5)
     assert out.tokens.sharding.is_fully_replicated
-    np.testing.assert_array_equal(out.tokens, alone.tokens)
-    np.testing.assert_allclose(out.logprobs, alone.logprobs, atol=1e-4)
+    for made in (out, turns):
+        np.testing.assert_array_equal(made.tokens, alone.tokens)
+        np.testing.assert_allclose(made.logprobs, alone.logprobs, atol=1e-4)
     assert [c.tokens for c in odd] == alone.tokens[:3].tolist()
 
 
@@ -225,21 +268,34 @@ def test_a_stream_gives_the_tokens_of_generate(tiny):
 
 
 def test_few_shapes_are_compiled():
-    shapes = set()
+    shapes = []
 
-    def generate(params, prompts, lengths, key, rows):
-        shapes.add(prompts.shape)
+    def generate(params, prompts, lengths, key, rows, slots):
+        assert slots == 3
+        shapes.append(prompts.shape)
         n = len(prompts)
-        return sampling.Generated(np.tile(np.arange(4), (n, 1)), np.full(n, 2), np.zeros((n, 4)))
+        return sampling.Generated(np.stack([rows] * 4, axis=1), np.full(n, 2), np.zeros((n, 4)))
 
-    prompts = [[1] * n for n in (30, 3, 17, 8, 9, 25, 1)]
-    done = []
-    completions = generate_batches(
-        generate, None, prompts, None, batch_size=3, bucket=8, longest=30, progress=done.append
-    )
-    assert shapes == {(3, 8), (3, 30)}
-    assert done == [3, 6, 7]
-    assert [c.tokens for c in completions] == [[0, 1]] * 7
+    def completions(lengths, first_row=0):
+        prompts, done = [[1] * n for n in lengths], []
+        made = generate_batches(
+            generate,
+            None,
+            prompts,
+            None,
+            batch_size=3,
+            bucket=8,
+            longest=30,
+            first_row=first_row,
+            progress=done.append,
+        )
+        assert [c.tokens for c in made] == [[first_row + i] * 2 for i in range(len(prompts))]
+        return done
+
+    assert completions([30, 3, 17, 8, 9, 25, 1]) == [7]
+    assert completions([4, 30, *[7] * 24], first_row=5) == [24, 26]
+    assert completions([2, 16]) == [2]
+    assert shapes == [(12, 30), (24, 8), (3, 30), (3, 16)]
 
 
 def test_prompts_are_padded_on_the_left():
@@ -281,6 +337,8 @@ def test_what_does_not_fit_is_an_error(tiny):
     generate = make_generate(model, SamplingConfig(max_new_tokens=33))
     with pytest.raises(InputError, match=r"padded to 32 tokens and sampling.max_new_tokens = 33"):
         generate(params, *pad_prompts(PROMPTS), jax.random.key(0))
+    with pytest.raises(InputError, match=r"slots = 0: must be at least 1"):
+        generate(params, *pad_prompts(PROMPTS, bucket=16), jax.random.key(0), slots=0)
     with pytest.raises(InputError, match=r"prompt 1: has 40 tokens, and there is room for 31"):
         generate_batches(generate, params, [[1], [1] * 40], jax.random.key(0), batch_size=2, longest=31)
     with pytest.raises(InputError, match=r"prompt 0: is empty"):

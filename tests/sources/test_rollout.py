@@ -1,5 +1,7 @@
 """Answers of the policy in place of the data's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,11 +36,15 @@ def make_batch():
     return {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": mask}
 
 
-def roll(share, seed=0, **options):
+@functools.cache
+def jitted_rollout(share, **options):
     spec = RolloutSpec(share=share, max_new_tokens=N, **options)
-    rollout = jax.jit(make_rollout(MODEL, spec, seq_len=T, stop_tokens=(STOP,), vocab_size=32))
+    return jax.jit(make_rollout(MODEL, spec, seq_len=T, stop_tokens=(STOP,), vocab_size=32))
+
+
+def roll(share, seed=0, **options):
     batch = make_batch()
-    out = rollout(PARAMS, {k: jnp.asarray(v) for k, v in batch.items()}, jax.random.key(seed))
+    out = jitted_rollout(share, **options)(PARAMS, {k: jnp.asarray(v) for k, v in batch.items()}, jax.random.key(seed))
     return batch, {k: np.asarray(v) for k, v in out.items()}
 
 
@@ -61,6 +67,12 @@ def test_an_answer_is_what_generate_gives_for_the_prompt():
     assert not np.array_equal(after["tokens"][0], before["tokens"][0])
 
 
+def test_rows_that_take_turns_get_the_same_answers():
+    together, turns = (roll(1.0, temperature=1.0, slots=slots)[1] for slots in (0, 1))
+    for name, want in together.items():
+        np.testing.assert_array_equal(turns[name], want)
+
+
 def test_a_row_without_room_or_without_a_prompt_keeps_its_answer():
     before, after = roll(1.0)
     for name in before:
@@ -78,5 +90,7 @@ def test_the_share_is_of_rows_and_chance_is_the_key_s():
 def test_what_cannot_work_is_named():
     with pytest.raises(InputError, match=r"rollout\.share = 1\.5: must be in \[0, 1\]"):
         RolloutSpec(share=1.5)
+    with pytest.raises(InputError, match=r"rollout\.slots = -1: must be at least 0"):
+        RolloutSpec(slots=-1)
     with pytest.raises(InputError, match=r"rollout\.max_new_tokens = 24 leaves no room for a prompt in seq_len = 24"):
         make_rollout(MODEL, RolloutSpec(1.0, 24), seq_len=24, stop_tokens=(), vocab_size=32)
