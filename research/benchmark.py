@@ -191,7 +191,6 @@ def _train(bench: Bench, config: Any, name: str) -> Result:
 
     from research import sharding
 
-    measure.forget_peak()
     made = measure.prepare(config, bench.mesh, bench.vocab_size, packed=not bench.against)
     dtype = made.parts.models["policy"].config.dtype
     with contextlib.ExitStack() as stack:
@@ -212,6 +211,7 @@ def _train(bench: Bench, config: Any, name: str) -> Result:
         ours.step()
         loss = float(_mean(ours.out["loss"]))
         warm = ours(1)[0]
+        measure.forget_peak()
         product, product_flops = measure.matmul(bench.mesh, dtype)
         runners = {"": ours, " matmul": lambda n: product(3 * n)}
         runners |= {name: (lambda n, p=p: p.call("run", n=n)) for name, p in peers.items() if isinstance(p, Peer)}
@@ -228,6 +228,7 @@ def _train(bench: Bench, config: Any, name: str) -> Result:
             "matmul_flops_per_second": peak,
             "dtype": dtype,
             "batch": [config.batch_size, config.seq_len],
+            "packed": not bench.against,
             "platform": sharding.platform(),
             "compile_seconds": compile_seconds,
             "loss": loss,
@@ -320,7 +321,7 @@ def _start_training(
     o = config.optimizer
     chosen = {k: getattr(o, k) for k in ("learning_rate", "b1", "b2", "eps", "weight_decay", "clip_norm")}
     model = made.parts.models["policy"].config
-    remat = model.remat != "none"
+    remat = model.remat == "full"
     told = child.call(
         "train", folder=folder, optimizer=chosen, microbatches=config.microbatches, dtype=model.dtype, remat=remat
     )
@@ -405,7 +406,6 @@ def decode(bench: Bench) -> Iterator[Result]:
         for size in sorted({-(-size // unit) * unit for size in bench.decode}):
             prompts = rng.integers(0, bench.vocab_size, (size, prompt)).astype(np.int32)
             lengths = np.full(size, prompt, np.int32)
-            measure.forget_peak()
 
             def make(n: int, prompts: Any = prompts, lengths: Any = lengths) -> Callable[[], Any]:
                 generate = sampling.make_generate(model, sampling.SamplingConfig(max_new_tokens=n), bench.vocab_size)
@@ -424,6 +424,7 @@ def decode(bench: Bench) -> Iterator[Result]:
                 except measure.Failed as error:
                     theirs[peer] = str(error)
             tokens = np.asarray(whole().tokens)
+            measure.forget_peak()
             found = measure.in_turn(runners, _count(bench, runners[""](1)[0], 15))
             times, first = measure.spread(found[""]), measure.spread(found[" first"])
             per_token = (times["median"] - first["median"]) / max(new - 1, 1)
@@ -595,13 +596,15 @@ def loading(bench: Bench) -> Iterator[Result]:
     are read from the system's cache where they fit."""
     import jax
 
-    from research import checkpoint, params
+    from research import checkpoint
     from research.pretrained import load
 
     made = measure.prepare(bench.config, bench.mesh, bench.vocab_size)
     state, policy = made.state, made.parts.models["policy"]
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    repeats = 1 if size > 4e9 else min(bench.steps, 3) or 3
     times: dict[str, list[float]] = {"write": [], "read": []}
-    for _ in range(min(bench.steps, 3) or 3):
+    for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder, contextlib.closing(checkpoint.Checkpointer(folder)) as saver:
 
             def write(saver: Any = saver) -> None:
@@ -611,10 +614,10 @@ def loading(bench: Bench) -> Iterator[Result]:
             times["write"] += measure.timed(write, 1)
             read = lambda saver=saver: jax.block_until_ready(saver.restore(made.parts.state)[0].params)  # noqa: E731
             times["read"] += measure.timed(read, 1)
-    yield _rates("checkpoint", sum(x.nbytes for x in jax.tree.leaves(state)), times)
+    yield _rates("checkpoint", size, times)
     times, total, values = {"write": [], "read": []}, 0, state.params["policy"]
-    placed = params.shardings(policy.specs, bench.mesh)
-    for _ in range(min(bench.steps, 3) or 3):
+    placed = jax.tree.map(lambda x: x.sharding, made.parts.state.params["policy"])
+    for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
             total = _write_model(folder, policy.config, values)
