@@ -91,16 +91,6 @@ class Writer:
         os.makedirs(self._workdir, exist_ok=True)
         self._metrics = _reopen(os.path.join(self._workdir, METRICS_FILE), self._start_step)
         self._samples = _reopen(os.path.join(self._workdir, SAMPLES_FILE), self._start_step)
-        if self._use_tensorboard:
-            from tensorboardX import SummaryWriter  # here, as it takes a while to import
-
-            self._tensorboard = SummaryWriter(
-                os.path.join(self._workdir, "tensorboard"),
-                purge_step=self._start_step + 1 if self._start_step else 0,
-                flush_secs=1,
-            )
-            config = json.dumps(self._config, indent=2, default=str)
-            self._tensorboard.add_text("config", _verbatim(config), self._start_step)
         if self._wandb_options is not None:
             self._wandb = _start_wandb(self._workdir, self._wandb_options, self._config)
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:  # 0: unknown
@@ -133,9 +123,10 @@ class Writer:
         record = {"step": step, "time": round(time.time(), 3)}
         record |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
-        if self._tensorboard is not None:
+        if self._use_tensorboard:
+            events = self._events()
             for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+                events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         self._show(step, values)
@@ -146,8 +137,8 @@ class Writer:
             return
         record = {"step": step, "time": round(time.time(), 3), "name": name, "text": text}
         self._samples.write(json.dumps(record, ensure_ascii=False) + "\n")
-        if self._tensorboard is not None:
-            self._tensorboard.add_text(name, _verbatim(text), step)
+        if self._use_tensorboard:
+            self._events().add_text(name, _verbatim(text), step)
         if self._wandb is not None:
             import html
 
@@ -165,6 +156,20 @@ class Writer:
         """Prints to stderr, above the bar where there is one."""
         if self._active:
             tqdm.write(message, file=sys.stderr)
+
+    def _events(self) -> Any:
+        """TensorBoard's writer, made for the first value: its import takes a while, which a first step needn't wait."""
+        if self._tensorboard is None:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                os.path.join(self._workdir, "tensorboard"),
+                purge_step=self._start_step + 1 if self._start_step else 0,
+                flush_secs=1,
+            )
+            config = json.dumps(self._config, indent=2, default=str)
+            self._tensorboard.add_text("config", _verbatim(config), self._start_step)
+        return self._tensorboard
 
     def _show(self, step: int, values: dict[str, float]) -> None:
         train = describe({k: v for k, v in values.items() if k.startswith("train/")})

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from research.errors import InputError, did_you_mean
-from research.params import MuonDimensionNumbers
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant", "inverse_sqrt")
@@ -152,7 +151,7 @@ def make_optimizer(
       spec: what to make.
       steps: length of the run, for the schedule.
       decay_mask: for each parameter, whether weight decay applies to it.
-      muon_dims: for each parameter the MuonDimensionNumbers of the matrices it holds (axes in neither of
+      muon_dims: for each parameter the optax.contrib.MuonDimensionNumbers of the matrices it holds (axes in neither of
         the two, like that of layers, count matrices), or None where adamw applies. Only muon needs it.
       trains: for each parameter, whether it is updated; the others have no state. By default all are.
 
@@ -202,7 +201,7 @@ def _orthogonalize(dims: Tree, scaling: str) -> optax.GradientTransformation:
     The quintic Newton-Schulz iteration of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), in float32.
     """
 
-    def one(dims: MuonDimensionNumbers, x: jax.Array) -> jax.Array:
+    def one(dims: optax.contrib.MuonDimensionNumbers, x: jax.Array) -> jax.Array:
         inputs, outputs = _axes(dims.reduction_axis, x), _axes(dims.output_axis, x)
         stack = tuple(i for i in range(x.ndim) if i not in inputs + outputs)
         order = stack + inputs + outputs
@@ -234,7 +233,7 @@ def _newton_schulz(x: jax.Array) -> jax.Array:
 
 
 def _is_dims(x: Any) -> bool:
-    return x is None or isinstance(x, MuonDimensionNumbers)
+    return x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
 
 
 def _axes(axes: Any, x: jax.Array) -> tuple[int, ...]:

@@ -6,10 +6,11 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax.contrib
 
 from research import sharding
 from research.errors import InputError
@@ -38,14 +39,6 @@ class ParamSpec:
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), f"{self.shape} has other dimensions than {self.axes}"
-
-
-class MuonDimensionNumbers(NamedTuple):
-    """Which axes of an array are summed over where it is applied, and which come out; any others count matrices. As
-    optax.contrib has it, whose import takes a tenth of a second."""
-
-    reduction_axis: int | tuple[int, ...] = 0
-    output_axis: int | tuple[int, ...] = 1
 
 
 def is_spec(x: Any) -> bool:
@@ -117,7 +110,7 @@ def matching(specs: Tree, pattern: str) -> Tree:
 
 
 def muon_dimensions(specs: Tree) -> Tree:
-    """For Muon: the MuonDimensionNumbers (what is contracted, what comes out) of matrices; None for what takes
+    """For Muon: optax's MuonDimensionNumbers (what is contracted, what comes out) of matrices; None for what takes
     AdamW's update instead: scales, biases, embeddings and heads."""
 
     def one(spec: ParamSpec) -> Any:
@@ -126,7 +119,7 @@ def muon_dimensions(specs: Tree) -> Tree:
         inputs = tuple(i for i, axis in enumerate(spec.axes) if axis in spec.contracts)
         stacked = ("layers",) if spec.axes[-1] == "experts" else ("layers", "experts")
         outputs = tuple(i for i, axis in enumerate(spec.axes) if axis not in (*spec.contracts, *stacked))
-        return MuonDimensionNumbers(inputs, outputs)
+        return optax.contrib.MuonDimensionNumbers(inputs, outputs)
 
     return tree_map(one, specs)
 

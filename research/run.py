@@ -1,9 +1,11 @@
 """One run, from config to result: the order of assembly, and the loop."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
 
 from research import checkpoint, distributed, loading, metrics, objectives, optim, params, sharding, train
 from research import config as config_lib
@@ -46,6 +49,7 @@ class Parts(NamedTuple):
 
     models: dict[str, transformer.Model]
     terms: dict[str, tuple[objectives.Objective, objectives.Coefficient]]
+    begin: Callable[[Any], train.TrainState]  # uint32 seed -> the state before the first step
     init: Callable[[jax.Array], dict[str, Any]]  # key -> parameters of the trainable roles, and those of objectives
     init_objectives: Callable[[jax.Array], dict[str, Any]]  # key -> the latter alone
     init_state: Callable[[dict[str, Any], jax.Array], train.TrainState]
@@ -115,6 +119,10 @@ def assemble(
     def init_state(values: dict[str, Any], key: jax.Array) -> train.TrainState:
         return train.init_state(values, optimizer, key, config.ema_decay > 0, train.init_carry(terms, batch))
 
+    def begin(seed: jax.Array) -> train.TrainState:
+        keys = jax.random.split(jax.random.PRNGKey(seed), 2)
+        return init_state(params.init(specs, keys[0]), keys[1])
+
     placed = params.shardings(specs, mesh, rules)
     state = _place_state(init_state, optimizer, params.abstract(specs, placed), placed, mesh)
     rows = sharding.named(mesh, ("batch", "time"), rules)
@@ -133,15 +141,18 @@ def assemble(
             return sample(state.params["policy"], batch, key)
 
         answers = jax.jit(answer, out_shardings={k: rows for k in batch})
+    where = jax.tree.map(lambda x: x.sharding, state)
+    compiler_options = _compiler_options()
     return Parts(
         models=models,
         terms=terms,
+        begin=jax.jit(begin, out_shardings=where, compiler_options=compiler_options),
         init=jax.jit(lambda key: params.init(specs, key), out_shardings=placed),
         init_objectives=jax.jit(
             lambda key: params.init({"objectives": own} if own else {}, key),
             out_shardings={"objectives": placed["objectives"]} if own else {},
         ),
-        init_state=jax.jit(init_state, out_shardings=jax.tree.map(lambda x: x.sharding, state), donate_argnums=0),
+        init_state=jax.jit(init_state, out_shardings=where, donate_argnums=0),
         step=jax.jit(
             train.make_train_step(
                 terms,
@@ -153,7 +164,8 @@ def assemble(
                 trains=trains,
             ),
             donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+            out_shardings=(where, None),
+            compiler_options=compiler_options,
         ),
         evaluate=jax.jit(train.make_eval_step(terms, models)),
         rollout=answers,
@@ -161,6 +173,13 @@ def assemble(
         frozen=params.abstract(frozen, params.shardings(frozen, mesh, rules)),
         batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in batch.items()},
     )
+
+
+def _compiler_options() -> dict[str, Any] | None:
+    """On CPU, LLVM's highest level makes no step faster, but its compilation 1.15 times as long, and 2.5 times that of
+    initial values. The results are the same. What XLA_FLAGS says stands."""
+    option = "xla_backend_optimization_level"
+    return {option: 2} if sharding.platform() == "cpu" and option not in os.environ.get("XLA_FLAGS", "") else None
 
 
 def _place_state(init_state, optimizer, abstract, placed, mesh) -> train.TrainState:
@@ -238,18 +257,21 @@ def run(
     parts = assemble(config, mesh, source.spec, data.tokenizer.size, data.tokenizer)
     _check_classes(config, parts)
     listed = _listed_evals(config, parts.models["policy"], data.tokenizer)
-    peak = _peak_flops(mesh)
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        keys = jax.random.split(jax.random.PRNGKey(config.seed), 2)
         # What the model or objective can't do shows here.
         traced = parts.step.trace(parts.state, parts.frozen, parts.batch)
+        compiling = _compile(traced.lower(), stack)
+        if not resumed:
+            source_state = source.init()
+            batches = stack.enter_context(_prefetch(source, source_state, parts.batch, mine))
         frozen = {role: _read(bases[role], like) for role, like in parts.frozen.items()}
-        initial = None
         if not resumed and "policy" in bases:
+            keys = jax.random.split(jax.random.PRNGKey(config.seed), 2)
             initial = {"policy": _begin(bases["policy"], parts, mesh, keys[0]), **parts.init_objectives(keys[0])}
+            state = parts.init_state(initial, keys[1])
         elif not resumed:
-            initial = parts.init(keys[0])
+            state = parts.begin(np.uint32(config.seed & 0xFFFFFFFF))
         saver = stack.enter_context(
             contextlib.closing(
                 checkpoint.Checkpointer(
@@ -262,9 +284,8 @@ def run(
         )
         if resumed:
             state, source_state = saver.restore(parts.state)
-        else:
-            state, source_state = parts.init_state(initial, keys[1]), source.init()
-        first = int(state.step)
+            batches = stack.enter_context(_prefetch(source, source_state, parts.batch, mine))
+        first = int(state.step) if resumed else 0
         changed = _changes(workdir, config) if resumed else []
         watch = stack.enter_context(distributed.watch(workdir, config.stall_seconds, (Preempted, Diverged)))
         if distributed.main():
@@ -287,10 +308,9 @@ def run(
         _describe(writer, config, parts, data, mesh, workdir)
         if resumed:
             writer.print(f"resumed  at step {first} of {config.steps}" + "".join(f"\nchanged  {x}" for x in changed))
-        evals = _make_evals(config, parts, data, listed, writer, mine)
-        batches = stack.enter_context(contextlib.closing(_prefetch(source, source_state, parts.batch, mine)))
-        window = _Window(config, parts, writer, peak)
-        compiled = distributed.one_at_a_time(traced.lower().compile())
+        evals = _make_evals(config, parts, data, listed, writer, mine) if config.eval.every else None
+        window = _Window(config, parts, writer, lambda: _peak_flops(mesh))
+        compiled = distributed.one_at_a_time(compiling())
         train_step = compiled
         if parts.rollout:
             answer = distributed.one_at_a_time(parts.rollout)
@@ -325,6 +345,8 @@ def _loop(config, train_step, start, batches, evals, saver, window, due, tell, w
             if step == first + 1:
                 jax.block_until_ready(out)
                 window.writer.write(step, {"startup/seconds_to_first_step": time.time() - started})
+                saver.prepare()
+                window.measure_peak()
                 window.start_clock(afresh=True)
             stopping, last = due(step), step == config.steps
             if stopping:
@@ -363,8 +385,11 @@ def _finish(config: Config, workdir: str) -> dict[str, float]:
 class _Window:
     """The steps since the last line of the log: their metrics, and the time that went into training alone."""
 
-    def __init__(self, config: Config, parts: Parts, writer: metrics.Writer, peak: float | None):
-        self.config, self.writer, self.peak = config, writer, peak
+    def __init__(
+        self, config: Config, parts: Parts, writer: metrics.Writer, peak: Callable[[], float | None] = lambda: None
+    ):
+        self.config, self.writer = config, writer
+        self._find_peak, self.peak = peak, None
         flops = {role: transformer.flops_per_token(m.config, config.seq_len) for role, m in parts.models.items()}
         # A frozen model's forward pass is a third of it.
         self.flops_per_token = sum(n if role == "policy" else n / 3 for role, n in flops.items())
@@ -378,6 +403,11 @@ class _Window:
         if afresh:
             self.seconds = self.waited = self.tokens = 0.0
             self.timed = False
+
+    def measure_peak(self) -> None:
+        """Finds the peak that utilisation is a fraction of; on CPU by a matrix product, so nothing else should run."""
+        with jax.set_mesh(jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=jax.local_devices()[:1])):
+            self.peak = self._find_peak()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -429,6 +459,18 @@ class _Window:
         self.steps, self.seconds, self.waited, self.tokens = [], 0.0, 0.0, 0.0
 
 
+def _compile(lowered: Any, stack: contextlib.ExitStack) -> Callable[[], Any]:
+    """Compiles in a thread, while the rest is made ready; returns what waits for the program. So does leaving `stack`.
+
+    Several processes compile at once where they are: programs that are made side by side might differ in order.
+    """
+    if distributed.several():
+        compiled = lowered.compile()
+        return lambda: compiled
+    pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "compile"))
+    return pool.submit(lowered.compile).result
+
+
 def _listed_evals(
     config: Config, model: transformer.Model, tokenizer: tokenizers.Tokenizer
 ) -> list[eval_tasks.Evaluation]:
@@ -478,9 +520,9 @@ def _make_evals(
             template=config.data["template"],
             batch_size=min(len(records), 64),
         )
-    key = jax.random.PRNGKey(config.seed)
 
     def evaluate(state: train.TrainState, frozen: dict[str, Any], step: int) -> dict[str, float]:
+        key = jax.random.PRNGKey(config.seed)
         values = state.params if state.ema is None else state.ema
         scores = loss(values, frozen, state.carry)
         if answer is not None:
@@ -627,10 +669,12 @@ def _put(
     return {k: put(x, like[k]) for k, x in batch.items()}
 
 
+@contextlib.contextmanager
 def _prefetch(
     source: Source, state: dict[str, Any], like: Mapping[str, jax.ShapeDtypeStruct], mine: Sequence[int], depth: int = 2
-):
-    """Yields (batch on the devices, source state after it), read ahead by a thread. An error there is raised here."""
+) -> Iterator[Iterator[tuple[dict[str, jax.Array], dict[str, Any]]]]:
+    """An iterator of (batch on the devices, source state after it), read ahead by a thread from now on. An error there
+    is raised by the iterator."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
 
@@ -642,14 +686,17 @@ def _prefetch(
         except BaseException as error:
             ready.put((None, None, error))
 
-    thread = threading.Thread(target=work, args=(state,), daemon=True, name="prefetch")
-    thread.start()
-    try:
+    def batches() -> Iterator[tuple[dict[str, jax.Array], dict[str, Any]]]:
         while True:
             batch, state, error = ready.get()
             if error is not None:
                 raise error
             yield batch, state
+
+    thread = threading.Thread(target=work, args=(state,), daemon=True, name="prefetch")
+    thread.start()
+    try:
+        yield batches()
     finally:
         closed.set()
         while thread.is_alive():  # the thread may be waiting for room

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from research import checkpoint, train
@@ -64,6 +66,63 @@ def test_state_and_source_come_back(tmp_path):
     saver.close()
     assert source == {"step": 2}
     jax.tree.map(np.testing.assert_array_equal, state, state_at(2))
+
+
+def hold_writes(monkeypatch, until):
+    """Every write ends only when `until()` has returned."""
+
+    class Held:
+        def __init__(self, future):
+            self.future = future
+
+        def result(self, timeout=None):
+            until()
+            return self.future.result(timeout)
+
+    async_save = ocp.PyTreeCheckpointHandler.async_save
+
+    async def held(self, *args, **kwargs):
+        return [Held(future) for future in await async_save(self, *args, **kwargs)]
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "async_save", held)
+
+
+def test_a_save_waits_for_no_write_and_holds_what_was_then(tmp_path, monkeypatch):
+    go = threading.Event()
+    hold_writes(monkeypatch, lambda: go.wait(20))
+    next_step = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones_like(x), s), donate_argnums=0)
+    state = jax.jit(lambda: state_at(1))()
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.save(state, {}, {}, {})
+    for _ in range(3):  # the loop goes on, over the memory of what is being written
+        state = next_step(state)
+    assert int(state.step) == 4
+    assert checkpoint.steps(tmp_path) == []
+    go.set()
+    saver.wait()
+    jax.tree.map(np.testing.assert_array_equal, saver.restore(like(state_at(1)))[0], state_at(1))
+    saver.close()
+
+
+def test_a_write_that_fails_is_told_at_the_end(tmp_path, monkeypatch):
+    def fail():
+        raise OSError("no space left")
+
+    hold_writes(monkeypatch, fail)
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.save(state_at(1), {}, {}, {})
+    with pytest.raises(OSError, match="no space left"):
+        saver.wait()
+    assert checkpoint.steps(tmp_path) == []
+
+
+def test_what_fails_in_the_background_is_told_by_the_first_use(tmp_path):
+    (tmp_path / "file").touch()
+    saver = checkpoint.Checkpointer(tmp_path / "file")
+    saver.prepare()
+    with pytest.raises(OSError, match="file"):
+        saver.save(state_at(1), {}, {}, {})
+    saver.close()
 
 
 def test_a_carry_comes_back_and_one_that_is_not_there_is_an_error(tmp_path):

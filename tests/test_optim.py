@@ -4,13 +4,13 @@ import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from research import params
 from research.errors import InputError
 from research.optim import OptimizerSpec, make_optimizer, make_schedule
 
-Dims = params.MuonDimensionNumbers
+Dims = optax.contrib.MuonDimensionNumbers
 SCHEDULES = goldens.load("schedules")
 OPTIMIZERS = goldens.load("optim")
 

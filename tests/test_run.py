@@ -52,6 +52,7 @@ def test_experiment_takes_two_steps(name, tmp_path):
     final = run.run(load(name), str(tmp_path / "w"))
     assert np.isfinite(final["train/loss"])
     assert np.isfinite(final["eval/loss"])
+    assert final["train/mfu"] > 0
     record = json.loads((tmp_path / "w/config.json").read_text())
     assert record["config"]["steps"] == 2
     assert record["versions"]["jax"] == jax.__version__
