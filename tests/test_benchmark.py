@@ -44,23 +44,23 @@ class InProcess(benchmark_peers.Peer):
     def call(self, name, **values):
         if not hasattr(self.peer, name):
             raise measure.Failed(f"jax has no {name}")
-        with jax.set_mesh(sharding.make_mesh({}, jax.devices()[:1])):
+        mesh = jax.set_mesh(sharding.make_mesh({}, jax.devices()[:1]))
+        with mesh, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax's needs
             return json.loads(json.dumps(getattr(self.peer, name)(**values)))
 
 
 def test_train_step_in_turn_with_a_peer(lines, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "Peer", InProcess)
     out = tmp_path / "out.jsonl"
-    flags = ["--only=train", "--objectives=sft,distill", "--against=jax", f"--profile={tmp_path}", f"--out={out}"]
-    status, (sft, distill), said = lines(*flags)
+    flags = ["--only=train", "--objectives=sft", "--against=jax", f"--profile={tmp_path}", f"--out={out}"]
+    status, (sft,), said = lines(*flags)
     assert status == 0
-    assert [json.loads(line) for line in out.read_text().splitlines()] == [sft, distill]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [sft]
     tokens = 8 * 32
     # One layer, D 64, 4 query and 2 key/value heads of 16, F 128, gated; V 384 (byte, in whole tiles); T 32.
     weights = 64 * (4 + 2 + 2 + 4) * 16 + 3 * 64 * 128 + 64 * 384
     flops = tokens * (6 * weights + 6 * 4 * 16 * 32)
     assert sft["model_flops"] == flops
-    assert distill["model_flops"] == pytest.approx(flops * 4 / 3)  # the teacher's forward pass
     seconds = sft["seconds"]
     assert 0 < seconds["q1"] <= seconds["median"] <= seconds["q3"]
     assert seconds["n"] == 2
@@ -69,9 +69,9 @@ def test_train_step_in_turn_with_a_peer(lines, monkeypatch, tmp_path):
     theirs = sft["against"]["jax"]
     assert theirs["loss"] == pytest.approx(sft["loss"], rel=1e-4)  # the same work
     assert theirs["ratio"] == pytest.approx(theirs["seconds"]["median"] / seconds["median"])
-    assert "know next_token and sft alone" in distill["against"]["jax"]["error"]
     memory = sft["memory"]
-    assert memory["arguments"] > 12 * weights / 8 + 4 * weights  # parameters and two moments, of each device
+    state = 12 * (weights + 64 * 384) / 8  # parameters, the look-up too, and two moments, of each of 8 devices
+    assert state < memory["arguments"] < 1.1 * state
     assert memory["resident_peak"] > memory["temporaries"] > 0
     scopes = {each["scope"] for each in sft["costliest"]}
     assert {"layers/attention (backward)", "layers/mlp (backward)", "layers/mlp"} <= scopes
@@ -126,6 +126,7 @@ def test_made_up_batches():
     assert (measure.fake_batch(spec, 100, packed=False)["segment_ids"] == 1).all()
 
 
+@pytest.mark.slow
 def test_loop_decode_data_loading_checkpoint(lines):
     status, records, _ = lines("--only=loop,decode,data,loading,checkpoint", "--decode_batch=8")
     assert status == 0, [r for r in records if "error" in r]
@@ -152,6 +153,18 @@ def test_loop_decode_data_loading_checkpoint(lines):
         assert found["loading", case]["read_bytes_per_second"] > 0
     assert found["checkpoint", None]["stall_seconds"]["median"] > 0
     assert not {part for part, _ in found} - set(benchmark.PARTS)
+
+
+def test_flops_of_a_distillation_have_the_teacher_s_forward_pass():
+    c = transformer.ModelConfig(384, 1, 64, 4, 2, d_ff=128)
+    model = transformer.make_model(c)
+    one = measure.model_flops({"policy": model}, 10, 32)
+    assert measure.model_flops({"policy": model, "teacher": model}, 10, 32) == pytest.approx(one * 4 / 3)
+
+
+def test_a_peer_says_what_it_does_not_know(tmp_path):
+    with pytest.raises(measure.Failed, match="know next_token and sft alone"):
+        benchmark._write_work(str(tmp_path), None, None, "distill")
 
 
 @pytest.mark.slow
