@@ -15,7 +15,7 @@ import numpy as np
 from research import distributed, sharding
 from research.errors import InputError
 from research.models.transformer import Model
-from research.ops.chunks import CHUNK_BYTES, CHUNK_TOKENS
+from research.ops.chunks import chunk_bytes, chunk_tokens
 from research.ops.losses import cross_entropy, log_probs
 from research.sources import formats, records
 from research.sources.tokenizers import Tokenizer
@@ -179,7 +179,7 @@ def keep_end(example: Example, max_length: int) -> Example:
 def token_logprobs(model: Model, params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
     """log p of the `targets` of a batch, [B, T] float32 on every device; see `_batch` for what it holds."""
     batch = _constrain(batch)
-    out = log_probs(model.hidden(params, batch), model.unembed(params), batch["targets"])
+    out = log_probs(model.hidden(params, batch), model.unembed(params), batch["targets"]).target
     return sharding.constrain(out, (None, None))
 
 
@@ -257,7 +257,7 @@ def _batch_shards() -> int:
 
 def _chunk(rows: int, vocab_size: int) -> int:
     """Positions of all rows whose logits are made at once: see ops.losses, which sees one row at a time here."""
-    tokens = min(CHUNK_TOKENS.get(sharding.platform(), 2048), CHUNK_BYTES // (4 * vocab_size))
+    tokens = min(chunk_tokens(), chunk_bytes() // (4 * vocab_size))
     return max(1, tokens * _batch_shards() // rows)
 
 

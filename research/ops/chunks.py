@@ -9,26 +9,38 @@ import jax.numpy as jnp
 
 from research import sharding
 
-# A chunk's float32 logits on one device take at most this much; the gradient needs twice that.
-CHUNK_BYTES = 256 * 2**20
+# A chunk's float32 logits on one device take at most this much. On a CPU their gradient takes as much again, and so
+# does its copy where the kernel is the transpose of an embedding. Elsewhere the gradient takes half, and fewer tokens
+# would leave the time to the reading and writing below.
+_CHUNK_BYTES = {"cpu": 80 * 2**20, "gpu": 256 * 2**20, "tpu": 256 * 2**20}
 # Tokens of a chunk on one device: enough for the matrix products to outweigh the reading and writing of the kernel's
 # gradient [D, V], which each chunk adds to. On a CPU more of them only leave the cache.
-CHUNK_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
+_CHUNK_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
+
+
+def chunk_bytes() -> int:
+    """The most that a chunk's logits may take on one device of the platform, in bytes."""
+    return _CHUNK_BYTES.get(sharding.platform(), _CHUNK_BYTES["gpu"])
+
+
+def chunk_tokens() -> int:
+    """The most tokens that a chunk has on one device of the platform, where few dimensions make them cheap."""
+    return _CHUNK_TOKENS.get(sharding.platform(), _CHUNK_TOKENS["gpu"])
 
 
 def chunk_size(hidden: jax.Array, logits_per_token: int, tokens: int | None = None) -> int:
-    """As many positions as CHUNK_TOKENS and CHUNK_BYTES allow on each device of the mesh in context.
+    """As many positions as `chunk_tokens` and `chunk_bytes` allow on each device of the mesh in context.
 
     Args:
       hidden: [B, T, D].
       logits_per_token: V, of all heads that a chunk has the logits of.
-      tokens: of a chunk on one device; by default CHUNK_TOKENS, and at least D.
+      tokens: of a chunk on one device; by default `chunk_tokens`, and at least D.
     """
     B, T, D = hidden.shape
-    tokens = tokens or max(D, CHUNK_TOKENS.get(sharding.platform(), 2048))
+    tokens = tokens or max(D, chunk_tokens())
     rows = B / sharding.num_parts(sharding.RULES["batch"]) / _time_parts(T)
     bytes_per_token = 4 * logits_per_token / sharding.num_parts(sharding.RULES["vocab"])
-    return int(max(1, min(T, min(tokens, CHUNK_BYTES / bytes_per_token) // rows)))
+    return int(max(1, min(T, min(tokens, chunk_bytes() / bytes_per_token) // rows)))
 
 
 def chunks(T: int, size: int) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:

@@ -14,11 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research import sharding
 from research.errors import InputError, did_you_mean
 from research.ops.chunks import (
-    CHUNK_TOKENS,
     chunk_size,
+    chunk_tokens,
     chunks,
     kernel_gradient,
     no_gradient,
@@ -69,8 +68,8 @@ class _Options(NamedTuple):
     teacher_softcap: float
     tail: str
     chunk: int
-    by_token: bool
-    teacher_by_token: bool = False
+    axes: str
+    teacher_axes: str = "dv"
 
 
 class TopK(NamedTuple):
@@ -173,8 +172,8 @@ def divergence(
         teacher_head.softcap,
         "",
         chunk or _chunk_size(student_hidden, sum(sizes)),
-        student_head.by_token,
-        teacher_head.by_token,
+        student_head.axes,
+        teacher_head.axes,
     )
     student_head, teacher_head = _cut(student_head, min(sizes)), _cut(teacher_head, min(sizes))
     return _sums(options, student_hidden, student_head, teacher_hidden, teacher_head, weights)
@@ -227,8 +226,8 @@ def topk_divergence(
     if vocab_size is not None and not 0 < vocab_size <= V:
         raise InputError(f"vocab_size={vocab_size}: must be in 1..{V}, the size of the student's logits.")
     chunk = chunk or _chunk_size(student_hidden, V)
-    softcap, by_token = student_head.softcap, student_head.by_token
-    options = _Options(kind, skew, temperature, vocab_size, softcap, 0.0, tail, chunk, by_token)
+    softcap, axes = student_head.softcap, student_head.axes
+    options = _Options(kind, skew, temperature, vocab_size, softcap, 0.0, tail, chunk, axes)
     return _sums(options, student_hidden, student_head, TopK(ids, log_probs, rest), None, weights)
 
 
@@ -253,8 +252,8 @@ def uld(
     check("uld", temperature)
     chunk = chunk or _chunk_size(student_hidden, student_head.kernel.shape[1] + teacher_head.kernel.shape[1])
     heads = student_head, teacher_head
-    softcaps, by_token = [head.softcap for head in heads], [head.by_token for head in heads]
-    options = _Options("uld", 0.0, temperature, None, *softcaps, "", chunk, *by_token)
+    softcaps, axes = [head.softcap for head in heads], [head.axes for head in heads]
+    options = _Options("uld", 0.0, temperature, None, *softcaps, "", chunk, *axes)
     return _sums(options, student_hidden, student_head, teacher_hidden, teacher_head, weights)
 
 
@@ -284,10 +283,10 @@ def top_k(
     if not 0 < k <= (vocab_size or V):
         raise InputError(f"k={k}: must be in 1..{vocab_size or V}, the size of the vocabulary.")
     check("uld", temperature)
-    dtype, kernel = _dtype(hidden), _stored(head).astype(hidden.dtype)
+    dtype, kernel = _dtype(hidden), head.stored.astype(hidden.dtype)
 
     def one(x: jax.Array) -> TopK:
-        logits = _logits(x, kernel, head.bias, head.softcap, dtype, head.by_token)
+        logits = _logits(x, kernel, head.bias, head.softcap, dtype, head.axes)
         log_probs = jax.nn.log_softmax(_mask(logits / temperature, vocab_size))
         values, ids = jax.lax.top_k(log_probs, k)
         others = jnp.put_along_axis(log_probs, ids, -jnp.inf, axis=-1, inplace=False)
@@ -325,15 +324,10 @@ def _cut(head: Head, size: int) -> Head:
     return head._replace(kernel=head.kernel[:, :size], bias=None if head.bias is None else head.bias[:size])
 
 
-def _stored(head: Head) -> jax.Array:
-    """The kernel as it lies in memory, [D, V], or [V, D] with by_token."""
-    return head.kernel.T if head.by_token else head.kernel
-
-
 def _sums(options, hidden, head, teacher, teacher_head, weights) -> Divergence:
-    teacher_head = None if teacher_head is None else (_stored(teacher_head), teacher_head.bias)
+    teacher_head = None if teacher_head is None else (teacher_head.stored, teacher_head.bias)
     teacher, teacher_head = jax.lax.stop_gradient((teacher, teacher_head))
-    total, tokens = _divergence(options, hidden, (_stored(head), head.bias), teacher, teacher_head, weights)
+    total, tokens = _divergence(options, hidden, (head.stored, head.bias), teacher, teacher_head, weights)
     weights = jax.lax.stop_gradient(weights)
     metrics = jax.tree.map(lambda x: jnp.sum(weights.astype(x.dtype) * x), tokens)
     return Divergence(total, *metrics[1:], jnp.sum(weights))
@@ -368,7 +362,7 @@ def _scan(options, hidden, head, teacher, teacher_head, weights, *, with_gradien
         tokens, g_hidden, g_head = _one_chunk(options, compute_head, teacher_head, *x, with_gradient, shards)
         return jax.tree.map(jnp.add, sums, g_head), (tokens, g_hidden)
 
-    axes, teacher_axes = ("vd" if by else "dv" for by in (options.by_token, options.teacher_by_token))
+    axes, teacher_axes = options.axes, options.teacher_axes
     shards, dtype = token_shards(hidden), _dtype(hidden)
     compute_head = whole_width(head[0].astype(hidden.dtype), axes), head[1]
     if teacher_head is not None:
@@ -391,12 +385,12 @@ def _one_chunk(options, head, teacher_head, hidden, teacher, weights, with_gradi
     dtype, temperature = _dtype(hidden), options.temperature
     present = weights != 0
     hidden = jnp.where(present[:, :, None], hidden, 0)  # NaN times a gradient of 0 would be NaN
-    logits = _logits(hidden, kernel, bias, options.softcap, dtype, options.by_token)
+    logits = _logits(hidden, kernel, bias, options.softcap, dtype, options.axes)
     student = _mask(logits / temperature, options.vocab_size)
     if isinstance(teacher, TopK):
         tokens, g = _topk_tokens(options, student, teacher)
     else:
-        teacher = _logits(teacher, *teacher_head, options.teacher_softcap, dtype, options.teacher_by_token)
+        teacher = _logits(teacher, *teacher_head, options.teacher_softcap, dtype, options.teacher_axes)
         teacher = _mask(teacher / temperature, options.vocab_size)
         compare = {"uld": _uld_tokens, LOGIT_MSE: _mse_tokens}.get(options.kind, _whole_tokens)
         tokens, g = compare(options, student, teacher)
@@ -409,14 +403,13 @@ def _one_chunk(options, head, teacher_head, hidden, teacher, weights, with_gradi
         g *= 1 - jnp.square(logits / options.softcap)
     g_bias = None if bias is None else jnp.sum(g, axis=(0, 1))
     g = g.astype(hidden.dtype)
-    axes = "vd" if options.by_token else "dv"
+    axes = options.axes
     g_hidden = jnp.einsum(f"btv,{axes}->btd", g, kernel, preferred_element_type=dtype).astype(hidden.dtype)
     g_kernel = kernel_gradient(hidden, g, axes, shards, dtype)
     return tokens, g_hidden, (g_kernel, g_bias)
 
 
-def _logits(hidden, kernel, bias, softcap, dtype, by_token):
-    axes = "vd" if by_token else "dv"
+def _logits(hidden, kernel, bias, softcap, dtype, axes):
     logits = jnp.einsum(f"btd,{axes}->btv", hidden, kernel, preferred_element_type=dtype)
     if bias is not None:
         logits += bias.astype(dtype)[None, None, :]
@@ -554,5 +547,5 @@ def _dtype(hidden):
 
 def _chunk_size(hidden: jax.Array, logits_per_token: int) -> int:
     """Half the tokens that one model's logits get: there are two."""
-    tokens = max(hidden.shape[2], CHUNK_TOKENS.get(sharding.platform(), 2048)) // 2
+    tokens = max(hidden.shape[2], chunk_tokens()) // 2
     return chunk_size(hidden, logits_per_token, tokens)

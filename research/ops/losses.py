@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without the logits: no array of size [B, T, V] is ever held.
+"""Cross-entropy, log-probabilities and entropies over a large vocabulary: no array of size [B, T, V] is ever held.
 
 Logits are made a chunk of time at a time. Where a gradient is wanted it is made in the forward pass, chunk by chunk
 while the logits are there, and only scaled in the backward pass: nothing is stored for it but the gradient itself, and
@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.ops.chunks import chunk_size, chunks, kernel_gradient, no_gradient, token_shards, total, whole_width
+
+_LOWEST = float(np.finfo(np.float32).min)
 
 
 class Head(NamedTuple):
@@ -29,6 +32,16 @@ class Head(NamedTuple):
     bias: jax.Array | None
     softcap: float
     by_token: bool = False
+
+    @property
+    def axes(self) -> str:
+        """Of the kernel as it lies in memory: "dv" for [D, V], "vd" for [V, D]."""
+        return "vd" if self.by_token else "dv"
+
+    @property
+    def stored(self) -> jax.Array:
+        """The kernel as it lies in memory."""
+        return self.kernel.T if self.by_token else self.kernel
 
 
 class CrossEntropy(NamedTuple):
@@ -49,11 +62,25 @@ class CrossEntropy(NamedTuple):
     weight_sum: jax.Array
 
 
+class LogProbs(NamedTuple):
+    """Of each token, [B, T] float32; both have gradients.
+
+    Attributes:
+      target: log p(target).
+      entropy: -sum p log p, in nats.
+    """
+
+    target: jax.Array
+    entropy: jax.Array
+
+
 class _Options(NamedTuple):
     softcap: float
-    z_loss: float
-    label_smoothing: float
+    axes: str
     chunk: int
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    entropy: bool = False
 
 
 class _Tokens(NamedTuple):
@@ -63,6 +90,7 @@ class _Tokens(NamedTuple):
     nll: jax.Array
     logsumexp: jax.Array
     correct: jax.Array
+    entropy: jax.Array | None
 
 
 @jax.named_scope("loss")
@@ -93,8 +121,9 @@ def cross_entropy(
       label_smoothing: e above, in [0, 1).
       chunk: positions per chunk; by default what ops.chunks finds fit for each device.
     """
-    options = _Options(head.softcap, z_loss, label_smoothing, chunk or chunk_size(hidden, head.kernel.shape[1]))
-    loss_sum, tokens = _cross_entropy(options, hidden, head.kernel, head.bias, targets, weights)
+    chunk = chunk or chunk_size(hidden, head.kernel.shape[1])
+    options = _Options(head.softcap, head.axes, chunk, z_loss, label_smoothing)
+    loss_sum, tokens = _cross_entropy(options, hidden, head.stored, head.bias, targets, weights)
     weights = jax.lax.stop_gradient(weights)
     return CrossEntropy(
         loss_sum=loss_sum,
@@ -106,23 +135,25 @@ def cross_entropy(
 
 
 @jax.named_scope("loss")
-def log_probs(hidden: jax.Array, head: Head, targets: jax.Array, *, chunk: int | None = None) -> jax.Array:
-    """log p(target) under softmax(logits), [B, T] float32; the gradient computes each chunk's logits again.
+def log_probs(hidden: jax.Array, head: Head, targets: jax.Array, *, chunk: int | None = None) -> LogProbs:
+    """log p(target) and the entropy of p = softmax(logits); their gradient computes each chunk's logits again.
 
-    Args: see `cross_entropy`. Where the target isn't in [0, V) the value means nothing, and must not be used.
+    By the logit of v they are [v = target] - p_v and -p_v (log p_v + entropy).
+
+    Args: see `cross_entropy`. Where the target isn't in [0, V) its value means nothing, and must not be used.
     """
-    options = _Options(head.softcap, 0.0, 0.0, chunk or chunk_size(hidden, head.kernel.shape[1]))
-    return _log_probs(options, hidden, head.kernel, head.bias, targets)
+    options = _Options(head.softcap, head.axes, chunk or chunk_size(hidden, head.kernel.shape[1]), entropy=True)
+    return _log_probs(options, hidden, head.stored, head.bias, targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(options, hidden, kernel, bias, targets, weights):
-    tokens, _ = _scan(options, hidden, kernel, bias, targets, weights, with_gradient=False)
+    tokens, _ = _scan(options, hidden, kernel, bias, targets, (weights,), with_gradient=False)
     return jnp.sum(weights * tokens.loss), tokens
 
 
 def _cross_entropy_forward(options, hidden, kernel, bias, targets, weights):
-    tokens, gradient = _scan(options, hidden, kernel, bias, targets, weights, with_gradient=True)
+    tokens, gradient = _scan(options, hidden, kernel, bias, targets, (weights,), with_gradient=True)
     return (jnp.sum(weights * tokens.loss), tokens), (*gradient, tokens.loss)
 
 
@@ -137,17 +168,18 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _log_probs(options, hidden, kernel, bias, targets):
-    weights = jnp.ones(targets.shape, jnp.float32)
-    return -_scan(options, hidden, kernel, bias, targets, weights, with_gradient=False)[0].nll
+    weights = (jnp.ones(targets.shape, jnp.float32),) * 2
+    tokens, _ = _scan(options, hidden, kernel, bias, targets, weights, with_gradient=False)
+    return LogProbs(-tokens.nll, tokens.entropy)
 
 
 def _log_probs_forward(options, hidden, kernel, bias, targets):
     return _log_probs(options, hidden, kernel, bias, targets), (hidden, kernel, bias, targets)
 
 
-def _log_probs_backward(options, residuals, cotangent):
+def _log_probs_backward(options, residuals, cotangents):
     # The gradient of sum(g * log p) is that of the cross-entropy with weights -g.
-    _, gradient = _scan(options, *residuals, -cotangent, with_gradient=True)
+    _, gradient = _scan(options, *residuals, (-cotangents.target, cotangents.entropy), with_gradient=True)
     return *gradient, None
 
 
@@ -155,18 +187,19 @@ _log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 
 
 def _scan(options, hidden, kernel, bias, targets, weights, *, with_gradient):
-    """Runs over chunks of time. Returns _Tokens, and the gradients of the loss sum by hidden, kernel and bias."""
+    """Runs over chunks of time. Returns _Tokens, and the gradients of the sum of the loss times weights[0] (and of the
+    entropy times weights[1]) by hidden, kernel and bias."""
     split, join = chunks(hidden.shape[1], options.chunk)
 
     def body(sums, x):
         tokens, g_hidden, *more = _one_chunk(options, compute_kernel, bias, *x, with_gradient, shards)
         return jax.tree.map(jnp.add, sums, tuple(more)), (tokens, g_hidden)
 
-    compute_kernel, shards = whole_width(kernel.astype(hidden.dtype), "dv"), token_shards(hidden)
+    compute_kernel, shards = whole_width(kernel.astype(hidden.dtype), options.axes), token_shards(hidden)
     zeros = None, None
     if with_gradient:
         g_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-        zeros = no_gradient(kernel, "dv", shards, jnp.float32), g_bias
+        zeros = no_gradient(kernel, options.axes, shards, jnp.float32), g_bias
     sums, (tokens, g_hidden) = jax.lax.scan(body, zeros, jax.tree.map(split, (hidden, targets, weights)))
     tokens = jax.tree.map(join, tokens)
     if not with_gradient:
@@ -178,8 +211,9 @@ def _scan(options, hidden, kernel, bias, targets, weights, *, with_gradient):
 
 def _one_chunk(options, kernel, bias, hidden, targets, weights, with_gradient, shards):
     """hidden [B, t, D], targets and weights [B, t] -> _Tokens of [B, t], and the gradients (None unless wanted)."""
-    V, e = kernel.shape[1], options.label_smoothing
-    logits = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+    e, axes = options.label_smoothing, options.axes
+    V = kernel.shape[axes.index("v")]
+    logits = jnp.einsum(f"btd,{axes}->btv", hidden, kernel, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias.astype(jnp.float32)[None, None, :]
     if options.softcap:
@@ -192,17 +226,23 @@ def _one_chunk(options, kernel, bias, hidden, targets, weights, with_gradient, s
     loss = lse - (1 - e) * target_logit + options.z_loss * jnp.square(lse)
     if e:
         loss -= e * jnp.mean(logits, axis=-1)
-    tokens = _Tokens(loss, lse - target_logit, lse, (not_below == 1).astype(jnp.float32))
+    log_p = logits - lse[:, :, None]
+    # 0 and not NaN where a token can't come.
+    entropy = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, _LOWEST), axis=-1) if options.entropy else None
+    tokens = _Tokens(loss, lse - target_logit, lse, (not_below == 1).astype(jnp.float32), entropy)
     if not with_gradient:
         return tokens, None, None, None
 
-    g = jnp.exp(logits - lse[:, :, None]) * (1 + 2 * options.z_loss * lse)[:, :, None]
+    g = jnp.exp(log_p) * (1 + 2 * options.z_loss * lse)[:, :, None]
     g -= jnp.where(at_target, 1 - e + e / V, e / V)
-    g *= weights[:, :, None]
+    g *= weights[0][:, :, None]
+    if options.entropy:
+        more = jnp.exp(log_p) * (jnp.maximum(log_p, _LOWEST) + entropy[:, :, None])
+        g -= weights[1][:, :, None] * more
     if options.softcap:
         g *= 1 - jnp.square(logits / options.softcap)
     g_bias = None if bias is None else jnp.sum(g, axis=(0, 1))
     g = g.astype(hidden.dtype)
-    g_hidden = jnp.einsum("btv,dv->btd", g, kernel, preferred_element_type=jnp.float32).astype(hidden.dtype)
-    g_kernel = kernel_gradient(hidden, g, "dv", shards, jnp.float32)
+    g_hidden = jnp.einsum(f"btv,{axes}->btd", g, kernel, preferred_element_type=jnp.float32).astype(hidden.dtype)
+    g_kernel = kernel_gradient(hidden, g, axes, shards, jnp.float32)
     return tokens, g_hidden, g_kernel, g_bias

@@ -463,7 +463,7 @@ def test_no_array_holds_the_logits(devices):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2}) if devices == 8 else None
     with jax.set_mesh(mesh) if mesh else jax.default_device(None):
         jaxpr = jax.make_jaxpr(jax.grad(f))(model, model, cached, array((B, T), jnp.float32))
-    assert max(x.size * x.dtype.itemsize for x in _arrays(jaxpr.jaxpr)) <= chunks.CHUNK_BYTES * devices
+    assert max(x.size * x.dtype.itemsize for x in _arrays(jaxpr.jaxpr)) <= chunks.chunk_bytes() * devices
 
 
 def test_logits_are_made_once_and_nothing_for_a_gradient_that_is_not_asked_for():
