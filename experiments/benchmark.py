@@ -3,14 +3,15 @@
     python -m research.benchmark --config=experiments/benchmark.py:small
     python -m research.benchmark --config=experiments/benchmark.py:small --only=train,decode --against=hf
     python -m research.benchmark --config=experiments/benchmark.py:smol --only=train --config.batch_size=8
-    python -m research.benchmark --config=experiments/benchmark.py:1b --only=train,decode,loading --steps=20
+    python -m research.benchmark --config=experiments/benchmark.py:1b --only=train,decode --steps=20
     python -m research.main --config=experiments/benchmark.py:small
 
 `small` (the default): Llama-shaped, 6.82 M parameters, 8 x 256 tokens. `smol`: the shape of SmolLM2-135M (V 49152,
 tied; arXiv:2502.02737), 2 x 256 tokens. `1b`: a Llama of 1.24 B parameters (the shape of Llama 3.2 1B), 8 x 4096 tokens
 for one GPU of 80 GB. AdamW, gradients clipped at 1.0; no evaluation.
 
-Cost: of `small`, all parts, about 5 minutes on 2 CPU cores; of `1b` on a GPU the line above is the one to take.
+Cost: `small`, all parts, a few minutes on 2 CPU cores. On one GPU the line with `1b` is meant to take less than eight
+minutes; the other parts write its 15 GB of training state several times.
 """
 
 from experiments import base

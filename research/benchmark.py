@@ -17,7 +17,8 @@ One JSON line each (or several) goes to standard output and FILE.jsonl, a readab
 {"median", "q1", "q3", "n"} after warm-up. --against measures another library on the same work in turn: hf is
 transformers with torch, hf_compile the same compiled, jax plain jax.jit. --profile traces a few train steps for
 Perfetto or TensorBoard, and names the costliest parts. Parameters are random and batches made up: neither data nor a
-checkpoint is read, but by `loop`, `data` and `startup`. The status is 1 if a part failed; the others still run.
+checkpoint is read, but by `loop`, `data` and `startup`. Rows hold several documents each; with --against one, so that
+all do the same work and find the same loss. The status is 1 if a part failed; the others still run.
 """
 
 import contextlib
@@ -147,8 +148,9 @@ def _run(bench: Bench, parts: Sequence[str], files: Sequence[Any]) -> int:
     }
 
     def write(part: str, record: Record, text: str) -> None:
+        line = json.dumps({"part": part, **record, **common, "time": round(time.time(), 3)})
         for file in files:
-            print(json.dumps({"part": part, **record, **common, "time": round(time.time(), 3)}), file=file, flush=True)
+            print(line, file=file, flush=True)
         print(f"{part:<10} {text}", file=sys.stderr, flush=True)
 
     for part in parts:
