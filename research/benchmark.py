@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from research import benchmark_peers, commands, measure, profiling
+from research import benchmark_peers, commands, measure, process, profiling
 from research.benchmark_peers import Peer
 from research.errors import InputError, did_you_mean
 
@@ -681,7 +681,14 @@ def startup(bench: Bench) -> Iterator[Result]:
     from research import metrics
 
     seconds: dict[str, list[float]] = {"nothing": [], "tokens": [], "tokens_and_programs": []}
-    steps = ("steps=2", "eval.every=0", "checkpoint.every=0", "checkpoint.best_metric=", "compilation_cache=True")
+    steps = (
+        "steps=2",
+        "optimizer.warmup_steps=0",
+        "eval.every=0",
+        "checkpoint.every=0",
+        "checkpoint.best_metric=",
+        "compilation_cache=True",
+    )
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "UNDERSTUDY_CACHE": f"{folder}/cache"}
 
@@ -729,4 +736,5 @@ PARTS: dict[str, Callable[[Bench], Iterator[Result]]] = {
 
 
 if __name__ == "__main__":
+    process.use_huge_pages()
     sys.exit(main(sys.argv[1:]))

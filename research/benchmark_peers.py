@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from research import measure
+from research import measure, process
 from research.errors import InputError, did_you_mean
 
 # Name -> the packages that it needs.
@@ -43,7 +43,10 @@ class Peer:
     """
 
     def __init__(self, name: str):
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment = process.without_huge_pages(os.environ) | {
+            "TOKENIZERS_PARALLELISM": "false",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "research.benchmark_peers", name],
             stdin=subprocess.PIPE,

@@ -1,19 +1,21 @@
 """Runs one experiment: python -m research.main --config=experiments/sft.py [--workdir=DIR] [--config.a.b=value ...]."""
 
+from research import process
+
+if __name__ == "__main__":
+    process.use_huge_pages()
+
+import gc
+import os
+import shlex
+import sys
 import time
+import traceback
 
-STARTED = time.time()
+from absl import app, flags
+from ml_collections import config_flags
 
-import gc  # noqa: E402
-import os  # noqa: E402
-import shlex  # noqa: E402
-import sys  # noqa: E402
-import traceback  # noqa: E402
-
-from absl import app, flags  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
-
-from research.errors import InputError, explain_flag_error  # noqa: E402
+from research.errors import InputError, explain_flag_error
 
 # Exit statuses. 75 is sysexits.h's EX_TEMPFAIL: the same command goes on from where it stopped. See distributed.LOST.
 BAD_INPUT, DIVERGED, PREEMPTED = 2, 3, 75
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
     workdir = _WORKDIR.value or os.path.join("runs", time.strftime(f"%Y-%m-%d_%H-%M-%S_{name}"))
     command = shlex.join(["python", "-m", "research.main", *argv[1:]])
     try:
-        run.run(config.parse(values), workdir, started=STARTED, command=command)
+        run.run(config.parse(values), workdir, started=process.start_time(), command=command)
     except run.Diverged as error:
         return _fail(error, DIVERGED)
     except run.Preempted as stop:

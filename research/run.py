@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType
 
-from research import checkpoint, distributed, loading, metrics, objectives, optim, params, sharding, train
+from research import checkpoint, distributed, loading, metrics, objectives, optim, params, process, sharding, train
 from research import config as config_lib
 from research.config import Config
 from research.errors import InputError, did_you_mean
@@ -778,6 +778,8 @@ def _describe(
     )
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     writer.print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
+    if memory := process.describe():
+        writer.print(f"memory   {memory}")
     for source in data.report["sources"]:
         bad = "".join(f", {n:,} skipped: {reason}" for reason, n in source["bad"].items())
         twice = f", {source['duplicates']:,} duplicates dropped" if source["duplicates"] else ""

@@ -1,9 +1,9 @@
 """The train step: pure, jitted once, the same for every objective."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,8 +16,7 @@ Carry = dict[str, Any]  # term -> pytree of arrays, for the objectives that have
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class TrainState:
     """All that a run changes, apart from its place in the data.
 
@@ -40,9 +39,6 @@ class TrainState:
     ema: Params | None
     bad_steps: jax.Array
     carry: Carry
-
-    def replace(self, **changes: Any) -> "TrainState":
-        return dataclasses.replace(self, **changes)
 
 
 def init_state(

@@ -1,6 +1,7 @@
 """What a start waits for, and what it doesn't."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 from test_run import load
 
-from research import run, sharding
+from research import process, run, sharding
 
 # What a run needs later or not at all: each takes 0.05 s to seconds.
 LATER = (
-    *("datasets", "flax", "gguf", "grain", "huggingface_hub", "matplotlib", "orbax", "pandas"),
+    *("datasets", "gguf", "grain", "huggingface_hub", "matplotlib", "orbax", "pandas"),
     *("scipy", "tensorboardX", "tensorstore", "torch", "transformers"),
 )
 
@@ -49,3 +50,42 @@ def test_the_first_state_is_that_of_the_key_of_the_seed(seed):
             parts.begin(np.uint32(seed)),
             parts.init_state(parts.init(keys[0]), keys[1]),
         )
+
+
+PROGRAM = """
+import os, sys
+from research import process
+process.use_huge_pages()
+print(os.environ.get("GLIBC_TUNABLES"), process.describe() != "", sys.argv[1:])
+print(sorted(set(os.environ) - set(process.without_huge_pages(os.environ))))
+"""
+
+
+@pytest.mark.skipif(not process._offered(), reason="this system has no huge pages to ask for")
+@pytest.mark.parametrize(
+    ("environment", "tunables", "described"),
+    [
+        ({}, "glibc.malloc.hugetlb=1", True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, "glibc.malloc.check=0:glibc.malloc.hugetlb=1", True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0", False),
+        ({"UNDERSTUDY_HUGE_PAGES": "0"}, "None", False),
+        ({"JAX_PLATFORMS": "cuda"}, "None", False),
+    ],
+)
+def test_a_process_begins_anew_with_huge_pages(tmp_path, environment, tunables, described):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    inherited = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "UNDERSTUDY_HUGE_PAGES")}
+    command = [sys.executable, tmp_path / "program.py", "--a=b c"]
+    done = subprocess.run(command, env=inherited | environment, check=True, capture_output=True, text=True)
+    first, second = done.stdout.splitlines()
+    assert first == f"{tunables} {described} ['--a=b c']"
+    added = (
+        ["GLIBC_TUNABLES", "UNDERSTUDY_HUGE_PAGES"] if described else [*environment.keys() & {"UNDERSTUDY_HUGE_PAGES"}]
+    )
+    assert second == str([name for name in added if name != "GLIBC_TUNABLES" or "GLIBC_TUNABLES" not in environment])
+
+
+def test_the_start_of_a_process_is_before_its_first_line():
+    code = "import time; first = time.time(); from research import process; print(process.start_time() - first)"
+    before = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+    assert -60 < before < 0.02  # ticks of 10 ms
