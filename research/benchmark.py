@@ -478,9 +478,9 @@ def _queue(bench: Bench, model: Any, values: Any, size: int) -> Result:
 
     from research import sampling
 
-    rng, key, longest = np.random.default_rng(0), jax.random.PRNGKey(0), min(64, model.config.max_length // 4)
-    new, count = min(128, model.config.max_length // 2), 8 * size
-    lengths = np.sort(rng.integers(max(1, longest // 8), longest, count))
+    rng, key, longest = np.random.default_rng(0), jax.random.PRNGKey(0), min(256, model.config.max_length // 4)
+    new, count = min(256, model.config.max_length // 2), 8 * size
+    lengths = np.sort(np.exp(rng.uniform(np.log(max(1, longest // 32)), np.log(longest), count)).astype(int))
     prompts = [rng.integers(0, bench.vocab_size, n).tolist() for n in lengths]
     # Of random weights every token is about as likely: one that ends a row comes after 64 tokens, on average.
     stop = tuple(range(max(1, bench.vocab_size // 64)))
@@ -498,7 +498,7 @@ def _queue(bench: Bench, model: Any, values: Any, size: int) -> Result:
                     prompts[first : first + at_once],
                     key,
                     batch_size=size,
-                    bucket=longest,
+                    bucket=32,
                     first_row=first,
                 )
                 made[name] += sum(len(completion.tokens) for completion in done)
