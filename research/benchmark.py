@@ -355,16 +355,17 @@ def loop(bench: Bench) -> Iterator[Result]:
     ours = measure.Stepper(measure.prepare(config, bench.mesh, bench.vocab_size))
     ours(2)
     n = max(3, _count(bench, ours(1)[0] * measure.ROUNDS))
+    before = 2 * config.log.every  # Orbax and TensorBoard are imported beside the first steps
     shares, waits, bare, looped = [], [], [], []
     for _ in range(measure.ROUNDS):
         with tempfile.TemporaryDirectory() as workdir:
             try:
-                run.run(dataclasses.replace(config, steps=n), workdir)
+                run.run(dataclasses.replace(config, steps=before + n), workdir)
             except run.Preempted as stop:
                 raise KeyboardInterrupt from stop
             lines = [line for line in metrics.read_metrics(workdir) if "train/tokens_per_second" in line]
-        each = [line["train/tokens"] / line["train/tokens_per_second"] for line in lines]
-        looped.append(statistics.mean(each))
+        lines = [line for line in lines if line["step"] > before]
+        looped.append(statistics.mean(line["train/tokens"] / line["train/tokens_per_second"] for line in lines))
         waits.append(statistics.mean(line["train/data_wait_fraction"] for line in lines))
         bare.append(statistics.mean(ours(n)))
         shares.append(looped[-1] / bare[-1] - 1)
