@@ -1,6 +1,7 @@
 """What keeps the compiled step fast: no array of all logits, nothing compiled twice, no talk with the host inside."""
 
 import dataclasses
+import importlib.util
 import math
 import re
 
@@ -10,7 +11,7 @@ import pytest
 
 from experiments import sft
 from research import config as config_lib
-from research import measure, metrics, run, sharding
+from research import measure, metrics, plan, run, sharding
 
 VOCAB, ROWS, LENGTH = 32_768, 8, 512
 OBJECTIVES = ("sft", "distill", "weak_to_strong")
@@ -50,6 +51,23 @@ def test_nor_does_one_over_devices(config):
     """Of a device's tokens and its part of the vocabulary."""
     step = compiled(config, "distill", 4, fsdp=2, tensor=2)
     assert largest(step.compiled.as_text()) < ROWS / 2 * LENGTH * VOCAB / 2 / 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler isn't here")
+def test_nor_does_one_for_tpus(config):
+    topology, length = plan.find("v5e:2x2"), 8 * LENGTH  # of a chip, more than the tokens of a chunk
+    changed = dataclasses.replace(
+        measure.with_objective(config, "sft"),
+        mesh=config_lib.MeshConfig(1, fsdp=4),
+        model={**config.model, "max_length": length},
+        seq_len=length,
+    )
+    mesh = sharding.make_mesh(dataclasses.asdict(changed.mesh), topology.devices)
+    parts = run.assemble(changed, mesh, plan.batch_spec(changed), VOCAB)
+    with jax.set_mesh(mesh):
+        text = parts.step.lower(parts.state, parts.frozen, parts.batch).compile().as_text()
+    assert largest(text) < ROWS * length / 4 * VOCAB / 2
 
 
 def test_whole_logits_would_be_found():
