@@ -47,6 +47,7 @@ def test_a_step_holds_no_logits_of_all_tokens(step):
     assert largest(step.compiled.as_text()) < ROWS * LENGTH * VOCAB / 2
 
 
+@pytest.mark.slow
 def test_nor_does_one_over_devices(config):
     """Of a device's tokens and its part of the vocabulary."""
     step = compiled(config, "distill", 4, fsdp=2, tensor=2)
