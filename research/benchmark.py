@@ -129,7 +129,7 @@ def _make(told: Mapping[str, Any], **rest: Any) -> Bench:
     config, bases = run.with_checkpoints(config_lib.parse(told), None, described=True)
     config_lib.check(config, num_devices=len(jax.devices()))
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
-    bench = Bench(config, mesh, plan._vocab_size(config, bases.get("policy")), **rest)
+    bench = Bench(config, mesh, plan.find_vocab_size(config, bases.get("policy")), **rest)
     for name in bench.objectives:
         measure.with_objective(config, name)
     return bench

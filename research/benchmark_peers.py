@@ -175,7 +175,7 @@ class HuggingFace:
 
 
 class PlainJax:
-    """jax.jit as one would first write it: autodiff through attention, whole logits, optax.adamw."""
+    """jax.jit as one would first write it: autodiff through attention, whole logits, optax.adamw; our linear maps."""
 
     def train(self, folder: str, optimizer: dict[str, float], microbatches: int, dtype: str, remat: bool) -> dict:
         """Prepares a step and makes one; returns its loss."""

@@ -198,6 +198,7 @@ class Prepared(NamedTuple):
 def prepare(config: Any, mesh: Any, vocab_size: int, *, packed: bool = True) -> Prepared:
     """Assembles a run's step as research.run does, with random parameters and a made-up batch; under jax.set_mesh."""
     import jax
+    import numpy as np
 
     from research import params, plan, run
     from research.models import transformer
@@ -212,7 +213,7 @@ def prepare(config: Any, mesh: Any, vocab_size: int, *, packed: bool = True) -> 
     return Prepared(
         parts,
         compiled,
-        parts.init_state(parts.init(key), key),
+        parts.begin(np.uint32(config.seed & 0xFFFFFFFF)),
         jax.jit(lambda key: params.init(specs, key), out_shardings=placed)(key),
         {name: jax.device_put(x, parts.batch[name].sharding) for name, x in batch.items()},
         batch,

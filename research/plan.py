@@ -248,7 +248,7 @@ def make(config: Any, topology: Topology) -> Plan:
     config, bases = run.with_checkpoints(config, None, described=True)
     config_lib.check(config, num_devices=len(topology.devices))
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), topology.devices)
-    config, vocab_size = _for(config, topology), _vocab_size(config, bases.get("policy"))
+    config, vocab_size = _for(config, topology), find_vocab_size(config, bases.get("policy"))
     parts = run.assemble(config, mesh, batch_spec(config), vocab_size)
     with jax.set_mesh(mesh):
         lowered = parts.step.trace(parts.state, parts.frozen, parts.batch).lower()
@@ -311,7 +311,8 @@ def _for(config: Any, topology: Topology) -> Any:
     return dataclasses.replace(config, model=told(config.model), roles=roles)
 
 
-def _vocab_size(config: Any, base: Any) -> int:
+def find_vocab_size(config: Any, base: Any) -> int:
+    """The model's, or else the tokenizer's, which nothing is read for; `base`: what model.init_from found, or None."""
     from research import run
     from research.sources import tokenizers
 

@@ -50,8 +50,7 @@ class Parts(NamedTuple):
     models: dict[str, transformer.Model]
     terms: dict[str, tuple[objectives.Objective, objectives.Coefficient]]
     begin: Callable[[Any], train.TrainState]  # uint32 seed -> the state before the first step
-    init: Callable[[jax.Array], dict[str, Any]]  # key -> parameters of the trainable roles, and those of objectives
-    init_objectives: Callable[[jax.Array], dict[str, Any]]  # key -> the latter alone
+    init_objectives: Callable[[jax.Array], dict[str, Any]]  # key -> parameters of objectives
     init_state: Callable[[dict[str, Any], jax.Array], train.TrainState]
     step: Callable[..., tuple[train.TrainState, train.Metrics]]
     evaluate: Callable[..., train.Metrics]
@@ -147,7 +146,6 @@ def assemble(
         models=models,
         terms=terms,
         begin=jax.jit(begin, out_shardings=where, compiler_options=compiler_options),
-        init=jax.jit(lambda key: params.init(specs, key), out_shardings=placed),
         init_objectives=jax.jit(
             lambda key: params.init({"objectives": own} if own else {}, key),
             out_shardings={"objectives": placed["objectives"]} if own else {},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_run import load
 
-from research import process, run, sharding
+from research import params, process, run, sharding
 
 # What a run needs later or not at all: each takes 0.05 s to seconds.
 LATER = (
@@ -44,11 +44,11 @@ def test_the_first_state_is_that_of_the_key_of_the_seed(seed):
     fields |= {"loss_mask": jax.ShapeDtypeStruct((8, 128), jnp.float32)}
     with jax.set_mesh(mesh):
         parts = run.assemble(config, mesh, fields, vocab_size=300)
-        keys = jax.random.split(jax.random.PRNGKey(seed))
+        keys, specs = jax.random.split(jax.random.PRNGKey(seed)), {"policy": parts.models["policy"].specs}
         jax.tree.map(
             np.testing.assert_array_equal,
             parts.begin(np.uint32(seed)),
-            parts.init_state(parts.init(keys[0]), keys[1]),
+            parts.init_state(jax.jit(lambda key: params.init(specs, key))(keys[0]), keys[1]),
         )
 
 
