@@ -49,6 +49,8 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
       Unreachable: not all processes came within five minutes.
     """
     env = os.environ
+    if "xla_force_host_platform_device_count" in env.get("XLA_FLAGS", ""):
+        _order_collectives()
     coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS", "")
     options: dict[str, Any] = {}
     if coordinator:
@@ -74,8 +76,7 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if not _on_tpu():
-        # The other scheduler lets devices enter the collectives of one program in different orders, and wait forever.
-        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+        _order_collectives()
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=_SERVICE_SECONDS)
     except ValueError as error:
@@ -87,6 +88,14 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
             f"the other processes of this run can't be reached at {coordinator or 'the address found'}: "
             f"{str(error).splitlines()[0]}\nStart all of them, with the same --coordinator, within five minutes."
         ) from error
+
+
+def _order_collectives() -> None:
+    """Chooses an XLA scheduler for several CPU devices: with the default they enter the collectives of one program in
+    different orders, and wait for each other forever."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_scheduler_type" not in given:
+        os.environ["XLA_FLAGS"] = f"{given} --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 
 
 def _number(name: str, default: int) -> int:
@@ -116,9 +125,9 @@ def barrier(name: str) -> None:
 
 
 def one_at_a_time(program: Callable[..., Any]) -> Callable[..., Any]:
-    """A jitted function that, on the CPUs of several processes, returns when it is done: of two programs under way, a
-    process's devices would enter the collectives in different orders, and wait for each other forever."""
-    if not several() or jax.default_backend() != "cpu":
+    """A jitted function that, on several CPU devices, returns when it is done: of two programs under way, devices would
+    enter the collectives in different orders, and wait for each other forever."""
+    if jax.device_count() == 1 or jax.default_backend() != "cpu":
         return program
     return lambda *args, **kwargs: jax.block_until_ready(program(*args, **kwargs))
 

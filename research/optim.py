@@ -135,8 +135,10 @@ def make_schedule(spec: OptimizerSpec, steps: int) -> Callable[[jax.typing.Array
 
 def make_optimizer(
     spec: OptimizerSpec, steps: int, decay_mask: Tree, muon_dims: Tree = None, trains: Tree = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer, in this order: clipping, direction, weight decay, learning rate.
+
+    `update` takes an argument more than optax's: `ok`, a bool scalar. Where it is False the state stays as it was.
 
     The directions:
       adamw:      m / (sqrt(v) + eps), bias-corrected (arXiv:1711.05101)
@@ -166,15 +168,15 @@ def make_optimizer(
         return optax.masked(make_optimizer(spec, steps, decay_mask, muon_dims), trains)
     schedule = make_schedule(spec, steps)
     decay = [optax.add_decayed_weights(spec.weight_decay, mask=decay_mask)] if spec.weight_decay else []
-    adam = optax.scale_by_adam(b1=spec.b1, b2=spec.b2, eps=spec.eps, mu_dtype=spec.mu_dtype)
-    momentum = optax.trace(spec.momentum, nesterov=spec.nesterov, accumulator_dtype=spec.mu_dtype)
+    adam = _adam(spec)
+    momentum = _kept(optax.trace(spec.momentum, nesterov=spec.nesterov, accumulator_dtype=spec.mu_dtype))
     match spec.name:
         case "adamw":
             direction = [adam, *decay]
         case "lion":
-            direction = [optax.scale_by_lion(b1=spec.b1, b2=spec.b2, mu_dtype=spec.mu_dtype), *decay]
+            direction = [_kept(optax.scale_by_lion(b1=spec.b1, b2=spec.b2, mu_dtype=spec.mu_dtype)), *decay]
         case "adafactor":
-            rms = optax.scale_by_factored_rms(min_dim_size_to_factor=spec.factor_min_size)
+            rms = _kept(optax.scale_by_factored_rms(min_dim_size_to_factor=spec.factor_min_size))
             relative = [optax.scale_by_param_block_rms()] if spec.scale_by_parameter else []
             direction = [rms, optax.clip_by_block_rms(1.0), *relative, *decay]
         case "muon":
@@ -185,14 +187,50 @@ def make_optimizer(
             direction = [optax.partition({"muon": muon, "adamw": adam}, labels), *decay]
         case "sgd":
             direction = [*decay, momentum]
-    clip = [optax.clip_by_global_norm(spec.clip_norm)] if spec.clip_norm else []
-    chain = optax.chain(*clip, *direction, optax.scale_by_learning_rate(schedule))
+    clip = [_clip(spec.clip_norm)] if spec.clip_norm else []
+    chain = optax.chain(*clip, *direction, _kept(optax.scale_by_learning_rate(schedule)))
 
-    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+    def update(updates: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True):
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes: integer counts, bfloat16 moments
-            return chain.update(updates, state, params)
+            return chain.update(updates, state, params, ok=ok)
 
-    return optax.GradientTransformation(chain.init, update)
+    return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
+def _kept(transform: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`transform`, whose state stays as it was where `ok` is False."""
+
+    def update(updates: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True):
+        updates, new = transform.update(updates, state, params)
+        return updates, jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
+
+    return optax.GradientTransformationExtraArgs(transform.init, update)
+
+
+def _clip(largest: float) -> optax.GradientTransformation:
+    """Clips to a global norm by one factor, which XLA fuses with what follows; it would write out optax's quotients."""
+
+    def update(grads: Tree, params: Tree = None) -> Tree:
+        norm = optax.tree.norm(grads)
+        scale = jnp.where(norm < largest, jnp.ones_like(norm), largest / norm)
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+
+    return optax.stateless(update)
+
+
+def _adam(spec: OptimizerSpec) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_adam, but for two things: the state stays as it was where `ok` is False, and the direction is made
+    of the moments as they are kept, so that nothing needs the old ones and XLA writes the new ones over them."""
+    adam = _kept(optax.scale_by_adam(b1=spec.b1, b2=spec.b2, eps=spec.eps, mu_dtype=spec.mu_dtype))
+
+    def update(grads: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True):
+        _, state = adam.update(grads, state, ok=ok)
+        count = jnp.maximum(state.count, 1)  # 0 where the very first update was skipped
+        mu = optax.tree.bias_correction(state.mu, spec.b1, count)
+        nu = optax.tree.bias_correction(state.nu, spec.b2, count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + spec.eps), mu, nu), state
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def _orthogonalize(dims: Tree, scaling: str) -> optax.GradientTransformation:

@@ -71,7 +71,7 @@ def init_carry(
 def make_train_step(
     terms: Mapping[str, tuple[Objective, Callable[[jax.Array], jax.Array]]],
     models: Mapping[str, Any],
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     *,
     schedule: Callable[[jax.Array], jax.Array],
     microbatches: int = 1,
@@ -86,7 +86,7 @@ def make_train_step(
     Args:
       terms: name -> (objective, weight c_i as a function of the step).
       models: role -> Model.
-      optimizer: clipping and learning rate included.
+      optimizer: clipping and learning rate included; its `update` takes `ok` (see optim.make_optimizer).
       schedule: updates made -> learning rate, for the metrics.
       microbatches: the batch is cut along its first axis into this many parts, which run one after the other.
       ema_decay: of the moving average of parameters, where the state has one.
@@ -136,15 +136,18 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         grads, outs = gradients(state.params, frozen, state.carry, batch, key, state.step)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            grad_norm = optax.tree.norm(grads)
-            update_norm, param_norm = optax.tree.norm(updates), optax.global_norm(state.params)
+            grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(state.params)
             loss_sums = sum(out.loss_sum for out in outs.values())
-            finite = jnp.isfinite(loss_sums) & jnp.isfinite(grad_norm)
+            finite = jnp.isfinite(loss_sums) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
             supervised = sum(out.weight for out in outs.values())
             real = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
             ok = finite & (supervised > 0)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, ok=ok)
+            params = optax.apply_updates(state.params, updates)
+            # Parameters change after all that reads the old ones, these norms too: otherwise XLA would copy them.
+            update_norm = optax.tree.norm(updates)
+            finite &= jnp.isfinite(update_norm)
+            ok &= finite
             keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)  # noqa: E731
             ema = state.ema
             if ema is not None:
@@ -158,7 +161,7 @@ def make_train_step(
                 step=state.step + 1,
                 updates=jnp.where(ok, state.updates + 1, state.updates),
                 params=keep(params, state.params),
-                opt_state=keep(opt_state, state.opt_state),
+                opt_state=opt_state,
                 key=state.key,
                 ema=ema,
                 bad_steps=jnp.where(finite, 0, state.bad_steps + 1),

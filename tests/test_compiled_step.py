@@ -80,6 +80,13 @@ def test_whole_logits_would_be_found():
     assert largest(loss.lower(*shapes).compile().as_text()) >= ROWS * LENGTH * VOCAB
 
 
+def test_parameters_and_moments_are_not_copied(config):
+    adamw = dataclasses.replace(config.optimizer, name="adamw")
+    text = compiled(dataclasses.replace(config, optimizer=adamw), "sft", 1).compiled.as_text()
+    assert re.search(r"fusion\([^)]*%state_params__policy", text), "they have other names"
+    assert not re.search(r"f32\[\d+,[\d,]+\]\S* copy\(%state_", text)
+
+
 def test_a_step_does_not_talk_with_the_host(step):
     assert not HOST.search(step.compiled.as_text())
     with jax.transfer_guard("disallow"):

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from research import optim
 from research.errors import InputError
 from research.optim import OptimizerSpec, make_optimizer, make_schedule
 
@@ -194,6 +195,18 @@ def test_muon_orthogonalises_each_matrix_of_a_stack_and_adamw_takes_the_rest():
             assert singular.max() < 1.3
     adamw = _one_update(dataclasses.replace(spec, name="adamw"), params, grads)
     np.testing.assert_allclose(updates["embed"], adamw["embed"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_a_skipped_update_leaves_the_state(name):
+    params = {"w": jnp.ones((4, 6))}
+    tx = make_optimizer(OptimizerSpec(name=name, factor_min_size=2), 10, {"w": True}, {"w": Dims()})
+    _, before = tx.update({"w": jnp.full((4, 6), 0.5)}, tx.init(params), params)
+    _, after = tx.update({"w": jnp.full((4, 6), jnp.nan)}, before, params, ok=jnp.asarray(False))
+    _, moved = tx.update({"w": jnp.full((4, 6), 0.25)}, before, params, ok=jnp.asarray(True))
+    before, after, moved = map(jax.tree.leaves, (before, after, moved))
+    assert all(map(np.array_equal, before, after))
+    assert not all(map(np.array_equal, before, moved))
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
