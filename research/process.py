@@ -1,5 +1,7 @@
 """What has to happen before anything else in a process: when it began, and how it takes memory."""
 
+import contextlib
+import ctypes
 import os
 import sys
 import time
@@ -43,6 +45,12 @@ def use_huge_pages() -> None:
         return
     os.environ |= {_TUNABLES: ":".join(filter(None, [given, _VALUE])), _SWITCH: "set"}
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def release_memory() -> None:
+    """Gives the system back what was freed and glibc's malloc still holds: after a compilation, some 0.2 GB."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def describe() -> str:

@@ -310,6 +310,7 @@ def run(
         evals = _make_evals(config, parts, data, listed, writer, mine) if config.eval.every else None
         window = _Window(config, parts, writer, lambda: _peak_flops(mesh))
         compiled = distributed.one_at_a_time(compiling())
+        process.release_memory()
         train_step = compiled
         if parts.rollout:
             answer = distributed.one_at_a_time(parts.rollout)
