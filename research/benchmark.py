@@ -737,5 +737,6 @@ PARTS: dict[str, Callable[[Bench], Iterator[Result]]] = {
 
 
 if __name__ == "__main__":
+    process.leave_loops()
     process.use_huge_pages()
     sys.exit(main(sys.argv[1:]))

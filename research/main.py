@@ -3,6 +3,7 @@
 from research import process
 
 if __name__ == "__main__":
+    process.leave_loops()
     process.use_huge_pages()
 
 import gc

@@ -1,4 +1,4 @@
-"""What has to happen before anything else in a process: when it began, and how it takes memory."""
+"""What has to happen before anything else in a process: its start, how it takes memory, how XLA compiles for CPUs."""
 
 import contextlib
 import ctypes
@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 
 _SWITCH, _TUNABLES, _VALUE = "UNDERSTUDY_HUGE_PAGES", "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+_EXTRA, _NO_UNROLLING = "--xla_backend_extra_options", "xla_cpu_disable_loop_unrolling"
 
 
 def without_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
@@ -47,17 +48,30 @@ def use_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def leave_loops() -> None:
+    """Keeps LLVM from unrolling loops in programs for CPUs: they compile in nine tenths of the time, and are as fast.
+
+    Does nothing where XLA_FLAGS has extra options already. No option of a single compilation says this.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    if _EXTRA not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {_EXTRA}={_NO_UNROLLING}".strip()
+
+
 def release_memory() -> None:
     """Gives the system back what was freed and glibc's malloc still holds: after a compilation, some 0.2 GB."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def describe() -> str:
-    """A line about `use_huge_pages`, where it did something; else ""."""
-    if os.environ.get(_SWITCH) != "set":
-        return ""
-    return f"huge pages for large allocations, by {_TUNABLES}={_VALUE}; {_SWITCH}=0 turns them off"
+def describe() -> list[str]:
+    """A line about each of `use_huge_pages` and `leave_loops` that did something."""
+    lines = []
+    if os.environ.get(_SWITCH) == "set":
+        lines.append(f"memory   huge pages for large allocations, by {_TUNABLES}={_VALUE}; {_SWITCH}=0 turns them off")
+    if f"{_EXTRA}={_NO_UNROLLING}" in os.environ.get("XLA_FLAGS", ""):
+        lines.append(f"compiler {_EXTRA}={_NO_UNROLLING} in XLA_FLAGS, for CPUs; extra options there replace it")
+    return lines
 
 
 def _offered() -> bool:

@@ -778,8 +778,8 @@ def _describe(
     )
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     writer.print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
-    if memory := process.describe():
-        writer.print(f"memory   {memory}")
+    for line in process.describe():
+        writer.print(line)
     for source in data.report["sources"]:
         bad = "".join(f", {n:,} skipped: {reason}" for reason, n in source["bad"].items())
         twice = f", {source['duplicates']:,} duplicates dropped" if source["duplicates"] else ""

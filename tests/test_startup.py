@@ -56,7 +56,7 @@ PROGRAM = """
 import os, sys
 from research import process
 process.use_huge_pages()
-print(os.environ.get("GLIBC_TUNABLES"), process.describe() != "", sys.argv[1:])
+print(os.environ.get("GLIBC_TUNABLES"), process.describe() != [], sys.argv[1:])
 print(sorted(set(os.environ) - set(process.without_huge_pages(os.environ))))
 """
 
@@ -83,6 +83,16 @@ def test_a_process_begins_anew_with_huge_pages(tmp_path, environment, tunables, 
         ["GLIBC_TUNABLES", "UNDERSTUDY_HUGE_PAGES"] if described else [*environment.keys() & {"UNDERSTUDY_HUGE_PAGES"}]
     )
     assert second == str([name for name in added if name != "GLIBC_TUNABLES" or "GLIBC_TUNABLES" not in environment])
+
+
+@pytest.mark.parametrize("given", ["", "--xla_dump_to=/x", "--xla_backend_extra_options=a"])
+def test_loops_are_left_unless_the_user_has_extra_options(monkeypatch, given):
+    monkeypatch.setenv("XLA_FLAGS", given)
+    process.leave_loops()
+    ours = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
+    asked = "extra" in given
+    assert os.environ["XLA_FLAGS"].split() == given.split() + ([] if asked else [ours])
+    assert any(ours in line for line in process.describe()) != asked
 
 
 def test_the_start_of_a_process_is_before_its_first_line():
