@@ -49,9 +49,11 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
       Unreachable: not all processes came within five minutes.
     """
     env = os.environ
-    if "xla_force_host_platform_device_count" in env.get("XLA_FLAGS", ""):
-        _order_collectives()
     coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS", "")
+    if "xla_force_host_platform_device_count" in env.get("XLA_FLAGS", "") or _number("JAX_NUM_CPU_DEVICES", 1) > 1:
+        _order_collectives()
+        if not coordinator:  # a device that waits for others holds a thread, of which XLA has about one each
+            env.setdefault("PJRT_NPROC", "64")
     options: dict[str, Any] = {}
     if coordinator:
         count = num_processes or _number("JAX_NUM_PROCESSES", 0)

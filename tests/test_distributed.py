@@ -23,7 +23,7 @@ def start(workdir, processes, devices, mesh, steps=STEPS):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_"))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_", "PJRT_"))}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, "-m", "research.main", "--config=experiments/sft.py:debug", f"--workdir={workdir}"]
     options = {"steps": steps, "log.every": 1, "eval.every": 0, "checkpoint.every": 4, "checkpoint.best_metric": ""}
