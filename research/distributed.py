@@ -50,10 +50,6 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
     """
     env = os.environ
     coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS", "")
-    if "xla_force_host_platform_device_count" in env.get("XLA_FLAGS", "") or _number("JAX_NUM_CPU_DEVICES", 1) > 1:
-        _order_collectives()
-        if not coordinator:  # a device that waits for others holds a thread, of which XLA has about one each
-            env.setdefault("PJRT_NPROC", "64")
     options: dict[str, Any] = {}
     if coordinator:
         count = num_processes or _number("JAX_NUM_PROCESSES", 0)
@@ -75,6 +71,9 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         if alone and (gpus := int(env.get("SLURM_GPUS_ON_NODE", 0))):
             options["local_device_ids"] = list(range(gpus))
     elif int(env.get("OMPI_COMM_WORLD_SIZE", 1)) == 1 and not _on_tpu():
+        if "xla_force_host_platform_device_count" in env.get("XLA_FLAGS", "") or _number("JAX_NUM_CPU_DEVICES", 1) > 1:
+            _order_collectives()
+            env.setdefault("PJRT_NPROC", "64")  # a device that waits holds a thread, and XLA has about one for each
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if not _on_tpu():

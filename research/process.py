@@ -42,7 +42,7 @@ def use_huge_pages() -> None:
     given = os.environ.get(_TUNABLES, "")
     if os.environ.get(_SWITCH) == "0" or "hugetlb" in given or not _offered():
         return
-    if "cpu" not in os.environ.get("JAX_PLATFORMS", "cpu").split(","):
+    if not _for_cpus():
         return
     os.environ |= {_TUNABLES: ":".join(filter(None, [given, _VALUE])), _SWITCH: "set"}
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -51,10 +51,11 @@ def use_huge_pages() -> None:
 def leave_loops() -> None:
     """Keeps LLVM from unrolling loops in programs for CPUs: they compile in nine tenths of the time, and are as fast.
 
-    Does nothing where XLA_FLAGS has extra options already. No option of a single compilation says this.
+    Does nothing where XLA_FLAGS has extra options already, or JAX_PLATFORMS leaves the CPU out. No option of a single
+    compilation says this.
     """
     given = os.environ.get("XLA_FLAGS", "")
-    if _EXTRA not in given:
+    if _EXTRA not in given and _for_cpus():
         os.environ["XLA_FLAGS"] = f"{given} {_EXTRA}={_NO_UNROLLING}".strip()
 
 
@@ -72,6 +73,10 @@ def describe() -> list[str]:
     if f"{_EXTRA}={_NO_UNROLLING}" in os.environ.get("XLA_FLAGS", ""):
         lines.append(f"compiler {_EXTRA}={_NO_UNROLLING} in XLA_FLAGS, for CPUs; extra options there replace it")
     return lines
+
+
+def _for_cpus() -> bool:
+    return "cpu" in os.environ.get("JAX_PLATFORMS", "cpu").split(",")
 
 
 def _offered() -> bool:

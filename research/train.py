@@ -27,7 +27,7 @@ class TrainState:
       opt_state: of optax.
       key: the run's random key; step t uses fold_in(key, t).
       ema: moving average of params (None unless asked for).
-      bad_steps: int32, updates skipped in a row because the loss or gradient wasn't finite.
+      bad_steps: int32, updates skipped in a row because the loss, the gradient or the update wasn't finite.
       carry: what objectives remember across steps.
     """
 

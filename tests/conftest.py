@@ -11,7 +11,6 @@ os.environ["XLA_FLAGS"] = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=300 "
     "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED " + os.environ.get("XLA_FLAGS", "")
 )
-
 os.environ["PJRT_NPROC"] = "64"
 
 import jax

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_run import load
 
-from research import params, process, run, sharding
+from research import distributed, params, process, run, sharding
 
 # What a run needs later or not at all: each takes 0.05 s to seconds.
 LATER = (
@@ -93,6 +93,23 @@ def test_loops_are_left_unless_the_user_has_extra_options(monkeypatch, given):
     asked = "extra" in given
     assert os.environ["XLA_FLAGS"].split() == given.split() + ([] if asked else [ours])
     assert any(ours in line for line in process.describe()) != asked
+
+
+@pytest.mark.parametrize(
+    ("given", "simulated"),
+    [
+        ({}, False),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, True),
+        ({"JAX_NUM_CPU_DEVICES": "2"}, True),
+    ],
+)
+def test_simulated_devices_get_threads_and_a_scheduler_that_do_not_hang(monkeypatch, given, simulated):
+    for name, value in ({"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "", "PJRT_NPROC": ""} | given).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("PJRT_NPROC")
+    distributed.start()
+    assert (os.environ.get("PJRT_NPROC") == "64") == simulated
+    assert ("xla_cpu_scheduler_type" in os.environ["XLA_FLAGS"]) == simulated
 
 
 def test_the_start_of_a_process_is_before_its_first_line():
