@@ -319,7 +319,7 @@ def run(
                 return compiled(state, frozen, answer(state, batch))
 
         stop = stack.enter_context(_stop_on_signals(stop or threading.Event()))
-        due = lambda step: stop.is_set() or distributed.should_stop(step)  # noqa: E731
+        due = lambda step: _should_stop(stop, step)  # noqa: E731
         start = state, frozen, source_state
         _loop(config, train_step, start, batches, evals, saver, window, due, watch.progress, workdir, started)
     return _finish(config, workdir)
@@ -708,23 +708,35 @@ def _prefetch(
 def _stop_on_signals(stop: threading.Event) -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set, so that the loop can save first. A second SIGINT interrupts at once.
 
-    Of several processes each must stop at the same step: SIGTERM goes to JAX, see distributed.should_stop.
+    Of several processes each must stop at the same step: SIGTERM goes to JAX, see distributed.should_stop, and SIGINT
+    interrupts at once.
     """
-    if threading.current_thread() is not threading.main_thread() or distributed.several():
+    if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    several = distributed.several()
 
     def handle(number: int, _: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        again = stop.is_set()
         stop.set()
+        if number == signal.SIGINT and (several or again):
+            raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _should_stop(stop: threading.Event, step: int) -> bool:
+    """Whether to save and end after this step. Of several processes, one that was interrupted ends here at the latest:
+    a library may have swallowed the KeyboardInterrupt."""
+    if distributed.several() and stop.is_set():
+        raise KeyboardInterrupt
+    return stop.is_set() or distributed.should_stop(step)
 
 
 def _write_record(workdir: str, config: Config, command: str, mesh: jax.sharding.Mesh) -> None:
@@ -795,7 +807,13 @@ def _describe(
 
 
 def use_compilation_cache(cache_dir: str = "") -> None:
-    """Keeps compiled programs in the cache folder, for the next start."""
+    """Keeps compiled programs in the cache folder, for the next start.
+
+    Not where several processes have CPUs: only the first writes, the others look under other keys, and while they
+    compiled what it finds it would give up waiting for them (Gloo's 30 s).
+    """
+    if distributed.several() and jax.default_backend() == "cpu":
+        return
     jax.config.update("jax_compilation_cache_dir", str(cache.cache_root(cache_dir) / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
