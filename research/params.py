@@ -58,10 +58,10 @@ def path_name(path: tuple) -> str:
 def init(specs: Tree, key: jax.Array) -> Tree:
     """Initial values. Each parameter's key depends on its path alone, so that adding one changes no other."""
 
-    def one(path: tuple, spec: ParamSpec) -> jax.Array:
-        return spec.init(jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), spec.shape, spec.dtype)
-
-    return jax.tree_util.tree_map_with_path(one, specs, is_leaf=is_spec)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
+    numbers = jnp.asarray([zlib.crc32(path_name(path).encode()) for path, _ in leaves], jnp.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)  # at once: for CPUs each would be a loop to compile
+    return structure.unflatten([spec.init(keys[i], spec.shape, spec.dtype) for i, (_, spec) in enumerate(leaves)])
 
 
 def shardings(specs: Tree, mesh: jax.sharding.Mesh, rules: Mapping[str, Any] = sharding.RULES) -> Tree:
