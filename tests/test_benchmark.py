@@ -74,7 +74,7 @@ def test_train_step_in_turn_with_a_peer(lines, monkeypatch, tmp_path):
     assert state < memory["arguments"] < 1.1 * state
     assert memory["resident_peak"] > memory["temporaries"] > 0
     scopes = {each["scope"] for each in sft["costliest"]}
-    assert {"layers/attention (backward)", "layers/mlp (backward)", "layers/mlp"} <= scopes
+    assert {"layers/attention (backward)", "layers/mlp (backward)"} <= scopes
     assert sum(each["share"] for each in sft["costliest"]) <= 1.001
     assert "layers/mlp (backward)" in said
     assert list(tmp_path.rglob("perfetto_trace.json.gz"))
