@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -34,6 +35,8 @@ from research.sampling import SamplingConfig
 from research.sources import annotations, cache, dataset, tasks, tokenizers
 from research.sources.rollout import make_rollout
 from research.sources.types import Source
+
+_EMITTERS = "xla_cpu_use_fusion_emitters"
 
 
 class Preempted(Exception):
@@ -174,11 +177,25 @@ def assemble(
 
 
 def _compiler_options(mesh: Any) -> dict[str, Any] | None:
-    """On CPU, LLVM's highest level makes no step faster, but its compilation 1.15 times as long, and 2.5 times that of
-    initial values. The results are the same. What XLA_FLAGS says stands."""
-    option = "xla_backend_optimization_level"
-    on_cpu = isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == "cpu"
-    return {option: 2} if on_cpu and option not in os.environ.get("XLA_FLAGS", "") else None
+    """What makes programs for CPUs compile faster. What XLA_FLAGS says stands.
+
+    LLVM's highest level makes no step faster, but its compilation 1.15 times as long, and 2.5 times that of initial
+    values; the results are the same. XLA's newer emitters of kernels take more than twice the time of the older ones.
+    """
+    if not isinstance(mesh, jax.sharding.Mesh) or mesh.devices.flat[0].platform != "cpu":
+        return None
+    options = {"xla_backend_optimization_level": 2} | ({_EMITTERS: False} if _has_older_emitters() else {})
+    return {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
+
+
+@functools.cache
+def _has_older_emitters() -> bool:
+    """Whether this XLA has them: later ones refuse the option."""
+    try:
+        jax.jit(lambda: 0, compiler_options={_EMITTERS: False}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def _place_state(init_state, optimizer, abstract, placed, mesh) -> train.TrainState:

@@ -51,6 +51,13 @@ class InProcess(benchmark_peers.Peer):
 
 def test_train_step_in_turn_with_a_peer(lines, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "Peer", InProcess)
+    ranked, costliest = [], profiling.costliest
+
+    def ranks_all(folder, programs, **kwargs):
+        ranked.extend(costliest(folder, programs, most=1000))
+        return costliest(folder, programs, **kwargs)
+
+    monkeypatch.setattr(profiling, "costliest", ranks_all)
     out = tmp_path / "out.jsonl"
     flags = ["--only=train", "--objectives=sft", "--against=jax", f"--profile={tmp_path}", f"--out={out}"]
     status, (sft,), said = lines(*flags)
@@ -73,10 +80,11 @@ def test_train_step_in_turn_with_a_peer(lines, monkeypatch, tmp_path):
     state = 12 * (weights + 64 * 384) / 8  # parameters, the look-up too, and two moments, of each of 8 devices
     assert state < memory["arguments"] < 1.1 * state
     assert memory["resident_peak"] > memory["temporaries"] > 0
-    scopes = {each["scope"] for each in sft["costliest"]}
-    assert {"layers/attention (backward)", "layers/mlp (backward)"} <= scopes
-    assert sum(each["share"] for each in sft["costliest"]) <= 1.001
-    assert "layers/mlp (backward)" in said
+    # Of so small a step, which parts are the ten costliest is chance.
+    assert {"layers/attention (backward)", "layers/mlp (backward)", "layers/mlp"} <= {each["scope"] for each in ranked}
+    assert sum(each["share"] for each in ranked) == pytest.approx(1)
+    assert [each["scope"] for each in sft["costliest"]] == [each["scope"] for each in ranked[:10]]
+    assert all(each["scope"] in said for each in ranked[:10])
     assert list(tmp_path.rglob("perfetto_trace.json.gz"))
 
 

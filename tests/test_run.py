@@ -228,3 +228,14 @@ def test_on_policy_distillation_is_resumed_bit_for_bit(tmp_path):
     off_policy = run.run(load("sft", **(changes | {"rollout.share": 0.0, "steps": 1})), str(tmp_path / "off"))
     first = next(r for r in metrics.read_metrics(str(tmp_path / "whole")) if "train/loss" in r)
     assert off_policy["train/supervised_fraction"] != first["train/supervised_fraction"]
+
+
+def test_options_for_cpus_are_those_that_this_xla_knows(monkeypatch):
+    mesh = sharding.make_mesh({axis: 1 for axis in sharding.AXES}, jax.devices()[:1])
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(run, "_EMITTERS", "xla_cpu_no_such_option")
+    run._has_older_emitters.cache_clear()
+    assert run._compiler_options(mesh) == {"xla_backend_optimization_level": 2}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert run._compiler_options(mesh) == {}
+    run._has_older_emitters.cache_clear()

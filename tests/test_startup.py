@@ -109,7 +109,8 @@ def test_simulated_devices_get_threads_and_a_scheduler_that_do_not_hang(monkeypa
     monkeypatch.delenv("PJRT_NPROC")
     distributed.start()
     assert (os.environ.get("PJRT_NPROC") == "64") == simulated
-    assert ("xla_cpu_scheduler_type" in os.environ["XLA_FLAGS"]) == simulated
+    for option in ("xla_cpu_scheduler_type", "xla_cpu_experimental_ynn_fusion_type"):
+        assert (option in os.environ["XLA_FLAGS"]) == simulated
 
 
 def test_the_start_of_a_process_is_before_its_first_line():

@@ -223,12 +223,18 @@ def _heads(x: Array, T: int) -> Array:
     return x.reshape(B, K, T, R // T, h).swapaxes(1, 2).reshape(B, T, K * (R // T), h)
 
 
+def _grouped(x: Array, G: int) -> Array:
+    """[B, K, T * G, n] -> [B, K, T, G, n]."""
+    B, K, R, n = x.shape
+    return x.reshape(B, K, R // G, G, n)
+
+
 def _scores(q: Array, k: Array, mask: Array, scale: float, softcap: float) -> Array:
     """Masked scores [B, K, T * G, S] float32 of q [B, K, T * G, h] and k [B, K, S, h]."""
     s = _dot("bkrh,bksh->bkrs", q, k) * scale
     if softcap:
         s = softcap * jnp.tanh(s / softcap)
-    return jnp.where(jnp.repeat(mask, q.shape[2] // mask.shape[1], axis=1)[:, None], s, _MASKED)
+    return jnp.where(mask[:, None, :, None], _grouped(s, q.shape[2] // mask.shape[1]), _MASKED).reshape(s.shape)
 
 
 def _blocks(T: int, causal: bool, window: int) -> list[tuple[slice, slice]]:
@@ -255,6 +261,9 @@ def _cpu(
 
 # Both passes write each block's result over the queries that it came from. Nothing else would order the blocks, and
 # XLA, left free, computes the scores of all of them before it uses any: the memory of a whole [T, T] again.
+#
+# What is computed element by element has the shape [B, K, T, G, S], and not that of the products, [B, K, T * G, S]: XLA
+# then doesn't write it over its operand, and its older emitters (run._compiler_options) vectorise no loop that does.
 
 
 def _cpu_forward(q, k, v, segment_ids, scale, causal, window, softcap):
@@ -266,7 +275,7 @@ def _cpu_forward(q, k, v, segment_ids, scale, causal, window, softcap):
         mask = _mask(segment_ids, causal, window, t, s)
         scores = _scores(queries[:, :, rows], keys[:, :, s], mask, scale, softcap)
         top = scores.max(axis=-1, keepdims=True)
-        p = jnp.exp(scores - top)
+        p = jnp.exp(_grouped(scores, G) - _grouped(top, G)).reshape(scores.shape)
         total = p.sum(axis=-1, keepdims=True)
         out = _dot("bkrs,bksh->bkrh", p.astype(v.dtype), values[:, :, s]) / total
         queries = queries.at[:, :, rows].set(out.astype(q.dtype))
@@ -286,8 +295,9 @@ def _cpu_backward(scale, causal, window, softcap, residuals, d_out):
         rows = slice(t.start * G, t.stop * G)
         mask = _mask(segment_ids, causal, window, t, s)
         scores = _scores(queries[:, :, rows], keys[:, :, s], mask, scale, softcap)
-        p = jnp.exp(scores - logsumexp[:, :, rows])
-        ds = p * (_dot("bkrh,bksh->bkrs", d_rows[:, :, rows], values[:, :, s]) - delta[:, :, rows])
+        p = jnp.exp(_grouped(scores, G) - _grouped(logsumexp[:, :, rows], G)).reshape(scores.shape)
+        dp = _dot("bkrh,bksh->bkrs", d_rows[:, :, rows], values[:, :, s])
+        ds = (_grouped(p, G) * (_grouped(dp, G) - _grouped(delta[:, :, rows], G))).reshape(p.shape)
         if softcap:
             # Clipped, for masked scores are far out, and 0 * inf would be NaN there.
             ds *= 1 - jnp.clip(scores / softcap, -1, 1) ** 2
