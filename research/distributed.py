@@ -91,17 +91,19 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         ) from error
 
 
-# What keeps several CPU devices to one order of a program's collectives. While a loop waits for a kernel that runs in
-# other threads, as YNNPACK's do (reductions), XLA goes on with what follows the loop. A collective among that comes
-# before those of the loop, on some devices only: they wait for each other forever or, between processes, take one
-# message for another (gloo::EnforceNotMet). With its default scheduler the collectives of one sequence can part too.
 _ORDER = {
     "xla_cpu_experimental_ynn_fusion_type": "",
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",  # with the default, runs were seen to hang
 }
 
 
 def _order_collectives() -> None:
+    """Keeps several CPU devices to one order of a program's collectives.
+
+    While a loop waits for a kernel that runs in other threads, as YNNPACK's do (reductions), XLA goes on with what
+    follows the loop. A collective among that comes before those of the loop, on some devices only: they wait for each
+    other forever or, between processes, take one message for another (gloo::EnforceNotMet).
+    """
     given = os.environ.get("XLA_FLAGS", "")
     options = [f"--{name}={value}" for name, value in _ORDER.items() if name not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *options]).strip()

@@ -57,7 +57,6 @@ def path_name(path: tuple) -> str:
 
 def init(specs: Tree, key: jax.Array) -> Tree:
     """Initial values. Each parameter's key depends on its path alone, so that adding one changes no other."""
-
     leaves, structure = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
     numbers = jnp.asarray([zlib.crc32(path_name(path).encode()) for path, _ in leaves], jnp.uint32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)  # at once: for CPUs each would be a loop to compile

@@ -80,11 +80,14 @@ def test_train_step_in_turn_with_a_peer(lines, monkeypatch, tmp_path):
     state = 12 * (weights + 64 * 384) / 8  # parameters, the look-up too, and two moments, of each of 8 devices
     assert state < memory["arguments"] < 1.1 * state
     assert memory["resident_peak"] > memory["temporaries"] > 0
-    # Of so small a step, which parts are the ten costliest is chance.
-    assert {"layers/attention (backward)", "layers/mlp (backward)", "layers/mlp"} <= {each["scope"] for each in ranked}
-    assert sum(each["share"] for each in ranked) == pytest.approx(1)
+    scopes = {each["scope"] for each in sft["costliest"]}
+    assert {"layers/attention (backward)", "layers/mlp (backward)"} <= scopes
+    # Of so small a step, whether this is among the ten costliest is chance.
+    assert "layers/mlp" in {each["scope"] for each in ranked}
     assert [each["scope"] for each in sft["costliest"]] == [each["scope"] for each in ranked[:10]]
-    assert all(each["scope"] in said for each in ranked[:10])
+    assert sum(each["share"] for each in sft["costliest"]) <= 1.001
+    assert sum(each["share"] for each in ranked) == pytest.approx(1)
+    assert "layers/mlp (backward)" in said
     assert list(tmp_path.rglob("perfetto_trace.json.gz"))
 
 
