@@ -199,7 +199,8 @@ def check(config: Config, *, num_devices: int) -> None:
     if config.checkpoint.best_metric and config.checkpoint.every and config.checkpoint.every % (config.eval.every or 1):
         raise InputError(
             f"checkpoint.best_metric = {config.checkpoint.best_metric!r} needs an evaluation at every checkpoint, and "
-            f"checkpoint.every = {config.checkpoint.every} isn't a multiple of eval.every = {config.eval.every}."
+            f"checkpoint.every = {config.checkpoint.every} isn't a multiple of eval.every = {config.eval.every}. "
+            "Change either, or set checkpoint.best_metric to ''."
         )
     if config.checkpoint.best_metric and not config.eval.every:
         raise InputError(
