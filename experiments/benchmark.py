@@ -1,9 +1,9 @@
-"""What research.benchmark measures: shapes to compare by, which train on the built-in text as well.
+"""What understudy benchmark measures: shapes to compare by, which train on the built-in text as well.
 
-    python -m research.benchmark --config=experiments/benchmark.py:small
-    python -m research.benchmark --config=experiments/benchmark.py:small --only=train,decode --against=hf
-    python -m research.benchmark --config=experiments/benchmark.py:smol --only=train --config.batch_size=8
-    python -m research.benchmark --config=experiments/benchmark.py:1b --only=train,decode --decode_batch=64 --steps=20
+    understudy benchmark --config=experiments/benchmark.py:small
+    understudy benchmark --config=experiments/benchmark.py:small --only=train,decode --against=hf
+    understudy benchmark --config=experiments/benchmark.py:smol --only=train --config.batch_size=8
+    understudy benchmark --config=experiments/benchmark.py:1b --only=train,decode --decode_batch=64 --steps=20
     python -m research.main --config=experiments/benchmark.py:small
 
 `small` (the default): Llama-shaped, 6.82 M parameters, 8 x 256 tokens. `smol`: the shape of SmolLM2-135M (V 49152,

@@ -18,7 +18,7 @@ import functools
 from ml_collections import ConfigDict
 
 from experiments import base
-from research import compare_report
+from research.studies import compare_report
 
 TEACHER = {"num_layers": 4, "d_model": 192, "num_heads": 6, "num_kv_heads": 6, "d_ff": 576}
 STUDENT = {"num_layers": 2, "d_model": 64, "num_heads": 4, "num_kv_heads": 4, "d_ff": 192}
@@ -82,7 +82,7 @@ def get_config(arg: str = ""):
 def study(config, add):
     s, ways = config.study, TASK_STUDENTS if config.study.tasks else TEXT_STUDENTS
     flags = {"data": s.data, "parts": f"test:{s.test_records},train", "examples": 2000, "output": "{workdir}"}
-    files = add.command("split", "research.split", flags).workdir
+    files = add.command("split", "split", flags).workdir
     train, test = f"{files}/train.jsonl", f"{files}/test.jsonl"
     evals = (f"perplexity,name=test:{test}",)
     metrics = ["eval/test/loss"]
@@ -125,6 +125,6 @@ def study(config, add):
 def _answers(add, teacher, prompts):
     """What the teacher answers to each prompt, without what was cut off."""
     flags = {"model": teacher, "prompts": prompts, "max_new_tokens": 16, "batch_size": 64}
-    made = add.command("generate", "research.generate", {**flags, "output": "{workdir}/completions.jsonl"}).workdir
+    made = add.command("generate", "generate", {**flags, "output": "{workdir}/completions.jsonl"}).workdir
     flags = {"data": f"{made}/completions.jsonl", "ended": 16, "output": "{workdir}/pairs.jsonl"}
-    return f"{add.command('filter', 'research.filter', flags).workdir}/pairs.jsonl"
+    return f"{add.command('filter', 'filter', flags).workdir}/pairs.jsonl"

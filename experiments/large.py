@@ -1,8 +1,8 @@
-"""Fine-tuning at full size on a pod, to train, or to plan before the bill (python -m research.plan).
+"""Fine-tuning at full size on a pod, to train, or to plan before the bill (understudy plan).
 
     python -m research.main --config=experiments/large.py:8b --config.model.init_from=MODEL \\
         --config.data.path=chats.jsonl
-    python -m research.plan --config=experiments/large.py:70b --topology=v5p:8x8x8
+    understudy plan --config=experiments/large.py:70b --topology=v5p:8x8x8
 
 SFT of the shapes of Llama 3 8B (the default) and 70B (:70b; arXiv:2407.21783, table 3) and of Mixtral 8x7B (:mixtral;
 arXiv:2401.04088, table 1), and the distillation of a student of Llama 3.2 1B's shape from an 8B teacher (:distill).

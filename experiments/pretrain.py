@@ -3,7 +3,7 @@
     python -m research.main --config=experiments/pretrain.py
     python -m research.main --config=experiments/pretrain.py --config.data.path=my_texts.jsonl
 
-    python -m research.sweep --config=experiments/pretrain.py --workdir=runs/sweeps/pretrain
+    understudy sweep --config=experiments/pretrain.py --workdir=runs/sweeps/pretrain
 
 Cost: 4:40 on 2 CPU cores (4.2 M parameters, 1.0 M tokens). Expect: held-out bits per byte from 3.75 to about 2.03.
 """

@@ -20,9 +20,10 @@ import functools
 from ml_collections import ConfigDict
 
 from experiments import base
-from research import loading, params, pgr_report
+from research import loading, params
 from research.errors import InputError
 from research.models import transformer
+from research.studies import pgr_report
 
 SIZES = {
     "xs": {"num_layers": 1, "d_model": 32, "num_heads": 2, "num_kv_heads": 2, "d_ff": 96},
@@ -102,7 +103,7 @@ def study(config, add):
                 f"study.{field} is missing. Give --config.study.{field}=...; see the experiment's docstring."
             )
     split = f"weak:{s.weak_records},strong:{s.strong_records},test:{s.test_records}"
-    files = add.command("split", "research.split", {"data": s.data, "parts": split, "output": "{workdir}"}).workdir
+    files = add.command("split", "split", {"data": s.data, "parts": split, "output": "{workdir}"}).workdir
     cells = [cell for weak in s.weak for cell in _pair(config, add, files, weak)]
     return functools.partial(pgr_report.report, cells)
 
@@ -121,7 +122,7 @@ def _pair(config, add, files, weak):
     def label(name, model, data, keep=1.0):
         flags = {"model": model, "data": data, "output": "{workdir}/labels.jsonl", "step": "best", "keep": keep}
         flags["overwrite"] = True
-        return f"{add.command(name, 'research.label', flags).workdir}/labels.jsonl"
+        return f"{add.command(name, 'label', flags).workdir}/labels.jsonl"
 
     seeds = range(s.seeds)
     weak_models = [train("weak", weak, seed, f"{files}/weak.jsonl", {"classify": {}}) for seed in seeds]

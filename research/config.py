@@ -10,11 +10,12 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from research import objectives, optim, sharding
+from research import objectives, optim
+from research.devices import sharding
 from research.errors import InputError, did_you_mean
 from research.models.transformer import ModelConfig
+from research.rollouts.answers import RolloutSpec
 from research.sources.dataset import DataSpec
-from research.sources.rollout import RolloutSpec
 from research.sources.tokenizers import TokenizerSpec
 
 
@@ -64,7 +65,7 @@ class EvalConfig:
       generate: how many held-out prompts are answered greedily and judged; 0 for none.
       max_new_tokens: the longest answer.
       show: so many of the answers are printed.
-      tasks: further evaluations, as `python -m research.evaluate --task=...` takes them: "choice:questions.jsonl".
+      tasks: further evaluations, as `understudy evaluate --task=...` takes them: "choice:questions.jsonl".
     """
 
     every: int = 200
@@ -87,7 +88,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-    """What research.plan needs to know; `prices`: of a chip and hour, by kind, in any currency; 0: not told."""
+    """What understudy plan needs to know; `prices`: of a chip and hour, by kind, in any currency; 0: not told."""
 
     prices: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(("v4", "v5e", "v5p", "v6e", "A100", "H100", "H200", "B200", "cpu"), 0.0)

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from research import checkpoint, params, sharding
 from research import config as config_lib
+from research import params
+from research.devices import sharding
 from research.errors import InputError
 from research.models import transformer
 from research.pretrained import load as pretrained
+from research.run import checkpoint
 from research.sources import tokenizers
 
 ORIGIN = "origin.json"  # in a workdir: the config.json and dtypes of the checkpoint that the run began with
@@ -175,5 +177,5 @@ def check_reads(field: str, found: Found, tokenizer: tokenizers.Tokenizer) -> No
     raise InputError(
         f"{field}.init_from = {found.name}: has another tokenizer than the policy, with {len(theirs)} tokens for "
         f"{len(ours)}: {known}. Give the policy its tokenizer (tokenizer.kind), distil across tokenizers "
-        "(objective.distill.kind='uld'), or train on what it writes (research.generate, then sft)."
+        "(objective.distill.kind='uld'), or train on what it writes (understudy generate, then sft)."
     )

@@ -1,10 +1,10 @@
 """Runs one experiment: python -m research.main --config=experiments/sft.py [--workdir=DIR] [--config.a.b=value ...]."""
 
-from research import process
+from research.devices import startup
 
 if __name__ == "__main__":
-    process.leave_loops()
-    process.use_huge_pages()
+    startup.leave_loops()
+    startup.use_huge_pages()
 
 import gc
 import os
@@ -39,7 +39,10 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         return _fail(explain_flag_error(error, argv), BAD_INPUT)
     else:
-        from research import config, distributed, run, study
+        from research import config
+        from research.devices import distributed
+        from research.run import run
+        from research.studies import study
     finally:
         gc.freeze()
         gc.enable()
@@ -59,7 +62,7 @@ def main(argv: list[str]) -> int:
     workdir = _WORKDIR.value or os.path.join("runs", time.strftime(f"%Y-%m-%d_%H-%M-%S_{name}"))
     command = shlex.join(["python", "-m", "research.main", *argv[1:]])
     try:
-        run.run(config.parse(values), workdir, started=process.start_time(), command=command)
+        run.run(config.parse(values), workdir, started=startup.start_time(), command=command)
     except run.Diverged as error:
         return _fail(error, DIVERGED)
     except run.Preempted as stop:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax.contrib
 
-from research import sharding
+from research.devices import sharding
 from research.errors import InputError
 
 Tree = Any  # a pytree

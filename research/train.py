@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from research import sharding
+from research.devices import sharding
 from research.objectives.types import Forward, LossOut, Objective
 
 Params = Any

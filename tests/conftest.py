@@ -6,7 +6,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile hundreds of small programs and run each a few times: LLVM's optimisations cost more than they give,
 # and so do XLA's newer emitters of kernels (with the older ones tests/test_train.py takes 78 s, not 134).
 # A busy machine may keep one of 8 simulated devices waiting for longer than XLA's 40 s, which then aborts the process;
-# with its default scheduler and few threads they may also wait forever (see research/distributed.py).
+# with its default scheduler and few threads they may also wait forever (see research/devices/distributed.py).
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from research import checkpoint, main
+from research import main
+from research.run import checkpoint
 
 SFT, PRETRAIN = "--config=experiments/sft.py:debug", "--config=experiments/pretrain.py:debug"
 FINETUNE = "--config=experiments/finetune.py"

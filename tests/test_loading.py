@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from research import config, loading, sharding
+from research import config, loading
+from research.devices import sharding
 from research.errors import InputError
 from research.models.transformer import ModelConfig
 from research.ops.rope import RopeScaling

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from research import objectives, optim, params, sharding, train
+from research import objectives, optim, params, train
+from research.devices import sharding
 from research.models.transformer import ModelConfig, make_model
 from research.objectives.types import LossOut, Objective
 

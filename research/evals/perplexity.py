@@ -10,9 +10,9 @@ import numpy as np
 
 from research.errors import InputError
 from research.evals.scoring import BATCH_TOKENS, Record, encode_records, make_loglikelihood, ratio_of_sums
-from research.metrics import means
 from research.models.transformer import Model
 from research.objectives.types import next_token_targets
+from research.run.metrics import means
 from research.sources.tokenizers import Tokenizer
 
 Batch = Mapping[str, Any]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from research import distributed, sharding
+from research.devices import distributed, sharding
 from research.errors import InputError
 from research.models.transformer import Model
 from research.ops.chunks import chunk_bytes, chunk_tokens

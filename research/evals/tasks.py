@@ -27,8 +27,8 @@ from research.evals.generation import Sample, make_generation
 from research.evals.multiple_choice import make_multiple_choice, read_question
 from research.evals.perplexity import make_record_perplexity
 from research.evals.scoring import BATCH_TOKENS, ratio_of_sums
+from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
-from research.sampling import SamplingConfig
 from research.sources import records as records_lib
 from research.sources import tasks as generated
 from research.sources.formats import TEMPLATES

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from research import params as params_lib
-from research import sharding
+from research.devices import sharding
 from research.errors import InputError, did_you_mean
-from research.ops import matmul, moe
+from research.ops import moe
 from research.ops.attention import IMPLEMENTATIONS, cached_attention, self_attention
+from research.ops.cpu import matmul
 from research.ops.losses import Head
 from research.ops.rope import Angles, RopeScaling, rope, rope_angles
 from research.params import ParamSpec

@@ -15,7 +15,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research import sharding
+from research.devices import sharding
 from research.errors import InputError, did_you_mean
 
 Array = jax.Array

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research import sharding
+from research.devices import sharding
 
 # A chunk's float32 logits on one device take at most this much. On a CPU their gradient takes as much again, and so
 # does its copy where the kernel is the transpose of an embedding. Elsewhere the gradient takes half, and fewer tokens

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from research import sharding
+from research.devices import sharding
 
 Linear = Callable[[jax.Array, jax.Array], jax.Array]
 

@@ -26,7 +26,7 @@ from research.errors import InputError
 from research.sources.store import Store
 
 META, PROGRESS = "meta.json", "progress.json"
-_REMEDY = "Set it to what it was, or make new annotations with research.annotate."
+_REMEDY = "Set it to what it was, or make new annotations with understudy annotate."
 
 
 class Pieces(NamedTuple):
@@ -138,7 +138,7 @@ def read_meta(folder: str) -> dict[str, Any]:
     path = Path(folder) / META
     if not path.is_file():
         raise InputError(
-            f"data.annotations = {folder!r}: holds no annotations. Make them: python -m research.annotate --config=... "
+            f"data.annotations = {folder!r}: holds no annotations. Make them: understudy annotate --config=... "
             f"--output={folder}"
         )
     return json.loads(path.read_text())
@@ -201,7 +201,7 @@ def _mismatch(folder: str, meta: Mapping[str, Any], settings: Mapping[str, Any],
             )
     return InputError(
         f"data.annotations = {folder!r}: was made of other data under the same names, {ours['data.path']!r}: {what}. "
-        "Make new annotations with research.annotate."
+        "Make new annotations with understudy annotate."
     )
 
 
@@ -212,12 +212,12 @@ def check(folder: str, term: str, wanted: Mapping[str, Any]) -> None:
     if not folder:
         raise InputError(
             f"objective.{term}.cached = True: reads a teacher's annotations. Name their folder in data.annotations; "
-            "research.annotate makes it."
+            "understudy annotate makes it."
         )
     meta = read_meta(folder)
     for name, value in wanted.items():
         if meta[name] != value:
             raise InputError(
                 f"data.annotations = {folder!r}: was made with --{name}={meta[name]}, and objective.{term} asks for "
-                f"{name} = {value}. Change the one, or make new annotations with research.annotate."
+                f"{name} = {value}. Change the one, or make new annotations with understudy annotate."
             )

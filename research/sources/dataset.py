@@ -55,7 +55,7 @@ class DataSpec:
       prompt: what a classifier reads, with {text} where the text goes.
       examples: how many records to generate, for tasks: and reasoning_gym:.
       max_records: read at most so many records of each entry; 0 reads all.
-      annotations: a folder that research.annotate made of the same data; batches then hold what a teacher says.
+      annotations: a folder that understudy annotate made of the same data; batches then hold what a teacher says.
       cache_dir: where tokens are kept; "" is $UNDERSTUDY_CACHE, else ~/.cache/understudy.
     """
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from research import params, sharding
+from research import params
+from research.devices import sharding
 from research.errors import InputError
 from research.evals import scoring
 from research.evals.scoring import Example

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research import params, sharding
+from research import params
+from research.devices import sharding
 from research.errors import InputError
 from research.models.transformer import ModelConfig, flops_per_token, make_model
 

@@ -10,12 +10,13 @@ import pytest
 from test_run import load
 from test_train import INITIAL, MODEL, adamw, make_batch
 
-from research import config, loading, objectives, params, run, train
+from research import config, loading, objectives, params, train
 from research.errors import InputError
 from research.models.transformer import ModelConfig, make_model
 from research.objectives import distill
 from research.objectives.types import Forward
 from research.ops import divergences
+from research.run import run
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
 TEACHER = make_model(

@@ -8,10 +8,12 @@ import pytest
 from test_run import load, parameters
 from test_train import CONFIG, INITIAL, MODEL, close, make_batch
 
-from research import config, loading, objectives, params, run, sharding, train
+from research import config, loading, objectives, params, train
+from research.devices import sharding
 from research.errors import InputError
 from research.models.transformer import ModelConfig, make_model
 from research.objectives import match
+from research.run import run
 
 TEACHER = make_model(
     ModelConfig(

@@ -9,11 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from research import checkpoint, objectives, params, sharding, train
+from research import objectives, params, train
+from research.devices import sharding
 from research.errors import InputError
 from research.models.transformer import ModelConfig, make_model
 from research.objectives import types, weak_to_strong
 from research.ops import class_losses
+from research.run import checkpoint
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
 B, T, C, V = 8, 12, 3, 264

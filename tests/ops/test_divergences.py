@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research import sharding
+from research.devices import sharding
 from research.errors import InputError
 from research.ops import chunks
 from research.ops.divergences import KINDS, divergence, top_k, topk_divergence, uld

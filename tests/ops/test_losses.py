@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research import sharding
+from research.devices import sharding
 from research.ops import chunks, losses
 from research.ops.losses import Head, cross_entropy, log_probs
 

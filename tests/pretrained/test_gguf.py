@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from research import params, sharding
+from research import params
+from research.devices import sharding
 from research.errors import InputError
 from research.models import transformer
 from research.ops import rope

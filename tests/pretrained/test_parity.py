@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from research import params, sharding
+from research import params
+from research.devices import sharding
 from research.models import transformer
+from research.models.sampling import SamplingConfig, make_generate
 from research.objectives import next_token
 from research.objectives.types import Forward
 from research.pretrained import load, save
-from research.sampling import SamplingConfig, make_generate
 
 GOLDEN = Path(goldens.__file__).parent / "golden"
 CASES = goldens.load("checkpoints")

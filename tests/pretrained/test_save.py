@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 import transformers
 
-from research import params, sharding
+from research import params
+from research.devices import sharding
 from research.errors import InputError
 from research.models.transformer import ModelConfig, make_model
 from research.ops.rope import RopeScaling

@@ -1,0 +1,3 @@
+"""Stands for research.bench.benchmark."""
+
+from research.bench.benchmark import main as main

@@ -1,0 +1,3 @@
+"""Stands for research.studies.report."""
+
+from research.studies.report import main as main

@@ -1,0 +1,3 @@
+"""Stands for research.studies.sweep."""
+
+from research.studies.sweep import main as main

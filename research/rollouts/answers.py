@@ -1,0 +1,112 @@
+"""Answers by the policy itself in place of the data's, for on-policy distillation and reinforcement learning."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.errors import InputError
+from research.models.sampling import SamplingConfig, make_generate
+from research.models.transformer import Model
+
+Batch = Mapping[str, jax.Array]
+Rollout = Callable[[Any, Batch, jax.Array], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSpec:
+    """How the policy answers.
+
+    Attributes:
+      share: of the rows, by chance anew at each step; the others keep the data's answer. 0: none. GKD's lambda
+        (arXiv:2306.13649, algorithm 1) is this share.
+      max_new_tokens: the longest answer. A row whose prompt leaves less room keeps the data's answer.
+      temperature, top_k, top_p: see sampling.SamplingConfig.
+      slots: how many rows are decoded at once, for less memory; others follow as these end. 0: all.
+    """
+
+    share: float = 0.0
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    slots: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise InputError(f"rollout.share = {self.share}: must be in [0, 1].")
+        if self.slots < 0:
+            raise InputError(f"rollout.slots = {self.slots}: must be at least 0, which decodes all rows at once.")
+
+
+def make_rollout(
+    model: Model, spec: RolloutSpec, *, seq_len: int, stop_tokens: tuple[int, ...], vocab_size: int
+) -> Rollout:
+    """Returns rollout(params, batch, key) -> batch: what comes after each row's prompt is sampled.
+
+    A row's prompt is what precedes its first token with loss_mask 1; rows are to hold one conversation each. The answer
+    gets loss_mask 1, its stop token included.
+
+    Args:
+      model: the policy.
+      spec: share above 0.
+      seq_len: T of the batches.
+      stop_tokens: ids that end an answer.
+      vocab_size: of the tokenizer; ids from here on are never sampled.
+
+    Raises:
+      InputError: no prompt fits beside the longest answer.
+    """
+    room = seq_len - spec.max_new_tokens
+    if room < 1:
+        raise InputError(
+            f"rollout.max_new_tokens = {spec.max_new_tokens} leaves no room for a prompt in seq_len = {seq_len}. Lower "
+            "the one or raise the other."
+        )
+    generate = make_generate(
+        model,
+        SamplingConfig(
+            max_new_tokens=spec.max_new_tokens,
+            temperature=spec.temperature,
+            top_k=spec.top_k,
+            top_p=spec.top_p,
+            stop_tokens=stop_tokens,
+        ),
+        vocab_size,
+    )
+
+    def rollout(params: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        choose_key, sample_key = jax.random.split(key)
+        tokens = batch["tokens"]
+        B, T = tokens.shape
+        answers = (batch["loss_mask"] > 0) & (batch["segment_ids"] == 1)
+        start = jnp.argmax(answers, axis=1).astype(jnp.int32)  # 0 where there is no answer, or nothing before it
+        mine = jax.random.uniform(choose_key, (B,)) < spec.share
+        mine &= (start > 0) & (start <= room)
+        length = jnp.where(mine, start, 0)
+        shift = jnp.arange(room, dtype=jnp.int32)[None] - (room - length[:, None])
+        prompts = jnp.where(shift >= 0, _at(tokens, shift), 0)
+        out = generate(params, prompts, length, sample_key, slots=spec.slots or None)
+
+        t = jnp.arange(T, dtype=jnp.int32)[None]
+        since = t - length[:, None]
+        answer = (since >= 0) & (since < out.lengths[:, None])
+        kept = since < 0
+        made = jnp.where(answer, _at(out.tokens, since), jnp.where(kept, tokens, 0))
+        here = mine[:, None]
+        return {
+            **batch,
+            "tokens": jnp.where(here, made, tokens),
+            "segment_ids": jnp.where(here, (kept | answer).astype(jnp.int32), batch["segment_ids"]),
+            "positions": jnp.where(here, jnp.where(kept | answer, t, 0), batch["positions"]),
+            "loss_mask": jnp.where(here, answer.astype(jnp.float32), batch["loss_mask"]),
+        }
+
+    return rollout
+
+
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x [B, S] at index [B, N], clipped into it."""
+    return jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1), axis=1)

@@ -1,0 +1,246 @@
+"""Performance gap recovered: how much of the way from weak supervisor to strong ceiling a student has come.
+
+PGR = (student - weak) / (ceiling - weak), in accuracy on the same test examples (Burns et al., arXiv:2312.09390,
+section 3.1). Several seeds of one pair of sizes and one loss make a group. A group's PGR is the ratio of means over
+seeds and examples, not the mean of the seeds' ratios: one seed with a gap near 0 would decide that.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from research.errors import InputError
+
+DRAWS, LEVEL = 2000, 0.95
+PREDICTIONS = ("weak", "student", "ceiling")
+_NEEDED = ("weak_size", "strong_size", "loss", "seed", *PREDICTIONS, "weak_params", "strong_params")
+_CHUNK = 2**22  # indices drawn at once
+
+
+class Estimate(NamedTuple):
+    """A value and its 95 % interval; nan where it isn't defined."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Predictions(NamedTuple):
+    """What a model said of the test examples: `gold` and `chosen` [N] int64, classes."""
+
+    path: str
+    gold: np.ndarray
+    chosen: np.ndarray
+
+
+class Missing(NamedTuple):
+    """A cell that is left out, and why."""
+
+    cell: Mapping[str, Any]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """What the seeds of one pair of sizes and one loss show.
+
+    Attributes:
+      weak_size, strong_size, loss: of its cells.
+      weak_params, strong_params: numbers of parameters.
+      seeds: of its cells.
+      examples: N, of the test set.
+      estimates: name -> Estimate. weak, student, ceiling: accuracies. gap: ceiling - weak. pgr, and pgr_clipped to
+        [0, 1]: nan where `excluded`. agreement: how often the student says what its supervisor says; agreement_right
+        and agreement_wrong: among the examples where the supervisor is right, and wrong.
+      excluded: why there is no PGR; "" where there is.
+    """
+
+    weak_size: str
+    strong_size: str
+    loss: str
+    weak_params: float
+    strong_params: float
+    seeds: tuple[int, ...]
+    examples: int
+    estimates: Mapping[str, Estimate]
+    excluded: str
+
+
+def read_predictions(path: str) -> Predictions:
+    """Reads {"gold": class, "probs": [C floats]} lines; the chosen class is the first of the most probable.
+
+    Raises:
+      InputError: a line has no such fields, or holds no probabilities.
+    """
+    gold, chosen = [], []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                probs = np.asarray(record["probs"], np.float64)
+                gold.append(int(record["gold"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f'{path}:{number}: no {{"gold": class, "probs": [...]}} ({type(error).__name__}: {error}). Label '
+                    "records that have their true class with understudy label."
+                ) from None
+            if probs.ndim != 1 or not np.isfinite(probs).all() or not 0 <= gold[-1] < len(probs):
+                raise InputError(
+                    f"{path}:{number}: gold = {gold[-1]}, probs = {record['probs']}: probs must be finite numbers, and "
+                    "gold the number of one of them. Label the records again."
+                )
+            chosen.append(int(probs.argmax()))
+    if not gold:
+        raise InputError(f"{path}: is empty. Label the test records again.")
+    return Predictions(path, np.array(gold), np.array(chosen))
+
+
+def measure(
+    cells: Sequence[Mapping[str, Any]], *, draws: int = DRAWS, seed: int = 0
+) -> tuple[list[Group], list[Missing]]:
+    """Reads the predictions of cells, and groups them over seeds.
+
+    Args:
+      cells: {"weak_size", "strong_size", "loss", "seed", "weak", "student", "ceiling", "weak_params",
+        "strong_params"} each; weak, student and ceiling are paths that `read_predictions` takes.
+      draws, seed: of the bootstrap.
+
+    Returns:
+      the groups in the order of their first cells, and the cells that a file is missing of.
+
+    Raises:
+      InputError: a cell lacks a key or comes twice, a file can't be read, or two files of a group aren't about the
+        same examples.
+    """
+    read: dict[str, Predictions] = {}
+    groups: dict[tuple, list[tuple[Mapping[str, Any], list[Predictions]]]] = {}
+    missing, seen = [], set()
+    for cell in cells:
+        if lacking := [key for key in _NEEDED if key not in cell]:
+            raise InputError(
+                f"cell {dict(cell)}: lacks {', '.join(lacking)}. Add what is needed: {', '.join(_NEEDED)}."
+            )
+        group = tuple(cell[key] for key in ("weak_size", "strong_size", "loss"))
+        if (*group, cell["seed"]) in seen:
+            raise InputError(f"cells: {group} with seed {cell['seed']} comes twice. Leave one of them out.")
+        seen.add((*group, cell["seed"]))
+        absent = [key for key in PREDICTIONS if not Path(cell[key]).is_file()]
+        if absent:
+            missing.append(Missing(cell, "; ".join(f"{key}: there is no {cell[key]}" for key in absent)))
+            continue
+        for key in PREDICTIONS:
+            if cell[key] not in read:
+                read[cell[key]] = read_predictions(cell[key])
+        groups.setdefault(group, []).append((cell, [read[cell[key]] for key in PREDICTIONS]))
+    return [_group(members, draws, seed) for members in groups.values()], missing
+
+
+def _group(members: Sequence[tuple[Mapping[str, Any], list[Predictions]]], draws: int, seed: int) -> Group:
+    cell, (first, *_) = members[0]
+    for _, predictions in members:
+        for other in predictions:
+            if not np.array_equal(first.gold, other.gold):
+                raise InputError(
+                    f"{first.path} and {other.path} aren't about the same test records in the same order: "
+                    f"{len(first.gold)} and {len(other.gold)} lines, with other true classes. Label the same file."
+                )
+    said = np.array([[p.chosen for p in predictions] for _, predictions in members])  # [S, 3, N]
+    estimates = estimate(said[:, 0], said[:, 1], said[:, 2], first.gold, draws=draws, seed=seed)
+    gap, excluded = estimates["gap"], ""
+    if gap.value <= 0:
+        excluded = f"ceiling {estimates['ceiling'].value:.4f} <= weak {estimates['weak'].value:.4f}"
+    elif gap.low <= 0:
+        excluded = f"the interval of ceiling - weak, [{gap.low:.4f}, {gap.high:.4f}], includes 0"
+    if excluded:
+        estimates |= dict.fromkeys(("pgr", "pgr_clipped"), Estimate(math.nan, math.nan, math.nan))
+    return Group(
+        **{key: cell[key] for key in ("weak_size", "strong_size", "loss", "weak_params", "strong_params")},
+        seeds=tuple(each["seed"] for each, _ in members),
+        examples=len(first.gold),
+        estimates=estimates,
+        excluded=excluded,
+    )
+
+
+def estimate(
+    weak: np.ndarray, student: np.ndarray, ceiling: np.ndarray, gold: np.ndarray, *, draws: int = DRAWS, seed: int = 0
+) -> dict[str, Estimate]:
+    """Returns the estimates of a group; see Group.
+
+    Args:
+      weak, student, ceiling: [S, N] int, the class that each said in each seed.
+      gold: [N] int, the true class.
+      draws, seed: of the bootstrap, see `resample`.
+    """
+    right = {"weak": weak == gold, "student": student == gold, "ceiling": ceiling == gold}
+    agree = student == weak
+    parts = np.stack([*right.values(), agree, agree & right["weak"], agree & ~right["weak"]]).astype(np.float32)
+    values = _derive(parts.mean(axis=(1, 2), dtype=np.float64))
+    drawn = _derive(resample(parts, draws=draws, seed=seed))
+    tail = (1 - LEVEL) / 2
+    estimates = {}
+    for name, value in values.items():
+        known = drawn[name][~np.isnan(drawn[name])]
+        with np.errstate(invalid="ignore"):  # between two infinite draws
+            low, high = np.quantile(known, [tail, 1 - tail]) if len(known) else (math.nan, math.nan)
+        estimates[name] = Estimate(float(value), float(low), float(high))
+    return estimates
+
+
+def resample(parts: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Means of `parts` under a hierarchical bootstrap: seeds and examples are drawn with replacement, independently.
+
+    All seeds are measured on the same examples, so one draw of examples serves them all, and all quantities: weak,
+    student and ceiling stay paired. With one seed, what varies is the examples alone.
+
+    Args:
+      parts: [Q, S, N] float32: quantity, seed, example.
+      draws: R.
+      seed: of the draws, which depend on it, S and N alone.
+
+    Returns:
+      [R, Q] float64.
+    """
+    quantities, seeds, examples = parts.shape
+    of_seeds, of_examples = (np.random.default_rng([seed, i]) for i in range(2))
+    chosen = of_seeds.integers(seeds, size=(draws, seeds))
+    times = np.stack([(chosen == s).sum(axis=1) for s in range(seeds)], axis=1)  # [R, S]
+    flat = parts.reshape(quantities * seeds, examples).T
+    sums = np.empty((draws, quantities))
+    step = max(1, _CHUNK // examples)
+    for start in range(0, draws, step):
+        rows = min(step, draws - start)
+        index = of_examples.integers(examples, size=(rows, examples)) + np.arange(rows)[:, None] * examples
+        counts = np.bincount(index.reshape(-1), minlength=rows * examples).reshape(rows, examples)
+        each = (counts.astype(np.float32) @ flat).astype(np.float64)  # whole numbers below 2**24, so exact
+        each = each.reshape(rows, quantities, seeds)
+        sums[start : start + rows] = np.einsum("rqs,rs->rq", each, times[start : start + rows])
+    return sums / (seeds * examples)
+
+
+def _derive(means: np.ndarray) -> dict[str, np.ndarray]:
+    """Estimates from the means [..., Q] of `estimate`'s parts.
+
+    Where a draw has no gap the ratio isn't defined; it is taken as infinite, with the sign of student - weak, so that a
+    doubtful gap makes the interval wider and not narrower.
+    """
+    weak, student, ceiling, agree, agree_right, agree_wrong = np.moveaxis(means, -1, 0)
+    gap, gain = ceiling - weak, student - weak
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pgr = np.where(gap > 0, gain / gap, np.where(gain == 0, 0.0, np.copysign(np.inf, gain)))
+        return {
+            "weak": weak,
+            "student": student,
+            "ceiling": ceiling,
+            "gap": gap,
+            "pgr": pgr,
+            "pgr_clipped": np.clip(pgr, 0, 1),
+            "agreement": agree,
+            "agreement_right": agree_right / weak,
+            "agreement_wrong": agree_wrong / (1 - weak),
+        }

@@ -1,0 +1,299 @@
+"""The benchmark: every part says something sane of a tiny model, in turn with a peer, and fails alone."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import benchmark as experiment
+from research import config as config_lib
+from research.bench import benchmark, measure, peers, profiling
+from research.cli import BAD_INPUT
+from research.devices import sharding
+from research.models import transformer
+from research.planning import plan
+
+CONFIG = "--config=experiments/benchmark.py:debug"
+TINY = ["--config.seq_len=32", "--config.tokenizer.kind=byte", "--config.mesh.data=1", "--config.mesh.fsdp=-1"]
+TINY += ["--config.model.num_layers=1", "--config.data.path=tasks:copy"]
+
+
+@pytest.fixture
+def lines(capsys):
+    """lines(flags...) -> (exit status, JSON lines, what else it said)."""
+
+    def run(*flags):
+        status = benchmark.main([CONFIG, *TINY, "--steps=2", *flags])
+        captured = capsys.readouterr()
+        return status, [json.loads(line) for line in captured.out.splitlines()], captured.err
+
+    return run
+
+
+class InProcess(peers.Peer):
+    """A peer without a process of its own."""
+
+    def __init__(self, name):
+        self.peer = peers.PlainJax()
+
+    def close(self):
+        pass
+
+    def call(self, name, **values):
+        if not hasattr(self.peer, name):
+            raise measure.Failed(f"jax has no {name}")
+        mesh = jax.set_mesh(sharding.make_mesh({}, jax.devices()[:1]))
+        with mesh, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax's needs
+            return json.loads(json.dumps(getattr(self.peer, name)(**values)))
+
+
+def test_train_step_in_turn_with_a_peer(lines, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "Peer", InProcess)
+    ranked, costliest = [], profiling.costliest
+
+    def ranks_all(folder, programs, **kwargs):
+        ranked.extend(costliest(folder, programs, most=1000))
+        return costliest(folder, programs, **kwargs)
+
+    monkeypatch.setattr(profiling, "costliest", ranks_all)
+    out = tmp_path / "out.jsonl"
+    flags = ["--only=train", "--objectives=sft", "--against=jax", f"--profile={tmp_path}", f"--out={out}"]
+    status, (sft,), said = lines(*flags)
+    assert status == 0
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [sft]
+    tokens = 8 * 32
+    # One layer, D 64, 4 query and 2 key/value heads of 16, F 128, gated; V 384 (byte, in whole tiles); T 32.
+    weights = 64 * (4 + 2 + 2 + 4) * 16 + 3 * 64 * 128 + 64 * 384
+    flops = tokens * (6 * weights + 6 * 4 * 16 * 32)
+    assert sft["model_flops"] == flops
+    seconds = sft["seconds"]
+    assert 0 < seconds["q1"] <= seconds["median"] <= seconds["q3"]
+    assert seconds["n"] == 2
+    assert sft["tokens_per_second"] == pytest.approx(tokens / seconds["median"])
+    assert sft["mfu"] == pytest.approx(flops / seconds["median"] / sft["matmul_flops_per_second"])
+    theirs = sft["against"]["jax"]
+    assert theirs["loss"] == pytest.approx(sft["loss"], rel=1e-4)  # the same work
+    assert theirs["ratio"] == pytest.approx(theirs["seconds"]["median"] / seconds["median"])
+    memory = sft["memory"]
+    state = 12 * (weights + 64 * 384) / 8  # parameters, the look-up too, and two moments, of each of 8 devices
+    assert state < memory["arguments"] < 1.1 * state
+    assert memory["resident_peak"] > memory["temporaries"] > 0
+    scopes = {each["scope"] for each in sft["costliest"]}
+    assert {"layers/attention (backward)", "layers/mlp (backward)"} <= scopes
+    # Of so small a step, whether this is among the ten costliest is chance.
+    assert "layers/mlp" in {each["scope"] for each in ranked}
+    assert [each["scope"] for each in sft["costliest"]] == [each["scope"] for each in ranked[:10]]
+    assert sum(each["share"] for each in sft["costliest"]) <= 1.001
+    assert sum(each["share"] for each in ranked) == pytest.approx(1)
+    assert "layers/mlp (backward)" in said
+    assert list(tmp_path.rglob("perfetto_trace.json.gz"))
+
+
+@pytest.mark.parametrize("objective", ["match", "classify", "weak_to_strong"])
+def test_other_objectives_trace(objective):
+    """What each objective wants of roles, labels and fields is there; the batch is made of it."""
+    c = benchmark._make(experiment.get_config("debug").to_dict(), **rest(objectives=(objective,))).config
+    c = measure.with_objective(c, objective)
+    spec = plan.batch_spec(c)
+    batch = measure.fake_batch(spec, 300)
+    assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {k: (x.shape, x.dtype) for k, x in spec.items()}
+    from research.run import run
+
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        parts = run.assemble(c, mesh, spec, 300)
+        assert parts.step.trace(parts.state, parts.frozen, parts.batch)
+
+
+def rest(**changes):
+    return {"steps": 2, "against": (), "objectives": (), "decode": (1,), "profile": "", "flags": ()} | changes
+
+
+def test_made_up_batches():
+    shape = (4, 64)
+    spec = {k: jax.ShapeDtypeStruct(shape, np.int32) for k in ("tokens", "segment_ids", "positions", "teacher_at")}
+    spec["loss_mask"] = jax.ShapeDtypeStruct(shape, np.float32)
+    spec["label_probs"] = jax.ShapeDtypeStruct((*shape, 3), np.float32)
+    spec["teacher_ids"] = jax.ShapeDtypeStruct((*shape, 8), np.int32)
+    spec["teacher_log_probs"] = jax.ShapeDtypeStruct((*shape, 8), np.float32)
+    spec["teacher_rest"] = jax.ShapeDtypeStruct(shape, np.float32)
+    batch = measure.fake_batch(spec, 100)
+    assert 0 <= batch["tokens"].min() <= batch["tokens"].max() < 100
+    segments, positions = batch["segment_ids"], batch["positions"]
+    assert segments.min() == 1
+    assert segments.max() > 2  # several documents in a row
+    starts = np.diff(segments, axis=1) > 0
+    assert (positions[:, 1:][starts] == 0).all()
+    assert (np.diff(positions, axis=1)[~starts] == 1).all()
+    assert 0.5 < batch["loss_mask"].mean() < 0.8
+    # A label at the end of each document and nowhere else.
+    assert batch["label_probs"].sum() == segments.max(axis=1).sum()
+    assert (batch["label_probs"][:, :-1].sum(axis=2)[starts] == 1).all()
+    said = np.exp(batch["teacher_log_probs"]).sum(axis=2) + np.exp(batch["teacher_rest"])
+    np.testing.assert_allclose(said, 1, atol=1e-5)
+    assert all(len(set(ids)) == 8 for ids in batch["teacher_ids"].reshape(-1, 8).tolist())
+    assert (measure.fake_batch(spec, 100, packed=False)["segment_ids"] == 1).all()
+
+
+@pytest.mark.slow
+def test_loop_decode_data_loading_checkpoint(lines):
+    status, records, _ = lines("--only=loop,decode,data,loading,checkpoint", "--decode_batch=8")
+    assert status == 0, [r for r in records if "error" in r]
+    found = {(r["part"], r.get("case")): r for r in records}
+    loop = found["loop", None]
+    assert loop["overhead"]["median"] > -1
+    assert 0 <= loop["data_wait_fraction"] <= 1
+    assert loop["overhead"]["n"] == measure.ROUNDS
+    batch = found["decode", "batch 8"]
+    assert batch["tokens_per_second"] == pytest.approx(8 * 128 / batch["seconds"]["median"])
+    assert 0 < batch["prefill_seconds"]["median"] < batch["seconds"]["median"]
+    # Weights without the look-up (untied), and the cache, half full of new tokens on average; float32.
+    c = transformer.ModelConfig(384, 1, 64, 4, 2, d_ff=128, tie_embeddings=False)
+    sizes = [np.prod(s.shape) for s in jax.tree.leaves(transformer.make_specs(c), is_leaf=lambda x: hasattr(x, "axes"))]
+    assert batch["bytes_per_token"] == 4 * (sum(sizes) - 384 * 64 + 2 * 2 * 16 * 8 * (32 + 64))
+    queue = found["decode", "64 prompts, 8 at once"]
+    assert queue["new_tokens"]["padded"] == queue["new_tokens"]["refilled"] > 64
+    byte, bpe = found["data", "byte"], found["data", "bpe"]
+    assert byte["tokens"] > bpe["tokens"] > 0
+    assert bpe["first_seconds"] > bpe["cached_seconds"]["median"]
+    assert found["loading", "safetensors"]["bytes"] == 4 * sum(sizes)
+    assert found["loading", "checkpoint"]["bytes"] > 12 * sum(sizes)  # parameters and two moments
+    for case in ("safetensors", "checkpoint"):
+        assert found["loading", case]["read_bytes_per_second"] > 0
+    assert found["checkpoint", None]["stall_seconds"]["median"] > 0
+    assert not {part for part, _ in found} - set(benchmark.PARTS)
+
+
+def test_flops_of_a_distillation_have_the_teacher_s_forward_pass():
+    c = transformer.ModelConfig(384, 1, 64, 4, 2, d_ff=128)
+    model = transformer.make_model(c)
+    one = measure.model_flops({"policy": model}, 10, 32)
+    assert measure.model_flops({"policy": model, "teacher": model}, 10, 32) == pytest.approx(one * 4 / 3)
+
+
+def test_a_peer_says_what_it_does_not_know(tmp_path):
+    with pytest.raises(measure.Failed, match="know next_token and sft alone"):
+        benchmark._write_work(str(tmp_path), None, None, "distill")
+
+
+@pytest.mark.slow
+def test_startup(lines):
+    status, (record,), _ = lines("--only=startup", "--steps=1")
+    assert status == 0
+    seconds = {cached: times["median"] for cached, times in record["seconds_to_first_step"].items()}
+    assert seconds["nothing"] > seconds["tokens_and_programs"] > 0
+    assert 0 < record["import"]["median"] < seconds["tokens_and_programs"]
+
+
+@pytest.mark.slow
+def test_a_peer_is_a_process(lines):
+    status, (record,), _ = lines("--only=train", "--against=jax")
+    assert status == 0
+    assert record["against"]["jax"]["loss"] == pytest.approx(record["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_transformers_finds_the_same_loss_and_tokens(lines):
+    pytest.importorskip("torch", reason="the peer hf needs torch")
+    status, (record, batch, _), _ = lines("--only=train,decode", "--against=hf", "--decode_batch=8")
+    assert status == 0
+    assert record["against"]["hf"]["loss"] == pytest.approx(record["loss"], rel=1e-4)
+    assert batch["against"]["hf"]["same_tokens"] > 0.95
+
+
+def test_a_part_that_fails_leaves_the_others(lines, monkeypatch):
+    def broken(bench):
+        raise RuntimeError("no room")
+        yield
+
+    monkeypatch.setattr(benchmark, "PARTS", {"train": broken, "data": lambda bench: iter([({"case": "x"}, "x")])})
+    status, records, said = lines()
+    assert status == 1
+    assert records[0]["error"] == "RuntimeError: no room"
+    assert records[1]["case"] == "x"
+    assert "no room" in said
+
+
+def test_a_peer_that_fails_leaves_the_others():
+    def fails(n):
+        raise measure.Failed("it ended with status 1")
+
+    found = measure.in_turn({"a": lambda n: [1.0] * n, "b": fails}, 7)
+    assert found == {"a": [1.0] * 7, "b": "it ended with status 1"}
+
+
+def test_runs_take_turns():
+    order = []
+    measure.in_turn({name: lambda n, name=name: order.extend([name] * n) or [0.0] * n for name in "ab"}, 6)
+    assert "".join(order) == "abaabbabaabb"
+
+
+def test_a_process_that_dies_is_a_failure(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with peers.Peer("jax") as peer, pytest.raises(measure.Failed, match="status 1"):
+        peer.call("train")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--config: names no experiment"),
+        ([CONFIG, "--only=trian"], "Did you mean 'train'"),
+        ([CONFIG, "--against=hff"], "Did you mean 'hf'"),
+        ([CONFIG, "--decode_batch=0"], "--decode_batch=0: give sizes"),
+        ([CONFIG, "--objectives=stf"], "Did you mean 'sft'"),
+        ([CONFIG, "--config.sed=1"], "Did you mean"),
+    ],
+)
+def test_bad_flags_are_errors(flags, message, capsys):
+    assert benchmark.main(flags) == BAD_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_installed_says_how_to(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "hf", ("torch_that_is_not_here",))
+    with pytest.raises(benchmark.InputError, match="pip install torch_that_is_not_here"):
+        peers.check(["hf"])
+
+
+@pytest.mark.parametrize(
+    ("op_name", "scope"),
+    [
+        ("jit(step)/jvp(layers)/while/body/closed_call/mlp/mul", "layers/mlp"),
+        ("jit(step)/transpose(jvp(layers))/while/body/closed_call/attention/mul", "layers/attention (backward)"),
+        (
+            "jit(step)/transpose(jvp(layers))/while/body/checkpoint/rematted_computation/attention/dot",
+            "layers/attention (again)",
+        ),
+        ("jit(step)/attention/jit(_where)/broadcast_in_dim", "layers/attention"),
+        ("jit(step)/optimizer/div", "optimizer"),
+        ("jit(step)/lt", "other"),
+        ("", "other"),
+    ],
+)
+def test_scopes(op_name, scope):
+    assert profiling.scope(op_name) == scope
+
+
+def test_shapes_are_those_of_the_models_they_are_named_after():
+    counts = {}
+    for size in experiment.SHAPES:
+        c = config_lib.model_config(config_lib.parse(experiment.get_config(size).to_dict()), 4096)
+        counts[size] = sum(np.prod(s.shape) for s in jax.tree.leaves(transformer.make_specs(c), is_leaf=_is_spec))
+    assert counts["small"] == pytest.approx(6.82e6, rel=1e-3)
+    assert counts["smol"] == 134_515_008  # SmolLM2-135M's
+    assert counts["1b"] == 1_235_814_400  # Llama 3.2 1B's
+
+
+def _is_spec(x):
+    return hasattr(x, "axes")
+
+
+def test_the_parts_are_those_of_the_documentation():
+    told = re.findall(r"^  (\w+)  +\S", benchmark.__doc__, re.M)
+    assert told == list(benchmark.PARTS)
+    assert Path(experiment.__file__).name in benchmark.__doc__

@@ -1,0 +1,106 @@
+import json
+import types
+
+import jax
+import pytest
+
+from research import params
+from research.commands import evaluate
+from research.devices import sharding
+from research.models.transformer import ModelConfig, make_model
+from research.sources.tokenizers import TokenizerSpec, make_tokenizer
+
+TOKENIZER = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))
+MODEL = make_model(
+    ModelConfig(vocab_size=384, num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, d_ff=16, max_length=64)
+)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Flags -> status, stdout, stderr."""
+
+    def load(name, *, step, ema, mesh):
+        values = jax.device_put(
+            params.init(MODEL.specs, jax.random.key(0)), params.shardings(MODEL.specs, mesh, sharding.RULES)
+        )
+        return types.SimpleNamespace(model=MODEL, params=values, tokenizer=TOKENIZER, template="chat", mesh=mesh)
+
+    monkeypatch.setattr("research.loading.load_model", load)
+    monkeypatch.setattr("research.run.run.use_compilation_cache", lambda: None)
+
+    def run(*flags):
+        status = evaluate.main(["--model=m", *flags])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    choices = [{"question": f"{i}?", "choices": ["x", "yz"], "answer": i % 2} for i in range(6)]
+    answers = [{"prompt": f"{i} + 1 =", "response": str(i + 1)} for i in range(4)]
+    for name, records in (("choice", choices), ("answer", answers)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path
+
+
+def test_several_tasks_in_a_table_and_in_files(run, data):
+    output = data / "results.json"
+    tasks = [
+        f"--task=choice:{data}/choice.jsonl",
+        f"--task=exact_match,verifier=number,max_new_tokens=4:{data}/answer.jsonl",
+        f"--task=perplexity,name=text:{data}/answer.jsonl",
+    ]
+    status, stdout, _ = run(*tasks, f"--output={output}", "--mesh=data=4,tensor=2", "--batch_tokens=64")
+    assert status == 0
+    results = json.loads(output.read_text())["results"]
+    assert {name: metrics["records"] for name, metrics in results.items()} == {"choice": 6, "answer": 4, "text": 4}
+    samples = [json.loads(line) for line in (data / "results.samples.jsonl").read_text().splitlines()]
+    assert [sample["evaluation"] for sample in samples] == ["choice"] * 6 + ["answer"] * 4 + ["text"] * 4
+    right = [sample["chosen"] == sample["answer"] for sample in samples[:6]]
+    assert results["choice"]["acc"] == pytest.approx(sum(right) / 6)
+    header, *rows = [line.split() for line in stdout.splitlines()]
+    assert header[:4] == ["task", "metric", "value", "stderr"]
+    loss, error = results["text"]["loss"], results["text"]["loss_stderr"]
+    expected = f"text loss {loss:.4f} {error:.4f} {loss - 1.96 * error:.4f} to {loss + 1.96 * error:.4f} 4"
+    assert expected.split() in rows
+    assert ["text", "tokens", "8", "4"] in rows  # without an error or interval
+    assert not any(row[1].endswith("_stderr") for row in rows)
+
+    status, _, _ = run(*tasks[:1], "--limit=2", f"--output={output}")
+    assert (status, json.loads(output.read_text())["results"]["choice"]["records"]) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--task: is missing"),
+        (["--taks=x"], "--taks: no such flag. Did you mean '--task'?"),
+        (["--task=choise:x.jsonl"], "task choise:x.jsonl: there is no kind 'choise'. Did you mean 'choice'?"),
+        (["--task=choice:none.jsonl"], "task choice:none.jsonl: there is no 'none.jsonl'"),
+        (["--task=choice:x.jsonl", "--limit=-1"], "--limit = -1: must be at least 0"),
+        (["--task=choice:x.jsonl", "--output=no/x.json"], "--output = no/x.json: must be a .json in a folder"),
+        (["--task=choice:x.jsonl", "--output=x.txt"], "--output = x.txt: must be a .json"),
+        (["--task=choice:x.jsonl", "--mesh=data=3"], "mesh: data=3"),
+        (["--model=", "--task=choice:x.jsonl"], "--model: is missing"),
+    ],
+)
+def test_bad_flags(run, flags, message):
+    status, stdout, stderr = run(*flags)
+    assert (status, stdout) == (2, "")
+    assert f"error: {message}" in stderr
+
+
+def test_tasks_of_one_name(run, data):
+    status, _, stderr = run(*[f"--task=choice:{data}/choice.jsonl"] * 2)
+    assert status == 2
+    assert "--task: 2 are named 'choice'. Tell them apart: KIND,name=NAME:DATA" in stderr
+
+
+def test_a_missing_harness_is_named(run, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    status, _, stderr = run("--lm_eval=arc_easy")
+    assert status == 2
+    assert "the package lm_eval can't be imported" in stderr
+    assert "pip install -e '.[lm-eval]'" in stderr

@@ -1,0 +1,165 @@
+"""Real models through training and out again: what is trained from a checkpoint is exported, read back, and resumed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import goldens
+import jax
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from research import config, loading
+from research.commands import export
+from research.run import checkpoint, run
+
+LLAMA = Path(goldens.__file__).parent / "golden/hf_tiny/llama"
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!? \n"
+DEBUG = {
+    "steps": 2, "batch_size": 8, "seq_len": 32, "mesh": {"data": 1, "fsdp": 4, "tensor": 2},
+    "objective": {"terms": {"next_token": 1.0}}, "optimizer": {"learning_rate": 0.01, "warmup_steps": 0},
+    "eval": {"every": 0}, "checkpoint": {"every": 1, "keep_last": 2}, "log": {"tensorboard": False},
+}  # fmt: skip
+
+
+def configure(init_from, data, **changes):
+    model = {"init_from": str(init_from)}
+    return config.parse({**DEBUG, "model": model, "data": {"path": str(data)}, **changes})
+
+
+def write_tokenizer(folder):
+    """A tokenizer of single characters, no larger than the vocabulary of the tiny checkpoints."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *CHARACTERS])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
+    made.decoder = tokenizers.decoders.Fuse()
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made.save(str(folder / "tokenizer.json"))
+    told = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(the checkpoint that a run began with, its workdir, its data)."""
+    folder = tmp_path_factory.mktemp("export")
+    shutil.copytree(LLAMA, folder / "llama")
+    write_tokenizer(folder / "llama")
+    rows = ({"text": f"{i}: the {i % 7} quick brown foxes jump over {i * i} lazy dogs."} for i in range(200))
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.run(configure(folder / "llama", folder / "data.jsonl"), str(folder / "run"))
+    return folder / "llama", folder / "run", folder / "data.jsonl"
+
+
+def main(*flags):
+    return export.main([str(flag) for flag in flags])
+
+
+def parameters(name, **options):
+    return jax.device_get(loading.load_model(str(name), needs_tokenizer=False, **options).params)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def differ(a, b):
+    with pytest.raises(AssertionError):
+        same(a, b)
+
+
+def test_a_trained_model_is_exported_and_read_back(trained, tmp_path, capfd):
+    began, workdir, _ = trained
+    assert main(f"--checkpoint={workdir}", f"--output={tmp_path / 'out'}") == 0
+    assert "LlamaForCausalLM, 0.1 MB of float32" in capfd.readouterr().err
+    same(parameters(tmp_path / "out"), parameters(workdir))
+    differ(parameters(tmp_path / "out"), parameters(began))
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / file).read_text()) == json.loads((began / file).read_text())
+    assert (tmp_path / "out/config.json").stat().st_mode & 0o777 == (
+        tmp_path / "out/model.safetensors"
+    ).stat().st_mode & 0o777
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_transformers_reads_the_config_and_the_tokenizer(trained, tmp_path):
+    assert main(f"--checkpoint={trained[1]}", f"--output={tmp_path / 'out'}") == 0
+    c = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert (c.model_type, c.vocab_size, c.num_key_value_heads) == ("llama", 96, 2)
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out"),
+        loading.find(str(trained[1])).tokenizer(),
+    )
+    text = "two foxes\nand 17 dogs?"
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+    assert (theirs.eos_token_id, theirs.bos_token_id) == (ours.eos, ours.bos) == (2, 1)
+
+
+def test_dtype_shards_and_step_are_as_asked_for(trained, tmp_path, capfd):
+    flags = (f"--checkpoint={trained[1]}", "--dtype=bfloat16", "--max_shard_gb=0.00002", "--step=1")
+    assert main(*flags, f"--output={tmp_path / 'out'}") == 0
+    assert "0.0 MB of bfloat16" in capfd.readouterr().err
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    first = parameters(trained[1], step=1)
+    differ(first, parameters(trained[1]))
+    same(parameters(tmp_path / "out"), jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), first))
+
+
+def test_an_import_is_exported_as_it_was(tmp_path, capfd):
+    assert main(f"--model={LLAMA}", f"--output={tmp_path / 'out'}") == 0
+    assert "comes without a tokenizer, and so does the export" in capfd.readouterr().err
+    for file in LLAMA.glob("*.json"):
+        assert json.loads((tmp_path / "out" / file.name).read_text()) == json.loads(file.read_text())
+    same(parameters(tmp_path / "out"), parameters(LLAMA))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in LLAMA.iterdir()}
+
+
+def test_a_model_that_began_with_us_is_exported(trained, tmp_path):
+    small = {"num_layers": 1, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "d_ff": 64, "max_length": 64}
+    c = configure("", trained[2], model=small, ema_decay=0.5, mesh={})
+    run.run(c, str(tmp_path / "run"), devices=jax.devices()[:1])
+    assert main(f"--checkpoint={tmp_path / 'run'}", "--ema", f"--output={tmp_path / 'out'}") == 0
+    same(parameters(tmp_path / "out"), parameters(tmp_path / "run", ema=True))
+    differ(parameters(tmp_path / "out"), parameters(tmp_path / "run"))
+    c = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    tokenizer = loading.load_model(str(tmp_path / "out")).tokenizer
+    assert (c.model_type, c.eos_token_id, c.vocab_size) == ("llama", tokenizer.eos, 384)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("né", add_special_tokens=False)["input_ids"] == list("né".encode()) == tokenizer.encode("né")
+
+
+def test_a_run_goes_on_when_what_it_began_with_is_gone(trained, tmp_path):
+    began, workdir, data = trained
+    shutil.copytree(workdir, tmp_path / "run")
+    run.run(configure(tmp_path / "gone", data, steps=3), str(tmp_path / "run"))
+    assert checkpoint.steps(tmp_path / "run")[-1] == 3
+    same(parameters(tmp_path / "run", step=2), parameters(workdir))
+    assert main(f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'out'}") == 0
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((began / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--checkpoint=LLAMA", "--output=HERE"], ["--output = HERE", "is there already"]),
+        (["--checkpoint=LLAMA"], ["--output: is missing"]),
+        (["--output=HERE/out"], ["--checkpoint: is missing"]),
+        (["--checkpoint=LLAMA", "--outptu=HERE/out"], ["--outptu: no such flag", "Did you mean '--output'"]),
+        (["--checkpoint=LLAMA", "--output=HERE/out", "--max_shard_gb=0"], ["--max_shard_gb = 0.0", "above 0"]),
+        (["--checkpoint=LLAMA", "--output=HERE/out", "--step=3"], ["--step", "LLAMA", "isn't the workdir"]),
+        (["--checkpoint=RUN", "--output=HERE/out", "--step=7"], ["RUN", "7", "1, 2"]),
+        (["--checkpoint=RUN", "--output=HERE/out", "--ema"], ["RUN", "ema"]),
+        (["--checkpoint=HERE/none", "--output=HERE/out"], ["HERE/none: no such file or folder"]),
+    ],
+)
+def test_what_can_not_be_exported_is_named_and_nothing_is_written(flags, words, trained, tmp_path, capfd):
+    def fill(text):
+        return text.replace("LLAMA", str(LLAMA)).replace("RUN", str(trained[1])).replace("HERE", str(tmp_path))
+
+    assert main(*map(fill, flags)) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert all(fill(word) in error for word in words), error
+    assert not list(tmp_path.iterdir())

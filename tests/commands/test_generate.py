@@ -1,0 +1,258 @@
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from research.commands import generate
+from research.errors import InputError
+from research.models.sampling import Completion
+from research.models.transformer import Model, ModelConfig
+from research.ops.losses import Head
+from research.sources.formats import render_prompt
+from research.sources.tokenizers import TokenizerSpec, make_tokenizer
+
+TOKENIZER = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))
+V = TOKENIZER.size
+ANSWER = "é☕!"  # its bytes all differ
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs the command on a model that answers everything with ANSWER; returns (status, stdout, stderr)."""
+    ids = [TOKENIZER.special("<|assistant|>"), *TOKENIZER.encode(ANSWER), TOKENIZER.eos]
+    table = jnp.zeros(V, jnp.int32).at[jnp.array(ids[:-1])].set(jnp.array(ids[1:]))
+    model = Model(
+        config=ModelConfig(vocab_size=V, max_length=64),
+        specs=None,
+        hidden=None,
+        hidden_at=None,
+        attention_inputs=None,
+        unembed=lambda params: Head(jnp.eye(V), None, 0.0),
+        init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length, 1)),) * 2,),
+        unstack=lambda params: params,
+        decode=lambda params, tokens, positions, mask, cache, index: (9 * jax.nn.one_hot(params[tokens], V), cache),
+    )
+    loaded = types.SimpleNamespace(model=model, params=table, tokenizer=TOKENIZER, template="chat")
+    monkeypatch.setattr("research.loading.load_model", lambda workdir, *, step, ema: loaded)
+
+    def command(*flags):
+        status = generate.main(["--model=x", *flags])
+        return status, *capsys.readouterr()
+
+    command.loaded = loaded
+    return command
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize("stops", [(), ("ends",), ("en", "s h"), ("☕!",), ("nowhere", "e\n")])
+@pytest.mark.parametrize("text", ["It ends 日本 here ☕!\n", "e\u0301 ✓\n\n", "", "🎉🏽"])
+def test_streamed_text_is_the_whole_text(text, stops, size):
+    tokens = [*TOKENIZER.encode(text), 0xE2, 0x98]  # the end of the last character doesn't come
+    chunks = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+    pieces = list(generate.stream_text(chunks, TOKENIZER.decode, stops))
+    whole, completion = generate.cut(Completion(tokens, [-1.0] * len(tokens)), TOKENIZER.decode, stops)
+    assert "".join(pieces) == whole
+    assert all("\ufffd" not in piece for piece in pieces[:-1])
+    assert len(stops) != 1 or whole == (text + "\ufffd").partition(stops[0])[0]
+    assert TOKENIZER.decode(completion.tokens).startswith(whole)
+    assert len(completion.tokens) == len(completion.logprobs)
+
+
+def test_text_is_not_held_back_without_need():
+    chunks = [TOKENIZER.encode(c) for c in ("ab", "c#", "d#", "##", "e")]
+    assert list(generate.stream_text(chunks, TOKENIZER.decode, ["##end"])) == ["ab", "c", "#d", "#", "##e"]
+
+
+def test_cut_keeps_the_tokens_up_to_the_stop():
+    completion = Completion(TOKENIZER.encode("one. two. three"), [float(-i) for i in range(15)])
+    text, kept = generate.cut(completion, TOKENIZER.decode, ["three", " two"])
+    assert text == "one."
+    assert TOKENIZER.decode(kept.tokens) == "one. two"
+    assert kept.logprobs == [float(-i) for i in range(8)]
+
+
+def test_one_prompt_streams_to_stdout(run):
+    assert run("--prompt=hello") == (0, ANSWER + "\n", "")
+    assert run("--prompt=hello", "--stop=☕", "--stop=x") == (0, "é\n", "")
+
+
+def test_a_file_of_prompts_goes_to_stdout_or_to_json_lines(run, tmp_path):
+    prompts, output = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    messages = [{"role": "user", "content": "and\u2028you?"}]
+    prompts.write_text('{"prompt": "a longer one", "id": 7}\n' + json.dumps({"messages": messages}) + "\n")
+    status, stdout, stderr = run(f"--prompts={prompts}")
+    assert (status, stdout) == (0, f"{ANSWER}\n{ANSWER}\n")
+    assert "2 of 2 prompts" in stderr
+    status, stdout, _ = run(f"--prompts={prompts}", f"--output={output}", "--stop=!")
+    assert (status, stdout) == (0, "")
+    first, second = map(json.loads, output.read_text().rstrip("\n").split("\n"))
+    assert first.pop("logprob") == pytest.approx(-6 * math.log(1 + (V - 1) * math.exp(-9)), rel=1e-4)
+    assert first == {"prompt": "a longer one", "id": 7, "completion": "é☕", "tokens": TOKENIZER.encode(ANSWER)}
+    assert second["messages"] == messages
+    text = tmp_path / "a.txt"
+    text.write_text("one\ntwo\u2028still two\nthree")
+    assert run(f"--prompts={text}", "--batch_size=2")[:2] == (0, f"{ANSWER}\n" * 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "error: no prompt given: use one of --prompt=TEXT"),
+        (["--prompt="], "error: no prompt given"),
+        (["--prompt=a", "--interactive"], "error: --prompt and --interactive given"),
+        (["--prompt=a", "--temprature=1"], "error: --temprature: no such flag. Did you mean '--temperature'?"),
+        (["--prompt=a", "--top_p=2"], "error: sampling.top_p = 2.0: must be in (0, 1]"),
+        (["--prompt=a", "--max_new_tokens=0"], "error: sampling.max_new_tokens = 0"),
+        (["--prompt=a", "--max_new_tokens=64"], "error: sampling.max_new_tokens = 64: leaves no room"),
+        (["--prompt=" + "a" * 40], "error: --prompt: is 43 tokens long, and there is room for 32"),
+        (["--prompt=a", "--stop="], "error: --stop: an empty text"),
+        (
+            ["--prompt=a", "--output=no/such/folder/x.jsonl"],
+            "error: --output = no/such/folder/x.jsonl: can't be written",
+        ),
+        (["--interactive", "--output=x.jsonl"], "error: --output = x.jsonl: a conversation"),
+        (["--prompts=missing.txt"], "error: --prompts = missing.txt: can't be read"),
+        (["--prompts=x.csv"], "error: --prompts = x.csv: ends in neither"),
+    ],
+)
+def test_bad_flags(run, flags, message):
+    status, stdout, stderr = run(*flags)
+    assert (status, stdout) == (2, "")
+    assert message in stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty. Write one prompt a line"),
+        ('{"prompt": "a"}\n\n', ":2: is an empty line"),
+        ('{"prompt": "a"}\n{"prompt"\n', ":2: is no JSON"),
+        ('{"text": "a"}\n', ':1: is no object with "prompt" or "messages"'),
+        ("[]\n", ":1: is no object"),
+        ('{"messages": "a"}\n', ':1: "messages" is no list'),
+        ('{"messages": [{"role": "robot", "content": "a"}]}\n', ":1: message 1 has role 'robot'"),
+        ('{"prompt": 5}\n', ":1: field 'prompt' must be text"),
+        ('{"prompt": "a"}\n{"prompt": "' + "b" * 40 + '"}\n', ":2: is 43 tokens long"),
+    ],
+)
+def test_a_faulty_line_is_named(run, tmp_path, content, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content)
+    status, stdout, stderr = run(f"--prompts={file}")
+    assert (status, stdout) == (2, "")
+    assert message in stderr
+
+
+def test_a_conversation_goes_on(capsys):
+    lines = iter(["hello", "", "/rest", "again", "fail", "more", "/reset", "anew", "/quit", "never read"])
+    seen = []
+
+    def reply(messages, turn):
+        seen.append([message["content"] for message in messages])
+        if messages[-1]["content"] == "fail":
+            raise InputError("the conversation: is too long.")
+        return iter(["an", f"swer {turn}"] if messages[-1]["content"] != "more" else [])
+
+    generate.chat(reply, lambda: next(lines))
+    first = ["hello", "answer 0", "again", "answer 1"]
+    assert seen == [first[:1], first[:3], [*first, "fail"], [*first, "more"], ["anew"]]
+    out, err = capsys.readouterr()
+    assert out == "answer 0\nanswer 1\n\nanswer 3\n"
+    assert "error: the conversation: is too long. /reset" in err
+    assert "an empty answer" in err
+    assert next(lines) == "never read"
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_the_conversation(capsys):
+    lines, seen = iter(["hello", "again"]), []
+
+    def read():
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    def reply(messages, turn):
+        seen.append(len(messages))
+        yield "half an "
+        if turn == 0:
+            raise KeyboardInterrupt
+
+    generate.chat(reply, read)
+    assert seen == [1, 3]
+    assert capsys.readouterr().out == "half an \nhalf an \n"
+
+
+def test_interactive_from_the_command_line(run, monkeypatch):
+    lines = iter(["hi", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    status, stdout, _ = run("--interactive")
+    assert (status, stdout) == (0, ANSWER + "\n")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What is rendered, and under which template."""
+    seen = []
+
+    def render(record, tokenizer, template):
+        seen.append((record, template))
+        return render_prompt(record, tokenizer, template)
+
+    monkeypatch.setattr("research.commands.generate.render_prompt", render)
+    return seen
+
+
+def test_a_system_message_comes_first_where_there_is_none(run, asked, monkeypatch, tmp_path):
+    system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}
+    own = {"role": "system", "content": "own"}
+    assert run("--prompt=U", "--system=S")[:2] == (0, ANSWER + "\n")
+    prompts = tmp_path / "x.jsonl"
+    prompts.write_text("\n".join(json.dumps(r) for r in ({"prompt": "U"}, {"messages": [own, user]})))
+    assert run(f"--prompts={prompts}", "--system=S")[0] == 0
+    lines = iter(["U", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    assert run("--interactive", "--system=S")[0] == 0
+    messages = {"messages": [system, user]}
+    assert [record for record, _ in asked] == [messages, messages, {"messages": [own, user]}, messages]
+    assert run("--prompt=U", "--system=")[2] == (
+        "error: --prompt: field 'content' is an empty system message. Fill or drop the record.\n"
+    )
+
+
+def test_the_models_template_and_its_stop_tokens(run, asked):
+    template = "{{ bos_token }}{{ messages[-1].content }}<|eos|>{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    own = dataclasses.replace(TOKENIZER, chat_template=template, stop=(TOKENIZER.eos, ord("!")))
+    run.loaded.tokenizer, run.loaded.template = own, "auto"
+    assert run("--prompt=<|eos|>")[:2] == (0, ANSWER[:-1] + "\n")
+    assert run("--prompt=a", "--template=model")[:2] == (0, ANSWER[:-1] + "\n")
+    assert [used for _, used in asked] == ["auto", "model"]
+    specials = [own.bos, own.eos, own.special("<|assistant|>")]
+    assert render_prompt("<|eos|>", own, "auto") == [specials[0], *b"<|eos|>", *specials[1:]]
+    run.loaded.tokenizer = TOKENIZER
+    assert run("--prompt=a", "--template=model")[2].startswith("error: --prompt: template: 'model', but the tokenizer")
+
+
+def test_the_models_flag_is_also_called_checkpoint(run, capsys):
+    assert generate.main(["--checkpoint=x", "--prompt=a"]) == 0
+    assert capsys.readouterr().out == ANSWER + "\n"
+    assert generate.main(["--prompt=a"]) == 2
+    assert "--model: names no model. Give a run's workdir" in capsys.readouterr().err
+
+
+def test_no_checkpoint_ends_with_one_line_and_status_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "research", "generate", f"--model={tmp_path / 'none'}", "--prompt=a"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path / 'none'}")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,219 @@
+"""Several processes on this machine, each with two simulated devices, are one run."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from research.devices import distributed
+from research.run import checkpoint, metrics, run
+
+STEPS = 24
+slow = pytest.mark.slow
+
+
+def start(workdir, processes, devices, mesh, steps=STEPS):
+    """Popen objects of the processes of a run; their output goes to WORKDIR.N.log."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_", "PJRT_"))}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    env["XLA_FLAGS"] = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"  # compiles in half the time
+    command = [sys.executable, "-m", "research.main", "--config=experiments/sft.py:debug", f"--workdir={workdir}"]
+    options = {"steps": steps, "log.every": 1, "eval.every": 0, "checkpoint.every": 4, "checkpoint.best_metric": ""}
+    options |= {f"mesh.{axis}": size for axis, size in mesh.items()}
+    command += [f"--config.{name}={value}" for name, value in options.items()]
+    made = []
+    for i in range(processes):
+        peers = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={i}"]
+        with open(f"{workdir}.{i}.log", "w") as log:
+            command_line = command + (peers if processes > 1 else [])
+            made.append(subprocess.Popen(command_line, stdout=log, stderr=subprocess.STDOUT, env=env))
+    return made
+
+
+def finish(processes, seconds=240):
+    """Their exit statuses."""
+    end = time.time() + seconds
+    try:
+        return [p.wait(max(0.1, end - time.time())) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+
+
+def log(workdir, i):
+    with open(f"{workdir}.{i}.log") as f:
+        return f.read()
+
+
+def losses(workdir):
+    records = metrics.read_metrics(str(workdir))
+    return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+
+
+def wait_for(workdir, step, processes, seconds=120):
+    end = time.time() + seconds
+    while time.time() < end and all(p.poll() is None for p in processes):
+        if (workdir / "metrics.jsonl").exists() and any(s >= step for s in losses(workdir)):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"step {step} was not reached:\n{log(workdir, 0)}")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The losses of one process with one device."""
+    workdir = tmp_path_factory.mktemp("alone") / "w"
+    assert finish(start(workdir, 1, 1, {})) == [0], log(workdir, 0)
+    return losses(workdir)
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    steps = sorted(wanted)
+    np.testing.assert_allclose([found[s] for s in steps], [wanted[s] for s in steps], rtol=2e-3)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("processes", "mesh"),
+    [(2, {"data": 2, "fsdp": 2}), (2, {"sequence": 2, "tensor": 2}), (4, {"fsdp": 4, "sequence": 2})],
+)
+def test_several_processes_have_the_losses_of_one(processes, mesh, alone, tmp_path):
+    workdir = tmp_path / "w"
+    mesh = {"data": 1} | mesh
+    assert finish(start(workdir, processes, 2, mesh)) == [0] * processes, log(workdir, processes - 1)
+    same(losses(workdir), alone)
+    assert json.loads((workdir / "done.json").read_text())["step"] == STEPS
+
+
+@slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_who_name_it_and_one_process_goes_on(killed, alone, tmp_path):
+    workdir = tmp_path / "w"
+    processes = start(workdir, 2, 2, {"data": 2, "fsdp": 2})
+    wait_for(workdir, 10, processes)
+    processes[killed].kill()
+    began = time.time()
+    statuses = finish(processes, 60)
+    assert time.time() - began < 60
+    assert statuses[1 - killed] == distributed.LOST
+    assert re.search(rf"error: process {1 - killed}: process {killed} \(pid \d+ on .*died", log(workdir, 1 - killed))
+    saved = checkpoint.steps(workdir)[-1]
+    assert 4 <= saved < STEPS
+    assert finish(start(workdir, 1, 8, {"data": 2, "tensor": 2, "sequence": 2})) == [0]
+    assert f"resumed  at step {saved}" in log(workdir, 0)
+    same(losses(workdir), alone)
+
+
+@slow
+def test_sigterm_to_one_saves_once_at_the_same_step(alone, tmp_path):
+    workdir = tmp_path / "w"
+    processes = start(workdir, 2, 2, {"data": 4})
+    wait_for(workdir, 5, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    assert finish(processes) == [75, 75], log(workdir, 1)
+    saved = [int(re.search(r"saved step (\d+) of", log(workdir, i))[1]) for i in range(2)]
+    assert saved[0] == saved[1] == checkpoint.steps(workdir)[-1] < STEPS
+    assert finish(start(workdir, 2, 2, {"data": 2, "fsdp": 2})) == [0, 0]
+    same(losses(workdir), alone)
+
+
+@slow
+def test_an_error_of_one_process_is_told_to_the_others(tmp_path):
+    workdir = tmp_path / "w"
+    processes = start(workdir, 2, 2, {"data": 4}, steps=100_000)
+    wait_for(workdir, 3, processes)
+    processes[1].send_signal(signal.SIGINT)
+    statuses = finish(processes, 60)
+    assert statuses[0] == distributed.LOST
+    assert re.search(r"process 0: process 1 .* ended: KeyboardInterrupt", log(workdir, 0))
+
+
+def test_an_interrupt_that_a_library_swallows_comes_again(monkeypatch):
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    before = signal.getsignal(signal.SIGINT)
+    with run._stop_on_signals(threading.Event()) as stop:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            run._should_stop(stop, 1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_several_processes_with_cpus_do_without_the_compilation_cache(monkeypatch):
+    asked = []
+    monkeypatch.setattr(run.jax.config, "update", lambda *args: asked.append(args))
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    run.use_compilation_cache()
+    assert not asked
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 1)
+    run.use_compilation_cache()
+    assert asked
+
+
+@pytest.fixture
+def watches(tmp_path, monkeypatch):
+    """Those of three processes, in this one."""
+    made = []
+    (tmp_path / "processes").mkdir()
+    for i in range(3):
+        monkeypatch.setattr(distributed.jax, "process_index", lambda i=i: i)
+        monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
+        made.append(distributed.Watch(str(tmp_path), stall_seconds=100))
+    for watch in made:
+        watch.beat()
+    return made
+
+
+def clock(monkeypatch, seconds):
+    now = time.monotonic()
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now + seconds)
+
+
+def test_a_silent_process_is_named_and_one_that_beats_is_not(watches, monkeypatch):
+    first, second, third = watches
+    third.progress(7)
+    third.beat()
+    assert first.look() == ""
+    clock(monkeypatch, distributed.DEAD_SECONDS + 1)
+    second.beat()
+    assert re.match(r"process 2 \(pid \d+ on \S+, at step 7\) died: it has not been heard of for 21 s", first.look())
+    third.beat()
+    assert first.look() == ""
+
+
+def test_a_process_that_ended_well_is_not_missed_and_one_that_did_not_is(watches, monkeypatch):
+    first, second, third = watches
+    second.ended, third.ended = "", ""
+    second.beat()
+    third.beat()
+    assert first.look() == ""
+    clock(monkeypatch, distributed.DEAD_SECONDS + 1)
+    assert first.look() == ""
+    third.ended = "OSError: no space"
+    third.beat()
+    assert first.look().endswith("ended: OSError: no space")
+
+
+def test_no_step_for_long_names_those_behind(watches, monkeypatch):
+    first, second, third = watches
+    first.progress(12)
+    second.progress(12)
+    third.progress(11)
+    clock(monkeypatch, 101)
+    second.beat()
+    third.beat()
+    assert first.look() == (
+        "no step for 101 s (stall_seconds); this process is at step 12, and stalled are those behind it: 2"
+    )

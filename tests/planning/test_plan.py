@@ -1,0 +1,154 @@
+"""Plans: a real compiler for a TPU that isn't here, and the arithmetic around it."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+
+from experiments import base
+from research import config
+from research.errors import InputError
+from research.planning import plan
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler isn't here")
+
+HLO = """HloModule jit_step, entry_computation_layout={()->f32[]}
+
+%add.1 (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body.2 (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %ag = bf16[16,128]{1,0:T(8,128)(2,1)} all-gather(%w), channel_id=7, replica_groups=[2,2]<=[4], dimensions={0}
+  %again = f32[2] fusion(%w), kind=kCustom, calls=%async_collective_fusion.8
+  %rs = f32[4,128]{1,0} reduce-scatter(%g), replica_groups=mesh['x'=2,'y'=2] {'y'}, to_apply=%add.1
+  %pair = (bf16[8,128]{1,0}, bf16[8,128]{1,0}) all-gather-start(%v), dimensions={0}
+  %done = bf16[8,128]{1,0} all-gather-done(%pair)
+}
+
+%async_collective_fusion.8 (p: bf16[8,128]) -> f32[2] {
+  %ag.1 = bf16[16,128]{1,0} all-gather(%p), channel_id=7, replica_groups=[2,2]<=[4], dimensions={0}
+}
+
+%all-reduce-scatter.4 (g: f32[8,128]) -> f32[2,128] {
+  %sum = f32[8,128]{1,0} all-reduce(%g), replica_groups={{0,1,2,3}}, to_apply=%add.1
+}
+
+%body.5 (p: (s32[])) -> (s32[]) {
+  %there = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}
+}
+
+%condition.3 (p: (s32[], f32[8,128])) -> pred[] {
+  %n = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main.9 (a: f32[8,128]) -> f32[] {
+  %loop = (s32[]) while(%t), condition=%condition.3, body=%body.2, backend_config={"known_trip_count":{"n":"5"}}
+  %short = (s32[]) while(%t), condition=%condition.3, body=%body.5
+  %scattered = f32[2,128] fusion(%y), kind=kCustom, calls=%all-reduce-scatter.4
+  ROOT %ar = f32[] all-reduce(%y), replica_groups={{0,1,2,3}}, to_apply=%add.1
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_their_loops_run():
+    found = {c.kind: (c.calls, c.bytes) for c in plan.find_collectives(HLO)}
+    assert found == {
+        "all-gather": (10, 5 * (16 * 128 * 2 + 8 * 128 * 2)),
+        "reduce-scatter": (5 + 1, 5 * 2 * 4 * 128 * 4 + 8 * 128 * 4),
+        "all-reduce": (1, 4),
+        "collective-permute": (3, 3 * 16),
+    }
+
+
+def test_what_the_compiler_says_of_memory():
+    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
+    text += "Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G."
+    assert plan._out_of_memory(text) == "needs 20.10G of 15.75G: 4.35G too much"
+    text = "Ran out of memory on HBM, the total memory required for HLO temporaries (35.21G) "
+    text += "exceeds available HBM (15.75G)."
+    assert plan._out_of_memory(text) == "needs 35.21G of 15.75G for temporaries alone: 19.46G too much"
+    assert plan._out_of_memory("INTERNAL: a bug") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e", "isn't of the form KIND:SHAPE"),
+        ("v5x:4x4", "Did you mean 'v5"),
+        ("gpu:8xH101", "give cpu:COUNT or gpu:COUNTxKIND"),
+        ("cpu:8x8", "give cpu:COUNT"),
+        pytest.param("v5e:3x5", "Give a shape that v5e comes in", marks=needs_libtpu),
+    ],
+)
+def test_a_topology_that_does_not_exist_is_an_error(name, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        plan.find(name)
+
+
+def small(**overrides):
+    values = base.debug(base.get_config())
+    values.seq_len, values.batch_size = 256, 16
+    values.tokenizer.kind = "byte"
+    values.model.vocab_size = 512
+    values.update_from_flattened_dict(overrides)
+    return config.parse(values.to_dict())
+
+
+def test_bytes_are_those_of_one_device():
+    eight = plan.find("gpu:8xH100")  # first, as it decides how many devices there are
+    whole = plan.make(small(), plan.find("cpu:1"))
+    cut = plan.make(small(**{"mesh.data": 1, "mesh.fsdp": 8}), eight)
+    assert whole.parameters == cut.parameters
+    assert whole.bytes_of["parameters"] == 4 * whole.parameters
+    assert whole.bytes_of["optimizer"] >= 8 * whole.parameters
+    for kind in ("parameters", "optimizer"):  # norms alone are whole on each device
+        assert whole.bytes_of[kind] / 8 < cut.bytes_of[kind] < whole.bytes_of[kind] / 7
+    assert not whole.collectives
+    assert {c.kind for c in cut.collectives} >= {"all-gather", "all-reduce"}
+    assert whole.seconds["network"] == 0 < cut.seconds["network"]
+    assert whole.fits
+    assert cut.fits
+    text = plan.describe(small(**{"plan.prices.H100": 2.0}), eight, cut)
+    assert "an estimate: compiled for simulated CPU devices" in text
+    assert "plan.prices.H100 = 2.0" in text
+
+
+@needs_libtpu
+def test_compiles_for_a_tpu_that_is_not_here(tmp_path, capsys):
+    command = ["--config=experiments/pretrain.py:debug", "--topology=v5e:2x2", "--config.mesh.fsdp=2"]
+    command += ["--config.plan.prices.v5e=1.2", f"--json={tmp_path / 'plan.json'}"]
+    assert plan.main(command) == 0
+    said = capsys.readouterr().out
+    assert "4 devices, mesh data 2, fsdp 2" in said
+    assert "fits" in said
+    assert "plan.prices.v5e = 1.2" in said
+    (record,) = json.loads((tmp_path / "plan.json").read_text())
+    assert record["bytes_of"]["temporary"] > 0
+    assert record["collectives"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_search_names_the_fastest_that_fits(tmp_path):
+    command = ["--config=experiments/pretrain.py:debug", "--topology=v5e:2x2", "--search", "--max_compiles=3"]
+    assert plan.main([*command, f"--json={tmp_path / 'plan.json'}"]) == 0
+    records = json.loads((tmp_path / "plan.json").read_text())
+    assert 1 <= len(records) <= 3
+    assert all(r["fits"] for r in records)
+    most = [sum(r["seconds"].values()) for r in records]
+    assert most[-1] == min(most)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_says_by_how_much(capsys):
+    command = ["--config=experiments/large.py:8b", "--topology=v5e:2x2", "--config.batch_size=4"]
+    assert plan.main(command) == 1
+    said = capsys.readouterr().out
+    assert "DOESN'T FIT" in said
+    assert "too much" in said
+    assert re.search(r"take \d+ chips or more", said)

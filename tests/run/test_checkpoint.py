@@ -1,0 +1,163 @@
+"""What is kept, what comes back, and what a reader is told about a folder that holds nothing or something else."""
+
+import dataclasses
+import json
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from research import train
+from research.errors import InputError
+from research.run import checkpoint
+
+# A state as it was saved before objectives had carries.
+Older = jax.tree_util.register_dataclass(
+    dataclasses.make_dataclass("Older", [f.name for f in dataclasses.fields(train.TrainState) if f.name != "carry"])
+)
+OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+
+
+def state_at(step):
+    values = {"policy": {"w": jnp.full((8, 4), float(step))}}
+    state = train.init_state(values, OPTIMIZER, jax.random.PRNGKey(step), ema=True)
+    return state.replace(step=jnp.asarray(step, jnp.int32))
+
+
+def like(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def save(workdir, scores, first=1, **options):
+    saver = checkpoint.Checkpointer(workdir, **options)
+    for step, score in enumerate(scores, start=first):
+        saver.save(state_at(step), {"step": step}, {"seed": 0}, {} if score is None else {"eval/loss": score})
+    saver.wait()
+    saver.close()
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("min", [2, 5, 6]), ("max", [1, 5, 6])])
+def test_the_last_and_the_best_are_kept(mode, kept, tmp_path):
+    save(tmp_path, [3.0, 1.0, 2.0, None, 2.5, None], keep_last=2, best_metric="eval/loss", best_mode=mode)
+    assert checkpoint.steps(tmp_path) == kept
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 1)])
+def test_the_best_is_known_and_kept_when_the_run_goes_on(mode, best, tmp_path):
+    options = {"keep_last": 1, "best_metric": "eval/loss", "best_mode": mode}
+    save(tmp_path, [3.0, 1.0, 2.0], **options)
+    save(tmp_path, [2.5, 2.2], first=4, **options)
+    assert checkpoint.steps(tmp_path) == [best, 5]
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"checkpoint": options}}))
+    assert checkpoint.best_step(tmp_path) == best
+    save(tmp_path / "without", [None])
+    (tmp_path / "without/config.json").write_text(json.dumps({"config": {"checkpoint": options}}))
+    with pytest.raises(InputError, match="has no best checkpoint"):
+        checkpoint.best_step(tmp_path / "without")
+
+
+def test_state_and_source_come_back(tmp_path):
+    save(tmp_path, [None, None])
+    saver = checkpoint.Checkpointer(tmp_path)
+    state, source = saver.restore(like(state_at(0)))
+    saver.close()
+    assert source == {"step": 2}
+    jax.tree.map(np.testing.assert_array_equal, state, state_at(2))
+
+
+def hold_writes(monkeypatch, until):
+    """Every write ends only when `until()` has returned."""
+
+    class Held:
+        def __init__(self, future):
+            self.future = future
+
+        def result(self, timeout=None):
+            until()
+            return self.future.result(timeout)
+
+    async_save = ocp.PyTreeCheckpointHandler.async_save
+
+    async def held(self, *args, **kwargs):
+        return [Held(future) for future in await async_save(self, *args, **kwargs)]
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "async_save", held)
+
+
+def test_a_save_waits_for_no_write_and_holds_what_was_then(tmp_path, monkeypatch):
+    go = threading.Event()
+    hold_writes(monkeypatch, lambda: go.wait(20))
+    next_step = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones_like(x), s), donate_argnums=0)
+    state = jax.jit(lambda: state_at(1))()
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.save(state, {}, {}, {})
+    for _ in range(3):  # the loop goes on, over the memory of what is being written
+        state = next_step(state)
+    assert int(state.step) == 4
+    assert checkpoint.steps(tmp_path) == []
+    go.set()
+    saver.wait()
+    jax.tree.map(np.testing.assert_array_equal, saver.restore(like(state_at(1)))[0], state_at(1))
+    saver.close()
+
+
+def test_a_write_that_fails_is_told_at_the_end(tmp_path, monkeypatch):
+    def fail():
+        raise OSError("no space left")
+
+    hold_writes(monkeypatch, fail)
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.save(state_at(1), {}, {}, {})
+    with pytest.raises(OSError, match="no space left"):
+        saver.wait()
+    assert checkpoint.steps(tmp_path) == []
+
+
+def test_what_fails_in_the_background_is_told_by_the_first_use(tmp_path):
+    (tmp_path / "file").touch()
+    saver = checkpoint.Checkpointer(tmp_path / "file")
+    saver.prepare()
+    with pytest.raises(OSError, match="file"):
+        saver.save(state_at(1), {}, {}, {})
+    saver.close()
+
+
+def test_a_carry_comes_back_and_one_that_is_not_there_is_an_error(tmp_path):
+    plain, carrying = state_at(1), state_at(1).replace(carry={"term": {"threshold": jnp.asarray([0.25, 0.75])}})
+    older = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain) if f.name != "carry"}
+    for name, saved in (("plain", plain), ("carrying", carrying), ("older", Older(**older))):
+        saver = checkpoint.Checkpointer(tmp_path / name)
+        saver.save(saved, {}, {}, {})
+        saver.wait()
+        for wanted in (plain, carrying):
+            if bool(wanted.carry) != (name == "carrying"):
+                with pytest.raises(InputError, match="another optimizer, objective or ema_decay"):
+                    saver.restore(like(wanted))
+            else:
+                jax.tree.map(np.testing.assert_array_equal, saver.restore(like(wanted))[0], wanted)
+        saver.close()
+
+
+def test_parameters_alone_of_any_step_or_the_average(tmp_path):
+    save(tmp_path, [None, None])
+    wanted = like(state_at(0).params)
+    for step, ema in ((None, False), (1, False), (1, True)):
+        values, found = checkpoint.restore_params(tmp_path, wanted, step=step, ema=ema)
+        assert found == (step or 2)
+        np.testing.assert_array_equal(values["policy"]["w"], np.full((8, 4), found))
+
+
+def test_a_reader_is_told_what_is_there(tmp_path):
+    wanted = like(state_at(0).params)
+    with pytest.raises(InputError, match="has no checkpoints/STEP"):
+        checkpoint.restore_params(tmp_path, wanted)
+    save(tmp_path, [None, None])
+    with pytest.raises(InputError, match="no checkpoint of step 7; there are 1, 2"):
+        checkpoint.restore_params(tmp_path, wanted, step=7)
+    other = {"policy": {"w": jax.ShapeDtypeStruct((8, 5), jnp.float32), "b": jax.ShapeDtypeStruct((5,), jnp.float32)}}
+    with pytest.raises(InputError, match=r"\['policy'\]\['b'\] has shape missing"):
+        checkpoint.restore_params(tmp_path, other)

@@ -1,0 +1,244 @@
+"""Whole runs: every experiment builds, runs and traces at full size; what is stopped and resumed loses nothing."""
+
+import importlib
+import json
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments import base
+from research import config, loading, optim
+from research.devices import sharding
+from research.run import checkpoint, metrics, run
+from research.studies import study
+
+EXPERIMENTS = sorted(p.stem for p in (Path(base.__file__).parent).glob("*.py") if p.stem not in ("base", "__init__"))
+
+
+def values_of(name, arg="debug", **overrides):
+    values = importlib.import_module(f"experiments.{name}").get_config(arg)
+    values.update_from_flattened_dict(overrides)
+    return values
+
+
+STUDIES = [name for name in EXPERIMENTS if "study" in values_of(name)]
+
+
+def load(name, arg="debug", **overrides):
+    values = values_of(name, arg, **overrides).to_dict()
+    values.pop("study", None)
+    return config.parse(values)
+
+
+def parameters(workdir):
+    """Every array of the newest checkpoint, by name."""
+    step = checkpoint.steps(workdir)[-1]
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(Path(workdir).resolve() / checkpoint.FOLDER / str(step) / "state")
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_same(a, b):
+    a, b = parameters(a), parameters(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - set(STUDIES)))
+def test_experiment_takes_two_steps(name, tmp_path):
+    final = run.run(load(name), str(tmp_path / "w"))
+    assert np.isfinite(final["train/loss"])
+    assert np.isfinite(final["eval/loss"])
+    assert final["train/mfu"] > 0
+    record = json.loads((tmp_path / "w/config.json").read_text())
+    assert record["config"]["steps"] == 2
+    assert record["versions"]["jax"] == jax.__version__
+    assert json.loads((tmp_path / "w/done.json").read_text())["step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "students", "files"),
+    [
+        ("weak_to_strong", ("confidence",), ["table.csv", "report.html"]),
+        ("distill", ("mixed",), ["eval_test_loss.png"]),
+    ],
+)
+def test_study_runs_to_its_report(name, students, files, tmp_path, capfd):
+    overrides = {"study.students": students, "study.seeds": 1}
+    if name == "weak_to_strong":
+        overrides["study.weak"] = ("xs",)
+    values = values_of(name, **overrides)
+    module = importlib.import_module(f"experiments.{name}")
+    plan = study.Plan(str(tmp_path / "store"))
+    report = module.study(values, plan)
+    assert study.run_stages(plan.stages) == {}
+    report(str(tmp_path / "w"))
+    assert students[0] in capfd.readouterr().out
+    for file in files:
+        assert (tmp_path / "w" / file).is_file()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_study_adds_up_at_full_size(name, tmp_path):
+    """Every stage of every variant is a config that parses, with all that it names made by a stage before it."""
+    module = importlib.import_module(f"experiments.{name}")
+    for arg in ("", "tasks") if name == "distill" else ("",):
+        plan = study.Plan(str(tmp_path / "store"))
+        values = values_of(name, arg)
+        module.study(values, plan)
+        assert len({stage.id for stage in plan.stages}) == len(plan.stages) > 6
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("mesh", [{"data": 1}, {"fsdp": 8, "tensor": 4}])
+def test_experiment_traces_at_full_size(name, mesh):
+    c = load(name, "", **{f"mesh.{axis}": size for axis, size in mesh.items()})
+    devices = int(np.prod(list(mesh.values())))
+    c = config.parse({**config.to_dict(c), "batch_size": 32 * c.microbatches})
+    config.check(c, num_devices=devices)
+    fields = {
+        k: jax.ShapeDtypeStruct((c.batch_size, c.seq_len), jnp.int32) for k in ("tokens", "segment_ids", "positions")
+    } | {"loss_mask": jax.ShapeDtypeStruct((c.batch_size, c.seq_len), jnp.float32)}
+    if c.model["num_labels"]:
+        shape = (c.batch_size, c.seq_len, c.model["num_labels"])
+        fields["label_probs"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    abstract = sharding.make_abstract_mesh(mesh, devices)
+    with jax.sharding.use_abstract_mesh(abstract):
+        parts = run.assemble(c, abstract, fields, vocab_size=300)
+        state, out = jax.eval_shape(parts.step, parts.state, {}, parts.batch)
+    assert out["loss"][0].shape == ()
+    jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), state, parts.state)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    options = {"steps": 6, "checkpoint.every": 2, "eval.every": 2, "ema_decay": 0.9, "log.every": 1}
+    run.run(load("sft", **options), str(tmp_path / "whole"))
+
+    advance = metrics.Writer.advance
+
+    def stop_at_three(self, step):
+        advance(self, step)
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Writer, "advance", stop_at_three)
+        with pytest.raises(run.Preempted, match="saved step"):
+            run.run(load("sft", **options), str(tmp_path / "cut"))
+    assert not (tmp_path / "cut/done.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    run.run(load("sft", **options), str(tmp_path / "cut"))
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+    def losses(workdir):
+        return [(r["step"], r["train/loss"]) for r in metrics.read_metrics(str(workdir)) if "train/loss" in r]
+
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_a_finished_run_is_left_alone_until_it_gets_more_steps(tmp_path, capfd):
+    first = run.run(load("sft"), str(tmp_path))
+    before = parameters(tmp_path)
+    again = run.run(load("sft"), str(tmp_path))
+    assert again["eval/loss"] == first["eval/loss"]
+    np.testing.assert_equal(parameters(tmp_path), before)
+    assert "changed" not in capfd.readouterr().err
+    run.run(load("sft", steps=3), str(tmp_path))
+    assert checkpoint.steps(tmp_path)[-1] == 3
+    assert "changed  steps: 2 -> 3" in capfd.readouterr().err
+
+
+def test_sharded_run_has_the_losses_of_a_single_device(tmp_path):
+    def losses(name, devices, **mesh):
+        c = load("sft", steps=4, **{"eval.every": 0, "checkpoint.best_metric": "", "optimizer.warmup_steps": 0}, **mesh)
+        run.run(c, str(tmp_path / name), devices=devices)
+        return [r["train/loss"] for r in metrics.read_metrics(str(tmp_path / name)) if "train/loss" in r]
+
+    single = losses("single", jax.devices()[:1])
+    mixed = losses("mixed", None, **{"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2})
+    assert len(single) == 4
+    assert single[-1] < single[0]
+    np.testing.assert_allclose(mixed, single, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_every_optimizer_trains_on_a_mesh(name, tmp_path):
+    mesh = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}
+    rate = {"sgd": 0.3}.get(name, 3e-3)
+    optimizer = {"optimizer.name": name, "optimizer.learning_rate": rate, "optimizer.warmup_steps": 0}
+    c = load("sft", steps=4, **mesh, **optimizer, **{"eval.every": 0, "checkpoint.best_metric": ""})
+    run.run(c, str(tmp_path))
+    losses = [r["train/loss"] for r in metrics.read_metrics(str(tmp_path)) if "train/loss" in r]
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_that_is_never_finite_ends_and_says_so(tmp_path):
+    c = load(
+        "sft",
+        steps=20,
+        max_bad_steps=3,
+        **{
+            "optimizer.learning_rate": 1e30,
+            "optimizer.clip_norm": 0.0,
+            "optimizer.warmup_steps": 0,
+            "eval.every": 0,
+            "checkpoint.best_metric": "",
+        },
+    )
+    with pytest.raises(run.Diverged, match="not finite 3 times in a row"):
+        run.run(c, str(tmp_path))
+    assert all(np.isfinite(v).all() for k, v in parameters(tmp_path).items() if "params" in k)
+
+
+def test_init_from_takes_the_parameters_of_another_run(tmp_path):
+    run.run(load("sft"), str(tmp_path / "a"))
+    c = load("sft", steps=1, **{"model.init_from": str(tmp_path / "a"), "optimizer.learning_rate": 1e-9})
+    run.run(c, str(tmp_path / "b"))
+    a, b = parameters(tmp_path / "a"), parameters(tmp_path / "b")
+    name = next(k for k in a if "embed" in k and "params" in k)
+    np.testing.assert_allclose(a[name], b[name], atol=1e-6)
+
+
+def test_load_model_reads_back_what_was_trained(tmp_path):
+    run.run(load("sft"), str(tmp_path))
+    loaded = loading.load_model(str(tmp_path))
+    saved = parameters(tmp_path)
+    name = next(k for k in saved if k.endswith("['embed']") and "params" in k and "opt" not in k)
+    np.testing.assert_array_equal(loaded.params["embed"], saved[name])
+    assert loaded.template == "auto"
+
+
+@pytest.mark.slow
+def test_on_policy_distillation_is_resumed_bit_for_bit(tmp_path):
+    run.run(load("sft", **{"eval.every": 0, "checkpoint.best_metric": ""}), str(tmp_path / "teacher"))
+    changes = {"steps": 4, "eval.every": 0, "checkpoint.best_metric": "", "data.pack": False, "log.every": 1, "seed": 1}
+    changes |= {"rollout.share": 0.5, "rollout.max_new_tokens": 8, "rollout.temperature": 1.0}
+    changes |= {"roles": {"teacher": {"init_from": str(tmp_path / "teacher")}}}
+    changes |= {"objective": {"terms": {"distill": 1.0}, "distill": {"kind": "reverse_kl"}}}
+    changes |= {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0}
+    whole = run.run(load("sft", **changes), str(tmp_path / "whole"))
+    assert whole["train/divergence"] > 0
+    run.run(load("sft", **(changes | {"steps": 2})), str(tmp_path / "cut"))
+    run.run(load("sft", **changes), str(tmp_path / "cut"))
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    off_policy = run.run(load("sft", **(changes | {"rollout.share": 0.0, "steps": 1})), str(tmp_path / "off"))
+    first = next(r for r in metrics.read_metrics(str(tmp_path / "whole")) if "train/loss" in r)
+    assert off_policy["train/supervised_fraction"] != first["train/supervised_fraction"]
+
+
+def test_options_for_cpus_are_those_that_this_xla_knows(monkeypatch):
+    mesh = sharding.make_mesh({axis: 1 for axis in sharding.AXES}, jax.devices()[:1])
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(run, "_EMITTERS", "xla_cpu_no_such_option")
+    run._has_older_emitters.cache_clear()
+    assert run._compiler_options(mesh) == {"xla_backend_optimization_level": 2}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert run._compiler_options(mesh) == {}
+    run._has_older_emitters.cache_clear()

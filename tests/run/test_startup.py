@@ -1,0 +1,121 @@
+"""What a start waits for, and what it doesn't."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_run import load
+
+from research import params
+from research.devices import distributed, sharding, startup
+from research.run import run
+
+# What a run needs later or not at all: each takes 0.05 s to seconds.
+LATER = (
+    *("datasets", "gguf", "grain", "huggingface_hub", "matplotlib", "orbax", "pandas"),
+    *("scipy", "tensorboardX", "tensorstore", "torch", "transformers"),
+)
+
+
+def test_heavy_modules_are_not_imported_before_they_are_needed():
+    code = "import sys, research.main, research.run.run; print(*sys.modules, sep=chr(10))"
+    imported = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "jax" in imported
+    assert [name for name in LATER if name in imported] == []
+
+
+def test_an_error_of_the_compiler_ends_the_run(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no room for this program")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    with pytest.raises(RuntimeError, match="no room for this program"):
+        run.run(load("sft", **{"eval.every": 0, "checkpoint.best_metric": ""}), str(tmp_path))
+
+
+@pytest.mark.parametrize("seed", [0, 2**31 + 5])
+def test_the_first_state_is_that_of_the_key_of_the_seed(seed):
+    config = load("sft", ema_decay=0.9)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    fields = {k: jax.ShapeDtypeStruct((8, 128), jnp.int32) for k in ("tokens", "segment_ids", "positions")}
+    fields |= {"loss_mask": jax.ShapeDtypeStruct((8, 128), jnp.float32)}
+    with jax.set_mesh(mesh):
+        parts = run.assemble(config, mesh, fields, vocab_size=300)
+        keys, specs = jax.random.split(jax.random.PRNGKey(seed)), {"policy": parts.models["policy"].specs}
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            parts.begin(np.uint32(seed)),
+            parts.init_state(jax.jit(lambda key: params.init(specs, key))(keys[0]), keys[1]),
+        )
+
+
+PROGRAM = """
+import os, sys
+from research import process
+startup.use_huge_pages()
+print(os.environ.get("GLIBC_TUNABLES"), startup.describe() != [], sys.argv[1:])
+print(sorted(set(os.environ) - set(startup.without_huge_pages(os.environ))))
+"""
+
+
+@pytest.mark.skipif(not startup._offered(), reason="this system has no huge pages to ask for")
+@pytest.mark.parametrize(
+    ("environment", "tunables", "described"),
+    [
+        ({}, "glibc.malloc.hugetlb=1", True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, "glibc.malloc.check=0:glibc.malloc.hugetlb=1", True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0", False),
+        ({"UNDERSTUDY_HUGE_PAGES": "0"}, "None", False),
+        ({"JAX_PLATFORMS": "cuda"}, "None", False),
+    ],
+)
+def test_a_process_begins_anew_with_huge_pages(tmp_path, environment, tunables, described):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    inherited = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "UNDERSTUDY_HUGE_PAGES")}
+    command = [sys.executable, tmp_path / "program.py", "--a=b c"]
+    done = subprocess.run(command, env=inherited | environment, check=True, capture_output=True, text=True)
+    first, second = done.stdout.splitlines()
+    assert first == f"{tunables} {described} ['--a=b c']"
+    added = (
+        ["GLIBC_TUNABLES", "UNDERSTUDY_HUGE_PAGES"] if described else [*environment.keys() & {"UNDERSTUDY_HUGE_PAGES"}]
+    )
+    assert second == str([name for name in added if name != "GLIBC_TUNABLES" or "GLIBC_TUNABLES" not in environment])
+
+
+@pytest.mark.parametrize("given", ["", "--xla_dump_to=/x", "--xla_backend_extra_options=a"])
+def test_loops_are_left_unless_the_user_has_extra_options(monkeypatch, given):
+    monkeypatch.setenv("XLA_FLAGS", given)
+    startup.leave_loops()
+    ours = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling"
+    asked = "extra" in given
+    assert os.environ["XLA_FLAGS"].split() == given.split() + ([] if asked else [ours])
+    assert any(ours in line for line in startup.describe()) != asked
+
+
+@pytest.mark.parametrize(
+    ("given", "simulated"),
+    [
+        ({}, False),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, True),
+        ({"JAX_NUM_CPU_DEVICES": "2"}, True),
+    ],
+)
+def test_simulated_devices_get_threads_and_a_scheduler_that_do_not_hang(monkeypatch, given, simulated):
+    for name, value in ({"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "", "PJRT_NPROC": ""} | given).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("PJRT_NPROC")
+    distributed.start()
+    assert (os.environ.get("PJRT_NPROC") == "64") == simulated
+    for option in ("xla_cpu_scheduler_type", "xla_cpu_experimental_ynn_fusion_type"):
+        assert (option in os.environ["XLA_FLAGS"]) == simulated
+
+
+def test_the_start_of_a_process_is_before_its_first_line():
+    code = "import time; first = time.time(); from research import process; print(startup.start_time() - first)"
+    before = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+    assert -60 < before < 0.02  # ticks of 10 ms

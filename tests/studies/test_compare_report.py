@@ -1,0 +1,64 @@
+"""The report of a study that compares ways to train."""
+
+import csv
+import json
+import math
+
+import pytest
+from scipy import stats
+
+from research.errors import InputError
+from research.studies import compare_report
+
+
+def write(folder, values, metric="eval/loss"):
+    folder.mkdir(parents=True)
+    lines = [{"step": step, "time": 0.0, metric: value} for step, value in values.items()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def test_an_interval_is_that_of_a_t_test():
+    values = [1.0, 1.2, 1.7]
+    want = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert compare_report.mean(values) == pytest.approx((1.3, want.low, want.high))
+    assert math.isnan(compare_report.mean([2.0]).low)
+
+
+def test_the_table_has_the_last_values_over_seeds(tmp_path, capsys):
+    runs = {
+        "alone": [write(tmp_path / "a0", {0: 5.0, 10: 2.0}), write(tmp_path / "a1", {0: 5.0, 10: 3.0})],
+        "taught": [write(tmp_path / "t0", {0: 5.0, 10: 1.5})],
+        "other": [write(tmp_path / "o0", {10: 0.5}, "eval/exact_match")],
+    }
+    compare_report.report(runs, ["eval/loss", "eval/exact_match"], str(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert "alone   2      2.5 [-3.853, 8.853]  -" in printed
+    assert "taught  1      1.5                  -" in printed
+    with open(tmp_path / "out/table.csv", newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert float(rows["alone"]["eval/loss"]) == 2.5
+    assert rows["taught"]["eval/loss low"] == ""
+    assert rows["other"]["eval/loss"] == ""
+    table = {row["name"]: row for row in json.loads((tmp_path / "out/table.json").read_text())}
+    assert table["taught"]["eval/loss"] == {"value": 1.5, "low": None, "high": None}
+    assert table["other"]["eval/exact_match"]["value"] == 0.5
+    assert table["alone"]["runs"] == runs["alone"]
+    for name in ("eval_loss.png", "eval_exact_match.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    assert "2.5 [-3.853, 8.853]" in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_gap_recovered_is_a_ratio_of_means(tmp_path, capsys):
+    losses = {"weak": [4.0, 2.0], "student": [1.5, 3.0], "ceiling": [1.0, 1.0]}
+    runs = {k: [write(tmp_path / f"{k}{i}", {1: x}) for i, x in enumerate(v)] for k, v in losses.items()}
+    compare_report.report(runs, ["eval/loss"], str(tmp_path / "out"), gap=("weak", "ceiling"))
+    assert "PGR of eval/loss" in capsys.readouterr().out
+    table = {row["name"]: row["PGR of eval/loss"] for row in json.loads((tmp_path / "out/table.json").read_text())}
+    assert table == {"weak": None, "student": pytest.approx(0.375), "ceiling": None}
+
+
+def test_a_metric_that_nobody_has_is_named(tmp_path):
+    runs = {"alone": [write(tmp_path / "a", {0: 1.0})]}
+    with pytest.raises(InputError, match="eval/lss: no run of the study has this metric"):
+        compare_report.report(runs, ["eval/lss"], str(tmp_path / "out"))
