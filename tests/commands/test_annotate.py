@@ -8,7 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from test_run import load
+from runs import load
 
 from research import config, loading
 from research.commands import annotate

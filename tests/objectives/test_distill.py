@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_run import load
+from runs import load
 from test_train import INITIAL, MODEL, adamw, make_batch
 
 from research import config, loading, objectives, params, train

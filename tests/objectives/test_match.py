@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_run import load, parameters
+from runs import load, parameters
 from test_train import CONFIG, INITIAL, MODEL, close, make_batch
 
 from research import config, loading, objectives, params, train

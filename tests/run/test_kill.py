@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_run import assert_same
+from runs import assert_same
 
 from research import main
 from research.run import checkpoint, metrics

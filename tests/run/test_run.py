@@ -3,51 +3,17 @@
 import importlib
 import json
 import signal
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from runs import EXPERIMENTS, STUDIES, assert_same, load, parameters, values_of
 
-from experiments import base
 from research import config, loading, optim
 from research.devices import sharding
 from research.run import checkpoint, metrics, run
 from research.studies import study
-
-EXPERIMENTS = sorted(p.stem for p in (Path(base.__file__).parent).glob("*.py") if p.stem not in ("base", "__init__"))
-
-
-def values_of(name, arg="debug", **overrides):
-    values = importlib.import_module(f"experiments.{name}").get_config(arg)
-    values.update_from_flattened_dict(overrides)
-    return values
-
-
-STUDIES = [name for name in EXPERIMENTS if "study" in values_of(name)]
-
-
-def load(name, arg="debug", **overrides):
-    values = values_of(name, arg, **overrides).to_dict()
-    values.pop("study", None)
-    return config.parse(values)
-
-
-def parameters(workdir):
-    """Every array of the newest checkpoint, by name."""
-    step = checkpoint.steps(workdir)[-1]
-    with ocp.StandardCheckpointer() as reader:
-        tree = reader.restore(Path(workdir).resolve() / checkpoint.FOLDER / str(step) / "state")
-    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def assert_same(a, b):
-    a, b = parameters(a), parameters(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 @pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - set(STUDIES)))

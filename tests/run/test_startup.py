@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_run import load
+from runs import load
 
 from research import params
 from research.devices import distributed, sharding, startup

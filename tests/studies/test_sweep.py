@@ -234,7 +234,8 @@ def wait_for(path):
 
 def test_ctrl_c_is_passed_on_and_waited_for(tmp_path, experiment, program):
     path, out = experiment(seeds(75, 2)), tmp_path / "out"
-    code = f"from research.studies.sweep import sweep; raise SystemExit(sweep({path!r}, {{}}, {str(out)!r}, program={program!r}))"
+    call = f"sweep({path!r}, {{}}, {str(out)!r}, program={program!r})"
+    code = f"from research.studies.sweep import sweep; raise SystemExit({call})"
     root = pathlib.Path(__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
     try:
