@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 from experiments import base
 from research import loading, params
 from research.errors import InputError
-from research.models import transformer
+from research.models.config import ModelConfig
+from research.models.specs import make_specs
 from research.studies import pgr_report
 
 SIZES = {
@@ -161,10 +162,10 @@ def _pair(config, add, files, weak):
 def _count(config, size):
     """Number of parameters."""
     if size in SIZES:
-        c = transformer.ModelConfig(**SIZES[size], vocab_size=config.tokenizer.vocab_size)
+        c = ModelConfig(**SIZES[size], vocab_size=config.tokenizer.vocab_size)
     else:
         c = loading.find(size).config
-    return params.count(transformer.make_specs(c))
+    return params.count(make_specs(c))
 
 
 def _classifier(config, add, size, seed, data, objective):

@@ -13,7 +13,7 @@ from typing import Any
 from research import objectives, optim
 from research.devices import sharding
 from research.errors import InputError, did_you_mean
-from research.models.transformer import ModelConfig
+from research.models.config import ModelConfig
 from research.rollouts.answers import RolloutSpec
 from research.sources.dataset import DataSpec
 from research.sources.tokenizers import TokenizerSpec

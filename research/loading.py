@@ -13,6 +13,7 @@ from research import params
 from research.devices import sharding
 from research.errors import InputError
 from research.models import transformer
+from research.models.config import ModelConfig
 from research.pretrained import load as pretrained
 from research.run import checkpoint
 from research.sources import tokenizers
@@ -34,7 +35,7 @@ class Found(NamedTuple):
     """
 
     name: str
-    config: transformer.ModelConfig
+    config: ModelConfig
     rules: dict[str, Any]
     tokenizer: Callable[[], tokenizers.Tokenizer]
     has_tokenizer: bool
@@ -153,7 +154,7 @@ def load_model(
     return LoadedModel(model, values, tokenizer, found.template, mesh)
 
 
-def check_vocabulary(name: str, tokenizer: tokenizers.Tokenizer, c: transformer.ModelConfig) -> None:
+def check_vocabulary(name: str, tokenizer: tokenizers.Tokenizer, c: ModelConfig) -> None:
     """Raises InputError where the tokenizer gives ids that the model has no embedding for."""
     if tokenizer.size > c.vocab_size:
         raise InputError(

@@ -15,7 +15,7 @@ import safetensors.numpy
 from research import config, loading
 from research.devices import sharding
 from research.errors import InputError
-from research.models.transformer import ModelConfig
+from research.models.config import ModelConfig
 from research.ops.rope import RopeScaling
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 

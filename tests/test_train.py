@@ -11,7 +11,8 @@ import pytest
 
 from research import objectives, optim, params, train
 from research.devices import sharding
-from research.models.transformer import ModelConfig, make_model
+from research.models.config import ModelConfig
+from research.models.transformer import make_model
 from research.objectives.types import LossOut, Objective
 
 CONFIG = ModelConfig(vocab_size=128, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, max_length=32)

@@ -52,14 +52,14 @@ def _run(args: argparse.Namespace) -> None:
 
     from research import loading, params
     from research.devices import sharding
-    from research.models import transformer
+    from research.models.specs import make_specs
     from research.pretrained import save
 
     found = loading.find(args.checkpoint, step=args.step, ema=args.ema)
     origin = found.origin or {"config": {}, "generation": {}, "dtypes": {}}
     family, config = save.choose(found.config, origin["config"])
     tokenizer = found.tokenizer() if found.has_tokenizer else None
-    specs = transformer.make_specs(found.config)
+    specs = make_specs(found.config)
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     values = found.read(specs, params.shardings(specs, mesh, found.rules))
 

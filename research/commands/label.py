@@ -25,6 +25,7 @@ import tqdm
 from research import cli
 from research.errors import InputError
 from research.models import transformer
+from research.models.config import ModelConfig
 from research.objectives import types as objective_types
 from research.sources import packing, records
 from research.sources.dataset import Rows
@@ -149,7 +150,7 @@ def _open(name: str, origin: records.Origin, args: argparse.Namespace) -> Classi
 
 
 @functools.lru_cache(maxsize=16)
-def _make_probs(config: transformer.ModelConfig, label_tokens: tuple[int, ...] | None) -> Callable[..., jax.Array]:
+def _make_probs(config: ModelConfig, label_tokens: tuple[int, ...] | None) -> Callable[..., jax.Array]:
     """One program for all models of a shape, so that labelling with many compiles once."""
     model = transformer.make_model(config)
 

@@ -601,9 +601,10 @@ def _guess(config: Any, topology: Topology) -> tuple[bool, float]:
     from research import config as config_lib
     from research import params
     from research.models import transformer
+    from research.models.specs import make_specs
 
     model = config_lib.model_config(config, config.model["vocab_size"] or 32_000, "tpu")
-    size, chip, n = params.count(transformer.make_specs(model)), topology.chip, topology.chips
+    size, chip, n = params.count(make_specs(model)), topology.chip, topology.chips
     tensor, sequence = config.mesh.tensor, config.mesh.sequence
     tokens = config.batch_size * config.seq_len
     local = tokens / (n / tensor) / config.microbatches  # of a device, at once; time is cut like the batch

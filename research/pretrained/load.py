@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from research import params as params_lib
 from research.errors import InputError
-from research.models.transformer import ModelConfig
+from research.models.config import ModelConfig
 from research.pretrained import families
 from research.pretrained.readers import Entry, gguf_entries, open_gguf, open_safetensors, read_json
 from research.pretrained.types import Fields, Tensor, letters, places, sizes, their_shape

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from research import params as params_lib
 from research.errors import InputError
-from research.models.transformer import ModelConfig
+from research.models.config import ModelConfig
 from research.pretrained import families
 from research.pretrained.load import make_config
 from research.pretrained.types import Fields, Tensor, letters, places

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from research.errors import InputError
-from research.models.transformer import ModelConfig
+from research.models.config import ModelConfig
 
 
 class Tensor(NamedTuple):

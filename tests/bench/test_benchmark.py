@@ -15,6 +15,8 @@ from research.bench import benchmark, measure, peers, profiling
 from research.cli import BAD_INPUT
 from research.devices import sharding
 from research.models import transformer
+from research.models.config import ModelConfig
+from research.models.specs import make_specs
 from research.planning import plan
 
 CONFIG = "--config=experiments/benchmark.py:debug"
@@ -152,8 +154,8 @@ def test_loop_decode_data_loading_checkpoint(lines):
     assert batch["tokens_per_second"] == pytest.approx(8 * 128 / batch["seconds"]["median"])
     assert 0 < batch["prefill_seconds"]["median"] < batch["seconds"]["median"]
     # Weights without the look-up (untied), and the cache, half full of new tokens on average; float32.
-    c = transformer.ModelConfig(384, 1, 64, 4, 2, d_ff=128, tie_embeddings=False)
-    sizes = [np.prod(s.shape) for s in jax.tree.leaves(transformer.make_specs(c), is_leaf=lambda x: hasattr(x, "axes"))]
+    c = ModelConfig(384, 1, 64, 4, 2, d_ff=128, tie_embeddings=False)
+    sizes = [np.prod(s.shape) for s in jax.tree.leaves(make_specs(c), is_leaf=lambda x: hasattr(x, "axes"))]
     assert batch["bytes_per_token"] == 4 * (sum(sizes) - 384 * 64 + 2 * 2 * 16 * 8 * (32 + 64))
     queue = found["decode", "64 prompts, 8 at once"]
     assert queue["new_tokens"]["padded"] == queue["new_tokens"]["refilled"] > 64
@@ -169,7 +171,7 @@ def test_loop_decode_data_loading_checkpoint(lines):
 
 
 def test_flops_of_a_distillation_have_the_teacher_s_forward_pass():
-    c = transformer.ModelConfig(384, 1, 64, 4, 2, d_ff=128)
+    c = ModelConfig(384, 1, 64, 4, 2, d_ff=128)
     model = transformer.make_model(c)
     one = measure.model_flops({"policy": model}, 10, 32)
     assert measure.model_flops({"policy": model, "teacher": model}, 10, 32) == pytest.approx(one * 4 / 3)
@@ -283,7 +285,7 @@ def test_shapes_are_those_of_the_models_they_are_named_after():
     counts = {}
     for size in experiment.SHAPES:
         c = config_lib.model_config(config_lib.parse(experiment.get_config(size).to_dict()), 4096)
-        counts[size] = sum(np.prod(s.shape) for s in jax.tree.leaves(transformer.make_specs(c), is_leaf=_is_spec))
+        counts[size] = sum(np.prod(s.shape) for s in jax.tree.leaves(make_specs(c), is_leaf=_is_spec))
     assert counts["small"] == pytest.approx(6.82e6, rel=1e-3)
     assert counts["smol"] == 134_515_008  # SmolLM2-135M's
     assert counts["1b"] == 1_235_814_400  # Llama 3.2 1B's

@@ -7,7 +7,8 @@ import pytest
 from research import params
 from research.commands import evaluate
 from research.devices import sharding
-from research.models.transformer import ModelConfig, make_model
+from research.models.config import ModelConfig
+from research.models.transformer import make_model
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
 TOKENIZER = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))

@@ -11,8 +11,9 @@ import pytest
 
 from research.commands import generate
 from research.errors import InputError
+from research.models.config import ModelConfig
 from research.models.sampling import Completion
-from research.models.transformer import Model, ModelConfig
+from research.models.transformer import Model
 from research.ops.losses import Head
 from research.sources.formats import render_prompt
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer

@@ -8,7 +8,8 @@ import pytest
 from research import params
 from research.errors import InputError
 from research.evals import tasks
-from research.models.transformer import Model, ModelConfig, make_model
+from research.models.config import ModelConfig
+from research.models.transformer import Model, make_model
 from research.ops.losses import Head
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 

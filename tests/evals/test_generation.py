@@ -4,8 +4,9 @@ import pytest
 
 from research.errors import InputError
 from research.evals.generation import make_generation
+from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig
-from research.models.transformer import Model, ModelConfig
+from research.models.transformer import Model
 from research.ops.losses import Head
 from research.sources.tasks import verify_record
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer

@@ -5,7 +5,8 @@ import pytest
 from research import params
 from research.errors import InputError
 from research.evals.multiple_choice import make_multiple_choice, read_question
-from research.models.transformer import ModelConfig, make_model
+from research.models.config import ModelConfig
+from research.models.transformer import make_model
 from research.sources.formats import render_prompt
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 

@@ -8,7 +8,8 @@ import pytest
 from research import objectives, params, train
 from research.errors import InputError
 from research.evals.perplexity import make_perplexity, make_record_perplexity
-from research.models.transformer import ModelConfig, make_model
+from research.models.config import ModelConfig
+from research.models.transformer import make_model
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
 V = 32

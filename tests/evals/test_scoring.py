@@ -11,7 +11,8 @@ from research.devices import sharding
 from research.errors import InputError
 from research.evals import scoring
 from research.evals.scoring import Example
-from research.models.transformer import ModelConfig, make_model
+from research.models.config import ModelConfig
+from research.models.transformer import make_model
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
 V, LONGEST = 64, 40

@@ -9,8 +9,9 @@ from research import params as params_lib
 from research.devices import sharding
 from research.errors import InputError
 from research.models import sampling
+from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig, generate_batches, make_generate, make_stream, pad_prompts
-from research.models.transformer import ModelConfig, make_model
+from research.models.transformer import make_model
 
 TINY = ModelConfig(
     vocab_size=48, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, max_length=64, init_std=0.3

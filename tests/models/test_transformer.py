@@ -10,7 +10,8 @@ import pytest
 from research import params
 from research.devices import sharding
 from research.errors import InputError
-from research.models.transformer import ModelConfig, flops_per_token, make_model
+from research.models.config import ModelConfig
+from research.models.transformer import flops_per_token, make_model
 
 BASE = ModelConfig(vocab_size=64, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, max_length=32)
 VARIANTS = {

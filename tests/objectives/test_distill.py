@@ -12,7 +12,8 @@ from test_train import INITIAL, MODEL, adamw, make_batch
 
 from research import config, loading, objectives, params, train
 from research.errors import InputError
-from research.models.transformer import ModelConfig, make_model
+from research.models.config import ModelConfig
+from research.models.transformer import make_model
 from research.objectives import distill
 from research.objectives.types import Forward
 from research.ops import divergences

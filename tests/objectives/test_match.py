@@ -11,7 +11,8 @@ from test_train import CONFIG, INITIAL, MODEL, close, make_batch
 from research import config, loading, objectives, params, train
 from research.devices import sharding
 from research.errors import InputError
-from research.models.transformer import ModelConfig, make_model
+from research.models.config import ModelConfig
+from research.models.transformer import make_model
 from research.objectives import match
 from research.run import run
 

@@ -12,7 +12,8 @@ import pytest
 from research import objectives, params, train
 from research.devices import sharding
 from research.errors import InputError
-from research.models.transformer import ModelConfig, make_model
+from research.models.config import ModelConfig
+from research.models.transformer import make_model
 from research.objectives import types, weak_to_strong
 from research.ops import class_losses
 from research.run import checkpoint

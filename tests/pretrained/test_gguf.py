@@ -17,6 +17,7 @@ from research import params
 from research.devices import sharding
 from research.errors import InputError
 from research.models import transformer
+from research.models.specs import make_specs
 from research.ops import rope
 from research.pretrained import load
 
@@ -110,7 +111,7 @@ def convert(folder, path, kind="F32", *, arrays=None, told=None):
 def read(path):
     """(config, parameters) of a checkpoint; numbers of the config as float32, as GGUF holds them."""
     found = load.open_pretrained(str(path))
-    specs = transformer.make_specs(found.config)
+    specs = make_specs(found.config)
     values = load.load(found, specs, params.shardings(specs, sharding.make_mesh({}, jax.devices()[:1])))
     single = {k: float(np.float32(v)) for k, v in dataclasses.asdict(found.config).items() if isinstance(v, float)}
     return dataclasses.replace(found.config, **single), values

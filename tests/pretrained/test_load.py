@@ -19,6 +19,8 @@ from research import params
 from research.devices import sharding
 from research.errors import InputError
 from research.models import transformer
+from research.models.config import ModelConfig
+from research.models.specs import make_specs
 from research.pretrained import load, save
 from research.pretrained.families import llama
 
@@ -29,7 +31,7 @@ FUSED = ["hf_tiny/gpt2", "hf_tiny/gpt_neox", "hf_tiny/llama", "hf_tiny/mixtral",
 
 def read(name, mesh, dtype=None):
     found = load.open_pretrained(str(GOLDEN / name))
-    specs = transformer.make_specs(found.config)
+    specs = make_specs(found.config)
     if dtype:
         specs = params.tree_map(lambda s: dataclasses.replace(s, dtype=dtype) if s.contracts else s, specs)
     return found, load.load(found, specs, params.shardings(specs, mesh))
@@ -47,7 +49,7 @@ def four_devices():
 def test_a_mesh_gets_the_parameters_of_one_device_bit_for_bit(name):
     _, alone = read(name, one_device())
     found, parts = read(name, four_devices())
-    placed = params.shardings(transformer.make_specs(found.config), four_devices())
+    placed = params.shardings(make_specs(found.config), four_devices())
     jax.tree.map(np.testing.assert_array_equal, parts, alone)
     assert jax.tree.map(lambda x: x.sharding, parts) == placed
     q = parts["layers"]["attention"]["q"]["kernel"]
@@ -85,7 +87,7 @@ def test_a_mixture_of_experts_on_a_mesh_is_that_of_one_device(learning):
 
 def test_the_host_holds_few_tensors_at_once(tmp_path, monkeypatch):
     """Writing and reading 17 MB with 1 MB at a time takes a few MB of numpy's memory."""
-    c = transformer.ModelConfig(vocab_size=64, num_layers=16, d_model=128, d_ff=512, tie_embeddings=False)
+    c = ModelConfig(vocab_size=64, num_layers=16, d_model=128, d_ff=512, tie_embeddings=False)
     model = transformer.make_model(c)
     values = params.init(model.specs, jax.random.key(0))
     size = 4 * params.count(model.specs)

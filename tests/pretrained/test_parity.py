@@ -14,6 +14,7 @@ import safetensors.numpy
 from research import params
 from research.devices import sharding
 from research.models import transformer
+from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig, make_generate
 from research.objectives import next_token
 from research.objectives.types import Forward
@@ -52,7 +53,7 @@ def rows(tokens, segment_ids, positions=None, **fields):
 
 
 @functools.cache
-def program(config: transformer.ModelConfig):
+def program(config: ModelConfig):
     """jitted (parameters, batch) -> logits; one for all checkpoints of the same config."""
     model = transformer.make_model(config)
 
@@ -72,7 +73,7 @@ def logits_of(name, batch):
 
 
 @functools.cache
-def generator(config: transformer.ModelConfig, new_tokens: int):
+def generator(config: ModelConfig, new_tokens: int):
     return make_generate(transformer.make_model(config), SamplingConfig(max_new_tokens=new_tokens))
 
 

@@ -14,7 +14,8 @@ import transformers
 from research import params
 from research.devices import sharding
 from research.errors import InputError
-from research.models.transformer import ModelConfig, make_model
+from research.models.config import ModelConfig
+from research.models.transformer import make_model
 from research.ops.rope import RopeScaling
 from research.pretrained import families, load, save
 

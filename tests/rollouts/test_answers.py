@@ -10,14 +10,13 @@ import pytest
 from research import params
 from research.errors import InputError
 from research.models import transformer
+from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig, make_generate, pad_prompts
 from research.rollouts.answers import RolloutSpec, make_rollout
 
 T, N, STOP = 24, 8, 3
 MODEL = transformer.make_model(
-    transformer.ModelConfig(
-        vocab_size=32, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, max_length=64
-    )
+    ModelConfig(vocab_size=32, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, max_length=64)
 )
 PARAMS = params.init(MODEL.specs, jax.random.key(0))
 PARAMS["embed"] *= 30.0  # so that answers differ and end at different places

@@ -3,7 +3,7 @@
 from typing import Any
 
 from research.errors import InputError
-from research.models.transformer import ModelConfig
+from research.models.config import ModelConfig
 from research.ops.rope import RopeScaling
 from research.pretrained.types import Fields, Tensor, windows
 

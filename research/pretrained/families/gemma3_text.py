@@ -3,7 +3,7 @@ with a sliding window."""
 
 from typing import Any
 
-from research.models.transformer import ModelConfig
+from research.models.config import ModelConfig
 from research.pretrained.families import common, gemma2
 from research.pretrained.types import Fields, Tensor, windows
 

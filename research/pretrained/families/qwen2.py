@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from research.models.transformer import ModelConfig
+from research.models.config import ModelConfig
 from research.pretrained.families import common, llama
 from research.pretrained.types import Fields, Tensor
 

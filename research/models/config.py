@@ -1,0 +1,183 @@
+"""ModelConfig: everything that decides what a model computes, and the checks of its fields."""
+
+import dataclasses
+import functools
+
+import jax
+
+from research.errors import InputError, did_you_mean
+from research.ops.attention import IMPLEMENTATIONS
+from research.ops.rope import RopeScaling
+
+MLPS = {  # activation, and whether a gate is multiplied by it
+    "swiglu": (jax.nn.silu, True),
+    "geglu": (functools.partial(jax.nn.gelu, approximate=False), True),
+    "geglu_tanh": (functools.partial(jax.nn.gelu, approximate=True), True),
+    "gelu": (functools.partial(jax.nn.gelu, approximate=False), False),
+    "gelu_tanh": (functools.partial(jax.nn.gelu, approximate=True), False),
+    "relu": (jax.nn.relu, False),
+}
+_NORMS = ("rmsnorm", "layernorm")
+_BLOCKS = ("pre", "post", "sandwich", "parallel", "residual")
+_POSITIONS = ("rope", "learned")
+_QK_NORMS = ("none", "head", "full")
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides what the model computes.
+
+    Attributes:
+      head_dim: 0 means d_model / num_heads.
+      d_ff: F; with experts, of each.
+      mlp: "swiglu" and "geglu" are gated (Shazeer 2020, arXiv:2002.05202), "gelu" and "relu" plain two-layer MLPs;
+        "_tanh" is GELU's approximation.
+      num_experts: E; 0 is one dense MLP. Experts have no biases.
+      experts_per_token: how many experts each token goes through.
+      normalize_router: the chosen experts' probabilities are made to add up to 1.
+      block: where the norms of a layer are. "pre": x + f(norm(x)), for attention and then the MLP. "post": x +
+        norm(f(x)) (OLMo 2, arXiv:2501.00656). "sandwich": x + norm(f(norm(x))) (Gemma 2, arXiv:2408.00118).
+        "parallel": x + attention(norm(x)) + mlp(norm(x)), each with its norm (GPT-NeoX, arXiv:2204.06745).
+        "residual": norm(x + f(x)), and no norm at the end (the first transformer, arXiv:1706.03762, and BERT).
+      norm_offset: is added to the scale of RMSNorm, which is then stored around 0 (Gemma: 1).
+      positions: "rope", or "learned" embeddings, max_length of them.
+      rotary_dim: how many dimensions of each head RoPE turns; 0 is all.
+      local_rope_theta: of layers with a sliding window, which then aren't stretched by rope_scaling either (Gemma 3,
+        arXiv:2503.19786); 0: as the others.
+      max_length: the longest sequence that it may be given.
+      causal: else every token sees all of its document (an encoder).
+      sliding_window: tokens that each token sees, itself included, in layer i: sliding_window[i % len]; 0 means all.
+      attention_bias, attention_out_bias, mlp_bias, head_bias: of the query, key and value maps, of attention's output
+        map, of the MLP's maps, and of the logits.
+      qk_norm: RMSNorm of queries and keys before RoPE: "head", over each head's dimensions; "full", over all heads'
+        together (OLMo 2).
+      attention_scale: of scores; 0 means head_dim^-0.5.
+      attention_softcap, logit_softcap: cap * tanh(x / cap) on scores and logits (Gemma 2, arXiv:2408.00118); 0 is off.
+      embed_scale: multiply embeddings by sqrt(d_model).
+      embed_norm: norm of the embeddings (BERT).
+      token_types: kinds of segment with an embedding each (BERT): the batch field `token_types`, [B, T] int32, says
+        which; without it all tokens are of the first.
+      head_transform: a dense layer, the MLP's activation and a norm before the logits (BERT's masked-LM head).
+      num_labels: the head gives so many logits and not V: a classifier or reward model. 0 is a language model.
+      remat: what the backward pass recomputes in each layer: "none" keeps all activations, "full" only the layer's
+        input, "attention" that and attention's output, "dots" also the results of matmuls with weights: what is then
+        computed again is element by element, which takes less than storing it.
+      attention: an implementation of ops.attention, or "auto".
+      dtype: of activations and matmuls: float32 or bfloat16.
+    """
+
+    vocab_size: int
+    num_layers: int = 4
+    d_model: int = 256
+    num_heads: int = 8
+    num_kv_heads: int = 8
+    head_dim: int = 0
+    d_ff: int = 768
+    mlp: str = "swiglu"
+    num_experts: int = 0
+    experts_per_token: int = 2
+    normalize_router: bool = True
+    block: str = "pre"
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    positions: str = "rope"
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    rotary_dim: int = 0
+    local_rope_theta: float = 0.0
+    max_length: int = 2048
+    causal: bool = True
+    sliding_window: tuple[int, ...] = (0,)
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    qk_norm: str = "none"
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    tie_embeddings: bool = True
+    embed_scale: bool = False
+    embed_norm: bool = False
+    token_types: int = 0
+    head_transform: bool = False
+    num_labels: int = 0
+    init_std: float = 0.02
+    remat: str = "dots"
+    attention: str = "auto"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field in (
+            "vocab_size",
+            "num_layers",
+            "d_model",
+            "num_heads",
+            "num_kv_heads",
+            "d_ff",
+            "max_length",
+        ):
+            if getattr(self, field) < 1:
+                raise InputError(f"model.{field} = {getattr(self, field)}: must be at least 1.")
+        for field, known in (
+            ("mlp", MLPS),
+            ("block", _BLOCKS),
+            ("norm", _NORMS),
+            ("positions", _POSITIONS),
+            ("qk_norm", _QK_NORMS),
+            ("remat", REMAT),
+            ("attention", IMPLEMENTATIONS),
+        ):
+            if getattr(self, field) not in known:
+                value = getattr(self, field)
+                raise InputError(f"model.{field} = {value!r}: no such choice.{did_you_mean(value, known)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"model.dtype = {self.dtype!r}: must be 'float32' or 'bfloat16'.")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"model.num_kv_heads = {self.num_kv_heads} doesn't divide model.num_heads = {self.num_heads}. "
+                "Every key/value head serves the same number of query heads: choose a divisor."
+            )
+        if not self.head_dim and self.d_model % self.num_heads:
+            raise InputError(
+                f"model.d_model = {self.d_model} isn't divisible by model.num_heads = {self.num_heads}. "
+                "Change one of them, or set model.head_dim."
+            )
+        if self.positions == "rope":
+            if self.turned % 2 or self.turned > self.dim_per_head:
+                field = "rotary_dim" if self.rotary_dim else "head_dim"
+                raise InputError(
+                    f"model.{field} = {self.turned}: rotary embeddings turn pairs of at most head_dim = "
+                    f"{self.dim_per_head} dimensions. Choose an even number up to that."
+                )
+            self.rope_scaling.check(self.turned)
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise InputError(
+                f"model.experts_per_token = {self.experts_per_token}: must be from 1 to model.num_experts = "
+                f"{self.num_experts}."
+            )
+        if self.num_experts and self.mlp_bias:
+            raise InputError("model.mlp_bias = True: experts have no biases. Set it to False.")
+        if not self.sliding_window or min(self.sliding_window) < 0:
+            raise InputError(f"model.sliding_window = {self.sliding_window}: give sizes >= 0, 0 for full attention.")
+
+    @property
+    def dim_per_head(self) -> int:
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def turned(self) -> int:
+        """How many dimensions of a head RoPE turns."""
+        return self.rotary_dim or self.dim_per_head
+
+    @property
+    def scale(self) -> float:
+        """What attention's scores are multiplied by."""
+        return self.attention_scale or self.dim_per_head**-0.5
