@@ -1,12 +1,10 @@
-"""What the commands have in common: flags, exit statuses, and outputs that a killed run leaves in part."""
+"""What the commands have in common: flags and exit statuses."""
 
 import argparse
 import importlib
-import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -84,17 +82,6 @@ def parse_experiment(values: flags.FlagValues, argv: Sequence[str], required: st
         return values.config.to_dict()
     except Exception as error:
         raise InputError(explain_flag_error(error, argv)) from error
-
-
-def whole_lines(path: Path) -> int:
-    """Drops a torn line at the end of a file, and returns how many lines it has."""
-    lines = end = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                lines, end = lines + 1, end + len(line)
-    os.truncate(path, end)
-    return lines
 
 
 def main(argv: Sequence[str]) -> int:

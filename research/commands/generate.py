@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TextIO
 
 import jax
 
-from research import cli
+from research import cli, files
 from research.errors import InputError
 from research.models.sampling import (
     BATCHES_AT_ONCE,
@@ -323,7 +323,7 @@ def _open(path: str | None, identity: str) -> Iterator[tuple[TextIO, int]]:
         if not (begun.is_file() and begun.read_text() == identity and partial.is_file()):
             partial.write_bytes(b"")
             begun.write_text(identity)
-        done = cli.whole_lines(partial)
+        done = files.whole_lines(partial)
         file = open(partial, "a", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"--output = {path}: can't be written ({error}). Name another file.") from error

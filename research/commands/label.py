@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from research import cli
+from research import cli, files
 from research.errors import InputError
 from research.models import transformer
 from research.models.config import ModelConfig
@@ -225,7 +225,7 @@ def _resume(partial: Path, identity: dict[str, Any]) -> int:
         raise InputError(
             f"{partial}: was begun with other {differing}. Give that command again, or remove this file to begin anew."
         )
-    return cli.whole_lines(partial)
+    return files.whole_lines(partial)
 
 
 def _most_confident(partial: Path, share: float) -> Path:

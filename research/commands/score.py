@@ -31,7 +31,7 @@ import jax
 import numpy as np
 import tqdm
 
-from research import cli, params
+from research import cli, files, params
 from research.devices import sharding
 from research.errors import InputError
 from research.evals.scoring import BATCH_TOKENS, Example, encode_records, make_token_scorer
@@ -278,7 +278,7 @@ def _open_partial(output: Path, identity: dict[str, Any]) -> int:
                 f"{partial}: was begun by another command: {said[name]}. Give that command again, or remove this file "
                 "to begin anew."
             )
-    return cli.whole_lines(partial)
+    return files.whole_lines(partial)
 
 
 if __name__ == "__main__":

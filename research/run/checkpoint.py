@@ -7,7 +7,6 @@ third of all imports' time.
 
 import contextlib
 import dataclasses
-import json
 import logging
 import threading
 from collections.abc import Mapping
@@ -17,6 +16,8 @@ from typing import Any
 import jax
 
 from research.errors import InputError
+from research.files import read_json
+from research.files import write_json as write_json
 
 State = Any  # a pytree of arrays
 
@@ -178,13 +179,13 @@ def best_step(workdir: str | Path) -> int:
     Raises:
       InputError: the run names no metric, or no checkpoint has its value.
     """
-    record = json.loads((Path(workdir) / "config.json").read_text())["config"]["checkpoint"]
+    record = read_json(Path(workdir) / "config.json")["config"]["checkpoint"]
     name, sign = record["best_metric"], 1 if record["best_mode"] == "max" else -1
     scores = {}
     for step in steps(workdir):
         file = Path(workdir) / FOLDER / str(step) / "metrics" / "metrics"
         if file.is_file():
-            scores[step] = sign * json.loads(file.read_text())[name]
+            scores[step] = sign * read_json(file)[name]
     if not scores:
         raise InputError(f"{workdir}: has no best checkpoint (checkpoint.best_metric = {name!r}). Take the newest one.")
     return max(scores, key=lambda step: scores[step])
@@ -259,11 +260,3 @@ def _damaged(folder: Path, error: BaseException) -> InputError:
 def _quiet() -> None:
     """Orbax reports every internal step at the level of warnings."""
     logging.getLogger("absl").setLevel(logging.ERROR)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes JSON to a temporary file and renames it, so that a kill leaves the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)

@@ -10,14 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from research.errors import InputError
+from research.files import cache_root as cache_root
 
 _MANIFEST = "manifest.json"
 _STALE_SECONDS = 24 * 3600
-
-
-def cache_root(cache_dir: str = "") -> Path:
-    """Returns `cache_dir`, else $UNDERSTUDY_CACHE, else ~/.cache/understudy."""
-    return Path(cache_dir or os.environ.get("UNDERSTUDY_CACHE") or "~/.cache/understudy").expanduser()
 
 
 def cached(folder: Path, build: Callable[[Path], None]) -> bool:

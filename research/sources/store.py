@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.errors import InputError
+from research.files import cache_root
 from research.sources import chat, formats, records
-from research.sources.cache import cache_root, cached, code_digest, digest
+from research.sources.cache import cached, code_digest, digest
 from research.sources.records import NUMBERED, BadRecord, Classes, Origin, Turn
 from research.sources.tokenizers import Tokenizer
 

@@ -14,8 +14,9 @@ import numpy as np
 import tokenizers
 
 from research.errors import InputError, did_you_mean
+from research.files import cache_root
 from research.sources import gguf_tokenizer
-from research.sources.cache import cache_root, cached, code_digest, digest
+from research.sources.cache import cached, code_digest, digest
 from research.sources.chat import ChatTemplate, end_of_turn, make_template
 
 BOS, EOS = "<|bos|>", "<|eos|>"

@@ -1,0 +1,215 @@
+"""Files that are whole or absent, whoever is killed while writing: JSON, texts, folders, outputs that grow by lines."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, BinaryIO, TypeVar
+
+from research.errors import InputError
+
+_D = TypeVar("_D")
+_REQUIRED: Any = object()
+
+
+def cache_root(cache_dir: str = "") -> Path:
+    """Returns `cache_dir`, else $UNDERSTUDY_CACHE, else ~/.cache/understudy."""
+    return Path(cache_dir or os.environ.get("UNDERSTUDY_CACHE") or "~/.cache/understudy").expanduser()
+
+
+def read_json(
+    path: str | Path, default: _D = _REQUIRED, *, name: str = "", remedy: str = "Repair it, or delete it."
+) -> dict[str, Any] | _D:
+    """Reads a JSON object.
+
+    Args:
+      path: the file.
+      default: what to return where there is no such file; without it, a missing file is an error.
+      name: what an error calls the file: a field or flag, as "data.annotations = 'x'"; by default its path.
+      remedy: the end of the error about a file that isn't a JSON object.
+
+    Raises:
+      InputError: the file can't be read, or holds no JSON object.
+    """
+    name = f"{name}: {str(path)!r}" if name else f"{path}:"
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if default is not _REQUIRED:
+            return default
+        raise InputError(f"{name} can't be read ({error.strerror}).") from error
+    except OSError as error:
+        raise InputError(f"{name} can't be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise InputError(f"{name} is no JSON ({error}). {remedy}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{name} is no JSON object, but {str(value)[:40]!r}. {remedy}")
+    return value
+
+
+def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
+    """Writes JSON and a newline. A kill leaves the old file or the new one."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes text in UTF-8. A kill leaves the old file or the new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes bytes. A kill leaves the old file or the new one."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a file beside `path`, which takes its place where the block ends without an exception.
+
+    Several processes may write the same `path`: the last one wins.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            sync(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Gives an empty folder PATH.partial, which becomes `path` where the block ends without an exception."""
+    path = Path(path)
+    partial = partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(path)
+
+
+def sync(file: IO[Any]) -> None:
+    """Flushes a file down to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> int:
+    """Drops a torn line at the end of a file, and returns how many lines it has."""
+    lines = end = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                lines, end = lines + 1, end + len(line)
+    os.truncate(path, end)
+    return lines
+
+
+def check_output(path: str | Path, *, overwrite: bool = False, flag: str = "--output") -> None:
+    """Refuses an output that is there already, or that has no folder to lie in.
+
+    Raises:
+      InputError: so it is.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise InputError(f"{flag} = {path}: is there already. Remove it, or name another.")
+    if not path.parent.is_dir():
+        raise InputError(f"{flag} = {path}: there is no folder {str(path.parent)!r}. Make it first.")
+
+
+def partial_path(path: Path) -> Path:
+    """Where an output lies until it is complete."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def check_identity(
+    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], reasons: Mapping[str, str] | None = None
+) -> None:
+    """Compares what decides an output now with what decided it when it was begun.
+
+    Args:
+      path: the unfinished output, for the error.
+      before: name -> value, read from JSON.
+      now: name -> value, plain enough for JSON.
+      reasons: name -> what the error says where that one differs; {} in it stands for the value before.
+
+    Raises:
+      InputError: a value differs. The message names the first that does.
+    """
+    for name, value in json.loads(json.dumps(dict(now))).items():
+        if before.get(name) != value:
+            reason = (reasons or {}).get(name, f"{name} was {{}}, and is {value!r} now").format(repr(before.get(name)))
+            raise InputError(
+                f"{path}: was begun by another command: {reason}. Give that command again, or remove this to begin "
+                "anew."
+            )
+
+
+class ResumableLines:
+    """An output of lines that a killed run leaves in part. The same command goes on from there.
+
+    Until it is complete, the lines lie in OUTPUT.partial, and what decides them in OUTPUT.partial.json.
+
+    Attributes:
+      done: how many whole lines an earlier run left.
+    """
+
+    def __init__(self, output: Path, identity: Mapping[str, Any], reasons: Mapping[str, str] | None = None):
+        """Creates OUTPUT.partial, or drops a torn line at the end of the one that is there.
+
+        Args:
+          output: where the lines are to be in the end.
+          identity: all that decides the lines, plain enough for JSON.
+          reasons: see check_identity.
+
+        Raises:
+          InputError: it can't be written, or is the work of another command.
+        """
+        self._output, self._partial = output, partial_path(output)
+        self._identity = self._partial.with_name(f"{self._partial.name}.json")
+        try:
+            if self._partial.exists():
+                check_identity(self._partial, read_json(self._identity, {}), identity, reasons)
+            else:
+                write_json(self._identity, dict(identity))
+                self._partial.touch()
+            self.done = whole_lines(self._partial)
+            self._file = open(self._partial, "ab")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"{output}: can't be written ({error.strerror}). Name another file.") from error
+
+    def append(self, lines: Iterable[bytes]) -> None:
+        """Adds lines, each with its newline. When it returns, a kill leaves them all."""
+        self._file.writelines(lines)
+        self._file.flush()
+
+    def finish(self, select: Callable[[list[bytes]], Iterable[bytes]] | None = None) -> None:
+        """Gives the output its name; with `select`, it holds what that returns for all of the lines."""
+        sync(self._file)
+        self.close()
+        if select is None:
+            self._partial.replace(self._output)
+        else:
+            write_bytes(self._output, b"".join(select(self._lines())))
+            self._partial.unlink()
+        self._identity.unlink()
+
+    def _lines(self) -> list[bytes]:
+        with open(self._partial, "rb") as file:
+            return list(file)
+
+    def close(self) -> None:
+        """Leaves the lines where they are, for the next run."""
+        self._file.close()
+
+    def __enter__(self) -> "ResumableLines":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
