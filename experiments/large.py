@@ -8,7 +8,7 @@ SFT of the shapes of Llama 3 8B (the default) and 70B (:70b; arXiv:2407.21783, t
 arXiv:2401.04088, table 1), and the distillation of a student of Llama 3.2 1B's shape from an 8B teacher (:distill).
 Packed rows of 4096 tokens, 4 a chip where there are 256. Without model.init_from it trains a new model.
 
-Cost and fit: see the table of plans in README.md.
+Cost and fit: see the table of plans in docs/scale.md.
 """
 
 from experiments import base
