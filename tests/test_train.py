@@ -43,7 +43,7 @@ def one_step(spec, batch, *, microbatches=1, optimizer=None, steps=1, model=MODE
     terms, models = objectives.load(spec), {"policy": model}
     optimizer = optimizer or optax.sgd(1.0)
     step = jax.jit(
-        train.make_train_step(terms, models, optimizer, schedule=lambda t: jnp.asarray(1.0), microbatches=microbatches)
+        train.TrainStep(terms, models, optimizer, schedule=lambda t: jnp.asarray(1.0), microbatches=microbatches)
     )
     state = train.init_state({"policy": initial}, optimizer, jax.random.PRNGKey(1))
     for _ in range(steps):
@@ -98,7 +98,7 @@ def test_weights_are_found_without_a_second_forward_pass():
 
     def flops(microbatches):
         optimizer = optax.sgd(1.0)
-        step = train.make_train_step(
+        step = train.TrainStep(
             objectives.load(spec), {"policy": MODEL}, optimizer, schedule=lambda t: t, microbatches=microbatches
         )
         state = train.init_state({"policy": INITIAL}, optimizer, jax.random.PRNGKey(1))
@@ -111,7 +111,7 @@ def test_weights_are_found_without_a_second_forward_pass():
 def test_composed_terms_make_one_forward_pass():
     batch, calls = make_batch(), []
     counted = MODEL._replace(hidden=lambda p, b: calls.append(1) or MODEL.hidden(p, b))
-    evaluate = train.make_eval_step(objectives.load(TWO_TERMS), {"policy": counted})
+    evaluate = train.EvalStep(objectives.load(TWO_TERMS), {"policy": counted})
     values = {"policy": INITIAL}
     metrics = evaluate(values, {}, batch, jax.random.PRNGKey(0))
     assert len(calls) == 1
@@ -152,9 +152,7 @@ def test_sharded_equals_single_device(mesh, experts):
     mesh = sharding.make_mesh(mesh)
     with jax.set_mesh(mesh):
         step = jax.jit(
-            train.make_train_step(
-                objectives.load(SFT), {"policy": model}, optimizer, schedule=lambda t: jnp.asarray(1.0)
-            )
+            train.TrainStep(objectives.load(SFT), {"policy": model}, optimizer, schedule=lambda t: jnp.asarray(1.0))
         )
         placed = params.shardings({"policy": model.specs}, mesh)
         values = jax.device_put({"policy": initial}, placed)
@@ -174,7 +172,7 @@ def test_a_bad_batch_changes_nothing_and_is_counted():
 
     optimizer = adamw()
     terms = {"bad": (Objective(loss=poisoned), lambda step: jnp.asarray(1.0))}
-    step = jax.jit(train.make_train_step(terms, {"policy": MODEL}, optimizer, schedule=lambda t: t))
+    step = jax.jit(train.TrainStep(terms, {"policy": MODEL}, optimizer, schedule=lambda t: t))
     values = {"policy": INITIAL}
     first, _ = step(train.init_state(values, optimizer, jax.random.PRNGKey(1), ema=True), {}, make_batch())
     second, metrics = step(first, {}, make_batch())
@@ -222,7 +220,7 @@ def three_steps(microbatches=1, mesh=None):
     """The states after 1, 2 and 3 steps on as many batches; the second is skipped."""
     terms, models, optimizer = carrying(bad_step=1), {"policy": SMALL}, optax.sgd(0.1)
     schedule = lambda t: jnp.asarray(0.1)  # noqa: E731
-    step = jax.jit(train.make_train_step(terms, models, optimizer, schedule=schedule, microbatches=microbatches))
+    step = jax.jit(train.TrainStep(terms, models, optimizer, schedule=schedule, microbatches=microbatches))
     batches = [make_batch(seed=i) for i in range(3)]
     values = {"policy": params.init(SMALL.specs, jax.random.PRNGKey(0))}
     if mesh is not None:
@@ -247,7 +245,7 @@ def carried():
 def test_a_carry_follows_the_statistics_of_the_whole_batch(carried):
     before, last = (s.carry["carrying"]["mean"] for s in carried[1:])
     np.testing.assert_allclose(last, 0.5 * before + 0.5 * mean_squares(carried[1], make_batch(seed=2)), rtol=1e-4)
-    evaluate = train.make_eval_step(carrying(bad_step=-1), {"policy": SMALL})
+    evaluate = train.EvalStep(carrying(bad_step=-1), {"policy": SMALL})
     out = evaluate(carried[-1].params, {}, make_batch(), jax.random.PRNGKey(0), carried[-1].carry)
     expected = np.sum(mean_squares(carried[-1], make_batch()) * last)
     np.testing.assert_allclose(out["loss"][0] / out["loss"][1], expected, rtol=1e-4)

@@ -34,7 +34,7 @@ TARGETS = {False: [2, 3, 9, 7, 8, 9, 10, 11, 12], True: [3, 9, 11, 12]}
 
 
 def _eval_step(terms, model=MODEL):
-    return jax.jit(train.make_eval_step(objectives.load({"terms": terms}), {"policy": model}))
+    return jax.jit(train.EvalStep(objectives.load({"terms": terms}), {"policy": model}))
 
 
 @pytest.mark.parametrize(("objective", "masked"), [("next_token", False), ("sft", True)])

@@ -102,7 +102,7 @@ def test_a_cache_of_all_tokens_is_the_live_teacher(kind):
 def test_a_student_learns_its_teacher():
     spec, batch = {"terms": {"distill": 1.0}, "distill": {"on": "all"}}, make_batch()
     optimizer = adamw()
-    step = train.make_train_step(
+    step = train.TrainStep(
         objectives.load(spec), MODELS, optimizer, schedule=lambda t: jnp.asarray(1.0), microbatches=2
     )
     step, found = jax.jit(step), []

@@ -41,7 +41,7 @@ def values_of(spec):
 
 def one_step(values, batch, frozen, microbatches=1):
     optimizer = optax.sgd(1.0)
-    step = train.make_train_step(
+    step = train.TrainStep(
         objectives.load(SPEC), MODELS, optimizer, schedule=lambda t: jnp.asarray(1.0), microbatches=microbatches
     )
     return jax.jit(step)(train.init_state(values, optimizer, jax.random.PRNGKey(1)), frozen, batch)
@@ -128,7 +128,7 @@ def test_composed_terms_make_one_pass_through_each_model():
         )
         for role, model in MODELS.items()
     }
-    evaluate = train.make_eval_step(objectives.load(SPEC), counted)
+    evaluate = train.EvalStep(objectives.load(SPEC), counted)
     jax.eval_shape(evaluate, values_of(SPEC), FROZEN, make_batch(), jax.random.PRNGKey(0))
     assert sorted(calls) == ["policy", "teacher"]
 

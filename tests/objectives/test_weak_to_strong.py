@@ -191,7 +191,7 @@ RUNNING = {"loss": "auxiliary_confidence", "own_labels": "running", "rate": 0.2,
 @functools.cache
 def stepper(microbatches=1, **options):
     terms, optimizer = term("weak_to_strong", **options), optax.sgd(0.1, momentum=0.9)
-    step = train.make_train_step(
+    step = train.TrainStep(
         terms, {"policy": CLASSIFIER}, optimizer, schedule=lambda t: jnp.asarray(0.1), microbatches=microbatches
     )
     return terms, optimizer, jax.jit(step)
