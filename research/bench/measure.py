@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from research.devices import startup
-from research.errors import InputError
 
 ROUNDS = 4
 
@@ -133,58 +132,6 @@ def memory(compiled: Any) -> dict[str, int | None]:
     }
 
 
-def fake_batch(spec: Mapping[str, Any], vocab_size: int, *, packed: bool = True, seed: int = 0) -> dict[str, Any]:
-    """A batch without data.
-
-    Args:
-      spec: name -> ShapeDtypeStruct, as plan.batch_spec gives it.
-      vocab_size: tokens are random below it.
-      packed: rows hold several documents; else each holds one.
-      seed: of all that is random.
-
-    Returns:
-      name -> numpy array. A third of each document is its prompt (loss_mask 0); labels are of random classes, one at
-      the end of each document; what a teacher said is sorted and adds up to 1.
-
-    Raises:
-      InputError: a field isn't one of those of plan.batch_spec.
-    """
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    B, T = spec["tokens"].shape
-    segments, positions, last = (np.zeros((B, T), np.int32) for _ in range(3))
-    mask = np.zeros((B, T), np.float32)
-    for row in range(B):
-        start = number = 0
-        while start < T:
-            length = int(rng.integers(max(2, T // 8), max(3, T // 2))) if packed else T
-            stop = T if T - (start + length) < 2 else start + length
-            number += 1
-            segments[row, start:stop] = number
-            positions[row, start:stop] = np.arange(stop - start)
-            mask[row, start + (stop - start) // 3 : stop] = 1
-            last[row, stop - 1] = 1
-            start = stop
-    tokens = rng.integers(0, vocab_size, (2, B, T)).astype(np.int32)
-    made = {"tokens": tokens[0], "segment_ids": segments, "positions": positions, "loss_mask": mask}
-    made |= {"teacher_tokens": tokens[1], "teacher_segment_ids": segments, "teacher_positions": positions}
-    made["teacher_at"] = np.where(last > 0, -1, np.arange(T, dtype=np.int32)[None])
-    if "label_probs" in spec:
-        classes = rng.integers(0, spec["label_probs"].shape[2], (B, T))
-        made["label_probs"] = np.eye(spec["label_probs"].shape[2], dtype=np.float32)[classes] * last[:, :, None]
-    if "teacher_ids" in spec:
-        k = spec["teacher_ids"].shape[2]
-        made["teacher_ids"] = (tokens[1][:, :, None] + np.arange(k, dtype=np.int32)) % vocab_size
-        probs = -np.sort(-rng.dirichlet(np.ones(k + 1), (B, T)), axis=2)
-        logs = np.log(np.maximum(probs, 1e-9)).astype(np.float32)
-        made["teacher_log_probs"], made["teacher_rest"] = logs[:, :, :k], logs[:, :, k]
-    for name in spec:
-        if name not in made:
-            raise InputError(f"objective: reads the batch field {name!r}, which a benchmark can't make up.")
-    return {name: np.asarray(made[name], spec[name].dtype) for name in spec}
-
-
 class Prepared(NamedTuple):
     """A compiled train step, and what it takes. `state` is given away by the first call."""
 
@@ -206,9 +153,10 @@ def prepare(config: Any, mesh: Any, vocab_size: int, *, packed: bool = True) -> 
     from research.models import transformer
     from research.planning import plan
     from research.run import run
+    from research.sources import fields
 
     parts = run.assemble(config, mesh, plan.batch_spec(config), vocab_size)
-    batch = fake_batch(parts.batch, vocab_size, packed=packed, seed=config.seed)
+    batch = fields.fake(parts.batch, vocab_size, packed=packed, seed=config.seed)
     key = jax.random.PRNGKey(config.seed)
     specs = {role: transformer.in_compute_dtype(parts.models[role]) for role in parts.frozen}
     placed = jax.tree.map(lambda x: x.sharding, parts.frozen)

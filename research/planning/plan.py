@@ -332,30 +332,16 @@ def batch_spec(config: Any) -> dict[str, Any]:
     Raises:
       InputError: it depends on the data, which isn't read: of labels, how many classes there are.
     """
-    import jax
-    import jax.numpy as jnp
-
     from research import objectives
-    from research.sources import parallel
+    from research.sources import fields
 
-    shape = (config.batch_size, config.seq_len)
-    ints = ("tokens", "segment_ids", "positions")
-    spec = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ints}
-    spec["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    fields = {name for term, _ in objectives.load(config.objective).values() for name in term.fields}
-    if "label_probs" in fields:
-        classes = config.data["num_classes"] or config.model["num_labels"] or len(config.data["labels"])
-        if not classes:
-            raise InputError("data.num_classes = 0: must be told, as the data isn't read.")
-        spec["label_probs"] = jax.ShapeDtypeStruct((*shape, classes), jnp.float32)
-    if "teacher_ids" in fields:
-        k = 32  # of understudy annotate, by default
-        for name, dtype in (("teacher_ids", jnp.int32), ("teacher_log_probs", jnp.float32)):
-            spec[name] = jax.ShapeDtypeStruct((*shape, k), dtype)
-        spec["teacher_rest"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if fields & set(parallel.FIELDS):
-        spec |= {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in parallel.FIELDS}
-    return spec
+    read = {name for term, _ in objectives.load(config.objective).values() for name in term.fields}
+    names = fields.read_with(read)
+    classes = config.data["num_classes"] or config.model["num_labels"] or len(config.data["labels"])
+    if "label_probs" in names and not classes:
+        raise InputError("data.num_classes = 0: must be told, as the data isn't read.")
+    sizes = {"time": config.seq_len, "labels": classes, "candidates": fields.CANDIDATES}
+    return fields.spec(names, config.batch_size, sizes)
 
 
 def _bytes(tree: Any) -> int:

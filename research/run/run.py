@@ -35,7 +35,7 @@ from research.models import transformer
 from research.models.sampling import SamplingConfig
 from research.rollouts.answers import make_rollout
 from research.run import checkpoint, metrics
-from research.sources import annotations, cache, dataset, tasks, tokenizers
+from research.sources import annotations, cache, dataset, fields, tasks, tokenizers
 from research.sources.types import Source
 
 _EMITTERS = "xla_cpu_use_fusion_emitters"
@@ -129,7 +129,7 @@ def assemble(
 
     placed = params.shardings(specs, mesh, rules)
     state = _place_state(init_state, optimizer, params.abstract(specs, placed), placed, mesh)
-    rows = sharding.named(mesh, ("batch", "time"), rules)
+    rows = fields.shardings(mesh, batch, rules)
     answers = None
     if config.rollout.share:
         sample = make_rollout(
@@ -144,7 +144,7 @@ def assemble(
             key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
             return sample(state.params["policy"], batch, key)
 
-        answers = jax.jit(answer, out_shardings={k: rows for k in batch})
+        answers = jax.jit(answer, out_shardings=rows)
     where = jax.tree.map(lambda x: x.sharding, state)
     compiler_options = _compiler_options(mesh)
     return Parts(
@@ -174,7 +174,7 @@ def assemble(
         rollout=answers,
         state=state,
         frozen=params.abstract(frozen, params.shardings(frozen, mesh, rules)),
-        batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in batch.items()},
+        batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows[k]) for k, v in batch.items()},
     )
 
 

@@ -10,11 +10,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from research.errors import InputError, did_you_mean
-from research.sources import annotations, packing, parallel
+from research.sources import annotations, fields, packing, parallel
 from research.sources.annotations import Annotations
 from research.sources.cache import digest
 from research.sources.formats import TEMPLATES
@@ -353,20 +352,15 @@ def _row_order(part: int, n_rows: int, seed: int | None) -> Any:
     return order.repeat().map(lambda row: (part, row))
 
 
-def _batch_spec(batch_size: int, rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:
-    ints = {name: np.int32 for name in ("tokens", "segment_ids", "positions")}
-    types = ints | {"loss_mask": np.float32}
-    spec = {name: jax.ShapeDtypeStruct((batch_size, rows.seq_len), dtype) for name, dtype in types.items()}
+def _batch_spec(batch_size: int, rows: Rows) -> fields.Spec:
+    names, sizes = list(fields.group("text")), {"time": rows.seq_len}
     if rows.labels is not None:
-        shape = (batch_size, rows.seq_len, rows.labels.shape[1])
-        spec["label_probs"] = jax.ShapeDtypeStruct(shape, np.float32)
+        names, sizes = [*names, "label_probs"], {**sizes, "labels": rows.labels.shape[1]}
     if rows.annotations is not None:
-        empty = np.zeros(0, np.int64)
-        fields = rows.annotations.fields(empty, empty, (batch_size, rows.seq_len))
-        spec |= {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}
+        names, sizes = [*names, *fields.group("annotations")], {**sizes, "candidates": rows.annotations.k}
     if rows.teacher is not None:
-        spec |= {name: jax.ShapeDtypeStruct((batch_size, rows.seq_len), np.int32) for name in parallel.FIELDS}
-    return spec
+        names += fields.group("parallel")
+    return fields.spec(names, batch_size, sizes)
 
 
 def _check(spec: DataSpec) -> None:

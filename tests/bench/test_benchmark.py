@@ -18,6 +18,7 @@ from research.models import transformer
 from research.models.config import ModelConfig
 from research.models.specs import make_specs
 from research.planning import plan
+from research.sources import fields
 
 CONFIG = "--config=experiments/benchmark.py:debug"
 TINY = ["--config.seq_len=32", "--config.tokenizer.kind=byte", "--config.mesh.data=1", "--config.mesh.fsdp=-1"]
@@ -101,7 +102,7 @@ def test_other_objectives_trace(objective):
     c = benchmark._make(experiment.get_config("debug").to_dict(), **rest(objectives=(objective,))).config
     c = measure.with_objective(c, objective)
     spec = plan.batch_spec(c)
-    batch = measure.fake_batch(spec, 300)
+    batch = fields.fake(spec, 300)
     assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {k: (x.shape, x.dtype) for k, x in spec.items()}
     from research.run import run
 
@@ -113,32 +114,6 @@ def test_other_objectives_trace(objective):
 
 def rest(**changes):
     return {"steps": 2, "against": (), "objectives": (), "decode": (1,), "profile": "", "flags": ()} | changes
-
-
-def test_made_up_batches():
-    shape = (4, 64)
-    spec = {k: jax.ShapeDtypeStruct(shape, np.int32) for k in ("tokens", "segment_ids", "positions", "teacher_at")}
-    spec["loss_mask"] = jax.ShapeDtypeStruct(shape, np.float32)
-    spec["label_probs"] = jax.ShapeDtypeStruct((*shape, 3), np.float32)
-    spec["teacher_ids"] = jax.ShapeDtypeStruct((*shape, 8), np.int32)
-    spec["teacher_log_probs"] = jax.ShapeDtypeStruct((*shape, 8), np.float32)
-    spec["teacher_rest"] = jax.ShapeDtypeStruct(shape, np.float32)
-    batch = measure.fake_batch(spec, 100)
-    assert 0 <= batch["tokens"].min() <= batch["tokens"].max() < 100
-    segments, positions = batch["segment_ids"], batch["positions"]
-    assert segments.min() == 1
-    assert segments.max() > 2  # several documents in a row
-    starts = np.diff(segments, axis=1) > 0
-    assert (positions[:, 1:][starts] == 0).all()
-    assert (np.diff(positions, axis=1)[~starts] == 1).all()
-    assert 0.5 < batch["loss_mask"].mean() < 0.8
-    # A label at the end of each document and nowhere else.
-    assert batch["label_probs"].sum() == segments.max(axis=1).sum()
-    assert (batch["label_probs"][:, :-1].sum(axis=2)[starts] == 1).all()
-    said = np.exp(batch["teacher_log_probs"]).sum(axis=2) + np.exp(batch["teacher_rest"])
-    np.testing.assert_allclose(said, 1, atol=1e-5)
-    assert all(len(set(ids)) == 8 for ids in batch["teacher_ids"].reshape(-1, 8).tolist())
-    assert (measure.fake_batch(spec, 100, packed=False)["segment_ids"] == 1).all()
 
 
 @pytest.mark.slow
