@@ -1,12 +1,14 @@
-"""Parameters as data: a ParamSpec per array, from which come its initial value, abstract shape and sharding."""
+"""Parameters as data: a ParamSpec per array, from which come its initial value, abstract shape and sharding; and which
+of them are trained."""
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,21 +93,194 @@ def decay_mask(specs: Tree) -> Tree:
     return tree_map(lambda s: bool(s.contracts), specs)
 
 
-def matching(specs: Tree, pattern: str) -> Tree:
+def matching(specs: Tree, pattern: str, field: str = "trainable", prefix: str = "") -> Tree:
     """True for the parameters whose whole name matches a regular expression; "" matches all.
+
+    A parameter that is stacked over layers goes by several names: "layers/attention/q/kernel" means all layers, and
+    "layers/3/attention/q/kernel" layer 3, counted from 0. Where a pattern tells layers apart, `cut` the specs by it
+    first.
+
+    Args:
+      specs: nested dicts of ParamSpec.
+      pattern: the expression.
+      field: of the config, for errors.
+      prefix: what all names begin with.
 
     Raises:
       InputError: no name matches, or the expression is faulty.
     """
+    masks = _masks(specs, pattern, field, prefix)
+    if not any(any(mask) for mask in masks.values()):
+        raise InputError(f"{field} = {pattern!r}: matches none of the parameters, which are {_listing(specs, prefix)}.")
+    assert all(any(mask) == all(mask) for mask in masks.values()), f"{pattern!r} matches a part of a stack of layers"
+    return jax.tree_util.tree_map_with_path(lambda path, _: any(masks[path]), specs, is_leaf=is_spec)
+
+
+def cut(specs: Tree, pattern: str, field: str = "trainable", prefix: str = "") -> Tree:
+    """Specs whose layers lie in pieces, so that a pattern matches all of each parameter or nothing of it.
+
+    A model whose `layers` are in pieces has {"layers": {"0-2": specs, "3": specs, "4-7": specs}} for 8 layers of which
+    the fourth is another piece. It stays as it is where the pattern tells no layers apart.
+
+    Args: see `matching`; `specs` are those of one model.
+
+    Raises:
+      InputError: the expression is faulty.
+    """
+    if not specs.get("layers"):
+        return specs
+    masks = _masks({"layers": specs["layers"]}, pattern, field, prefix)
+    pieces = layer_pieces(specs["layers"])
+    bounds = {0, pieces[-1].stop, *(piece.first for piece in pieces)}
+    for path, mask in masks.items():
+        first = _layers_of(path_name(path), len(mask)).start
+        bounds |= {first + i for i in range(1, len(mask)) if mask[i] != mask[i - 1]}
+    edges = sorted(bounds)
+    if len(edges) == 2:
+        return specs
+    return {**specs, "layers": {_piece_name(a, b): _cut_range(pieces, a, b) for a, b in itertools.pairwise(edges)}}
+
+
+def split(tree: Tree, trained: Tree) -> tuple[Tree, Tree]:
+    """Two trees of nested dicts, each without the leaves of the other: those where `trained` is True, and the rest."""
+    if not isinstance(trained, Mapping):
+        return (tree, {}) if trained else ({}, tree)
+    halves = {name: split(tree[name], trained[name]) for name in trained}
+    return tuple({name: half[i] for name, half in halves.items() if not _empty(half[i])} for i in (0, 1))
+
+
+def join(*trees: Tree) -> Tree:
+    """One tree of nested dicts with the leaves of all, none of which two have: undoes `split`."""
+    whole: dict[str, Any] = {}
+    for tree in trees:
+        for name, part in tree.items():
+            if name in whole and not (isinstance(part, Mapping) and isinstance(whole[name], Mapping)):
+                raise ValueError(f"{name!r} is in two of the trees")
+            whole[name] = join(whole[name], part) if name in whole else part
+    return whole
+
+
+def overlay(base: Tree, own: Tree) -> Tree:
+    """`base` with the leaves of `own` in the place of those of the same name."""
+    if not isinstance(own, Mapping):
+        return own
+    return {**base, **{name: overlay(base[name], part) if name in base else part for name, part in own.items()}}
+
+
+class Piece(NamedTuple):
+    """Layers `first` to `stop` - 1 of a model, counted from 0, and their parameters, stacked."""
+
+    first: int
+    stop: int
+    values: Tree
+
+
+def layer_pieces(layers: Tree) -> list[Piece]:
+    """The pieces that layers are held in, in order; a single one where they aren't cut (see `cut`)."""
+    if not all(_PIECE.fullmatch(name) for name in layers):
+        return [Piece(0, jax.tree.leaves(layers, is_leaf=is_spec)[0].shape[0], layers)]
+    ranges = {name: _layers_of(name, 0) for name in layers}
+    return sorted((Piece(r.start, r.stop, layers[name]) for name, r in ranges.items()), key=lambda piece: piece.first)
+
+
+def layer_range(layers: Tree, first: int, stop: int) -> Tree:
+    """Layers `first` to `stop` - 1, stacked, which must lie in one piece."""
+    piece = _piece_around(layer_pieces(layers), first, stop)
+    return jax.tree.map(lambda w: w[first - piece.first : stop - piece.first], piece.values)
+
+
+def layer(layers: Tree, number: int) -> Tree:
+    """The parameters of one layer, counted from 0."""
+    return jax.tree.map(lambda w: w[0], layer_range(layers, number, number + 1))
+
+
+def in_pieces(values: Tree, like: Tree) -> Tree:
+    """A model's arrays with their layers cut as those of `like`, which may lack some of the names."""
+    if not isinstance(like, Mapping):
+        return values
+    if "layers" not in like or not all(_PIECE.fullmatch(name) for name in like["layers"]):
+        return {name: in_pieces(values[name], part) for name, part in like.items()}
+    layers = {
+        name: in_pieces(layer_range(values["layers"], r.start, r.stop), part)
+        for name, part in like["layers"].items()
+        for r in (_layers_of(name, 0),)
+    }
+    return {**in_pieces(values, {k: v for k, v in like.items() if k != "layers"}), "layers": layers}
+
+
+def stacked(values: Tree) -> Tree:
+    """A model's arrays with the pieces of its layers joined: undoes `in_pieces`. Not for a step, as it copies them."""
+    pieces = layer_pieces(values["layers"]) if values.get("layers") else []
+    if len(pieces) < 2:
+        return values
+    layers = jax.tree.map(lambda *w: jnp.concatenate(w), *(piece.values for piece in pieces))
+    return {**values, "layers": layers}
+
+
+_PIECE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def _piece_name(first: int, stop: int) -> str:
+    return f"{first}-{stop - 1}" if stop - first > 1 else f"{first}"
+
+
+def _layers_of(name: str, whole: int) -> range:
+    """The layers that a name speaks of: of "3-5" or "layers/3-5/..." 3 to 5, of "layers/..." all `whole` of them."""
+    parts = name.split("/")
+    ranges = _PIECE.fullmatch(parts[parts.index("layers") + 1] if "layers" in parts else name)
+    if ranges is None:
+        return range(whole)
+    first, last = ranges.groups()
+    return range(int(first), int(last or first) + 1)
+
+
+def _cut_range(pieces: list[Piece], first: int, stop: int) -> Tree:
+    """The specs of layers that lie in one of the pieces."""
+    specs = _piece_around(pieces, first, stop).values
+    return tree_map(lambda spec: dataclasses.replace(spec, shape=(stop - first, *spec.shape[1:])), specs)
+
+
+def _piece_around(pieces: list[Piece], first: int, stop: int) -> Piece:
+    for piece in pieces:
+        if piece.first <= first and stop <= piece.stop:
+            return piece
+    raise ValueError(f"layers {first} to {stop - 1} don't lie in one piece of {[piece[:2] for piece in pieces]}")
+
+
+def _whole_name(path: tuple) -> str:
+    """path_name, without the piece that its layers lie in."""
+    return re.sub(r"(^|/)layers/\d+(-\d+)?/", r"\1layers/", path_name(path))
+
+
+def _masks(specs: Tree, pattern: str, field: str, prefix: str) -> dict[tuple, list[bool]]:
+    """For each parameter, by its path, whether `pattern` matches; one answer for each layer of a stack."""
     try:
         names = re.compile(pattern or ".*")
     except re.error as error:
-        raise InputError(f"trainable = {pattern!r}: is no regular expression ({error}).") from error
-    made = jax.tree_util.tree_map_with_path(lambda p, _: bool(names.fullmatch(path_name(p))), specs, is_leaf=is_spec)
-    if not any(jax.tree.leaves(made)):
-        every = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)]
-        raise InputError(f"trainable = {pattern!r}: matches none of the parameters, which are {', '.join(every)}.")
-    return made
+        raise InputError(f"{field} = {pattern!r}: is no regular expression ({error}).") from error
+
+    def mask(path: tuple, spec: ParamSpec) -> list[bool]:
+        name = prefix + _whole_name(path)
+        whole = bool(names.fullmatch(name))
+        if spec.axes[:1] != ("layers",) or "layers/" not in name:
+            return [whole]
+        layers = _layers_of(path_name(path), spec.shape[0])
+        return [whole or bool(names.fullmatch(name.replace("layers/", f"layers/{i}/", 1))) for i in layers]
+
+    return {path: mask(path, spec) for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)}
+
+
+def _listing(specs: Tree, prefix: str) -> str:
+    """The names of all parameters, and how to name those of one layer."""
+    leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
+    names = ", ".join(dict.fromkeys(prefix + _whole_name(path) for path, _ in leaves))
+    depths = [_layers_of(path_name(path), spec.shape[0]).stop for path, spec in leaves if spec.axes[:1] == ("layers",)]
+    last = max(depths, default=0) - 1
+    return names + (f" (of one layer alone: {prefix}layers/0/... to {prefix}layers/{last}/...)" if last >= 0 else "")
+
+
+def _empty(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and not tree
 
 
 def muon_dimensions(specs: Tree) -> Tree:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research import params as params_lib
 from research.devices import sharding
 from research.errors import InputError
 from research.models import blocks
@@ -31,9 +32,13 @@ def init_cache(c: ModelConfig, rules: Mapping[str, Any], batch_size: int, length
 def unstack(c: ModelConfig, params: Params) -> Params:
     """See Model.unstack. Kernels are cast to the compute dtype here, once, and those that read the same are joined."""
     specs = make_specs(c)
-    params = jax.tree.map(lambda w, s: w.astype(c.dtype) if s.contracts else w, params, specs)
-    layers = (jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(c.num_layers))
-    return {**params, "layers": tuple(_join(c, layer) for layer in layers)}
+    cast = lambda values, specs: jax.tree.map(lambda w, s: w.astype(c.dtype) if s.contracts else w, values, specs)  # noqa: E731
+    layers = (params_lib.layer(params["layers"], i) for i in range(c.num_layers))
+    rest = {name: values for name, values in params.items() if name != "layers"}
+    return {
+        **cast(rest, {name: specs[name] for name in rest}),
+        "layers": tuple(_join(c, cast(layer, specs["layers"])) for layer in layers),
+    }
 
 
 def _join(c: ModelConfig, p: Params) -> Params:

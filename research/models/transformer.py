@@ -112,7 +112,8 @@ def hidden_at(
     layers: Sequence[int],
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """See Model.hidden_at. Layers run under a scan, one period of `sliding_window` at a time; it ends at each of
-    `layers` and another begins, so that only these states are held."""
+    `layers` and another begins, so that only these states are held; and where a piece of the layers ends (params.cut),
+    so that no array of all of them is made."""
     wanted = [layer_number(c, layer) for layer in layers]
     segment_ids, positions = batch["segment_ids"], batch["positions"]
     angles = blocks.rotations(c, positions, blocks.document_lengths(segment_ids, positions))
@@ -136,7 +137,7 @@ def hidden_at(
         return x
 
     def run(x: jax.Array, first: int, stop: int) -> jax.Array:
-        cut = lambda a, b: jax.tree.map(lambda w: w[a:b], params["layers"])  # noqa: E731
+        cut = functools.partial(params_lib.layer_range, params["layers"])
         if (
             period == 1
         ):  # as they are: another axis would make XLA copy all weights, and the scan keep them a second time
@@ -156,10 +157,14 @@ def hidden_at(
 
     x = blocks.embed(c, rules, params, batch["tokens"], positions, batch.get("token_types"))
     states, done = {0: x}, 0
-    for stop in sorted({*wanted, c.num_layers}):
+    for stop in sorted({*wanted, *(piece.stop for piece in params_lib.layer_pieces(params["layers"]))}):
+        if stop == 0:
+            continue
         with jax.named_scope("layers"):
             x = run(x, done, stop)
-        states[stop], done = x, stop
+        done = stop
+        if stop in wanted:
+            states[stop] = x
     return blocks.final(c, params, x), tuple(states[layer] for layer in wanted)
 
 
@@ -177,7 +182,7 @@ def attention_inputs(
     i = layer_number(c, layer) - 1
     if i < 0:
         raise InputError(f"layer {layer}: is the embedding, which has no attention. The first layer is 1.")
-    p = jax.tree.map(lambda w: w[i], params["layers"])
+    p = params_lib.layer(params["layers"], i)
     if c.block in ("pre", "sandwich", "parallel"):
         x = blocks.norm(c, p["attention_norm"], x)
     positions = batch["positions"]
