@@ -1,24 +1,34 @@
-"""One layer of the transformer and what stands before and after the layers, used by training and by decoding.
+"""The parts of the transformer: a layer, and what stands before and after the layers. Training and decoding share them.
 
-Axes: B batch, T time, D model, H query heads, K key/value heads, h head dimension.
+Axes: B batch, T time, D model, H query heads, K key/value heads, h head dimension, F feed-forward.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from research.devices import sharding
-from research.models.config import MLPS, ModelConfig
+from research.models.config import ACTIVATIONS, ModelConfig
 from research.models.specs import Params
 from research.ops import moe
 from research.ops.cpu import matmul
 from research.ops.rope import Angles, RopeScaling, rope, rope_angles
 
+Rules = Mapping[str, Any]  # logical axis -> mesh axes
 
-def linear(p: Params, x: jax.Array, contract: int = 1) -> jax.Array:
-    """x [..., *in] times kernel [*in, *out], plus the bias if there is one; `contract` counts the axes of *in."""
+
+def linear(p: Params, x: Float[Array, "..."], contract: int = 1) -> Float[Array, "..."]:
+    """x [..., *in] times kernel [*in, *out], plus the bias if there is one.
+
+    Args:
+      p: kernel, and bias [*out] if there is one.
+      x: floating; the product has its dtype.
+      contract: the number of axes of *in.
+    """
     kernel = p["kernel"].astype(x.dtype)
     y = matmul.matmul(x, kernel, contract)
     if "bias" in p:
@@ -27,8 +37,11 @@ def linear(p: Params, x: jax.Array, contract: int = 1) -> jax.Array:
     return y
 
 
-def norm(c: ModelConfig, p: Params, x: jax.Array, center: bool | None = None) -> jax.Array:
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the axes that the scale has, in float32."""
+def norm(c: ModelConfig, p: Params, x: Float[Array, "*n"], center: bool | None = None) -> Float[Array, "*n"]:
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the axes that the scale has, in float32.
+
+    `center` says whether the mean is taken off, by default as config.norm has it.
+    """
     axes = tuple(range(x.ndim - p["scale"].ndim, x.ndim))
     y = x.astype(jnp.float32)
     if c.norm == "layernorm" if center is None else center:
@@ -41,19 +54,25 @@ def norm(c: ModelConfig, p: Params, x: jax.Array, center: bool | None = None) ->
     return y.astype(x.dtype)
 
 
-def rotations(c: ModelConfig, positions: jax.Array, lengths: jax.Array) -> tuple[Angles | None, Angles | None]:
-    """Rotations of the layers that see everything and of those with a window; None where there are none."""
+def rotations(
+    c: ModelConfig, positions: Int[Array, "B T"], lengths: Int[Array, "B T"] | Int[Array, "B 1"]
+) -> tuple[Angles | None, Angles | None]:
+    """RoPE's angles: of the layers that see everything, and of those with a sliding window. None: without RoPE.
+
+    `lengths` are those of the documents, by which LongRoPE chooses its factors.
+    """
     if c.positions != "rope":
         return None, None
-    everywhere = rope_angles(c.rope_theta, c.turned, c.rope_scaling, positions, lengths)
+    everywhere = rope_angles(c.rope_theta, c.rotary_size, c.rope_scaling, positions, lengths)
     if not c.local_rope_theta:
         return everywhere, everywhere
-    return everywhere, rope_angles(c.local_rope_theta, c.turned, RopeScaling(), positions)
+    return everywhere, rope_angles(c.local_rope_theta, c.rotary_size, RopeScaling(), positions)
 
 
 def project_qkv(
-    c: ModelConfig, p: Params, x: jax.Array, angles: Angles | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    c: ModelConfig, p: Params, x: Float[Array, "B T D"], angles: Angles | None
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"]]:
+    """Queries, keys and values, normed and turned, by the kernels q, k and v or by qkv (see decoding.unstack)."""
     if "qkv" in p:
         y = linear(p["qkv"], x)
         q, k, v = y[..., :-2, :].reshape(*x.shape[:2], c.num_heads, c.dim_per_head), y[..., -2, :], y[..., -1, :]
@@ -66,39 +85,49 @@ def project_qkv(
     return q, k, v
 
 
-def mlp(c: ModelConfig, rules: Mapping[str, Any], p: Params, x: jax.Array) -> jax.Array:
-    activation, gated = MLPS[c.mlp]
+def mlp(c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The feed-forward part of a layer: one MLP, or a mixture of experts."""
+    if c.num_experts:
+        return _mixture(c, rules, p, x)
+    if "up_gate" in p:
+        both = linear(p["up_gate"], x)
+        up, gate = both[..., 0, :], both[..., 1, :]
+    else:
+        up, gate = linear(p["up"], x), linear(p["gate"], x) if c.gated else None
+    y = sharding.constrain(_activate(c, up, gate), ("batch", "time", "mlp"), rules)
+    return linear(p["down"], y)
 
-    def network(apply: Callable, x: jax.Array, constrain: Callable = lambda y: y) -> jax.Array:
-        y = apply("up", x)
-        y = activation(apply("gate", x)) * y if gated else activation(y)
-        return apply("down", constrain(y))
 
-    if not c.num_experts:
-        constrain = lambda y: sharding.constrain(y, ("batch", "time", "mlp"), rules)  # noqa: E731
-        if "up_gate" in p:
-            y = linear(p["up_gate"], x)
-            both = {"up": y[..., 0, :], "gate": y[..., 1, :]}
-            return network(lambda name, x: both[name] if name in both else linear(p[name], x), x, constrain)
-        return network(lambda name, x: linear(p[name], x), x, constrain)
+def _activate(c: ModelConfig, up: Float[Array, "*n F"], gate: Float[Array, "*n F"] | None) -> Float[Array, "*n F"]:
+    activation = ACTIVATIONS[c.mlp]
+    return activation(up) if gate is None else activation(gate) * up
+
+
+def _mixture(c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     B, T = x.shape[:2]
     logits = linear(p["router"], x.astype(jnp.float32))
-    chosen = moe.route(logits.reshape(B * T, -1), c.experts_per_token, c.normalize_router)
-    weights, experts = (y.reshape(B, T, -1) for y in chosen)
-
-    def expert(kernels: Params, dot: Callable, x: jax.Array) -> jax.Array:
-        apply = lambda name, x: dot(x, kernels[name])  # noqa: E731
-        return network(apply, x)
-
+    routes = moe.route(logits.reshape(B * T, -1), c.experts_per_token, c.normalize_router)
+    weights, experts = (y.reshape(B, T, -1) for y in routes)
     kernels = {name: q["kernel"] for name, q in p.items() if name != "router"}
     axes = {name: ("experts", *(("mlp", "embed") if name == "down" else ("embed", "mlp"))) for name in kernels}
+    expert = functools.partial(_expert, c)
     return moe.sharded_mixture(x, weights, experts, c.num_experts, kernels, expert, kernels=axes, rules=rules)
 
 
+def _expert(c: ModelConfig, kernels: Params, dot: Callable, x: Float[Array, "n D"]) -> Float[Array, "n D"]:
+    """`dot` multiplies tokens, each by the kernel of its expert."""
+    up = dot(x, kernels["up"])
+    gate = dot(x, kernels["gate"]) if c.gated else None
+    return dot(_activate(c, up, gate), kernels["down"])
+
+
 def block(
-    c: ModelConfig, rules: Mapping[str, Any], p: Params, x: jax.Array, attend: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """One layer around `attend`, which maps [B, T, D] to attention's output [B, T, D]."""
+    c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"], attend: Callable[[jax.Array], jax.Array]
+) -> Float[Array, "B T D"]:
+    """One layer: norms and residual sums as config.block has them, around attention and the MLP.
+
+    `attend` maps [B, T, D] to attention's output [B, T, D]; it is another for training than for decoding.
+    """
     before = c.block in ("pre", "sandwich", "parallel")
     with jax.named_scope("attention"):
         y = attend(norm(c, p["attention_norm"], x) if before else x)
@@ -121,12 +150,13 @@ def block(
 @jax.named_scope("embed")
 def embed(
     c: ModelConfig,
-    rules: Mapping[str, Any],
+    rules: Rules,
     params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
-    token_types: jax.Array | None = None,
-) -> jax.Array:
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    token_types: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+    """The input of the first layer. Without `token_types` all tokens are of the first type."""
     x = params["embed"].astype(c.dtype)[tokens]
     if c.embed_scale:
         x = x * jnp.asarray(c.d_model**0.5, x.dtype)
@@ -141,21 +171,20 @@ def embed(
 
 
 @jax.named_scope("final_norm")
-def final(c: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    """From the last layer to what the head multiplies."""
+def final(c: ModelConfig, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """From the output of the last layer to what the head multiplies."""
     if c.block != "residual":
         x = norm(c, params["final_norm"], x)
     if c.head_transform:
-        x = MLPS[c.mlp][0](linear(params["head_transform"]["dense"], x))
+        x = ACTIVATIONS[c.mlp](linear(params["head_transform"]["dense"], x))
         x = norm(c, params["head_transform"]["norm"], x)
     return x
 
 
-def document_lengths(segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
-    """Tokens of the document that each token is in, [B, T]."""
-    T = positions.shape[1]
+def document_lengths(segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """How many tokens the document of each token has."""
 
-    def row(segments: jax.Array, positions: jax.Array) -> jax.Array:
-        return jax.ops.segment_max(positions, segments, num_segments=T + 1)[segments] + 1
+    def of_row(segments: Int[Array, " T"], positions: Int[Array, " T"]) -> Int[Array, " T"]:
+        return jax.ops.segment_max(positions, segments, num_segments=len(positions) + 1)[segments] + 1
 
-    return jax.vmap(row)(segment_ids, positions)
+    return jax.vmap(of_row)(segment_ids, positions)

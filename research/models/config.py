@@ -9,23 +9,30 @@ from research.errors import InputError, did_you_mean
 from research.ops.attention import IMPLEMENTATIONS
 from research.ops.rope import RopeScaling
 
-MLPS = {  # activation, and whether a gate is multiplied by it
-    "swiglu": (jax.nn.silu, True),
-    "geglu": (functools.partial(jax.nn.gelu, approximate=False), True),
-    "geglu_tanh": (functools.partial(jax.nn.gelu, approximate=True), True),
-    "gelu": (functools.partial(jax.nn.gelu, approximate=False), False),
-    "gelu_tanh": (functools.partial(jax.nn.gelu, approximate=True), False),
-    "relu": (jax.nn.relu, False),
+ACTIVATIONS = {  # of ModelConfig.mlp
+    "swiglu": jax.nn.silu,
+    "geglu": functools.partial(jax.nn.gelu, approximate=False),
+    "geglu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
 }
-_NORMS = ("rmsnorm", "layernorm")
-_BLOCKS = ("pre", "post", "sandwich", "parallel", "residual")
-_POSITIONS = ("rope", "learned")
-_QK_NORMS = ("none", "head", "full")
-REMAT = {
+_GATED = ("swiglu", "geglu", "geglu_tanh")
+REMAT = {  # of ModelConfig.remat: what the backward pass keeps
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+_SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff", "max_length")
+_CHOICES = {
+    "mlp": tuple(ACTIVATIONS),
+    "block": ("pre", "post", "sandwich", "parallel", "residual"),
+    "norm": ("rmsnorm", "layernorm"),
+    "positions": ("rope", "learned"),
+    "qk_norm": ("none", "head", "full"),
+    "remat": tuple(REMAT),
+    "attention": tuple(IMPLEMENTATIONS),
 }
 
 
@@ -115,31 +122,30 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for field in (
-            "vocab_size",
-            "num_layers",
-            "d_model",
-            "num_heads",
-            "num_kv_heads",
-            "d_ff",
-            "max_length",
-        ):
+        self._check_sizes_and_choices()
+        self._check_heads()
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise InputError(
+                f"model.experts_per_token = {self.experts_per_token}: must be from 1 to model.num_experts = "
+                f"{self.num_experts}."
+            )
+        if self.num_experts and self.mlp_bias:
+            raise InputError("model.mlp_bias = True: experts have no biases. Set it to False.")
+        if not self.sliding_window or min(self.sliding_window) < 0:
+            raise InputError(f"model.sliding_window = {self.sliding_window}: give sizes >= 0, 0 for full attention.")
+
+    def _check_sizes_and_choices(self) -> None:
+        for field in _SIZES:
             if getattr(self, field) < 1:
                 raise InputError(f"model.{field} = {getattr(self, field)}: must be at least 1.")
-        for field, known in (
-            ("mlp", MLPS),
-            ("block", _BLOCKS),
-            ("norm", _NORMS),
-            ("positions", _POSITIONS),
-            ("qk_norm", _QK_NORMS),
-            ("remat", REMAT),
-            ("attention", IMPLEMENTATIONS),
-        ):
-            if getattr(self, field) not in known:
-                value = getattr(self, field)
-                raise InputError(f"model.{field} = {value!r}: no such choice.{did_you_mean(value, known)}")
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise InputError(f"model.{field} = {value!r}: no such choice.{did_you_mean(value, choices)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"model.dtype = {self.dtype!r}: must be 'float32' or 'bfloat16'.")
+
+    def _check_heads(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"model.num_kv_heads = {self.num_kv_heads} doesn't divide model.num_heads = {self.num_heads}. "
@@ -151,29 +157,25 @@ class ModelConfig:
                 "Change one of them, or set model.head_dim."
             )
         if self.positions == "rope":
-            if self.turned % 2 or self.turned > self.dim_per_head:
+            if self.rotary_size % 2 or self.rotary_size > self.dim_per_head:
                 field = "rotary_dim" if self.rotary_dim else "head_dim"
                 raise InputError(
-                    f"model.{field} = {self.turned}: rotary embeddings turn pairs of at most head_dim = "
+                    f"model.{field} = {self.rotary_size}: rotary embeddings turn pairs of at most head_dim = "
                     f"{self.dim_per_head} dimensions. Choose an even number up to that."
                 )
-            self.rope_scaling.check(self.turned)
-        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
-            raise InputError(
-                f"model.experts_per_token = {self.experts_per_token}: must be from 1 to model.num_experts = "
-                f"{self.num_experts}."
-            )
-        if self.num_experts and self.mlp_bias:
-            raise InputError("model.mlp_bias = True: experts have no biases. Set it to False.")
-        if not self.sliding_window or min(self.sliding_window) < 0:
-            raise InputError(f"model.sliding_window = {self.sliding_window}: give sizes >= 0, 0 for full attention.")
+            self.rope_scaling.check(self.rotary_size)
 
     @property
     def dim_per_head(self) -> int:
         return self.head_dim or self.d_model // self.num_heads
 
     @property
-    def turned(self) -> int:
+    def gated(self) -> bool:
+        """Whether the MLP multiplies its activation by a second linear map."""
+        return self.mlp in _GATED
+
+    @property
+    def rotary_size(self) -> int:
         """How many dimensions of a head RoPE turns."""
         return self.rotary_dim or self.dim_per_head
 

@@ -1,89 +1,123 @@
-"""The parameters of a model: a ParamSpec for each array of its pytree."""
+"""The parameters of a model: a ParamSpec for each array, with the logical axes beside its shape.
+
+Axes: L layers, D model, H query heads, K key/value heads, h head dimension, F feed-forward, E experts, V vocabulary.
+"""
 
 from typing import Any
 
 import jax
 
-from research.models.config import MLPS, ModelConfig
-from research.params import ParamSpec
+from research.models.config import ModelConfig
+from research.params import Initializer, ParamSpec
 
 Params = Any  # a pytree of arrays in the shape of the specs
+Specs = dict[str, Any]  # a pytree of ParamSpecs
 
 
-def make_specs(c: ModelConfig) -> Params:
-    """Shapes, logical axes and initial values. Kernels that write to the residual stream start at std / sqrt(2 L)
-    (Radford et al. 2019), so that the stream's variance doesn't grow with depth."""
-    normal = jax.nn.initializers.normal(c.init_std)
-    residual = jax.nn.initializers.normal(c.init_std / (2 * c.num_layers) ** 0.5)
-    zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.constant(1.0 - c.norm_offset)
-    L, D, H, K, h, F, V = (
-        c.num_layers,
-        c.d_model,
-        c.num_heads,
-        c.num_kv_heads,
-        c.dim_per_head,
-        c.d_ff,
-        c.vocab_size,
-    )
+def make_specs(c: ModelConfig) -> Specs:
+    """Returns shapes, logical axes and initial values of all parameters.
 
-    def linear(shape, axes, contracts, bias, init=normal, stack=(("layers", L),)):
-        """A stacked kernel, and its bias on the axes that aren't contracted."""
-        names, sizes = tuple(n for n, _ in stack), tuple(s for _, s in stack)
-        spec = {"kernel": ParamSpec((*sizes, *shape), (*names, *axes), init, contracts)}
-        if bias:
-            out = [(n, a) for n, a in zip(shape, axes, strict=True) if a not in contracts]
-            spec["bias"] = ParamSpec((*sizes, *(n for n, _ in out)), (*names, *(a for _, a in out)), zeros)
-        return spec
+    Kernels that write to the residual stream start at init_std / sqrt(2 L) (Radford et al. 2019), so that the stream's
+    variance doesn't grow with depth.
+    """
+    return {"layers": _layers(c), **_embeddings(c), **_head(c)}
 
-    def norm(*shape, axes=("layers", "embed_replicated"), kind=c.norm):
-        spec = {"scale": ParamSpec(shape, axes, ones)}
-        if kind == "layernorm":
-            spec["bias"] = ParamSpec(shape, axes, zeros)
-        return spec
 
-    attention = {
-        "q": linear((D, H, h), ("embed", "heads", "head_dim"), ("embed",), c.attention_bias),
-        "k": linear((D, K, h), ("embed", "kv_heads", "head_dim"), ("embed",), c.attention_bias),
-        "v": linear((D, K, h), ("embed", "kv_heads", "head_dim"), ("embed",), c.attention_bias),
-        "o": linear((H, h, D), ("heads", "head_dim", "embed"), ("heads", "head_dim"), c.attention_out_bias, residual),
+def _layers(c: ModelConfig) -> Specs:
+    names = ["attention_norm", "mlp_norm"]
+    if c.block == "sandwich":
+        names += ["attention_post_norm", "mlp_post_norm"]
+    norms = {name: _norm(c, (c.num_layers, c.d_model), ("layers", "embed_replicated")) for name in names}
+    return {"attention": _attention(c), "mlp": _mlp(c), **norms}
+
+
+def _attention(c: ModelConfig) -> Specs:
+    L, D, H, K, h = c.num_layers, c.d_model, c.num_heads, c.num_kv_heads, c.dim_per_head
+    q = ParamSpec((L, D, H, h), ("layers", "embed", "heads", "head_dim"), _normal(c), ("embed",))
+    kv = ParamSpec((L, D, K, h), ("layers", "embed", "kv_heads", "head_dim"), _normal(c), ("embed",))
+    o = ParamSpec((L, H, h, D), ("layers", "heads", "head_dim", "embed"), _residual(c), ("heads", "head_dim"))
+    specs = {
+        "q": _linear(q, c.attention_bias),
+        "k": _linear(kv, c.attention_bias),
+        "v": _linear(kv, c.attention_bias),
+        "o": _linear(o, c.attention_out_bias),
     }
     if c.qk_norm == "head":
-        for name in ("q_norm", "k_norm"):
-            attention[name] = norm(L, h, axes=("layers", "head_dim"), kind="rmsnorm")
+        scale = {"scale": ParamSpec((L, h), ("layers", "head_dim"), _ones(c))}
+        specs |= {"q_norm": scale, "k_norm": scale}
     elif c.qk_norm == "full":
-        attention["q_norm"] = norm(L, H, h, axes=("layers", "heads", "head_dim"), kind="rmsnorm")
-        attention["k_norm"] = norm(L, K, h, axes=("layers", "kv_heads", "head_dim"), kind="rmsnorm")
-
-    stack = (("layers", L), *((("experts", c.num_experts),) if c.num_experts else ()))
-    mlp = {
-        "up": linear((D, F), ("embed", "mlp"), ("embed",), c.mlp_bias, stack=stack),
-        "down": linear((F, D), ("mlp", "embed"), ("mlp",), c.mlp_bias, residual, stack),
-    }
-    if MLPS[c.mlp][1]:
-        mlp["gate"] = linear((D, F), ("embed", "mlp"), ("embed",), c.mlp_bias, stack=stack)
-    if c.num_experts:
-        mlp["router"] = linear((D, c.num_experts), ("embed", "experts"), ("embed",), bias=False)
-
-    layers = {"attention_norm": norm(L, D), "attention": attention, "mlp_norm": norm(L, D), "mlp": mlp}
-    if c.block == "sandwich":
-        layers |= {"attention_post_norm": norm(L, D), "mlp_post_norm": norm(L, D)}
-
-    alone = ("embed_replicated",)
-    specs = {"embed": ParamSpec((V, D), ("vocab", "embed"), normal, ("vocab",)), "layers": layers}
-    if c.positions == "learned":
-        specs["position_embed"] = ParamSpec((c.max_length, D), ("positions", "embed"), normal, ("positions",))
-    if c.token_types:
-        specs["token_type_embed"] = ParamSpec((c.token_types, D), ("token_types", "embed"), normal, ("token_types",))
-    if c.embed_norm:
-        specs["embed_norm"] = norm(D, axes=alone)
-    if c.block != "residual":
-        specs["final_norm"] = norm(D, axes=alone)
-    if c.head_transform:
-        dense = linear((D, D), ("embed", "embed_replicated"), ("embed",), bias=True, stack=())
-        specs["head_transform"] = {"dense": dense, "norm": norm(D, axes=alone)}
-    columns, axis = (c.num_labels, "labels") if c.num_labels else (V, "vocab")
-    if c.num_labels or not c.tie_embeddings:
-        specs["head"] = ParamSpec((D, columns), ("embed", axis), normal, ("embed",))
-    if c.head_bias:
-        specs["head_bias"] = ParamSpec((columns,), (axis,), zeros)
+        specs["q_norm"] = {"scale": ParamSpec((L, H, h), ("layers", "heads", "head_dim"), _ones(c))}
+        specs["k_norm"] = {"scale": ParamSpec((L, K, h), ("layers", "kv_heads", "head_dim"), _ones(c))}
     return specs
+
+
+def _mlp(c: ModelConfig) -> Specs:
+    L, D, F, E = c.num_layers, c.d_model, c.d_ff, c.num_experts
+    sizes, stack = ((L, E), ("layers", "experts")) if E else ((L,), ("layers",))
+    up = ParamSpec((*sizes, D, F), (*stack, "embed", "mlp"), _normal(c), ("embed",))
+    down = ParamSpec((*sizes, F, D), (*stack, "mlp", "embed"), _residual(c), ("mlp",))
+    specs = {"up": _linear(up, c.mlp_bias), "down": _linear(down, c.mlp_bias)}
+    if c.gated:
+        specs["gate"] = _linear(up, c.mlp_bias)
+    if E:
+        router = ParamSpec((L, D, E), ("layers", "embed", "experts"), _normal(c), ("embed",))
+        specs["router"] = _linear(router, bias=False)
+    return specs
+
+
+def _embeddings(c: ModelConfig) -> Specs:
+    D, V, P, N = c.d_model, c.vocab_size, c.max_length, c.token_types
+    specs: Specs = {"embed": ParamSpec((V, D), ("vocab", "embed"), _normal(c), ("vocab",))}
+    if c.positions == "learned":
+        specs["position_embed"] = ParamSpec((P, D), ("positions", "embed"), _normal(c), ("positions",))
+    if c.token_types:
+        specs["token_type_embed"] = ParamSpec((N, D), ("token_types", "embed"), _normal(c), ("token_types",))
+    if c.embed_norm:
+        specs["embed_norm"] = _norm(c, (D,), ("embed_replicated",))
+    return specs
+
+
+def _head(c: ModelConfig) -> Specs:
+    """What comes after the layers."""
+    D = c.d_model
+    columns, axis = (c.num_labels, "labels") if c.num_labels else (c.vocab_size, "vocab")
+    specs: Specs = {}
+    if c.block != "residual":
+        specs["final_norm"] = _norm(c, (D,), ("embed_replicated",))
+    if c.head_transform:
+        dense = ParamSpec((D, D), ("embed", "embed_replicated"), _normal(c), ("embed",))
+        specs["head_transform"] = {"dense": _linear(dense, bias=True), "norm": _norm(c, (D,), ("embed_replicated",))}
+    if c.num_labels or not c.tie_embeddings:
+        specs["head"] = ParamSpec((D, columns), ("embed", axis), _normal(c), ("embed",))
+    if c.head_bias:
+        specs["head_bias"] = ParamSpec((columns,), (axis,), jax.nn.initializers.zeros)
+    return specs
+
+
+def _linear(kernel: ParamSpec, bias: bool) -> Specs:
+    """A kernel, and its bias on the axes that aren't summed over."""
+    if not bias:
+        return {"kernel": kernel}
+    kept = [i for i, axis in enumerate(kernel.axes) if axis not in kernel.contracts]
+    shape, axes = tuple(kernel.shape[i] for i in kept), tuple(kernel.axes[i] for i in kept)
+    return {"kernel": kernel, "bias": ParamSpec(shape, axes, jax.nn.initializers.zeros)}
+
+
+def _norm(c: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> Specs:
+    specs = {"scale": ParamSpec(shape, axes, _ones(c))}
+    if c.norm == "layernorm":
+        specs["bias"] = ParamSpec(shape, axes, jax.nn.initializers.zeros)
+    return specs
+
+
+def _normal(c: ModelConfig) -> Initializer:
+    return jax.nn.initializers.normal(c.init_std)
+
+
+def _residual(c: ModelConfig) -> Initializer:
+    return jax.nn.initializers.normal(c.init_std / (2 * c.num_layers) ** 0.5)
+
+
+def _ones(c: ModelConfig) -> Initializer:
+    """Of scales: 1 once norm_offset has been added."""
+    return jax.nn.initializers.constant(1.0 - c.norm_offset)
