@@ -127,13 +127,13 @@ def _make(told: Mapping[str, Any], **rest: Any) -> Bench:
 
     from research import config as config_lib
     from research.devices import sharding
-    from research.planning import plan
+    from research.planning import abstract
     from research.run import run
 
     config, bases = run.with_checkpoints(config_lib.parse(told), None, described=True)
     config_lib.check(config, num_devices=len(jax.devices()))
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
-    bench = Bench(config, mesh, plan.find_vocab_size(config, bases.get("policy")), **rest)
+    bench = Bench(config, mesh, abstract.find_vocab_size(config, bases.get("policy")), **rest)
     for name in bench.objectives:
         measure.with_objective(config, name)
     return bench

@@ -151,11 +151,11 @@ def prepare(config: Any, mesh: Any, vocab_size: int, *, packed: bool = True) -> 
 
     from research import params
     from research.models import transformer
-    from research.planning import plan
+    from research.planning import abstract
     from research.run import run
     from research.sources import fields
 
-    parts = run.assemble(config, mesh, plan.batch_spec(config), vocab_size)
+    parts = run.assemble(config, mesh, abstract.batch_spec(config), vocab_size)
     batch = fields.fake(parts.batch, vocab_size, packed=packed, seed=config.seed)
     key = jax.random.PRNGKey(config.seed)
     specs = {role: transformer.in_compute_dtype(parts.models[role]) for role in parts.frozen}

@@ -4,7 +4,6 @@ import inspect
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from research.devices import chips
 from research.errors import InputError, did_you_mean
 
 METRICS_FILE = "metrics.jsonl"
@@ -264,65 +264,23 @@ def check_wandb(options: Mapping[str, Any]) -> None:
             raise InputError(f"wandb.{name}: not an argument of wandb.init that can be set.{hint}")
 
 
-# Peak matrix FLOP/s of a chip in bfloat16 without sparsity, and its TensorCores.
-_TPU_PEAKS = {
-    "TPU v2": (46e12, 2),
-    "TPU v3": (123e12, 2),
-    "TPU v4": (275e12, 2),
-    "TPU v5 lite": (197e12, 1),
-    "TPU v5e": (197e12, 1),
-    "TPU v5": (459e12, 2),
-    "TPU v5p": (459e12, 2),
-    "TPU v6 lite": (918e12, 1),
-    "TPU v6e": (918e12, 1),
-    "TPU7x": (2307e12, 2),
-}
-# The first pattern that is found in the device kind counts.
-_GPU_PEAKS = (
-    (r"\bMIG\b", None),  # a slice of a chip
-    (r"\bB200\b", 2250e12),
-    (r"\bH200 NVL\b", 835.5e12),
-    (r"\bH200\b", 989.5e12),
-    (r"\bH100 NVL\b", 835.5e12),
-    (r"\bH100 PCIe\b", 756.5e12),
-    (r"\bH100\b", 989.5e12),
-    (r"\bA100\b", 312e12),
-    (r"\bL40S\b", 362e12),
-    (r"\bL4\b", 121e12),
-    (r"\bA10G\b", 70e12),
-    (r"\bV100-PCIE\b", 112e12),
-    (r"\bV100-SXM2\b", 125e12),
-    (r"\bT4\b", 65e12),
-    (r"\bRTX 4090$", 165.2e12),
-    (r"\bRTX 3090$", 71e12),
-)
-
-
 def peak_flops(device: jax.Device) -> float | None:
     """Returns the peak FLOP/s of one device, the denominator of model-FLOPs utilisation.
 
-    TPUs and GPUs: bfloat16 matrix multiplication with float32 sums, without sparsity, from the makers'
-    data sheets. V100 and T4 have no bfloat16 matrix unit: theirs is the float16 peak. A JAX device is one
-    TensorCore of two on TPU v2, v3 and 7x, and has that share of the chip's peak.
+    TPUs and GPUs: that of chips.TPUS and chips.GPUS. A JAX device is one TensorCore of two on TPU v2, v3 and 7x, and
+    has that share of the chip's peak.
     CPU: measured by a float32 matrix multiplication; simulated devices of one process share it.
     Others: None, with a warning in the log: utilisation can't be reported.
-
-    Sources. TPU: "Peak compute per chip" in cloud.google.com/tpu/docs, pages v3 to v6e and tpu7x; v2: Jouppi
-    et al. 2020, "A Domain-Specific Supercomputer for Training Deep Neural Networks". NVIDIA: the data sheet of
-    each data-centre product, halved where it gives the peak with sparsity alone; GeForce: the GA102 and Ada
-    white papers, appendix A.
     """
     if device.platform == "cpu":
         return _measure_flops(device)
-    kind, peak = device.device_kind, None
-    if kind in _TPU_PEAKS:
-        chip, cores = _TPU_PEAKS[kind]
-        peak = chip * device.num_cores / cores
-    elif device.platform == "gpu":
-        peak = next((flops for pattern, flops in _GPU_PEAKS if re.search(pattern, kind)), None)
-    if peak is None:
-        logging.warning("The peak FLOP/s of %r isn't known, so model-FLOPs utilisation isn't reported.", kind)
-    return peak
+    chip = chips.find(device.device_kind, device.platform)
+    if chip is None:
+        logging.warning(
+            "The peak FLOP/s of %r isn't known, so model-FLOPs utilisation isn't reported.", device.device_kind
+        )
+        return None
+    return chip.share(device.num_cores).flops if device.platform == "tpu" else chip.flops
 
 
 def _measure_flops(device: jax.Device, size: int = 1024) -> float:

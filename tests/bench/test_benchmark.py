@@ -17,7 +17,7 @@ from research.devices import sharding
 from research.models import transformer
 from research.models.config import ModelConfig
 from research.models.specs import make_specs
-from research.planning import plan
+from research.planning import abstract
 from research.sources import fields
 
 CONFIG = "--config=experiments/benchmark.py:debug"
@@ -101,7 +101,7 @@ def test_other_objectives_trace(objective):
     """What each objective wants of roles, labels and fields is there; the batch is made of it."""
     c = benchmark._make(experiment.get_config("debug").to_dict(), **rest(objectives=(objective,))).config
     c = measure.with_objective(c, objective)
-    spec = plan.batch_spec(c)
+    spec = abstract.batch_spec(c)
     batch = fields.fake(spec, 300)
     assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {k: (x.shape, x.dtype) for k, x in spec.items()}
     from research.run import run

@@ -9,7 +9,7 @@ import pytest
 from experiments import base
 from research import config
 from research.errors import InputError
-from research.planning import plan
+from research.planning import estimate, hlo, plan, report, topology
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler isn't here")
 
@@ -55,8 +55,8 @@ ENTRY %main.9 (a: f32[8,128]) -> f32[] {
 
 
 def test_collectives_are_counted_as_often_as_their_loops_run():
-    found = {c.kind: (c.calls, c.bytes) for c in plan.find_collectives(HLO)}
-    assert found == {
+    totals = {c.kind: (c.calls, c.bytes) for c in hlo.find_collectives(HLO)}
+    assert totals == {
         "all-gather": (10, 5 * (16 * 128 * 2 + 8 * 128 * 2)),
         "reduce-scatter": (5 + 1, 5 * 2 * 4 * 128 * 4 + 8 * 128 * 4),
         "all-reduce": (1, 4),
@@ -67,11 +67,11 @@ def test_collectives_are_counted_as_often_as_their_loops_run():
 def test_what_the_compiler_says_of_memory():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
     text += "Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G."
-    assert plan._out_of_memory(text) == "needs 20.10G of 15.75G: 4.35G too much"
+    assert hlo.out_of_memory(text) == "needs 20.10G of 15.75G: 4.35G too much"
     text = "Ran out of memory on HBM, the total memory required for HLO temporaries (35.21G) "
     text += "exceeds available HBM (15.75G)."
-    assert plan._out_of_memory(text) == "needs 35.21G of 15.75G for temporaries alone: 19.46G too much"
-    assert plan._out_of_memory("INTERNAL: a bug") == ""
+    assert hlo.out_of_memory(text) == "needs 35.21G of 15.75G for temporaries alone: 19.46G too much"
+    assert hlo.out_of_memory("INTERNAL: a bug") == ""
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_the_compiler_says_of_memory():
 )
 def test_a_topology_that_does_not_exist_is_an_error(name, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        plan.find(name)
+        topology.find(name)
 
 
 def small(**overrides):
@@ -99,9 +99,9 @@ def small(**overrides):
 
 
 def test_bytes_are_those_of_one_device():
-    eight = plan.find("gpu:8xH100")  # first, as it decides how many devices there are
-    whole = plan.make(small(), plan.find("cpu:1"))
-    cut = plan.make(small(**{"mesh.data": 1, "mesh.fsdp": 8}), eight)
+    eight = topology.find("gpu:8xH100")  # first, as it decides how many devices there are
+    whole = estimate.make(small(), topology.find("cpu:1"))
+    cut = estimate.make(small(**{"mesh.data": 1, "mesh.fsdp": 8}), eight)
     assert whole.parameters == cut.parameters
     assert whole.bytes_of["parameters"] == 4 * whole.parameters
     assert whole.bytes_of["optimizer"] >= 8 * whole.parameters
@@ -112,7 +112,7 @@ def test_bytes_are_those_of_one_device():
     assert whole.seconds["network"] == 0 < cut.seconds["network"]
     assert whole.fits
     assert cut.fits
-    text = plan.describe(small(**{"plan.prices.H100": 2.0}), eight, cut)
+    text = report.describe(small(**{"plan.prices.H100": 2.0}), eight, cut)
     assert "an estimate: compiled for simulated CPU devices" in text
     assert "plan.prices.H100 = 2.0" in text
 

@@ -13,7 +13,8 @@ from experiments import sft
 from research import config as config_lib
 from research.bench import measure
 from research.devices import sharding
-from research.planning import plan
+from research.planning import abstract
+from research.planning import topology as topologies
 from research.run import metrics, run
 
 VOCAB, ROWS, LENGTH = 32_768, 8, 512
@@ -60,7 +61,7 @@ def test_nor_does_one_over_devices(config):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler isn't here")
 def test_nor_does_one_for_tpus(config):
-    topology, length = plan.find("v5e:2x2"), 8 * LENGTH  # of a chip, more than the tokens of a chunk
+    topology, length = topologies.find("v5e:2x2"), 8 * LENGTH  # of a chip, more than the tokens of a chunk
     changed = dataclasses.replace(
         measure.with_objective(config, "sft"),
         mesh=config_lib.MeshConfig(1, fsdp=4),
@@ -68,7 +69,7 @@ def test_nor_does_one_for_tpus(config):
         seq_len=length,
     )
     mesh = sharding.make_mesh(dataclasses.asdict(changed.mesh), topology.devices)
-    parts = run.assemble(changed, mesh, plan.batch_spec(changed), VOCAB)
+    parts = run.assemble(changed, mesh, abstract.batch_spec(changed), VOCAB)
     with jax.set_mesh(mesh):
         text = parts.step.lower(parts.state, parts.frozen, parts.batch).compile().as_text()
     assert largest(text) < ROWS * length / 4 * VOCAB / 2

@@ -1,0 +1,85 @@
+"""A run without its data: what is known of its batches, vocabulary and programs before anything is read.
+
+Plans and benchmarks begin with it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from research import config as config_lib
+from research import objectives
+from research.config import Config
+from research.devices import sharding
+from research.errors import InputError
+from research.run import run
+from research.sources import fields, tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A run as its config describes it.
+
+    Attributes:
+      config: checked, with the architectures of the checkpoints that it names.
+      mesh: of its devices, or of some that are only compiled for.
+      vocab_size: of the tokenizer.
+    """
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    vocab_size: int
+
+    def assemble(self) -> Any:
+        """The run's models and programs: research.run's Parts, with abstract arrays."""
+        return run.assemble(self.config, self.mesh, batch_spec(self.config), self.vocab_size)
+
+
+def describe(config: Config, devices: Any = None) -> Described:
+    """Finds what the config names, without its data.
+
+    Args:
+      config: of any run; roles without init_from have the shape that their section describes.
+      devices: to make the mesh of; by default all.
+
+    Raises:
+      InputError: the config can't work there.
+    """
+    devices = jax.devices() if devices is None else devices
+    config, bases = run.with_checkpoints(config, None, described=True)
+    config_lib.check(config, num_devices=len(devices))
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
+    return Described(config, mesh, find_vocab_size(config, bases.get("policy")))
+
+
+def find_vocab_size(config: Config, base: Any = None) -> int:
+    """The model's, or else the tokenizer's, which nothing is read for.
+
+    Args:
+      config: of the run.
+      base: the checkpoint that model.init_from names; None where it names none.
+    """
+    if config.model["vocab_size"]:
+        return config.model["vocab_size"]
+    if config.tokenizer.kind == "bpe":
+        return config.tokenizer.vocab_size
+    tokenizer = run.given_tokenizer(config, base) or tokenizers.make_tokenizer(config.tokenizer, lambda: iter(()))
+    return tokenizer.size
+
+
+def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """The fields of a global batch: those of any text, and what the objective's terms read.
+
+    Raises:
+      InputError: it depends on the data, which isn't read: of labels, how many classes there are.
+    """
+    read = {name for term, _ in objectives.load(config.objective).values() for name in term.fields}
+    names = fields.read_with(read)
+    classes = config.data["num_classes"] or config.model["num_labels"] or len(config.data["labels"])
+    if "label_probs" in names and not classes:
+        raise InputError(
+            "data.num_classes = 0: the data isn't read, so how many classes there are isn't known. Set it."
+        )
+    sizes = {"time": config.seq_len, "labels": classes, "candidates": fields.CANDIDATES}
+    return fields.spec(names, config.batch_size, sizes)

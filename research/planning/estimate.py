@@ -1,0 +1,154 @@
+"""Compiles a run's train step for a topology, and works out what a step needs there and how long it takes."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from research import params
+from research.config import Config
+from research.models import transformer
+from research.planning import abstract, hlo
+from research.planning.hlo import Collective
+from research.planning.topology import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step needs and takes. Bytes are of one chip.
+
+    Attributes:
+      mesh: its axes' sizes.
+      parameters: of the policy.
+      frozen_parameters: of the other roles.
+      bytes_of: kind -> bytes: parameters, optimizer, frozen, batch, temporary (activations and gradients), code.
+      memory: bytes that the chip has.
+      compiler: what it says of a program that doesn't fit; "" of one that does.
+      tokens: of a step.
+      model_flops: of a step, by transformer.flops_per_token.
+      collectives: of a step.
+      seconds: "compute" (model FLOPs and what rematerialisation repeats, at the peak), "memory" (each chip's state and
+        temporary bytes read and written once) and "network" (bytes of collectives over all links): a step takes at
+        least the longest, and their sum where nothing overlaps.
+      compile_seconds: that the compiler took.
+    """
+
+    mesh: Mapping[str, int]
+    parameters: int
+    frozen_parameters: int
+    bytes_of: Mapping[str, int]
+    memory: float
+    compiler: str
+    tokens: int
+    model_flops: float
+    collectives: tuple[Collective, ...]
+    seconds: Mapping[str, float]
+    compile_seconds: float
+
+    @property
+    def used(self) -> int:
+        return sum(self.bytes_of.values())
+
+    @property
+    def fits(self) -> bool:
+        return not self.compiler and self.used <= self.memory
+
+    @property
+    def least(self) -> float:
+        """Seconds of a step where all overlaps."""
+        return max(self.seconds.values())
+
+    @property
+    def most(self) -> float:
+        """Seconds of a step where nothing does."""
+        return sum(self.seconds.values())
+
+
+def make(config: Config, topology: Topology) -> Plan:
+    """Compiles a run's train step for a topology.
+
+    Raises:
+      InputError: the config can't work there, whatever the memory.
+    """
+    described = abstract.describe(config, topology.devices)
+    described = dataclasses.replace(described, config=_with_dtypes(described.config, topology))
+    parts, config = described.assemble(), described.config
+    compiled, compiler, compile_seconds = _compile(parts, described.mesh)
+    tokens = config.batch_size * config.seq_len
+    flops, repeated = _flops(parts.models, tokens, config.seq_len)
+    bytes_of = {
+        "parameters": _bytes(parts.state.params),
+        "optimizer": _bytes([parts.state.opt_state, parts.state.ema, parts.state.carry]),
+        "frozen": _bytes(parts.frozen),
+        "batch": _bytes(parts.batch),
+    }
+    moved, collectives = 0, ()
+    if compiled is not None:
+        memory = compiled.memory_analysis()
+        bytes_of |= {"temporary": memory.temp_size_in_bytes, "code": memory.generated_code_size_in_bytes}
+        moved = 2 * (bytes_of["parameters"] + bytes_of["optimizer"] + bytes_of["temporary"]) + bytes_of["frozen"]
+        collectives = tuple(hlo.find_collectives(compiled.as_text()))
+    counts = {role: params.count(model.specs) for role, model in parts.models.items()}
+    return Plan(
+        mesh=dict(described.mesh.shape),
+        parameters=counts.pop("policy"),
+        frozen_parameters=sum(counts.values()),
+        bytes_of=bytes_of,
+        memory=topology.chip.memory,
+        compiler=compiler,
+        tokens=tokens,
+        model_flops=flops,
+        collectives=collectives,
+        seconds={
+            "compute": (flops + repeated) / (topology.count * topology.chip.flops),
+            "memory": moved / topology.chip.memory_bandwidth,
+            "network": sum(each.bytes for each in collectives) / topology.chip.link_bandwidth,
+        },
+        compile_seconds=compile_seconds,
+    )
+
+
+def _with_dtypes(config: Config, topology: Topology) -> Config:
+    """The config with the compute dtype that "auto" means there; this process's platform is another."""
+    auto = "float32" if topology.kind == "cpu" else "bfloat16"
+    roles = {role: _with_dtype(section, auto) for role, section in config.roles.items()}
+    return dataclasses.replace(config, model=_with_dtype(config.model, auto), roles=roles)
+
+
+def _with_dtype(section: Mapping[str, Any], auto: str) -> dict[str, Any]:
+    dtype = section.get("dtype", "auto")
+    return {**section, "dtype": auto if dtype == "auto" else dtype}
+
+
+def _compile(parts: Any, mesh: jax.sharding.Mesh) -> tuple[Any, str, float]:
+    """(the compiled step, or None where it needs too much memory; what the compiler says of that; seconds)."""
+    with jax.set_mesh(mesh):
+        lowered = parts.step.trace(parts.state, parts.frozen, parts.batch).lower()
+        began, compiled, compiler = time.perf_counter(), None, ""
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            compiler = hlo.out_of_memory(str(error))
+            if not compiler:
+                raise
+    return compiled, compiler, time.perf_counter() - began
+
+
+def _flops(models: Mapping[str, transformer.Model], tokens: int, length: int) -> tuple[float, float]:
+    """(model FLOPs of a step, those that rematerialisation repeats).
+
+    A frozen model's forward pass is a third of a training step's; rematerialisation of all repeats the policy's.
+    """
+    flops = {role: tokens * transformer.flops_per_token(model.config, length) for role, model in models.items()}
+    policy = flops.pop("policy")
+    repeated = policy / 3 if models["policy"].config.remat == "full" else 0.0
+    return policy + sum(flops.values()) / 3, repeated
+
+
+def _bytes(tree: Any) -> int:
+    """Of abstract arrays on one chip."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
