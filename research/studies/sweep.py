@@ -1,16 +1,15 @@
-"""Runs the list of runs that an experiment file defines, one after the other or several at a time.
+"""Runs the list of runs that an experiment file defines: a study whose stages need nothing of each other.
 
 understudy sweep --config=experiments/x.py[:VARIANT] --workdir=runs/sweeps/x [--config.a.b=value ...]
     [--jobs=N] [--metric=eval/loss] [--maximize] [--dry_run]
 
-Each run has a folder of its own below the workdir. The same command again goes on: finished runs are skipped,
-begun ones resumed. At the end there is a table, in results.csv as well.
+Each run has a folder of its own below the workdir, and a process of its own. The same command again goes on: finished
+runs are skipped, begun ones resumed. At the end there is a table, in results.csv as well.
 """
 
 import argparse
 import csv
 import dataclasses
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -19,20 +18,24 @@ import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from research.errors import InputError, did_you_mean
-from research.run.metrics import duration
+from ml_collections import ConfigDict
 
-_PROGRAM = (sys.executable, "-m", "research.main")
-FAILED, BAD_INPUT, STOPPED = 1, 2, 75  # 75, EX_TEMPFAIL: the same command goes on from where it stopped
+from research import cli, files
+from research.errors import InputError, did_you_mean, explain_flag_error
+from research.run import run
+from research.studies import stages
+from research.studies.execution import BAD_INPUT, FAILED, STOPPED
+from research.studies.runner import PROGRAM, Runner
+from research.studies.stages import Stage, finished, state
+from research.studies.tables import text_table
+
+SETTINGS = "sweep.json"  # in a run's folder: the experiment and the overrides that it was made from
 
 _HOW_TO = """Write one beside get_config, for example:
 
@@ -47,32 +50,33 @@ class Entry:
     """One run of a sweep.
 
     Attributes:
-      name: of its folder.
-      workdir: its folder.
+      stage: of the study; its folder bears the run's name.
       overrides: dotted field -> value as on the command line; what sets this run apart.
       settings: what it was made from, stored beside it to be compared with: the experiment and all overrides.
-      command: the program and its arguments.
+      command: what runs it alone: the program and its arguments.
     """
 
-    name: str
-    workdir: str
+    stage: Stage
     overrides: Mapping[str, str]
     settings: Mapping[str, Any]
     command: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        return self.stage.name
 
-def plan(config: str, common: Mapping[str, str], workdir: str, program: Sequence[str] = _PROGRAM) -> list[Entry]:
+
+def plan(config: str, common: Mapping[str, str], workdir: str) -> list[Entry]:
     """Reads the sweep of an experiment. Nothing is written.
 
     Args:
       config: path of the experiment's file, with ":VARIANT" or without.
       common: dotted field -> value as on the command line, for all runs.
       workdir: of the sweep.
-      program: what runs an entry, given --config, --workdir and --config.FIELD=VALUE.
 
     Raises:
       InputError: there is no sweep, two of its entries are the same, a field doesn't exist, a value can't be
-        written on a command line, or a folder holds a run that was made from something else.
+        written on a command line, a run can't work, or a folder holds a run that was made from something else.
     """
     path, _, variant = config.partition(":")
     module = _load(path)
@@ -90,16 +94,28 @@ def plan(config: str, common: Mapping[str, str], workdir: str, program: Sequence
     for field in common:
         if any(field in overrides for overrides, _ in added):
             raise InputError(f"--config.{field}={common[field]}: the sweep of {path} sets it. Leave the flag out.")
+    made_from = ":".join(filter(None, (os.path.relpath(path), variant)))
     entries = []
     for (overrides, _), name in zip(added, _names(added), strict=True):
-        folder = os.path.join(workdir, name)
         every = {**common, **overrides}
-        flags = [f"--config={config}", f"--workdir={folder}", *(f"--config.{k}={v}" for k, v in every.items())]
-        settings = {"config": ":".join(filter(None, (os.path.relpath(path), variant))), "overrides": every}
-        entries.append(Entry(name, folder, overrides, settings, (*program, *flags)))
+        flags = [f"--config={config}", *(f"--config.{k}={v}" for k, v in every.items())]
+        settings = stages.run_settings(name, _config(flags))
+        stage = stages.make_stage(name, "train", settings, (), os.path.join(workdir, name))
+        command = ("python", "-m", "research.main", flags[0], f"--workdir={stage.workdir}", *flags[1:])
+        entries.append(Entry(stage, overrides, {"config": made_from, "overrides": every}, command))
     for entry in entries:
         _check_folder(entry)
     return entries
+
+
+def _config(argv: Sequence[str]) -> ConfigDict:
+    """The config that research.main would have by these flags."""
+    values = cli.experiment_flags(argv)
+    try:
+        values(["sweep", *argv])
+        return values.config
+    except Exception as error:
+        raise InputError(explain_flag_error(error, argv)) from error
 
 
 def flag_value(field: str, value: Any) -> str:
@@ -125,87 +141,28 @@ def flag_value(field: str, value: Any) -> str:
     raise InputError(f"sweep: {field} = {value!r} can't be given on a command line. {remedy}")
 
 
-def run_all(commands: Mapping[str, Sequence[str]], jobs: int) -> dict[str, int]:
-    """Runs commands, `jobs` at a time, each with its output appended to log.txt in its folder.
-
-    SIGINT and SIGTERM are passed on to what runs; then nothing more is started, and all are waited for.
-
-    Args:
-      commands: folder -> program and arguments.
-      jobs: how many run at a time.
-
-    Returns:
-      folder -> exit status, minus the number of the signal where one ended it. A folder that another process
-      is still writing to isn't touched: 75. Folders whose command wasn't started are left out.
-    """
-    waiting = dict(commands)
-    running: dict[str, tuple[subprocess.Popen, float]] = {}
-    statuses: dict[str, int] = {}
-    received: list[int] = []
-    passed_on = 0
-    handlers = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        while running or (waiting and not received):
-            while waiting and len(running) < jobs and not received:
-                folder = next(iter(waiting))
-                process = _start(folder, waiting.pop(folder))
-                place = f"[{len(commands) - len(waiting)}/{len(commands)}] {os.path.basename(folder)}"
-                if process is None:
-                    _say(f"{place}: another process is running it; left alone")
-                    statuses[folder] = STOPPED
-                else:
-                    _say(f"{place}: started, log in {os.path.join(folder, 'log.txt')}")
-                    running[folder] = process, time.monotonic()
-            for number in received[passed_on:]:
-                _say(f"{signal.Signals(number).name}: passed on to {len(running)} running; waiting for them")
-                for process, _ in running.values():
-                    process.send_signal(number)
-                passed_on += 1
-            for folder, (process, started) in list(running.items()):
-                if process.poll() is not None:
-                    del running[folder]
-                    statuses[folder] = process.returncode
-                    took = duration(time.monotonic() - started)
-                    _say(f"{os.path.basename(folder)}: {_outcome(process.returncode)} after {took}")
-                    if _outcome(process.returncode) == "failed":
-                        _say(f"exit status {process.returncode}; {_tail(os.path.join(folder, 'log.txt'))}")
-            time.sleep(0.05)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return statuses
-
-
 def results(
-    entries: Sequence[Entry], statuses: Mapping[str, int], metric: str | None = None, maximize: bool = False
+    entries: Sequence[Entry], metric: str | None = None, maximize: bool = False
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Returns columns and rows of the table: run, status, step, overrides, final metrics.
 
     Args:
       entries: of the sweep.
-      statuses: folder -> exit status, of those that were run now.
       metric: what to sort by; None is eval/loss if there.
       maximize: whether the highest comes first.
     """
     rows = []
     for entry in entries:
-        done = _done(entry)
-        status = "not started" if done is None else "done"
-        if entry.workdir in statuses:
-            status = _outcome(statuses[entry.workdir])
-        if status == "done" and done is None:  # it said so, and left no result
-            status = "failed"
+        status = {"new": "not started", "begun": "stopped"}.get(state(entry.stage), state(entry.stage))
         row = {"run": entry.name, "status": status, **entry.overrides}
-        if status == "done":
+        done = finished(entry.stage)
+        if done is not None:
             row |= {"step": done["step"], **{name: float(value) for name, value in done["metrics"].items()}}
         rows.append(row)
     metric = metric or "eval/loss"
-    found = {name for row in rows for name in row} - {"run", "status", "step"}
+    names = {name for row in rows for name in row} - {"run", "status", "step"}
     overrides = list(dict.fromkeys(field for entry in entries for field in entry.overrides))
-    metrics = sorted(found - set(overrides), key=lambda name: (name != metric, not name.startswith("eval/"), name))
+    metrics = sorted(names - set(overrides), key=lambda name: (name != metric, not name.startswith("eval/"), name))
 
     def order(row: Mapping[str, Any]) -> tuple:
         value = row.get(metric, math.nan)
@@ -220,11 +177,7 @@ def format_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], widt
     def text(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    shown = [[column, *(text(row.get(column, "")) for row in rows)] for column in columns]
-    shown = [[cell.ljust(max(map(len, column))) for cell in column] for column in shown]
-    while len(shown) > 2 and sum(len(column[0]) + 2 for column in shown) > width + 2:
-        shown.pop()
-    return "\n".join("  ".join(line).rstrip() for line in zip(*shown, strict=True))
+    return text_table([columns, *([text(row.get(column, "")) for column in columns] for row in rows)], width)
 
 
 def sweep(
@@ -236,43 +189,56 @@ def sweep(
     metric: str | None = None,
     maximize: bool = False,
     dry_run: bool = False,
-    program: Sequence[str] = _PROGRAM,
+    program: Sequence[str] = PROGRAM,
 ) -> int:
-    """Plans, runs and sums up; see `plan`, `run_all` and `results`. Returns the exit status.
+    """Plans, runs and sums up; returns the exit status.
+
+    Args:
+      config, common, workdir: see `plan`.
+      jobs: how many run at a time.
+      metric, maximize: see `results`.
+      dry_run: print what would run, and stop.
+      program: see Runner.
 
     Raises:
       InputError: the plan can't be made, or no finished run has `metric`.
     """
     if jobs < 1:
         raise InputError(f"--jobs={jobs}: must be at least 1.")
-    entries = plan(config, common, workdir, program)
-    todo = [entry for entry in entries if _done(entry) is None]
-    _say(f"{len(entries)} runs, {len(entries) - len(todo)} finished already")
+    entries = plan(config, common, workdir)
+    todo = [entry for entry in entries if finished(entry.stage) is None]
+    print(f"{len(entries)} runs, {len(entries) - len(todo)} finished already", flush=True)
     if dry_run:
         for entry in todo:
-            _say(shlex.join(entry.command))
+            print(shlex.join(entry.command), flush=True)
         return 0
     for entry in todo:
-        os.makedirs(entry.workdir, exist_ok=True)
-        path = os.path.join(entry.workdir, "sweep.json")
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(entry.settings, f, indent=2)
-        os.replace(path + ".tmp", path)
-    statuses = run_all({entry.workdir: entry.command for entry in todo}, jobs)
+        os.makedirs(entry.stage.workdir, exist_ok=True)
+        files.write_json(os.path.join(entry.stage.workdir, SETTINGS), entry.settings)
+    commands = {entry.stage.id: shlex.join(entry.command) for entry in entries}
+    try:
+        Runner([e.stage for e in entries], keep_going=True, jobs=jobs, commands=commands, program=program).run()
+    except run.Preempted as stop:
+        print(stop, file=sys.stderr)
+    return _sum_up(entries, workdir, metric, maximize)
 
-    columns, rows = results(entries, statuses, metric, maximize)
-    with open(os.path.join(workdir, "results.csv"), "w", encoding="utf-8", newline="") as f:
+
+def _sum_up(entries: Sequence[Entry], workdir: str, metric: str | None, maximize: bool) -> int:
+    """Writes results.csv and prints the table; returns the exit status."""
+    columns, rows = results(entries, metric, maximize)
+    path = os.path.join(workdir, "results.csv")
+    with open(path, "w", encoding="utf-8", newline="") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows(rows)
-    _say("\n" + format_table(columns, rows, shutil.get_terminal_size((120, 24)).columns))
-    _say(f"\nin full in {os.path.join(workdir, 'results.csv')}")
+    print("\n" + format_table(columns, rows, shutil.get_terminal_size((120, 24)).columns))
+    print(f"\nin full in {path}", flush=True)
     done = [row for row in rows if row["status"] == "done"]
     if metric and done and not any(metric in row for row in done):
         raise InputError(f"--metric={metric}: no run has it.{did_you_mean(metric, columns[3:])}")
     failed = [row["run"] for row in rows if row["status"] == "failed"]
     if failed:
-        _say(f"failed: {', '.join(failed)}")
+        print(f"failed: {', '.join(failed)}", flush=True)
         return FAILED
     return STOPPED if len(done) < len(rows) else 0
 
@@ -306,94 +272,59 @@ def _check_field(defaults: Any, field: str) -> None:
 
 def _names(added: Sequence[tuple[Mapping[str, str], str | None]]) -> list[str]:
     """A folder name for each entry: the one given, else what is overridden, each field as short as is clear."""
+    _check_names(added)
     fields = {field for overrides, _ in added for field in overrides}
-
-    def label(field: str) -> str:
-        parts = field.split(".")
-        tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        clear = (tail for tail in tails if sum(f".{f}".endswith(f".{tail}") for f in fields) == 1)
-        return next(clear, field)
-
-    names, seen = [], {}
+    names = []
     for overrides, name in added:
-        key = json.dumps(overrides, sort_keys=True)
-        if key in seen:
-            raise InputError(f"sweep: entries {seen[key] + 1} and {len(names) + 1} are the same run: {key}.")
-        seen[key] = len(names)
-        if name is not None and not re.fullmatch(r"[\w=+][\w.,=+-]*", name):
-            raise InputError(f"sweep: name {name!r}: use letters, digits and _ . , = + - only.")
-        text = ",".join(f"{label(k)}={v}" for k, v in overrides.items()) or "default"
+        text = ",".join(f"{_short(field, fields)}={value}" for field, value in overrides.items()) or "default"
         names.append(name or re.sub(r"[^\w.,=+-]+", "-", re.sub(r"[()'\" ]", "", text)))
     count = Counter(names)
     for i, (overrides, name) in enumerate(added):
-        if name is not None and [given for _, given in added].count(name) > 1:
-            raise InputError(f"sweep: name {name!r} is given to several entries. Names must differ.")
         if name is None and (count[names[i]] > 1 or len(names[i]) > 100):
             digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
             names[i] = f"{names[i][:90]}-{digest}"
     return names
 
 
+def _check_names(added: Sequence[tuple[Mapping[str, str], str | None]]) -> None:
+    seen: dict[str, int] = {}
+    names = [name for _, name in added]
+    for number, (overrides, name) in enumerate(added, start=1):
+        key = json.dumps(overrides, sort_keys=True)
+        if key in seen:
+            raise InputError(f"sweep: entries {seen[key]} and {number} are the same run: {key}.")
+        seen[key] = number
+        if name is not None and not re.fullmatch(r"[\w=+][\w.,=+-]*", name):
+            raise InputError(f"sweep: name {name!r}: use letters, digits and _ . , = + - only.")
+        if name is not None and names.count(name) > 1:
+            raise InputError(f"sweep: name {name!r} is given to several entries. Names must differ.")
+
+
+def _short(field: str, fields: Collection[str]) -> str:
+    """The end of a dotted field that no other of `fields` has."""
+    parts = field.split(".")
+    tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    return next((tail for tail in tails if sum(f".{f}".endswith(f".{tail}") for f in fields) == 1), field)
+
+
 def _check_folder(entry: Entry) -> None:
     """Raises where the entry's folder holds a run that was made from something else."""
-    path = os.path.join(entry.workdir, "sweep.json")
-    if not os.path.exists(path):
-        if os.path.exists(os.path.join(entry.workdir, "config.json")):
-            raise InputError(f"{entry.workdir} holds a run that no sweep made. Name another --workdir.")
+    folder = entry.stage.workdir
+    stored = files.read_json(os.path.join(folder, SETTINGS), None)
+    if stored is None:
+        if os.path.exists(os.path.join(folder, "config.json")):
+            raise InputError(f"{folder} holds a run that no sweep made. Name another --workdir.")
         return
-    stored = _read_json(path)
     if stored != entry.settings:
+        difference = f"{json.dumps(stored)} there, {json.dumps(entry.settings)} now"
+    elif os.path.exists(os.path.join(folder, stages.ABOUT)):
+        difference = stages.difference(stages.read_stage(folder), entry.stage)
+    else:
+        difference = ""
+    if difference:
         raise InputError(
-            f"{entry.workdir} holds a run with other settings: {json.dumps(stored)} there, "
-            f"{json.dumps(entry.settings)} now. Name another --workdir, or delete that folder."
+            f"{folder} holds a run with other settings: {difference}. Name another --workdir, or delete that folder."
         )
-
-
-def _done(entry: Entry) -> dict[str, Any] | None:
-    path = os.path.join(entry.workdir, "done.json")
-    return _read_json(path) if os.path.exists(path) else None
-
-
-def _read_json(path: str) -> Any:
-    with open(path, encoding="utf-8") as f:
-        try:
-            return json.load(f)
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error}). Delete the file.") from None
-
-
-def _start(folder: str, command: Sequence[str]) -> subprocess.Popen | None:
-    """Starts a command, or returns None where one that was started earlier still runs.
-
-    The lock on the log is the child's: it lasts as long as the child, also when this process is killed. Its own
-    session keeps Ctrl-C from reaching it twice.
-    """
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "log.txt"), "ab") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-
-
-def _outcome(status: int) -> str:
-    if status in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
-        return "stopped"
-    return "failed" if status else "done"
-
-
-def _tail(path: str, lines: int = 5) -> str:
-    with open(path, "rb") as f:
-        f.seek(max(0, os.path.getsize(path) - 4000))
-        text = f.read().decode("utf-8", "replace").splitlines()[-lines:]
-    return "its log ends with\n" + "\n".join(f"    {line}" for line in text)
-
-
-def _say(message: str) -> None:
-    print(message, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,11 @@ import pytest
 
 from research.errors import InputError
 from research.run import checkpoint, metrics, run
-from research.studies import study
-from research.studies.study import BAD_INPUT, DIVERGED, FAILED, STOPPED, Plan, main, run_stages, state
+from research.studies import execution, stages
+from research.studies.execution import BAD_INPUT, DIVERGED, FAILED, STOPPED
+from research.studies.runner import run_stages
+from research.studies.stages import Plan, state
+from research.studies.study import main
 
 # A command's module: `mode` says how it ends; each call is noted in OUTPUT.calls.
 TOY = """
@@ -148,6 +151,43 @@ def test_the_hash_is_over_what_decides_the_result(tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_hashes_are_those_of_the_first_release(tmp_path):
+    """Stages that users have finished are known again: commands and runs, whatever is called otherwise since.
+
+    Where this fails, a default has changed or a field is gone: the result would be another, and the stages are too.
+    """
+    add = Plan(f"{tmp_path}/store")
+    small = add.train("small", RUN)
+    labels = add.command("labels", "label", {"model": small.workdir, "output": "{workdir}/x.jsonl"})
+    data, roles = {"path": f"{labels.workdir}/x.jsonl"}, {"teacher": {"init_from": small.workdir}}
+    student = add.train("student", RUN | {"seed": 1, "data": data, "roles": roles})
+    own = add.command("own", "json.tool", {"model": student.workdir})
+    digests = [stage.digest for stage in (small, labels, student, own)]
+    assert digests == ["3099b07f50", "3eadf41f53", "71b11def3c", "1f3b484b51"]
+    assert labels.settings["module"] == "label"
+    assert add.command("labels", "research.commands.label", labels.settings["args"]) is labels
+    with pytest.raises(InputError, match=r"no module 'research\.label' to run\. Write 'label'"):
+        add.command("labels", "research.label", {})
+
+
+@pytest.mark.parametrize("section", ["", "optimizer", "model", "roles"])
+def test_a_field_that_is_added_later_counts_where_it_is_set(tmp_path, monkeypatch, section):
+    def with_field(values, value):
+        """As a config would be after a release that has another field."""
+        values = json.loads(json.dumps(values))
+        {"": values, "roles": values["roles"].get("teacher")}.get(section, values.get(section))["novel"] = value
+        return values
+
+    settings = Plan(f"{tmp_path}/store").train("a", RUN | {"roles": {"teacher": {"init_from": "x"}}}).settings
+    before = stages.make_stage("a", "train", settings, ()).digest
+    defaults = stages.config_lib.defaults() | {"roles": {"teacher": {}}}
+    defaults = with_field(defaults, 0.0)
+    defaults["model"]["novel"] = 0.0  # roles have the fields of model
+    monkeypatch.setattr(stages.config_lib, "defaults", lambda: defaults)
+    digests = [stages.make_stage("a", "train", with_field(settings, value), ()).digest for value in (0.0, 0.5)]
+    assert digests[0] == before != digests[1]
+
+
 def test_the_hash_is_over_contents_of_files(tmp_path):
     data, folder, run_folder = tmp_path / "a.jsonl", tmp_path / "texts", tmp_path / "began"
     data.write_text('{"text": "a"}\n')
@@ -277,7 +317,7 @@ def test_runs_with_fewer_steps_than_asked_are_not_done(tmp_path, runs):
     run_stages(add.stages)
     assert len(runs) == 1
     done.write_text("{")
-    with pytest.raises(InputError, match=r"done\.json: not JSON"):
+    with pytest.raises(InputError, match=r"done\.json: is no JSON"):
         run_stages(add.stages)
 
 
@@ -326,11 +366,33 @@ def test_keep_going_still_reports(tmp_path, experiment, runs, capsys):
     assert "not done: student-s0-" in capsys.readouterr().err
 
 
+def test_stages_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
+    """What needs another waits for it; what fails is told with its log, and the others go on."""
+    monkeypatch.setenv("GO", str(tmp_path / "go"))
+    (tmp_path / "go").touch()
+    add = Plan(f"{tmp_path}/store")
+    first = add.command("first", "toy", {"output": "{workdir}/x"})
+    second = add.command("second", "toy", {"output": "{workdir}/x", "data": first.workdir})
+    bad = add.command("bad", "toy", {"mode": "bad", "output": "{workdir}/x"})
+    needs = add.command("needs", "toy", {"output": "{workdir}/x", "data": bad.workdir})
+    lost = run_stages(add.stages, keep_going=True, jobs=3)
+    assert lost.keys() == {bad.id, needs.id}
+    assert "error: --data: is bad" in lost[bad.id]
+    assert [state(stage) for stage in (first, second, bad, needs)] == ["done", "done", "failed", "new"]
+    lines = capsys.readouterr().out.splitlines()
+    order = [line.split()[1] for line in lines if "started" in line]
+    assert order == ["first", "bad", "second"]
+    assert (pathlib.Path(first.workdir) / "log.txt").read_text() == "toy at work\n"
+    with pytest.raises(execution.StageFailed, match="error: --data: is bad") as failure:
+        run_stages(add.stages, jobs=1)
+    assert failure.value.status == BAD_INPUT
+
+
 @pytest.mark.parametrize(("mode", "message"), [("bad", "error: --data: is bad"), ("flag", "ended with status 1")])
 def test_a_command_that_fails_is_told_with_its_log(tmp_path, mode, message):
     add = Plan(f"{tmp_path}/store")
     stage = add.command("labels", "toy", {"mode": mode, "output": "{workdir}/x"})
-    with pytest.raises(study.StageFailed, match=message) as failure:
+    with pytest.raises(execution.StageFailed, match=message) as failure:
         run_stages(add.stages)
     assert failure.value.status == (2 if mode == "bad" else 1)
     assert state(stage) == "failed"
@@ -340,7 +402,7 @@ def test_arguments_become_flags(tmp_path):
     add = Plan(f"{tmp_path}/store")
     args = {"ema": True, "off": False, "none": None, "stop": ["a", "b"], "k": 32, "output": "{workdir}/x,{workdir}/y"}
     stage = add.command("labels", "toy", args)
-    assert study._argv(stage) == [
+    assert execution.stage_arguments(stage) == [
         "--ema",
         *("--stop=a", "--stop=b", "--k=32"),
         f"--output={stage.workdir}/x,{stage.workdir}/y",
@@ -400,7 +462,7 @@ def test_submit_hands_over_what_is_not_done_in_order(tmp_path, experiment, runs,
     jobs = [eval(line) for line in (tmp_path / "jobs").read_text().splitlines()]
     ids = [stage.partition("=")[2] for (stage, *_) in jobs]
     assert stems(ids[:2]) == ["labels", "student-s0"]
-    own = f"understudy study --config={experiment} --workdir={tmp_path}/runs/x --config.study.seeds=1"
+    own = f"python -m research study --config={experiment} --workdir={tmp_path}/runs/x --config.study.seeds=1"
     assert jobs == [
         [f"--name={ids[0]}", f"--wrap={own} --only={ids[0]}"],  # its input is done already: it waits for none
         [f"--name={ids[1]}", "--after=ok:100", f"--wrap={own} --only={ids[1]}"],
@@ -516,7 +578,7 @@ def test_a_process_waits_for_a_stage_that_another_runs(tmp_path, capsys):
         time.sleep(0.7)
         checkpoint.write_json(pathlib.Path(stage.workdir) / "done.json", {})
 
-    with study._lock(stage) as log:
+    with execution.lock(stage) as log:
         assert log is not None
         assert state(stage) == "running"
         threading.Thread(target=finish).start()
@@ -588,6 +650,6 @@ def test_real_runs_through_main_with_a_loss_of_ones_own(tmp_path, monkeypatch):
     assert "step 2/2" not in done.stdout + done.stderr
     stored = json.loads((large / "config.json").read_text())
     assert stored["config"]["model"]["d_model"] == 64  # as the stage before it
-    assert stored["command"].startswith("understudy study --config=")
+    assert stored["command"].startswith("python -m research study --config=")
     assert checkpoint.steps(large)[-1] == 2
     assert metrics.read_metrics(str(large))[-1]["eval/gamma"] == 2.0

@@ -14,37 +14,38 @@ from absl import flags
 from ml_collections import config_flags
 
 from research.errors import InputError
-from research.studies.sweep import BAD_INPUT, FAILED, STOPPED, flag_value, format_table, main, plan, run_all, sweep
+from research.studies import execution
+from research.studies.execution import BAD_INPUT, FAILED, STOPPED
+from research.studies.runner import Runner
+from research.studies.stages import Plan, state
+from research.studies.sweep import flag_value, format_table, main, plan, sweep
 
-# Stands for research.main: it takes the same flags, appends a line per start, and ends as `seed` says.
+# Stands for a process that runs a stage: it appends a line per start to its folder, and ends as `seed` says.
 PROGRAM = """
 import json, pathlib, signal, sys, time
-flags = dict(arg[2:].split("=", 1) for arg in sys.argv[1:])
-workdir, seed = pathlib.Path(flags["workdir"]), int(flags["config.seed"])
+workdir, command = pathlib.Path(sys.argv[1]), sys.argv[2]
+seed = json.loads((workdir / "stage.json").read_text())["settings"]["seed"]
+steps = json.loads((workdir / "stage.json").read_text())["settings"]["steps"]
 with open(workdir / "starts", "a") as f:
-    f.write(" ".join(sys.argv[1:]) + "\\n")
+    f.write(command + "\\n")
 if seed == 13:
     sys.exit("error: thirteen")
 if seed == 75:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(75))
     (workdir / "ready").touch()
     time.sleep(30)
-(workdir / "done.json").write_text(json.dumps({"step": 5, "metrics": {"eval/loss": seed / 2, "eval/acc": seed}}))
+(workdir / "done.json").write_text(json.dumps({"step": steps, "metrics": {"eval/loss": seed / 2, "eval/acc": seed}}))
 print("all is well")
 """
 
 EXPERIMENT = """
-from ml_collections import ConfigDict
+from experiments import base
 
 def get_config(arg=""):
-    return ConfigDict({
-        "seed": 0,
-        "optimizer": {"learning_rate": 1e-3, "betas": (0.9, 0.95)},
-        "head": {"learning_rate": 1.0},
-        "steps": 10,
-        "path": "x",
-        "ema": False,
-    }).lock()
+    config = base.get_config()
+    config.data.path = "tasks:copy"
+    config.steps = 10
+    return config
 """
 
 
@@ -76,9 +77,9 @@ def test_values_survive_the_way_through_config_flags(experiment, monkeypatch):
     given = {
         "seed": np.int64(7),
         "optimizer.learning_rate": np.float64(1e-7),
-        "optimizer.betas": (0.5, 1),
-        "path": "a b=c:(d)",
-        "ema": True,
+        "data.labels": ("a", "b"),
+        "data.path": "a b=c:(d)",
+        "optimizer.nesterov": False,
     }
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
@@ -112,32 +113,35 @@ def test_plan_names_folders_by_what_differs(experiment):
         """
         for lr in (1e-3, 3e-3):
             add({"optimizer.learning_rate": lr, "seed": 1})
-        add({"head.learning_rate": 0.1, "optimizer.betas": (0.9, 0.99)})
-        add({"path": "a/b"})
-        add({"path": "a:b"})
+        add({"eval.every": 5, "log.every": 2, "data.labels": ("a", "b")})
+        add({"data.template": "a/b"})
+        add({"data.template": "a:b"})
         add({}, name="plain")
-        add({"path": "x" * 200})
+        add({"data.prompt": "x" * 200})
         """
     )
-    entries = plan(path, {"steps": "7"}, "out", ["run"])
+    entries = plan(path, {"steps": "7"}, "out")
     names = [entry.name for entry in entries]
     assert names[:3] == [
-        "optimizer.learning_rate=0.001,seed=1",
-        "optimizer.learning_rate=0.003,seed=1",
-        "head.learning_rate=0.1,betas=0.9,0.99",
+        "learning_rate=0.001,seed=1",
+        "learning_rate=0.003,seed=1",
+        "eval.every=5,log.every=2,labels=a,b",
     ]
-    assert names[3][:9] == names[4][:9] == "path=a-b-"
+    assert names[3][:13] == names[4][:13] == "template=a-b-"
     assert names[5] == "plain"
     assert len(names[6]) < 110
     assert len(set(names)) == len(names)
     assert entries[0].command == (
-        "run",
+        *("python", "-m", "research.main"),
         f"--config={path}",
         f"--workdir=out/{names[0]}",
         "--config.steps=7",
         "--config.optimizer.learning_rate=0.001",
         "--config.seed=1",
     )
+    assert entries[0].stage.workdir == f"out/{names[0]}"
+    assert [entries[0].stage.settings[field] for field in ("steps", "seed")] == [7, 1]
+    assert entries[0].stage.settings["optimizer"]["learning_rate"] == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -152,6 +156,8 @@ def test_plan_names_folders_by_what_differs(experiment):
         ("add({'seed': 1}, name='a')\nadd({'seed': 2}, name='a')", {}, "'a' is given to several"),
         ("add({'seed': 1}, name='../a')", {}, "name '../a'"),
         ("add({'seed': None})", {}, "seed = None can't be given"),
+        ("add({'seed': 'x'})", {}, "config.seed=x"),
+        ("add({'data.path': '/no/x.jsonl'})", {}, "stage path=-no-x.jsonl: data.path: there is no"),
     ],
 )
 def test_plans_that_cannot_work(experiment, tmp_path, body, common, message):
@@ -178,13 +184,14 @@ def test_a_sweep_runs_sums_up_and_goes_on(tmp_path, experiment, program, capsys,
     with open(out / "results.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [(row["run"], row["status"], row["step"], row["eval/loss"]) for row in rows] == [
-        ("seed=1", "done", "5", "0.5"),
-        ("seed=2", "done", "5", "1.0"),
+        ("seed=1", "done", "3", "0.5"),
+        ("seed=2", "done", "3", "1.0"),
         ("seed=13", "failed", "", ""),
     ]
     assert (out / "seed=2/log.txt").read_text() == "all is well\n"
     started = (out / "seed=2/starts").read_text()
-    assert started == f"--config={path} --workdir={out}/seed=2 --config.steps=3 --config.seed=2\n"
+    line = f"--config={path} --workdir={out}/seed=2 --config.steps=3 --config.seed=2"
+    assert started == f"python -m research.main {line}\n"
 
     # The same command again: only what isn't finished starts.
     assert sweep(path, {"steps": "3"}, str(out), metric="eval/acc", maximize=True, program=program) == FAILED
@@ -209,11 +216,31 @@ def test_a_finished_run_of_other_settings_is_not_reused(tmp_path, experiment, pr
         sweep(path, {}, str(tmp_path / "by_hand"), program=program)
 
 
+def test_what_else_changes_a_run_is_named(tmp_path, experiment, program):
+    path, out = experiment(seeds(1)), tmp_path / "out"
+    assert sweep(path, {}, str(out), program=program) == 0
+    text = pathlib.Path(path).read_text()
+    pathlib.Path(path).write_text(text.replace("config.steps = 10", "config.steps, config.ema_decay = 10, 0.5"))
+    with pytest.raises(InputError, match=r"other settings: ema_decay = 0\.0 there, 0\.5 now"):
+        sweep(path, {}, str(out), program=program)
+
+
+def test_sweeps_of_an_earlier_release_go_on(tmp_path, experiment, program):
+    """They have no stage.json."""
+    path, out = experiment(seeds(1, 2)), tmp_path / "out"
+    assert sweep(path, {}, str(out), program=program) == 0
+    for run in ("seed=1", "seed=2"):
+        (out / run / "stage.json").unlink()
+    (out / "seed=2/done.json").unlink()
+    assert sweep(path, {}, str(out), program=program) == 0
+    assert [len((out / run / "starts").read_text().splitlines()) for run in ("seed=1", "seed=2")] == [1, 2]
+
+
 def test_dry_run_prints_commands_and_writes_nothing(tmp_path, experiment, capsys):
     path = experiment(seeds(1, 2))
-    assert main([f"--config={path}:v", f"--workdir={tmp_path}/out", "--dry_run", "--config.path=a b"]) == 0
+    assert main([f"--config={path}:v", f"--workdir={tmp_path}/out", "--dry_run", "--config.data.prompt=a b"]) == 0
     printed = capsys.readouterr().out
-    assert f"-m research.main --config={path}:v --workdir={tmp_path}/out/seed=1 '--config.path=a b'" in printed
+    assert f"-m research.main --config={path}:v --workdir={tmp_path}/out/seed=1 '--config.data.prompt=a b'" in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -241,15 +268,17 @@ def test_ctrl_c_is_passed_on_and_waited_for(tmp_path, experiment, program):
     try:
         wait_for(out / "seed=75/ready")
         # While it runs, nobody else can run it.
-        busy = str(out / "seed=75")
-        assert run_all({busy: ["false"]}, 1) == {busy: STOPPED}
+        (busy, _) = plan(path, {}, str(out))
+        assert state(busy.stage) == "running"
+        with execution.lock(busy.stage) as log:
+            assert log is None
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=20)
     finally:
         process.kill()
     assert process.returncode == STOPPED
     assert "SIGINT: passed on to 1 running" in printed
-    assert "seed=75: stopped" in printed
+    assert "[1/2] seed=75  stopped" in printed
     assert not (out / "seed=2/starts").exists()
     with open(out / "results.csv", newline="") as f:
         assert {row["run"]: row["status"] for row in csv.DictReader(f)} == {
@@ -258,25 +287,30 @@ def test_ctrl_c_is_passed_on_and_waited_for(tmp_path, experiment, program):
         }
 
 
-def test_run_all_runs_at_most_so_many_at_a_time(tmp_path):
+def test_a_runner_runs_at_most_so_many_at_a_time(tmp_path):
     code = textwrap.dedent(
         """
         import os, pathlib, sys, time
-        folder, mark = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1]) / str(os.getpid())
+        folder, stage = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+        mark = folder / str(os.getpid())
         mark.touch(); print(len(list(folder.iterdir()))); time.sleep(0.3); mark.unlink()
+        (stage / "done.json").write_text('{"metrics": {}}')
         """
     )
     (tmp_path / "marks").mkdir()
-    commands = {str(tmp_path / str(i)): [sys.executable, "-c", code, str(tmp_path / "marks")] for i in range(4)}
-    assert run_all(commands, 2) == dict.fromkeys(commands, 0)
-    together = [int((tmp_path / str(i) / "log.txt").read_text()) for i in range(4)]
+    add = Plan(f"{tmp_path}/store")
+    for i in range(4):
+        add.command(f"toy{i}", "json.tool", {"number": i})
+    program = [sys.executable, "-c", code, str(tmp_path / "marks")]
+    assert Runner(add.stages, jobs=2, program=program).run() == {}
+    together = [int(pathlib.Path(stage.workdir, "log.txt").read_text()) for stage in add.stages]
     assert max(together) == 2
 
 
 def test_results_that_are_not_numbers_come_last(tmp_path, experiment, program):
     path, out = experiment(seeds(1, 2)), tmp_path / "out"
     assert sweep(path, {}, str(out), program=program) == 0
-    (out / "seed=1/done.json").write_text(json.dumps({"step": 5, "metrics": {"eval/loss": math.nan}}))
+    (out / "seed=1/done.json").write_text(json.dumps({"step": 10, "metrics": {"eval/loss": math.nan}}))
     sweep(path, {}, str(out), program=program)
     with open(out / "results.csv", newline="") as f:
         assert [row["run"] for row in csv.DictReader(f)] == ["seed=2", "seed=1"]

@@ -1,0 +1,209 @@
+"""Runs one stage of a study in this process: python -m research.studies.execution FOLDER [COMMAND].
+
+FOLDER holds the stage's stage.json. The runner starts this for stages that run in processes of their own.
+"""
+
+from research.devices import startup
+
+if __name__ == "__main__":
+    startup.leave_loops()
+    startup.use_huge_pages()
+
+import contextlib
+import fcntl
+import gc
+import importlib
+import io
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from research import config as config_lib
+from research import files
+from research.errors import InputError
+from research.run import run
+from research.studies import stages
+from research.studies.stages import Stage
+
+FAILED, BAD_INPUT, DIVERGED, STOPPED = 1, 2, 3, 75  # as research.main's
+STOPS = (STOPPED, 130, -signal.SIGINT, -signal.SIGTERM)  # statuses of what was told to stop
+
+
+class StageFailed(Exception):
+    """A stage came to no result. `status` is the exit status that its error has in research.main."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+def run_stage(
+    stage: Stage, log: TextIO, *, label: str = "", command: str = "", stop: threading.Event | None = None
+) -> dict[str, float]:
+    """Runs a stage in this process; returns the final metrics.
+
+    Args:
+      stage: its folder holds stage.json.
+      log: takes what it prints.
+      label: stands before the newest line of the log, which a terminal shows.
+      command: for the record of a run.
+      stop: is set where the run was told to stop, and ended anyway.
+
+    Raises:
+      StageFailed: with the stage's error, folder and exit status.
+      run.Preempted: SIGTERM or SIGINT came.
+    """
+    stopped = run.Preempted(f"stopped in stage {stage.name}. The same command goes on from there.")
+    output = _Output(log, label)
+    try:
+        with interruptible(stopped), contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            if stage.kind == "train":
+                parsed = config_lib.parse(stage.settings)
+                return run.run(
+                    parsed, stage.workdir, started=time.time(), command=command, stop=stop or threading.Event()
+                )
+            status = _call(stage)
+    except (InputError, run.Diverged) as error:
+        log.write(f"error: {error}\n")
+        status = BAD_INPUT if isinstance(error, InputError) else DIVERGED
+        raise failure(stage, str(error), status) from error
+    except (run.Preempted, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        log.write(traceback.format_exc())
+        raise failure(stage, f"{type(error).__name__}: {error}", FAILED) from error
+    finally:
+        output.clear()
+        gc.collect()  # the arrays of a run are held in cycles, and the next needs the memory
+    if status in STOPS:
+        raise stopped
+    if status:
+        raise failure(stage, describe_status(stage, status), status)
+    files.write_json(Path(stage.workdir) / stages.DONE, {"command": shlex.join(stage_arguments(stage)), "metrics": {}})
+    return {}
+
+
+def failure(stage: Stage, reason: str, status: int) -> StageFailed:
+    """The error of a stage, which is noted in its folder."""
+    files.write_json(Path(stage.workdir) / stages.FAULT, {"error": reason})
+    return StageFailed(f"stage {stage.name} in {stage.workdir}: {reason}", status)
+
+
+def describe_status(stage: Stage, status: int) -> str:
+    """Says how a stage ended that gives no reason but its log."""
+    text = Path(stage.workdir, stages.LOG).read_text(encoding="utf-8", errors="replace")
+    end = "\n".join(f"    {line}" for line in text.splitlines()[-5:])
+    return f"ended with status {status}; its log ends with\n{end}"
+
+
+def stage_arguments(stage: Stage) -> list[str]:
+    """The arguments of a command stage, as flags."""
+    argv = []
+    for name, value in stage.settings["args"].items():
+        for each in value if isinstance(value, list) else [value]:
+            if each is True:
+                argv.append(f"--{name}")
+            elif each is not None and each is not False:
+                argv.append(f"--{name}={str(each).replace('{workdir}', stage.workdir)}")
+    return argv
+
+
+@contextlib.contextmanager
+def lock(stage: Stage) -> Iterator[TextIO | None]:
+    """The stage's log, locked until every process that holds it has ended. None where another holds it."""
+    os.makedirs(stage.workdir, exist_ok=True)
+    with open(os.path.join(stage.workdir, stages.LOG), "a", buffering=1, encoding="utf-8") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log = None
+        yield log
+
+
+@contextlib.contextmanager
+def interruptible(stopped: Exception) -> Iterator[None]:
+    """SIGTERM and SIGINT interrupt what is inside, where that doesn't take them; `stopped` is raised then."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    with contextlib.suppress(ValueError):  # only the main thread may
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise stopped from None
+    finally:
+        with contextlib.suppress(ValueError):
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _call(stage: Stage) -> int:
+    path = stages.module_path(stage.settings["module"])
+    module = importlib.import_module(path)
+    if not hasattr(module, "main"):
+        raise InputError(f"{path}: has no main(argv) to call.")
+    try:
+        return module.main(stage_arguments(stage)) or 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+class _Output(io.TextIOBase):
+    """Writes to a log, and on a terminal shows the newest line in place."""
+
+    encoding = "utf-8"
+
+    def __init__(self, log: TextIO, label: str):
+        self._log, self._label, self._line = log, label, ""
+        self._terminal = sys.stdout if sys.stdout.isatty() else None
+
+    def write(self, text: str) -> int:
+        self._log.write(text)
+        if self._terminal is not None:
+            *lines, self._line = re.split(r"[\r\n]", self._line + text)
+            newest = next((line for line in reversed(lines) if line.strip()), "")
+            if newest:
+                shown = f"{self._label}  {newest.strip()}"[: shutil.get_terminal_size().columns - 1]
+                self._terminal.write(f"\r{shown}\x1b[K")
+                self._terminal.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self._log.flush()
+
+    def clear(self) -> None:
+        if self._terminal is not None:
+            self._terminal.write("\r\x1b[K")
+            self._terminal.flush()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the stage of the folder argv[0], whose log is this process's output; returns the exit status.
+
+    Args:
+      argv: the folder, and the command for the run's record.
+    """
+    stage = stages.read_stage(argv[0])
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        run_stage(stage, sys.stdout, command="".join(argv[1:2]))
+    except StageFailed as error:
+        return error.status
+    except (run.Preempted, KeyboardInterrupt) as error:
+        print(error)
+        return STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
