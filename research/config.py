@@ -15,7 +15,7 @@ from research.devices import sharding
 from research.errors import InputError, did_you_mean
 from research.models.config import ModelConfig
 from research.rollouts.answers import RolloutSpec
-from research.sources.dataset import DataSpec
+from research.sources.spec import DataSpec
 from research.sources.tokenizers import TokenizerSpec
 
 

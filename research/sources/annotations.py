@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from research import files
 from research.errors import InputError
+from research.sources import fields
 from research.sources.store import Store
 
 META, PROGRESS = "meta.json", "progress.json"
@@ -71,23 +73,18 @@ class Annotations:
           teacher_ids: [B, T, K] int32; teacher_log_probs: [B, T, K] float32, -inf where there is none; teacher_rest:
           [B, T] float32, 0 where there is none.
         """
-        ids = np.zeros((shape[0] * shape[1], self.k), np.int32)
-        log_probs = np.full(ids.shape, -np.inf, np.float32)
-        rest = np.zeros(len(ids), np.float32)
+        batch = fields.empty(fields.group("annotations"), shape[0], {"time": shape[1], "candidates": self.k})
+        columns = {name: values.reshape(-1, *values.shape[2:]) for name, values in batch.items()}
         base = 0
         for part, size in zip(self.parts, self.sizes, strict=True):
             here = np.flatnonzero((address >= base) & (address < base + size))
             if part is not None and len(here) and len(part.pieces.at):
                 row = np.minimum(np.searchsorted(part.pieces.at, address[here] - base), len(part.pieces.at) - 1)
                 there = part.pieces.at[row] == address[here] - base
-                to, row = at[here[there]], row[there]
-                ids[to], log_probs[to], rest[to] = part.ids[row], part.log_probs[row], part.rest[row]
+                for name, values in zip(columns, (part.ids, part.log_probs, part.rest), strict=True):
+                    columns[name][at[here[there]]] = values[row[there]]
             base += size
-        return {
-            "teacher_ids": ids.reshape(*shape, self.k),
-            "teacher_log_probs": log_probs.reshape(*shape, self.k),
-            "teacher_rest": rest.reshape(shape),
-        }
+        return batch
 
 
 def split(stores: Sequence[Store], start: np.ndarray, length: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -112,12 +109,12 @@ def pieces(store: Store, start: np.ndarray, length: np.ndarray, on: str) -> Piec
 
 def content(store: Store) -> str:
     """A name for a store's tokens, wherever they lie."""
-    made = hashlib.blake2b(digest_size=16)
+    result = hashlib.blake2b(digest_size=16)
     for array in (store.tokens, store.length, *([] if store.mask is None else [store.mask])):
-        made.update(array.dtype.str.encode())
+        result.update(array.dtype.str.encode())
         for i in range(0, len(array), 2**24):
-            made.update(np.ascontiguousarray(array[i : i + 2**24]).tobytes())
-    return made.hexdigest()
+            result.update(np.ascontiguousarray(array[i : i + 2**24]).tobytes())
+    return result.hexdigest()
 
 
 def layout(n: int, k: int, vocab_size: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -141,7 +138,7 @@ def read_meta(folder: str) -> dict[str, Any]:
             f"data.annotations = {folder!r}: holds no annotations. Make them: understudy annotate --config=... "
             f"--output={folder}"
         )
-    return json.loads(path.read_text())
+    return files.read_json(path)
 
 
 def attach(
@@ -160,28 +157,27 @@ def attach(
     """
     meta = read_meta(folder)
     by_content = {entry["content"]: entry for entry in meta["stores"]}
-    found: list[Part | None] = []
+    parts: list[Part | None] = []
     for store, (first, n) in zip(stores, split(stores, start, length), strict=True):
         if not len(first):
-            found.append(None)
+            parts.append(None)
             continue
         entry = by_content.get(content(store))
         if entry is None:
             raise _mismatch(folder, meta, settings, "the tokens differ")
         part = _open(folder, entry, meta)
-        theirs = part.pieces.segments
+        pieces = part.pieces.segments
         # The piece of that first token, the longest where there are several.
-        row = np.searchsorted(theirs[:, 0], first, side="right") - 1
-        if not (len(theirs) and np.all((row >= 0) & (theirs[row, 0] == first) & (theirs[row, 1] >= n))):
+        row = np.searchsorted(pieces[:, 0], first, side="right") - 1
+        if not (len(pieces) and np.all((row >= 0) & (pieces[row, 0] == first) & (pieces[row, 1] >= n))):
             raise _mismatch(folder, meta, settings, "documents are cut into other pieces")
-        found.append(part)
-    return Annotations(tuple(found), tuple(len(store.tokens) for store in stores), meta["k"])
+        parts.append(part)
+    return Annotations(tuple(parts), tuple(len(store.tokens) for store in stores), meta["k"])
 
 
 def _open(folder: str, entry: Mapping[str, Any], meta: Mapping[str, Any]) -> Part:
     path, n = Path(folder) / entry["folder"], entry["annotated"]
-    progress = path / PROGRESS
-    done = json.loads(progress.read_text())["done"] if progress.is_file() else 0
+    done = files.read_json(path / PROGRESS, {"done": 0})["done"]
     if done < n:
         raise InputError(
             f"data.annotations = {folder!r}: is unfinished, {done:,} of {n:,} tokens of {entry['name']}. The command "
@@ -192,15 +188,16 @@ def _open(folder: str, entry: Mapping[str, Any], meta: Mapping[str, Any]) -> Par
 
 
 def _mismatch(folder: str, meta: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> InputError:
-    theirs, ours = meta["settings"], json.loads(json.dumps(settings))
-    for name in (*ours, *(n for n in theirs if n not in ours)):
-        if theirs.get(name) != ours.get(name):
+    before, now = meta["settings"], json.loads(json.dumps(settings))
+    for name in (*now, *(n for n in before if n not in now)):
+        if before.get(name) != now.get(name):
             return InputError(
-                f"data.annotations = {folder!r}: was made with {name} = {theirs.get(name)!r}, and this run has "
-                f"{ours.get(name)!r}: {what}. {_REMEDY}"
+                f"data.annotations = {folder!r}: was made with {name} = {before.get(name)!r}, and this run has "
+                f"{now.get(name)!r}: {what}. {_REMEDY}"
             )
+    names = now.get("data.sources") or now["data.path"]
     return InputError(
-        f"data.annotations = {folder!r}: was made of other data under the same names, {ours['data.path']!r}: {what}. "
+        f"data.annotations = {folder!r}: was made of other data under the same names, {names!r}: {what}. "
         "Make new annotations with understudy annotate."
     )
 

@@ -79,3 +79,19 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     return rank[renumbered]
+
+
+def rows_of(lengths: np.ndarray, seq_len: int, pack: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Lays segments into rows, so that they take few; or each into its own.
+
+    Args:
+      lengths: [S] int64, each in 1..seq_len.
+      seq_len: T.
+      pack: several segments may share a row.
+
+    Returns:
+      order: [S] int64, the segments row by row.
+      splits: [R + 1] int64, row r holds order[splits[r] : splits[r + 1]].
+    """
+    row = best_fit_decreasing(lengths, seq_len) if pack else np.arange(len(lengths))
+    return np.argsort(row, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(row))]).astype(np.int64)

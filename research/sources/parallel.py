@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-FIELDS = ("teacher_tokens", "teacher_segment_ids", "teacher_positions", "teacher_at")
+from research.sources import fields as table
+
+FIELDS = table.group("parallel")
 
 Batch = Mapping[str, np.ndarray]
 
@@ -21,15 +23,15 @@ def fields(batch: Batch, teacher: Batch, sizes: tuple[np.ndarray, np.ndarray]) -
       teacher_at: [B, T] int32. Of a position that predicts a supervised token, the teacher's position in that row that
         does so after the same bytes of supervised text; -1 where the teacher's tokens have no boundary there.
     """
-    found = np.full(batch["tokens"].shape, -1, np.int32)
-    most = max(int(size.max()) for size in sizes) * batch["tokens"].shape[1] + 1  # bytes of a row
-    (keys, rows, times), (their_keys, _, their_times) = (
-        _read_so_far(each, size, most) for each, size in ((batch, sizes[0]), (teacher, sizes[1]))
-    )
-    _, mine, theirs = np.intersect1d(keys, their_keys, assume_unique=True, return_indices=True)
-    found[rows[mine], times[mine]] = their_times[theirs]
-    names = ("tokens", "segment_ids", "positions")
-    return {f"teacher_{name}": teacher[name] for name in names} | {"teacher_at": found}
+    B, T = batch["tokens"].shape
+    (at,) = table.empty(("teacher_at",), B, {"time": T}).values()
+    most = max(int(size.max()) for size in sizes) * T + 1  # bytes of a row
+    keys, rows, times = _read_so_far(batch, sizes[0], most)
+    teacher_keys, _, teacher_times = _read_so_far(teacher, sizes[1], most)
+    _, here, there = np.intersect1d(keys, teacher_keys, assume_unique=True, return_indices=True)
+    at[rows[here], times[here]] = teacher_times[there]
+    values = {f"teacher_{name}": teacher[name] for name in ("tokens", "segment_ids", "positions")}
+    return values | {"teacher_at": at}
 
 
 def _read_so_far(batch: Batch, sizes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,6 +1,8 @@
 """Tokens of one source on disk: made once, then mapped into memory, whatever the sequence length."""
 
+import contextlib
 import dataclasses
+import inspect
 import itertools
 import json
 from collections import Counter
@@ -10,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from research import files
 from research.errors import InputError
-from research.files import cache_root
-from research.sources import chat, formats, records
+from research.sources import chat, formats, records, views
+from research.sources import fields as table
 from research.sources.cache import cached, code_digest, digest
 from research.sources.records import NUMBERED, BadRecord, Classes, Origin, Turn
 from research.sources.tokenizers import Tokenizer
@@ -49,8 +52,10 @@ class Store:
       samples: the examples of the least keys, sorted by key, one a prompt: {"key", "length", "record"}; none
         for text.
       labels: [E, C] float32, the probability of each class; None where the examples have no labels.
+      fields: further batch fields, which a view gives: name -> [N, ...], a value for each token.
       counts: "records" read, "duplicates" dropped, and "bad": {reason: how many were skipped}.
       was_cached: nothing had to be tokenised.
+      folder: where it lies; the name stands for all that it was made of.
     """
 
     tokens: np.ndarray
@@ -61,8 +66,10 @@ class Store:
     bytes: np.ndarray
     samples: list[dict[str, Any]]
     labels: np.ndarray | None
+    fields: dict[str, np.ndarray]
     counts: dict[str, Any]
     was_cached: bool
+    folder: Path
 
 
 def read_examples(
@@ -134,34 +141,108 @@ def open_store(
         "options": [format, dict(sorted(fields.items())), template, on_bad_record, *classes],
         "code": READING,
     }
-    folder = cache_root(cache_dir) / "tokens" / digest([json.dumps(made_of)])
+    folder = files.cache_root(cache_dir) / "tokens" / digest([json.dumps(made_of)])
 
-    def build(made: Path) -> None:
+    def build(partial: Path) -> None:
         counts: Counter[str] = Counter()
         examples = read_examples(origin, format, fields, on_bad_record, counts, classes)
-        _write(made, examples, tokenizer, template, counts)
+        _write(partial, examples, tokenizer, template, counts)
 
     was_cached = cached(folder, build)
-    meta = json.loads((folder / "meta.json").read_text())
+    return _read(folder, was_cached)
+
+
+def open_view(store: Store, view: Mapping[str, Any], field: str, seq_len: int, tokenizer: Tokenizer) -> Store:
+    """Returns the tokens of `store` as a view shows them, kept in the cache beside it.
+
+    Args:
+      store: of whole documents.
+      view, field, seq_len, tokenizer: see views.load.
+
+    Raises:
+      InputError: see views.load; or what the view gives doesn't fit together.
+    """
+    module = views.find(view, field)
+    depends = seq_len if "seq_len" in inspect.signature(module.make).parameters else None
+    code = code_digest(module.__file__, views.__file__, __file__)
+    folder = store.folder.with_name(digest([store.folder.name, json.dumps(view, sort_keys=True), depends, code]))
+    seen = views.load(view, field, seq_len, tokenizer)
+    was_cached = cached(folder, lambda partial: _write_view(partial, store, seen, f"{field}.kind = {view['kind']!r}"))
+    return _read(folder, was_cached and store.was_cached)
+
+
+def _read(folder: Path, was_cached: bool) -> Store:
+    meta = files.read_json(folder / "meta.json")
     examples = np.load(folder / "examples.npy")
+    tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
     return Store(
-        tokens=np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
+        tokens=tokens,
         mask=None if meta["text"] else np.memmap(folder / "mask.bin", dtype=bool, mode="r"),
         **{name: np.ascontiguousarray(examples[name]) for name in _EXAMPLE.names},
         samples=meta["samples"],
         labels=np.load(folder / "labels.npy") if (folder / "labels.npy").is_file() else None,
+        fields={
+            name: np.memmap(folder / f"{name}.bin", table.find(name).dtype, "r", shape=(len(tokens), *shape))
+            for name, shape in meta.get("fields", {}).items()
+        },
         counts=meta["counts"],
         was_cached=was_cached,
+        folder=folder,
     )
 
 
-def _write(made: Path, examples: Iterator[Example], tokenizer: Tokenizer, template: str, counts: Counter[str]) -> None:
+def _write_view(partial: Path, store: Store, view: views.View, where: str) -> None:
+    """Writes what a view shows of each document: as many examples of its key as there are documents."""
+    rows, owners, shapes, text = [], [], {}, store.mask is None
+    ends = np.cumsum(store.length)
+    with contextlib.ExitStack() as stack:
+        open_file = lambda name: stack.enter_context(open(partial / f"{name}.bin", "wb"))  # noqa: E731
+        outputs = {name: open_file(name) for name in ("tokens", "mask", *view.fields)}
+        for i, (start, end) in enumerate(zip(ends - store.length, ends, strict=True)):
+            tokens = store.tokens[start:end].astype(np.int32)
+            mask = np.ones(len(tokens), bool) if store.mask is None else np.array(store.mask[start:end])
+            seen = view.documents(views.Document(tokens, mask), np.random.default_rng(int(store.key[i])))
+            for n, document in enumerate(seen):
+                _check_document(document, view, where)
+                text = text and bool(document.mask.all())
+                outputs["tokens"].write(document.tokens.astype(store.tokens.dtype).tobytes())
+                outputs["mask"].write(document.mask.astype(bool).tobytes())
+                for name in view.fields:
+                    values = np.asarray(document.fields[name], table.find(name).dtype)
+                    shapes.setdefault(name, values.shape[1:])
+                    outputs[name].write(values.tobytes())
+                size = store.bytes[i] if n == 0 else 0  # of a document's text, once
+                rows.append((store.key[i], len(document.tokens), int(document.mask.sum()), size))
+                owners.append(i)
+    if not rows:
+        raise InputError(f"{where}: leaves nothing of any document. Change its options, or take it out.")
+    np.save(partial / "examples.npy", np.array(rows, _EXAMPLE))
+    if store.labels is not None:
+        np.save(partial / "labels.npy", store.labels[owners])
+    meta = {"dtype": store.tokens.dtype.str, "text": text, "samples": store.samples, "counts": store.counts}
+    files.write_json(partial / "meta.json", meta | {"fields": shapes}, indent=None)
+
+
+def _check_document(document: views.Document, view: views.View, where: str) -> None:
+    n = len(document.tokens)
+    if not n:
+        raise InputError(f"{where}: gives a document of no tokens. Have it give none instead.")
+    if set(document.fields) != set(view.fields):
+        raise InputError(f"{where}: gives the fields {sorted(document.fields)}, and promised {sorted(view.fields)}.")
+    for name, values in {"mask": document.mask, **document.fields}.items():
+        if len(values) != n:
+            raise InputError(f"{where}: gives {n} tokens and {len(values)} values of {name!r}. Give one for each.")
+
+
+def _write(
+    partial: Path, examples: Iterator[Example], tokenizer: Tokenizer, template: str, counts: Counter[str]
+) -> None:
     dtype = "<u2" if tokenizer.size <= 2**16 else "<u4"
     rows: list[np.ndarray] = []
     samples: list[dict[str, Any]] = []
     labels: list[int | list[float]] = []
     text = False
-    with open(made / "tokens.bin", "wb") as tokens_file, open(made / "mask.bin", "wb") as mask_file:
+    with open(partial / "tokens.bin", "wb") as tokens_file, open(partial / "mask.bin", "wb") as mask_file:
         for chunk in _chunks(examples):
             text = chunk[0].turns[0][0] == "text"
             turns, where = [example.turns for example in chunk], [example.where for example in chunk]
@@ -177,9 +258,9 @@ def _write(made: Path, examples: Iterator[Example], tokenizer: Tokenizer, templa
             if not text:
                 mask_file.write(mask.tobytes())
                 samples = _least(samples, chunk, lengths)
-    np.save(made / "examples.npy", np.concatenate(rows))
+    np.save(partial / "examples.npy", np.concatenate(rows))
     if labels:
-        np.save(made / "labels.npy", _distributions(labels))
+        np.save(partial / "labels.npy", _distributions(labels))
     bad = {name.removeprefix("bad: "): n for name, n in counts.items() if name.startswith("bad: ")}
     meta = {
         "dtype": dtype,
@@ -187,7 +268,7 @@ def _write(made: Path, examples: Iterator[Example], tokenizer: Tokenizer, templa
         "samples": samples,
         "counts": {"records": counts["records"], "duplicates": counts["duplicates"], "bad": bad},
     }
-    (made / "meta.json").write_text(json.dumps(meta, default=str))
+    (partial / "meta.json").write_text(json.dumps(meta, default=str))
 
 
 def _distributions(labels: list[int | list[float]]) -> np.ndarray:
@@ -195,13 +276,13 @@ def _distributions(labels: list[int | list[float]]) -> np.ndarray:
     soft = {len(label) for label in labels if isinstance(label, list)}
     if len(soft) > 1:
         raise InputError(f"labels: some records have {min(soft)} probabilities, and others {max(soft)}. Mend them.")
-    made = np.zeros((len(labels), max(soft | {1 + max((x for x in labels if isinstance(x, int)), default=1)})))
-    for row, label in zip(made, labels, strict=True):
+    probs = np.zeros((len(labels), max(soft | {1 + max((x for x in labels if isinstance(x, int)), default=1)})))
+    for row, label in zip(probs, labels, strict=True):
         if isinstance(label, int):
             row[label] = 1
         else:
             row[: len(label)] = label
-    return (made / made.sum(axis=1, keepdims=True)).astype(np.float32)
+    return (probs / probs.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:

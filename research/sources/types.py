@@ -13,15 +13,14 @@ class Source(NamedTuple):
     """Where batches come from.
 
     Attributes:
-      spec: field -> shape and dtype of the GLOBAL batch. Text has tokens, segment_ids, positions: [B, T]
-        int32, and loss_mask: [B, T] float32. segment_ids is 0 at padding and 1, 2, ... in the documents of a
-        row; positions restart at 0 in each document; loss_mask is 1 where the token is to be predicted.
+      spec: field -> shape and dtype of the GLOBAL batch; see sources.fields. segment_ids is 0 at padding and 1, 2, ...
+        in the documents of a row; positions restart at 0 in each document; loss_mask is 1 where the token is to be
+        predicted.
       init: () -> the state before the first batch.
-      next: (state, models=None, key=None) -> (this process's rows of the batch, the next state). A pure
-        function of its arguments, safe to call from any thread. Sources that only read data ignore `models`
-        and `key`.
+      next: state -> (this process's rows of the batch, the next state). A pure function, safe to call from any
+        thread.
     """
 
     spec: dict[str, jax.ShapeDtypeStruct]
     init: Callable[[], State]
-    next: Callable[..., tuple[dict[str, np.ndarray], State]]
+    next: Callable[[State], tuple[dict[str, np.ndarray], State]]

@@ -1,0 +1,257 @@
+"""Rows of tokens: which stretches of which stores lie in them, and the batches that they give."""
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from research.errors import InputError
+from research.sources import annotations, fields, packing, parallel
+from research.sources.annotations import Annotations
+from research.sources.spec import DataSpec
+from research.sources.store import Store
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of `seq_len` tokens, each made of segments of the stores; only `batch` copies any.
+
+    Attributes:
+      stores: whose tokens, one after the other, are addressed by `start`.
+      start: [S] int64, address of each segment's first token.
+      length: [S] int64, tokens of each segment.
+      splits: [R + 1] int64, row r has the segments splits[r] to splits[r + 1].
+      seq_len: T.
+      labels: [S, C] float32, the probability of each class; None where there are no labels.
+      annotations: what a teacher says of the tokens; None for none.
+      teacher: the same rows in the tokens of a teacher's tokenizer; None where it reads these.
+      token_sizes: with it, bytes of each token of either tokenizer.
+      sources: the number of each store's source, for the batch field `source`; () where batches don't say it.
+      extra: further fields that views give to some of the stores: name -> the sizes of their axes after "time".
+    """
+
+    stores: tuple[Store, ...]
+    start: np.ndarray
+    length: np.ndarray
+    splits: np.ndarray
+    seq_len: int
+    labels: np.ndarray | None = None
+    annotations: Annotations | None = None
+    teacher: "Rows | None" = None
+    token_sizes: tuple[np.ndarray, np.ndarray] | None = None
+    sources: tuple[int, ...] = ()
+    extra: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.splits) - 1
+
+    def spec(self, batch_size: int) -> fields.Spec:
+        """Shapes and dtypes of a batch of so many rows."""
+        return fields.spec(self._names, batch_size, self._sizes)
+
+    def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns rows by number, [B] int64; number -1 is a row of padding alone.
+
+        Returns:
+          the fields of `spec`: name -> [B, ...]. Labels lie at the last token of each segment.
+        """
+        first = np.where(rows < 0, 0, self.splits[rows])
+        count = np.where(rows < 0, 0, self.splits[rows + 1] - first)
+        segment, row, nth = _ranges(first, count)
+        length = self.length[segment]
+        before = np.cumsum(length) - length
+        in_row = before - before[(np.cumsum(count) - count)[row]]
+        address, which, position = _ranges(self.start[segment], length)
+        place = (row * self.seq_len + in_row)[which] + position
+
+        batch = fields.empty(self._names, len(rows), self._sizes)
+        _put(batch, "segment_ids", place, nth[which] + 1)
+        _put(batch, "positions", place, position)
+        for store, number, here, local in self._by_store(address):
+            _put(batch, "tokens", place[here], store.tokens[local])
+            _put(batch, "loss_mask", place[here], 1 if store.mask is None else store.mask[local])
+            for name, values in store.fields.items():
+                _put(batch, name, place[here], values[local])
+            if self.sources:
+                _put(batch, "source", place[here], self.sources[number])
+        if self.labels is not None:
+            _put(batch, "label_probs", row * self.seq_len + in_row + length - 1, self.labels[segment])
+        if self.annotations is not None:
+            batch |= self.annotations.fields(address, place, batch["tokens"].shape)
+        if self.teacher is not None:
+            batch |= parallel.fields(batch, self.teacher.batch(rows), self.token_sizes)
+        return batch
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        groups = {
+            "text": True,
+            "labels": self.labels is not None,
+            "annotations": self.annotations is not None,
+            "parallel": self.teacher is not None,
+            "source": bool(self.sources),
+        }
+        return [name for group, there in groups.items() if there for name in fields.group(group)] + list(self.extra)
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        sizes = {"time": self.seq_len}
+        if self.labels is not None:
+            sizes["labels"] = self.labels.shape[1]
+        if self.annotations is not None:
+            sizes["candidates"] = self.annotations.k
+        for name, shape in self.extra.items():
+            sizes |= dict(zip(fields.find(name).axes[1:], shape, strict=True))
+        return sizes
+
+    def _by_store(self, address: np.ndarray) -> Iterator[tuple[Store, int, np.ndarray, np.ndarray]]:
+        """Yields (store, its number, which of the addresses [N] lie in it, their places there)."""
+        base = 0
+        for number, store in enumerate(self.stores):
+            end = base + len(store.tokens)
+            here = np.flatnonzero((address >= base) & (address < end))
+            yield store, number, here, address[here] - base
+            base = end
+
+
+def _put(batch: Mapping[str, np.ndarray], name: str, place: np.ndarray, values: np.ndarray | int) -> None:
+    """Writes values to places of the flat batch [B * T, ...]."""
+    array = batch[name]
+    array.reshape(-1, *array.shape[2:])[place] = values
+
+
+def _ranges(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each [sum(count)]: the numbers first[i], first[i] + 1, ... of all ranges i; i; the place in the range."""
+    which = np.repeat(np.arange(len(count)), count)
+    nth = np.arange(len(which)) - (np.cumsum(count) - count)[which]
+    return first[which] + nth, which, nth
+
+
+class Part(NamedTuple):
+    """Examples that are to be laid into rows.
+
+    Attributes:
+      store: that has them.
+      examples: [E] bool, which of the store's.
+      teacher: the same store in a teacher's tokens; None where it reads these.
+    """
+
+    store: Store
+    examples: np.ndarray
+    teacher: Store | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segments:
+    """Documents, or pieces of them, that rows are to hold. All arrays are in one order.
+
+    Attributes:
+      start, length: [S] int64, first token (over all stores, one after the other) and number of tokens.
+      labels: [S, C] float32; None where there are no labels.
+      teacher: [S, 2] int64, start and length in a teacher's tokens; None where it reads these.
+    """
+
+    start: np.ndarray
+    length: np.ndarray
+    labels: np.ndarray | None = None
+    teacher: np.ndarray | None = None
+
+    def __getitem__(self, index: np.ndarray) -> "Segments":
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Segments(**{name: None if value is None else value[index] for name, value in values.items()})
+
+    def shifted(self, base: int, teacher_base: int) -> "Segments":
+        """The same segments, with addresses that count from before the stores of others."""
+        teacher = None if self.teacher is None else self.teacher + np.array([teacher_base, 0])
+        return dataclasses.replace(self, start=self.start + base, teacher=teacher)
+
+    def longest(self) -> np.ndarray:
+        """[S] int64: how many tokens of a row each takes, in the tokens of which it has the most."""
+        return self.length if self.teacher is None else np.maximum(self.length, self.teacher[:, 1])
+
+    @staticmethod
+    def join(parts: Sequence["Segments"]) -> "Segments":
+        """The segments of all parts, one after the other."""
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(Segments)}
+        joined = {name: [value for value in values if value is not None] for name, values in columns.items()}
+        return Segments(**{name: np.concatenate(values) if values else None for name, values in joined.items()})
+
+
+def lay_out(parts: Sequence[Part], spec: DataSpec, rng: np.random.Generator | None) -> tuple[Rows, list[Counter[str]]]:
+    """Lays examples into rows.
+
+    Args:
+      parts: the examples, by store.
+      spec: says how long rows are, and what may share one.
+      rng: puts segments in an order by chance; None keeps theirs.
+
+    Returns:
+      the rows, without annotations, sizes of tokens and fields of views; and what became of the examples of each part.
+
+    Raises:
+      InputError: a text would be cut, and a teacher's tokens elsewhere.
+    """
+    segments, counts = [], []
+    base = teacher_base = 0
+    for part in parts:
+        each, count = _segments(part, spec)
+        segments.append(each.shifted(base, teacher_base))
+        counts.append(count)
+        base += len(part.store.tokens)
+        teacher_base += len(part.teacher.tokens) if part.teacher else 0
+    joined = Segments.join(segments)
+    if rng is not None:
+        joined = joined[rng.permutation(len(joined.start))]
+    order, splits = packing.rows_of(joined.longest(), spec.seq_len, spec.pack)
+    joined = joined[order]
+    rows = Rows(tuple(part.store for part in parts), joined.start, joined.length, splits, spec.seq_len, joined.labels)
+    if joined.teacher is not None:
+        stores = tuple(part.teacher for part in parts)
+        rows = dataclasses.replace(rows, teacher=Rows(stores, *joined.teacher.T, splits, spec.seq_len))
+    return rows, counts
+
+
+def _segments(part: Part, spec: DataSpec) -> tuple[Segments, Counter[str]]:
+    """The segments of one store, with addresses from its first token, and what became of its examples."""
+    store, example = part.store, np.flatnonzero(part.examples)
+    start, length = (np.cumsum(store.length) - store.length)[example], store.length[example]
+    counts: Counter[str] = Counter()
+    if store.mask is None:
+        if part.teacher is not None and np.any(length > spec.seq_len):
+            raise InputError(
+                f"data.seq_len: {spec.seq_len} cuts texts of up to {length.max()} tokens, and a teacher's "
+                "tokenizer would cut them elsewhere. Give shorter texts, raise it, or use a teacher with the same "
+                "tokenizer."
+            )
+        start, length = packing.cut(start, length, spec.seq_len)
+        counts["supervised_tokens"] = int(length.sum()) - len(length)  # a piece's first token follows nothing
+    else:
+        supervised, long = store.supervised[example], length > spec.seq_len
+        if store.labels is not None:  # the last token is where the label is read
+            start = start + np.where(long, length - spec.seq_len, 0)
+        for i in np.flatnonzero(long):
+            supervised[i] = store.mask[start[i] : start[i] + spec.seq_len].sum()
+        fits = ~long if spec.on_long == "drop" else np.ones(len(long), bool)
+        useful = fits & (supervised > 0)
+        counts["too_long"] = int(long.sum())
+        counts["nothing_supervised"] = int(np.sum(fits & ~useful))
+        counts["supervised_tokens"] = int(supervised[useful].sum())
+        example, start, length = example[useful], start[useful], np.minimum(length[useful], spec.seq_len)
+    counts["examples"] = len(example)
+    counts["tokens"] = int(length.sum())
+    counts["bytes"] = int(store.bytes[example].sum())
+    teacher = None
+    if part.teacher is not None:
+        sizes = part.teacher.length
+        teacher = np.stack([(np.cumsum(sizes) - sizes)[example], np.minimum(sizes[example], spec.seq_len)], axis=1)
+    labels = None if store.labels is None else store.labels[example]
+    return Segments(start, length, labels, teacher), counts
+
+
+def annotated(rows: Rows, folder: str, settings: Mapping[str, object]) -> Rows:
+    """The rows with a teacher's annotations of their tokens. For `settings` and errors see annotations.attach."""
+    found = annotations.attach(folder, rows.stores, rows.start, rows.length, settings)
+    return dataclasses.replace(rows, annotations=found)

@@ -1,0 +1,270 @@
+"""What a config says of its data, and the checks that need no data."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from research.errors import InputError, did_you_mean
+from research.sources import mixture, views
+from research.sources.formats import TEMPLATES
+from research.sources.records import FIELDS, FORMATS, Classes
+
+_CHOICES = {"format": ("auto", *FORMATS), "template": TEMPLATES, "on_bad_record": ("error", "skip")}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """What data a run uses. docs/data.md describes all of it.
+
+    Attributes:
+      path: a mixture, its entries parted by commas. `0.7*a.jsonl,0.3*tasks:copy` draws 7 rows of the first
+        for 3 of the second; without weights every row comes once an epoch. See records.locate for what an
+        entry may be.
+      sources: the long form of `path`, which is "" then: name -> the fields of SourceSpec, as in
+        {"code": {"path": "code.jsonl", "weight": 0.5}}. Batches then say which source each token is of.
+      eval_path: the same as `path`, without weights, for evaluation; "" holds out a part of the data. What it holds is
+        taken out of training; generated records come from another seed.
+      eval_fraction: how much of the data to hold out, by a hash of each document or prompt; at least one where
+        that is not 0.
+      format: "auto" (by the first record's fields), "text", "prompt_response", "messages" or "labelled", which has to
+        be asked for: text with a class, `label`, or the probabilities of the classes, `probs`.
+      fields: field -> the column that holds it: {"prompt": "question", "response": "answer"}.
+      template: "auto", "model", "chat" or "plain"; see formats.
+      seq_len: T, tokens in a row.
+      pack: several examples share a row; else each has its own.
+      shuffle: a new order each epoch, and chance neighbours within a row; else the order of the data.
+      on_bad_record: "error", or "skip" and count.
+      on_long: "drop" or "truncate" a conversation longer than seq_len; what has a label is cut at its beginning, and
+        long texts are always cut into pieces.
+      labels: names of the classes in their order, where a label is a name.
+      num_classes: C; 0 is as many as the data and `labels` have.
+      prompt: what a classifier reads, with {text} where the text goes.
+      examples: how many records to generate, for tasks: and reasoning_gym:.
+      max_records: read at most so many records of each entry; 0 reads all.
+      annotations: a folder that understudy annotate made of the same data; batches then hold what a teacher says.
+      cache_dir: where tokens are kept; "" is $UNDERSTUDY_CACHE, else ~/.cache/understudy.
+    """
+
+    path: str
+    sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    eval_path: str = ""
+    eval_fraction: float = 0.05
+    format: str = "auto"
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    template: str = "auto"
+    seq_len: int = 1024
+    pack: bool = True
+    shuffle: bool = True
+    on_bad_record: str = "error"
+    on_long: str = "drop"
+    labels: tuple[str, ...] = ()
+    num_classes: int = 0
+    prompt: str = "{text}"
+    examples: int = 10_000
+    max_records: int = 0
+    annotations: str = ""
+    cache_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSpec:
+    """One source of data.sources; or one entry of data.path or data.eval_path, which has the first two fields alone.
+
+    Attributes:
+      path: one entry, as records.locate takes it; a comma in it is a part of the name.
+      weight: rows are drawn in proportion to it; 0 where no source has one, and every row comes once an epoch.
+      eval_path: one entry, for evaluation in place of data.eval_fraction. Where one source has it, all have.
+      view: how its documents are seen: {"kind": "truncate", "tokens": 100}; see research/sources/views/. {} leaves
+        them as they are.
+      format, fields, template, on_bad_record, prompt, examples, max_records: as in DataSpec, which has the defaults.
+    """
+
+    path: str
+    weight: float = 0.0
+    eval_path: str = ""
+    view: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    format: str = "auto"
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    template: str = "auto"
+    on_bad_record: str = "error"
+    prompt: str = "{text}"
+    examples: int = 10_000
+    max_records: int = 0
+
+
+# What a source takes from DataSpec where it doesn't say it itself.
+_INHERITED = ("format", "fields", "template", "on_bad_record", "prompt", "examples", "max_records")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One thing to read.
+
+    Attributes:
+      name: what the report calls it: the name of the source, or the entry as it was written.
+      field: where the config names it, for errors: data.path, data.sources.code.path or the like.
+      number: of the source, in the order of data.sources; 0 where that names none.
+      path: what records.locate takes.
+      options: how to read it.
+    """
+
+    name: str
+    field: str
+    number: int
+    path: str
+    options: SourceSpec
+
+    def classes(self, data: DataSpec) -> Classes:
+        return Classes(tuple(data.labels), self.options.prompt)
+
+
+def names(data: DataSpec) -> tuple[str, ...]:
+    """The names of the sources, in order: those of data.sources, or the entries of data.path."""
+    return tuple(data.sources) or tuple(mixture.parse("data.path", data.path)[0])
+
+
+def entries(data: DataSpec) -> tuple[list[Entry], list[float] | None]:
+    """What to train on, and the weights, or None where every row comes once an epoch. See `check` for errors."""
+    if not data.sources:
+        paths, weights = mixture.parse("data.path", data.path)
+        return [Entry(path, "data.path", 0, path, _defaults(data, path)) for path in paths], weights
+    specs = source_specs(data)
+    read = [
+        Entry(name, f"data.sources.{name}.path", i, source.path, source)
+        for i, (name, source) in enumerate(specs.items())
+    ]
+    weights = [source.weight for source in specs.values()]
+    return read, weights if any(weights) else None
+
+
+def eval_entries(data: DataSpec) -> list[Entry]:
+    """What to evaluate on; none where a part of the training data is held out. See `check` for errors."""
+    if data.eval_path:
+        paths, _ = mixture.parse("data.eval_path", data.eval_path)
+        return [Entry(path, "data.eval_path", 0, path, _defaults(data, path)) for path in paths]
+    specs = source_specs(data)
+    return [
+        Entry(name, f"data.sources.{name}.eval_path", number, source.eval_path, source)
+        for number, (name, source) in enumerate(specs.items())
+        if source.eval_path
+    ]
+
+
+def source_specs(data: DataSpec) -> dict[str, SourceSpec]:
+    """The sources that data.sources names.
+
+    Raises:
+      InputError: a field is unknown (the nearest is named) or its value is of another type.
+    """
+    known = {f.name: f for f in dataclasses.fields(SourceSpec)}
+    specs = {}
+    for name, values in data.sources.items():
+        field = f"data.sources.{name}"
+        if not re.fullmatch(r"[\w-]+", name):
+            raise InputError(f"data.sources: {name!r} is no name of a source. Use letters, digits, _ and -.")
+        if not isinstance(values, Mapping):
+            raise InputError(f'{field} = {values!r}: is a mapping, such as {{"path": "a.jsonl", "weight": 0.5}}.')
+        for option in values:
+            if option not in known:
+                raise InputError(f"{field}.{option}: no such field.{did_you_mean(option, known)}")
+        if not values.get("path"):
+            raise InputError(f'{field}.path: is missing. Name a file, or tasks:NAME, as in {{"path": "a.jsonl"}}.')
+        inherited = {option: getattr(data, option) for option in _INHERITED}
+        default = SourceSpec("", **inherited)
+        read = {
+            option: _typed(f"{field}.{option}", value, getattr(default, option)) for option, value in values.items()
+        }
+        specs[name] = dataclasses.replace(default, **read)
+    return specs
+
+
+def _defaults(data: DataSpec, path: str) -> SourceSpec:
+    return SourceSpec(path, **{option: getattr(data, option) for option in _INHERITED})
+
+
+def _typed(field: str, value: Any, default: Any) -> Any:
+    kind = Mapping if isinstance(default, Mapping) else type(default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise InputError(f"{field} = {value!r}: must be of type {kind.__name__}, and is {type(value).__name__}.")
+    return dict(value) if kind is Mapping else value
+
+
+def check(data: DataSpec) -> None:
+    """Checks values that can't work, whatever the data.
+
+    Raises:
+      InputError: naming the field, the value and the remedy.
+    """
+    _check_values("data", data)
+    if data.on_long not in ("drop", "truncate"):
+        raise InputError(
+            f"data.on_long: {data.on_long!r} is not known.{did_you_mean(data.on_long, ('drop', 'truncate'))}"
+        )
+    if data.seq_len < 2:
+        raise InputError(f"data.seq_len: {data.seq_len} leaves nothing to predict. Use at least 2.")
+    if not 0 <= data.eval_fraction < 1:
+        raise InputError(f"data.eval_fraction: {data.eval_fraction} is not a part of the data. Use 0 <= fraction < 1.")
+    if data.num_classes < len(data.labels) and data.num_classes:
+        raise InputError(f"data.num_classes: {data.num_classes} is fewer than data.labels names, {len(data.labels)}.")
+    if data.sources:
+        if data.path:
+            raise InputError(
+                f"data.path = {data.path!r}, and data.sources names {', '.join(data.sources)}: there can be only one "
+                "of them. Set data.path to '', or leave data.sources out."
+            )
+        _check_sources(data, source_specs(data))
+    else:
+        mixture.parse("data.path", data.path)
+    if data.eval_path and mixture.parse("data.eval_path", data.eval_path)[1]:
+        raise InputError(f"data.eval_path: {data.eval_path!r} has weights, but all of it is evaluated. Leave them out.")
+
+
+def _check_values(where: str, options: DataSpec | SourceSpec) -> None:
+    """Checks the fields that DataSpec and SourceSpec share."""
+    for name, allowed in _CHOICES.items():
+        value = getattr(options, name)
+        if value not in allowed:
+            raise InputError(f"{where}.{name}: {value!r} is not known.{did_you_mean(str(value), allowed)}")
+    for name in options.fields:
+        if name not in FIELDS:
+            raise InputError(
+                f"{where}.fields: there is no field {name!r} to rename a column to.{did_you_mean(name, FIELDS)}"
+            )
+    if options.max_records < 0:
+        raise InputError(f"{where}.max_records: {options.max_records} is not a number of records. Use 0 to read all.")
+    if "{text}" not in options.prompt:
+        raise InputError(
+            f"{where}.prompt: {options.prompt!r} has no {{text}}, which stands for what is to be classified."
+        )
+    if options.examples < 1:
+        raise InputError(f"{where}.examples: {options.examples} is not a number of records. Use at least 1.")
+
+
+def _check_sources(data: DataSpec, specs: Mapping[str, SourceSpec]) -> None:
+    for name, source in specs.items():
+        _check_values(f"data.sources.{name}", source)
+        if "weight" in data.sources[name] and not 0 < source.weight < math.inf:
+            raise InputError(f"data.sources.{name}.weight = {source.weight}: must be greater than 0.")
+        if source.view:
+            views.load(source.view, f"data.sources.{name}.view", data.seq_len)
+    _all_or_none("weight", {name: source.weight for name, source in specs.items()})
+    _all_or_none("eval_path", {name: source.eval_path for name, source in specs.items()})
+    if data.eval_path and (len(specs) > 1 or any(source.eval_path for source in specs.values())):
+        raise InputError(
+            f"data.eval_path = {data.eval_path!r}: doesn't say of which source it is. Set it to '', and name "
+            f"data.sources.{next(iter(specs))}.eval_path and so on."
+        )
+
+
+def _all_or_none(option: str, values: Mapping[str, Any]) -> None:
+    has = [name for name, value in values.items() if value]
+    lacks = [name for name, value in values.items() if not value]
+    if has and lacks:
+        raise InputError(
+            f"data.sources.{lacks[0]}.{option}: is missing, and data.sources.{has[0]}.{option} = {values[has[0]]!r}. "
+            "Give it to all sources or to none."
+        )
