@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from research.devices import sharding
-from research.objectives.types import Batch, Forward, LossOut, Objective
+from research.objectives import terms as terms_lib
+from research.objectives.terms import Carry, Inputs, Metrics, Terms, Weights, init_carry  # noqa: F401 - for run/
+from research.objectives.types import Batch, Forward, LossOut
 
 Params = Any
-Terms = Mapping[str, tuple[Objective, Callable[[jax.Array], jax.Array]]]
-Weights = dict[str, jax.Array]  # term -> what its loss sum is divided by
-Carry = dict[str, Any]  # term -> pytree of arrays, for the objectives that have one
-Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
 
 
 @flax.struct.dataclass
@@ -64,27 +62,6 @@ def init_state(
     )
 
 
-def init_carry(terms: Terms, batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Carry:
-    """The first carries of those terms that have one; of `batch` only shapes and dtypes are read."""
-    return {name: term.init_carry(batch) for name, (term, _) in terms.items() if term.init_carry is not None}
-
-
-class Inputs(NamedTuple):
-    """What the losses of a step read besides the trained parameters and the batch.
-
-    Attributes:
-      frozen: role -> parameters, of the roles that aren't trained.
-      carry: what each term remembers of the steps before.
-      key: of this step.
-      step: int32, its number.
-    """
-
-    frozen: Params
-    carry: Carry
-    key: jax.Array
-    step: jax.Array
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainStep:
     """One update, (state, frozen, batch) -> (state, metrics): pure, and the same for every objective.
@@ -93,13 +70,14 @@ class TrainStep:
     same for any number of microbatches, devices and hosts. W_i is treated as a constant.
 
     Attributes:
-      terms: name -> (objective, weight c_i as a function of the step).
+      terms: of the objective, by name.
       models: role -> Model.
       optimizer: clipping and learning rate included; its `update` takes `ok` (see optim.make_optimizer).
       schedule: updates made -> learning rate, for the metrics.
       microbatches: the batch is cut along its first axis into this many parts, which run one after the other.
       ema_decay: of the moving average of parameters, where the state has one.
       trains: True for the parameters that take a gradient; by default all.
+      sources: the names of the data's sources, in the order of the batch field `source`.
     """
 
     __name__ = "step"  # what jax.jit calls the program, and traces show
@@ -111,51 +89,66 @@ class TrainStep:
     microbatches: int = 1
     ema_decay: float = 0.0
     trains: Params | None = None
+    sources: tuple[str, ...] = ()
 
     def __call__(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        inputs = Inputs(frozen, state.carry, jax.random.fold_in(state.key, state.step), state.step)
-        grads, outs = self.gradients(state.params, batch, inputs)
+        key = jax.random.fold_in(state.key, state.step)
+        inputs = Inputs(key, state.step, terms_lib.row_numbers(batch), state.carry)
+        grads, outs = self.gradients(state.params, frozen, batch, inputs)
         return self.update(state, grads, outs, batch)
 
-    def losses(self, params: Params, batch: Batch, inputs: Inputs) -> dict[str, LossOut]:
+    def forward(self, params: Params, frozen: Params, batch: Batch) -> Forward:
+        """The models on a batch, or on a part of it."""
+        return Forward(self.models, {**frozen, **params}, batch, terms_lib.hidden_states(self.terms))
+
+    def losses(self, params: Params, frozen: Params, batch: Batch, inputs: Inputs) -> dict[str, LossOut]:
         """What each term makes of the batch, or of a part of it."""
-        return losses(self.terms, self.models, params, batch, inputs)
+        return terms_lib.losses(self.terms, self.forward(params, frozen, batch), inputs, self.sources)
 
     def objective(
-        self, params: Params, batch: Batch, inputs: Inputs, weights: Weights | None = None
+        self, params: Params, frozen: Params, batch: Batch, inputs: Inputs, weights: Weights | None = None
     ) -> tuple[jax.Array, dict[str, LossOut]]:
         """The scalar whose gradient is taken, sum_i c_i S_i / W_i; the W_i are `weights`, by default the batch's."""
         if self.trains is not None:
             params = jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, self.trains)
-        outs = self.losses(params, batch, inputs)
-        return weighted_sum(self.terms, outs, inputs.step, weights), outs
+        outs = self.losses(params, frozen, batch, inputs)
+        return terms_lib.weighted_sum(self.terms, outs, inputs.step, weights), outs
 
-    def gradients(self, params: Params, batch: Batch, inputs: Inputs) -> tuple[Params, dict[str, LossOut]]:
+    def gradients(
+        self, params: Params, frozen: Params, batch: Batch, inputs: Inputs
+    ) -> tuple[Params, dict[str, LossOut]]:
         """The gradient by the parameters, and each term's sums over the whole batch."""
         gradient = jax.grad(self.objective, has_aux=True)
         if self.microbatches == 1:
-            return gradient(params, batch, inputs)
-        parts = (
-            jax.tree.map(lambda x: _split(x, self.microbatches), batch),
-            jax.random.split(inputs.key, self.microbatches),
-        )
-        weights = self.weights(params, parts, inputs)
+            return gradient(params, frozen, batch, inputs)
+        parts = jax.tree.map(lambda x: _split(x, self.microbatches), (batch, inputs.rows))
+        inputs = inputs._replace(gathered=self.gathered(params, frozen, parts))
+        weights = self.weights(params, frozen, parts, inputs)
 
-        def add(grads: Params, part: Any) -> tuple[Params, dict[str, LossOut]]:
-            batch, key = part
-            more, outs = gradient(params, batch, inputs._replace(key=key), weights)
+        def add(grads: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, dict[str, LossOut]]:
+            batch, rows = part
+            more, outs = gradient(params, frozen, batch, inputs._replace(rows=rows), weights)
             return jax.tree.map(jnp.add, grads, more), outs
 
         grads, outs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
         return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), outs)
 
-    def weights(self, params: Params, parts: Any, inputs: Inputs) -> Weights:
+    def gathered(self, params: Params, frozen: Params, parts: tuple[Batch, jax.Array]) -> dict[str, Any]:
+        """What the terms gather of the whole batch, by row, from its parts. Costs nothing where none gathers."""
+
+        def gather(_: None, part: tuple[Batch, jax.Array]) -> tuple[None, dict[str, Any]]:
+            return None, terms_lib.gather(self.terms, self.forward(params, frozen, part[0]), self.sources)
+
+        _, values = jax.lax.scan(gather, None, parts)
+        return jax.tree.map(_join, values)
+
+    def weights(self, params: Params, frozen: Params, parts: tuple[Batch, jax.Array], inputs: Inputs) -> Weights:
         """The divisors W_i of the whole batch, added up over its parts. Where they depend on the batch alone, as masks
         do, the compiler drops the forward passes as dead code."""
 
-        def weigh(_: None, part: Any) -> tuple[None, Weights]:
-            batch, key = part
-            outs = self.losses(params, batch, inputs._replace(key=key))
+        def weigh(_: None, part: tuple[Batch, jax.Array]) -> tuple[None, Weights]:
+            batch, rows = part
+            outs = self.losses(params, frozen, batch, inputs._replace(rows=rows))
             return None, {name: out.weight for name, out in outs.items()}
 
         _, weights = jax.lax.scan(weigh, None, parts)
@@ -188,7 +181,7 @@ class TrainStep:
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
             carry=_choose(ok, self.carries(state.carry, outs), state.carry),
         )
-        return new, term_metrics(self.terms, outs, state.step) | {
+        return new, terms_lib.metrics(self.terms, outs, state.step) | terms_lib.source_tokens(batch, self.sources) | {
             "tokens": _one(real),
             "supervised_fraction": (next(iter(outs.values())).weight, real),
             "grad_norm": _one(grad_norm),
@@ -206,9 +199,9 @@ class TrainStep:
     def carries(self, carry: Carry, outs: dict[str, LossOut]) -> Carry:
         """The next carry of each term that has one."""
         return {
-            name: _replicated(term.update(carry[name], outs[name].statistics))
-            for name, (term, _) in self.terms.items()
-            if term.update is not None
+            name: _replicated(term.objective.update(carry[name], outs[name].statistics))
+            for name, term in self.terms.items()
+            if term.objective.update is not None
         }
 
 
@@ -217,52 +210,26 @@ class EvalStep:
     """The metrics of one batch, (params, frozen, batch, key, carry) -> metrics; nothing is updated.
 
     Attributes:
-      terms, models: see TrainStep.
+      terms, models, sources: see TrainStep.
     """
 
     __name__ = "evaluate"
 
     terms: Terms
     models: Mapping[str, Any]
+    sources: tuple[str, ...] = ()
 
     def __call__(
         self, params: Params, frozen: Params, batch: Batch, key: jax.Array, carry: Carry | None = None
     ) -> Metrics:
         """`carry` is that of the TrainState; it may be left out where no term has one."""
-        step = jnp.zeros((), jnp.int32)
-        inputs = Inputs(frozen, carry or {}, key, step)
-        return term_metrics(self.terms, losses(self.terms, self.models, params, batch, inputs), step)
+        inputs = Inputs(key, jnp.zeros((), jnp.int32), terms_lib.row_numbers(batch), carry or {})
+        forward = Forward(self.models, {**frozen, **params}, batch, terms_lib.hidden_states(self.terms))
+        outs = terms_lib.losses(self.terms, forward, inputs, self.sources)
+        return terms_lib.metrics(self.terms, outs, inputs.step) | terms_lib.source_tokens(batch, self.sources)
 
 
 make_train_step, make_eval_step = TrainStep, EvalStep  # their names until all callers have moved
-
-
-def losses(terms: Terms, models: Mapping[str, Any], params: Params, batch: Batch, inputs: Inputs) -> dict[str, LossOut]:
-    """What each term makes of a batch; every forward pass is made once, however many terms read it."""
-    forward = Forward(models, {**inputs.frozen, **params}, batch, hidden_states(terms))
-    return {
-        name: term.loss(
-            forward, batch, inputs.key, inputs.step, *([] if term.init_carry is None else [inputs.carry[name]])
-        )
-        for name, (term, _) in terms.items()
-    }
-
-
-def weighted_sum(
-    terms: Terms, outs: Mapping[str, LossOut], step: jax.Array, weights: Weights | None = None
-) -> jax.Array:
-    """sum_i c_i(step) S_i / W_i, the W_i constants: those of `weights`, by default the terms' own."""
-    weights = weights or {name: out.weight for name, out in outs.items()}
-    return sum(c(step) * outs[name].loss_sum / _divisor(weights[name]) for name, (_, c) in terms.items())
-
-
-def hidden_states(terms: Terms) -> dict[str, tuple[int, ...]]:
-    """Role -> the layers whose hidden states any of the terms reads."""
-    states: dict[str, set[int]] = {}
-    for term, _ in terms.values():
-        for role, layers in term.states.items():
-            states.setdefault(role, set()).update(layers)
-    return {role: tuple(sorted(layers)) for role, layers in states.items()}
 
 
 def _choose(ok: jax.Array, new: Any, old: Any) -> Any:
@@ -275,27 +242,15 @@ def _replicated(tree: Any) -> Any:
     return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim), tree)
 
 
-def term_metrics(terms: Terms, outs: Mapping[str, LossOut], step: jax.Array) -> Metrics:
-    """With one term, its metrics and `loss`; with several, "term/name" each, and their weighted sum as `loss`."""
-    metrics: Metrics = {}
-    for name, out in outs.items():
-        prefix = "" if len(outs) == 1 else f"{name}/"
-        metrics |= {prefix + k: v for k, v in out.metrics.items()} | {f"{prefix}loss": (out.loss_sum, out.weight)}
-    if len(outs) > 1:
-        metrics["loss"] = _one(weighted_sum(terms, outs, step))
-    return metrics
-
-
 def _one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(x, jnp.float32), jnp.ones((), jnp.float32)
-
-
-def _divisor(weight: jax.Array) -> jax.Array:
-    """The constant to divide a loss sum by; 1 where nothing is supervised, whose sum is 0."""
-    weight = jax.lax.stop_gradient(weight)
-    return jnp.where(weight > 0, weight, jnp.ones_like(weight))
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
     """[B, ...] -> [parts, B / parts, ...], taking every parts-th row, so that each device's rows stay on it."""
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """[parts, B / parts, ...] -> [B, ...], the inverse of `_split`."""
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])

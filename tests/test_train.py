@@ -13,6 +13,8 @@ from research import objectives, optim, params, train
 from research.devices import sharding
 from research.models.config import ModelConfig
 from research.models.transformer import make_model
+from research.objectives import Term
+from research.objectives.terms import init_carry
 from research.objectives.types import LossOut, Objective
 
 CONFIG = ModelConfig(vocab_size=128, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, max_length=32)
@@ -166,12 +168,12 @@ def test_sharded_equals_single_device(mesh, experts):
 
 
 def test_a_bad_batch_changes_nothing_and_is_counted():
-    def poisoned(forward, batch, key, step):
-        bad = jnp.where(step == 1, jnp.nan, 1.0) * jnp.sum(forward.hidden().astype(jnp.float32))
+    def poisoned(forward, batch, context):
+        bad = jnp.where(context.step == 1, jnp.nan, 1.0) * jnp.sum(forward.hidden().astype(jnp.float32))
         return LossOut(bad, jnp.asarray(1.0), {})
 
     optimizer = adamw()
-    terms = {"bad": (Objective(loss=poisoned), lambda step: jnp.asarray(1.0))}
+    terms = {"bad": Term(Objective(loss=poisoned), lambda step: jnp.asarray(1.0))}
     step = jax.jit(train.TrainStep(terms, {"policy": MODEL}, optimizer, schedule=lambda t: t))
     values = {"policy": INITIAL}
     first, _ = step(train.init_state(values, optimizer, jax.random.PRNGKey(1), ema=True), {}, make_batch())
@@ -201,10 +203,10 @@ def carrying(bad_step):
     """An objective whose loss is scaled by a carry: a running mean of the hidden states' squares. Its loss isn't finite
     at `bad_step`."""
 
-    def loss(forward, batch, key, step, carry):
+    def loss(forward, batch, context):
         real = (batch["segment_ids"] > 0).astype(jnp.float32)
         squares = jnp.sum(jnp.square(forward.hidden()) * real[:, :, None], axis=(0, 1))
-        total = jnp.where(step == bad_step, jnp.nan, 1.0) * jnp.sum(squares * carry["mean"])
+        total = jnp.where(context.step == bad_step, jnp.nan, 1.0) * jnp.sum(squares * context.carry["mean"])
         return LossOut(total, jnp.sum(real), {}, {"sum": squares, "count": jnp.sum(real)})
 
     def first(batch):
@@ -213,7 +215,7 @@ def carrying(bad_step):
     def update(carry, sums):
         return {"mean": carry["mean"] + 0.5 * (sums["sum"] / sums["count"] - carry["mean"])}
 
-    return {"carrying": (Objective(loss=loss, init_carry=first, update=update), lambda step: jnp.asarray(1.0))}
+    return {"carrying": Term(Objective(loss=loss, init_carry=first, update=update), lambda step: jnp.asarray(1.0))}
 
 
 def three_steps(microbatches=1, mesh=None):
@@ -226,7 +228,7 @@ def three_steps(microbatches=1, mesh=None):
     if mesh is not None:
         values = jax.device_put(values, params.shardings({"policy": SMALL.specs}, mesh))
         batches = jax.device_put(batches, sharding.named(mesh, ("batch", "time")))
-    carry = train.init_carry(terms, batches[0])
+    carry = init_carry(terms, batches[0])
     states = [train.init_state(values, optimizer, jax.random.PRNGKey(1), carry=carry)]
     for batch in batches:
         states.append(step(states[-1], {}, batch)[0])

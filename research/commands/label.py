@@ -26,6 +26,7 @@ from research import cli, files
 from research.errors import InputError
 from research.models import transformer
 from research.models.config import ModelConfig
+from research.objectives import classes
 from research.objectives import types as objective_types
 from research.sources import packing, records
 from research.sources.dataset import Rows
@@ -123,7 +124,7 @@ def _open(name: str, origin: records.Origin, args: argparse.Namespace) -> Classi
         raise InputError(
             f"--model = {name}: is a language model, and no classifier. Name a word for each class in --words."
         )
-    label_tokens = objective_types.label_tokens(words, loaded.tokenizer, "--words") if words else None
+    label_tokens = classes.label_tokens(words, loaded.tokenizer, "--words") if words else None
     data = run.data
     if args.fields is None:
         args.fields = dict(data["fields"])
@@ -157,7 +158,7 @@ def _make_probs(config: ModelConfig, label_tokens: tuple[int, ...] | None) -> Ca
     @jax.jit
     def probs(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         forward = objective_types.Forward({"policy": model}, {"policy": params}, batch)
-        return jax.nn.softmax(objective_types.class_logits(forward, label_tokens))
+        return jax.nn.softmax(classes.class_logits(forward, label_tokens))
 
     return probs
 

@@ -1,30 +1,39 @@
 """Objectives by name: each module here that has a `make` function is one, and any that Python can import by that name,
-such as mine.py in the folder that a command is given in. Nothing is registered."""
+such as mine.py in the folder that a command is run in. Nothing is registered."""
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from research.errors import InputError, did_you_mean
+from research.objectives.terms import Coefficient, Term, Terms
 from research.objectives.types import Objective
 from research.sources.tokenizers import Tokenizer
 
-Coefficient = Callable[[jax.Array], jax.Array]  # step -> weight of a term
+__all__ = ["Coefficient", "Objective", "Term", "Terms", "load"]
+
+_PARTS = ("classes", "terms", "types")  # modules of this package that are no objectives
+_FIELDS = ("objective", "weight", "sources")  # of a term, beside its objective's options
+_SCHEDULE = ("start", "end", "steps")
 
 
-def load(spec: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[str, tuple[Objective, Coefficient]]:
-    """The terms of a composed objective: name -> (objective, its weight as a function of the step).
+def load(spec: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[str, Term]:
+    """The terms of a composed objective, by name.
 
     Args:
-      spec: {"terms": {"sft": 1.0, ...}, "sft": {options of its `make`}, ...}. A weight is a number, or a linear
-        schedule {"start": 0.0, "end": 1.0, "steps": 1000}.
+      spec: {"terms": {name: term}}. A term is its weight, or a mapping of
+          objective: the module, by default the term's name;
+          weight: a number, or a linear schedule {"start": 0.0, "end": 1.0, "steps": 1000}; by default 1;
+          sources: the names of the sources of data whose tokens it counts, by default all;
+          and the options of the module's `make`, which may also lie beside the terms: {"terms": ..., name: {options}}.
       tokenizer: of the run, for those whose `make` has a parameter `tokenizer`. None where it isn't known yet, and
         options are only to be checked.
 
@@ -37,38 +46,107 @@ def load(spec: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[st
     for name in spec:
         if name != "terms" and name not in terms:
             raise InputError(f"objective.{name}: options for a term that isn't used.{did_you_mean(name, terms)}")
-    return {n: (_objective(n, spec.get(n, {}), tokenizer), _coefficient(n, weight)) for n, weight in terms.items()}
+    return {name: _Entry.read(name, value, spec.get(name, {})).term(tokenizer) for name, value in terms.items()}
 
 
-def _objective(name: str, options: Mapping[str, Any], tokenizer: Tokenizer | None) -> Objective:
-    known = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "types"]
-    if name in known:
-        module = importlib.import_module(f"{__name__}.{name}")
-    elif name.isidentifier() and importlib.util.find_spec(name) is not None:  # of the user's own, beside the run
-        module = importlib.import_module(name)
-    else:
-        raise InputError(
-            f"objective.terms.{name}: no module research/objectives/{name}.py, and no {name}.py where Python looks for "
-            f"modules.{did_you_mean(name, known)}"
-        )
-    if not hasattr(module, "make"):
-        raise InputError(f"objective.terms.{name}: {module.__file__} has no function make(**options) -> Objective.")
-    make = module.make
-    parameters = inspect.signature(make).parameters
-    given = {"tokenizer": tokenizer} if "tokenizer" in parameters else {}
-    allowed = [p for p in parameters if p not in given]
-    for option in options:
-        if option not in allowed:
-            raise InputError(f"objective.{name}.{option}: no such option.{did_you_mean(option, allowed)}")
-    return make(**options, **given)
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A term as the config spells it.
+
+    Attributes:
+      name: of the term.
+      fields: those of _FIELDS that the config sets.
+      inside: options in objective.terms.NAME.
+      beside: options in objective.NAME.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+    inside: Mapping[str, Any] | None
+    beside: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, name: str, value: Any, beside: Mapping[str, Any]) -> "_Entry":
+        """Raises InputError where the term is spelt in no way that `load` knows."""
+        if not isinstance(beside, Mapping):
+            raise InputError(f"objective.{name} = {beside!r}: is a section with the options of the term.")
+        if not isinstance(value, Mapping) or (value and set(value) <= set(_SCHEDULE)):
+            return cls(name, {"weight": value}, None, beside)
+        inside = {option: x for option, x in value.items() if option not in _FIELDS}
+        for option in inside:
+            if option in beside:
+                raise InputError(f"objective.{name}.{option}: is objective.terms.{name}.{option} too. Leave one out.")
+        return cls(name, {field: x for field, x in value.items() if field in _FIELDS}, inside, beside)
+
+    def field_of(self, option: str) -> str:
+        """The config's field for an option: where it is set, or else would be."""
+        beside = self.inside is None or option in self.beside
+        return f"objective.{self.name}.{option}" if beside else f"objective.terms.{self.name}.{option}"
+
+    def term(self, tokenizer: Tokenizer | None) -> Term:
+        """Raises InputError for what `load` says."""
+        make, parameters = self._make()
+        options = {**(self.inside or {}), **self.beside}
+        accepted = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name != "tokenizer"]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            self._check_known(options, accepted)
+        elif "tokenizer" in options:
+            self._check_known({"tokenizer"}, accepted)
+        options_fields = {option: self.field_of(option) for option in (*accepted, *options)}
+        term = Term(None, self._coefficient(), self._sources(), self.name, options_fields)
+        more = {"tokenizer": tokenizer} if "tokenizer" in parameters else {}
+        with term.naming_fields():
+            return dataclasses.replace(term, objective=make(**options, **more))
+
+    def _check_known(self, options: Any, accepted: list[str]) -> None:
+        for option in options:
+            if option not in accepted:
+                known = (*accepted, *_FIELDS) if self.inside is not None else accepted
+                raise InputError(f"{self.field_of(option)}: no such option.{did_you_mean(option, known)}")
+
+    def _make(self) -> tuple[Callable[..., Objective], Mapping[str, inspect.Parameter]]:
+        """The module's `make`, and its parameters."""
+        kind = self.fields.get("objective", self.name)
+        field = f"objective.terms.{self.name}" + (f".objective = {kind!r}" if "objective" in self.fields else "")
+        module = _find(kind, field)
+        if not hasattr(module, "make"):
+            raise InputError(f"{field}: {module.__file__} has no function make(**options) -> Objective.")
+        parameters = inspect.signature(module.make).parameters
+        for reserved in _FIELDS:
+            if reserved in parameters:
+                raise InputError(
+                    f"{field}: make in {module.__file__} has an option {reserved!r}, which is a field of every term "
+                    f"({', '.join(_FIELDS)}). Give the option another name."
+                )
+        return module.make, parameters
+
+    def _coefficient(self) -> Coefficient:
+        weight = self.fields.get("weight", 1.0)
+        field = f"objective.terms.{self.name}" + ("" if self.inside is None else ".weight")
+        if isinstance(weight, Mapping):
+            if set(weight) != set(_SCHEDULE):
+                raise InputError(f"{field} = {dict(weight)}: a schedule has the fields start, end and steps.")
+            return optax.linear_schedule(float(weight["start"]), float(weight["end"]), int(weight["steps"]))
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise InputError(f"{field} = {weight!r}: a weight is a number or a schedule {{start, end, steps}}.")
+        return lambda step: jnp.asarray(weight, jnp.float32)
+
+    def _sources(self) -> tuple[str, ...]:
+        sources = self.fields.get("sources", ())
+        sources = (sources,) if isinstance(sources, str) else tuple(sources)
+        if not all(isinstance(source, str) for source in sources):
+            raise InputError(f"objective.terms.{self.name}.sources = {sources}: is a list of names of data.sources.")
+        return sources
 
 
-def _coefficient(name: str, weight: Any) -> Coefficient:
-    field = f"objective.terms.{name}"
-    if isinstance(weight, Mapping):
-        if set(weight) != {"start", "end", "steps"}:
-            raise InputError(f"{field} = {dict(weight)}: a schedule has the fields start, end and steps.")
-        return optax.linear_schedule(float(weight["start"]), float(weight["end"]), int(weight["steps"]))
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise InputError(f"{field} = {weight!r}: a weight is a number or a schedule {{start, end, steps}}.")
-    return lambda step: jnp.asarray(weight, jnp.float32)
+def _find(kind: Any, field: str) -> ModuleType:
+    """The module of an objective. Raises InputError, in which `field` is what names it, where there is none."""
+    known = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _PARTS]
+    if kind in known:
+        return importlib.import_module(f"{__name__}.{kind}")
+    if isinstance(kind, str) and kind.isidentifier() and importlib.util.find_spec(kind) is not None:
+        return importlib.import_module(kind)  # of the user's own, beside the run
+    raise InputError(
+        f"{field}: no module research/objectives/{kind}.py, and no {kind}.py where Python looks for modules."
+        f"{did_you_mean(str(kind), known)}"
+    )

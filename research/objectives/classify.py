@@ -1,19 +1,34 @@
 """Classification: the class of a document, read at its last token."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from research.errors import InputError, did_you_mean
-from research.objectives.types import Batch, Forward, LossOut, Objective, class_logits, label_tokens
+from research.objectives.classes import class_logits, label_tokens
+from research.objectives.types import Batch, Context, Forward, LossOut, Objective
 from research.ops import class_losses
 from research.sources.tokenizers import Tokenizer
 
 FIELDS = ("tokens", "segment_ids", "positions", "label_probs")
 HEADS = ("linear", "words")
 
-Read = Callable[[Forward, Batch], tuple[jax.Array, jax.Array, jax.Array]]
+
+class Predictions(NamedTuple):
+    """What losses of ops.class_losses read.
+
+    Attributes:
+      logits: of the classes.
+      labels: probabilities of the classes.
+      weights: 1 at a labelled position, else 0.
+    """
+
+    logits: Float[Array, "B T C"]
+    labels: Float[Array, "B T C"]
+    weights: Float[Array, "B T"]
 
 
 def make(
@@ -28,7 +43,7 @@ def make(
     Args:
       head: "linear" is a head with a logit for each class (model.num_labels); "words" is that of a language model,
         which is to go on with the class's word.
-      words: of "words", one for each class; see types.label_tokens.
+      words: of "words", one for each class; see classes.label_tokens.
       label_smoothing: see ops.class_losses.cross_entropy.
       tokenizer: the run's.
 
@@ -36,55 +51,64 @@ def make(
       InputError: an option out of its range, or words that can't be told apart.
     """
     if not 0 <= label_smoothing < 1:
-        raise InputError(f"objective.classify.label_smoothing = {label_smoothing}: must be in [0, 1).")
-    read = reader("objective.classify", head, words, tokenizer)
+        raise InputError(f"label_smoothing = {label_smoothing}: must be in [0, 1).")
+    reader = make_reader(head, words, tokenizer)
 
-    def loss(forward: Forward, batch: Batch, key: jax.Array, step: jax.Array) -> LossOut:
-        del key, step
-        logits, labels, weights = read(forward, batch)
-        total = class_losses.cross_entropy(logits, labels, weights, label_smoothing=label_smoothing)
-        return LossOut(total, jnp.sum(weights), metrics(logits, labels, weights))
+    def loss(forward: Forward, batch: Batch, context: Context) -> LossOut:
+        read = reader(forward, batch)
+        total = class_losses.cross_entropy(*read, label_smoothing=label_smoothing)
+        return LossOut(total, jnp.sum(read.weights), metrics(read))
 
     return Objective(loss=loss, fields=FIELDS)
 
 
-def reader(field: str, head: str, words: Sequence[str], tokenizer: Tokenizer | None) -> Read:
-    """Returns read(forward, batch) -> (logits [B, T, C], labels [B, T, C], weights [B, T]), all float32.
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """(forward, batch) -> Predictions of the policy.
 
-    A weight is 1 at a labelled position, else 0. For the options see `make`; `field` is what an error calls them.
+    Attributes:
+      words: those that stand for the classes; () for a head with a logit for each class.
+      tokens: the first token of each; None without words, or without a tokenizer.
     """
-    if head not in HEADS:
-        raise InputError(f"{field}.head = {head!r}: no such head.{did_you_mean(str(head), HEADS)}")
-    if (head == "words") != bool(words):
-        raise InputError(
-            f"{field}.head = {head!r} with words = {list(words)}: "
-            + ("name a word for each class." if head == "words" else "words are for head = 'words'.")
-        )
-    tokens = label_tokens(words, tokenizer, f"{field}.words") if words and tokenizer else None
 
-    def read(forward: Forward, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    words: tuple[str, ...]
+    tokens: tuple[int, ...] | None
+
+    def __call__(self, forward: Forward, batch: Batch) -> Predictions:
+        """Raises InputError where the words, the head and the data have different classes."""
         labels = batch["label_probs"]
-        if words and tokens is None:
-            raise InputError(f"{field}.words = {list(words)}: needs a tokenizer, and the objective was made without.")
-        if words and len(words) != labels.shape[-1]:
+        if self.words and self.tokens is None:
+            raise InputError(f"words = {list(self.words)}: needs a tokenizer, and the objective was made without.")
+        if self.words and len(self.words) != labels.shape[-1]:
             raise InputError(
-                f"{field}.words = {list(words)}: {len(words)} words for the {labels.shape[-1]} classes of the data. "
+                f"words = {list(self.words)}: {len(self.words)} words for the {labels.shape[-1]} classes of the data. "
                 "Name one for each."
             )
-        logits = class_logits(forward, tokens)
+        logits = class_logits(forward, self.tokens)
         if logits.shape[-1] != labels.shape[-1]:
             raise InputError(
                 f"model.num_labels = {logits.shape[-1]}: the data has {labels.shape[-1]} classes. Set it to that."
             )
-        return logits, labels, (jnp.sum(labels, axis=-1) > 0).astype(jnp.float32)
-
-    return read
+        return Predictions(logits, labels, (jnp.sum(labels, axis=-1) > 0).astype(jnp.float32))
 
 
-def metrics(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+def make_reader(head: str, words: Sequence[str], tokenizer: Tokenizer | None) -> Reader:
+    """The reader for `head` and `words`: see `make`. Raises InputError where they don't go together."""
+    if head not in HEADS:
+        raise InputError(f"head = {head!r}: no such head.{did_you_mean(str(head), HEADS)}")
+    if (head == "words") != bool(words):
+        raise InputError(
+            f"head = {head!r} with words = {list(words)}: "
+            + ("name a word for each class." if head == "words" else "words are for head = 'words'.")
+        )
+    tokens = label_tokens(words, tokenizer, "words") if words and tokenizer else None
+    return Reader(tuple(words), tokens)
+
+
+def metrics(read: Predictions) -> dict[str, tuple[Float[Array, ""], Float[Array, ""]]]:
     """`label_nll` (nats), `accuracy`, `brier` and `confidence`: see ops.class_losses.Scores. (`nll` would be that of
     tokens, of which perplexities are made.)"""
-    out = class_losses.scores(logits, labels, weights)
+    out = class_losses.scores(*read)
     sums = {
         "label_nll": out.nll_sum,
         "accuracy": out.correct_sum,

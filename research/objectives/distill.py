@@ -1,12 +1,13 @@
 """Distillation: the student's next-token distribution is to be the teacher's (Hinton et al., arXiv:1503.02531)."""
 
+import dataclasses
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from research.errors import InputError, did_you_mean
-from research.objectives.types import Batch, Forward, LossOut, Objective, next_token_targets
+from research.objectives.types import Batch, Context, Forward, LossOut, Objective, next_token_targets
 from research.ops import divergences
 from research.sources import parallel
 from research.sources.tokenizers import Tokenizer
@@ -45,84 +46,124 @@ def make(
     Raises:
       InputError: an option that isn't known or is out of its range, or two that don't go together.
     """
-    field = "objective.distill"
     for name, value, known in (
         ("kind", kind, (*divergences.KINDS, divergences.LOGIT_MSE, "uld")),
         ("on", on, SCOPES),
         ("tail", tail, divergences.TAILS),
     ):
         if value not in known:
-            raise InputError(f"{field}.{name} = {value!r}: no such choice.{did_you_mean(str(value), known)}")
-    try:
-        divergences.check(kind, temperature, beta, alpha)
-    except InputError as error:
-        raise InputError(f"{field}.{error}") from error
+            raise InputError(f"{name} = {value!r}: no such choice.{did_you_mean(str(value), known)}")
+    divergences.check(kind, temperature, beta, alpha)
     if cached and (teachers or kind in ("uld", divergences.LOGIT_MSE)):
         what = f"teachers = {dict(teachers)}" if teachers else f"kind = {kind!r}"
-        raise InputError(
-            f"{field}.{what}: needs live models, and {field}.cached = True. Set it to False, and name them in roles."
-        )
+        raise InputError(f"{what}: needs live models, and cached = True. Set it to False, and name them in roles.")
     if cached and tail == "truncate" and kind not in ("forward_kl", "cross_entropy"):
-        raise InputError(f"{field}.tail = 'truncate': goes with forward_kl and cross_entropy, not {kind}.")
+        raise InputError(f"tail = 'truncate': goes with forward_kl and cross_entropy, not {kind}.")
     teachers = dict(teachers or {"teacher": 1.0})
     if sum(teachers.values()) <= 0 or min(teachers.values()) < 0:
-        raise InputError(f"{field}.teachers = {teachers}: weights must be positive.")
-    factor = temperature**2 if scale_by_temperature else 1.0
-    mixture = {"kind": kind, "temperature": temperature, "beta": beta, "alpha": alpha}
+        raise InputError(f"teachers = {teachers}: weights must be positive.")
+    return Distill(
+        kind=kind,
+        mixture={"temperature": temperature, "beta": beta, "alpha": alpha},
+        factor=temperature**2 if scale_by_temperature else 1.0,
+        supervised=on == "supervised",
+        teachers=teachers,
+        tail=tail if cached else None,
+        vocab_size=None if tokenizer is None else tokenizer.size,
+    ).objective()
 
-    def stored(forward: Forward, batch: Batch, weights: jax.Array) -> divergences.Divergence:
-        fields = (batch[name] for name in CACHED_FIELDS)
-        return divergences.topk_divergence(
-            forward.hidden(), forward.head(), *fields, weights, tail=tail, vocab_size=_size(tokenizer), **mixture
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+    """A divergence of the policy from its teachers; see `make`.
+
+    Attributes:
+      kind: of ops.divergences.divergence, or "uld".
+      mixture: its options: temperature, beta and alpha.
+      factor: what the divergence is multiplied by.
+      supervised: only the positions that predict a token of loss_mask count.
+      teachers: role -> weight.
+      tail: of ops.divergences.topk_divergence, where the teacher's tokens come with the batch; None for live teachers.
+      vocab_size: logits from here on are padding; None where it isn't known.
+    """
+
+    kind: str
+    mixture: Mapping[str, float]
+    factor: float
+    supervised: bool
+    teachers: Mapping[str, float]
+    tail: str | None
+    vocab_size: int | None
+
+    def objective(self) -> Objective:
+        """This as an objective."""
+        cached, own_tokens = self.tail is not None, self.kind == "uld"
+        fields = ("tokens", "segment_ids", "positions") + (("loss_mask",) if self.supervised else ())
+        needs = {"temperature": self.mixture["temperature"]} | ({} if self.supervised else {"on": "all"})
+        return Objective(
+            loss=self.loss,
+            fields=fields + (CACHED_FIELDS if cached else parallel.FIELDS if own_tokens else ()),
+            frozen=() if cached else tuple(self.teachers),
+            own_tokens=tuple(self.teachers) if own_tokens else (),
+            annotations=needs if cached else {},
         )
 
-    def live(forward: Forward, role: str, weights: jax.Array) -> divergences.Divergence:
-        student, teacher = forward.head(), forward.head(role)
-        size = _size(tokenizer) or min(student.kernel.shape[1], teacher.kernel.shape[1])
-        return divergences.divergence(
-            forward.hidden(), student, forward.hidden(role), teacher, weights, vocab_size=size, **mixture
-        )
-
-    def other_tokens(forward: Forward, role: str, batch: Batch, weights: jax.Array) -> divergences.Divergence:
-        own = {name: batch[f"teacher_{name}"] for name in ("tokens", "segment_ids", "positions")}
-        hidden, at = forward.models[role].hidden(forward.params[role], own), batch["teacher_at"]
-        hidden = jnp.take_along_axis(hidden, jnp.maximum(at, 0)[:, :, None], axis=1)
-        weights = jnp.where(at < 0, 0.0, weights)
-        return divergences.uld(
-            forward.hidden(), forward.head(), hidden, forward.head(role), weights, temperature=temperature
-        )
-
-    def loss(forward: Forward, batch: Batch, key: jax.Array, step: jax.Array) -> LossOut:
-        del key, step
-        _, weights = next_token_targets(batch, batch["loss_mask"] if on == "supervised" else None)
+    def loss(self, forward: Forward, batch: Batch, context: Context) -> LossOut:
+        """The weighted sum over teachers, and the metrics of each."""
+        _, weights = next_token_targets(batch, batch["loss_mask"] if self.supervised else None)
+        parallel_forward = forward.on(_teacher_batch(batch)) if self.kind == "uld" else None
         total, metrics = jnp.zeros(()), {}
-        for role, share in teachers.items():
-            if cached:
-                out = stored(forward, batch, weights)
-            elif kind == "uld":
-                out = other_tokens(forward, role, batch, weights)
+        for role, share in self.teachers.items():
+            if self.tail is not None:
+                out = self.from_annotations(forward, batch, weights)
+            elif parallel_forward is not None:
+                out = self.across_tokenizers(forward, parallel_forward, role, batch["teacher_at"], weights)
             else:
-                out = live(forward, role, weights)
-            total = total + share * factor * out.divergence_sum
-            name = "" if len(teachers) == 1 else f"{role}/"
+                out = self.from_teacher(forward, role, weights)
+            total = total + share * self.factor * out.divergence_sum
+            prefix = "" if len(self.teachers) == 1 else f"{role}/"
             metrics |= {
-                f"{name}divergence": (out.divergence_sum, out.weight_sum),
-                f"{name}teacher_entropy": (out.teacher_entropy_sum, out.weight_sum),
+                f"{prefix}divergence": (out.divergence_sum, out.weight_sum),
+                f"{prefix}teacher_entropy": (out.teacher_entropy_sum, out.weight_sum),
             }
             if out.agreement_sum is not None:
-                metrics[f"{name}agreement"] = (out.agreement_sum, out.weight_sum)
+                metrics[f"{prefix}agreement"] = (out.agreement_sum, out.weight_sum)
         return LossOut(total, out.weight_sum, metrics)
 
-    fields = ("tokens", "segment_ids", "positions") + (("loss_mask",) if on == "supervised" else ())
-    fields += CACHED_FIELDS if cached else parallel.FIELDS if kind == "uld" else ()
-    return Objective(
-        loss=loss,
-        fields=fields,
-        frozen=() if cached else tuple(teachers),
-        own_tokens=tuple(teachers) if kind == "uld" else (),
-        annotations=({"temperature": temperature} | ({"on": "all"} if on == "all" else {})) if cached else {},
-    )
+    def from_annotations(self, forward: Forward, batch: Batch, weights: Float[Array, "B T"]) -> divergences.Divergence:
+        """From the teacher's likeliest tokens, which come with the batch."""
+        stored = (batch[name] for name in CACHED_FIELDS)
+        options = {"kind": self.kind, "tail": self.tail, "vocab_size": self.vocab_size, **self.mixture}
+        return divergences.topk_divergence(forward.hidden(), forward.head(), *stored, weights, **options)
+
+    def from_teacher(self, forward: Forward, role: str, weights: Float[Array, "B T"]) -> divergences.Divergence:
+        """From a teacher that reads the same tokens."""
+        student, teacher = forward.head(), forward.head(role)
+        size = self.vocab_size or min(student.kernel.shape[1], teacher.kernel.shape[1])
+        options = {"kind": self.kind, "vocab_size": size, **self.mixture}
+        return divergences.divergence(forward.hidden(), student, forward.hidden(role), teacher, weights, **options)
+
+    def across_tokenizers(
+        self,
+        forward: Forward,
+        parallel_forward: Forward,
+        role: str,
+        at: Int[Array, "B T"],
+        weights: Float[Array, "B T"],
+    ) -> divergences.Divergence:
+        """From a teacher that reads the same documents in its own tokens, at its positions `at`; -1 for none."""
+        hidden = jnp.take_along_axis(parallel_forward.hidden(role), jnp.maximum(at, 0)[:, :, None], axis=1)
+        weights = jnp.where(at < 0, 0.0, weights)
+        return divergences.uld(
+            forward.hidden(),
+            forward.head(),
+            hidden,
+            forward.head(role),
+            weights,
+            temperature=self.mixture["temperature"],
+        )
 
 
-def _size(tokenizer: Tokenizer | None) -> int | None:
-    return None if tokenizer is None else tokenizer.size
+def _teacher_batch(batch: Batch) -> Batch:
+    """The documents of a batch in the teacher's own tokens."""
+    return {name: batch[f"teacher_{name}"] for name in ("tokens", "segment_ids", "positions")}

@@ -1,19 +1,25 @@
 """Matching what goes on inside: the student's hidden states and attention are to be the teacher's."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from research.errors import InputError, did_you_mean
-from research.objectives.types import Batch, Forward, LossOut, Objective, next_token_targets
+from research.models.config import ModelConfig
+from research.objectives.types import Batch, Context, Forward, LossOut, Objective, next_token_targets
 from research.ops import matching
 from research.params import ParamSpec
 
+Pairs = tuple[tuple[int, int], ...]
+
 PROJECTIONS = ("linear", "none")
-RELATIONS = ("attention", "queries", "keys", "values")
+# Relation -> which of (queries, keys, values) it compares with which.
+RELATIONS = {"attention": (0, 1), "queries": (0, 0), "keys": (1, 1), "values": (2, 2)}
 SCOPES = ("all", "supervised")
 
 
@@ -48,79 +54,133 @@ def make(
     Raises:
       InputError: an option that isn't known, or nothing to compare.
     """
-    field = "objective.match"
-    layers, attention = _pairs(f"{field}.layers", layers), _pairs(f"{field}.attention", attention)
+    layers, attention = _pairs("layers", layers), _pairs("attention", attention)
     relations = (relations,) if isinstance(relations, str) else tuple(relations)
     for name, values, known in (
         ("distance", (distance,), matching.DISTANCES),
         ("projection", (projection,), PROJECTIONS),
-        ("relations", relations, RELATIONS),
+        ("relations", relations, tuple(RELATIONS)),
         ("on", (on,), SCOPES),
     ):
         for value in values:
             if value not in known:
-                raise InputError(f"{field}.{name} = {value!r}: no such choice.{did_you_mean(str(value), known)}")
+                raise InputError(f"{name} = {value!r}: no such choice.{did_you_mean(str(value), known)}")
     if not layers and not (attention and relations):
-        raise InputError(
-            f"{field}.layers, {field}.attention: name no pair of layers. For example: layers = ((-1, -1),)."
-        )
+        raise InputError("layers, attention: name no pair of layers. For example: layers = ((-1, -1),).")
+    return Match(
+        hidden=Hidden(layers, distance, projection == "linear"),
+        attention=Attention(attention, relations, relation_heads, attention_weight),
+        supervised=on == "supervised",
+        teacher=teacher,
+    ).objective()
 
-    def specs(models: Mapping[str, Any]) -> dict[str, ParamSpec]:
-        _check(field, models["policy"].config, models[teacher].config, layers, attention, projection)
-        if projection == "none":
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """Which hidden states are compared, and how; see `make`."""
+
+    layers: Pairs
+    distance: str
+    projected: bool
+
+    def specs(self, student: ModelConfig, teacher: ModelConfig) -> dict[str, ParamSpec]:
+        """The matrices that take the student's states to the teacher's width, by pair of layers."""
+        if not self.projected:
             return {}
-        D, E = models["policy"].config.d_model, models[teacher].config.d_model
-        init = jax.nn.initializers.normal(D**-0.5)
-        return {_name(*pair): ParamSpec((D, E), ("embed", "embed_replicated"), init, ("embed",)) for pair in layers}
+        shape, init = (student.d_model, teacher.d_model), jax.nn.initializers.normal(student.d_model**-0.5)
+        axes = ("embed", "embed_replicated")
+        return {_name(pair): ParamSpec(shape, axes, init, ("embed",)) for pair in self.layers}
 
-    def hidden(forward: Forward, student: int, theirs: int, weights: jax.Array) -> jax.Array:
-        x = forward.hidden_at(student)
-        if projection == "linear":
-            x = x @ forward.params["objectives"]["match"][_name(student, theirs)].astype(x.dtype)
-        return matching.hidden_distance(x, forward.hidden_at(theirs, teacher), weights, distance)
+    def loss(
+        self, forward: Forward, teacher: str, pair: tuple[int, int], params: Any, weights: Float[Array, "B T"]
+    ) -> Float[Array, ""]:
+        """The sum over tokens for a pair of layers."""
+        x = forward.hidden_at(pair[0])
+        if self.projected:
+            x = x @ params[_name(pair)].astype(x.dtype)
+        return matching.hidden_distance(x, forward.hidden_at(pair[1], teacher), weights, self.distance)
 
-    def related(forward: Forward, batch: Batch, student: int, theirs: int, weights: jax.Array) -> jax.Array:
-        models = forward.models["policy"], forward.models[teacher]
-        ours, others = (
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Which layers' attention is compared, and how; see `make`."""
+
+    layers: Pairs
+    relations: tuple[str, ...]
+    heads: int
+    weight: float
+
+    def loss(
+        self, forward: Forward, teacher: str, pair: tuple[int, int], batch: Batch, weights: Float[Array, "B T"]
+    ) -> Float[Array, ""]:
+        """The sum over tokens and relations for a pair of layers."""
+        roles, total = ("policy", teacher), jnp.zeros(())
+        models = [forward.models[role] for role in roles]
+        student, other = (
             model.attention_inputs(forward.params[role], forward.hidden_at(before(layer), role), batch, layer)
-            for model, role, layer in zip(models, ("policy", teacher), (student, theirs), strict=True)
+            for model, role, layer in zip(models, roles, pair, strict=True)
         )
-        total = jnp.zeros(())
-        for name in relations:
-            i, j = {"attention": (0, 1), "queries": (0, 0), "keys": (1, 1), "values": (2, 2)}[name]
+        for i, j in (RELATIONS[name] for name in self.relations):
             total += matching.relation_divergence(
-                (ours[i], ours[j]),
-                (others[i], others[j]),
+                (student[i], student[j]),
+                (other[i], other[j]),
                 batch["segment_ids"],
                 weights,
-                heads=relation_heads or math.gcd(ours[i].shape[2], others[i].shape[2]),
-                causal=models[0].config.causal and models[1].config.causal,
+                heads=self.heads or math.gcd(student[i].shape[2], other[i].shape[2]),
+                causal=all(model.config.causal for model in models),
             )
         return total
 
-    def loss(forward: Forward, batch: Batch, key: jax.Array, step: jax.Array) -> LossOut:
-        del key, step
-        if on == "all":
-            weights = (batch["segment_ids"] > 0).astype(jnp.float32)
-        else:
-            _, weights = next_token_targets(batch, batch["loss_mask"])
-        weight, total, metrics = jnp.sum(weights), jnp.zeros(()), {}
-        for pair in layers:
-            value = hidden(forward, *pair, weights)
-            total, metrics[f"hidden_{_name(*pair)}"] = total + value, (value, weight)
-        for pair in attention:
-            value = related(forward, batch, *pair, weights)
-            total, metrics[f"attention_{_name(*pair)}"] = total + attention_weight * value, (value, weight)
-        return LossOut(total, weight, metrics)
 
-    states = [tuple({*(p[i] for p in layers), *(before(p[i]) for p in attention)}) for i in (0, 1)]
-    return Objective(
-        loss=loss,
-        fields=("tokens", "segment_ids", "positions") + (("loss_mask",) if on == "supervised" else ()),
-        frozen=(teacher,),
-        states={"policy": states[0], teacher: states[1]},
-        params=specs,
-    )
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """Distances between states of the policy and a teacher; see `make`."""
+
+    hidden: Hidden
+    attention: Attention
+    supervised: bool
+    teacher: str
+
+    def objective(self) -> Objective:
+        """This as an objective."""
+        student, teacher = (
+            tuple({*(pair[i] for pair in self.hidden.layers), *(before(pair[i]) for pair in self.attention.layers)})
+            for i in (0, 1)
+        )
+        return Objective(
+            loss=self.loss,
+            fields=("tokens", "segment_ids", "positions") + (("loss_mask",) if self.supervised else ()),
+            frozen=(self.teacher,),
+            states={"policy": student, self.teacher: teacher},
+            params=self.specs,
+        )
+
+    def specs(self, models: Mapping[str, Any]) -> dict[str, ParamSpec]:
+        """The objective's own parameters. Raises InputError where the models don't have the layers."""
+        student, teacher = models["policy"].config, models[self.teacher].config
+        _check_layers("layers", self.hidden.layers, student, teacher, least=0)
+        _check_layers("attention", self.attention.layers, student, teacher, least=1)
+        if self.hidden.layers and not self.hidden.projected and student.d_model != teacher.d_model:
+            raise InputError(
+                f"projection = 'none': the student is {student.d_model} wide, and the teacher {teacher.d_model}. "
+                "Use 'linear'."
+            )
+        return self.hidden.specs(student, teacher)
+
+    def loss(self, forward: Forward, batch: Batch, context: Context) -> LossOut:
+        """The sum over pairs of layers, and the metrics of each."""
+        if self.supervised:
+            _, weights = next_token_targets(batch, batch["loss_mask"])
+        else:
+            weights = (batch["segment_ids"] > 0).astype(jnp.float32)
+        weight, total, metrics = jnp.sum(weights), jnp.zeros(()), {}
+        for pair in self.hidden.layers:
+            value = self.hidden.loss(forward, self.teacher, pair, context.params, weights)
+            total, metrics[f"hidden_{_name(pair)}"] = total + value, (value, weight)
+        for pair in self.attention.layers:
+            value = self.attention.loss(forward, self.teacher, pair, batch, weights)
+            total, metrics[f"attention_{_name(pair)}"] = total + self.attention.weight * value, (value, weight)
+        return LossOut(total, weight, metrics)
 
 
 def before(layer: int) -> int:
@@ -128,31 +188,26 @@ def before(layer: int) -> int:
     return layer - 1
 
 
-def _name(student: int, teacher: int) -> str:
-    return f"{student}_{teacher}"
+def _name(pair: tuple[int, int]) -> str:
+    return f"{pair[0]}_{pair[1]}"
 
 
-def _pairs(field: str, pairs: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+def _pairs(option: str, pairs: Sequence[Sequence[int]]) -> Pairs:
     pairs = tuple(pairs)
     if len(pairs) == 2 and all(isinstance(p, int) for p in pairs):
         pairs = (pairs,)
     for pair in pairs:
         if isinstance(pair, int) or len(pair) != 2 or not all(isinstance(x, int) for x in pair):
-            raise InputError(f"{field} = {pairs}: must be pairs of layers (student's, teacher's): ((2, 4), (-1, -1)).")
+            raise InputError(f"{option} = {pairs}: must be pairs of layers (student's, teacher's): ((2, 4), (-1, -1)).")
     return tuple(tuple(pair) for pair in pairs)
 
 
-def _check(field, student, teacher, layers, attention, projection) -> None:
-    for name, pairs, least in (("layers", layers, 0), ("attention", attention, 1)):
-        for pair in pairs:
-            for c, layer, whose in zip((student, teacher), pair, ("student", "teacher"), strict=True):
-                number = layer if layer >= 0 else c.num_layers + 1 + layer
-                if not least <= number <= c.num_layers:
-                    raise InputError(
-                        f"{field}.{name}: has {pair}, and the {whose} has layers 1 to {c.num_layers}. Choose from them."
-                    )
-    if layers and projection == "none" and student.d_model != teacher.d_model:
-        raise InputError(
-            f"{field}.projection = 'none': the student is {student.d_model} wide, and the teacher {teacher.d_model}. "
-            "Use 'linear'."
-        )
+def _check_layers(option: str, pairs: Pairs, student: ModelConfig, teacher: ModelConfig, *, least: int) -> None:
+    """Raises InputError where a model hasn't the layers of a pair, numbered from `least`."""
+    for pair in pairs:
+        for model, layer, whose in zip((student, teacher), pair, ("student", "teacher"), strict=True):
+            number = layer if layer >= 0 else model.num_layers + 1 + layer
+            if not least <= number <= model.num_layers:
+                raise InputError(
+                    f"{option}: has {pair}, and the {whose} has layers 1 to {model.num_layers}. Choose from them."
+                )

@@ -1,6 +1,6 @@
 """Next-token prediction on every token of every document."""
 
-from research.objectives.types import Batch, Forward, LossOut, Objective, next_token_targets, token_loss
+from research.objectives.types import Batch, Context, Forward, LossOut, Objective, next_token_targets, token_loss
 
 
 def make(z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
@@ -11,7 +11,7 @@ def make(z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
       label_smoothing: probability mass spread evenly over the vocabulary (arXiv:1512.00567, section 7).
     """
 
-    def loss(forward: Forward, batch: Batch, key, step) -> LossOut:
+    def loss(forward: Forward, batch: Batch, context: Context) -> LossOut:
         targets, weights = next_token_targets(batch)
         return token_loss(forward, targets, weights, z_loss=z_loss, label_smoothing=label_smoothing)
 

@@ -1,13 +1,13 @@
 """Supervised fine-tuning: next-token prediction on the responses alone."""
 
-from research.objectives.types import Batch, Forward, LossOut, Objective, next_token_targets, token_loss
+from research.objectives.types import Batch, Context, Forward, LossOut, Objective, next_token_targets, token_loss
 
 
 def make(z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
     """Cross-entropy of the tokens that the source marked in `loss_mask`: a prompt's response or the assistant's turns,
     their end-of-sequence token included. z_loss and label_smoothing as in next_token."""
 
-    def loss(forward: Forward, batch: Batch, key, step) -> LossOut:
+    def loss(forward: Forward, batch: Batch, context: Context) -> LossOut:
         targets, weights = next_token_targets(batch, batch["loss_mask"])
         return token_loss(forward, targets, weights, z_loss=z_loss, label_smoothing=label_smoothing)
 

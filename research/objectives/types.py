@@ -1,19 +1,19 @@
 """What an objective is, and what it may ask of the models.
 
 An objective is data: a pure loss and the names of what it reads. To add one, write a module in this package with a
-function `make(**options) -> Objective` and name the module in a config's `objective.terms`.
+function `make(...) -> Objective` and name the module in a config's `objective.terms`. An InputError of `make` or the
+loss that begins with an option's name is shown with the name of the term's field: "objective.kd.beta = 2: must be ...".
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from research.errors import InputError
 from research.ops.losses import cross_entropy
-from research.sources.tokenizers import Tokenizer
 
 Batch = Mapping[str, jax.Array]  # tokens, segment_ids, positions: [B, T] int32; loss_mask: [B, T] float32; ...
 
@@ -22,16 +22,46 @@ class LossOut(NamedTuple):
     """Sums, never means: they add up over microbatches, devices and hosts.
 
     Attributes:
-      loss_sum: scalar float32, the loss summed over what is supervised. Its gradient is taken.
-      weight: scalar float32, what to divide by: the number of supervised tokens, usually.
+      loss_sum: the loss summed over what is supervised. Its gradient is taken.
+      weight: what to divide by: the number of supervised tokens, usually.
       metrics: name -> (sum, weight), scalars; reported as sum / weight.
       statistics: pytree of sums, of which an objective with a carry makes its next one.
+      per_token: (values, weights), where the loss is a sum over tokens of value times weight. The step reports the loss
+        of each source by them; no gradient is taken.
     """
 
-    loss_sum: jax.Array
-    weight: jax.Array
-    metrics: dict[str, tuple[jax.Array, jax.Array]]
+    loss_sum: Float[Array, ""]
+    weight: Float[Array, ""]
+    metrics: dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
     statistics: Any = ()
+    per_token: tuple[Float[Array, "B T"], Float[Array, "B T"]] | None = None
+
+
+class Context(NamedTuple):
+    """What a loss reads besides the models and the batch.
+
+    Attributes:
+      key: random key of this step and term, the same in every part of the batch. Draw with `row_keys`.
+      step: how many steps came before; 0 in evaluations.
+      rows: the number of each of the batch's rows in the whole batch, however it is cut and sharded.
+      params: the term's own parameters (see Objective.params); () without any.
+      carry: what the term remembers (see Objective.init_carry); () without one.
+      gathered: what Objective.gather says of all rows of the whole batch, in order; () without it.
+    """
+
+    key: jax.Array
+    step: Int[Array, ""]
+    rows: Int[Array, " B"]
+    params: Any = ()
+    carry: Any = ()
+    gathered: Any = ()
+
+    def row_keys(self) -> jax.Array:
+        """A random key for each row: draws are the same for any number of microbatches, devices and processes.
+
+        For example: jax.vmap(lambda key: jax.random.bernoulli(key, 0.15, (T,)))(context.row_keys()).
+        """
+        return jax.vmap(jax.random.fold_in, (None, 0))(self.key, self.rows)
 
 
 class Forward:
@@ -39,7 +69,7 @@ class Forward:
 
     Args:
       models: role -> Model.
-      params: role -> parameters, and under "objectives" those of each term that has some.
+      params: role -> parameters.
       batch: the batch.
       states: role -> the layers that `hidden_at` will be asked for.
     """
@@ -55,19 +85,23 @@ class Forward:
         self._hidden: dict[str, jax.Array] = {}
         self._at: dict[str, dict[int, jax.Array]] = {}
 
-    def hidden(self, role: str = "policy") -> jax.Array:
-        """Last hidden states [B, T, D] of `role` on the batch, in its compute dtype."""
+    def on(self, batch: Batch) -> "Forward":
+        """The same models on another batch, such as one with masked tokens. Keep it: its passes are its own."""
+        return Forward(self.models, self.params, batch, self.states)
+
+    def hidden(self, role: str = "policy") -> Float[Array, "B T D"]:
+        """Last hidden states of `role` on the batch, in its compute dtype."""
         if role not in self._hidden:
             model, layers = self.models[role], self.states.get(role, ())
             if layers:
-                self._hidden[role], found = model.hidden_at(self.params[role], self.batch, layers)
-                self._at[role] = dict(zip(layers, found, strict=True))
+                self._hidden[role], states = model.hidden_at(self.params[role], self.batch, layers)
+                self._at[role] = dict(zip(layers, states, strict=True))
             else:
                 self._hidden[role] = model.hidden(self.params[role], self.batch)
         return self._hidden[role]
 
-    def hidden_at(self, layer: int, role: str = "policy") -> jax.Array:
-        """The residual stream [B, T, D] after a layer that the objective named in `states`."""
+    def hidden_at(self, layer: int, role: str = "policy") -> Float[Array, "B T D"]:
+        """The residual stream after a layer that the objective named in `states`."""
         self.hidden(role)
         return self._at[role][layer]
 
@@ -85,24 +119,28 @@ class Objective:
     the statistics of the whole batch, so that microbatches, devices and hosts make no difference. Where a step's update
     is skipped, it stays as it was; an evaluation reads it and changes nothing.
 
+    Some losses need the whole batch: a threshold that is a quantile of all rows, or a mean to compare with. `gather`
+    makes numbers of each row, without a gradient. They are collected over microbatches and devices before any loss is
+    computed, and every part's loss reads those of all rows in `context.gathered`.
+
     Attributes:
-      loss: (forward, batch, key, step) -> LossOut; pure. `key` differs per step and microbatch. With a carry:
-        (forward, batch, key, step, carry).
+      loss: (forward, batch, context) -> LossOut; pure. Where the term is tied to sources, the tokens of others are
+        padding in `batch`, and forward.batch has them all.
       fields: the batch fields it reads; checked against the source before anything compiles.
       trainable: roles whose parameters get gradients.
       frozen: roles that are read only.
       own_tokens: those of them that read the fields of sources.parallel, made by their own tokenizer; all others read
         `tokens`.
       states: role -> the layers whose hidden states it reads with Forward.hidden_at.
-      params: (models by role) -> ParamSpecs of parameters of its own, which train with the policy and lie in
-        forward.params["objectives"][name of the term]; None for none.
+      params: (models by role) -> ParamSpecs of parameters of its own, which train with the policy and are handed to the
+        loss in context.params; None for none.
       annotations: what those of data.annotations must have been made with, where it reads some.
-      batch_coupled: the loss needs the whole batch, so that it can't be cut into microbatches.
+      gather: (forward, batch) -> pytree of arrays [B, ...]; None for an objective without it.
       init_carry: (shapes and dtypes of the batch) -> the first carry; None for an objective without one.
       update: (carry, statistics summed over the batch) -> the next carry, of the same shapes and dtypes.
     """
 
-    loss: Callable[..., LossOut]
+    loss: Callable[[Forward, Batch, Context], LossOut]
     fields: tuple[str, ...] = ("tokens", "segment_ids", "positions")
     trainable: tuple[str, ...] = ("policy",)
     frozen: tuple[str, ...] = ()
@@ -110,7 +148,7 @@ class Objective:
     states: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     params: Callable[[Mapping[str, Any]], Any] | None = None
     annotations: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    batch_coupled: bool = False
+    gather: Callable[[Forward, Batch], Any] | None = None
     init_carry: Callable[[Mapping[str, jax.ShapeDtypeStruct]], Any] | None = None
     update: Callable[[Any, Any], Any] | None = None
 
@@ -119,8 +157,10 @@ class Objective:
             raise ValueError("Objective: init_carry and update come together")
 
 
-def next_token_targets(batch: Batch, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """What each position is to predict: (targets [B, T] int32, weights [B, T] float32).
+def next_token_targets(
+    batch: Batch, mask: Float[Array, "B T"] | None = None
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    """What each position is to predict: (targets, weights).
 
     Position t predicts token t + 1 where both belong to one document; its weight is `mask`[t + 1], by default 1.
     """
@@ -133,7 +173,7 @@ def next_token_targets(batch: Batch, mask: jax.Array | None = None) -> tuple[jax
 
 
 def token_loss(
-    forward: Forward, targets: jax.Array, weights: jax.Array, *, z_loss: float, label_smoothing: float
+    forward: Forward, targets: Int[Array, "B T"], weights: Float[Array, "B T"], *, z_loss: float, label_smoothing: float
 ) -> LossOut:
     """Weighted sum of the policy's cross-entropy, with `nll` (no smoothing, no z-loss) and `accuracy` as metrics."""
     out = cross_entropy(
@@ -143,60 +183,3 @@ def token_loss(
     if z_loss:
         metrics["z_loss"] = (z_loss * out.z_sum, out.weight_sum)
     return LossOut(out.loss_sum, out.weight_sum, metrics)
-
-
-def class_logits(forward: Forward, label_tokens: Sequence[int] | None = None, role: str = "policy") -> jax.Array:
-    """Logits [B, T, C] of a few classes at every position, float32.
-
-    Args:
-      forward: the models on the batch.
-      label_tokens: of a language model, C tokens that stand for the classes: no other logit is computed. None for a
-        model whose head has a logit for each class (num_labels).
-      role: whose logits.
-
-    Raises:
-      InputError: the model's head is of the other kind.
-    """
-    num_labels, where = forward.models[role].config.num_labels, "model" if role == "policy" else f"roles.{role}"
-    if label_tokens is None and not num_labels:
-        raise InputError(
-            f"{where}.num_labels = 0: the model's head predicts tokens, not classes. Set it to the number of classes, "
-            "or let words stand for the classes (head = 'words')."
-        )
-    if label_tokens is not None and num_labels:
-        raise InputError(
-            f"{where}.num_labels = {num_labels}: the model's head predicts classes, so that no words can stand for "
-            "them. Set it to 0, or use head = 'linear'."
-        )
-    hidden, head = forward.hidden(role), forward.head(role)
-    kernel, bias, softcap = head.kernel, head.bias, head.softcap
-    if label_tokens is not None:
-        columns = jnp.asarray(label_tokens, jnp.int32)
-        kernel, bias = jnp.take(kernel, columns, axis=1), None if bias is None else bias[columns]
-    logits = jnp.einsum("btd,dc->btc", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    if bias is not None:
-        logits += bias.astype(jnp.float32)[None, None, :]
-    return softcap * jnp.tanh(logits / softcap) if softcap else logits
-
-
-def label_tokens(words: Sequence[str], tokenizer: Tokenizer, field: str) -> tuple[int, ...]:
-    """The first token of each word, as it is where the word goes on from other text.
-
-    Args:
-      words: one for each class, with the space before them that the model expects: " yes".
-      tokenizer: of the model.
-      field: what to call them in an error.
-
-    Raises:
-      InputError: fewer than two words, an empty one, or two that begin with the same token.
-    """
-    if isinstance(words, str) or len(words) < 2 or not all(isinstance(w, str) and w for w in words):
-        raise InputError(f"{field} = {words!r}: give a list of words, one for each class, two or more.")
-    tokens = tuple(ids[0] for ids in tokenizer.encode_stretches(list(words), special=False, first=False))
-    for i, token in enumerate(tokens):
-        if token in tokens[:i]:
-            raise InputError(
-                f"{field} = {list(words)}: {words[tokens.index(token)]!r} and {words[i]!r} begin with the same token "
-                f"{tokenizer.decode([token])!r}, and a class is known by its first. Choose other words."
-            )
-    return tokens

@@ -3,43 +3,22 @@
 Burns et al., arXiv:2312.09390. The losses and their sources are in ops/class_losses.py.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from research.errors import InputError, did_you_mean
 from research.objectives import classify
-from research.objectives.types import Batch, Forward, LossOut, Objective
+from research.objectives.classify import Predictions
+from research.objectives.types import Batch, Context, Forward, LossOut, Objective
 from research.ops import class_losses
 from research.ops.class_losses import RunningThresholds, ThresholdSums
 from research.sources.tokenizers import Tokenizer
 
-_FIELD = "objective.weak_to_strong"
-# Loss -> its options and their defaults; it is the function of this name in ops/class_losses.py.
-LOSSES: dict[str, dict[str, Any]] = {
-    "cross_entropy": {"label_smoothing": 0.0},
-    "hard_cross_entropy": {},
-    "forward_kl": {},
-    "reverse_kl": {"log_zero": class_losses.LOG_ZERO},
-    "reverse_cross_entropy": {"log_zero": class_losses.LOG_ZERO},
-    "symmetric_cross_entropy": {"alpha": 0.1, "beta": 1.0, "log_zero": class_losses.LOG_ZERO},
-    "auxiliary_confidence": {
-        "coefficient": 0.5,
-        "warmup_steps": 0,
-        "own_labels": "batch",
-        "rate": 0.3,
-        "balance": False,
-    },
-    "product_of_confidence": {"alpha": 1.0, "beta": 1.0},
-    "confidence_window": {"radius": 0.15},
-    "adaptive_confidence": {"scale": 1.0, "temperature": 1.0},
-    "augmented_confidence": {"coefficient": 0.5, "warmup_steps": 0, "temperature": 1.0},
-    "bootstrap": {"coefficient": 0.05, "warmup_steps": 0, "hard": False},
-}
-# Those that aren't arguments of the function.
-_OURS = ("warmup_steps", "own_labels", "rate", "balance", "hard")
 OWN_LABELS = ("batch", "running", "argmax", "soft")
 
 _UNIT = (lambda x: 0 <= x <= 1, "in [0, 1]")
@@ -62,137 +41,300 @@ def make(
     loss: str = "cross_entropy",
     head: str = "linear",
     words: Sequence[str] = (),
-    *,
-    label_smoothing: float | None = None,
-    log_zero: float | None = None,
-    coefficient: float | None = None,
-    warmup_steps: int | None = None,
-    own_labels: str | None = None,
-    rate: float | None = None,
-    balance: bool | None = None,
-    hard: bool | None = None,
-    alpha: float | None = None,
-    beta: float | None = None,
-    radius: float | None = None,
-    scale: float | None = None,
-    temperature: float | None = None,
     tokenizer: Tokenizer | None = None,
+    **options: Any,
 ) -> Objective:
     """Mean loss over the documents with a label; weak labels come with the batch (`label_probs`, as in classify).
 
-    An option that isn't given has the default that LOSSES has for the loss.
-
     Args:
-      loss: one of LOSSES, each a function of ops.class_losses, which says what it is.
+      loss: one of LOSSES.
       head, words: see classify.
-      label_smoothing, log_zero, alpha, beta, radius, scale, temperature: see the loss.
-      coefficient: the weight of the model's own predictions, after `warmup_steps` in which it rises from 0 (an
-        evaluation is at step 0). Of bootstrap it is 1 - beta of the paper, whose values are 0.05, and 0.2 where hard.
-      own_labels: how the model's predictions become labels in auxiliary_confidence: hardened so that classes are as
-        frequent as in the weak labels, with thresholds from the "batch" (as published; no microbatches) or "running"
-        ones, which follow from step to step; hardened without thresholds ("argmax"); or as they are ("soft").
-      rate: of the running thresholds, by how much they move in a step at most. They must move faster than the model's
-        probabilities do: where they lag, all own labels are of one class, which drives the model further there, and it
-        swings from class to class (metric own_class_0 against weak_class_0).
-      balance: of auxiliary_confidence: weak labels are shifted so that no class is favoured, and thresholds made for
-        classes of equal frequency (no microbatches).
-      hard: of bootstrap: own labels are the most likely classes.
       tokenizer: the run's.
+      options: of the loss: the fields of its class in LOSSES, which has their defaults.
 
     Raises:
       InputError: an option that isn't known, isn't the loss's, or is out of its range.
     """
-    given = {
-        "label_smoothing": label_smoothing,
-        "log_zero": log_zero,
-        "coefficient": coefficient,
-        "warmup_steps": warmup_steps,
-        "own_labels": own_labels,
-        "rate": rate,
-        "balance": balance,
-        "hard": hard,
-        "alpha": alpha,
-        "beta": beta,
-        "radius": radius,
-        "scale": scale,
-        "temperature": temperature,
-    }
-    options = _options(loss, {name: value for name, value in given.items() if value is not None})
-    own_labels, balance, hard = (options.get(name) for name in ("own_labels", "balance", "hard"))
-    read = classify.reader(_FIELD, head, words, tokenizer)
-    function = getattr(class_losses, "auxiliary_confidence" if hard else loss)
+    if loss not in LOSSES:
+        raise InputError(f"loss = {loss!r}: no such loss.{did_you_mean(str(loss), LOSSES)}")
+    _check_options(loss, options)
+    return WeakToStrong(LOSSES[loss](**options), classify.make_reader(head, words, tokenizer)).objective()
 
-    def total(forward: Forward, batch: Batch, key: jax.Array, step: jax.Array, carry: Any = None) -> LossOut:
-        del key
-        logits, labels, weights = read(forward, batch)
-        weak = class_losses.balance(labels, weights) if balance else labels
-        arguments = {name: value for name, value in options.items() if name not in _OURS}
-        metrics, statistics = {}, ()
-        if "warmup_steps" in options:
-            arguments["coefficient"] = class_losses.warmup(step, options["coefficient"], options["warmup_steps"])
-            metrics["coefficient"] = arguments["coefficient"]
-        if own_labels is not None:
-            p = jax.lax.stop_gradient(jax.nn.softmax(logits))
-            wanted = jnp.full_like(weak, 1 / weak.shape[-1]) if balance else weak
-            thresholds = None
-            if own_labels == "batch":
-                thresholds = class_losses.quantile_thresholds(p, class_losses.mean_label(wanted, weights), weights)
-            elif own_labels == "running":
-                thresholds, statistics = carry.thresholds, class_losses.threshold_sums(carry, logits, wanted, weights)
-            soft = own_labels == "soft"
-            arguments |= {"thresholds": thresholds, "soft": soft}
-            own = p if soft else class_losses.harden(p, thresholds)
-            metrics |= {"own_class_0": own[..., 0], "weak_class_0": weak[..., 0]}
-            if thresholds is not None:
-                metrics["threshold_0"] = thresholds[0]
-        count = jnp.sum(weights)
-        sums = {k: (jnp.sum(weights * jnp.broadcast_to(x, weights.shape)), count) for k, x in metrics.items()}
-        return LossOut(
-            function(logits, weak, weights, **arguments),
-            count,
-            classify.metrics(logits, labels, weights) | sums,
-            statistics,
+
+class Result(NamedTuple):
+    """What a loss makes of a batch.
+
+    Attributes:
+      loss_sum: over the labelled documents.
+      metrics: name -> values at each position, or one for all; reported as means over the labelled documents.
+      statistics: see LossOut.
+    """
+
+    loss_sum: Float[Array, ""]
+    metrics: Mapping[str, Float[Array, "..."]]
+    statistics: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss of ops.class_losses, which says what it is, by the same name. Its fields are its options."""
+
+    name: ClassVar[str]
+
+    def __call__(self, read: Predictions, context: Context) -> Result:
+        return Result(getattr(class_losses, self.name)(*read, **dataclasses.asdict(self)), {})
+
+    def gathers(self) -> bool:
+        """Whether `gather` says anything, and context.gathered has it."""
+        return False
+
+    def gather(self, read: Predictions) -> Any:
+        """What the loss must know of all rows."""
+        return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy(Loss):
+    name = "cross_entropy"
+    label_smoothing: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class HardCrossEntropy(Loss):
+    name = "hard_cross_entropy"
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardKL(Loss):
+    name = "forward_kl"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReverseKL(Loss):
+    name = "reverse_kl"
+    log_zero: float = class_losses.LOG_ZERO
+
+
+@dataclasses.dataclass(frozen=True)
+class ReverseCrossEntropy(Loss):
+    name = "reverse_cross_entropy"
+    log_zero: float = class_losses.LOG_ZERO
+
+
+@dataclasses.dataclass(frozen=True)
+class SymmetricCrossEntropy(Loss):
+    name = "symmetric_cross_entropy"
+    alpha: float = 0.1
+    beta: float = 1.0
+    log_zero: float = class_losses.LOG_ZERO
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductOfConfidence(Loss):
+    name = "product_of_confidence"
+    alpha: float = 1.0
+    beta: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfidenceWindow(Loss):
+    name = "confidence_window"
+    radius: float = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveConfidence(Loss):
+    name = "adaptive_confidence"
+    scale: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentedConfidence(Loss):
+    """`coefficient` is the weight of the model's own predictions, after `warmup_steps` in which it rises from 0 (an
+    evaluation is at step 0)."""
+
+    name = "augmented_confidence"
+    coefficient: float = 0.5
+    warmup_steps: int = 0
+    temperature: float = 1.0
+
+    def __call__(self, read: Predictions, context: Context) -> Result:
+        coefficient = class_losses.warmup(context.step, self.coefficient, self.warmup_steps)
+        total = class_losses.augmented_confidence(*read, coefficient=coefficient, temperature=self.temperature)
+        return Result(total, {"coefficient": coefficient})
+
+
+@dataclasses.dataclass(frozen=True)
+class Bootstrap(Loss):
+    """`coefficient` is 1 - beta of the paper, whose values are 0.05, and 0.2 where `hard`: own labels are then the most
+    likely classes. It rises from 0 over `warmup_steps`."""
+
+    name = "bootstrap"
+    coefficient: float = 0.05
+    warmup_steps: int = 0
+    hard: bool = False
+
+    def __call__(self, read: Predictions, context: Context) -> Result:
+        function = class_losses.auxiliary_confidence if self.hard else class_losses.bootstrap
+        coefficient = class_losses.warmup(context.step, self.coefficient, self.warmup_steps)
+        return Result(function(*read, coefficient=coefficient), {"coefficient": coefficient})
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryConfidence(Loss):
+    """Cross-entropy with weak labels and the model's own.
+
+    Attributes:
+      coefficient: the weight of own labels, after `warmup_steps` in which it rises from 0.
+      warmup_steps: see coefficient.
+      own_labels: how predictions become labels: hardened so that classes are as frequent as in the weak labels, with
+        thresholds from the "batch" (as published) or "running" ones, which follow from step to step; hardened without
+        thresholds ("argmax"); or as they are ("soft").
+      rate: of the running thresholds, by how much they move in a step at most. They must move faster than the model's
+        probabilities do: where they lag, all own labels are of one class, which drives the model further there, and it
+        swings from class to class (metric own_class_0 against weak_class_0).
+      balance: weak labels are shifted so that no class of the batch is favoured, and thresholds made for classes of
+        equal frequency.
+    """
+
+    name = "auxiliary_confidence"
+    coefficient: float = 0.5
+    warmup_steps: int = 0
+    own_labels: str = "batch"
+    rate: float = 0.3
+    balance: bool = False
+
+    def __call__(self, read: Predictions, context: Context) -> Result:
+        logits, labels, weights = read
+        weak = self.balanced(labels, weights, context.gathered) if self.balance else labels
+        wanted = jnp.full_like(weak, 1 / weak.shape[-1]) if self.balance else weak
+        p, thresholds, statistics = None, None, ()
+        if self.own_labels == "batch":
+            p = jnp.take(context.gathered.p, context.rows, axis=0)
+            thresholds = self.batch_thresholds(context.gathered)
+        elif self.own_labels == "running":
+            thresholds = context.carry.thresholds
+            statistics = class_losses.threshold_sums(context.carry, logits, wanted, weights)
+        coefficient = class_losses.warmup(context.step, self.coefficient, self.warmup_steps)
+        soft = self.own_labels == "soft"
+        total = class_losses.auxiliary_confidence(
+            logits, weak, weights, coefficient=coefficient, thresholds=thresholds, soft=soft, p=p
+        )
+        own = jax.lax.stop_gradient(jax.nn.softmax(logits)) if p is None else p
+        own = own if soft else class_losses.harden(own, thresholds)
+        metrics = {"coefficient": coefficient, "own_class_0": own[..., 0], "weak_class_0": weak[..., 0]}
+        if thresholds is not None:
+            metrics["threshold_0"] = thresholds[0]
+        return Result(total, metrics, statistics)
+
+    def gathers(self) -> bool:
+        return self.balance or self.own_labels == "batch"
+
+    def gather(self, read: Predictions) -> "Gathered":
+        return Gathered(jax.nn.softmax(read.logits), read.labels, read.weights)
+
+    def balanced(
+        self, labels: Float[Array, "B T C"], weights: Float[Array, "B T"], gathered: "Gathered"
+    ) -> Float[Array, "B T C"]:
+        """Labels of which no class is favoured in the whole batch."""
+        return class_losses.balance(labels, weights, mean=class_losses.mean_log(gathered.labels, gathered.weights))
+
+    def batch_thresholds(self, gathered: "Gathered") -> Float[Array, " C"]:
+        """Those with which own labels are as frequent as weak ones in the whole batch."""
+        p, labels, weights = gathered
+        wanted = jnp.full_like(labels, 1 / labels.shape[-1]) if self.balance else labels
+        return class_losses.quantile_thresholds(p, class_losses.mean_label(wanted, weights), weights)
+
+
+class Gathered(NamedTuple):
+    """Of all rows of the whole batch: the model's probabilities, the weak labels, and which positions have one."""
+
+    p: Float[Array, "B T C"]
+    labels: Float[Array, "B T C"]
+    weights: Float[Array, "B T"]
+
+
+LOSSES: dict[str, type[Loss]] = {
+    kind.name: kind
+    for kind in (
+        CrossEntropy,
+        HardCrossEntropy,
+        ForwardKL,
+        ReverseKL,
+        ReverseCrossEntropy,
+        SymmetricCrossEntropy,
+        AuxiliaryConfidence,
+        ProductOfConfidence,
+        ConfidenceWindow,
+        AdaptiveConfidence,
+        AugmentedConfidence,
+        Bootstrap,
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeakToStrong:
+    """A loss on the classes that a reader finds in a batch."""
+
+    kind: Loss
+    reader: classify.Reader
+
+    def objective(self) -> Objective:
+        """This as an objective."""
+        running = getattr(self.kind, "own_labels", "") == "running"
+        return Objective(
+            loss=self.loss,
+            fields=classify.FIELDS,
+            gather=self.gather if self.kind.gathers() else None,
+            init_carry=_first_thresholds if running else None,
+            update=self.next_thresholds if running else None,
         )
 
-    def init_carry(batch: Mapping[str, jax.ShapeDtypeStruct]) -> RunningThresholds:
-        return class_losses.init_thresholds(batch["label_probs"].shape[-1])
+    def loss(self, forward: Forward, batch: Batch, context: Context) -> LossOut:
+        read = self.reader(forward, batch)
+        result, count = self.kind(read, context), jnp.sum(read.weights)
+        sums = {
+            name: (jnp.sum(read.weights * jnp.broadcast_to(x, read.weights.shape)), count)
+            for name, x in result.metrics.items()
+        }
+        return LossOut(result.loss_sum, count, classify.metrics(read) | sums, result.statistics)
 
-    def update(carry: RunningThresholds, statistics: ThresholdSums) -> RunningThresholds:
-        return class_losses.update_thresholds(carry, statistics, options["rate"])
+    def gather(self, forward: Forward, batch: Batch) -> Any:
+        return self.kind.gather(self.reader(forward, batch))
 
-    running = own_labels == "running"
-    return Objective(
-        loss=total,
-        fields=classify.FIELDS,
-        batch_coupled=own_labels == "batch" or bool(balance),
-        init_carry=init_carry if running else None,
-        update=update if running else None,
-    )
+    def next_thresholds(self, carry: RunningThresholds, statistics: ThresholdSums) -> RunningThresholds:
+        return class_losses.update_thresholds(carry, statistics, self.kind.rate)
 
 
-def _options(loss: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The loss's options, with defaults for those that aren't given."""
-    if loss not in LOSSES:
-        raise InputError(f"{_FIELD}.loss = {loss!r}: no such loss.{did_you_mean(str(loss), LOSSES)}")
-    for name, value in given.items():
-        field = f"{_FIELD}.{name}"
-        if name not in LOSSES[loss]:
-            there = f"It has {', '.join(LOSSES[loss])}." if LOSSES[loss] else "It has none."
-            raise InputError(f"{field} = {value!r}: loss = {loss!r} has no such option. {there}")
+def _first_thresholds(batch: Mapping[str, jax.ShapeDtypeStruct]) -> RunningThresholds:
+    return class_losses.init_thresholds(batch["label_probs"].shape[-1])
+
+
+def _check_options(loss: str, options: Mapping[str, Any]) -> None:
+    """Raises InputError where an option isn't the loss's, or out of its range."""
+    defaults = {field.name: field.default for field in dataclasses.fields(LOSSES[loss])}
+    every = {field.name for kind in LOSSES.values() for field in dataclasses.fields(kind)}
+    for name, value in options.items():
+        if name not in every:
+            raise InputError(f"{name}: no such option.{did_you_mean(name, every)}")
+        if name not in defaults:
+            there = f"It has {', '.join(defaults)}." if defaults else "It has none."
+            raise InputError(f"{name} = {value!r}: loss = {loss!r} has no such option. {there}")
         if name == "own_labels":
             if value not in OWN_LABELS:
-                raise InputError(f"{field} = {value!r}: no such choice.{did_you_mean(str(value), OWN_LABELS)}")
-        elif name in ("balance", "hard"):
+                raise InputError(f"{name} = {value!r}: no such choice.{did_you_mean(str(value), OWN_LABELS)}")
+        elif isinstance(defaults[name], bool):
             if not isinstance(value, bool):
-                raise InputError(f"{field} = {value!r}: must be True or False.")
+                raise InputError(f"{name} = {value!r}: must be True or False.")
         else:
-            within, range_ = _RANGES[name]
+            within, words = _RANGES[name]
             if isinstance(value, bool) or not isinstance(value, int | float) or not within(value):
-                raise InputError(f"{field} = {value!r}: must be a number {range_}.")
-    options = LOSSES[loss] | given
-    if "rate" in given and options["own_labels"] != "running":
+                raise InputError(f"{name} = {value!r}: must be a number {words}.")
+    own_labels = options.get("own_labels", defaults.get("own_labels"))
+    if "rate" in options and own_labels != "running":
         raise InputError(
-            f"{_FIELD}.rate = {given['rate']}: is of running thresholds, and own_labels = {options['own_labels']!r}. "
-            "Leave it out, or set own_labels = 'running'."
+            f"rate = {options['rate']}: is of running thresholds, and own_labels = {own_labels!r}. Leave it out, or "
+            "set own_labels = 'running'."
         )
-    return options

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
+from jaxtyping import Array, Float
 
 LOG_ZERO = math.log(1e-4)
 
@@ -125,6 +126,7 @@ def auxiliary_confidence(
     coefficient: jax.typing.ArrayLike,
     thresholds: jax.Array | None = None,
     soft: bool = False,
+    p: jax.Array | None = None,
 ) -> jax.Array:
     """(1 - coefficient) CE(label, p) + coefficient CE(own label, p): own labels say what the model believes itself.
 
@@ -137,9 +139,12 @@ def auxiliary_confidence(
       coefficient: scalar, in [0, 1]; see `warmup`.
       thresholds: [C], of `harden`; None takes the most likely class.
       soft: the own label is p itself, not hardened.
+      p: [..., C] probabilities of which own labels are made, by default those of the logits. A position that decides a
+        threshold is on the right side of it only with the very p that the threshold was made of.
     """
-    log_p, _, _ = _prepare(logits, labels, weights)
-    p = jax.lax.stop_gradient(jnp.exp(log_p))
+    if p is None:
+        log_p, _, _ = _prepare(logits, labels, weights)
+        p = jax.lax.stop_gradient(jnp.exp(log_p))
     own = p if soft else harden(p, thresholds)
     return _mixed(logits, labels, weights, own, coefficient)
 
@@ -285,16 +290,25 @@ def mean_label(labels: jax.Array, weights: jax.Array) -> jax.Array:
     return total / jnp.maximum(jnp.sum(here), 1).astype(labels.dtype)
 
 
-def balance(labels: jax.Array, weights: jax.Array, epsilon: float = 1e-7) -> jax.Array:
-    """Labels [..., C] of which no class is favoured on the whole: softmax(l - mean l) with l = log(label + epsilon).
+def balance(
+    labels: Float[Array, "*N C"], weights: Float[Array, "*N"], mean: Float[Array, " C"] | None = None
+) -> Float[Array, "*N C"]:
+    """Labels of which no class is favoured on the whole: softmax(l - mean l) with l = log(label + 1e-7).
 
-    The mean is over the positions of weight > 0. With two classes: the log-odds less their mean, as in EleutherAI/w2s
-    (w2s/loss.py, log_confidence_loss with balance_batch), where own labels then have a prior of 1/2.
+    With two classes: the log-odds less their mean, as in EleutherAI/w2s (w2s/loss.py, log_confidence_loss with
+    balance_batch), where own labels then have a prior of 1/2.
+
+    Args:
+      labels, weights: as everywhere here.
+      mean: of l; by default that of these labels. Where they are a part of a batch, `mean_log` of the whole one.
     """
-    here = (weights > 0)[..., None]
-    logs = jnp.log(jnp.where(here, labels, 1.0) + epsilon)
-    mean = mean_label(logs, weights).reshape((1,) * (labels.ndim - 1) + (-1,))
-    return jax.nn.softmax(logs - mean, axis=-1)
+    mean = mean_log(labels, weights) if mean is None else mean
+    return jax.nn.softmax(_logs(labels, weights) - mean.reshape((1,) * (labels.ndim - 1) + (-1,)), axis=-1)
+
+
+def mean_log(labels: Float[Array, "*N C"], weights: Float[Array, "*N"]) -> Float[Array, " C"]:
+    """Mean of log(label + 1e-7) over the positions of weight > 0."""
+    return mean_label(_logs(labels, weights), weights)
 
 
 def init_thresholds(classes: int) -> RunningThresholds:
@@ -344,6 +358,10 @@ def _prepare(logits, labels, weights):
 
 def _dtype(logits: jax.Array) -> jnp.dtype:
     return logits.dtype if logits.dtype == jnp.float64 else jnp.dtype(jnp.float32)
+
+
+def _logs(labels: Float[Array, "*N C"], weights: Float[Array, "*N"]) -> Float[Array, "*N C"]:
+    return jnp.log(jnp.where((weights > 0)[..., None], labels, 1.0) + 1e-7)
 
 
 def _sum(weights: jax.Array, values: jax.Array) -> jax.Array:

@@ -12,7 +12,8 @@ import pytest
 from experiments import base
 from research import config, loading
 from research.commands import label
-from research.objectives.types import Forward, class_logits
+from research.objectives.classes import class_logits
+from research.objectives.types import Forward
 from research.run import checkpoint, run
 
 NAMES = ("red", "green", "blue")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contexts import context
 from runs import load
 from test_train import INITIAL, MODEL, adamw, make_batch
 
@@ -44,7 +45,7 @@ def loss(batch=None, tokenizer=TOKENIZER, **options):
     batch = make_batch() if batch is None else batch
     made = distill.make(tokenizer=tokenizer, **options)
     forward = Forward(MODELS, {"policy": INITIAL, **TEACHERS}, batch)
-    out = made.loss(forward, batch, jax.random.PRNGKey(0), jnp.zeros(()))
+    out = made.loss(forward, batch, context(batch))
     return float(out.loss_sum / out.weight), {k: float(s / w) for k, (s, w) in out.metrics.items()}
 
 
@@ -165,7 +166,7 @@ def test_what_a_cached_teacher_must_have_been_made_with():
 )
 def test_options_that_can_not_be(options, message):
     with pytest.raises(InputError, match=message):
-        distill.make(**options)
+        objectives.load({"terms": {"distill": 1.0}, "distill": options})
 
 
 def test_a_teacher_with_other_tokens_is_an_error():

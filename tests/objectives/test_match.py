@@ -13,7 +13,6 @@ from research.devices import sharding
 from research.errors import InputError
 from research.models.config import ModelConfig
 from research.models.transformer import make_model
-from research.objectives import match
 from research.run import run
 
 TEACHER = make_model(
@@ -31,7 +30,7 @@ SPEC = {
 
 def specs_of(spec):
     terms = objectives.load(spec)
-    return {"policy": MODEL.specs, "objectives": {"match": terms["match"][0].params(MODELS)}}
+    return {"policy": MODEL.specs, "objectives": {"match": terms["match"].specs(MODELS)}}
 
 
 def values_of(spec):
@@ -148,7 +147,7 @@ def test_composed_terms_make_one_pass_through_each_model():
 )
 def test_what_can_not_be_compared_is_an_error(options, message):
     with pytest.raises(InputError, match=message):
-        match.make(**options).params(MODELS)
+        objectives.load({"terms": {"match": 1.0}, "match": options})["match"].specs(MODELS)
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from research.devices import sharding
 from research.errors import InputError
 from research.models.config import ModelConfig
 from research.models.transformer import make_model
-from research.objectives import types, weak_to_strong
+from research.objectives import classes, types, weak_to_strong
+from research.objectives.terms import Inputs, init_carry, losses, row_numbers
 from research.ops import class_losses
 from research.run import checkpoint
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
@@ -56,10 +57,9 @@ def term(name, tokenizer=None, /, **options):
 
 
 def out_of(terms, batch, model=CLASSIFIER, values=CLASSIFIES, step=0):
-    objective = next(iter(terms.values()))[0]
-    forward = types.Forward({"policy": model}, {"policy": values}, batch)
-    carry = [] if objective.init_carry is None else [objective.init_carry(batch)]
-    return objective.loss(forward, batch, jax.random.PRNGKey(0), jnp.asarray(step), *carry)
+    inputs = Inputs(jax.random.PRNGKey(0), jnp.asarray(step), row_numbers(batch), init_carry(terms, batch))
+    (out,) = losses(terms, types.Forward({"policy": model}, {"policy": values}, batch), inputs).values()
+    return out
 
 
 def at_labels(batch):
@@ -71,11 +71,11 @@ def at_labels(batch):
 
 
 def test_class_logits_are_columns_of_the_head_and_no_other_is_computed():
-    batch, tokens = make_batch(), types.label_tokens(WORDS, TOKENIZER, "words")
+    batch, tokens = make_batch(), classes.label_tokens(WORDS, TOKENIZER, "words")
     assert tokens == tuple(map(ord, "ynm"))
 
     def logits(values):
-        return types.class_logits(types.Forward({"policy": LANGUAGE}, {"policy": values}, batch), tokens)
+        return classes.class_logits(types.Forward({"policy": LANGUAGE}, {"policy": values}, batch), tokens)
 
     whole = LANGUAGE.hidden(SPEAKS, batch) @ LANGUAGE.unembed(SPEAKS).kernel
     np.testing.assert_allclose(logits(SPEAKS), whole[..., tokens], rtol=1e-5, atol=1e-5)
@@ -149,7 +149,7 @@ def test_own_labels_of_auxiliary_confidence():
     by_batch = class_losses.quantile_thresholds(p, class_losses.mean_label(labels, ones), ones)
     by_even = class_losses.quantile_thresholds(p, even, ones)
     balanced = class_losses.balance(labels, ones)
-    cases = {  # options -> labels, thresholds, whether soft, whether the whole batch is needed
+    cases = {  # options -> labels, thresholds, whether soft, whether something is gathered of the whole batch
         "batch": ({}, labels, by_batch, False, True),
         "balanced": ({"balance": True}, balanced, by_even, False, True),
         "running": ({"own_labels": "running"}, labels, even, False, False),
@@ -172,9 +172,9 @@ def test_own_labels_of_auxiliary_confidence():
         }
 
     sums = expected(logits, ones)
-    for name, (_, _, thresholds, _, coupled) in cases.items():
+    for name, (_, _, thresholds, _, gathers) in cases.items():
         np.testing.assert_allclose(found[name].loss_sum, sums[name], rtol=1e-4, err_msg=name)
-        assert terms[name]["weak_to_strong"][0].batch_coupled == coupled
+        assert (terms[name]["weak_to_strong"].objective.gather is not None) == gathers
         assert ("threshold_0" in found[name].metrics) == (thresholds is not None)
     own, count = found["batch"].metrics["own_class_0"]
     assert float(own) == np.sum(np.argmax(np.asarray(p - by_batch[None, :]), -1) == 0)
@@ -198,7 +198,7 @@ def stepper(microbatches=1, **options):
 
 
 def begin(terms, optimizer, values=CLASSIFIES):
-    carry = train.init_carry(terms, make_batch())
+    carry = init_carry(terms, make_batch())
     return train.init_state({"policy": values}, optimizer, jax.random.PRNGKey(1), carry=carry)
 
 

@@ -113,7 +113,7 @@ def test_loss_and_the_gradient_of_every_tensor(name, tmp_path):
     @jax.jit
     @jax.value_and_grad
     def step(values):
-        out = objective.loss(Forward({"policy": model}, {"policy": values}, batch), batch, None, None)
+        out = objective.loss(Forward({"policy": model}, {"policy": values}, batch), batch, None)
         return out.loss_sum / out.weight
 
     loss, gradient = step(values)

@@ -622,7 +622,7 @@ from research.ops.losses import log_probs
 
 
 def make(gamma=1.0):
-    def loss(forward, batch, key, step):
+    def loss(forward, batch, context):
         targets, weights = next_token_targets(batch)
         log_p = log_probs(forward.hidden(), forward.head(), targets).target
         focal = -((1 - jnp.exp(log_p)) ** gamma) * log_p
