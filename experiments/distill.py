@@ -124,7 +124,7 @@ def study(config, add):
 
 def _answers(add, teacher, prompts):
     """What the teacher answers to each prompt, without what was cut off."""
-    flags = {"model": teacher, "prompts": prompts, "max_new_tokens": 16, "batch_size": 64}
+    flags = {"model": teacher, "data": prompts, "max_new_tokens": 16, "batch_size": 64}
     made = add.command("generate", "generate", {**flags, "output": "{workdir}/completions.jsonl"}).workdir
     flags = {"data": f"{made}/completions.jsonl", "ended": 16, "output": "{workdir}/pairs.jsonl"}
     return f"{add.command('filter', 'filter', flags).workdir}/pairs.jsonl"

@@ -1,80 +1,493 @@
-"""What the commands have in common: flags and exit statuses."""
+"""How commands read their flags and how they end. `understudy NAME ...` runs the module NAME of research.commands."""
 
-import argparse
+import ast
+import contextlib
+import dataclasses
+import gc
 import importlib
+import importlib.util
+import json
+import os
 import pkgutil
+import re
+import shlex
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
-
-from absl import flags
-from ml_collections import config_flags
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from research import commands
-from research.errors import InputError, did_you_mean, explain_flag_error
+from research.devices import startup
+from research.errors import Exit, InputError, did_you_mean, explain_flag_error
 
-BAD_INPUT, INTERRUPTED = 2, 130
+_MODULES = "research.commands"
+_CONFIG_HELP = "an experiment, experiments/NAME.py[:VARIANT,...]; --config.FIELD=VALUE overrides a field of its config"
+_WIDTH = 100
+_DISK_ERRORS = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
-def run(work: Callable[[], int | None], *, resumable: bool = False) -> int:
-    """Does a command's work, and returns its exit status; an InputError is printed.
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag of a command.
+
+    Attributes:
+      name: without its dashes.
+      help: what it says; without the default, which is added.
+      default: its value where it isn't given; of a `many` flag an empty list, of a `switch` False.
+      shown: what the help says the default is, where `default` doesn't say it.
+      metavar: what the help calls its value; "" of a switch.
+      parse: text -> value; raises ValueError with what the value must be.
+      required: whether it must be given.
+      many: whether it may come several times; its value is then a list.
+    """
+
+    name: str
+    help: str
+    default: Any = None
+    shown: str = ""
+    metavar: str = ""
+    parse: Callable[[str], Any] = str
+    required: bool = False
+    many: bool = False
+
+    @property
+    def switch(self) -> bool:
+        return self.default is False
+
+    @property
+    def spelling(self) -> str:
+        return f"--{self.name}" if self.switch else f"--{self.name}={self.metavar or 'TEXT'}"
+
+    @property
+    def note(self) -> str:
+        if self.required:
+            return "Required."
+        default = self.shown or ("off" if self.switch else "none" if self.default in (None, "") else self.default)
+        return f"Default: {default}." + (" Can be repeated." if self.many else "")
+
+
+class Experiment(NamedTuple):
+    """The experiment of --config.
+
+    Attributes:
+      name: FILE[:VARIANT], as given.
+      config: its config with the overrides, a ml_collections.ConfigDict.
+      overrides: dotted field -> value.
+      flags: those that describe it, as given.
+    """
+
+    name: str
+    config: Any
+    overrides: Mapping[str, Any]
+    flags: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The config without the section of a study."""
+        return {name: value for name, value in self.config.to_dict().items() if name != "study"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command: its flags, and what the help says of it.
+
+    Attributes:
+      name: NAME of `understudy NAME`.
+      doc: what it does; its first line is the summary.
+      flags: all of them, but --config of an experiment.
+      examples: command lines, the first of them with all required flags.
+      experiment: whether it takes an experiment with --config, which is `args.experiment` then.
+      renamed: a name that a flag once had -> what it is called now.
+      resumable: whether the same command goes on where an interrupted one stopped.
+    """
+
+    name: str
+    doc: str
+    flags: tuple[Flag, ...]
+    examples: tuple[str, ...]
+    experiment: bool = False
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    resumable: bool = False
+
+    def run(self, argv: Sequence[str], work: Callable[[SimpleNamespace], int | None]) -> int:
+        """Parses flags, does the work and returns the exit status; errors are printed, and --help is.
+
+        Args:
+          argv: the command line after the command's name.
+          work: all that the command does, given the flags' values; what it returns is the status, None being 0.
+        """
+        if {"--help", "-h"} & set(argv):
+            print(self.help())
+            return Exit.DONE
+        return finish(lambda: work(self.parse(argv)), resumable=self.resumable)
+
+    def parse(self, argv: Sequence[str]) -> SimpleNamespace:
+        """Flags -> values by name; the experiment's in `experiment`.
+
+        Raises:
+          InputError: a flag isn't known, has no value or one that can't work, or a required one isn't given.
+        """
+        known = {flag.name: flag for flag in self.flags}
+        values = {flag.name: [] if flag.many else flag.default for flag in self.flags}
+        config = []
+        for name, value in self._pairs(argv):
+            if self.experiment and re.fullmatch(r"(no)?config(\..*)?", name):
+                config.append(f"--{name}" if value is None else f"--{name}={value}")
+                continue
+            flag = known.get(name) or known.get(name.removeprefix("no"))
+            if flag is None or (flag.name != name and not flag.switch):
+                raise self._unknown(name, value)
+            parsed = _parse_value(flag, name, value)
+            if flag.many:
+                values[flag.name].append(parsed)
+            else:
+                values[flag.name] = parsed
+        missing = [flag.name for flag in self.flags if flag.required and not values[flag.name]]
+        if self.experiment and not any(flag.partition("=")[0] == "--config" for flag in config):
+            missing.insert(0, "config")
+        if missing:
+            names = ", ".join(f"--{name}" for name in missing)
+            raise InputError(f"{names}: {'is' if len(missing) == 1 else 'are'} missing. Example: {self.examples[0]}")
+        args = SimpleNamespace(**values)
+        if self.experiment:
+            args.experiment = _read_experiment(config)
+        return args
+
+    def _pairs(self, argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+        """(name, value) of each flag; the value is None where the flag is a switch, or none is given."""
+        left = list(argv)
+        switches = {flag.name for flag in self.flags if flag.switch}
+        while left:
+            word = left.pop(0)
+            name, equals, value = word.removeprefix("--").partition("=")
+            if not word.startswith("--") or not name:
+                raise self._no_flag(word)
+            takes = name not in switches and name.removeprefix("no") not in switches
+            if not equals and takes and left and not left[0].startswith("--"):
+                equals, value = "=", left.pop(0)
+            yield name, value if equals else None
+
+    def _no_flag(self, word: str) -> InputError:
+        """The error for what isn't of the form --name=value."""
+        names = self._names()
+        name = word.lstrip("-").partition("=")[0]
+        if name in names or (self.experiment and name.startswith("config.")):
+            return InputError(f"{word}: flags begin with two dashes. Write --{word.lstrip('-')}.")
+        if word.startswith("-") or "=" in word:
+            return InputError(f"{word}: isn't of the form --name=value.{did_you_mean(f'--{name}', names.values())}")
+        first = "config" if self.experiment else next((f.name for f in self.flags if f.required), "")
+        return InputError(f"{word}: is no flag. Flags have the form --name=value: write --{first}={word}.")
+
+    def _unknown(self, name: str, value: str | None) -> InputError:
+        if name in self.renamed:
+            now = self.renamed[name]
+            return InputError(f"--{name}: is called --{now} now. Write --{now}{'' if value is None else f'={value}'}.")
+        return InputError(f"--{name}: no such flag.{did_you_mean(f'--{name}', self._names().values())}")
+
+    def _names(self) -> dict[str, str]:
+        names = [*(["config"] if self.experiment else []), *(flag.name for flag in self.flags), "help"]
+        return {name: f"--{name}" for name in names}
+
+    def help(self) -> str:
+        """Summary, description, flags with their defaults, and examples."""
+        summary, _, rest = self.doc.strip().partition("\n")
+        flags = list(self.flags)
+        if self.experiment:
+            flags.insert(0, Flag("config", _CONFIG_HELP, metavar="EXPERIMENT", required=True))
+        width = max(len(flag.spelling) for flag in flags) + 4
+        lines = [summary, *([rest.rstrip()] if rest.strip() else []), "", "Flags:"]
+        for flag in flags:
+            text = f"{flag.help}. {flag.note}"
+            wrapped = textwrap.wrap(text, _WIDTH - width, break_long_words=False, break_on_hyphens=False)
+            lines.append(f"  {flag.spelling:<{width - 2}}{wrapped[0]}")
+            lines += [" " * width + line for line in wrapped[1:]]
+        heading = "Example:" if len(self.examples) == 1 else "Examples:"
+        return "\n".join([*lines, "", heading, *(f"  {example}" for example in self.examples)])
+
+
+def _parse_value(flag: Flag, name: str, value: str | None) -> Any:
+    if flag.switch:
+        texts = {None: True, "true": True, "True": True, "1": True, "false": False, "False": False, "0": False}
+        if value not in texts:
+            raise InputError(f"--{name} = {value}: must be true or false.")
+        return texts[value] != (name != flag.name)
+    if value is None:
+        raise InputError(f"--{name}: has no value. Write {flag.spelling}.")
+    try:
+        return flag.parse(value)
+    except ValueError as error:
+        raise InputError(f"--{name} = {value}: {error}") from error
+
+
+def _read_experiment(argv: Sequence[str]) -> Experiment:
+    """Reads the experiment that --config and its overrides describe.
+
+    Raises:
+      InputError: the file, its variant or a field is at fault.
+    """
+    from absl import flags  # late, as ml_collections: a fifth of the start of commands that take no experiment
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=["", *argv])
+    try:
+        rest = values(["understudy", *argv])[1:]
+    except Exception as error:
+        raise InputError(explain_flag_error(error, argv)) from error
+    if rest:
+        raise InputError(f"{rest[0]}: is no flag. Flags have the form --name=value.")
+    holder = values["config"]
+    return Experiment(holder.config_filename, values.config, holder.override_values, tuple(argv))
+
+
+# Values.
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("must be a number.") from None
+
+
+def whole(least: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or (least is not None and value < least):
+            raise ValueError("must be a whole number" + ("." if least is None else f", at least {least}."))
+        return value
+
+    return parse
+
+
+def above_zero(text: str) -> float:
+    value = number(text)
+    if not value > 0:
+        raise ValueError("must be above 0.")
+    return value
+
+
+def share(text: str) -> float:
+    value = number(text)
+    if not 0 < value <= 1:
+        raise ValueError("must be in (0, 1].")
+    return value
+
+
+def one_of(*options: str) -> Callable[[str], str]:
+    """A parser of a choice."""
+
+    def parse(text: str) -> str:
+        if text not in options:
+            raise ValueError(f"no such choice.{did_you_mean(text, options)}")
+        return text
+
+    return parse
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Words that are parted by commas."""
+    return tuple(word for word in text.split(",") if word)
+
+
+def names_by_name(text: str) -> dict[str, str]:
+    """A JSON object of texts."""
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict) or not all(isinstance(value, str) for value in parsed.values()):
+        raise ValueError('must be a JSON object of texts, such as {"text": "headline"}.')
+    return parsed
+
+
+def value(name: str, text: str, parse: Callable[[str], Any]) -> Any:
+    """Parses the value of a flag late, where its parser takes long to import.
+
+    Raises:
+      InputError: the value is at fault.
+    """
+    return _parse_value(Flag(name, "", parse=parse), name, text)
+
+
+def step(text: str) -> int | str:
+    """The number of a step, or "best"."""
+    if text == "best":
+        return text
+    try:
+        return whole(0)(text)
+    except ValueError:
+        raise ValueError("must be the number of a step, or 'best'.") from None
+
+
+def mesh(text: str) -> dict[str, int]:
+    """AXIS=SIZE,... -> axis -> size."""
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if not size.removeprefix("-").isdecimal():
+            raise ValueError(f"{part!r} is not of the form AXIS=SIZE. Write data=4,tensor=2.")
+        sizes[axis] = int(size)
+    return sizes
+
+
+# Flags that several commands have.
+
+MODEL = Flag(
+    "model",
+    "a run's workdir, a Hugging Face folder or hub name, or a .gguf file",
+    metavar="MODEL",
+    required=True,
+)
+STEP = Flag(
+    "step",
+    "of a run: which checkpoint, or 'best' by the run's checkpoint.best_metric",
+    shown="the newest",
+    metavar="N",
+    parse=step,
+)
+EMA = Flag("ema", "of a run: take the moving average of the parameters", False)
+TEMPLATE = Flag(
+    "template",
+    "how records are put to the model: auto, model, chat or plain",
+    shown="as in training, or the model's own",
+    metavar="NAME",
+    parse=one_of("auto", "model", "chat", "plain"),
+)
+SEED = Flag("seed", "of what is drawn by chance", 0, metavar="N", parse=whole())
+MESH = Flag("mesh", "as in data=4,tensor=2", {"data": -1}, "all devices share the batch", "AXES", mesh)
+BATCH_TOKENS = Flag(
+    "batch_tokens",
+    "tokens of a batch, padding included, on each device that shares in it",
+    8192,
+    metavar="N",
+    parse=whole(1),
+)
+
+
+# How a command ends.
+
+
+def finish(work: Callable[[], int | None], *, resumable: bool = False) -> int:
+    """Does a command's work, and returns its exit status. An error is a line on stderr; a bug keeps its traceback.
 
     Args:
-      work: all of it, from its flags on; what it returns is the status, None being 0.
+      work: what it returns is the status, None being 0.
       resumable: where it is interrupted, say that the same command goes on.
     """
     try:
-        return work() or 0
+        return work() or Exit.DONE
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return fail(error, Exit.BAD_INPUT)
+    except _DISK_ERRORS as error:
+        return fail(f"{error.filename}: {error.strerror}.", Exit.FAILED)
     except KeyboardInterrupt:
         if resumable:
             print("interrupted: the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+        return Exit.INTERRUPTED
 
 
-def make_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """A parser of `python -m research.NAME`, whose description is printed as it is written."""
-    return argparse.ArgumentParser(
-        f"python -m research.{name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def fail(error: object, status: Exit) -> Exit:
+    """Prints an error, on one line but for a traceback, and returns the status."""
+    text = str(error)
+    if "Traceback" not in text:
+        text = " ".join(line.strip() for line in text.splitlines())
+    print(f"error: {text}", file=sys.stderr)
+    return status
 
 
-def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str], required: Sequence[str] = (), remedy: str = ""
-) -> argparse.Namespace:
-    """Parses flags.
-
-    Raises:
-      InputError: a flag isn't known, or one of `required` isn't given; `remedy` then says what to write.
-    """
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise InputError(f"{flag}: no such flag.{did_you_mean(flag, [f'--{name}' for name in vars(args)])}")
-    for name in required:
-        if not getattr(args, name):
-            raise InputError(f"--{name}: is missing. {remedy}")
-    return args
+# Commands by name.
 
 
-def experiment_flags(argv: Sequence[str]) -> flags.FlagValues:
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
+
+
+def summary(name: str) -> str:
+    """The first line of a command's module. It is read, not imported: all of them together would take seconds."""
+    path = importlib.util.find_spec(f"{_MODULES}.{name}").origin
+    return (ast.get_docstring(ast.parse(Path(path).read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def overview() -> str:
+    """All commands, a line each, by groups."""
+    known, groups = names(), dict(commands.GROUPS)
+    groups["Others"] = tuple(name for name in known if not any(name in group for group in groups.values()))
+    width = max(map(len, known)) + 2
+    lines = ["understudy NAME [--flag=value ...]; understudy NAME --help shows the flags.", ""]
+    for title, group in groups.items():
+        if group:
+            lines += [f"{title}:", *(f"  {name:<{width}}{summary(name)}" for name in group), ""]
+    return "\n".join(lines).rstrip()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command that argv[0] names, or lists all."""
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(overview())
+        return Exit.DONE
+    name, known = argv[0], names()
+    if name not in known:
+        if name.startswith("-") or os.path.sep in name:
+            flag = name if name.startswith("-") else f"--config={name}"
+            return fail(f"{name}: names no command. Write: understudy train {shlex.quote(flag)}", Exit.BAD_INPUT)
+        return fail(f"{name}: no such command.{did_you_mean(name, known)}", Exit.BAD_INPUT)
+    with quick_imports():
+        command = importlib.import_module(f"{_MODULES}.{name}")
+    return command.main(argv[1:])
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Leaves out the search for garbage, which is a quarter of imports' time: what they make stays."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def console() -> int:
+    """The console script `understudy`, and `python -m research`."""
+    if sys.argv[1:2] and sys.argv[1] in commands.STEPS and "--help" not in sys.argv:
+        startup.leave_loops()
+        startup.use_huge_pages()
+    return main(sys.argv[1:])
+
+
+# What the benchmark and studies still read flags with.
+
+BAD_INPUT = Exit.BAD_INPUT
+
+
+def run(work: Callable[[], int | None], *, resumable: bool = False) -> int:
+    return finish(work, resumable=resumable)
+
+
+def experiment_flags(argv: Sequence[str]) -> Any:
     """Flags of a command that takes an experiment, with --config and what overrides it; the command adds its own."""
+    from absl import flags
+    from ml_collections import config_flags
+
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "As of research.main.", flag_values=values, sys_argv=["", *argv])
     return values
 
 
-def parse_experiment(values: flags.FlagValues, argv: Sequence[str], required: str, example: str) -> dict[str, Any]:
-    """Parses flags into `values`; returns the experiment's config.
-
-    Raises:
-      InputError: a flag is at fault, or --config or `required` isn't given; `example` is then shown.
-    """
+def parse_experiment(values: Any, argv: Sequence[str], required: str, example: str) -> dict[str, Any]:
+    """Parses flags into `values`; returns the experiment's config."""
     try:
         values(["command", *argv])
         if values.config is None or values[required].value is None:
@@ -82,17 +495,3 @@ def parse_experiment(values: flags.FlagValues, argv: Sequence[str], required: st
         return values.config.to_dict()
     except Exception as error:
         raise InputError(explain_flag_error(error, argv)) from error
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the command that argv[0] names, a module of research.commands."""
-    names = sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
-    if not argv or argv[0] not in names:
-        print(f"Commands: {', '.join(names)}", file=sys.stderr)
-        return BAD_INPUT
-    return importlib.import_module(f"research.commands.{argv[0]}").main(argv[1:])
-
-
-def console() -> int:
-    """The console script `understudy`."""
-    return main(sys.argv[1:])

@@ -1,10 +1,23 @@
 """The one error for bad input: it says which field or file, what it held, and what to do."""
 
 import difflib
+import enum
 import re
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+
+class Exit(enum.IntEnum):
+    """The exit statuses of every command. After PREEMPTED and LOST, the same command goes on from where it stopped."""
+
+    DONE = 0
+    FAILED = 1  # a cause was found: a plan that doesn't fit, a stage that failed, a bug
+    BAD_INPUT = 2
+    DIVERGED = 3  # the loss is no number
+    PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: a signal asked for the end
+    LOST = 76  # another process of the run is gone
+    INTERRUPTED = 130
 
 
 class InputError(ValueError):

@@ -36,7 +36,7 @@ def read_json(
     name = f"{name}: {str(path)!r}" if name else f"{path}:"
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if default is not _REQUIRED:
             return default
         raise InputError(f"{name} can't be read ({error.strerror}).") from error

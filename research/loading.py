@@ -44,20 +44,20 @@ class Found(NamedTuple):
     origin: dict[str, Any]
 
 
-def find(name: str, *, step: int | None = None, ema: bool = False) -> Found:
+def find(name: str, *, step: int | str | None = None, ema: bool = False) -> Found:
     """Finds a model and reads what it computes.
 
     Args:
       name: a run's workdir, a folder as transformers saves it, a hub name (NAME/MODEL or NAME/MODEL@REVISION), or a
         .gguf file.
-      step: of a run: which of its checkpoints; by default the newest.
+      step: of a run: which of its checkpoints, or "best" by its checkpoint.best_metric; by default the newest.
       ema: of a run: take the moving average of the parameters.
 
     Raises:
       InputError: there is no such model, or it can't be read.
     """
     if checkpoint.steps(name):
-        return _find_run(name, step, ema)
+        return _find_run(name, checkpoint.best_step(name) if step == "best" else step, ema)
     if (Path(name) / "metrics.jsonl").is_file() or (Path(name) / checkpoint.FOLDER).is_dir():
         raise InputError(
             f"{name}: is the workdir of a run that has saved no checkpoint yet. Name another, or let it run."
@@ -128,7 +128,7 @@ class LoadedModel(NamedTuple):
 def load_model(
     name: str,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     ema: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     needs_tokenizer: bool = True,

@@ -1,0 +1,11 @@
+"""The commands. Each is a module with `main(argv)`, whose first line of documentation `understudy` lists."""
+
+GROUPS = {
+    "Train": ("train", "sweep", "study"),
+    "Data": ("split", "generate", "filter", "label", "annotate"),
+    "Models": ("evaluate", "score", "export"),
+    "Runs and machines": ("report", "plan", "benchmark"),
+}
+
+# These compile training steps: their process begins with huge pages and with switches of the compiler for CPUs.
+STEPS = ("train", "study", "benchmark")

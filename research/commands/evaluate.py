@@ -1,4 +1,4 @@
-"""Evaluates a model: understudy evaluate --model=WORKDIR --task=choice:arc.jsonl --task=perplexity:x.txt
+"""Evaluates a model on tasks: accuracy, exact match, perplexity, with standard errors.
 
 A task is KIND[,OPTION=VALUE...]:DATA, and --task may come several times:
 
@@ -13,145 +13,76 @@ number: the last number; contains), max_new_tokens, batch_size.
 --lm_eval=TASK,TASK runs tasks of EleutherAI's lm-evaluation-harness (pip install -e '.[lm-eval]').
 """
 
-import argparse
-import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
+from types import SimpleNamespace
 
 from research import cli
-from research.commands.score import add_model_flags, parse_flags
-from research.devices import sharding
+from research.cli import Flag
 from research.errors import InputError
 
-Metrics = Mapping[str, float]
+COMMAND = cli.Command(
+    "evaluate",
+    __doc__,
+    flags=(
+        cli.MODEL,
+        cli.STEP,
+        cli.EMA,
+        Flag("task", "a task, as above", metavar="KIND:DATA", many=True),
+        Flag("lm_eval", "tasks, groups or tags of lm-evaluation-harness", (), "none", "TASK,...", cli.words),
+        Flag("include_path", "of --lm_eval: a folder with more task files (.yaml)", metavar="DIR"),
+        Flag(
+            "num_fewshot",
+            "of --lm_eval: examples before each question",
+            shown="the task's own",
+            metavar="N",
+            parse=cli.whole(0),
+        ),
+        Flag("max_records", "only the first N records of each task; 0 takes all", 0, metavar="N", parse=cli.whole(0)),
+        Flag("output", "write the results here, and each record's beside it, FILE.samples.jsonl", metavar="FILE.json"),
+        cli.TEMPLATE,
+        cli.MESH,
+        cli.BATCH_TOKENS,
+    ),
+    examples=(
+        "understudy evaluate --model=runs/sft --task=exact_match,max_new_tokens=16:tasks:reverse --max_records=64",
+        "understudy evaluate --model=runs/sft --task=choice:arc.jsonl --task=perplexity:x.txt --output=results.json",
+    ),
+    renamed={"checkpoint": "model", "limit": "max_records", "tasks": "task"},
+)
 
 
 def main(argv: Sequence[str]) -> int:
-    return cli.run(lambda: _run(_parse(argv)))
+    return COMMAND.run(argv, _evaluate)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = cli.make_parser("evaluate", __doc__)
-    add = parser.add_argument
-    add_model_flags(parser)
-    add("--task", action="append", default=[], help="see above; can be repeated")
-    add("--lm_eval", default="", metavar="TASK,...", help="tasks, groups or tags of lm-evaluation-harness")
-    add("--include_path", metavar="DIR", help="of --lm_eval: a folder with more task files (.yaml)")
-    add("--num_fewshot", type=int, help="of --lm_eval: examples before each question; default: the task's own")
-    add("--limit", type=int, default=0, help="only the first so many records of each task")
-    add("--output", metavar="FILE.json", help="write the results here, and each record's beside it, FILE.samples.jsonl")
-    args = parse_flags(parser, argv)
-    if not args.model:
-        raise InputError("--model: is missing. Give the workdir of a run.")
+def _evaluate(args: SimpleNamespace) -> None:
     if not args.task and not args.lm_eval:
         raise InputError("--task: is missing. Give --task=KIND:DATA, or --lm_eval=TASK.")
-    if args.limit < 0:
-        raise InputError(f"--limit = {args.limit}: must be at least 0; 0 takes all.")
     if args.output and (not args.output.endswith(".json") or not Path(args.output).parent.is_dir()):
         raise InputError(f"--output = {args.output}: must be a .json in a folder that exists. Name another file.")
-    return args
 
+    # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
+    import jax
 
-def _run(args: argparse.Namespace) -> None:
-    from research.evals import lm_eval_adapter, tasks
+    from research import loading
+    from research.devices import sharding
+    from research.evals import lm_eval_adapter, results, tasks
+    from research.run import run
 
     for spec in args.task:
         tasks.parse(spec)
     if args.lm_eval:
         lm_eval_adapter.import_lm_eval()
-
-    from research import loading
-    from research.run import run  # last, because it takes long to import
-
     run.use_compilation_cache()
     loaded = loading.load_model(args.model, step=args.step, ema=args.ema, mesh=sharding.make_mesh(args.mesh))
-    model, params, tokenizer = loaded.model, loaded.params, loaded.tokenizer
-    results: dict[str, Metrics] = {}
-    counts: dict[str, int] = {}
-    samples: list[dict[str, Any]] = []
+    common = {"limit": args.max_records, "batch_tokens": args.batch_tokens}
     with jax.set_mesh(loaded.mesh):
-        loading = {"limit": args.limit, "batch_tokens": args.batch_tokens}
-        template = args.template or loaded.template
-        evaluations = [tasks.load(spec, model, tokenizer, template, **loading) for spec in args.task]
-        names = [evaluation.name for evaluation in evaluations]
-        for name in names:
-            if names.count(name) > 1:
-                raise InputError(
-                    f"--task: {names.count(name)} are named {name!r}. Tell them apart: KIND,name=NAME:DATA."
-                )
-        for name, evaluate in evaluations:
-            print(f"{name} ...", file=sys.stderr)
-            results[name], judged = evaluate(params, jax.random.key(0))
-            counts[name] = len(judged)
-            samples += [{"evaluation": name, **sample._asdict()} for sample in judged]
+        measured = results.evaluate_tasks(loaded, args.task, template=args.template or loaded.template, **common)
         if args.lm_eval:
             # The harness's own default is no template, and its published figures are without.
-            template = args.template or "plain"
-            lm = lm_eval_adapter.make_lm(model, params, tokenizer, template=template, batch_tokens=args.batch_tokens)
-            out = lm_eval_adapter.evaluate(
-                lm,
-                args.lm_eval.split(","),
-                include_path=args.include_path,
-                num_fewshot=args.num_fewshot,
-                limit=args.limit,
-                chat=template != "plain",
-            )
-            for name, metrics in out["results"].items():
-                judged = out["samples"].get(name, [])
-                name = f"lm_eval/{name}"
-                results[name], counts[name] = lm_eval_adapter.plain_metrics(metrics), len(judged)
-                samples += [{"evaluation": name, **sample} for sample in judged]
-    print(table(results, counts))
+            harness = results.Harness(args.lm_eval, args.include_path, args.num_fewshot)
+            measured |= results.evaluate_harness(loaded, harness, template=args.template or "plain", **common)
+    print(results.table(measured))
     if args.output:
-        _write(Path(args.output), args, results, counts, samples)
-
-
-def table(results: Mapping[str, Metrics], counts: Mapping[str, int]) -> str:
-    """A line for each task's metric: value, standard error, 95 % interval (normal), number of records."""
-    rows = [("task", "metric", "value", "stderr", "95 % interval", "records")]
-    for task, metrics in results.items():
-        for name, value in metrics.items():
-            if name.endswith("_stderr"):
-                continue
-            error = metrics.get(f"{name}_stderr")
-            spread = (
-                ("", "")
-                if error is None
-                else (f"{error:.4f}", f"{value - 1.96 * error:.4f} to {value + 1.96 * error:.4f}")
-            )
-            rows.append(
-                (
-                    task,
-                    name,
-                    f"{value:.4f}" if value % 1 or error is not None else f"{value:g}",
-                    *spread,
-                    f"{counts[task]}",
-                )
-            )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _write(path: Path, args: argparse.Namespace, results, counts, samples) -> None:
-    text = {
-        "model": args.model,
-        "command": vars(args),
-        "results": {name: {**metrics, "records": counts[name]} for name, metrics in results.items()},
-    }
-    path.write_text(json.dumps(text, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    with open(path.with_suffix(".samples.jsonl"), "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+        results.write(Path(args.output), args.model, vars(args), measured)

@@ -132,7 +132,7 @@ def make_lm(
 
 def evaluate(
     lm: Any,
-    names: Sequence[str],
+    tasks: Sequence[str],
     *,
     include_path: str | None = None,
     num_fewshot: int | None = None,
@@ -143,7 +143,7 @@ def evaluate(
 
     Args:
       lm: of `make_lm`.
-      names: of tasks, groups or tags.
+      tasks: names of tasks, groups or tags.
       include_path: a folder with more task files (.yaml).
       num_fewshot: examples before each question; None leaves it to the task.
       limit: the first so many documents of each task; 0 for all.
@@ -154,12 +154,12 @@ def evaluate(
     """
     lm_eval = import_lm_eval()
     manager = lm_eval.tasks.TaskManager(include_path=include_path)
-    for name in names:
+    for name in tasks:
         if not manager.match_tasks([name]):
             raise InputError(f"--lm_eval: there is no task {name!r}.{did_you_mean(name, manager.all_tasks)[:500]}")
     return lm_eval.simple_evaluate(
         model=lm,
-        tasks=manager.match_tasks(list(names)),
+        tasks=manager.match_tasks(list(tasks)),
         task_manager=manager,
         num_fewshot=num_fewshot,
         limit=limit or None,

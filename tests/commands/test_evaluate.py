@@ -69,7 +69,7 @@ def test_several_tasks_in_a_table_and_in_files(run, data):
     assert ["text", "tokens", "8", "4"] in rows  # without an error or interval
     assert not any(row[1].endswith("_stderr") for row in rows)
 
-    status, _, _ = run(*tasks[:1], "--limit=2", f"--output={output}")
+    status, _, _ = run(*tasks[:1], "--max_records=2", f"--output={output}")
     assert (status, json.loads(output.read_text())["results"]["choice"]["records"]) == (0, 2)
 
 
@@ -80,7 +80,7 @@ def test_several_tasks_in_a_table_and_in_files(run, data):
         (["--taks=x"], "--taks: no such flag. Did you mean '--task'?"),
         (["--task=choise:x.jsonl"], "task choise:x.jsonl: there is no kind 'choise'. Did you mean 'choice'?"),
         (["--task=choice:none.jsonl"], "task choice:none.jsonl: there is no 'none.jsonl'"),
-        (["--task=choice:x.jsonl", "--limit=-1"], "--limit = -1: must be at least 0"),
+        (["--task=choice:x.jsonl", "--max_records=-1"], "--max_records = -1: must be a whole number, at least 0"),
         (["--task=choice:x.jsonl", "--output=no/x.json"], "--output = no/x.json: must be a .json in a folder"),
         (["--task=choice:x.jsonl", "--output=x.txt"], "--output = x.txt: must be a .json"),
         (["--task=choice:x.jsonl", "--mesh=data=3"], "mesh: data=3"),

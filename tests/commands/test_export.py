@@ -71,7 +71,7 @@ def differ(a, b):
 
 def test_a_trained_model_is_exported_and_read_back(trained, tmp_path, capfd):
     began, workdir, _ = trained
-    assert main(f"--checkpoint={workdir}", f"--output={tmp_path / 'out'}") == 0
+    assert main(f"--model={workdir}", f"--output={tmp_path / 'out'}") == 0
     assert "LlamaForCausalLM, 0.1 MB of float32" in capfd.readouterr().err
     same(parameters(tmp_path / "out"), parameters(workdir))
     differ(parameters(tmp_path / "out"), parameters(began))
@@ -84,7 +84,7 @@ def test_a_trained_model_is_exported_and_read_back(trained, tmp_path, capfd):
 
 
 def test_transformers_reads_the_config_and_the_tokenizer(trained, tmp_path):
-    assert main(f"--checkpoint={trained[1]}", f"--output={tmp_path / 'out'}") == 0
+    assert main(f"--model={trained[1]}", f"--output={tmp_path / 'out'}") == 0
     c = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert (c.model_type, c.vocab_size, c.num_key_value_heads) == ("llama", 96, 2)
     theirs, ours = (
@@ -97,7 +97,7 @@ def test_transformers_reads_the_config_and_the_tokenizer(trained, tmp_path):
 
 
 def test_dtype_shards_and_step_are_as_asked_for(trained, tmp_path, capfd):
-    flags = (f"--checkpoint={trained[1]}", "--dtype=bfloat16", "--max_shard_gb=0.00002", "--step=1")
+    flags = (f"--model={trained[1]}", "--dtype=bfloat16", "--max_shard_gb=0.00002", "--step=1")
     assert main(*flags, f"--output={tmp_path / 'out'}") == 0
     assert "0.0 MB of bfloat16" in capfd.readouterr().err
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
@@ -120,7 +120,7 @@ def test_a_model_that_began_with_us_is_exported(trained, tmp_path):
     small = {"num_layers": 1, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "d_ff": 64, "max_length": 64}
     c = configure("", trained[2], model=small, ema_decay=0.5, mesh={})
     run.run(c, str(tmp_path / "run"), devices=jax.devices()[:1])
-    assert main(f"--checkpoint={tmp_path / 'run'}", "--ema", f"--output={tmp_path / 'out'}") == 0
+    assert main(f"--model={tmp_path / 'run'}", "--ema", f"--output={tmp_path / 'out'}") == 0
     same(parameters(tmp_path / "out"), parameters(tmp_path / "run", ema=True))
     differ(parameters(tmp_path / "out"), parameters(tmp_path / "run"))
     c = transformers.AutoConfig.from_pretrained(tmp_path / "out")
@@ -136,22 +136,22 @@ def test_a_run_goes_on_when_what_it_began_with_is_gone(trained, tmp_path):
     run.run(configure(tmp_path / "gone", data, steps=3), str(tmp_path / "run"))
     assert checkpoint.steps(tmp_path / "run")[-1] == 3
     same(parameters(tmp_path / "run", step=2), parameters(workdir))
-    assert main(f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'out'}") == 0
+    assert main(f"--model={tmp_path / 'run'}", f"--output={tmp_path / 'out'}") == 0
     assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((began / "config.json").read_text())
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--checkpoint=LLAMA", "--output=HERE"], ["--output = HERE", "is there already"]),
-        (["--checkpoint=LLAMA"], ["--output: is missing"]),
-        (["--output=HERE/out"], ["--checkpoint: is missing"]),
-        (["--checkpoint=LLAMA", "--outptu=HERE/out"], ["--outptu: no such flag", "Did you mean '--output'"]),
-        (["--checkpoint=LLAMA", "--output=HERE/out", "--max_shard_gb=0"], ["--max_shard_gb = 0.0", "above 0"]),
-        (["--checkpoint=LLAMA", "--output=HERE/out", "--step=3"], ["--step", "LLAMA", "isn't the workdir"]),
-        (["--checkpoint=RUN", "--output=HERE/out", "--step=7"], ["RUN", "7", "1, 2"]),
-        (["--checkpoint=RUN", "--output=HERE/out", "--ema"], ["RUN", "ema"]),
-        (["--checkpoint=HERE/none", "--output=HERE/out"], ["HERE/none: no such file or folder"]),
+        (["--model=LLAMA", "--output=HERE"], ["--output = HERE", "is there already"]),
+        (["--model=LLAMA"], ["--output: is missing"]),
+        (["--output=HERE/out"], ["--model: is missing"]),
+        (["--model=LLAMA", "--outptu=HERE/out"], ["--outptu: no such flag", "Did you mean '--output'"]),
+        (["--model=LLAMA", "--output=HERE/out", "--max_shard_gb=0"], ["--max_shard_gb = 0", "above 0"]),
+        (["--model=LLAMA", "--output=HERE/out", "--step=3"], ["--step", "LLAMA", "isn't the workdir"]),
+        (["--model=RUN", "--output=HERE/out", "--step=7"], ["RUN", "7", "1, 2"]),
+        (["--model=RUN", "--output=HERE/out", "--ema"], ["RUN", "ema"]),
+        (["--model=HERE/none", "--output=HERE/out"], ["HERE/none: no such file or folder"]),
     ],
 )
 def test_what_can_not_be_exported_is_named_and_nothing_is_written(flags, words, trained, tmp_path, capfd):

@@ -55,7 +55,7 @@ def test_a_conversation_gets_a_new_last_answer(tmp_path):
         ([{"prompt": "a"}], [], ["in.jsonl:1", "has no completion"]),
         ([completion("a", "b")], ["--verified"], ["in.jsonl:1", "`response`"]),
         ([completion("a", "")], [], ["nothing is left (1 empty)"]),
-        ([completion("a", "b")], ["--keep=2"], ["--keep = 2.0"]),
+        ([completion("a", "b")], ["--keep=2"], ["--keep = 2:"]),
         ([completion("a", "b")], ["--verifed"], ["--verifed", "--verified"]),
     ],
 )

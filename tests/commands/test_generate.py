@@ -11,6 +11,7 @@ import pytest
 
 from research.commands import generate
 from research.errors import InputError
+from research.evals import completions, conversation
 from research.models.config import ModelConfig
 from research.models.sampling import Completion
 from research.models.transformer import Model
@@ -56,8 +57,8 @@ def run(monkeypatch, capsys, tmp_path):
 def test_streamed_text_is_the_whole_text(text, stops, size):
     tokens = [*TOKENIZER.encode(text), 0xE2, 0x98]  # the end of the last character doesn't come
     chunks = [tokens[i : i + size] for i in range(0, len(tokens), size)]
-    pieces = list(generate.stream_text(chunks, TOKENIZER.decode, stops))
-    whole, completion = generate.cut(Completion(tokens, [-1.0] * len(tokens)), TOKENIZER.decode, stops)
+    pieces = list(completions.stream_text(chunks, TOKENIZER.decode, stops))
+    whole, completion = completions.cut(Completion(tokens, [-1.0] * len(tokens)), TOKENIZER.decode, stops)
     assert "".join(pieces) == whole
     assert all("\ufffd" not in piece for piece in pieces[:-1])
     assert len(stops) != 1 or whole == (text + "\ufffd").partition(stops[0])[0]
@@ -67,12 +68,12 @@ def test_streamed_text_is_the_whole_text(text, stops, size):
 
 def test_text_is_not_held_back_without_need():
     chunks = [TOKENIZER.encode(c) for c in ("ab", "c#", "d#", "##", "e")]
-    assert list(generate.stream_text(chunks, TOKENIZER.decode, ["##end"])) == ["ab", "c", "#d", "#", "##e"]
+    assert list(completions.stream_text(chunks, TOKENIZER.decode, ["##end"])) == ["ab", "c", "#d", "#", "##e"]
 
 
 def test_cut_keeps_the_tokens_up_to_the_stop():
     completion = Completion(TOKENIZER.encode("one. two. three"), [float(-i) for i in range(15)])
-    text, kept = generate.cut(completion, TOKENIZER.decode, ["three", " two"])
+    text, kept = completions.cut(completion, TOKENIZER.decode, ["three", " two"])
     assert text == "one."
     assert TOKENIZER.decode(kept.tokens) == "one. two"
     assert kept.logprobs == [float(-i) for i in range(8)]
@@ -87,10 +88,10 @@ def test_a_file_of_prompts_goes_to_stdout_or_to_json_lines(run, tmp_path):
     prompts, output = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
     messages = [{"role": "user", "content": "and\u2028you?"}]
     prompts.write_text('{"prompt": "a longer one", "id": 7}\n' + json.dumps({"messages": messages}) + "\n")
-    status, stdout, stderr = run(f"--prompts={prompts}")
+    status, stdout, stderr = run(f"--data={prompts}")
     assert (status, stdout) == (0, f"{ANSWER}\n{ANSWER}\n")
     assert "2 of 2 prompts" in stderr
-    status, stdout, _ = run(f"--prompts={prompts}", f"--output={output}", "--stop=!")
+    status, stdout, _ = run(f"--data={prompts}", f"--output={output}", "--stop=!")
     assert (status, stdout) == (0, "")
     first, second = map(json.loads, output.read_text().rstrip("\n").split("\n"))
     assert first.pop("logprob") == pytest.approx(-6 * math.log(1 + (V - 1) * math.exp(-9)), rel=1e-4)
@@ -98,7 +99,7 @@ def test_a_file_of_prompts_goes_to_stdout_or_to_json_lines(run, tmp_path):
     assert second["messages"] == messages
     text = tmp_path / "a.txt"
     text.write_text("one\ntwo\u2028still two\nthree")
-    assert run(f"--prompts={text}", "--batch_size=2")[:2] == (0, f"{ANSWER}\n" * 3)
+    assert run(f"--data={text}", "--batch_size=2")[:2] == (0, f"{ANSWER}\n" * 3)
 
 
 @pytest.mark.parametrize(
@@ -115,11 +116,11 @@ def test_a_file_of_prompts_goes_to_stdout_or_to_json_lines(run, tmp_path):
         (["--prompt=a", "--stop="], "error: --stop: an empty text"),
         (
             ["--prompt=a", "--output=no/such/folder/x.jsonl"],
-            "error: --output = no/such/folder/x.jsonl: can't be written",
+            "error: --output = no/such/folder/x.jsonl: there is no folder 'no/such/folder'",
         ),
         (["--interactive", "--output=x.jsonl"], "error: --output = x.jsonl: a conversation"),
-        (["--prompts=missing.txt"], "error: --prompts = missing.txt: can't be read"),
-        (["--prompts=x.csv"], "error: --prompts = x.csv: ends in neither"),
+        (["--data=missing.txt"], "error: --data = missing.txt: can't be read"),
+        (["--data=x.csv"], "error: --data = x.csv: ends in neither"),
     ],
 )
 def test_bad_flags(run, flags, message):
@@ -145,7 +146,7 @@ def test_bad_flags(run, flags, message):
 def test_a_faulty_line_is_named(run, tmp_path, content, message):
     file = tmp_path / "prompts.jsonl"
     file.write_text(content)
-    status, stdout, stderr = run(f"--prompts={file}")
+    status, stdout, stderr = run(f"--data={file}")
     assert (status, stdout) == (2, "")
     assert message in stderr
 
@@ -160,7 +161,7 @@ def test_a_conversation_goes_on(capsys):
             raise InputError("the conversation: is too long.")
         return iter(["an", f"swer {turn}"] if messages[-1]["content"] != "more" else [])
 
-    generate.chat(reply, lambda: next(lines))
+    conversation.chat(reply, lambda: next(lines))
     first = ["hello", "answer 0", "again", "answer 1"]
     assert seen == [first[:1], first[:3], [*first, "fail"], [*first, "more"], ["anew"]]
     out, err = capsys.readouterr()
@@ -185,7 +186,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_conversation(capsys):
         if turn == 0:
             raise KeyboardInterrupt
 
-    generate.chat(reply, read)
+    conversation.chat(reply, read)
     assert seen == [1, 3]
     assert capsys.readouterr().out == "half an \nhalf an \n"
 
@@ -206,7 +207,7 @@ def asked(monkeypatch):
         seen.append((record, template))
         return render_prompt(record, tokenizer, template)
 
-    monkeypatch.setattr("research.commands.generate.render_prompt", render)
+    monkeypatch.setattr("research.evals.prompts.render_prompt", render)
     return seen
 
 
@@ -216,7 +217,7 @@ def test_a_system_message_comes_first_where_there_is_none(run, asked, monkeypatc
     assert run("--prompt=U", "--system=S")[:2] == (0, ANSWER + "\n")
     prompts = tmp_path / "x.jsonl"
     prompts.write_text("\n".join(json.dumps(r) for r in ({"prompt": "U"}, {"messages": [own, user]})))
-    assert run(f"--prompts={prompts}", "--system=S")[0] == 0
+    assert run(f"--data={prompts}", "--system=S")[0] == 0
     lines = iter(["U", "/quit"])
     monkeypatch.setattr("builtins.input", lambda: next(lines))
     assert run("--interactive", "--system=S")[0] == 0
@@ -240,11 +241,31 @@ def test_the_models_template_and_its_stop_tokens(run, asked):
     assert run("--prompt=a", "--template=model")[2].startswith("error: --prompt: template: 'model', but the tokenizer")
 
 
-def test_the_models_flag_is_also_called_checkpoint(run, capsys):
-    assert generate.main(["--checkpoint=x", "--prompt=a"]) == 0
-    assert capsys.readouterr().out == ANSWER + "\n"
-    assert generate.main(["--prompt=a"]) == 2
-    assert "--model: names no model. Give a run's workdir" in capsys.readouterr().err
+def test_a_killed_run_goes_on(run, tmp_path, monkeypatch):
+    prompts, output = tmp_path / "x.txt", tmp_path / "out.jsonl"
+    prompts.write_text("".join(f"{i} {'x' * (i % 7)}\n" for i in range(80)))
+    flags = [f"--data={prompts}", "--batch_size=2", "--temperature=1"]
+    assert run(*flags, f"--output={tmp_path / 'whole.jsonl'}")[0] == 0
+    real, calls = completions._to_json, []
+
+    def dies(*answer):
+        calls.append(answer)
+        if len(calls) == 70:
+            raise KeyboardInterrupt
+        return real(*answer)
+
+    monkeypatch.setattr(completions, "_to_json", dies)
+    status, _, stderr = run(*flags, f"--output={output}")
+    assert (status, "the same command goes on" in stderr, output.exists()) == (130, True, False)
+    done = len((tmp_path / "out.jsonl.partial").read_text().splitlines())
+    assert 0 < done < 70
+    status, _, stderr = run(*flags, f"--output={output}", "--seed=1")
+    assert (status, "out.jsonl.partial: was begun by another command: --seed was 0." in stderr) == (2, True)
+    calls.clear()
+    assert run(*flags, f"--output={output}")[0] == 0
+    assert len(calls) == 80 - done
+    assert output.read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl", "x.txt"]
 
 
 def test_no_checkpoint_ends_with_one_line_and_status_2(tmp_path):

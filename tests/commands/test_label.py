@@ -12,6 +12,7 @@ import pytest
 from experiments import base
 from research import config, loading
 from research.commands import label
+from research.evals import labels
 from research.objectives.classes import class_logits
 from research.objectives.types import Forward
 from research.run import checkpoint, run
@@ -137,8 +138,8 @@ def test_the_most_confident_of_each_class_are_kept(folder, data, classifier, lab
 
 
 def test_a_killed_run_goes_on(folder, data, classifier, labelled, monkeypatch):
-    monkeypatch.setattr(label, "_TOGETHER", 16)
-    real, calls = label._label, []
+    monkeypatch.setattr(labels, "_TOGETHER", 16)
+    real, calls = labels._probabilities, []
 
     def dies(*args):
         calls.append(args)
@@ -146,7 +147,7 @@ def test_a_killed_run_goes_on(folder, data, classifier, labelled, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(label, "_label", dies)
+    monkeypatch.setattr(labels, "_probabilities", dies)
     output = folder / "killed.jsonl"
     flags = [f"--model={classifier}", f"--data={data}", f"--output={output}"]
     assert label.main(flags) == 130

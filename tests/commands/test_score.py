@@ -12,6 +12,7 @@ import pytest
 from research import params
 from research.commands import score
 from research.devices import sharding
+from research.evals import record_scores
 from research.models.config import ModelConfig
 from research.models.transformer import make_model
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
@@ -23,7 +24,7 @@ MODEL = make_model(
     ModelConfig(vocab_size=V, num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, d_ff=16, max_length=LONGEST)
 )
 HIDDEN = jax.jit(MODEL.hidden)
-SCORER = functools.cache(functools.partial(score.make_token_scorer, MODEL))  # compiled once for all tests
+SCORER = functools.cache(functools.partial(record_scores.make_token_scorer, MODEL))  # compiled once for all tests
 
 
 @pytest.fixture
@@ -39,7 +40,9 @@ def loaded(monkeypatch):
 
     monkeypatch.setattr("research.loading.load_model", load)
     monkeypatch.setattr("research.run.run.use_compilation_cache", lambda: None)
-    monkeypatch.setattr(score, "make_token_scorer", lambda model, batch_tokens: SCORER(batch_tokens=batch_tokens))
+    monkeypatch.setattr(
+        record_scores, "make_token_scorer", lambda model, batch_tokens: SCORER(batch_tokens=batch_tokens)
+    )
     return model
 
 
@@ -50,7 +53,7 @@ def run(loaded, tmp_path, capsys):
     def run(text, *flags, output="y.jsonl"):
         (tmp_path / "x.jsonl").write_text(text)
         path = tmp_path / output
-        status = score.main(["--model=m", f"--input={tmp_path / 'x.jsonl'}", f"--output={path}", *flags])
+        status = score.main(["--model=m", f"--data={tmp_path / 'x.jsonl'}", f"--output={path}", *flags])
         lines = path.read_text().split("\n")[:-1] if path.exists() else None
         return status, lines, capsys.readouterr().err
 
@@ -115,7 +118,7 @@ def test_other_files(run, loaded, tmp_path):
     (tmp_path / "c.txt").write_text("four")
     for name, texts in (("a.jsonl.gz", ["one"]), ("b.json", ["tw\u2028ö", "three"]), ("c.txt", ["four"])):
         output = tmp_path / f"{name}.out"
-        assert score.main(["--model=m", f"--input={tmp_path / name}", f"--output={output}"]) == 0
+        assert score.main(["--model=m", f"--data={tmp_path / name}", f"--output={output}"]) == 0
         records = [json.loads(line) for line in output.read_text().rstrip("\n").split("\n")]
         assert [record["text"] for record in records] == texts
         assert [record["count"] for record in records] == [len(text.encode()) + 1 for text in texts]
@@ -127,13 +130,13 @@ SMALL = ("--batch_tokens=8", "--mesh=fsdp=4,tensor=2")
 
 @pytest.fixture
 def few_at_once(monkeypatch):
-    monkeypatch.setattr(score, "_BATCHES_AT_ONCE", 8)
+    monkeypatch.setattr(record_scores, "_BATCHES_AT_ONCE", 8)
 
 
 @pytest.mark.parametrize("torn", ['{"text": "torn and never end', "whole lines lost"])
 def test_a_killed_run_goes_on(run, monkeypatch, tmp_path, few_at_once, torn):
     _, whole, _ = run(MANY, "--per_token", *SMALL, output="whole.jsonl")
-    partial, line, calls = tmp_path / "y.jsonl.partial", score._line, []
+    partial, line, calls = tmp_path / "y.jsonl.partial", record_scores._line, []
 
     def killed(*args):
         calls.append(args)
@@ -141,7 +144,7 @@ def test_a_killed_run_goes_on(run, monkeypatch, tmp_path, few_at_once, torn):
             raise KeyboardInterrupt
         return line(*args)
 
-    monkeypatch.setattr(score, "_line", killed)
+    monkeypatch.setattr(record_scores, "_line", killed)
     status, lines, stderr = run(MANY, "--per_token", *SMALL)
     assert (status, lines) == (130, None)
     assert "the same command goes on" in stderr
@@ -154,7 +157,7 @@ def test_a_killed_run_goes_on(run, monkeypatch, tmp_path, few_at_once, torn):
         with partial.open("a") as file:
             file.write(torn)
     calls.clear()
-    monkeypatch.setattr(score, "_line", lambda *args: calls.append(args) or line(*args))
+    monkeypatch.setattr(record_scores, "_line", lambda *args: calls.append(args) or line(*args))
     status, lines, _ = run(MANY, "--per_token", *SMALL)
     assert status == 0
     assert len(calls) == 60 - done
@@ -165,7 +168,7 @@ def test_a_killed_run_goes_on(run, monkeypatch, tmp_path, few_at_once, torn):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("input", "--input holds other records"),
+        ("data", "--data holds other records"),
         ("flag", "--per_token was False"),
         ("template", "--template, --on_long or the tokenizer gives other tokens"),
         ("weights", "--model has other weights"),
@@ -173,7 +176,7 @@ def test_a_killed_run_goes_on(run, monkeypatch, tmp_path, few_at_once, torn):
 )
 def test_another_command_does_not_go_on(run, loaded, monkeypatch, tmp_path, few_at_once, change, message):
     text = MANY + _lines({"prompt": "a", "response": "b"})
-    monkeypatch.setattr(score, "_line", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(record_scores, "_line", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(text, *SMALL)[0] == 130
     monkeypatch.undo()
     if change == "weights":
@@ -183,7 +186,7 @@ def test_another_command_does_not_go_on(run, loaded, monkeypatch, tmp_path, few_
     monkeypatch.setattr("research.loading.load_model", lambda *args, **kwargs: loaded_again)
     monkeypatch.setattr("research.run.run.use_compilation_cache", lambda: None)
     flags = {"flag": ["--per_token"], "template": ["--template=plain"]}.get(change, [])
-    status, lines, stderr = run(text.replace('"i": 7', '"i": 8') if change == "input" else text, *SMALL, *flags)
+    status, lines, stderr = run(text.replace('"i": 7', '"i": 8') if change == "data" else text, *SMALL, *flags)
     assert (status, lines) == (2, None)
     assert f"y.jsonl.partial: was begun by another command: {message}" in stderr
 
@@ -243,16 +246,16 @@ def test_weights_that_are_no_numbers(run, loaded):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--model: is missing"),
-        (["--model=m", "--input=x"], "--output: is missing"),
+        ([], "--model, --data, --output: are missing"),
+        (["--model=m", "--data=x"], "--output: is missing"),
         (["--modle=m"], "--modle: no such flag. Did you mean '--model'?"),
-        (["--model=m", "--input=tasks:copy", "--output=y"], "--input = tasks:copy: is generated"),
-        (["--model=m", "--input=none.jsonl", "--output=y"], "--input: there is no 'none.jsonl'"),
-        (["--model=m", "--input=x", "--output=no/y"], "--output = no/y: there is no folder 'no'"),
-        (["--model=m", "--input=x", "--output=pyproject.toml"], "--output = pyproject.toml: is there already"),
-        (["--model=m", "--input=x", "--output=y", "--mesh=data"], "--mesh = data: 'data' is not of the form"),
-        (["--model=m", "--input=x", "--output=y", "--batch_tokens=0"], "--batch_tokens = 0"),
-        (["--model=m", "--input=pyproject.toml", "--output=y"], "--input: 'pyproject.toml' is of no known kind"),
+        (["--model=m", "--data=tasks:copy", "--output=y"], "--data = tasks:copy: is generated"),
+        (["--model=m", "--data=none.jsonl", "--output=y"], "--data: there is no 'none.jsonl'"),
+        (["--model=m", "--data=x", "--output=no/y"], "--output = no/y: there is no folder 'no'"),
+        (["--model=m", "--data=x", "--output=pyproject.toml"], "--output = pyproject.toml: is there already"),
+        (["--model=m", "--data=x", "--output=y", "--mesh=data"], "--mesh = data: 'data' is not of the form"),
+        (["--model=m", "--data=x", "--output=y", "--batch_tokens=0"], "--batch_tokens = 0"),
+        (["--model=m", "--data=pyproject.toml", "--output=y"], "--data: 'pyproject.toml' is of no known kind"),
     ],
 )
 def test_bad_flags(capsys, monkeypatch, request, flags, message):

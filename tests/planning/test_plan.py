@@ -8,8 +8,9 @@ import pytest
 
 from experiments import base
 from research import config
+from research.commands import plan
 from research.errors import InputError
-from research.planning import estimate, hlo, plan, report, topology
+from research.planning import estimate, hlo, report, topology
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler isn't here")
 
@@ -120,7 +121,7 @@ def test_bytes_are_those_of_one_device():
 @needs_libtpu
 def test_compiles_for_a_tpu_that_is_not_here(tmp_path, capsys):
     command = ["--config=experiments/pretrain.py:debug", "--topology=v5e:2x2", "--config.mesh.fsdp=2"]
-    command += ["--config.plan.prices.v5e=1.2", f"--json={tmp_path / 'plan.json'}"]
+    command += ["--config.plan.prices.v5e=1.2", f"--output={tmp_path / 'plan.json'}"]
     assert plan.main(command) == 0
     said = capsys.readouterr().out
     assert "4 devices, mesh data 2, fsdp 2" in said
@@ -135,7 +136,7 @@ def test_compiles_for_a_tpu_that_is_not_here(tmp_path, capsys):
 @pytest.mark.slow
 def test_search_names_the_fastest_that_fits(tmp_path):
     command = ["--config=experiments/pretrain.py:debug", "--topology=v5e:2x2", "--search", "--max_compiles=3"]
-    assert plan.main([*command, f"--json={tmp_path / 'plan.json'}"]) == 0
+    assert plan.main([*command, f"--output={tmp_path / 'plan.json'}"]) == 0
     records = json.loads((tmp_path / "plan.json").read_text())
     assert 1 <= len(records) <= 3
     assert all(r["fits"] for r in records)

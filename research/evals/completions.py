@@ -1,0 +1,210 @@
+"""What a model writes after prompts: as text that streams, or as lines of a file that a killed run goes on with."""
+
+import bisect
+import dataclasses
+import functools
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from research import files
+from research.evals.prompts import Prompt, PromptEncoder
+from research.loading import LoadedModel
+from research.models.sampling import (
+    BATCHES_AT_ONCE,
+    Completion,
+    SamplingConfig,
+    generate_batches,
+    longest_prompt,
+    make_generate,
+    make_stream,
+)
+
+Decode = Callable[[list[int]], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Responder:
+    """A model and how it answers prompts.
+
+    Attributes:
+      loaded: the model, its parameters and its tokenizer.
+      sampling: how tokens are drawn.
+      encode: prompt -> token ids.
+      stops: an answer ends before the first of these texts.
+      key: of the draws.
+    """
+
+    loaded: LoadedModel
+    sampling: SamplingConfig
+    encode: PromptEncoder
+    stops: tuple[str, ...]
+    key: jax.Array
+
+    def stream(self, prompt: Prompt, turn: int | None = None) -> Iterator[str]:
+        """Yields the answer to one prompt in pieces, as they come; draws differ by turn of a conversation."""
+        key = self.key if turn is None else jax.random.fold_in(self.key, turn)
+        start, params = self._streaming
+        return stream_text(start(params, self.encode(prompt), key), self.loaded.tokenizer.decode, self.stops)
+
+    @functools.cached_property
+    def _streaming(self) -> tuple[Callable[..., Any], Any]:
+        model = self.loaded.model
+        return make_stream(model, self.sampling, self.loaded.tokenizer.size), jax.jit(model.unstack)(self.loaded.params)
+
+    def complete(
+        self, prompts: Sequence[Prompt], batch_size: int, *, done: int = 0, ids: Sequence[list[int]] | None = None
+    ) -> Iterator[list[tuple[Prompt, str, Completion]]]:
+        """Answers many prompts; yields (prompt, text, tokens and log-probabilities) of a few batches at a time.
+
+        Args:
+          prompts: all of them; each is encoded before the first is answered.
+          batch_size: how many are decoded at once.
+          done: how many to leave out at the start. The others' answers are those that they'd have without it.
+          ids: the prompts' tokens, where they have been encoded.
+
+        Raises:
+          InputError: a prompt is at fault.
+        """
+        ids = [self.encode(prompt) for prompt in prompts] if ids is None else ids
+        generate = make_generate(self.loaded.model, self.sampling, self.loaded.tokenizer.size)
+        size = BATCHES_AT_ONCE * batch_size
+        for first in range(done, len(ids), size):
+            began = time.perf_counter()
+            completions = generate_batches(
+                generate,
+                self.loaded.params,
+                ids[first : first + size],
+                self.key,
+                batch_size=min(batch_size, len(ids)),
+                longest=self.encode.longest,
+                first_row=first,
+                progress=functools.partial(_show_progress, first, len(ids)),
+            )
+            count, seconds = sum(len(c.tokens) for c in completions), time.perf_counter() - began
+            print(f"{count} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
+            yield [
+                (prompt, *cut(completion, self.loaded.tokenizer.decode, self.stops))
+                for prompt, completion in zip(prompts[first:], completions, strict=False)
+            ]
+
+
+def _show_progress(first: int, total: int, done: int) -> None:
+    print(f"{first + done} of {total} prompts", file=sys.stderr)
+
+
+def make_responder(
+    loaded: LoadedModel,
+    sampling: Mapping[str, Any],
+    *,
+    max_new_tokens: int | None = None,
+    template: str | None = None,
+    system: str | None = None,
+    stops: Sequence[str] = (),
+    seed: int = 0,
+) -> Responder:
+    """Prepares a model to answer prompts.
+
+    Args:
+      loaded: the model.
+      sampling: temperature, top_k, top_p, min_p; see models.sampling.SamplingConfig.
+      max_new_tokens: of an answer; by default 256, or half of the model's max_length if that is less.
+      template: how prompts are put to the model; by default its own way.
+      system: see PromptEncoder.
+      stops: texts that end an answer.
+      seed: of the draws.
+
+    Raises:
+      InputError: the sampling can't work, or leaves no room for a prompt.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if max_new_tokens is None:
+        max_new_tokens = min(256, model.config.max_length // 2)
+    config = SamplingConfig(max_new_tokens=max_new_tokens, stop_tokens=tokenizer.stop, **sampling)
+    longest = longest_prompt(model, config)
+    room = f"model.max_length = {model.config.max_length} less --max_new_tokens={max_new_tokens}"
+    encoder = PromptEncoder(tokenizer, template or loaded.template, system, longest, room)
+    return Responder(loaded, config, encoder, tuple(stops), jax.random.key(seed))
+
+
+def write_completions(
+    responder: Responder, prompts: Sequence[Prompt], output: Path, batch_size: int, flags: Mapping[str, Any]
+) -> None:
+    """Answers prompts into a file of JSON lines: each record with `completion`, `tokens` and `logprob`.
+
+    A killed run leaves OUTPUT.partial, and the same call goes on from there.
+
+    Args:
+      responder: the model.
+      prompts: all of them.
+      output: the file; it is replaced.
+      batch_size: how many are decoded at once.
+      flags: what else decides the answers, by flag's name.
+
+    Raises:
+      InputError: a prompt is at fault, or OUTPUT.partial is the work of another command.
+    """
+    ids = [responder.encode(prompt) for prompt in prompts]
+    content = json.dumps([prompt.record for prompt in prompts], sort_keys=True)
+    decides = {
+        **flags,
+        "batch_size": batch_size,
+        "data": hashlib.sha256(content.encode()).hexdigest(),
+        "tokens": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+    }
+    reasons = {name: f"--{name} was {{}}" for name in decides}
+    reasons |= {"data": "--data holds other prompts", "tokens": "--template or the tokenizer gives other tokens"}
+    with files.ResumableLines(output, decides, reasons) as lines:
+        for answers in responder.complete(prompts, batch_size, done=lines.done, ids=ids):
+            lines.append(_to_json(*answer) for answer in answers)
+        lines.finish()
+
+
+def _to_json(prompt: Prompt, text: str, completion: Completion) -> bytes:
+    record = {"prompt": prompt.record} if isinstance(prompt.record, str) else prompt.record
+    added = {"completion": text, "tokens": completion.tokens, "logprob": sum(completion.logprobs)}
+    return json.dumps({**record, **added}, ensure_ascii=False).encode() + b"\n"
+
+
+def cut(completion: Completion, decode: Decode, stops: Sequence[str]) -> tuple[str, Completion]:
+    """The text before the first stop, and the tokens up to the one that completes that stop."""
+    text = decode(completion.tokens)
+    at = _first_stop(text, stops)
+    if at is None:
+        return text, completion
+    tokens, logprobs = completion
+    n = bisect.bisect_left(range(len(tokens)), True, key=lambda n: _first_stop(decode(tokens[:n]), stops) is not None)
+    return text[:at], Completion(tokens[:n], logprobs[:n])
+
+
+def stream_text(chunks: Iterable[list[int]], decode: Decode, stops: Sequence[str] = ()) -> Iterator[str]:
+    """Turns tokens into pieces of text as they come; joined, they are what `cut` gives for all of them.
+
+    What may change with the next token is held back: bytes that are no whole character yet, which decode to U+FFFD, and
+    what may be the beginning of a stop.
+    """
+    tokens: list[int] = []
+    shown = 0
+    for chunk in chunks:
+        tokens += chunk
+        text = decode(tokens)
+        at = _first_stop(text, stops)
+        if at is not None:
+            yield text[shown:at]
+            return
+        text = text.rstrip("\ufffd")
+        held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        if len(text) - held > shown:
+            yield text[shown : len(text) - held]
+            shown = len(text) - held
+    yield decode(tokens)[shown:]
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> int | None:
+    return min((text.index(stop) for stop in stops if stop in text), default=None)

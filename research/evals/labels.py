@@ -1,0 +1,249 @@
+"""Records with the probabilities that classifiers give their classes, in a file of JSON lines."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from research import config as config_lib
+from research import files, loading, params
+from research.errors import InputError
+from research.models import transformer
+from research.models.config import ModelConfig
+from research.objectives import classes
+from research.objectives import types as objective_types
+from research.sources import packing, records
+from research.sources.rows import Rows
+from research.sources.store import Store, open_store
+
+_TOGETHER = 1024  # records: packed into rows together, and written together
+_ROWS = 8  # of a batch
+
+
+class Classifier(NamedTuple):
+    """A model and how it reads.
+
+    Attributes:
+      name: of the model.
+      weights: a checksum of them.
+      probs: a batch -> [B, T, C] float32, the probabilities of the classes after each token.
+      store: the records, tokenised for it.
+      seq_len: of its rows.
+      names: of the classes; empty where they have none.
+      fields: field -> the column that it has in the records.
+    """
+
+    name: str
+    weights: str
+    probs: Callable[[dict[str, np.ndarray]], jax.Array]
+    store: Store
+    seq_len: int
+    names: tuple[str, ...]
+    fields: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How classifiers are asked for labels. What is None is as in the run that trained the model.
+
+    Attributes:
+      step: which checkpoint: a number, or "best"; None is the newest.
+      ema: take the moving average of the parameters.
+      fields: field -> the column that it has in the records.
+      prompt: what the model reads, with {text} in it.
+      words: what a language model would go on with, one for each class.
+    """
+
+    step: int | str | None = None
+    ema: bool = False
+    fields: Mapping[str, str] | None = None
+    prompt: str | None = None
+    words: tuple[str, ...] | None = None
+
+
+def find_records(data: str) -> records.Origin:
+    """Finds the records to label. Raises InputError where there are none."""
+    try:
+        return records.locate(data, count=10_000, seed=0)
+    except InputError as error:
+        raise InputError(f"--data: {error}") from error
+
+
+def open_classifiers(names: Sequence[str], origin: records.Origin, reading: Reading) -> list[Classifier]:
+    """Loads models and tokenises the records for each; all read the columns that the first one reads.
+
+    Raises:
+      InputError: a model can't be read or is no classifier, or a record is at fault.
+    """
+    classifiers: list[Classifier] = []
+    for name in names:
+        classifiers.append(_open_classifier(name, origin, reading))
+        reading = dataclasses.replace(reading, fields=classifiers[0].fields)
+    return classifiers
+
+
+def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Classifier:
+    loaded = loading.load_model(name, step=reading.step, ema=reading.ema)
+    record = files.read_json(Path(name) / "config.json", {}).get("config", {})
+    is_run = "objective" in record
+    run = config_lib.parse(record) if is_run else config_lib.Config()
+    words = reading.words or _trained_words(run)
+    if not words and not loaded.model.config.num_labels:
+        raise InputError(
+            f"--model = {name}: is a language model, and no classifier. Name a word for each class in --words."
+        )
+    label_tokens = classes.label_tokens(words, loaded.tokenizer, "--words") if words else None
+    fields = dict(run.data["fields"]) if reading.fields is None else dict(reading.fields)
+    store = open_store(
+        origin,
+        loaded.tokenizer,
+        format="labelled",
+        fields=fields,
+        template=loaded.template,
+        on_bad_record="error",
+        classes=records.Classes((), reading.prompt or run.data["prompt"], known=False),
+        cache_dir=run.data["cache_dir"],
+    )
+    return Classifier(
+        name=name,
+        weights=params.checksum(loaded.params),
+        probs=functools.partial(_make_probs(loaded.model.config, label_tokens), loaded.params),
+        store=store,
+        seq_len=run.seq_len if is_run else min(512, loaded.model.config.max_length),
+        names=tuple(run.data["labels"]) or tuple(word.strip() for word in words),
+        fields=fields,
+    )
+
+
+def _trained_words(run: config_lib.Config) -> tuple[str, ...]:
+    """The words that a run trained a language model to label with."""
+    terms = run.objective["terms"].items()
+    options = [
+        {**(value if isinstance(value, Mapping) else {}), **run.objective.get(name, {})} for name, value in terms
+    ]
+    return next((tuple(o["words"]) for o in options if o.get("head") == "words"), ())
+
+
+@functools.lru_cache(maxsize=16)
+def _make_probs(config: ModelConfig, label_tokens: tuple[int, ...] | None) -> Callable[..., jax.Array]:
+    """One program for all models of a shape, so that labelling with many compiles once."""
+    model = transformer.make_model(config)
+
+    @jax.jit
+    def probs(weights: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        forward = objective_types.Forward({"policy": model}, {"policy": weights}, batch)
+        return jax.nn.softmax(classes.class_logits(forward, label_tokens))
+
+    return probs
+
+
+def write_labels(
+    classifiers: Sequence[Classifier],
+    origin: records.Origin,
+    output: Path,
+    *,
+    words: tuple[str, ...] | None = None,
+    keep: float = 1.0,
+    max_records: int = 0,
+) -> int:
+    """Labels records into `output`, and returns how many: their fields, `probs`, and `gold`, the true class's number.
+
+    A killed run leaves OUTPUT.partial, and the same call goes on from there.
+
+    Args:
+      classifiers: their probabilities are averaged.
+      origin: of the records.
+      output: the file; it is replaced.
+      words: those that the classifiers were asked for.
+      keep: the share of each predicted class to keep, the most confident ones.
+      max_records: label only so many; 0 labels all.
+
+    Raises:
+      InputError: probabilities are no numbers, or OUTPUT.partial is the work of another command.
+    """
+    total = min(len(classifiers[0].store.length), max_records or sys.maxsize)
+    decides = {
+        "weights": [classifier.weights for classifier in classifiers],
+        "tokens": [hashlib.blake2b(c.store.tokens.tobytes(), digest_size=16).hexdigest() for c in classifiers],
+        "words": words,
+        "keep": keep,
+        "max_records": max_records,
+    }
+    reasons = {"tokens": "--data, --fields or --prompt gives other tokens", "weights": "--model has other weights"}
+    reasons |= {name: f"--{name} was {{}}" for name in ("words", "keep", "max_records")}
+    with files.ResumableLines(output, decides, reasons) as lines:
+        for chunk in _label(classifiers, origin, total, lines.done):
+            lines.append(chunk)
+        lines.finish(functools.partial(_most_confident, keep) if keep < 1 else None)
+    return total
+
+
+def _label(classifiers: Sequence[Classifier], origin: records.Origin, total: int, done: int) -> Iterator[list[bytes]]:
+    """Lines of labelled records from number `done` on, those that are packed together at a time."""
+    raw_records = (records.parse(raw) for _, raw in origin.read())
+    names, fields = classifiers[0].names, classifiers[0].fields
+    with tqdm.tqdm(total=total, unit=" records", disable=None) as bar:
+        for start in range(0, total, _TOGETHER):
+            numbers = range(start, min(start + _TOGETHER, total))
+            raw = [next(raw_records) for _ in numbers]
+            if numbers.stop > done:
+                probs = np.mean([_probabilities(c, numbers) for c in classifiers], axis=0)
+                skip = max(0, done - start)
+                yield [_line(*pair, fields, names) for pair in zip(raw[skip:], probs[skip:], strict=True)]
+            bar.update(len(numbers))
+
+
+def _probabilities(classifier: Classifier, numbers: range) -> np.ndarray:
+    """The probabilities of records by number, [len(numbers), C] float64."""
+    store, T = classifier.store, classifier.seq_len
+    ends = np.cumsum(store.length)[numbers.start : numbers.stop]
+    length = np.minimum(store.length[numbers.start : numbers.stop], T)
+    row = packing.best_fit_decreasing(length, T)
+    order = np.argsort(row, kind="stable")
+    splits = np.concatenate([[0], np.cumsum(np.bincount(row))])
+    rows = Rows((store,), (ends - length)[order], length[order], splits, T)
+    last = np.cumsum(length[order]) - np.repeat(
+        np.concatenate([[0], np.cumsum(np.bincount(row, length))[:-1]]).astype(np.int64), np.bincount(row)
+    )
+    result = None
+    for first in range(0, len(rows), _ROWS):
+        number = np.arange(first, first + _ROWS)
+        batch = rows.batch(np.where(number < len(rows), number, -1))
+        probs = np.asarray(classifier.probs({k: jnp.asarray(v) for k, v in batch.items()}))
+        if result is None:
+            result = np.zeros((len(numbers), probs.shape[-1]))
+        here = range(splits[first], splits[min(first + _ROWS, len(rows))])
+        result[order[here]] = probs[row[order[here]] - first, last[here] - 1]
+    if not np.isfinite(result).all():
+        raise InputError(f"{classifier.name}: gives probabilities that are no numbers. Look at the model's weights.")
+    return result
+
+
+def _line(record: dict[str, Any], probs: np.ndarray, fields: Mapping[str, str], names: Sequence[str]) -> bytes:
+    """The record with its probabilities, and its true class where it is known."""
+    column = fields.get("label", "label")
+    labelled = {k: v for k, v in record.items() if k not in (column, "probs")}
+    if record.get(column) is not None:
+        labelled["gold"] = records.label(record, {"label": column}, names)
+    labelled["probs"] = [round(float(p), 6) for p in probs / probs.sum()]
+    return json.dumps(labelled, ensure_ascii=False).encode() + b"\n"
+
+
+def _most_confident(share: float, lines: list[bytes]) -> list[bytes]:
+    """The most confident records of each predicted class, in their order."""
+    probs = np.array([json.loads(line)["probs"] for line in lines])
+    kept = np.zeros(len(lines), bool)
+    for label in range(probs.shape[1]):
+        (here,) = np.nonzero(probs.argmax(axis=1) == label)
+        best = here[np.argsort(-probs[here].max(axis=1), kind="stable")]
+        kept[best[: int(np.ceil(share * len(here)))]] = True
+    return [line for line, keep in zip(lines, kept, strict=True) if keep]

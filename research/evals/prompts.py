@@ -1,0 +1,103 @@
+"""Prompts as a user gives them: on a command line, or one a line of a file."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from research.errors import InputError
+from research.sources.formats import render_prompt
+from research.sources.tokenizers import Tokenizer
+
+
+class Prompt(NamedTuple):
+    """What the user gave, and where: a text, {"prompt": text} or {"messages": [...]}."""
+
+    where: str
+    record: str | Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptEncoder:
+    """Turns prompts into tokens.
+
+    Attributes:
+      tokenizer: of the model.
+      template: how prompts are put to the model; see sources.formats.
+      system: the message that a prompt begins with where it has no system message of its own; None for none.
+      longest: how many tokens a prompt may have.
+      room: what an error says of where that number comes from.
+    """
+
+    tokenizer: Tokenizer
+    template: str
+    system: str | None
+    longest: int
+    room: str
+
+    def __call__(self, prompt: Prompt) -> list[int]:
+        """Returns token ids.
+
+        Raises:
+          InputError: the prompt can't be rendered, or is too long.
+        """
+        try:
+            ids = render_prompt(_with_system(prompt.record, self.system), self.tokenizer, self.template)
+        except InputError as error:
+            raise InputError(f"{prompt.where}: {error}") from error
+        if len(ids) > self.longest:
+            raise InputError(
+                f"{prompt.where}: is {len(ids)} tokens long, and there is room for {self.longest} ({self.room}). "
+                "Shorten the one, or lower the other."
+            )
+        return ids
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Reads a file of prompts, one a line.
+
+    Raises:
+      InputError: the file can't be read or holds no prompt, or a line is at fault.
+    """
+    suffix = Path(path).suffix
+    if suffix not in (".txt", ".jsonl"):
+        raise InputError(f"--data = {path}: ends in neither .txt nor .jsonl. Rename it to what it is.")
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.rstrip("\n") for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--data = {path}: can't be read ({error}). Give a file of UTF-8 text.") from error
+    if not lines:
+        raise InputError(f"--data = {path}: is empty. Write one prompt a line.")
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            raise InputError(f"{where}: is an empty line. Remove it, or write a prompt.")
+        prompts.append(Prompt(where, _record(line, where) if suffix == ".jsonl" else line))
+    return prompts
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: is no JSON ({error}). Write one object a line.") from error
+    if not isinstance(record, dict) or not {"prompt", "messages"} & record.keys():
+        raise InputError(f'{where}: is no object with "prompt" or "messages". Add the one or the other.')
+    messages = record.get("messages", [])
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise InputError(f'{where}: "messages" is no list of objects with "role" and "content". Write it as one.')
+    return record
+
+
+def _with_system(record: str | Mapping[str, Any], system: str | None) -> str | Mapping[str, Any]:
+    """The record with a system message first, where it has none."""
+    if system is None:
+        return record
+    record = {"prompt": record} if isinstance(record, str) else record
+    messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+    if messages[0].get("role") == "system":
+        return record
+    return {"messages": [{"role": "system", "content": system}, *messages]}

@@ -1,0 +1,203 @@
+"""Records with the log-probabilities that a model gives them, in a file of JSON lines."""
+
+import array
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+import tqdm
+
+from research import files, params
+from research.errors import InputError
+from research.evals.scoring import Example, encode_records, make_token_scorer
+from research.loading import LoadedModel
+from research.sources import records
+
+ADDED = ("count", "loss", "perplexity", "logprobs")
+ON_LONG = ("error", "truncate", "split")
+_ENCODED_AT_ONCE = 256  # records
+_BATCHES_AT_ONCE = 16  # sorted by length together, and written together
+_REASONS = {
+    "data": "--data holds other records",
+    "tokens": "--template, --on_long or the tokenizer gives other tokens",
+    "weights": "--model has other weights",
+    "per_token": "--per_token was {}",
+}
+
+
+def find_records(data: str) -> records.Origin:
+    """Finds the records to score.
+
+    Raises:
+      InputError: there are no such records, or they are generated.
+    """
+    try:
+        origin = records.locate(data, count=0, seed=0)
+    except InputError as error:
+        raise InputError(f"--data: {error}") from error
+    if origin.generated:
+        raise InputError(f"--data = {data}: is generated. Give a file.")
+    return origin
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordScorer:
+    """A model and how it scores records.
+
+    Attributes:
+      loaded: the model, under its mesh.
+      template: how records are put to it.
+      on_long: one of ON_LONG: what to do with a record that is longer than the model's max_length.
+      per_token: whether each token's log-probability is written too.
+      batch_tokens: see scoring.
+    """
+
+    loaded: LoadedModel
+    template: str
+    on_long: str
+    per_token: bool
+    batch_tokens: int
+
+    def write(self, origin: records.Origin, output: Path) -> int:
+        """Scores all records into `output`, and returns how many there are.
+
+        All is read and checked before anything is computed. A killed run leaves OUTPUT.partial, and the same call goes
+        on from there.
+
+        Raises:
+          InputError: a record is at fault or there is none, a loss is no number, or OUTPUT.partial is the work of
+            another command.
+        """
+        with jax.set_mesh(self.loaded.mesh), tempfile.TemporaryFile(dir=output.parent) as spool:
+            lengths, identity = self._encode(origin, spool)
+            identity |= {"weights": params.checksum(self.loaded.params), "per_token": self.per_token}
+            with files.ResumableLines(output, identity, _REASONS) as lines:
+                self._score(origin, spool, lengths, lines)
+                lines.finish()
+        return len(lengths)
+
+    def _score(
+        self, origin: records.Origin, spool: BinaryIO, lengths: Sequence[int], lines: files.ResumableLines
+    ) -> None:
+        score = make_token_scorer(self.loaded.model, batch_tokens=self.batch_tokens)
+        shards = math.prod(self.loaded.mesh.shape[axis] for axis in ("data", "fsdp"))
+        raw_records, tokens = origin.read(), 0
+        with tqdm.tqdm(total=sum(lengths) - len(lengths), unit=" tokens", unit_scale=True, disable=None) as bar:
+            for group in _groups(lengths, _BATCHES_AT_ONCE * self.batch_tokens * shards):
+                raw = [next(raw_records) for _ in group]
+                examples = _read_examples(spool, lengths[group.start : group.stop])
+                # A group that was cut off is scored again, whole, so that its values are the same.
+                if group.stop > lines.done:
+                    scored = score(self.loaded.params, examples, bar.update)
+                    skip = max(0, lines.done - group.start)
+                    rows = zip(raw[skip:], scored[skip:], strict=True)
+                    lines.append([_line(where, record, values, self.per_token) for (where, record), values in rows])
+                tokens += sum(lengths[group.start : group.stop]) - len(group)
+                bar.n = tokens
+                bar.refresh()
+
+    def _encode(self, origin: records.Origin, spool: BinaryIO) -> tuple[array.array, dict[str, Any]]:
+        """Checks and tokenises all records; writes their examples to `spool`.
+
+        Returns:
+          the number of tokens of each example.
+          hashes of what decides the result: the data, and the tokens.
+        """
+        lengths = array.array("q")
+        hashes = {name: hashlib.blake2b(digest_size=16) for name in ("data", "tokens")}
+        for items in _chunks(origin, hashes["data"]):
+            for example in self._examples(items):
+                lengths.append(len(example.tokens))
+                content = example.tokens.tobytes() + example.mask.tobytes()
+                hashes["tokens"].update(content)
+                spool.write(content)
+        if not lengths:
+            raise InputError("--data: holds no record. Write one JSON object a line.")
+        spool.seek(0)
+        return lengths, {name: value.hexdigest() for name, value in hashes.items()}
+
+    def _examples(self, items: list[tuple[str, dict[str, Any]]]) -> Iterator[Example]:
+        config = self.loaded.model.config
+        examples = encode_records(items, self.loaded.tokenizer, self.template, config.vocab_size)
+        for (where, _), example in zip(items, examples, strict=True):
+            if len(example.tokens) > config.max_length + 1 and self.on_long != "split":
+                yield _shorten(where, example, config.max_length, self.on_long)
+            else:
+                yield example
+
+
+def _chunks(origin: records.Origin, content: Any) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Records, a few hundred at a time, each with where it stands; their bytes go into the hash `content`."""
+    items = []
+    for where, raw in origin.read():
+        try:
+            record = records.parse(raw)
+            for name in ADDED:
+                if name in record:
+                    raise InputError(f"has a field {name!r} already, which is to be added. Rename or drop it.")
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        content.update(_json(raw))
+        items.append((where, record))
+        if len(items) == _ENCODED_AT_ONCE:
+            yield items
+            items = []
+    if items:
+        yield items
+
+
+def _shorten(where: str, example: Example, max_length: int, on_long: str) -> Example:
+    if on_long == "error":
+        raise InputError(
+            f"{where}: has {len(example.tokens)} tokens, and the model takes {max_length} and predicts one more. "
+            "Shorten it, or use --on_long=truncate or --on_long=split."
+        )
+    example = Example(example.tokens[: max_length + 1], example.mask[: max_length + 1])
+    if not example.count:
+        raise InputError(
+            f"{where}: nothing of its first {max_length + 1} tokens is to be scored, so that --on_long=truncate leaves "
+            "nothing. Shorten the prompt, or use --on_long=split."
+        )
+    return example
+
+
+def _read_examples(spool: BinaryIO, lengths: Sequence[int]) -> list[Example]:
+    return [Example(np.frombuffer(spool.read(4 * n), np.int32), np.frombuffer(spool.read(n), bool)) for n in lengths]
+
+
+def _groups(lengths: Sequence[int], at_once: int) -> Iterator[range]:
+    """Records in order, each group with `at_once` tokens at least."""
+    start = tokens = 0
+    for i, length in enumerate(lengths):
+        tokens += length
+        if tokens >= at_once or i == len(lengths) - 1:
+            yield range(start, i + 1)
+            start, tokens = i + 1, 0
+
+
+def _line(where: str, raw: records.Raw, logprobs: np.ndarray, per_token: bool) -> bytes:
+    """The record as it came, with its scores after its last field."""
+    loss = -float(np.mean(logprobs, dtype=np.float64))
+    if not loss < math.log(sys.float_info.max):
+        raise InputError(f"{where}: has loss {loss}: its perplexity is no number. Look at the model's weights.")
+    added: dict[str, Any] = {"count": len(logprobs), "loss": loss, "perplexity": math.exp(loss)}
+    if per_token:
+        added["logprobs"] = [round(x, 6) for x in logprobs.tolist()]
+    record = _json(raw).removesuffix(b"}").rstrip()
+    return record + (b", " if record != b"{" else b"") + json.dumps(added).removeprefix("{").encode() + b"\n"
+
+
+def _json(raw: records.Raw) -> bytes:
+    if isinstance(raw, bytes):
+        return raw.strip()
+    return json.dumps(
+        raw, ensure_ascii=False, default=lambda x: x.decode() if isinstance(x, bytes) else str(x)
+    ).encode()

@@ -1,0 +1,83 @@
+"""Disjoint parts of a data set, drawn by chance: no record, and no prompt, is in two of them."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research import files
+from research.errors import InputError
+from research.sources import formats, records
+
+Parts = Mapping[str, int | None]  # name -> number of records; None, at most once and last, is the rest
+
+
+def read_parts(text: str) -> dict[str, int | None]:
+    """Reads NAME:COUNT,...; the part without a number comes last.
+
+    Raises:
+      ValueError: the text isn't of this form.
+    """
+    parts: dict[str, int | None] = {}
+    for entry in text.split(","):
+        name, colon, count = entry.partition(":")
+        if not name or name in parts or (colon and not (count.isdecimal() and int(count))):
+            raise ValueError(f"{entry!r} isn't NAME:COUNT with a name of its own.")
+        parts[name] = int(count) if colon else None
+    if list(parts.values()).count(None) > 1:
+        raise ValueError("only one part can get the rest. Give the others a number.")
+    return dict(sorted(parts.items(), key=lambda part: part[1] is None))
+
+
+def read_distinct(entries: Sequence[str], fields: Mapping[str, str], *, examples: int, seed: int) -> list[dict]:
+    """Reads the records of some entries of data.path. Of those with the same text, or prompt, the first is taken.
+
+    Args:
+      entries: files, folders, builtin:NAME, tasks:NAME, ...
+      fields: field -> the column that it has in the data.
+      examples, seed: how many records a generator makes, and from which seed.
+
+    Raises:
+      InputError: an entry can't be found, or a record is at fault.
+    """
+    try:
+        origins = [records.locate(entry, count=examples, seed=seed) for entry in entries]
+    except InputError as error:
+        raise InputError(f"--data: {error}") from error
+    distinct: dict[Any, dict] = {}
+    for where, raw in itertools.chain.from_iterable(origin.read() for origin in origins):
+        try:
+            record = records.canonical(records.parse(raw), fields)
+            kind = "text" if "text" in record else records.detect_format(record, {})
+            turns = records.check(record, kind, {})
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        distinct.setdefault(formats.split_key(turns), record)
+    return list(distinct.values())
+
+
+def write_parts(distinct: Sequence[Mapping[str, Any]], parts: Parts, folder: Path, seed: int) -> dict[Path, int]:
+    """Writes FOLDER/NAME.jsonl for each part, and returns how many records each file got.
+
+    Raises:
+      InputError: there are too few records.
+    """
+    total = sum(count or 0 for count in parts.values())
+    if total > len(distinct) or (None in parts.values() and total == len(distinct)):
+        more = " and more" if None in parts.values() else ""
+        raise InputError(
+            f"--parts: asks for {total:,} records{more}, and --data holds {len(distinct):,} different ones. Ask for "
+            "fewer."
+        )
+    order = iter(np.random.default_rng(seed).permutation(len(distinct)).tolist())
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {}
+    for name, count in parts.items():
+        lines = [json.dumps(distinct[i], ensure_ascii=False) + "\n" for i in itertools.islice(order, count)]
+        path = folder / f"{name}.jsonl"
+        files.write_text(path, "".join(lines))
+        sizes[path] = len(lines)
+    return sizes
