@@ -1,18 +1,19 @@
 """The report of a study that compares ways to train: each metric over seeds, as a table and as curves."""
 
 import csv
-import json
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
+from research import files
 from research.errors import InputError
 from research.run.metrics import read_metrics
-from research.studies import report as pages
+from research.studies import pages
+from research.studies.tables import text_table
 
 LEVEL = 0.95
 METHOD = (
@@ -29,13 +30,60 @@ class Mean(NamedTuple):
     high: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to train.
+
+    Attributes:
+      name: as the study calls it.
+      runs: workdirs, one a seed.
+      curves: of each run, metric -> step -> value.
+      means: metric -> mean over the seeds of its last value; None where no run has it.
+      recovered: metric -> share of the gap between a weak way and a strong one, None of these two; metrics without a
+        gap aren't there.
+    """
+
+    name: str
+    runs: Sequence[str]
+    curves: Sequence[Mapping[str, Mapping[int, float]]]
+    means: Mapping[str, Mean | None]
+    recovered: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+
+
 def mean(values: Sequence[float]) -> Mean:
     """Mean with a two-sided interval at LEVEL: m +- t s / sqrt(n), s with n - 1 in its denominator."""
     m, n = float(np.mean(values)), len(values)
     if n < 2:
         return Mean(m, math.nan, math.nan)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    half = student_quantile(LEVEL, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Mean(m, m - half, m + half)
+
+
+def student_quantile(level: float, freedom: int) -> float:
+    """The t with P(|T| < t) = level, of Student's distribution.
+
+    With t = sqrt(freedom) tan(angle) the probability is a finite sum in cos(angle) (Abramowitz and Stegun, Handbook of
+    Mathematical Functions, 26.7.3 and 26.7.4), which grows with the angle: bisection finds it to the last bits.
+
+    Args:
+      level: in (0, 1).
+      freedom: degrees of freedom, at least 1.
+    """
+    low, high = 0.0, math.pi / 2
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if _student_probability(middle, freedom) < level else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _student_probability(angle: float, freedom: int) -> float:
+    """P(|T| < sqrt(freedom) tan(angle))."""
+    odd, square = freedom % 2, math.cos(angle) ** 2
+    term, terms = math.cos(angle) if odd else 1.0, []
+    for k in range(1, freedom // 2 + 1):
+        terms.append(term)
+        term *= square * (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k))
+    total = math.sin(angle) * math.fsum(terms)
+    return (angle + total) * 2 / math.pi if odd else total
 
 
 def report(
@@ -53,99 +101,99 @@ def report(
         between their means that a way has recovered (PGR, arXiv:2312.09390, section 3.1), without interval.
 
     Raises:
-      InputError: no run of any way has a metric.
+      InputError: no run of any way has a metric, or matplotlib isn't installed: the tables are written then.
     """
-    curves = {name: [_curves(run, metrics) for run in seeds] for name, seeds in runs.items()}
-    rows: list[dict[str, Any]] = []
-    for name, seeds in curves.items():
-        row: dict[str, Any] = {"name": name, "seeds": len(seeds)}
-        for metric in metrics:
-            last = [curve[metric][max(curve[metric])] for curve in seeds if curve[metric]]
-            row[metric] = mean(last) if last else None
-        rows.append(row)
-    recovered = _recovered(rows, metrics, gap) if gap else {}
+    ways = [read_way(name, seeds, metrics) for name, seeds in runs.items()]
     for metric in metrics:
-        if all(row[metric] is None for row in rows):
+        if all(way.means[metric] is None for way in ways):
             raise InputError(f"{metric}: no run of the study has this metric. Look at their eval sections.")
+    if gap:
+        ways = with_recovered(ways, *gap)
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
-    header = ["", "seeds", *metrics, *(f"PGR of {metric}" for metric in recovered)]
-    shown = [
-        [row["name"], str(row["seeds"]), *(_text(row[metric]) for metric in metrics)]
-        + [f"{share[row['name']]:.3f}" if row["name"] in share else "-" for share in recovered.values()]
-        for row in rows
-    ]
-    values = [
-        {k: v._asdict() if isinstance(v, Mean) else v for k, v in row.items()}
-        | {"runs": list(runs[row["name"]])}
-        | {f"PGR of {metric}": share.get(row["name"]) for metric, share in recovered.items()}
-        for row in rows
-    ]
-    (out / "table.json").write_text(json.dumps(_plain(values), indent=2) + "\n")
-    with open(out / "table.csv", "w", encoding="utf-8", newline="") as file:
+    files.write_json(out / "table.json", [_as_json(way) for way in ways])
+    _write_csv(out / "table.csv", ways, metrics)
+    header, rows = table(ways, metrics)
+    print(text_table([header, *rows]))
+    print(f"\n{METHOD}\n\nin full in {out / 'report.html'}, {out / 'table.csv'} and {out / 'table.json'}")
+    _write_page(out, ways, metrics)
+
+
+def read_way(name: str, runs: Sequence[str], metrics: Sequence[str]) -> Way:
+    """Reads the metrics of the runs of a way to train."""
+    curves = [_read_curves(run, metrics) for run in runs]
+    means: dict[str, Mean | None] = {}
+    for metric in metrics:
+        last = [curve[metric][max(curve[metric])] for curve in curves if curve[metric]]
+        means[metric] = mean(last) if last else None
+    return Way(name, list(runs), curves, means)
+
+
+def with_recovered(ways: Sequence[Way], weak: str, strong: str) -> list[Way]:
+    """The ways with the shares of the gap that they have recovered: (way - weak) / (strong - weak), of means.
+
+    Args:
+      ways: all of them.
+      weak, strong: names of two, which get no share themselves.
+    """
+    by_name = {way.name: way for way in ways}
+    bounds = {}
+    for metric in ways[0].means:
+        low, high = by_name[weak].means[metric], by_name[strong].means[metric]
+        if low and high and low.value != high.value:
+            bounds[metric] = (low.value, high.value)
+    shares = []
+    for way in ways:
+        recovered: dict[str, float | None] = dict.fromkeys(bounds)
+        for metric, (low, high) in bounds.items():
+            cell = way.means[metric]
+            if cell and way.name not in (weak, strong):
+                recovered[metric] = (cell.value - low) / (high - low)
+        shares.append(dataclasses.replace(way, recovered=recovered))
+    return shares
+
+
+def table(ways: Sequence[Way], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Returns the heading and the rows, as text."""
+    header = ["", "seeds", *metrics, *(f"PGR of {metric}" for metric in ways[0].recovered)]
+    rows = []
+    for way in ways:
+        shares = ["-" if share is None else f"{share:.3f}" for share in way.recovered.values()]
+        rows.append([way.name, str(len(way.runs)), *(_text(way.means[m]) for m in metrics), *shares])
+    return header, rows
+
+
+def _write_csv(path: Path, ways: Sequence[Way], metrics: Sequence[str]) -> None:
+    missing = Mean(math.nan, math.nan, math.nan)
+    with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "seeds", *(f"{m}{part}" for m in metrics for part in ("", " low", " high"))])
-        for row in rows:
-            cells = [row[m] or Mean(math.nan, math.nan, math.nan) for m in metrics]
-            flat = ["" if math.isnan(x) else x for cell in cells for x in cell]
-            writer.writerow([row["name"], row["seeds"], *flat])
-    drawn = ""
+        for way in ways:
+            numbers = [x for metric in metrics for x in way.means[metric] or missing]
+            writer.writerow([way.name, len(way.runs), *("" if math.isnan(x) else x for x in numbers)])
+
+
+def _write_page(out: Path, ways: Sequence[Way], metrics: Sequence[str]) -> None:
+    """Writes the plots and report.html."""
+    plots = pages.load_plots()
+    curves, pictures = {way.name: way.curves for way in ways}, ""
     for metric in metrics:
-        png = {theme: plot(metric, curves, theme) for theme in pages.THEMES}
+        png = {theme: plots.plot_ways(metric, curves, theme) for theme in plots.THEMES}
         (out / f"{metric.replace('/', '_')}.png").write_bytes(png["light"])
-        drawn += pages.picture(png, metric)
-    body = [f"<h1>Comparison</h1><p>{pages.escape(METHOD)}</p>", pages.table(header, shown, "numbers")]
-    body.append(f'<div class="plots">{drawn}</div>')
+        pictures += pages.picture(png, metric)
+    body = [f"<h1>Comparison</h1><p>{pages.escape(METHOD)}</p>", pages.table(*table(ways, metrics), "numbers")]
+    body.append(f'<div class="plots">{pictures}</div>')
     (out / "report.html").write_text(pages.page("Comparison", body), encoding="utf-8")
 
-    widths = [max(len(line[i]) for line in [header, *shown]) for i in range(len(header))]
-    for line in [header, *shown]:
-        print("  ".join(text.ljust(n) for text, n in zip(line, widths, strict=True)).rstrip())
-    print(f"\n{METHOD}\n\nin full in {out / 'report.html'}, {out / 'table.csv'} and {out / 'table.json'}")
 
-
-def plot(metric: str, curves: Mapping[str, Sequence[Mapping[str, Mapping[int, float]]]], theme: str = "light") -> bytes:
-    """Returns a PNG of a metric over steps, in a colour for each way to train."""
-    figure, axes = pages.new_axes(metric, "step", theme)
-    for i, (name, seeds) in enumerate(curves.items()):
-        color = pages.COLORS[i % len(pages.COLORS)]
-        points = [curve[metric] for curve in seeds if curve[metric]]
-        steps = sorted(set.intersection(*(set(p) for p in points))) if points else []
-        if steps:
-            y = np.array([[p[step] for step in steps] for p in points])
-            axes.plot(steps, y.mean(axis=0), color=color, label=name, linewidth=1.6, marker="o", markersize=3)
-            axes.fill_between(steps, y.min(axis=0), y.max(axis=0), color=color, alpha=0.18, linewidth=0)
-    if axes.get_legend_handles_labels()[0]:
-        ink = pages.THEMES[theme]["ink"]
-        axes.legend(frameon=False, fontsize=8, labelcolor=ink, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return pages.to_png(figure)
-
-
-def _curves(run: str, metrics: Sequence[str]) -> dict[str, dict[int, float]]:
+def _read_curves(run: str, metrics: Sequence[str]) -> dict[str, dict[int, float]]:
     """metric -> step -> value."""
-    found: dict[str, dict[int, float]] = {metric: {} for metric in metrics}
+    curves: dict[str, dict[int, float]] = {metric: {} for metric in metrics}
     for record in read_metrics(run):
         for metric in metrics:
             if metric in record:
-                found[metric][int(record["step"])] = record[metric]
-    return found
-
-
-def _recovered(
-    rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], gap: tuple[str, str]
-) -> dict[str, dict[str, float]]:
-    """metric -> way -> (way - weak) / (strong - weak); nothing where there is no gap."""
-    of = {row["name"]: row for row in rows}
-    found: dict[str, dict[str, float]] = {}
-    for metric in metrics:
-        weak, strong = (of[name][metric].value if of[name][metric] else math.nan for name in gap)
-        if abs(strong - weak) > 0:
-            found[metric] = {
-                name: (row[metric].value - weak) / (strong - weak)
-                for name, row in of.items()
-                if name not in gap and row[metric]
-            }
-    return found
+                curves[metric][int(record["step"])] = record[metric]
+    return curves
 
 
 def _text(cell: Mean | None) -> str:
@@ -154,10 +202,11 @@ def _text(cell: Mean | None) -> str:
     return f"{cell.value:.4g}" + ("" if math.isnan(cell.low) else f" [{cell.low:.4g}, {cell.high:.4g}]")
 
 
-def _plain(value: Any) -> Any:
-    """nan, which JSON lacks, becomes None."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _as_json(way: Way) -> dict[str, Any]:
+    """A row of table.json; nan, which JSON lacks, becomes None."""
+    means = {
+        metric: cell and {name: None if math.isnan(x) else x for name, x in cell._asdict().items()}
+        for metric, cell in way.means.items()
+    }
+    shares = {f"PGR of {metric}": share for metric, share in way.recovered.items()}
+    return {"name": way.name, "seeds": len(way.runs), **means, "runs": list(way.runs), **shares}

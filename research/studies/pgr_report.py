@@ -1,17 +1,16 @@
-"""The report of a weak-to-strong study: tables and plots of what research/evals/pgr.py measures."""
+"""The report of a weak-to-strong study: tables and plots of what pgr.py measures."""
 
 import csv
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from research.studies import pgr
-from research.studies import report as pages
+from research import files
+from research.studies import pages, pgr
 from research.studies.pgr import Estimate, Group, Missing
+from research.studies.tables import text_table
 
 METHOD = (
     f"In brackets: {pgr.LEVEL:.0%} percentile intervals of a bootstrap with {pgr.DRAWS} draws, of seeds and test "
@@ -44,37 +43,23 @@ def report(cells: Sequence[Mapping[str, Any]], workdir: str) -> None:
       workdir: of the study.
 
     Raises:
-      InputError: see pgr.measure.
+      InputError: see pgr.measure; or matplotlib isn't installed: the tables are written then.
     """
     groups, missing = pgr.measure(cells)
     missing = [Missing(cell, reason + _stage_of(cell, workdir)) for cell, reason in missing]
-    os.makedirs(workdir, exist_ok=True)
     out = Path(workdir)
-    header, rows = table(groups)
-    listed = left_out(groups, missing)
-    (out / "table.json").write_text(json.dumps(_as_json(groups, missing), indent=2, allow_nan=False) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "table.json", _as_json(groups, missing))
     with open(out / "table.csv", "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerows(_as_csv(groups))
-    body = [f"<h1>Weak to strong</h1><p>{pages.escape(METHOD)}</p>", pages.table(header, rows, "numbers")]
-    if listed:
-        body += ["<h2>Left out</h2>", pages.table(["what", "why"], listed, "settings")]
-    drawn = ""
-    for name, title in (("accuracy", "Accuracy"), ("pgr", "Performance gap recovered")):
-        if groups:
-            png = {theme: plot(name, title, groups, theme) for theme in pages.THEMES}
-            (out / f"{name}.png").write_bytes(png["light"])
-            drawn += pages.picture(png, f"{title} over the size gap")
-    body.append(f'<h2>Over the size gap</h2><div class="plots">{drawn}</div>')
-    (out / "report.html").write_text(pages.page("Weak to strong", body), encoding="utf-8")
-
-    lines = [header, *table(groups, brief=True)[1]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    print("\n".join("  ".join(text.ljust(n) for text, n in zip(line, widths, strict=True)).rstrip() for line in lines))
+        csv.writer(f).writerows(_as_csv(groups))
+    header, rows = table(groups, brief=True)
+    listed = left_out(groups, missing)
+    print(text_table([header, *rows]))
     print(f"\n{METHOD}")
     for what, why in listed:
         print(f"left out: {what}: {why}")
     print(f"\nin full in {out / 'report.html'}, {out / 'table.csv'} and {out / 'table.json'}")
+    _write_page(out, groups, listed)
 
 
 def table(groups: Sequence[Group], brief: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -97,75 +82,31 @@ def left_out(groups: Sequence[Group], missing: Sequence[Missing]) -> list[list[s
     return listed
 
 
-def plot(name: str, title: str, groups: Sequence[Group], theme: str = "light") -> bytes:
-    """Returns a PNG over the size gap, parameters of strong over parameters of weak, in a colour for each loss.
-
-    A line joins the weak sizes that supervise one strong size.
-
-    Args:
-      name: "accuracy" (of student, with weak and ceiling beside) or "pgr"; groups that are excluded from PGR have none.
-      title: of the plot.
-      groups: to draw.
-      theme: "light" or "dark".
-    """
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
-    figure, axes = pages.new_axes(title, "parameters, strong / weak", theme)
-    ink = pages.THEMES[theme]["ink"]
-    losses = list(dict.fromkeys(group.loss for group in groups))
-    ratios = sorted({group.strong_params / group.weak_params for group in groups})
-
-    def line(chosen: Sequence[Group], what: str, shift: float, label: str, **style: Any) -> None:
-        for size in dict.fromkeys(group.strong_size for group in chosen):
-            found = sorted((g for g in chosen if g.strong_size == size), key=lambda g: g.strong_params / g.weak_params)
-            x = [group.strong_params / group.weak_params * shift for group in found]
-            y, low, high = zip(*(group.estimates[what] for group in found), strict=True)
-            errors = [[_length(a - b) for a, b in zip(*ends, strict=True)] for ends in ((y, low), (high, y))]
-            axes.errorbar(x, y, yerr=errors, capsize=2.5, markersize=4, linewidth=1.4, label=label, **style)
-            label = ""  # once is enough
-
-    if name == "accuracy":
-        pairs = {(group.weak_size, group.strong_size): group for group in groups}
-        line(list(pairs.values()), "weak", 1.0, color=ink, label="weak", linestyle=":", marker="v", alpha=0.7)
-        line(list(pairs.values()), "ceiling", 1.0, color=ink, linestyle="--", marker="^", label="ceiling", alpha=0.7)
-    else:
-        for y in (0, 1):
-            axes.axhline(y, color=ink, linewidth=0.8, alpha=0.5)
-    for i, loss in enumerate(losses):
-        chosen = [g for g in groups if g.loss == loss and not (name == "pgr" and g.excluded)]
-        shift = 1.02 ** (i - (len(losses) - 1) / 2)  # so that intervals lie side by side
-        color = pages.COLORS[i % len(pages.COLORS)]
-        what = "student" if name == "accuracy" else "pgr"
-        if chosen:
-            line(chosen, what, shift, loss, color=color, marker="os^vDPX*"[i // len(pages.COLORS) % 8])
-    axes.set_xscale("log")
-    axes.set_xlim(ratios[0] / 1.3, ratios[-1] * 1.3)
-    axes.set_xticks(ratios)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8, labelcolor=ink, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return pages.to_png(figure)
-
-
-def _length(x: float) -> float:
-    """Of an error bar, which can't be drawn to infinity."""
-    return max(x, 0.0) if math.isfinite(x) else math.nan
+def _write_page(out: Path, groups: Sequence[Group], listed: Sequence[Sequence[str]]) -> None:
+    """Writes the plots and report.html; `listed` is what is left out."""
+    plots, pictures = pages.load_plots(), ""
+    body = [f"<h1>Weak to strong</h1><p>{pages.escape(METHOD)}</p>", pages.table(*table(groups), "numbers")]
+    if listed:
+        body += ["<h2>Left out</h2>", pages.table(["what", "why"], listed, "settings")]
+    for name, title in (("accuracy", "Accuracy"), ("pgr", "Performance gap recovered")):
+        if groups:
+            png = {theme: plots.plot_pairs(name, title, groups, theme) for theme in plots.THEMES}
+            (out / f"{name}.png").write_bytes(png["light"])
+            pictures += pages.picture(png, f"{title} over the size gap")
+    body.append(f'<h2>Over the size gap</h2><div class="plots">{pictures}</div>')
+    (out / "report.html").write_text(pages.page("Weak to strong", body), encoding="utf-8")
 
 
 def _stage_of(cell: Mapping[str, Any], workdir: str) -> str:
     """ " (stage x: failed: why)" of the stages that a cell's missing files were to come from."""
-    record = Path(workdir) / "study.json"
-    if not record.is_file():
-        return ""
-    stages = json.loads(record.read_text())["stages"]
-    missing = [cell[key] for key in pgr.PREDICTIONS if not Path(cell[key]).is_file()]
-    told = []
-    for stage in stages:
-        if any(path.startswith(os.path.join(stage["workdir"], "")) for path in missing):
+    record = files.read_json(Path(workdir) / "study.json", {"stages": []})
+    missing = [Path(cell[key]) for key in pgr.PREDICTIONS if not Path(cell[key]).is_file()]
+    texts = []
+    for stage in record["stages"]:
+        if any(Path(stage["workdir"]) in path.parents for path in missing):
             why = f": {stage['error']}" if "error" in stage else ""
-            told.append(f" (stage {stage['name']}: {stage['state']}{why})")
-    return "".join(told)
+            texts.append(f" (stage {stage['name']}: {stage['state']}{why})")
+    return "".join(texts)
 
 
 def _text(estimate: Estimate, alone: bool) -> str:

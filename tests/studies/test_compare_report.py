@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import sys
 
 import pytest
 from scipy import stats
@@ -62,3 +63,22 @@ def test_a_metric_that_nobody_has_is_named(tmp_path):
     runs = {"alone": [write(tmp_path / "a", {0: 1.0})]}
     with pytest.raises(InputError, match="eval/lss: no run of the study has this metric"):
         compare_report.report(runs, ["eval/lss"], str(tmp_path / "out"))
+
+
+def test_quantiles_are_those_of_scipy():
+    """Of scipy, which jax needs anyway, in tests alone."""
+    for freedom in (1, 2, 3, 4, 5, 9, 10, 29, 100, 999):
+        for level in (0.5, 0.95, 0.999):
+            want = stats.t.ppf((1 + level) / 2, freedom)
+            assert compare_report.student_quantile(level, freedom) == pytest.approx(want, rel=1e-12)
+
+
+def test_without_matplotlib_the_tables_are_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "research.studies.plots", None)
+    monkeypatch.delattr("research.studies.plots", raising=False)
+    runs = {"alone": [write(tmp_path / "a", {0: 1.0})]}
+    with pytest.raises(InputError, match="plots need matplotlib"):
+        compare_report.report(runs, ["eval/loss"], str(tmp_path / "out"))
+    assert "alone  1" in capsys.readouterr().out
+    assert (tmp_path / "out/table.csv").is_file()
+    assert not (tmp_path / "out/report.html").exists()

@@ -9,8 +9,9 @@ import pytest
 
 from research.errors import InputError
 from research.run.metrics import Writer
-from research.studies import report
-from research.studies.report import Run, group_metrics, load_run, plot, write_report
+from research.studies import plots, report
+from research.studies.history import Run, group_metrics, load_run
+from research.studies.report import write_report
 
 
 def make_run(workdir, scale=1.0, config=None):
@@ -76,17 +77,17 @@ def test_parts_of_a_metric_are_in_its_plot():
 def test_any_curve_can_be_plotted(values):
     runs = [run_of(series(**values), str(i)) for i in range(10)]
     for shown in (runs[:1], runs):
-        png = plot("loss", list(values), shown, "dark")
+        png = plots.plot_curves("loss", list(values), shown, "dark")
         assert png.startswith(b"\x89PNG")
         assert len(png) > 2000
 
 
 def test_moving_mean_keeps_smooth_curves_and_gaps():
     x = np.linspace(0.0, 1.0, 120)
-    assert report._moving_mean(x**2) is None
+    assert plots.moving_mean(x**2) is None
     noisy = np.where(np.arange(120) % 2, 1.0, 3.0)
     noisy[60] = math.nan
-    mean = report._moving_mean(noisy)
+    mean = plots.moving_mean(noisy)
     np.testing.assert_allclose(mean[20:50], 2.0, atol=0.15)
     assert np.isnan(mean).nonzero()[0].tolist() == [60]
 
@@ -138,7 +139,7 @@ def test_bad_workdirs_are_named_and_nothing_is_written(tmp_path, capsys):
     with pytest.raises(InputError, match=r"empty: .*no records yet"):
         write_report([good, str(tmp_path / "empty")])
     (tmp_path / "good/config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json: not a JSON object"):
+    with pytest.raises(InputError, match=r"config\.json: is no JSON"):
         write_report([good])
     assert not (tmp_path / "good/report").exists()
     assert report.main([str(tmp_path / "nowhere")]) == 2
@@ -147,5 +148,14 @@ def test_bad_workdirs_are_named_and_nothing_is_written(tmp_path, capsys):
 
 def test_plots_leave_pyplot_alone(tmp_path):
     sys.modules.pop("matplotlib.pyplot", None)
-    plot("loss", ["loss"], [run_of(series(loss=[1.0, 2.0]))])
+    plots.plot_curves("loss", ["loss"], [run_of(series(loss=[1.0, 2.0]))])
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "research.studies.plots")
+    monkeypatch.delattr("research.studies.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"matplotlib can't be imported .*: pip install matplotlib pillow"):
+        write_report([make_run(tmp_path / "one")])
+    assert not (tmp_path / "one/report").exists()

@@ -1,0 +1,260 @@
+"""Plots as PNGs, by matplotlib: curves of runs, of ways to train, and of weak-to-strong pairs."""
+
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
+
+from research.studies.history import Run, title_of
+from research.studies.pgr import Group
+
+COLORS = ("#4a7de0", "#e07b39", "#2f9e6e", "#c0487f", "#8a63d2", "#c9a227", "#3aa0b8", "#8c6d5a")
+THEMES = {
+    "light": {"face": "#ffffff", "ink": "#333842", "grid": "#e6e8ec"},
+    "dark": {"face": "#1b1e24", "ink": "#c9ced8", "grid": "#333842"},
+}
+_BAD = "#d33b3b"
+_LOG_SCALE = ("loss", "perplexity", "bits_per_byte", "grad_norm", "update_ratio")
+_OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}  # of a legend
+
+# A metric of several ways to train: way -> its seeds' curves, each metric -> step -> value.
+Ways = Mapping[str, Sequence[Mapping[str, Mapping[int, float]]]]
+
+
+def plot_curves(title: str, metrics: Sequence[str], runs: Sequence[Run], theme: str = "light") -> bytes:
+    """Returns a PNG with the curves of `metrics` over steps.
+
+    With one run, colours tell metrics apart; with several, colours tell runs and line styles tell metrics
+    apart. A noisy curve is faint under its moving mean; a step whose value isn't finite is a cross at the foot.
+
+    Args:
+      title: of the plot, which decides its scale too.
+      metrics: at least one run has each.
+      runs: to draw.
+      theme: of THEMES.
+    """
+    figure, axes = _new_axes(title_of(title), "step", theme)
+    curves = _Curves(title, metrics, runs, THEMES[theme]["ink"])
+    broken = curves.draw(axes)
+    curves.scale(axes)
+    curves.add_legend(axes, broken)
+    return _to_png(figure)
+
+
+def plot_ways(metric: str, ways: Ways, theme: str = "light") -> bytes:
+    """Returns a PNG of a metric over steps, in a colour for each way to train: the mean, and the range of the seeds."""
+    figure, axes = _new_axes(metric, "step", theme)
+    for i, (name, seeds) in enumerate(ways.items()):
+        points = [curve[metric] for curve in seeds if curve[metric]]
+        steps = sorted(set.intersection(*(set(p) for p in points))) if points else []
+        if steps:
+            color = COLORS[i % len(COLORS)]
+            y = np.array([[p[step] for step in steps] for p in points])
+            axes.plot(steps, y.mean(axis=0), color=color, label=name, linewidth=1.6, marker="o", markersize=3)
+            axes.fill_between(steps, y.min(axis=0), y.max(axis=0), color=color, alpha=0.18, linewidth=0)
+    _add_legend(axes, theme)
+    return _to_png(figure)
+
+
+def plot_pairs(quantity: str, title: str, groups: Sequence[Group], theme: str = "light") -> bytes:
+    """Returns a PNG over the size gap, parameters of strong over parameters of weak, in a colour for each loss.
+
+    A line joins the weak sizes that supervise one strong size.
+
+    Args:
+      quantity: "accuracy" (of student, with weak and ceiling beside) or "pgr"; groups that are excluded from PGR have
+        none.
+      title: of the plot.
+      groups: to draw.
+      theme: of THEMES.
+    """
+    figure, axes = _new_axes(title, "parameters, strong / weak", theme)
+    ink = THEMES[theme]["ink"]
+    if quantity == "accuracy":
+        pairs = list({(group.weak_size, group.strong_size): group for group in groups}.values())
+        _draw_pairs(axes, pairs, "weak", label="weak", color=ink, linestyle=":", marker="v", alpha=0.7)
+        _draw_pairs(axes, pairs, "ceiling", label="ceiling", color=ink, linestyle="--", marker="^", alpha=0.7)
+    else:
+        for y in (0, 1):
+            axes.axhline(y, color=ink, linewidth=0.8, alpha=0.5)
+    losses = list(dict.fromkeys(group.loss for group in groups))
+    for i, loss in enumerate(losses):
+        members = [g for g in groups if g.loss == loss and not (quantity == "pgr" and g.excluded)]
+        _draw_pairs(
+            axes,
+            members,
+            "student" if quantity == "accuracy" else "pgr",
+            shift=1.02 ** (i - (len(losses) - 1) / 2),  # so that intervals lie side by side
+            label=loss,
+            color=COLORS[i % len(COLORS)],
+            marker="os^vDPX*"[i // len(COLORS) % 8],
+        )
+    ratios = sorted({group.strong_params / group.weak_params for group in groups})
+    axes.set_xscale("log")
+    axes.set_xlim(ratios[0] / 1.3, ratios[-1] * 1.3)
+    axes.set_xticks(ratios)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
+    _add_legend(axes, theme)
+    return _to_png(figure)
+
+
+def moving_mean(values: np.ndarray) -> np.ndarray | None:
+    """Centred mean over a twelfth of the curve, non-finite values left out; None where the curve needs none.
+
+    Args:
+      values: [N] float64.
+
+    Returns:
+      [N] float64 or None.
+    """
+    finite = np.isfinite(values)
+    width = len(values) // 12
+    if width < 3 or finite.sum() < 3:
+        return None
+    seen = values[finite]
+    if np.abs(np.diff(seen, n=2)).mean() < 0.01 * np.ptp(seen):
+        return None
+    window = np.ones(2 * (width // 2) + 1)
+    total = np.convolve(np.where(finite, values, 0.0), window, "same")
+    count = np.convolve(finite.astype(np.float64), window, "same")
+    return np.divide(total, count, out=np.full_like(values, np.nan), where=finite & (count > 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Curves:
+    """The curves of one plot. `ink` is the colour of its text."""
+
+    title: str
+    metrics: Sequence[str]
+    runs: Sequence[Run]
+    ink: str
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """metric -> what tells it apart from the others of this plot."""
+        parts = {metric: [part for part in metric.split("/") if part != self.title] for metric in self.metrics}
+        return {metric: "/".join(rest) or metric for metric, rest in parts.items()}
+
+    @property
+    def palette(self) -> dict[str, Any]:
+        """metric -> colour where there is one run, else name of a run -> colour."""
+        names = self.metrics if len(self.runs) == 1 else [run.name for run in self.runs]
+        many = colormaps["viridis"](np.linspace(0.1, 0.9, len(names)))
+        return dict(zip(names, COLORS if len(names) <= len(COLORS) else many, strict=False))
+
+    @property
+    def styles(self) -> dict[str, str]:
+        """metric -> line style."""
+        several = len(self.runs) > 1
+        return {metric: ("-", "--", ":", "-.")[i % 4] if several else "-" for i, metric in enumerate(self.metrics)}
+
+    def members(self) -> list[tuple[Run, str]]:
+        return [(run, metric) for run in self.runs for metric in self.metrics if metric in run.series]
+
+    def draw(self, axes: Axes) -> bool:
+        """Draws the curves; says whether one has a value that isn't finite."""
+        palette, styles, broken = self.palette, self.styles, False
+        for run, metric in self.members():
+            steps, values = run.series[metric]
+            color = palette[metric if len(self.runs) == 1 else run.name]
+            marker = "o" if len(steps) <= 40 else ""
+            bad = ~np.isfinite(values)
+            smooth = moving_mean(values)
+            if smooth is not None:
+                axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
+                values = smooth
+            axes.plot(steps, values, styles[metric], color=color, linewidth=1.6, marker=marker, markersize=3.5)
+            if bad.any():
+                broken = True
+                axes.plot(steps[bad], [0.02] * bad.sum(), "x", color=_BAD, transform=axes.get_xaxis_transform())
+        return broken
+
+    def scale(self, axes: Axes) -> None:
+        """Chooses the scales by the title and the range of the values."""
+        seen = np.concatenate([run.series[metric][1] for run, metric in self.members()])
+        seen = seen[np.isfinite(seen)]
+        if self.title in _LOG_SCALE and seen.size and seen.min() > 0 and seen.max() / seen.min() > 10:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if seen.max() / seen.min() < 1000 else (1,)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+        elif self.title == "mfu":
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g}%"))
+        elif seen.size and np.abs(seen).max() >= 10_000:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10), integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+    def add_legend(self, axes: Axes, broken: bool) -> None:
+        labels, palette = self.labels, self.palette
+        solid = {"linewidth": 1.6, "color": self.ink}
+        keys = []
+        if len(palette) > 1:
+            keys += [Line2D([], [], label=labels.get(n, n), **solid | {"color": c}) for n, c in palette.items()]
+        if len(self.runs) > 1 and len(self.metrics) > 1:
+            styles = self.styles
+            keys += [Line2D([], [], linestyle=styles[m], label=labels[m], **solid) for m in self.metrics]
+        if broken:
+            keys.append(Line2D([], [], linestyle="", marker="x", color=_BAD, label="not finite"))
+        place = {"loc": "best"} if len(keys) <= 6 else _OUTSIDE
+        if keys:
+            axes.legend(handles=keys, frameon=False, fontsize=8, labelcolor=self.ink, **place)
+
+
+def _draw_pairs(
+    axes: Axes, groups: Sequence[Group], estimate: str, *, label: str, shift: float = 1.0, **style: Any
+) -> None:
+    """Draws an estimate with its interval over the size gap, a line for each strong size."""
+    for size in dict.fromkeys(group.strong_size for group in groups):
+        members = sorted((g for g in groups if g.strong_size == size), key=lambda g: g.strong_params / g.weak_params)
+        x = [group.strong_params / group.weak_params * shift for group in members]
+        y, low, high = zip(*(group.estimates[estimate] for group in members), strict=True)
+        errors = [[_length(a - b) for a, b in zip(*ends, strict=True)] for ends in ((y, low), (high, y))]
+        axes.errorbar(x, y, yerr=errors, capsize=2.5, markersize=4, linewidth=1.4, label=label, **style)
+        label = ""  # once is enough
+
+
+def _length(x: float) -> float:
+    """Of an error bar, which can't be drawn to infinity."""
+    return max(x, 0.0) if math.isfinite(x) else math.nan
+
+
+def _new_axes(title: str, xlabel: str, theme: str) -> tuple[Figure, Axes]:
+    """A figure that looks as all plots here do."""
+    style = THEMES[theme]
+    figure = Figure(figsize=(6.4, 3.7), dpi=150, layout="constrained", facecolor=style["face"])
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    axes = figure.add_subplot(facecolor=style["face"])
+    axes.set_title(title, color=style["ink"], fontsize=12, loc="left", pad=8)
+    axes.set_xlabel(xlabel, color=style["ink"], fontsize=9)
+    axes.tick_params(which="both", colors=style["ink"], labelsize=9, length=0)
+    axes.grid(True, color=style["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color(style["grid"])
+    return figure, axes
+
+
+def _add_legend(axes: Axes, theme: str) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, labelcolor=THEMES[theme]["ink"], **_OUTSIDE)
+
+
+def _to_png(figure: Figure) -> bytes:
+    """A figure as a PNG of at most 256 colours."""
+    full, png = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png")
+    small = Image.open(full).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    small.save(png, "PNG")
+    return png.getvalue()
