@@ -173,8 +173,8 @@ class _Output(io.TextIOBase):
             *lines, self._line = re.split(r"[\r\n]", self._line + text)
             newest = next((line for line in reversed(lines) if line.strip()), "")
             if newest:
-                shown = f"{self._label}  {newest.strip()}"[: shutil.get_terminal_size().columns - 1]
-                self._terminal.write(f"\r{shown}\x1b[K")
+                line = f"{self._label}  {newest.strip()}"[: shutil.get_terminal_size().columns - 1]
+                self._terminal.write(f"\r{line}\x1b[K")
                 self._terminal.flush()
         return len(text)
 

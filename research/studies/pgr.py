@@ -31,11 +31,17 @@ class Estimate(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What a model said of the test examples: `gold` and `chosen` [N] int64, classes."""
+    """A model's answers to the test examples.
+
+    Attributes:
+      path: of the file.
+      gold: [N] int64, the true class.
+      answers: [N] int64, the most probable class.
+    """
 
     path: str
     gold: np.ndarray
-    chosen: np.ndarray
+    answers: np.ndarray
 
 
 class Missing(NamedTuple):
@@ -72,12 +78,12 @@ class Group:
 
 
 def read_predictions(path: str) -> Predictions:
-    """Reads {"gold": class, "probs": [C floats]} lines; the chosen class is the first of the most probable.
+    """Reads {"gold": class, "probs": [C floats]} lines; the answer is the first of the most probable classes.
 
     Raises:
       InputError: a line has no such fields, or holds no probabilities.
     """
-    gold, chosen = [], []
+    gold, answers = [], []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -94,10 +100,10 @@ def read_predictions(path: str) -> Predictions:
                     f"{path}:{number}: gold = {gold[-1]}, probs = {record['probs']}: probs must be finite numbers, and "
                     "gold the number of one of them. Label the records again."
                 )
-            chosen.append(int(probs.argmax()))
+            answers.append(int(probs.argmax()))
     if not gold:
         raise InputError(f"{path}: is empty. Label the test records again.")
-    return Predictions(path, np.array(gold), np.array(chosen))
+    return Predictions(path, np.array(gold), np.array(answers))
 
 
 def measure(
@@ -117,27 +123,37 @@ def measure(
       InputError: a cell lacks a key or comes twice, a file can't be read, or two files of a group aren't about the
         same examples.
     """
-    read: dict[str, Predictions] = {}
+    _check_cells(cells)
+    predictions: dict[str, Predictions] = {}
     groups: dict[tuple, list[tuple[Mapping[str, Any], list[Predictions]]]] = {}
-    missing, seen = [], set()
+    missing = []
     for cell in cells:
-        if lacking := [key for key in _NEEDED if key not in cell]:
-            raise InputError(
-                f"cell {dict(cell)}: lacks {', '.join(lacking)}. Add what is needed: {', '.join(_NEEDED)}."
-            )
-        group = tuple(cell[key] for key in ("weak_size", "strong_size", "loss"))
-        if (*group, cell["seed"]) in seen:
-            raise InputError(f"cells: {group} with seed {cell['seed']} comes twice. Leave one of them out.")
-        seen.add((*group, cell["seed"]))
         absent = [key for key in PREDICTIONS if not Path(cell[key]).is_file()]
         if absent:
             missing.append(Missing(cell, "; ".join(f"{key}: there is no {cell[key]}" for key in absent)))
             continue
         for key in PREDICTIONS:
-            if cell[key] not in read:
-                read[cell[key]] = read_predictions(cell[key])
-        groups.setdefault(group, []).append((cell, [read[cell[key]] for key in PREDICTIONS]))
+            if cell[key] not in predictions:
+                predictions[cell[key]] = read_predictions(cell[key])
+        groups.setdefault(_key(cell), []).append((cell, [predictions[cell[key]] for key in PREDICTIONS]))
     return [_group(members, draws, seed) for members in groups.values()], missing
+
+
+def _key(cell: Mapping[str, Any]) -> tuple:
+    """What the cells of a group have in common."""
+    return tuple(cell[key] for key in ("weak_size", "strong_size", "loss"))
+
+
+def _check_cells(cells: Sequence[Mapping[str, Any]]) -> None:
+    seen = set()
+    for cell in cells:
+        if lacking := [key for key in _NEEDED if key not in cell]:
+            raise InputError(
+                f"cell {dict(cell)}: lacks {', '.join(lacking)}. Add what is needed: {', '.join(_NEEDED)}."
+            )
+        if (*_key(cell), cell["seed"]) in seen:
+            raise InputError(f"cells: {_key(cell)} with seed {cell['seed']} comes twice. Leave one of them out.")
+        seen.add((*_key(cell), cell["seed"]))
 
 
 def _group(members: Sequence[tuple[Mapping[str, Any], list[Predictions]]], draws: int, seed: int) -> Group:
@@ -149,8 +165,8 @@ def _group(members: Sequence[tuple[Mapping[str, Any], list[Predictions]]], draws
                     f"{first.path} and {other.path} aren't about the same test records in the same order: "
                     f"{len(first.gold)} and {len(other.gold)} lines, with other true classes. Label the same file."
                 )
-    said = np.array([[p.chosen for p in predictions] for _, predictions in members])  # [S, 3, N]
-    estimates = estimate(said[:, 0], said[:, 1], said[:, 2], first.gold, draws=draws, seed=seed)
+    answers = np.array([[p.answers for p in predictions] for _, predictions in members])  # [S, 3, N]
+    estimates = estimate(answers[:, 0], answers[:, 1], answers[:, 2], first.gold, draws=draws, seed=seed)
     gap, excluded = estimates["gap"], ""
     if gap.value <= 0:
         excluded = f"ceiling {estimates['ceiling'].value:.4f} <= weak {estimates['weak'].value:.4f}"
@@ -173,7 +189,7 @@ def estimate(
     """Returns the estimates of a group; see Group.
 
     Args:
-      weak, student, ceiling: [S, N] int, the class that each said in each seed.
+      weak, student, ceiling: [S, N] int, the answers of each in each seed.
       gold: [N] int, the true class.
       draws, seed: of the bootstrap, see `resample`.
     """
@@ -181,13 +197,13 @@ def estimate(
     agree = student == weak
     parts = np.stack([*right.values(), agree, agree & right["weak"], agree & ~right["weak"]]).astype(np.float32)
     values = _derive(parts.mean(axis=(1, 2), dtype=np.float64))
-    drawn = _derive(resample(parts, draws=draws, seed=seed))
+    resampled = _derive(resample(parts, draws=draws, seed=seed))
     tail = (1 - LEVEL) / 2
     estimates = {}
     for name, value in values.items():
-        known = drawn[name][~np.isnan(drawn[name])]
+        numbers = resampled[name][~np.isnan(resampled[name])]
         with np.errstate(invalid="ignore"):  # between two infinite draws
-            low, high = np.quantile(known, [tail, 1 - tail]) if len(known) else (math.nan, math.nan)
+            low, high = np.quantile(numbers, [tail, 1 - tail]) if len(numbers) else (math.nan, math.nan)
         estimates[name] = Estimate(float(value), float(low), float(high))
     return estimates
 
@@ -208,8 +224,8 @@ def resample(parts: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndar
     """
     quantities, seeds, examples = parts.shape
     of_seeds, of_examples = (np.random.default_rng([seed, i]) for i in range(2))
-    chosen = of_seeds.integers(seeds, size=(draws, seeds))
-    times = np.stack([(chosen == s).sum(axis=1) for s in range(seeds)], axis=1)  # [R, S]
+    samples = of_seeds.integers(seeds, size=(draws, seeds))
+    times = np.stack([(samples == s).sum(axis=1) for s in range(seeds)], axis=1)  # [R, S]
     flat = parts.reshape(quantities * seeds, examples).T
     sums = np.empty((draws, quantities))
     step = max(1, _CHUNK // examples)

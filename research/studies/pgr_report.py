@@ -53,13 +53,13 @@ def report(cells: Sequence[Mapping[str, Any]], workdir: str) -> None:
     with open(out / "table.csv", "w", encoding="utf-8", newline="") as f:
         csv.writer(f).writerows(_as_csv(groups))
     header, rows = table(groups, brief=True)
-    listed = left_out(groups, missing)
+    omissions = left_out(groups, missing)
     print(text_table([header, *rows]))
     print(f"\n{METHOD}")
-    for what, why in listed:
+    for what, why in omissions:
         print(f"left out: {what}: {why}")
     print(f"\nin full in {out / 'report.html'}, {out / 'table.csv'} and {out / 'table.json'}")
-    _write_page(out, groups, listed)
+    _write_page(out, groups, omissions)
 
 
 def table(groups: Sequence[Group], brief: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -68,26 +68,26 @@ def table(groups: Sequence[Group], brief: bool = False) -> tuple[list[str], list
     rows = []
     for group in groups:
         seeds = str(len(group.seeds)) + (" (examples only)" if len(group.seeds) == 1 else "")
-        shown = [_text(group.estimates[name], alone=brief and name not in _FIRST) for name in _COLUMNS]
-        rows.append([str(group.weak_size), str(group.strong_size), str(group.loss), seeds, *shown])
+        cells = [_text(group.estimates[name], alone=brief and name not in _FIRST) for name in _COLUMNS]
+        rows.append([str(group.weak_size), str(group.strong_size), str(group.loss), seeds, *cells])
     return header, rows
 
 
 def left_out(groups: Sequence[Group], missing: Sequence[Missing]) -> list[list[str]]:
     """What the table holds no PGR or no cell of, and why: pairs of text."""
-    listed = [[f"PGR of {g.weak_size} -> {g.strong_size}, {g.loss}", g.excluded] for g in groups if g.excluded]
+    omissions = [[f"PGR of {g.weak_size} -> {g.strong_size}, {g.loss}", g.excluded] for g in groups if g.excluded]
     for cell, reason in missing:
         what = f"{cell['weak_size']} -> {cell['strong_size']}, {cell['loss']}, seed {cell['seed']}"
-        listed.append([what, reason])
-    return listed
+        omissions.append([what, reason])
+    return omissions
 
 
-def _write_page(out: Path, groups: Sequence[Group], listed: Sequence[Sequence[str]]) -> None:
-    """Writes the plots and report.html; `listed` is what is left out."""
+def _write_page(out: Path, groups: Sequence[Group], omissions: Sequence[Sequence[str]]) -> None:
+    """Writes the plots and report.html; `omissions` is what is left out."""
     plots, pictures = pages.load_plots(), ""
     body = [f"<h1>Weak to strong</h1><p>{pages.escape(METHOD)}</p>", pages.table(*table(groups), "numbers")]
-    if listed:
-        body += ["<h2>Left out</h2>", pages.table(["what", "why"], listed, "settings")]
+    if omissions:
+        body += ["<h2>Left out</h2>", pages.table(["what", "why"], omissions, "settings")]
     for name, title in (("accuracy", "Accuracy"), ("pgr", "Performance gap recovered")):
         if groups:
             png = {theme: plots.plot_pairs(name, title, groups, theme) for theme in plots.THEMES}

@@ -199,12 +199,12 @@ class Runner:
 
     def _time_left(self) -> float:
         """Seconds: each takes as long as those whose names differ in numbers alone, else as those of its kind."""
-        known = [(stage, self._seconds[stage.id]) for stage in self.stages if stage.id in self._seconds]
+        timings = [(stage, self._seconds[stage.id]) for stage in self.stages if stage.id in self._seconds]
         left = [*self._todo, *(child.stage for child in self._children.values())]
         total = 0.0
         for stage in left:
-            nearest = max(_likeness(stage, other) for other, _ in known)
-            alike = [seconds for other, seconds in known if _likeness(stage, other) == nearest]
+            nearest = max(_likeness(stage, other) for other, _ in timings)
+            alike = [seconds for other, seconds in timings if _likeness(stage, other) == nearest]
             total += sum(alike) / len(alike)
         return total / max(1, self.jobs)
 

@@ -81,28 +81,28 @@ def plan(config: str, common: Mapping[str, str], workdir: str) -> list[Entry]:
     path, _, variant = config.partition(":")
     module = _load(path)
     defaults = module.get_config(variant) if variant else module.get_config()
-    added: list[tuple[dict[str, str], str | None]] = []
+    additions: list[tuple[dict[str, str], str | None]] = []
 
     def add(overrides: Mapping[str, Any], name: str | None = None) -> None:
-        added.append(({field: flag_value(field, value) for field, value in overrides.items()}, name))
+        additions.append(({field: flag_value(field, value) for field, value in overrides.items()}, name))
 
     module.sweep(add)
-    if not added:
+    if not additions:
         raise InputError(f"{path}: its sweep(add) adds no run. {_HOW_TO}")
-    for field in {**common, **{field: None for overrides, _ in added for field in overrides}}:
+    for field in {**common, **{field: None for overrides, _ in additions for field in overrides}}:
         _check_field(defaults, field)
     for field in common:
-        if any(field in overrides for overrides, _ in added):
+        if any(field in overrides for overrides, _ in additions):
             raise InputError(f"--config.{field}={common[field]}: the sweep of {path} sets it. Leave the flag out.")
-    made_from = ":".join(filter(None, (os.path.relpath(path), variant)))
+    origin = ":".join(filter(None, (os.path.relpath(path), variant)))
     entries = []
-    for (overrides, _), name in zip(added, _names(added), strict=True):
+    for (overrides, _), name in zip(additions, _names(additions), strict=True):
         every = {**common, **overrides}
         flags = [f"--config={config}", *(f"--config.{k}={v}" for k, v in every.items())]
         settings = stages.run_settings(name, _config(flags))
         stage = stages.make_stage(name, "train", settings, (), os.path.join(workdir, name))
         command = ("python", "-m", "research.main", flags[0], f"--workdir={stage.workdir}", *flags[1:])
-        entries.append(Entry(stage, overrides, {"config": made_from, "overrides": every}, command))
+        entries.append(Entry(stage, overrides, {"config": origin, "overrides": every}, command))
     for entry in entries:
         _check_folder(entry)
     return entries
@@ -270,26 +270,26 @@ def _check_field(defaults: Any, field: str) -> None:
         node = node[part]
 
 
-def _names(added: Sequence[tuple[Mapping[str, str], str | None]]) -> list[str]:
+def _names(additions: Sequence[tuple[Mapping[str, str], str | None]]) -> list[str]:
     """A folder name for each entry: the one given, else what is overridden, each field as short as is clear."""
-    _check_names(added)
-    fields = {field for overrides, _ in added for field in overrides}
+    _check_names(additions)
+    fields = {field for overrides, _ in additions for field in overrides}
     names = []
-    for overrides, name in added:
+    for overrides, name in additions:
         text = ",".join(f"{_short(field, fields)}={value}" for field, value in overrides.items()) or "default"
         names.append(name or re.sub(r"[^\w.,=+-]+", "-", re.sub(r"[()'\" ]", "", text)))
     count = Counter(names)
-    for i, (overrides, name) in enumerate(added):
+    for i, (overrides, name) in enumerate(additions):
         if name is None and (count[names[i]] > 1 or len(names[i]) > 100):
             digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
             names[i] = f"{names[i][:90]}-{digest}"
     return names
 
 
-def _check_names(added: Sequence[tuple[Mapping[str, str], str | None]]) -> None:
+def _check_names(additions: Sequence[tuple[Mapping[str, str], str | None]]) -> None:
     seen: dict[str, int] = {}
-    names = [name for _, name in added]
-    for number, (overrides, name) in enumerate(added, start=1):
+    names = [name for _, name in additions]
+    for number, (overrides, name) in enumerate(additions, start=1):
         key = json.dumps(overrides, sort_keys=True)
         if key in seen:
             raise InputError(f"sweep: entries {seen[key]} and {number} are the same run: {key}.")

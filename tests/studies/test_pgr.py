@@ -139,7 +139,7 @@ def test_several_classes_and_ties(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"gold": 2, "probs": [0.2, 0.4, 0.4]}\n{"gold": 0, "probs": [0.5, 0.3, 0.2]}\n')
     got = read_predictions(str(path))
-    assert (got.gold.tolist(), got.chosen.tolist()) == ([2, 0], [1, 0])
+    assert (got.gold.tolist(), got.answers.tolist()) == ([2, 0], [1, 0])
 
 
 @pytest.mark.parametrize(
