@@ -396,7 +396,8 @@ def decode(bench: Bench) -> Iterator[Result]:
     from research import config as config_lib
     from research import params
     from research.devices import sharding
-    from research.models import sampling, transformer
+    from research.models import generation, transformer
+    from research.models.sampling import SamplingConfig
 
     rules = {**sharding.RULES, **bench.config.rules}
     model = transformer.make_model(config_lib.model_config(bench.config, bench.vocab_size), rules)
@@ -416,7 +417,7 @@ def decode(bench: Bench) -> Iterator[Result]:
             lengths = np.full(size, prompt, np.int32)
 
             def make(n: int, prompts: Any = prompts, lengths: Any = lengths) -> Callable[[], Any]:
-                generate = sampling.make_generate(model, sampling.SamplingConfig(max_new_tokens=n), bench.vocab_size)
+                generate = generation.make_generate(model, SamplingConfig(max_new_tokens=n), bench.vocab_size)
                 return lambda: generate(values, prompts, lengths, key)
 
             whole = make(new)
@@ -482,7 +483,8 @@ def _queue(bench: Bench, model: Any, values: Any, size: int) -> Result:
     import jax
     import numpy as np
 
-    from research.models import sampling
+    from research.models import generation
+    from research.models.sampling import SamplingConfig
 
     rng, key, longest = np.random.default_rng(0), jax.random.PRNGKey(0), min(256, model.config.max_length // 4)
     new, count = min(256, model.config.max_length // 2), 8 * size
@@ -490,15 +492,15 @@ def _queue(bench: Bench, model: Any, values: Any, size: int) -> Result:
     prompts = [rng.integers(0, bench.vocab_size, n).tolist() for n in lengths]
     # Of random weights every token is about as likely: one that ends a row comes after 64 tokens, on average.
     stop = tuple(range(max(1, bench.vocab_size // 64)))
-    config = sampling.SamplingConfig(max_new_tokens=new, temperature=1.0, stop_tokens=stop)
-    generate = sampling.make_generate(model, config, bench.vocab_size)
+    config = SamplingConfig(max_new_tokens=new, temperature=1.0, stop_tokens=stop)
+    generate = generation.make_generate(model, config, bench.vocab_size)
     made: dict[str, int] = {}
 
     def all_of(name: str, at_once: int) -> Callable[[], None]:
         def work() -> None:
             made[name] = 0
             for first in range(0, count, at_once):
-                done = sampling.generate_batches(
+                done = generation.generate_batches(
                     generate,
                     values,
                     prompts[first : first + at_once],

@@ -16,15 +16,8 @@ import jax
 from research import files
 from research.evals.prompts import Prompt, PromptEncoder
 from research.loading import LoadedModel
-from research.models.sampling import (
-    BATCHES_AT_ONCE,
-    Completion,
-    SamplingConfig,
-    generate_batches,
-    longest_prompt,
-    make_generate,
-    make_stream,
-)
+from research.models.generation import BATCHES_AT_ONCE, Completion, generate_batches, make_generate, make_stream
+from research.models.sampling import SamplingConfig, longest_prompt
 
 Decode = Callable[[list[int]], str]
 

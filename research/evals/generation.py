@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from research.errors import InputError
-from research.models.sampling import SamplingConfig, generate_batches, longest_prompt, make_generate
+from research.models.generation import generate_batches, make_generate
+from research.models.sampling import SamplingConfig, longest_prompt
 from research.models.transformer import Model
 from research.sources.formats import render_prompt
 from research.sources.tokenizers import Tokenizer

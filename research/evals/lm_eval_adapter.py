@@ -10,7 +10,8 @@ import tqdm
 
 from research.errors import InputError, did_you_mean
 from research.evals.scoring import BATCH_TOKENS, Example, encode_context, encode_pair, keep_end, make_loglikelihood
-from research.models.sampling import SamplingConfig, generate_batches, longest_prompt, make_generate
+from research.models.generation import generate_batches, make_generate
+from research.models.sampling import SamplingConfig, longest_prompt
 from research.models.transformer import Model
 from research.sources.chat import render_parts
 from research.sources.formats import render_prompt, resolve_template

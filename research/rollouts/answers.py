@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import InputError
-from research.models.sampling import SamplingConfig, make_generate
+from research.models.generation import make_generate
+from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
 
 Batch = Mapping[str, jax.Array]

@@ -13,7 +13,7 @@ from research.commands import generate
 from research.errors import InputError
 from research.evals import completions, conversation
 from research.models.config import ModelConfig
-from research.models.sampling import Completion
+from research.models.generation import Completion
 from research.models.transformer import Model
 from research.ops.losses import Head
 from research.sources.formats import render_prompt

@@ -9,8 +9,10 @@ from research import params as params_lib
 from research.devices import sharding
 from research.errors import InputError
 from research.models import sampling
+from research.models import slots as slots_lib
 from research.models.config import ModelConfig
-from research.models.sampling import SamplingConfig, generate_batches, make_generate, make_stream, pad_prompts
+from research.models.generation import generate_batches, make_generate, make_stream, pad_prompts
+from research.models.sampling import SamplingConfig
 from research.models.transformer import make_model
 
 TINY = ModelConfig(
@@ -135,9 +137,9 @@ def test_decoding_ends_when_all_rows_have(tiny, slots, passes):
 )
 def test_rows_that_take_turns_get_the_same(changes, temperature, monkeypatch):
     """Prompts of several pieces, two slots refilled together, a cache that is shifted, a row without a prompt."""
-    monkeypatch.setattr(sampling, "_PIECE", 4)
-    monkeypatch.setattr(sampling, "_SLACK", 3)
-    monkeypatch.setattr(sampling, "_GROUPS", 2)
+    monkeypatch.setattr(slots_lib, "_PIECE", 4)
+    monkeypatch.setattr(slots_lib, "_SLACK", 3)
+    monkeypatch.setattr(slots_lib, "_GROUPS", 2)
     model, params = _model(**changes)
     rng = np.random.default_rng(0)
     prompts, lengths = pad_prompts(
@@ -276,7 +278,7 @@ def test_few_shapes_are_compiled():
         assert slots == 3
         shapes.append(prompts.shape)
         n = len(prompts)
-        return sampling.Generated(np.stack([rows] * 4, axis=1), np.full(n, 2), np.zeros((n, 4)))
+        return slots_lib.Generated(np.stack([rows] * 4, axis=1), np.full(n, 2), np.zeros((n, 4)))
 
     def completions(lengths, first_row=0):
         prompts, done = [[1] * n for n in lengths], []

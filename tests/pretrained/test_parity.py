@@ -15,7 +15,8 @@ from research import params
 from research.devices import sharding
 from research.models import transformer
 from research.models.config import ModelConfig
-from research.models.sampling import SamplingConfig, make_generate
+from research.models.generation import make_generate
+from research.models.sampling import SamplingConfig
 from research.objectives import next_token
 from research.objectives.types import Forward
 from research.pretrained import load, save

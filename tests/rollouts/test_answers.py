@@ -11,7 +11,8 @@ from research import params
 from research.errors import InputError
 from research.models import transformer
 from research.models.config import ModelConfig
-from research.models.sampling import SamplingConfig, make_generate, pad_prompts
+from research.models.generation import make_generate, pad_prompts
+from research.models.sampling import SamplingConfig
 from research.rollouts.answers import RolloutSpec, make_rollout
 
 T, N, STOP = 24, 8, 3
