@@ -42,8 +42,8 @@ TASK_STUDENTS = {
 
 
 def get_config(arg: str = ""):
-    chosen = base.variants(arg, "tasks", "weak")
-    tasks, weak = "tasks" in chosen, "weak" in chosen
+    variants = base.variants(arg, "tasks", "weak")
+    tasks, weak = "tasks" in variants, "weak" in variants
     config = base.get_config()  # of a student
     config.batch_size = 16
     config.seq_len = 64 if tasks else 128
@@ -70,7 +70,7 @@ def get_config(arg: str = ""):
     }
     with config.unlocked():
         config.study = ConfigDict(study)
-    if "debug" in chosen:
+    if "debug" in variants:
         config.steps, config.eval.every, config.optimizer.warmup_steps, config.data.max_records = 2, 1, 1, 50
         config.study.update(teacher_steps=2, seeds=1, test_records=8)
         config.study.students = tuple(
@@ -125,6 +125,6 @@ def study(config, add):
 def _answers(add, teacher, prompts):
     """What the teacher answers to each prompt, without what was cut off."""
     flags = {"model": teacher, "data": prompts, "max_new_tokens": 16, "batch_size": 64}
-    made = add.command("generate", "generate", {**flags, "output": "{workdir}/completions.jsonl"}).workdir
-    flags = {"data": f"{made}/completions.jsonl", "ended": 16, "output": "{workdir}/pairs.jsonl"}
+    answers = add.command("generate", "generate", {**flags, "output": "{workdir}/completions.jsonl"}).workdir
+    flags = {"data": f"{answers}/completions.jsonl", "ended": 16, "output": "{workdir}/pairs.jsonl"}
     return f"{add.command('filter', 'filter', flags).workdir}/pairs.jsonl"

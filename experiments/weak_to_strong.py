@@ -15,7 +15,10 @@ the table tells which loss helps, and which doesn't. :smollm2 takes some 35 minu
 texts.
 """
 
+import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -25,6 +28,7 @@ from research.errors import InputError
 from research.models.config import ModelConfig
 from research.models.specs import make_specs
 from research.studies import pgr_report
+from research.studies.stages import Plan
 
 SIZES = {
     "xs": {"num_layers": 1, "d_model": 32, "num_heads": 2, "num_kv_heads": 2, "d_ff": 96},
@@ -49,7 +53,7 @@ STUDENTS = {
 
 
 def get_config(arg: str = ""):
-    chosen = base.variants(arg, "smollm2")
+    variants = base.variants(arg, "smollm2")
     config = base.get_config()  # of a classifier; pretraining and sizes are set below
     config.batch_size = 8
     config.seq_len = 256
@@ -78,7 +82,7 @@ def get_config(arg: str = ""):
         "seeds": 3,
         "store": "",
     }
-    if "smollm2" in chosen:
+    if "smollm2" in variants:
         config.model.num_labels = 2
         config.batch_size = 4
         config.steps = 80
@@ -88,7 +92,7 @@ def get_config(arg: str = ""):
         study |= {"strong": "", "strong_steps": 104, "strong_learning_rate": 1e-4, "students": ("soft", "confidence")}
     with config.unlocked():
         config.study = ConfigDict(study)
-    if "debug" in chosen:
+    if "debug" in variants:
         config.steps, config.seq_len, config.eval.every, config.checkpoint.every = 2, 64, 1, 1
         config.optimizer.warmup_steps = 1
         config.study.update(weak_records=40, strong_records=60, test_records=20, pretrain_steps=2, strong_steps=2)
@@ -105,58 +109,94 @@ def study(config, add):
             )
     split = f"weak:{s.weak_records},strong:{s.strong_records},test:{s.test_records}"
     files = add.command("split", "split", {"data": s.data, "parts": split, "output": "{workdir}"}).workdir
-    cells = [cell for weak in s.weak for cell in _pair(config, add, files, weak)]
+    cells = [cell for weak in s.weak for cell in _Pair(config, add, files, weak).cells()]
     return functools.partial(pgr_report.report, cells)
 
 
-def _pair(config, add, files, weak):
-    """Adds everything for one weak size; returns the report's cells."""
-    s, test = config.study, f"{files}/test.jsonl"
-    strong = "strong" if s.strong not in SIZES else s.strong
-    sizes = list(SIZES)
-    between = sizes[sizes.index(weak) + 1 : sizes.index(strong)] if strong in sizes else []
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """The stages of one weak size.
 
-    def train(name, size, seed, data, objective):
-        called = strong if size == s.strong else size
-        return add.train(f"{name}-{called}-s{seed}", _classifier(config, add, size, seed, data, objective)).workdir
+    Attributes:
+      config: of the study.
+      add: takes stages.
+      files: the folder with weak.jsonl, strong.jsonl and test.jsonl.
+      weak: name of the size.
+    """
 
-    def label(name, model, data, keep=1.0):
+    config: ConfigDict
+    add: Plan
+    files: str
+    weak: str
+
+    @property
+    def strong(self) -> str:
+        """The strong model's name."""
+        return self.config.study.strong if self.config.study.strong in SIZES else "strong"
+
+    @property
+    def between(self) -> list[str]:
+        """The sizes between weak and strong."""
+        sizes = list(SIZES)
+        return sizes[sizes.index(self.weak) + 1 : sizes.index(self.strong)] if self.strong in sizes else []
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Adds the stages; returns the report's cells."""
+        s, cells = self.config.study, []
+        weak = [
+            self.train("weak", self.weak, seed, f"{self.files}/weak.jsonl", {"classify": {}}) for seed in range(s.seeds)
+        ]
+        for seed in range(s.seeds):
+            ceiling = self.train("ceiling", s.strong, seed, f"{self.files}/strong.jsonl", {"classify": {}})
+            ceiling = self.label_test(f"ceiling-{self.strong}-s{seed}", ceiling)
+            students = [name for name in s.students if "chain" not in STUDENTS[name] or self.between]
+            cells += [self.cell(student, seed, weak, ceiling) for student in students]
+        return cells
+
+    def cell(self, student: str, seed: int, weak: list[str], ceiling: str) -> dict[str, Any]:
+        """Adds the stages of a student.
+
+        Args:
+          student: of STUDENTS.
+          seed: of its run.
+          weak: the weak models, one a seed.
+          ceiling: the ceiling's answers to the test.
+        """
+        options = dict(STUDENTS[student])
+        keep, ensemble, chain = (options.pop(k, d) for k, d in (("keep", 1.0), ("ensemble", 0), ("chain", 0)))
+        first = supervisor = ",".join(weak) if ensemble else weak[seed]
+        name = f"{self.weak}{'-all' if ensemble else f'-s{seed}'}"
+        data = self.label(f"labels-{name}-{keep:g}", supervisor, f"{self.files}/strong.jsonl", keep)
+        for size in self.between if chain else ():
+            supervisor = self.train(f"chain-{name}", size, seed, data, {"weak_to_strong": options})
+            data = self.label(f"chain-{name}-{size}-labels", supervisor, f"{self.files}/strong.jsonl")
+        model = self.train(f"{student}-{name}", self.config.study.strong, seed, data, {"weak_to_strong": options})
+        return {
+            "weak_size": self.weak,
+            "strong_size": self.strong,
+            "loss": student,
+            "seed": seed,
+            "weak": self.label_test(f"weak-{name}", first),
+            "student": self.label_test(f"{student}-{name}-{self.strong}", model),
+            "ceiling": ceiling,
+            "weak_params": _count(self.config, self.weak),
+            "strong_params": _count(self.config, self.config.study.strong),
+        }
+
+    def train(self, name: str, size: str, seed: int, data: str, objective: Mapping[str, Any]) -> str:
+        """Adds a run; returns its folder."""
+        model = self.strong if size == self.config.study.strong else size
+        run = _classifier(self.config, self.add, size, seed, data, objective)
+        return self.add.train(f"{name}-{model}-s{seed}", run).workdir
+
+    def label(self, name: str, model: str, data: str, keep: float = 1.0) -> str:
+        """Adds a labelling; returns the labels' file."""
         flags = {"model": model, "data": data, "output": "{workdir}/labels.jsonl", "step": "best", "keep": keep}
         flags["overwrite"] = True
-        return f"{add.command(name, 'label', flags).workdir}/labels.jsonl"
+        return f"{self.add.command(name, 'label', flags).workdir}/labels.jsonl"
 
-    seeds = range(s.seeds)
-    weak_models = [train("weak", weak, seed, f"{files}/weak.jsonl", {"classify": {}}) for seed in seeds]
-    cells = []
-    for seed in seeds:
-        ceiling = train("ceiling", s.strong, seed, f"{files}/strong.jsonl", {"classify": {}})
-        ceiling = label(f"ceiling-{strong}-s{seed}-test", ceiling, test)
-        for student in s.students:
-            options = dict(STUDENTS[student])
-            if "chain" in options and not between:
-                continue
-            keep, ensemble, chain = (options.pop(k, d) for k, d in (("keep", 1.0), ("ensemble", 0), ("chain", 0)))
-            supervisor = ",".join(weak_models) if ensemble else weak_models[seed]
-            name = f"{weak}{'-all' if ensemble else f'-s{seed}'}"
-            data = label(f"labels-{name}-{keep:g}", supervisor, f"{files}/strong.jsonl", keep)
-            for size in between if chain else ():
-                supervisor = train(f"chain-{name}", size, seed, data, {"weak_to_strong": options})
-                data = label(f"chain-{name}-{size}-labels", supervisor, f"{files}/strong.jsonl")
-            model = train(f"{student}-{name}", s.strong, seed, data, {"weak_to_strong": options})
-            cells.append(
-                {
-                    "weak_size": weak,
-                    "strong_size": strong,
-                    "loss": student,
-                    "seed": seed,
-                    "weak": label(f"weak-{name}-test", supervisor if ensemble else weak_models[seed], test),
-                    "student": label(f"{student}-{name}-{strong}-test", model, test),
-                    "ceiling": ceiling,
-                    "weak_params": _count(config, weak),
-                    "strong_params": _count(config, s.strong),
-                }
-            )
-    return cells
+    def label_test(self, name: str, model: str) -> str:
+        return self.label(f"{name}-test", model, f"{self.files}/test.jsonl")
 
 
 def _count(config, size):

@@ -286,13 +286,16 @@ def _writers(text: str, stages: Sequence[Stage]) -> list[Stage]:
 
 def _check_data(config: config_lib.Config, before: Sequence[Stage]) -> None:
     """Data that no stage writes must be there now, not hours later when the stage's turn has come."""
-    for field in ("path", "eval_path"):
-        for entry in filter(None, _entries(config.data[field])):
+    paths = {f"data.{field}": config.data[field] for field in ("path", "eval_path")}
+    for name, source in config.data["sources"].items():
+        paths |= {f"data.sources.{name}.{field}": source.get(field, "") for field in ("path", "eval_path")}
+    for field, path in paths.items():
+        for entry in filter(None, _entries(path)):
             if ":" not in entry and not _writers(entry, before):
                 try:
                     records.locate(entry, count=0, seed=0)
                 except InputError as error:
-                    raise InputError(f"data.{field}: {error}") from error
+                    raise InputError(f"{field}: {error}") from error
 
 
 def _as_json(value: Any) -> Any:

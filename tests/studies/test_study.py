@@ -235,6 +235,10 @@ def test_the_hash_is_over_contents_of_files(tmp_path):
         ('add.train("a", {"steps": "3"})', "stage a: steps = '3'"),
         ('add.train("a", {"objective": {"terms": {"sfd": 1.0}}})', "stage a: .*'sft'"),
         ('add.train("a", {"data": {"path": "/no/x.jsonl"}})', "stage a: data.path: there is no '/no/x.jsonl'"),
+        (
+            'add.train("a", {"data": {"path": "", "sources": {"b": {"path": "/no/x.jsonl"}}}})',
+            "stage a: data.sources.b.path: there is no '/no/x.jsonl'",
+        ),
         ('add.train("a,b", {})', "stage 'a,b': a name is of letters"),
         ('add.command("a", "research.labell", {})', "stage a: there is no module 'research.labell'"),
         ('add.command("a", "nothing.here", {})', "stage a: there is no module 'nothing.here'"),
