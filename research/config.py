@@ -15,6 +15,7 @@ from research.devices import sharding
 from research.errors import InputError, did_you_mean
 from research.models.config import ModelConfig
 from research.rollouts.answers import RolloutSpec
+from research.sources import spec
 from research.sources.spec import DataSpec
 from research.sources.tokenizers import TokenizerSpec
 
@@ -156,8 +157,8 @@ def _model_defaults() -> dict[str, Any]:
 
 
 def _data_defaults() -> dict[str, Any]:
-    made = DataSpec(path="builtin:python_docs")
-    return {f.name: getattr(made, f.name) for f in dataclasses.fields(DataSpec) if f.name != "seq_len"}
+    defaults = DataSpec(path="builtin:python_docs")
+    return {f.name: getattr(defaults, f.name) for f in dataclasses.fields(DataSpec) if f.name != "seq_len"}
 
 
 def defaults() -> dict[str, Any]:
@@ -231,6 +232,7 @@ def check(config: Config, *, num_devices: int) -> None:
             f"seq_len = {config.seq_len} is longer than model.max_length = {model.max_length}. Raise the one or "
             "lower the other."
         )
+    spec.check(data_spec(config))
     objectives.load(config.objective)
     optim.make_schedule(config.optimizer, config.steps)
     if config.rollout.share and config.data["pack"]:

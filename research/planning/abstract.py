@@ -69,12 +69,14 @@ def find_vocab_size(config: Config, base: Any = None) -> int:
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """The fields of a global batch: those of any text, and what the objective's terms read.
+    """The fields of a global batch: those of any text, what the objective's terms read, and of several sources which.
 
     Raises:
       InputError: it depends on the data, which isn't read: of labels, how many classes there are.
     """
     read = {name for term, _ in objectives.load(config.objective).values() for name in term.fields}
+    if len(config.data["sources"]) > 1:
+        read |= set(fields.group("source"))
     names = fields.read_with(read)
     classes = config.data["num_classes"] or config.model["num_labels"] or len(config.data["labels"])
     if "label_probs" in names and not classes:

@@ -378,7 +378,13 @@ def _read_gguf(path: Path, eos_token: str) -> Tokenizer:
 
 def _convert(folder: Path, eos_token: str) -> Tokenizer:
     """Has transformers make a tokenizer.json of the vocabularies of older models."""
-    from transformers import AutoTokenizer
+    try:  # here, since it is an extra, takes seconds to import, and is needed for nothing else
+        from transformers import AutoTokenizer
+    except ImportError as e:
+        raise InputError(
+            f"tokenizer.kind: {str(folder)!r} has no tokenizer.json, and making one needs the package transformers: "
+            f"pip install -e '.[convert]' ({e})."
+        ) from e
 
     with tempfile.TemporaryDirectory() as made:
         try:

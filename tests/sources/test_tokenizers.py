@@ -162,6 +162,13 @@ def test_bad_specs(tmp_path):
         make(str(tmp_path))
 
 
+def test_without_transformers_the_error_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "vocab.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"has no tokenizer.json.*pip install -e '\.\[convert\]'"):
+        load_pretrained(tmp_path)
+
+
 def test_files_of_older_models(tmp_path):
     folder = tmp_path / "old"
     folder.mkdir()
