@@ -1,24 +1,17 @@
-"""The other side of `understudy benchmark --against`: a process that does the same work with another library.
-
-python -m research.bench.peers NAME reads calls from its standard input, one JSON line each, and answers in lines.
-Between two calls it waits for input and uses no processor, so that the two sides can be measured in turn.
-
-A folder says what to do: config.json and safetensors as transformers writes them, and batch.npz with what it is to
-read. So both sides have the same architecture, the same first parameters and the same tokens, and must find the same
-loss.
-"""
+"""Other libraries, measured in turn with ours: each does the same work in a process of its own."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from research.bench import measure
+from research.bench.types import Record, in_ms, peak_memory
 from research.devices import startup
 from research.errors import InputError, did_you_mean
 
@@ -49,7 +42,7 @@ class Peer:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "research.bench.peers", name],
+            [sys.executable, "-m", "research.bench.libraries", name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -70,7 +63,7 @@ class Peer:
         self._process.stdout.close()
 
     def call(self, name: str, **values: Any) -> Any:
-        """Asks for one of the methods below, and waits for what it returns. Raises Failed where it raises."""
+        """Asks for a method of libraries.Library, and waits for what it returns. Raises Failed where it raises."""
         try:
             self._process.stdin.write(json.dumps({"call": name, **values}) + "\n")
             self._process.stdin.flush()
@@ -85,192 +78,79 @@ class Peer:
         return answer["result"]
 
 
-class HuggingFace:
-    """transformers and torch: fused AdamW, or with `compiled` torch.compile and a static cache too."""
+@dataclasses.dataclass
+class Others:
+    """The peers of one measurement. Leaving it as a context manager ends them.
 
-    def __init__(self, compiled: bool):
-        import torch
+    Attributes:
+      processes: name -> those that run.
+      answers: name -> what a peer said when it was started.
+      errors: name -> why a peer couldn't start.
+    """
 
-        self.torch, self.compiled = torch, compiled
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+    processes: dict[str, Peer] = dataclasses.field(default_factory=dict)
+    answers: dict[str, Record] = dataclasses.field(default_factory=dict)
+    errors: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def train(self, folder: str, optimizer: dict[str, float], microbatches: int, dtype: str, remat: bool) -> dict:
-        """Prepares a step and makes one, which compiles; returns its loss."""
-        import numpy as np
+    def __enter__(self) -> "Others":
+        return self
 
-        torch, batch = self.torch, np.load(f"{folder}/batch.npz")
-        model = self._model(folder).train()
-        if remat:
-            model.gradient_checkpointing_enable()
-        adamw = torch.optim.AdamW(
-            model.parameters(),
-            lr=optimizer["learning_rate"],
-            betas=(optimizer["b1"], optimizer["b2"]),
-            eps=optimizer["eps"],
-            weight_decay=optimizer["weight_decay"],
-            fused=True,
-        )
-        forward = torch.compile(model) if self.compiled else model
-        put = lambda x: torch.from_numpy(x).long().to(self.device).chunk(microbatches)  # noqa: E731
-        parts = list(zip(put(batch["tokens"]), put(batch["labels"]), strict=True))
-        half = dtype == "bfloat16"
+    def __exit__(self, *_: Any) -> None:
+        for process in self.processes.values():
+            process.close()
 
-        def step() -> float:
-            adamw.zero_grad(set_to_none=True)
-            total = 0.0
-            for tokens, labels in parts:
-                with torch.autocast(self.device, torch.bfloat16, enabled=half):
-                    loss = forward(input_ids=tokens, labels=labels, use_cache=False).loss / microbatches
-                loss.backward()
-                total = total + loss.detach()
-            if optimizer["clip_norm"]:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_norm"])
-            adamw.step()
-            return float(total)  # waits for the device
-
-        self.work = step
-        loss = step()
-        measure.forget_peak()
-        return {"loss": loss}
-
-    def decode(self, folder: str, new_tokens: int, dtype: str) -> dict:
-        """Prepares greedy decoding of the prompts in the folder; returns its tokens."""
-        import numpy as np
-
-        torch = self.torch
-        model = self._model(folder).to(getattr(torch, dtype)).eval()
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
-        prompts = torch.from_numpy(np.load(f"{folder}/batch.npz")["prompts"]).long().to(self.device)
-        options = {"cache_implementation": "static"} if self.compiled else {}
-
-        def generate() -> Any:
-            with torch.inference_mode():
-                out = model.generate(
-                    prompts,
-                    attention_mask=torch.ones_like(prompts),
-                    max_new_tokens=new_tokens,
-                    do_sample=False,
-                    **options,
-                )
-            return out[:, prompts.shape[1] :].cpu().tolist()
-
-        self.work = generate
-        tokens = generate()
-        measure.forget_peak()
-        return {"tokens": tokens}
-
-    def _model(self, folder: str) -> Any:
-        import transformers
-
-        return transformers.AutoModelForCausalLM.from_pretrained(folder).float().to(self.device)
-
-    def run(self, n: int) -> list[float]:
-        """Does what was prepared n times; returns the seconds of each."""
-        return measure.timed(self.work, n)
-
-    def memory(self) -> dict:
-        """Bytes at the peak of what was run, and on the device of all."""
-        cuda = self.torch.cuda.max_memory_allocated() if self.device == "cuda" else None
-        return {"resident_peak": measure.peak_resident(), "device_peak": cuda}
-
-
-class PlainJax:
-    """jax.jit as one would first write it: autodiff through attention, whole logits, optax.adamw; our linear maps."""
-
-    def train(self, folder: str, optimizer: dict[str, float], microbatches: int, dtype: str, remat: bool) -> dict:
-        """Prepares a step and makes one; returns its loss."""
-        import jax
-        import jax.numpy as jnp
-        import numpy as np
-        import optax
-
-        if microbatches > 1:
-            raise measure.Failed("plain jax has no microbatches")
-        model, params = self._model(folder, dtype, attention="reference", remat="full" if remat else "none")
-        clip = [optax.clip_by_global_norm(optimizer["clip_norm"])] if optimizer["clip_norm"] else []
-        o = {k: optimizer[k] for k in ("learning_rate", "b1", "b2", "eps", "weight_decay")}
-        update = optax.chain(*clip, optax.adamw(**o))
-        data = np.load(f"{folder}/batch.npz")
-        batch = {k: jnp.asarray(data[k]) for k in ("tokens", "segment_ids", "positions")}
-        targets = jnp.asarray(data["labels"][:, 1:])
-
-        def loss(params: Any) -> jax.Array:
-            hidden = model.hidden(params, batch)[:, :-1]
-            head = model.unembed(params)
-            logits = jnp.einsum("btd,dv->btv", hidden, head.kernel.astype(hidden.dtype)).astype(jnp.float32)
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
-            return jnp.sum(jnp.where(targets >= 0, each, 0.0)) / jnp.sum(targets >= 0).astype(jnp.float32)
-
-        @jax.jit
-        def step(params: Any, state: Any) -> tuple[Any, Any, jax.Array]:
-            value, grads = jax.value_and_grad(loss)(params)
-            changes, state = update.update(grads, state, params)
-            return optax.apply_updates(params, changes), state, value
-
-        step = jax.jit(step, donate_argnums=(0, 1))
-        self.state = params, update.init(params)
-
-        def work() -> float:
-            *self.state, value = step(*self.state)
-            return float(jax.block_until_ready((self.state, value))[1])
-
-        self.work = work
-        first = work()
-        measure.forget_peak()
-        return {"loss": first}
-
-    def _model(self, folder: str, dtype: str, **changes: str) -> tuple[Any, Any]:
-        import dataclasses
-
-        import jax
-
-        from research import params
-        from research.devices import sharding
-        from research.models import transformer
-        from research.pretrained import load
-
-        found = load.open_pretrained(folder)
-        model = transformer.make_model(dataclasses.replace(found.config, dtype=dtype, **changes))
-        mesh = sharding.make_mesh({}, jax.devices()[:1])
-        return model, load.load(found, model.specs, params.shardings(model.specs, mesh))
-
-    def run(self, n: int) -> list[float]:
-        """Does what was prepared n times; returns the seconds of each."""
-        return measure.timed(self.work, n)
-
-    def memory(self) -> dict:
-        import jax
-
-        stats = jax.devices()[0].memory_stats() or {}
-        return {"resident_peak": measure.peak_resident(), "device_peak": stats.get("peak_bytes_in_use")}
-
-
-def make(name: str) -> Any:
-    """The object whose methods are called."""
-    return PlainJax() if name == "jax" else HuggingFace(compiled=name == "hf_compile")
-
-
-def main(argv: Sequence[str]) -> int:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print isn't an answer
-    peer = make(argv[0])
-    for line in sys.stdin:
-        values = json.loads(line)
-        method = getattr(peer, values.pop("call"), None)
+    def start(self, name: str, work: str, values: Mapping[str, Any], warm: int = 0) -> None:
+        """Starts a peer and prepares its work, a method of libraries.Library; does it `warm` times more. A failure is
+        noted."""
+        process = self.processes[name] = Peer(name)
         try:
-            if method is None:
-                raise measure.Failed(f"{argv[0]} has nothing of the kind")
-            answer = {"result": method(**values)}
+            self.answers[name] = process.call(work, **values)
+            if warm:
+                process.call("run", n=warm)
         except measure.Failed as error:
-            answer = {"error": str(error)}
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {str(error).strip()[:500]}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-    return 0
+            self.fail(name, str(error))
+
+    def fail(self, name: str, error: str) -> None:
+        """Notes that a peer can't be measured."""
+        self.errors[name] = error
+
+    def runners(self) -> dict[str, Callable[[int], list[float]]]:
+        """Name -> runner for `in_turn`, of those that have started well."""
+        return {
+            name: (lambda n, process=process: process.call("run", n=n))
+            for name, process in self.processes.items()
+            if name not in self.errors
+        }
+
+    def compare(
+        self, seconds: Mapping[str, list[float] | str], figures: Callable[[Mapping[str, float]], Record]
+    ) -> dict[str, dict[str, Record]]:
+        """{"against": name -> what a peer took, or its error}; nothing where there are no peers.
+
+        Args:
+          seconds: of `in_turn`.
+          figures: spread of a peer's seconds -> what else is said of them.
+        """
+        records: dict[str, Record] = {}
+        for name in dict.fromkeys([*self.processes, *self.errors]):
+            error = self.errors.get(name, seconds.get(name))
+            if isinstance(error, str):
+                records[name] = {"error": error}
+                continue
+            times = measure.spread(seconds[name])
+            memory = self.processes[name].call("memory")
+            records[name] = {"seconds": times, **figures(times), **self.answers[name], "memory": memory}
+        return {"against": records} if records else {}
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def describe(record: Record) -> str:
+    """A line for each peer of a record."""
+    lines = ""
+    for name, figures in record.get("against", {}).items():
+        text = f"failed: {figures['error']}" if "error" in figures else _in_short(figures)
+        lines += f"\n{'':<10}   {name}: {text}"
+    return lines
+
+
+def _in_short(figures: Record) -> str:
+    return f"{in_ms(figures['seconds'])}, {figures['ratio']:.2f} times ours, {peak_memory(figures['memory'])}"

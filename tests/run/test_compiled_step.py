@@ -11,7 +11,7 @@ import pytest
 
 from experiments import sft
 from research import config as config_lib
-from research.bench import measure
+from research.bench import prepared
 from research.devices import sharding
 from research.planning import abstract
 from research.planning import topology as topologies
@@ -32,9 +32,9 @@ def config():
 
 def compiled(config, objective, devices, **axes):
     mesh = sharding.make_mesh({"data": 1, **axes}, jax.devices()[:devices])
-    changed = dataclasses.replace(measure.with_objective(config, objective), mesh=config_lib.MeshConfig(1, **axes))
+    changed = dataclasses.replace(prepared.with_objective(config, objective), mesh=config_lib.MeshConfig(1, **axes))
     with jax.set_mesh(mesh):
-        return measure.prepare(changed, mesh, VOCAB)
+        return prepared.prepare(abstract.Described(changed, mesh, VOCAB))
 
 
 def largest(text):
@@ -63,7 +63,7 @@ def test_nor_does_one_over_devices(config):
 def test_nor_does_one_for_tpus(config):
     topology, length = topologies.find("v5e:2x2"), 8 * LENGTH  # of a chip, more than the tokens of a chunk
     changed = dataclasses.replace(
-        measure.with_objective(config, "sft"),
+        prepared.with_objective(config, "sft"),
         mesh=config_lib.MeshConfig(1, fsdp=4),
         model={**config.model, "max_length": length},
         seq_len=length,

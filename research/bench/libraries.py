@@ -1,0 +1,211 @@
+"""The other side of `understudy benchmark --against`: a process that does the same work with another library.
+
+python -m research.bench.libraries NAME reads calls from its standard input, one JSON line each, and answers in lines.
+Between two calls it waits for input and uses no processor, so that the two sides can be measured in turn.
+
+A folder says what to do: config.json and safetensors as transformers writes them, and batch.npz with what it is to
+read. So both sides have the same architecture, the same first parameters and the same tokens, and must find the same
+loss. Libraries are imported where they are used: a process holds its own alone, and its memory is measured.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from research.bench import measure
+
+
+class Library:
+    """What all libraries have in common. `train` and `decode` set `work`, which `run` repeats."""
+
+    work: Callable[[], Any]
+
+    def run(self, n: int) -> list[float]:
+        """Does what was prepared n times; returns the seconds of each."""
+        return measure.timed(self.work, n)
+
+    def memory(self) -> dict[str, int | None]:
+        """Bytes at the peak of what was run, and on the device of all."""
+        return {"resident_peak": measure.peak_resident(), "device_peak": self.device_peak()}
+
+    def device_peak(self) -> int | None:
+        raise NotImplementedError
+
+    def _begin(self, work: Callable[[], Any]) -> Any:
+        """Prepares `work`, and does it once."""
+        self.work = work
+        result = work()
+        measure.forget_peak()
+        return result
+
+
+class HuggingFace(Library):
+    """transformers and torch: fused AdamW, or with `compiled` torch.compile and a static cache too."""
+
+    def __init__(self, compiled: bool):
+        import torch
+
+        self.torch, self.compiled = torch, compiled
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def train(self, folder: str, optimizer: dict[str, float], microbatches: int, dtype: str, remat: bool) -> dict:
+        """Prepares a step and makes one, which compiles; returns its loss."""
+        torch, batch = self.torch, np.load(f"{folder}/batch.npz")
+        model = self._model(folder).train()
+        if remat:
+            model.gradient_checkpointing_enable()
+        adamw = torch.optim.AdamW(
+            model.parameters(),
+            lr=optimizer["learning_rate"],
+            betas=(optimizer["b1"], optimizer["b2"]),
+            eps=optimizer["eps"],
+            weight_decay=optimizer["weight_decay"],
+            fused=True,
+        )
+        forward = torch.compile(model) if self.compiled else model
+        tokens, labels = (
+            torch.from_numpy(batch[name]).long().to(self.device).chunk(microbatches) for name in ("tokens", "labels")
+        )
+        parts = list(zip(tokens, labels, strict=True))
+        half = dtype == "bfloat16"
+
+        def step() -> float:
+            adamw.zero_grad(set_to_none=True)
+            total = 0.0
+            for tokens, labels in parts:
+                with torch.autocast(self.device, torch.bfloat16, enabled=half):
+                    loss = forward(input_ids=tokens, labels=labels, use_cache=False).loss / microbatches
+                loss.backward()
+                total = total + loss.detach()
+            if optimizer["clip_norm"]:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer["clip_norm"])
+            adamw.step()
+            return float(total)  # waits for the device
+
+        return {"loss": self._begin(step)}
+
+    def decode(self, folder: str, new_tokens: int, dtype: str) -> dict:
+        """Prepares greedy decoding of the prompts in the folder; returns its tokens."""
+        torch = self.torch
+        model = self._model(folder).to(getattr(torch, dtype)).eval()
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+        prompts = torch.from_numpy(np.load(f"{folder}/batch.npz")["prompts"]).long().to(self.device)
+        options = {"cache_implementation": "static"} if self.compiled else {}
+
+        def generate() -> Any:
+            with torch.inference_mode():
+                out = model.generate(
+                    prompts,
+                    attention_mask=torch.ones_like(prompts),
+                    max_new_tokens=new_tokens,
+                    do_sample=False,
+                    **options,
+                )
+            return out[:, prompts.shape[1] :].cpu().tolist()
+
+        return {"tokens": self._begin(generate)}
+
+    def _model(self, folder: str) -> Any:
+        import transformers
+
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).float().to(self.device)
+
+    def device_peak(self) -> int | None:
+        return self.torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+
+
+class PlainJax(Library):
+    """jax.jit as one would first write it: autodiff through attention, whole logits, optax.adamw; our linear maps."""
+
+    def train(self, folder: str, optimizer: dict[str, float], microbatches: int, dtype: str, remat: bool) -> dict:
+        """Prepares a step and makes one; returns its loss."""
+        import jax
+        import jax.numpy as jnp
+        import optax
+
+        if microbatches > 1:
+            raise measure.Failed("plain jax has no microbatches")
+        model, params = self._model(folder, dtype, attention="reference", remat="full" if remat else "none")
+        clip = [optax.clip_by_global_norm(optimizer["clip_norm"])] if optimizer["clip_norm"] else []
+        o = {k: optimizer[k] for k in ("learning_rate", "b1", "b2", "eps", "weight_decay")}
+        update = optax.chain(*clip, optax.adamw(**o))
+        data = np.load(f"{folder}/batch.npz")
+        batch = {k: jnp.asarray(data[k]) for k in ("tokens", "segment_ids", "positions")}
+        targets = jnp.asarray(data["labels"][:, 1:])
+
+        def loss(params: Any) -> jax.Array:
+            hidden = model.hidden(params, batch)[:, :-1]
+            head = model.unembed(params)
+            logits = jnp.einsum("btd,dv->btv", hidden, head.kernel.astype(hidden.dtype)).astype(jnp.float32)
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+            return jnp.sum(jnp.where(targets >= 0, each, 0.0)) / jnp.sum(targets >= 0).astype(jnp.float32)
+
+        @jax.jit
+        def step(params: Any, state: Any) -> tuple[Any, Any, jax.Array]:
+            value, grads = jax.value_and_grad(loss)(params)
+            changes, state = update.update(grads, state, params)
+            return optax.apply_updates(params, changes), state, value
+
+        step = jax.jit(step, donate_argnums=(0, 1))
+        self.state = params, update.init(params)
+
+        def work() -> float:
+            *self.state, value = step(*self.state)
+            return float(jax.block_until_ready((self.state, value))[1])
+
+        return {"loss": self._begin(work)}
+
+    def _model(self, folder: str, dtype: str, **changes: str) -> tuple[Any, Any]:
+        import jax
+
+        from research import params
+        from research.devices import sharding
+        from research.models import transformer
+        from research.pretrained import load
+
+        found = load.open_pretrained(folder)
+        model = transformer.make_model(dataclasses.replace(found.config, dtype=dtype, **changes))
+        mesh = sharding.make_mesh({}, jax.devices()[:1])
+        return model, load.load(found, model.specs, params.shardings(model.specs, mesh))
+
+    def device_peak(self) -> int | None:
+        import jax
+
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def make(name: str) -> Any:
+    """The object whose methods are called."""
+    return PlainJax() if name == "jax" else HuggingFace(compiled=name == "hf_compile")
+
+
+def main(argv: Sequence[str]) -> int:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the libraries print isn't an answer
+    peer = make(argv[0])
+    for line in sys.stdin:
+        values = json.loads(line)
+        method = getattr(peer, values.pop("call"), None)
+        try:
+            if method is None:
+                raise measure.Failed(f"{argv[0]} has nothing of the kind")
+            answer = {"result": method(**values)}
+        except measure.Failed as error:
+            answer = {"error": str(error)}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {str(error).strip()[:500]}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

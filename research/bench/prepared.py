@@ -1,0 +1,107 @@
+"""A train step on made-up data, compiled and ready to run."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from research import objectives, params
+from research.bench import measure
+from research.config import Config
+from research.models import transformer
+from research.planning.abstract import Described
+from research.pretrained import save
+from research.sources import fields
+
+
+class Prepared(NamedTuple):
+    """A compiled train step, and what it takes. `state` is given away by the first call."""
+
+    parts: Any  # the run's
+    compiled: Any
+    state: Any
+    frozen: Any
+    batch: Any
+    numpy_batch: Mapping[str, np.ndarray]
+    compile_seconds: float
+
+
+def prepare(run: Described, *, packed: bool = True) -> Prepared:
+    """Assembles a run's step as research.run does; to be called under jax.set_mesh.
+
+    Args:
+      run: the run, whose parameters are made at random and whose batch is made up.
+      packed: rows of the batch hold several documents.
+    """
+    parts, seed = run.assemble(), run.config.seed
+    batch = fields.fake(parts.batch, run.vocab_size, packed=packed, seed=seed)
+    specs = {role: transformer.in_compute_dtype(parts.models[role]) for role in parts.frozen}
+    placed = jax.tree.map(lambda x: x.sharding, parts.frozen)
+    began = time.perf_counter()
+    compiled = parts.step.lower(parts.state, parts.frozen, parts.batch).compile()
+    return Prepared(
+        parts,
+        compiled,
+        parts.begin(np.uint32(seed & 0xFFFFFFFF)),
+        jax.jit(lambda key: params.init(specs, key), out_shardings=placed)(jax.random.PRNGKey(seed)),
+        {name: jax.device_put(x, parts.batch[name].sharding) for name, x in batch.items()},
+        batch,
+        time.perf_counter() - began,
+    )
+
+
+class Stepper:
+    """Runs a prepared step. Its calls are runners for `in_turn`; `out` holds the last metrics."""
+
+    def __init__(self, step: Prepared):
+        self.compiled, self.state, self.frozen, self.batch = step.compiled, step.state, step.frozen, step.batch
+
+    def __call__(self, n: int) -> list[float]:
+        return measure.timed(self.step, n)
+
+    def step(self) -> None:
+        self.state, self.out = self.compiled(self.state, self.frozen, self.batch)
+        jax.block_until_ready((self.state, self.out))
+
+
+def with_objective(config: Config, name: str) -> Config:
+    """The config with one objective on the same model; what it wants of other roles is of the policy's architecture."""
+    spec = {"terms": {name: 1.0}, **{k: v for k, v in config.objective.items() if k == name}}
+    term, _ = objectives.load(spec)[name]
+    described = {**config.model, "init_from": ""}
+    roles = {role: config.roles.get(role, described) for role in (*term.frozen, *term.trainable) if role != "policy"}
+    model = config.model
+    if "label_probs" in term.fields and not model["num_labels"]:
+        model = {**model, "num_labels": config.data["num_classes"] or len(config.data["labels"]) or 2}
+    return dataclasses.replace(config, objective=spec, roles=roles, model=model)
+
+
+def model_flops(models: Mapping[str, transformer.Model], tokens: int, length: int) -> float:
+    """Of a step, by transformer.flops_per_token; a frozen model's forward pass is a third of a training step's."""
+    each = {role: transformer.flops_per_token(model.config, length) for role, model in models.items()}
+    return tokens * sum(flops if role == "policy" else flops / 3 for role, flops in each.items())
+
+
+def write_model(folder: str, model: Any, values: Any) -> int:
+    """Writes a model as transformers does, in float32.
+
+    Args:
+      folder: for config.json and safetensors.
+      model: its ModelConfig.
+      values: its parameters.
+
+    Returns:
+      Bytes of the parameters.
+
+    Raises:
+      InputError: transformers has no such architecture.
+    """
+    family, described = save.choose(model, {})
+    total = save.save(Path(folder), family, model, values, lambda name: "float32", int(5e9))
+    Path(folder, "config.json").write_text(json.dumps({**described, "torch_dtype": "float32"}))
+    return sum(total.values())

@@ -1,0 +1,185 @@
+"""The train step, and what the loop of a run adds to it."""
+
+import contextlib
+import dataclasses
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.bench import machine, measure, peers, prepared, profiling
+from research.bench.types import Bench, Record, Result, in_ms, peak_memory
+from research.config import Config
+from research.devices import sharding
+from research.errors import InputError
+from research.objectives.types import next_token_targets
+from research.run import metrics, run
+
+_WITH_PEERS = ("next_token", "sft")  # the objectives that peers know
+_TRACED_STEPS = 3
+
+
+def train(bench: Bench) -> Iterator[Result]:
+    """The compiled step: time, tokens/s, model-FLOPs utilisation of the measured peak, memory; and that of peers."""
+    for name in bench.objectives or ("",):
+        config = prepared.with_objective(bench.config, name) if name else bench.config
+        yield _train(dataclasses.replace(bench, run=dataclasses.replace(bench.run, config=config)), name)
+        jax.clear_caches()
+
+
+def _train(bench: Bench, name: str) -> Result:
+    name = name or "+".join(bench.config.objective["terms"])
+    step = prepared.prepare(bench.run, packed=not bench.against)
+    dtype = step.parts.models["policy"].config.dtype
+    with contextlib.ExitStack() as stack:
+        others = stack.enter_context(peers.Others())
+        if bench.against:
+            _start_peers(others, bench, step, name, stack.enter_context(tempfile.TemporaryDirectory()))
+        ours = prepared.Stepper(step)
+        ours.step()
+        loss, losses_weight = ours.out["loss"]
+        warm = ours(1)[0]
+        measure.forget_peak()
+        product, product_flops = machine.matmul(bench.mesh, dtype)
+        runners = {"": ours, " matmul": lambda n: product(3 * n), **others.runners()}
+        seconds = measure.in_turn(runners, bench.count(warm))
+        profile = _profile(bench, ours, name) if bench.profile else {}
+        peak = product_flops / measure.spread(seconds[" matmul"])["median"]
+        record = _describe(bench, step, measure.spread(seconds[""]), peak)
+        record |= {"case": name, "matmul_flops_per_second": peak, "dtype": dtype, "loss": float(loss / losses_weight)}
+        tokens = record["tokens_per_second"] * record["seconds"]["median"]
+        record |= others.compare(
+            seconds,
+            lambda times: {
+                "tokens_per_second": tokens / times["median"],
+                "mfu": record["model_flops"] / times["median"] / peak,
+                "ratio": times["median"] / record["seconds"]["median"],
+            },
+        )
+    text = (
+        f"{name}: {in_ms(record['seconds'])}, {record['tokens_per_second']:.5g} tokens/s, MFU {record['mfu']:.1%} of "
+        f"{peak / 1e12:.3g} TFLOP/s, {peak_memory(record['memory'])}"
+    )
+    return record | profile, text + peers.describe(record) + profiling.describe(profile)
+
+
+def _describe(bench: Bench, step: prepared.Prepared, times: Mapping[str, float], peak: float) -> Record:
+    """What our own step took."""
+    config = bench.config
+    tokens = config.batch_size * config.seq_len
+    flops = prepared.model_flops(step.parts.models, tokens, config.seq_len)
+    return {
+        "seconds": times,
+        "tokens_per_second": tokens / times["median"],
+        "mfu": flops / times["median"] / peak,
+        "model_flops": flops,
+        "batch": [config.batch_size, config.seq_len],
+        "packed": not bench.against,
+        "platform": sharding.platform(),
+        "compile_seconds": step.compile_seconds,
+        "memory": machine.memory(step.compiled),
+    }
+
+
+def _start_peers(others: peers.Others, bench: Bench, step: prepared.Prepared, name: str, folder: str) -> None:
+    """Starts the peers, each of which makes two steps; they say the loss of the first."""
+    config, model = bench.config, step.parts.models["policy"].config
+    fields = ("learning_rate", "b1", "b2", "eps", "weight_decay", "clip_norm")
+    work = {
+        "folder": folder,
+        "optimizer": {field: getattr(config.optimizer, field) for field in fields},
+        "microbatches": config.microbatches,
+        "dtype": model.dtype,
+        "remat": model.remat == "full",
+    }
+    for peer in bench.against:
+        try:
+            write_work(folder, step, config, name)
+        except (measure.Failed, InputError) as error:
+            others.fail(peer, str(error))
+        else:
+            others.start(peer, "train", work, warm=1)
+
+
+def write_work(folder: str, step: prepared.Prepared, config: Config, name: str) -> None:
+    """Writes what peers read, if it isn't there: config.json, safetensors, batch.npz.
+
+    Raises:
+      Failed: peers don't know the objective.
+      InputError: transformers has no such architecture.
+    """
+    if name not in _WITH_PEERS:
+        raise measure.Failed(f"peers know {' and '.join(_WITH_PEERS)} alone")
+    if Path(folder, "batch.npz").exists():
+        return
+    prepared.write_model(folder, step.parts.models["policy"].config, step.state.params["policy"])
+    batch = step.numpy_batch
+    mask = batch["loss_mask"] if "sft" in config.objective["terms"] else None
+    weights = np.asarray(next_token_targets(batch, mask)[1])
+    labels = np.full_like(batch["tokens"], -100)
+    labels[:, 1:] = np.where(weights[:, :-1] > 0, batch["tokens"][:, 1:], -100)
+    np.savez(f"{folder}/batch.npz", labels=labels, **batch)
+
+
+def _profile(bench: Bench, ours: prepared.Stepper, name: str) -> Record:
+    """Traces a few steps into FOLDER/NAME: "costliest", in seconds of a step, or "profile_error"."""
+    folder = Path(bench.profile) / name
+    with jax.profiler.trace(str(folder), create_perfetto_trace=True):
+        for _ in range(_TRACED_STEPS):
+            ours.step()
+    (folder / profiling.PROGRAM).write_text(ours.compiled.as_text())
+    try:
+        parts = profiling.read(folder)
+    except profiling.Unreadable as error:
+        return {"profile_error": str(error)}
+    return {"costliest": [{**part, "seconds": part["seconds"] / _TRACED_STEPS} for part in parts]}
+
+
+def loop(bench: Bench) -> Iterator[Result]:
+    """Runs research.run for a few steps, and the bare step as often, in turn: what the loop adds, as a share of it."""
+    config = dataclasses.replace(
+        bench.config,
+        eval=dataclasses.replace(bench.config.eval, every=0),
+        checkpoint=dataclasses.replace(bench.config.checkpoint, every=0, best_metric=""),
+    )
+    ours = prepared.Stepper(prepared.prepare(dataclasses.replace(bench.run, config=config)))
+    ours(2)
+    n = max(3, bench.count(ours(1)[0] * measure.ROUNDS))
+    shares, waits, bare, looped = [], [], [], []
+    for _ in range(measure.ROUNDS):
+        seconds, waited = _run_loop(config, n)
+        looped.append(seconds)
+        waits.append(waited)
+        bare.append(statistics.mean(ours(n)))
+        shares.append(looped[-1] / bare[-1] - 1)
+    record = {
+        "seconds": measure.spread(looped),
+        "bare_seconds": measure.spread(bare),
+        "overhead": measure.spread(shares),
+        "data_wait_fraction": statistics.median(waits),
+        "steps": n,
+        "log_every": config.log.every,
+    }
+    text = (
+        f"{in_ms(record['seconds'])} a step, {in_ms(record['bare_seconds'])} without the loop: "
+        f"{record['overhead']['median']:+.1%}; waits for data {record['data_wait_fraction']:.2%} of the time"
+    )
+    yield record, text
+
+
+def _run_loop(config: Any, n: int) -> tuple[float, float]:
+    """(seconds of a step, share of the time that it waits for data) of n steps of a run."""
+    before = 2 * config.log.every  # Orbax and TensorBoard are imported beside the first steps
+    with tempfile.TemporaryDirectory() as workdir:
+        try:
+            run.run(dataclasses.replace(config, steps=before + n), workdir)
+        except run.Preempted as stop:
+            raise KeyboardInterrupt from stop
+        lines = [line for line in metrics.read_metrics(workdir) if "train/tokens_per_second" in line]
+    lines = [line for line in lines if line["step"] > before]
+    seconds = statistics.mean(line["train/tokens"] / line["train/tokens_per_second"] for line in lines)
+    return seconds, statistics.mean(line["train/data_wait_fraction"] for line in lines)
