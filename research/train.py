@@ -239,7 +239,7 @@ def _choose(ok: jax.Array, new: Any, old: Any) -> Any:
 
 def _replicated(tree: Any) -> Any:
     """A pytree that every device holds whole."""
-    return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim), tree)
+    return jax.tree.map(sharding.replicate, tree)
 
 
 def _one(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,10 @@
-"""The mesh, and the one table that maps the logical axes of arrays to its axes."""
+"""The mesh, and the rules that lay arrays out on it: each logical axis of an array is cut along some of its axes.
+
+An experiment may override some of RULES. So what lays out an array is handed the rules, and never reads RULES itself.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,23 +16,58 @@ from research.errors import InputError, did_you_mean
 # The outermost first: what talks least and may be furthest apart. Slices of a multi-slice TPU are cut along "data".
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
-# Logical axis -> mesh axis (or axes). What isn't named here is replicated.
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp", "expert"),
-    "time": "sequence",
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "layers": None,
-    "embed_replicated": None,
-    "head_dim": None,
-    "positions": None,
-    "token_types": None,
-    "experts": "expert",
-    "labels": None,
-}
+Axes = str | tuple[str, ...] | None
+
+
+class Rules(Mapping[str, Axes]):
+    """Logical axis -> mesh axis, several or None (replicated).
+
+    Hashable, so that it may be a static part of a pytree.
+    """
+
+    def __init__(self, table: Mapping[str, Any]):
+        # JSON has lists for tuples.
+        self._table = {name: tuple(axes) if isinstance(axes, list) else axes for name, axes in table.items()}
+
+    def __getitem__(self, name: str) -> Axes:
+        return self._table[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._table.items()))
+
+    def __repr__(self) -> str:
+        return f"Rules({self._table})"
+
+
+RULES = Rules(
+    {
+        "batch": ("data", "fsdp", "expert"),
+        "time": "sequence",
+        "embed": "fsdp",
+        "vocab": "tensor",
+        "heads": "tensor",
+        "kv_heads": "tensor",
+        "mlp": "tensor",
+        "layers": None,
+        "embed_replicated": None,
+        "head_dim": None,
+        "positions": None,
+        "token_types": None,
+        "experts": "expert",
+        "labels": None,
+    }
+)
+
+
+def make_rules(overrides: Mapping[str, Any]) -> Rules:
+    """RULES, but for what a config's `rules` say."""
+    return Rules({**RULES, **overrides})
 
 
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
@@ -128,6 +166,16 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: Mapping[str, Any]
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, rules))
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """Pins an array to be whole on each device of the mesh in context."""
+    return constrain(x, (None,) * x.ndim, {})
+
+
+def axis_parts(axis: str, rules: Mapping[str, Any] | None) -> int:
+    """Into how many parts the mesh in context cuts a logical axis; 1 without a mesh, or without rules."""
+    return 1 if rules is None else num_parts(rules[axis])
 
 
 def num_parts(axes: str | Sequence[str] | None, mesh: Mesh | AbstractMesh | None = None) -> int:

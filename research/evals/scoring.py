@@ -16,6 +16,7 @@ from research.devices import distributed, sharding
 from research.errors import InputError
 from research.models.transformer import Model
 from research.ops.chunks import chunk_bytes, chunk_tokens
+from research.ops.head import Head
 from research.ops.losses import cross_entropy, log_probs
 from research.sources import formats, records
 from research.sources.tokenizers import Tokenizer
@@ -178,24 +179,24 @@ def keep_end(example: Example, max_length: int) -> Example:
 
 def token_logprobs(model: Model, params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
     """log p of the `targets` of a batch, [B, T] float32 on every device; see `_batch` for what it holds."""
-    batch = _constrain(batch)
+    batch = _constrain(batch, model.rules)
     out = log_probs(model.hidden(params, batch), model.unembed(params), batch["targets"]).target
-    return sharding.constrain(out, (None, None))
+    return sharding.replicate(out)
 
 
 def row_likelihoods(model: Model, params: Params, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Of each row of a batch, the sum of log p over its weighted targets, [B] float32, and whether all of these are the
     likeliest, [B] bool; on every device."""
-    batch = _constrain(batch)
+    batch = _constrain(batch, model.rules)
     hidden, head = model.hidden(params, batch), model.unembed(params)
-    chunk = _chunk(hidden.shape[0], head.kernel.shape[1])
+    chunk = _chunk(hidden.shape[0], head)
 
     def one(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
         out = cross_entropy(hidden[None], head, targets[None], weights[None], chunk=chunk)
         return -out.nll_sum, out.correct_sum == out.weight_sum
 
     out = jax.vmap(one)(hidden, batch["targets"], batch["weights"])
-    return jax.tree.map(lambda x: sharding.constrain(x, (None,)), out)
+    return jax.tree.map(sharding.replicate, out)
 
 
 def make_token_scorer(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> Callable[..., list[np.ndarray]]:
@@ -214,7 +215,7 @@ def make_token_scorer(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> Call
         params: Params, examples: Sequence[Example], progress: Progress = lambda tokens: None
     ) -> list[np.ndarray]:
         scored = [np.zeros(example.count, np.float32) for example in examples]
-        for windows, out in _compute(compute, params, examples, model.config.max_length, batch_tokens, progress):
+        for windows, out in _compute(compute, model, params, examples, batch_tokens, progress):
             for (i, start, first, stop), row in zip(windows, out, strict=False):
                 mask = examples[i].mask
                 at = int(np.count_nonzero(mask[1:first]))
@@ -237,7 +238,7 @@ def make_loglikelihood(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> Cal
         params: Params, examples: Sequence[Example], progress: Progress = lambda tokens: None
     ) -> list[Likelihood]:
         sums, greedy = np.zeros(len(examples)), np.ones(len(examples), bool)
-        for windows, out in _compute(compute, params, examples, model.config.max_length, batch_tokens, progress):
+        for windows, out in _compute(compute, model, params, examples, batch_tokens, progress):
             for window, logprob, likeliest in zip(windows, *out, strict=False):
                 sums[window.example] += logprob
                 greedy[window.example] &= likeliest
@@ -246,19 +247,14 @@ def make_loglikelihood(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> Cal
     return loglikelihood
 
 
-def _constrain(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: sharding.constrain(x, ("batch", "time")) for name, x in batch.items()}
+def _constrain(batch: Mapping[str, jax.Array], rules: sharding.Rules) -> dict[str, jax.Array]:
+    return {name: sharding.constrain(x, ("batch", "time"), rules) for name, x in batch.items()}
 
 
-def _batch_shards() -> int:
-    """How many parts the mesh in context cuts a batch into."""
-    return sharding.num_parts(sharding.RULES["batch"])
-
-
-def _chunk(rows: int, vocab_size: int) -> int:
-    """Positions of all rows whose logits are made at once: see ops.losses, which sees one row at a time here."""
-    tokens = min(chunk_tokens(), chunk_bytes() // (4 * vocab_size))
-    return max(1, tokens * _batch_shards() // rows)
+def _chunk(rows: int, head: Head) -> int:
+    """Positions of all rows whose logits are computed at once: ops.head sees one row at a time here."""
+    tokens = min(chunk_tokens(), chunk_bytes() // (4 * head.size))
+    return max(1, tokens * sharding.axis_parts("batch", head.rules) // rows)
 
 
 def _windows(examples: Sequence[Example], max_length: int) -> Iterator[_Window]:
@@ -279,13 +275,14 @@ def _padded_length(length: int, max_length: int) -> int:
 
 def _compute(
     compute: Callable[[Params, dict[str, np.ndarray]], Any],
+    model: Model,
     params: Params,
     examples: Sequence[Example],
-    max_length: int,
     batch_tokens: int,
     progress: Progress,
 ) -> Iterator[tuple[list[_Window], Any]]:
     """Yields (windows, results, row by row; rows past the windows are padding) of one batch after the other."""
+    max_length = model.config.max_length
     windows = sorted(_windows(examples, max_length), key=lambda window: window.start - window.stop)
     waiting: collections.deque = collections.deque()  # the devices get the next batch before the last one is read
 
@@ -295,7 +292,7 @@ def _compute(
         progress(sum(stop + 1 - first for _, _, first, stop in taken))
         return taken, out
 
-    done, shards = 0, _batch_shards()
+    done, shards = 0, sharding.axis_parts("batch", model.rules)
     while done < len(windows):
         length = _padded_length(windows[done].stop - windows[done].start, max_length)
         rows = max(1, batch_tokens // length)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from research.errors import InputError
 from research.models.transformer import Model
 from research.ops.cpu.argmax import argmax
-from research.ops.losses import Head
+from research.ops.head import Head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +86,7 @@ def filter_logits(logits: Float[Array, "B V"], config: SamplingConfig) -> tuple[
 
 def next_logits(head: Head, hidden: Float[Array, "B D"], vocab_size: int) -> Float[Array, "B V"]:
     """Logits, float32, of the token after each hidden state: -inf from `vocab_size` on, where ids only pad V."""
-    logits = jnp.dot(hidden, head.kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    if head.bias is not None:
-        logits += head.bias.astype(jnp.float32)[None]
-    if head.softcap:
-        logits = head.softcap * jnp.tanh(logits / head.softcap)
+    logits = head.logits(hidden)
     return jnp.where(jnp.arange(logits.shape[1])[None] < vocab_size, logits, -jnp.inf)
 
 

@@ -148,7 +148,7 @@ class Decoder:
             out = self.extend(params, queue, self.begin(params, queue)).out
         else:
             out = Turns.plan(self, params, queue, slots).run(slots)
-        return jax.tree.map(lambda x: sharding.constrain(x, (None,) * x.ndim), out)
+        return jax.tree.map(sharding.replicate, out)
 
     def begin(self, params: Params, queue: Queue) -> Slots:
         """As many slots as there are rows, after the prompts and one new token."""
@@ -301,7 +301,7 @@ class Turns:
         P = queue.prompts.shape[1]
         padded = -(-P // _PIECE) * _PIECE if P > _PIECE else P
         queue = queue._replace(prompts=jnp.pad(queue.prompts, ((0, 0), (padded - P, 0))))
-        parts = sharding.num_parts(sharding.RULES["batch"])
+        parts = sharding.axis_parts("batch", decoder.model.rules)
         group = min(slots, -(-slots // (_GROUPS * parts)) * parts)
         order = jnp.pad(jnp.argsort(-queue.lengths), (0, group))
         return cls(decoder, params, queue, order, jnp.sum(queue.lengths > 0), group)

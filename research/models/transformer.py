@@ -21,7 +21,7 @@ from research.models.config import REMAT, ModelConfig
 from research.models.decoding import Cache
 from research.models.specs import Params, make_specs
 from research.ops.attention import self_attention
-from research.ops.losses import Head
+from research.ops.head import Head
 
 
 class Model(NamedTuple):
@@ -36,6 +36,7 @@ class Model(NamedTuple):
       attention_inputs: (params, state, batch, layer) -> queries [B, T, H, h], keys and values [B, T, K, h] of a layer,
         as attention takes them, from the state before it.
       unembed: (params) -> Head, kernel [D, V] or [D, num_labels].
+      rules: logical axis -> mesh axes, of all that these functions lay out on the mesh in context.
       init_cache: (batch size, length S) -> empty Cache.
       unstack: (params) -> params with "layers" as a tuple of trees, as `decode` wants them. Decoding loops run it once,
         outside the loop: slicing stacked weights inside copies them at every token.
@@ -50,6 +51,7 @@ class Model(NamedTuple):
     hidden_at: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
     attention_inputs: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     unembed: Callable[[Params], Head]
+    rules: sharding.Rules
     init_cache: Callable[[int, int], Cache]
     unstack: Callable[[Params], Params]
     decode: Callable[..., tuple[jax.Array, Cache]]
@@ -57,13 +59,15 @@ class Model(NamedTuple):
 
 def make_model(config: ModelConfig, rules: Mapping[str, Any] = sharding.RULES) -> Model:
     """Returns the model's functions; `rules` maps logical axes to the mesh."""
+    rules = sharding.make_rules(rules)
     return Model(
         config=config,
         specs=make_specs(config),
         hidden=functools.partial(hidden, config, rules),
         hidden_at=functools.partial(hidden_at, config, rules),
         attention_inputs=functools.partial(attention_inputs, config),
-        unembed=functools.partial(unembed, config),
+        unembed=functools.partial(unembed, config, rules),
+        rules=rules,
         init_cache=functools.partial(decoding.init_cache, config, rules),
         unstack=functools.partial(decoding.unstack, config),
         decode=functools.partial(decoding.decode, config, rules),
@@ -192,11 +196,10 @@ def attention_inputs(
     )
 
 
-def unembed(c: ModelConfig, params: Params) -> Head:
+def unembed(c: ModelConfig, rules: sharding.Rules, params: Params) -> Head:
     """The kernel that turns hidden states into logits, its bias and soft-cap."""
     tied = "head" not in params
-    kernel = params["embed"].T if tied else params["head"]
-    return Head(kernel=kernel, bias=params.get("head_bias"), softcap=c.logit_softcap, by_token=tied)
+    return Head(params["embed" if tied else "head"], params.get("head_bias"), c.logit_softcap, tied, rules)
 
 
 def flops_per_token(c: ModelConfig, length: int) -> float:

@@ -36,14 +36,7 @@ def class_logits(
             "them. Set it to 0, or use head = 'linear'."
         )
     hidden, head = forward.hidden(role), forward.head(role)
-    kernel, bias, softcap = head.kernel, head.bias, head.softcap
-    if label_tokens is not None:
-        columns = jnp.asarray(label_tokens, jnp.int32)
-        kernel, bias = jnp.take(kernel, columns, axis=1), None if bias is None else bias[columns]
-    logits = jnp.einsum("btd,dc->btc", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    if bias is not None:
-        logits += bias.astype(jnp.float32)[None, None, :]
-    return softcap * jnp.tanh(logits / softcap) if softcap else logits
+    return head.logits(hidden, None if label_tokens is None else jnp.asarray(label_tokens, jnp.int32))
 
 
 def label_tokens(words: Sequence[str], tokenizer: Tokenizer, field: str) -> tuple[int, ...]:

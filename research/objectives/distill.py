@@ -139,7 +139,7 @@ class Distill:
     def from_teacher(self, forward: Forward, role: str, weights: Float[Array, "B T"]) -> divergences.Divergence:
         """From a teacher that reads the same tokens."""
         student, teacher = forward.head(), forward.head(role)
-        size = self.vocab_size or min(student.kernel.shape[1], teacher.kernel.shape[1])
+        size = self.vocab_size or min(student.size, teacher.size)
         options = {"kind": self.kind, "vocab_size": size, **self.mixture}
         return divergences.divergence(forward.hidden(), student, forward.hidden(role), teacher, weights, **options)
 

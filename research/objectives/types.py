@@ -106,7 +106,7 @@ class Forward:
         return self._at[role][layer]
 
     def head(self, role: str = "policy") -> Any:
-        """The unembedding of `role` (see ops.losses.Head)."""
+        """The unembedding of `role` (see ops.head.Head)."""
         return self.models[role].unembed(self.params[role])
 
 

@@ -1,7 +1,7 @@
 """Divergences between a student's and a teacher's next-token distributions, without the logits of either.
 
-No array of size [B, T, V] is ever held. As in the cross-entropy (losses.py), logits are made a chunk of time at a time,
-once for each model, and the gradient in the forward pass while they are there, in closed form.
+No array of size [B, T, V] is ever held: these are functions `compare` for the scan of ops/head.py. The logits of each
+model are computed once, and the gradient in the forward pass while they are there, in closed form.
 
 With p the teacher's probabilities and q the student's, every divergence here is a sum of f(p_v, q_v) over the
 vocabulary, and so its gradient by the student's logits is g_v - q_v * sum(g), with g_v = q_v * df/dq_v. A new one is a
@@ -9,23 +9,15 @@ line of `_terms`.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from research.errors import InputError, did_you_mean
-from research.ops.chunks import (
-    chunk_size,
-    chunk_tokens,
-    chunks,
-    kernel_gradient,
-    no_gradient,
-    token_shards,
-    total,
-    whole_width,
-)
-from research.ops.losses import Head
+from research.ops.chunks import chunk_size, chunk_tokens
+from research.ops.head import Comparison, Head, detached_values, weighted_sum
 
 KINDS = (
     "forward_kl",
@@ -42,7 +34,8 @@ TAILS = ("bucket", "renormalize", "truncate")
 
 
 class Divergence(NamedTuple):
-    """Sums over tokens, each times its weight: float32 scalars. Only `divergence_sum` has a gradient.
+    """Sums over tokens, each times its weight: float32 scalars; and `divergence` [B, T]. Only `divergence_sum` has a
+    gradient.
 
     Attributes:
       divergence_sum: the divergence, in nats (total variation: in [0, 1]; ULD: in [0, 2]).
@@ -50,26 +43,23 @@ class Divergence(NamedTuple):
         ones with their tail), in nats.
       agreement_sum: 1 where both have their highest logit at the same token, and neither at two. None for ULD.
       weight_sum: the weights.
+      divergence: that of each token; 0 where its weight is.
     """
 
-    divergence_sum: jax.Array
-    teacher_entropy_sum: jax.Array
-    student_entropy_sum: jax.Array
-    agreement_sum: jax.Array | None
-    weight_sum: jax.Array
+    divergence_sum: Float[Array, ""]
+    teacher_entropy_sum: Float[Array, ""]
+    student_entropy_sum: Float[Array, ""]
+    agreement_sum: Float[Array, ""] | None
+    weight_sum: Float[Array, ""]
+    divergence: Float[Array, "B T"]
 
 
 class _Options(NamedTuple):
     kind: str
-    skew: float  # beta of jsd, alpha of the skewed ones
-    temperature: float
-    vocab_size: int | None
-    softcap: float
-    teacher_softcap: float
-    tail: str
-    chunk: int
-    axes: str
-    teacher_axes: str = "dv"
+    skew: float = 0.0  # beta of jsd, alpha of the skewed ones
+    temperature: float = 1.0
+    vocab_size: int | None = None
+    tail: str = ""
 
 
 class TopK(NamedTuple):
@@ -81,27 +71,26 @@ class TopK(NamedTuple):
       rest: [B, T] float32, the log of the mass of all other tokens.
     """
 
-    ids: jax.Array
-    log_probs: jax.Array
-    rest: jax.Array
+    ids: Int[Array, "B T K"]
+    log_probs: Float[Array, "B T K"]
+    rest: Float[Array, "B T"]
 
 
-class _Tokens(NamedTuple):
-    """Per-token values, [B, T]."""
+class _Details(NamedTuple):
+    """Of each token, [B, t]."""
 
-    divergence: jax.Array
-    teacher_entropy: jax.Array
-    student_entropy: jax.Array
-    agreement: jax.Array | None
+    teacher_entropy: Float[Array, "B t"]
+    student_entropy: Float[Array, "B t"]
+    agreement: Float[Array, "B t"] | None
 
 
 @jax.named_scope("loss")
 def divergence(
-    student_hidden: jax.Array,
+    student_hidden: Float[Array, "B T D"],
     student_head: Head,
-    teacher_hidden: jax.Array,
+    teacher_hidden: Float[Array, "B T E"],
     teacher_head: Head,
-    weights: jax.Array,
+    weights: Float[Array, "B T"],
     *,
     kind: str,
     temperature: float = 1.0,
@@ -155,7 +144,7 @@ def divergence(
     """
     check(kind, temperature, beta, alpha)
     kind, skew = _mixture(kind, beta, alpha)
-    sizes = student_head.kernel.shape[1], teacher_head.kernel.shape[1]
+    sizes = student_head.size, teacher_head.size
     if vocab_size is None and sizes[0] != sizes[1]:
         raise InputError(
             f"vocabularies: the student's logits have {sizes[0]} entries, the teacher's {sizes[1]}. If they differ by "
@@ -163,30 +152,20 @@ def divergence(
         )
     if vocab_size is not None and not 0 < vocab_size <= min(sizes):
         raise InputError(f"vocab_size={vocab_size}: must be in 1..{min(sizes)}, the smaller of the two models' logits.")
-    options = _Options(
-        kind,
-        skew,
-        temperature,
-        vocab_size,
-        student_head.softcap,
-        teacher_head.softcap,
-        "",
-        chunk or _chunk_size(student_hidden, sum(sizes)),
-        student_head.axes,
-        teacher_head.axes,
-    )
-    student_head, teacher_head = _cut(student_head, min(sizes)), _cut(teacher_head, min(sizes))
-    return _sums(options, student_hidden, student_head, teacher_hidden, teacher_head, weights)
+    options = _Options(kind, skew, temperature, vocab_size)
+    student_head, teacher_head = student_head.first(min(sizes)), teacher_head.first(min(sizes))
+    chunk = chunk or _chunk_size(student_hidden, student_head, sum(sizes))
+    return _from_teacher(options, student_hidden, student_head, teacher_hidden, teacher_head, weights, chunk)
 
 
 @jax.named_scope("loss")
 def topk_divergence(
-    student_hidden: jax.Array,
+    student_hidden: Float[Array, "B T D"],
     student_head: Head,
-    ids: jax.Array,
-    log_probs: jax.Array,
-    rest: jax.Array,
-    weights: jax.Array,
+    ids: Int[Array, "B T K"],
+    log_probs: Float[Array, "B T K"],
+    rest: Float[Array, "B T"],
+    weights: Float[Array, "B T"],
     *,
     kind: str = "forward_kl",
     tail: str = "bucket",
@@ -222,22 +201,21 @@ def topk_divergence(
         raise InputError(f"tail={tail!r}: no such treatment of the tokens beyond the top k.{did_you_mean(tail, TAILS)}")
     if tail == "truncate" and kind not in ("forward_kl", "cross_entropy"):
         raise InputError(f"tail='truncate' with kind={kind!r}: is for forward_kl and cross_entropy. Use tail='bucket'.")
-    V = student_head.kernel.shape[1]
+    V = student_head.size
     if vocab_size is not None and not 0 < vocab_size <= V:
         raise InputError(f"vocab_size={vocab_size}: must be in 1..{V}, the size of the student's logits.")
-    chunk = chunk or _chunk_size(student_hidden, V)
-    softcap, axes = student_head.softcap, student_head.axes
-    options = _Options(kind, skew, temperature, vocab_size, softcap, 0.0, tail, chunk, axes)
-    return _sums(options, student_hidden, student_head, TopK(ids, log_probs, rest), None, weights)
+    compare = functools.partial(_compare_top_k, _Options(kind, skew, temperature, vocab_size, tail))
+    teacher, chunk = TopK(ids, log_probs, rest), chunk or _chunk_size(student_hidden, student_head, V)
+    return _sums(weighted_sum(compare, student_hidden, student_head, weights, teacher, skip=True, chunk=chunk), weights)
 
 
 @jax.named_scope("loss")
 def uld(
-    student_hidden: jax.Array,
+    student_hidden: Float[Array, "B T D"],
     student_head: Head,
-    teacher_hidden: jax.Array,
+    teacher_hidden: Float[Array, "B T E"],
     teacher_head: Head,
-    weights: jax.Array,
+    weights: Float[Array, "B T"],
     *,
     temperature: float = 1.0,
     chunk: int | None = None,
@@ -250,15 +228,13 @@ def uld(
     Args and the gradient: see `divergence`. Both models' kernels may have any number of tokens.
     """
     check("uld", temperature)
-    chunk = chunk or _chunk_size(student_hidden, student_head.kernel.shape[1] + teacher_head.kernel.shape[1])
-    heads = student_head, teacher_head
-    softcaps, axes = [head.softcap for head in heads], [head.axes for head in heads]
-    options = _Options("uld", 0.0, temperature, None, *softcaps, "", chunk, *axes)
-    return _sums(options, student_hidden, student_head, teacher_hidden, teacher_head, weights)
+    chunk = chunk or _chunk_size(student_hidden, student_head, student_head.size + teacher_head.size)
+    options = _Options("uld", temperature=temperature)
+    return _from_teacher(options, student_hidden, student_head, teacher_hidden, teacher_head, weights, chunk)
 
 
 def top_k(
-    hidden: jax.Array,
+    hidden: Float[Array, "B T D"],
     head: Head,
     k: int,
     *,
@@ -277,23 +253,14 @@ def top_k(
     Raises:
       InputError: k or vocab_size don't fit the logits.
     """
-    T, V = hidden.shape[1], head.kernel.shape[1]
+    V = head.size
     if not 0 < (vocab_size or V) <= V:
         raise InputError(f"vocab_size={vocab_size}: must be in 1..{V}, the size of the logits.")
     if not 0 < k <= (vocab_size or V):
         raise InputError(f"k={k}: must be in 1..{vocab_size or V}, the size of the vocabulary.")
     check("uld", temperature)
-    dtype, kernel = _dtype(hidden), head.stored.astype(hidden.dtype)
-
-    def one(x: jax.Array) -> TopK:
-        logits = _logits(x, kernel, head.bias, head.softcap, dtype, head.axes)
-        log_probs = jax.nn.log_softmax(_mask(logits / temperature, vocab_size))
-        values, ids = jax.lax.top_k(log_probs, k)
-        others = jnp.put_along_axis(log_probs, ids, -jnp.inf, axis=-1, inplace=False)
-        return TopK(ids, values, jax.nn.logsumexp(others, axis=-1))
-
-    split, join = chunks(T, chunk or _chunk_size(hidden, V))
-    return jax.tree.map(join, jax.lax.map(one, split(hidden)))
+    compare = functools.partial(_likeliest, k, _Options("", temperature=temperature, vocab_size=vocab_size))
+    return detached_values(compare, hidden, head, chunk=chunk or _chunk_size(hidden, head, V))
 
 
 def check(kind: str, temperature: float, beta: float = 0.5, alpha: float = 0.1) -> None:
@@ -318,130 +285,90 @@ def _mixture(kind: str, beta: float, alpha: float) -> tuple[str, float]:
     return kind.removeprefix("skewed_") if alpha == 0 else kind, alpha
 
 
-def _cut(head: Head, size: int) -> Head:
-    if head.kernel.shape[1] == size:
-        return head
-    return head._replace(kernel=head.kernel[:, :size], bias=None if head.bias is None else head.bias[:size])
+def _from_teacher(
+    options: _Options,
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    teacher: Float[Array, "B T E"],
+    teacher_head: Head,
+    weights: Float[Array, "B T"],
+    chunk: int,
+) -> Divergence:
+    """The divergence from a model's logits. A position of weight 0 is left out."""
+    compare = functools.partial(_compare_models, options)
+    shared = (jax.lax.stop_gradient(teacher_head).gathered(teacher.dtype),)
+    return _sums(weighted_sum(compare, hidden, head, weights, teacher, shared=shared, skip=True, chunk=chunk), weights)
 
 
-def _sums(options, hidden, head, teacher, teacher_head, weights) -> Divergence:
-    teacher_head = None if teacher_head is None else (teacher_head.stored, teacher_head.bias)
-    teacher, teacher_head = jax.lax.stop_gradient((teacher, teacher_head))
-    total, tokens = _divergence(options, hidden, (head.stored, head.bias), teacher, teacher_head, weights)
+def _sums(out: tuple[Float[Array, ""], Float[Array, "B T"], _Details], weights: Float[Array, "B T"]) -> Divergence:
+    """From what `weighted_sum` returns."""
+    total, tokens, details = out
     weights = jax.lax.stop_gradient(weights)
-    metrics = jax.tree.map(lambda x: jnp.sum(weights.astype(x.dtype) * x), tokens)
-    return Divergence(total, *metrics[1:], jnp.sum(weights))
+    sums = jax.tree.map(lambda x: jnp.sum(weights.astype(x.dtype) * x), details)
+    return Divergence(total, *sums, jnp.sum(weights), tokens)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _divergence(options, hidden, head, teacher, teacher_head, weights):
-    tokens, _ = _scan(options, hidden, head, teacher, teacher_head, weights, with_gradient=False)
-    return jnp.sum(weights.astype(tokens.divergence.dtype) * tokens.divergence), tokens
+def _likeliest(k: int, options: _Options, logits: Float[Array, "B t V"], extras: tuple) -> Comparison:
+    """A TopK."""
+    log_probs = jax.nn.log_softmax(_scaled(options, logits))
+    values, ids = jax.lax.top_k(log_probs, k)
+    others = jnp.put_along_axis(log_probs, ids, -jnp.inf, axis=-1, inplace=False)
+    return Comparison(TopK(ids, values, jax.nn.logsumexp(others, axis=-1)))
 
 
-def _divergence_forward(options, hidden, head, teacher, teacher_head, weights):
-    tokens, gradient = _scan(options, hidden, head, teacher, teacher_head, weights, with_gradient=True)
-    total = jnp.sum(weights.astype(tokens.divergence.dtype) * tokens.divergence)
-    return (total, tokens), (*gradient, tokens.divergence.astype(weights.dtype))
+def _compare_models(
+    options: _Options, logits: Float[Array, "B t V"], teacher: Float[Array, "B t E"], teacher_head: Head
+) -> Comparison:
+    """The divergence from the teacher's hidden states, with _Details."""
+    each = {"uld": _uld_tokens, LOGIT_MSE: _mse_tokens}.get(options.kind, _whole_tokens)
+    student, teacher = _scaled(options, logits), _scaled(options, teacher_head.logits(teacher))
+    return _comparison(options, *each(options, student, teacher.astype(student.dtype)))
 
 
-def _divergence_backward(options, residuals, cotangents):
-    scale = lambda x: (cotangents[0] * x.astype(cotangents[0].dtype)).astype(x.dtype)  # noqa: E731
-    g_hidden, g_head, g_weights = jax.tree.map(scale, residuals)
-    return g_hidden, g_head, None, None, g_weights
+def _compare_top_k(options: _Options, logits: Float[Array, "B t V"], teacher: TopK) -> Comparison:
+    """The divergence from some of the teacher's log-probabilities, with _Details."""
+    return _comparison(options, *_topk_tokens(options, _scaled(options, logits), teacher))
 
 
-_divergence.defvjp(_divergence_forward, _divergence_backward)
+def _comparison(
+    options: _Options, divergence: Float[Array, "B t"], details: _Details, g: Float[Array, "B t V"]
+) -> Comparison:
+    """`g` is the gradient by logits / temperature."""
+    return Comparison(divergence, details, lambda weights: g * (weights / options.temperature)[:, :, None])
 
 
-def _scan(options, hidden, head, teacher, teacher_head, weights, *, with_gradient):
-    """Runs over chunks of time. Returns _Tokens, and the gradients of the divergence's sum by hidden and head."""
-    split, join = chunks(hidden.shape[1], options.chunk)
-
-    def body(sums, x):
-        tokens, g_hidden, g_head = _one_chunk(options, compute_head, teacher_head, *x, with_gradient, shards)
-        return jax.tree.map(jnp.add, sums, g_head), (tokens, g_hidden)
-
-    axes, teacher_axes = options.axes, options.teacher_axes
-    shards, dtype = token_shards(hidden), _dtype(hidden)
-    compute_head = whole_width(head[0].astype(hidden.dtype), axes), head[1]
-    if teacher_head is not None:
-        teacher_head = whole_width(teacher_head[0].astype(teacher.dtype), teacher_axes), teacher_head[1]
-    zeros = None
-    if with_gradient:
-        g_bias = None if head[1] is None else jnp.zeros(head[1].shape, dtype)
-        zeros = no_gradient(head[0], axes, shards, dtype), g_bias
-    sums, (tokens, g_hidden) = jax.lax.scan(body, zeros, jax.tree.map(split, (hidden, teacher, weights)))
-    tokens = jax.tree.map(join, tokens)
-    if not with_gradient:
-        return tokens, None
-    sums = total(sums[0]), sums[1]
-    return tokens, (join(g_hidden), jax.tree.map(lambda g, x: g.astype(x.dtype), sums, head))
+def _scaled(options: _Options, logits: Float[Array, "B t V"]) -> Float[Array, "B t V"]:
+    """Logits at the temperature, with -inf for the tokens that are padding."""
+    return _mask(logits / options.temperature, options.vocab_size)
 
 
-def _one_chunk(options, head, teacher_head, hidden, teacher, weights, with_gradient, shards):
-    """A chunk of [B, t, ...] arrays -> _Tokens of [B, t], and the gradients by hidden and head (None unless wanted)."""
-    kernel, bias = head
-    dtype, temperature = _dtype(hidden), options.temperature
-    present = weights != 0
-    hidden = jnp.where(present[:, :, None], hidden, 0)  # NaN times a gradient of 0 would be NaN
-    logits = _logits(hidden, kernel, bias, options.softcap, dtype, options.axes)
-    student = _mask(logits / temperature, options.vocab_size)
-    if isinstance(teacher, TopK):
-        tokens, g = _topk_tokens(options, student, teacher)
-    else:
-        teacher = _logits(teacher, *teacher_head, options.teacher_softcap, dtype, options.teacher_axes)
-        teacher = _mask(teacher / temperature, options.vocab_size)
-        compare = {"uld": _uld_tokens, LOGIT_MSE: _mse_tokens}.get(options.kind, _whole_tokens)
-        tokens, g = compare(options, student, teacher)
-    tokens = jax.tree.map(lambda x: jnp.where(present, x, 0), tokens)
-    if not with_gradient:
-        return tokens, None, None
-
-    g = jnp.where(present[:, :, None], g * (weights.astype(dtype) / temperature)[:, :, None], 0)
-    if options.softcap:
-        g *= 1 - jnp.square(logits / options.softcap)
-    g_bias = None if bias is None else jnp.sum(g, axis=(0, 1))
-    g = g.astype(hidden.dtype)
-    axes = options.axes
-    g_hidden = jnp.einsum(f"btv,{axes}->btd", g, kernel, preferred_element_type=dtype).astype(hidden.dtype)
-    g_kernel = kernel_gradient(hidden, g, axes, shards, dtype)
-    return tokens, g_hidden, (g_kernel, g_bias)
-
-
-def _logits(hidden, kernel, bias, softcap, dtype, axes):
-    logits = jnp.einsum(f"btd,{axes}->btv", hidden, kernel, preferred_element_type=dtype)
-    if bias is not None:
-        logits += bias.astype(dtype)[None, None, :]
-    return softcap * jnp.tanh(logits / softcap) if softcap else logits
-
-
-def _mask(logits, vocab_size):
+def _mask(logits: Float[Array, "B t V"], vocab_size: int | None) -> Float[Array, "B t V"]:
     if vocab_size is None or vocab_size == logits.shape[-1]:
         return logits
     return jnp.where(jnp.arange(logits.shape[-1])[None, None, :] < vocab_size, logits, -jnp.inf)
 
 
-def _whole_tokens(options, student, teacher):
-    """Logits of both, [B, t, V] -> _Tokens, and the gradient by the student's logits."""
-    tokens, g = _compare(options, jax.nn.log_softmax(student), jax.nn.log_softmax(teacher))
-    return tokens._replace(agreement=_agreement(student, teacher)), g
+# What is compared of a chunk: the divergence [B, t], _Details, and the gradient by the student's logits [B, t, V].
+_Tokens = tuple[Float[Array, "B t"], _Details, Float[Array, "B t V"]]
 
 
-def _mse_tokens(options, student, teacher):
+def _whole_tokens(options: _Options, student: Float[Array, "B t V"], teacher: Float[Array, "B t V"]) -> _Tokens:
+    """Logits of both -> _Tokens."""
+    value, details, g = _compare(options, jax.nn.log_softmax(student), jax.nn.log_softmax(teacher))
+    return value, details._replace(agreement=_agreement(student, teacher)), g
+
+
+def _mse_tokens(options: _Options, student: Float[Array, "B t V"], teacher: Float[Array, "B t V"]) -> _Tokens:
     """As _whole_tokens, of the logits themselves."""
     size = options.vocab_size or student.shape[-1]
     gap = jnp.where(student == -jnp.inf, 0, student - teacher)
     entropies = (_entropy(jnp.exp(x), x) for x in (jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)))
-    tokens = _Tokens(jnp.sum(jnp.square(gap), axis=-1) / size, *entropies, _agreement(student, teacher))
-    return tokens, 2 * gap / size
+    details = _Details(*entropies, _agreement(student, teacher))
+    return jnp.sum(jnp.square(gap), axis=-1) / size, details, 2 * gap / size
 
 
-def _topk_tokens(options, student, teacher):
-    """The student's logits [B, t, V] and a TopK -> _Tokens, and the gradient by the student's logits.
-
-    The distributions compared are over K + 1 classes: the K tokens, and all others in one.
-    """
+def _topk_tokens(options: _Options, student: Float[Array, "B t V"], teacher: TopK) -> _Tokens:
+    """The distributions compared are over K + 1 classes: the K tokens, and all others in one."""
     V, dtype = student.shape[-1], student.dtype
     used = teacher.log_probs != -jnp.inf
     at = jnp.take_along_axis(student, jnp.where(used, teacher.ids, 0), axis=-1, mode="clip")
@@ -456,17 +383,17 @@ def _topk_tokens(options, student, teacher):
     if options.tail == "renormalize":
         classes, log_p = jnp.where(is_rest, -jnp.inf, classes), jax.nn.log_softmax(jnp.where(is_rest, -jnp.inf, log_p))
     counted = ~is_rest if options.tail == "truncate" else None
-    tokens, g = _compare(options, jax.nn.log_softmax(classes), log_p, counted)
+    value, details, g = _compare(options, jax.nn.log_softmax(classes), log_p, counted)
 
     share = jnp.where(others != -jnp.inf, jnp.exp(others - rest[:, :, None]), 0)  # each one's of the rest
     g = write(share * g[:, :, -1:], ids, g[:, :, :-1])
     likeliest = jnp.argmax(teacher.log_probs, axis=-1, keepdims=True)
     highest = student >= jnp.take_along_axis(at, likeliest, axis=-1)
-    return tokens._replace(agreement=_is_one(highest, dtype)), g
+    return value, details._replace(agreement=_is_one(highest, dtype)), g
 
 
-def _uld_tokens(options, student, teacher):
-    """Logits [B, t, V] and [B, t, W] -> _Tokens, and the gradient by the student's logits."""
+def _uld_tokens(options: _Options, student: Float[Array, "B t V"], teacher: Float[Array, "B t W"]) -> _Tokens:
+    """Logits over two vocabularies -> _Tokens."""
     q, p = jax.nn.softmax(student), jnp.sort(jax.nn.softmax(teacher), descending=True)
     order = jnp.argsort(q, descending=True)
     size = max(q.shape[-1], p.shape[-1])
@@ -475,28 +402,37 @@ def _uld_tokens(options, student, teacher):
     sign = jnp.take_along_axis(jnp.sign(gap), jnp.argsort(order), axis=-1)
     g = q * sign
     g -= q * jnp.sum(g, axis=-1, keepdims=True)
-    return _Tokens(jnp.sum(jnp.abs(gap), axis=-1), _entropy(p, jnp.log(p)), _entropy(q, jnp.log(q)), None), g
+    return jnp.sum(jnp.abs(gap), axis=-1), _Details(_entropy(p, jnp.log(p)), _entropy(q, jnp.log(q)), None), g
 
 
-def _compare(options, log_q, log_p, counted=None):
-    """Log-probs of student and teacher [B, t, N] -> _Tokens less the agreement, and the gradient by the logits of q.
+def _compare(
+    options: _Options,
+    log_q: Float[Array, "B t N"],
+    log_p: Float[Array, "B t N"],
+    counted: Bool[Array, "1 1 N"] | None = None,
+) -> _Tokens:
+    """Log-probs of student and teacher -> _Tokens less the agreement; the gradient is by the logits of q.
 
-    `counted` [1, 1, N] says which of the classes the divergence sums over; by default all.
+    `counted` says which of the classes the divergence sums over; by default all.
     """
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     f, g = _terms(options.kind, options.skew, p, q, log_p, log_q)
     if counted is not None:
         f, g = jnp.where(counted, f, 0), jnp.where(counted, g, 0)
-    tokens = _Tokens(jnp.sum(f, axis=-1), _entropy(p, log_p), _entropy(q, log_q), None)
-    return tokens, g - q * jnp.sum(g, axis=-1, keepdims=True)
+    details = _Details(_entropy(p, log_p), _entropy(q, log_q), None)
+    return jnp.sum(f, axis=-1), details, g - q * jnp.sum(g, axis=-1, keepdims=True)
 
 
-def _terms(kind, c, p, q, log_p, log_q):
+def _terms(
+    kind: str,
+    c: float,
+    p: Float[Array, "B t N"],
+    q: Float[Array, "B t N"],
+    log_p: Float[Array, "B t N"],
+    log_q: Float[Array, "B t N"],
+) -> tuple[Float[Array, "B t N"], Float[Array, "B t N"]]:
     """The terms f of a divergence, and q * df/dq; in df/dq any constant may be left out, as it cancels."""
-
-    def log_mixture(a, b):  # where it underflows, so have p and q: a floor keeps log(q / m) finite
-        return jnp.log(jnp.maximum(a * p + b * q, jnp.finfo(p.dtype).tiny))
-
+    log_mixture = functools.partial(_log_mixture, p, q)
     match kind:
         case "forward_kl":
             return _times(p, log_p - log_q), -p
@@ -523,29 +459,30 @@ def _terms(kind, c, p, q, log_p, log_q):
             return jnp.abs(p - q) / 2, q * jnp.sign(q - p) / 2
 
 
-def _times(p, x):
+def _log_mixture(p: Float[Array, "B t N"], q: Float[Array, "B t N"], a: float, b: float) -> Float[Array, "B t N"]:
+    """log(a p + b q). Where that underflows, so have p and q: a floor keeps log(q / m) finite."""
+    return jnp.log(jnp.maximum(a * p + b * q, jnp.finfo(p.dtype).tiny))
+
+
+def _times(p: Float[Array, "B t N"], x: Float[Array, "B t N"]) -> Float[Array, "B t N"]:
     """p * x, and 0 where p is 0, whatever x is."""
     return jnp.where(p > 0, p * x, 0)
 
 
-def _entropy(p, log_p):
+def _entropy(p: Float[Array, "B t N"], log_p: Float[Array, "B t N"]) -> Float[Array, "B t"]:
     return -jnp.sum(_times(p, log_p), axis=-1)
 
 
-def _agreement(student, teacher):
+def _agreement(student: Float[Array, "B t V"], teacher: Float[Array, "B t V"]) -> Float[Array, "B t"]:
     highest = (student == jnp.max(student, -1, keepdims=True)) | (teacher == jnp.max(teacher, -1, keepdims=True))
     return _is_one(highest, student.dtype)
 
 
-def _is_one(highest, dtype):
+def _is_one(highest: Bool[Array, "B t V"], dtype: Any) -> Float[Array, "B t"]:
     return (jnp.sum(highest.astype(dtype), axis=-1) == 1).astype(dtype)
 
 
-def _dtype(hidden):
-    return jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32
-
-
-def _chunk_size(hidden: jax.Array, logits_per_token: int) -> int:
+def _chunk_size(hidden: Float[Array, "B T D"], head: Head, logits_per_token: int) -> int:
     """Half the tokens that one model's logits get: there are two."""
     tokens = max(hidden.shape[2], chunk_tokens()) // 2
-    return chunk_size(hidden, logits_per_token, tokens)
+    return chunk_size(hidden, logits_per_token, head.rules, tokens)

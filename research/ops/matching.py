@@ -2,18 +2,25 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
+from research.devices.sharding import Rules
 from research.errors import InputError, did_you_mean
-from research.ops.chunks import chunks
+from research.ops.chunks import Chunks, time_parts
+from research.ops.head import accumulator
 
 DISTANCES = ("mse", "cosine")
+Pair = tuple[Float[Array, "B T H h"], Float[Array, "B T K h"]]
 _CHUNK_ELEMENTS = 2**24  # of the relations held at once, of each model
 
 
-def hidden_distance(student: jax.Array, teacher: jax.Array, weights: jax.Array, kind: str) -> jax.Array:
+def hidden_distance(
+    student: Float[Array, "B T D"], teacher: Float[Array, "B T D"], weights: Float[Array, "B T"], kind: str
+) -> Float[Array, ""]:
     """Weighted sum over tokens of the distance between two states; the teacher's takes no gradient.
 
     A position of weight 0 is left out: nothing in it is read, NaN included. All is in float32 (float64 where the
@@ -30,7 +37,7 @@ def hidden_distance(student: jax.Array, teacher: jax.Array, weights: jax.Array, 
     """
     if kind not in DISTANCES:
         raise InputError(f"distance = {kind!r}: no such distance.{did_you_mean(kind, DISTANCES)}")
-    dtype = _dtype(student)
+    dtype = accumulator(student)
     present = weights != 0
     a, b = (jnp.where(present[:, :, None], x, 0).astype(dtype) for x in (student, jax.lax.stop_gradient(teacher)))
     if kind == "mse":
@@ -42,14 +49,15 @@ def hidden_distance(student: jax.Array, teacher: jax.Array, weights: jax.Array, 
 
 
 def relation_divergence(
-    student: tuple[jax.Array, jax.Array],
-    teacher: tuple[jax.Array, jax.Array],
-    segment_ids: jax.Array,
-    weights: jax.Array,
+    student: Pair,
+    teacher: Pair,
+    segment_ids: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
     *,
     heads: int,
     causal: bool = True,
-) -> jax.Array:
+    rules: Rules | None = None,
+) -> Float[Array, ""]:
     """Weighted sum over tokens of KL(teacher's || student's relation), averaged over relation heads.
 
     The relation of a token is the softmax over the tokens of its document (with `causal`, up to itself) of a b /
@@ -65,13 +73,14 @@ def relation_divergence(
       segment_ids: [B, T] int32, 0 at padding.
       weights: [B, T] float32.
       heads: relation heads; divides H h of either model.
+      rules: how the mesh in context cuts the tokens; None where it doesn't.
 
     Raises:
       InputError: it doesn't divide.
     """
-    (B, T), dtype = segment_ids.shape, _dtype(student[0])
+    (B, T), dtype = segment_ids.shape, accumulator(student[0])
     t = max(1, min(T, _CHUNK_ELEMENTS // (B * heads * T)))
-    split, _ = chunks(T, t)
+    split = Chunks(T, t, time_parts(T, rules)).split
     (a, b), (c, d) = (_rejoin(pair, heads, dtype) for pair in (student, jax.lax.stop_gradient(teacher)))
     times = jnp.arange(T, dtype=jnp.int32)[None]
 
@@ -88,14 +97,17 @@ def relation_divergence(
     return jax.lax.scan(chunk, jnp.zeros((), dtype), jax.tree.map(split, (a, c, segment_ids, weights, times)))[0]
 
 
-def _relation(a: jax.Array, b: jax.Array, seen: jax.Array) -> jax.Array:
-    """a [B, t, A, d], b [B, T, A, d] -> log-probabilities [B, A, t, T], any finite number where `seen` is False."""
+def _relation(
+    a: Float[Array, "B t A d"], b: Float[Array, "B T A d"], seen: Bool[Array, "B t T"]
+) -> Float[Array, "B A t T"]:
+    """Log-probabilities, any finite number where `seen` is False."""
     scores = jnp.einsum("btad,bsad->bats", a, b) / math.sqrt(a.shape[-1])
     scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min / 4)
     return jax.nn.log_softmax(scores)
 
 
-def _rejoin(pair: tuple[jax.Array, jax.Array], heads: int, dtype) -> tuple[jax.Array, jax.Array]:
+def _rejoin(pair: Pair, heads: int, dtype: Any) -> tuple[Float[Array, "B T A d"], Float[Array, "B T A d"]]:
+    """The vectors of all heads, joined and cut anew into `heads` (A)."""
     a, b = pair
     if a.shape[2] != b.shape[2]:
         b = jnp.repeat(b, a.shape[2] // b.shape[2], axis=2)
@@ -103,7 +115,3 @@ def _rejoin(pair: tuple[jax.Array, jax.Array], heads: int, dtype) -> tuple[jax.A
     if width % heads:
         raise InputError(f"relation_heads = {heads}: doesn't divide {width}, the width of all heads together.")
     return tuple(x.astype(dtype).reshape(*x.shape[:2], heads, width // heads) for x in (a, b))
-
-
-def _dtype(x: jax.Array):
-    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32

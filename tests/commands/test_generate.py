@@ -15,7 +15,7 @@ from research.evals import completions, conversation
 from research.models.config import ModelConfig
 from research.models.generation import Completion
 from research.models.transformer import Model
-from research.ops.losses import Head
+from research.ops.head import Head
 from research.sources.formats import render_prompt
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 

@@ -10,7 +10,7 @@ from research.errors import InputError
 from research.evals import tasks
 from research.models.config import ModelConfig
 from research.models.transformer import Model, make_model
-from research.ops.losses import Head
+from research.ops.head import Head
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
 TOKENIZER = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))

@@ -7,7 +7,7 @@ from research.evals.generation import make_generation
 from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
-from research.ops.losses import Head
+from research.ops.head import Head
 from research.sources.tasks import verify_record
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 

@@ -12,7 +12,7 @@ from research.evals.multiple_choice import make_multiple_choice
 from research.evals.scoring import Example, make_token_scorer
 from research.models.config import ModelConfig
 from research.models.transformer import Model, make_model
-from research.ops.losses import Head
+from research.ops.head import Head
 from research.sources.formats import render_prompt
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
