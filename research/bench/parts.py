@@ -11,9 +11,11 @@ from typing import IO, Any
 
 import jax
 
-from research.bench import data, decoding, starting, steps, storage
+from research import config as config_lib
+from research.bench import data, decoding, peers, prepared, starting, steps, storage
 from research.bench.types import Bench, Record, Result
 from research.errors import InputError
+from research.planning import abstract
 
 PARTS: dict[str, Callable[[Bench], Iterator[Result]]] = {
     "train": steps.train,
@@ -24,6 +26,23 @@ PARTS: dict[str, Callable[[Bench], Iterator[Result]]] = {
     "checkpoint": storage.save,
     "startup": starting.startup,
 }
+
+
+def make(experiment: dict[str, Any], **values: Any) -> Bench:
+    """What to measure.
+
+    Args:
+      experiment: a config, as a dict.
+      values: of the other fields of Bench.
+
+    Raises:
+      InputError: the config is at fault, or a peer or an objective isn't there.
+    """
+    bench = Bench(abstract.describe(config_lib.parse(experiment)), **values)
+    peers.check(bench.against)
+    for name in bench.objectives:
+        prepared.with_objective(bench.config, name)  # raises where there is none
+    return bench
 
 
 def run(bench: Bench, names: Sequence[str], output: str = "") -> int:

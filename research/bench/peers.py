@@ -11,19 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from research.bench import measure
+from research.bench.names import PEERS
 from research.bench.types import Record, in_ms, peak_memory
 from research.devices import startup
-from research.errors import InputError, did_you_mean
-
-# Name -> the packages that it needs.
-PEERS = {"hf": ("torch", "transformers"), "hf_compile": ("torch", "transformers"), "jax": ("jax",)}
+from research.errors import InputError
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises InputError where a peer isn't known, or isn't installed."""
+    """Raises InputError where a peer, of PEERS, isn't installed."""
     for name in names:
-        if name not in PEERS:
-            raise InputError(f"--against={name}: no such peer.{did_you_mean(name, PEERS)}")
         missing = [package for package in PEERS[name] if importlib.util.find_spec(package) is None]
         if missing:
             raise InputError(f"--against={name}: needs {' and '.join(missing)}. pip install {' '.join(missing)}")

@@ -1,3 +1,96 @@
-"""Stands for research.bench.benchmark."""
+"""Measures how long a researcher waits, on this machine: the parts of a run that decide it.
 
-from research.bench.benchmark import main as main
+Takes any experiment: model, batch, objective, optimizer and mesh are the config's. Parts, in this order:
+
+  train       the compiled train step; with --objectives, of each of these on the same model
+  loop        what the loop of a run adds to it, and how long it waits for data
+  decode      greedy decoding: prompt and new tokens apart; many prompts of unequal lengths
+  data        tokenising, from the text and from the cache; packing; batches
+  loading     the model written and read: our checkpoints and safetensors
+  checkpoint  how long the loop stands still for a save
+  startup     from the start of the process to the end of the first step; with and without compiled programs
+
+One JSON line each (or several) goes to standard output, a readable one to standard error. Times are {"median", "q1",
+"q3", "n"} after warm-up. --against measures another library on the same work in turn: hf is transformers with torch,
+hf_compile the same compiled, jax plain jax.jit. --profile traces a few train steps for Perfetto or TensorBoard, and
+names the costliest parts. Parameters are random and batches made up: neither data nor a checkpoint is read, but by
+loop, data and startup. Rows hold several documents each; with --against one, so that all do the same work and find the
+same loss. The status is 1 if a part failed; the others still run.
+"""
+
+import os
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+from research import cli
+from research.bench.names import PARTS, PEERS
+from research.cli import Flag
+from research.errors import did_you_mean
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return _known(text, PARTS, "there is no such part")
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    return _known(text, tuple(PEERS), "there is no such peer")
+
+
+def _known(text: str, known: Sequence[str], message: str) -> tuple[str, ...]:
+    for word in cli.words(text):
+        if word not in known:
+            raise ValueError(f"{message} as {word!r}.{did_you_mean(word, known)}")
+    return cli.words(text)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(cli.whole(1)(word) for word in cli.words(text))
+    except ValueError:
+        raise ValueError("give sizes from 1 on, such as 1,8.") from None
+
+
+COMMAND = cli.Command(
+    "benchmark",
+    __doc__,
+    flags=(
+        Flag("only", "parts to measure", PARTS, "all", "PART,...", parse=_parts),
+        Flag("against", f"libraries to measure in turn, of {', '.join(PEERS)}", (), "none", "NAME,...", parse=_peers),
+        Flag("objectives", "of train: what to measure", (), "the config's", "NAME,...", parse=cli.words),
+        Flag("decode_batch", "of decode: batch sizes", (1, 8), "1,8", "N,...", parse=_sizes),
+        Flag("steps", "how often to measure", 0, "for about 20 s", "N", parse=cli.whole(0)),
+        Flag("profile", "a folder for traces of the train steps", "", metavar="FOLDER"),
+        Flag("output", "also append the JSON lines to this file", "", metavar="FILE"),
+    ),
+    examples=(
+        "understudy benchmark --config=experiments/benchmark.py:small",
+        "understudy benchmark --config=experiments/benchmark.py:small --only=train,decode --against=hf",
+        "understudy benchmark --config=experiments/sft.py --only=train --objectives=sft,distill --profile=traces",
+    ),
+    experiment=True,
+    renamed={"out": "output"},
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    return COMMAND.run(argv, _benchmark)
+
+
+def _benchmark(args: SimpleNamespace) -> int:
+    if args.against:  # before jax begins: the peer needs room on the device too
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+    from research.bench import (
+        parts,  # late: jax and the models take 1 s, which --help and a wrong flag needn't wait for
+    )
+
+    bench = parts.make(
+        args.experiment.values,
+        steps=args.steps,
+        against=tuple(args.against),
+        objectives=tuple(args.objectives),
+        decode=tuple(args.decode_batch),
+        profile=args.profile,
+        flags=tuple(args.experiment.flags),
+    )
+    return parts.run(bench, [part for part in PARTS if part in args.only], args.output)
