@@ -34,19 +34,19 @@ def cached(folder: Path, build: Callable[[Path], None]) -> bool:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder.parent)
-        made = _new_folder(folder.parent)
+        partial = _new_folder(folder.parent)
     except OSError as e:
         raise InputError(
             f"data.cache_dir: {str(folder.parent)!r} can't be written to ({e.strerror}). "
             f"Set data.cache_dir or $UNDERSTUDY_CACHE to a folder that can."
         ) from e
     try:
-        build(made)
-        sizes = {path.name: path.stat().st_size for path in made.iterdir()}
-        (made / _MANIFEST).write_text(json.dumps(sizes))
-        _publish(made, folder)
+        build(partial)
+        sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
+        (partial / _MANIFEST).write_text(json.dumps(sizes))
+        _publish(partial, folder)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return False
 
 
@@ -78,14 +78,14 @@ def _whole(folder: Path) -> bool:
         return False
 
 
-def _publish(made: Path, folder: Path) -> None:
-    """Renames `made` to `folder`. A broken folder there goes; a whole one, by a faster process, stays."""
-    for path in made.iterdir():
+def _publish(partial: Path, folder: Path) -> None:
+    """Renames `partial` to `folder`. A broken folder there goes; a whole one, by a faster process, stays."""
+    for path in partial.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     while not _whole(folder):
         try:
-            os.rename(made, folder)
+            os.rename(partial, folder)
         except OSError:
             if not folder.exists():
                 raise

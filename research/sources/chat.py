@@ -127,8 +127,8 @@ def end_of_turn(chat: ChatTemplate) -> str | None:
         _, _, tail = _render(chat, asked, False).rpartition(_HERE)
     except InputError:
         return None  # it wants messages of another kind
-    found = chat.end.match(tail)
-    return found and found[0].strip()
+    closing = chat.end.match(tail)
+    return closing and closing[0].strip()
 
 
 def _answers(chat: ChatTemplate, messages: list[Message], text: str, prompting: bool) -> list[tuple[int, int]]:

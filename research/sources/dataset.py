@@ -192,7 +192,7 @@ def _locate(entry: Entry, seed: int) -> Origin:
     except InputError as e:
         raise InputError(f"{entry.field}: {e}") from e
     most = entry.options.max_records or None
-    return origin._replace(made_of=[origin.made_of, most], read=lambda: itertools.islice(origin.read(), most))
+    return origin._replace(identity=[origin.identity, most], read=lambda: itertools.islice(origin.read(), most))
 
 
 def _open(entry: Entry, origin: Origin, spec: DataSpec, tokenizer: Tokenizer, teacher: Tokenizer | None) -> _Input:
@@ -269,7 +269,7 @@ def _make_tokenizer(
 
     identity = [
         [
-            origin.made_of,
+            origin.identity,
             entry.options.format,
             sorted(entry.options.fields.items()),
             entry.options.on_bad_record,

@@ -40,7 +40,7 @@ _SPLITS = (
     | dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (_QWEN2,))
     | {"tekken": (_TEKKEN,), "gpt-4o": (_GPT4O,), "llama4": (_GPT4O,)}
 )
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")  # found whole, merges or not
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")  # taken whole, merges or not
 
 
 def make(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], str | None, list[int]]:
@@ -55,31 +55,31 @@ def make(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], str | 
     """
     metadata = read_header(path).metadata
     prefix = "tokenizer.ggml."
-    told = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    settings = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     elsewhere = "Give the folder of the original model's tokenizer as tokenizer.kind."
-    kind, pre = told.get("model"), told.get("pre")
-    tokens = told.get("tokens")
+    kind, pre = settings.get("model"), settings.get("pre")
+    tokens = settings.get("tokens")
     if not tokens:
         raise InputError(f"{path}: holds no vocabulary (tokenizer.ggml.tokens). {elsewhere}")
-    types = told.get("token_type") or [_NORMAL] * len(tokens)
+    types = settings.get("token_type") or [_NORMAL] * len(tokens)
     if kind == "gpt2":
         if pre not in _SPLITS:
             raise InputError(
                 f"{path}: tokenizer.ggml.pre = {pre!r}: how this cuts text isn't known."
                 f"{did_you_mean(str(pre), _SPLITS)} {elsewhere}"
             )
-        backend = _byte_level(told, pre)
+        backend = _byte_level(settings, pre)
     elif kind == "llama":
-        backend = _sentencepiece(told, types)
+        backend = _sentencepiece(settings, types)
     else:
         raise InputError(f"{path}: tokenizer.ggml.model = {kind!r} is neither 'gpt2' nor 'llama'. {elsewhere}")
     backend.add_special_tokens([_whole(t, True) for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL])
     backend.add_tokens([_whole(t, False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED])
 
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {short: told.get(f"{name}_token_id") for short, name in names.items()}
+    ids = {short: settings.get(f"{name}_token_id") for short, name in names.items()}
     config = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
-    adds_bos = told.get("add_bos_token", kind == "llama" or pre in _WHOLE_WORDS) and ids["bos"] is not None
+    adds_bos = settings.get("add_bos_token", kind == "llama" or pre in _WHOLE_WORDS) and ids["bos"] is not None
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(
             single="$bos $A".replace("$bos", config["bos_token"]),
@@ -91,7 +91,7 @@ def make(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], str | 
         "add_bos_token": bool(adds_bos),
         "clean_up_tokenization_spaces": False,
     }
-    ends = [told[name] for name in ("eos_token_id", "eot_token_id") if name in told]
+    ends = [settings[name] for name in ("eos_token_id", "eot_token_id") if name in settings]
     return backend, config, metadata.get("tokenizer.chat_template"), ends
 
 
@@ -99,9 +99,9 @@ def _whole(token: str, special: bool) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(token, normalized=False, special=special)
 
 
-def _byte_level(told: dict[str, Any], pre: str) -> tokenizers.Tokenizer:
-    vocab = {token: i for i, token in enumerate(told["tokens"])}
-    merges = [tuple(merge.split(" ")) for merge in told.get("merges", [])]
+def _byte_level(settings: dict[str, Any], pre: str) -> tokenizers.Tokenizer:
+    vocab = {token: i for i, token in enumerate(settings["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in settings.get("merges", [])]
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _WHOLE_WORDS))
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
@@ -113,9 +113,9 @@ def _byte_level(told: dict[str, Any], pre: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def _sentencepiece(told: dict[str, Any], types: list[int]) -> tokenizers.Tokenizer:
+def _sentencepiece(settings: dict[str, Any], types: list[int]) -> tokenizers.Tokenizer:
     """SentencePiece's BPE merges whichever neighbours give the token of the highest score (Kudo & Richardson 2018)."""
-    tokens, scores = told["tokens"], told.get("scores") or [0.0] * len(told["tokens"])
+    tokens, scores = settings["tokens"], settings.get("scores") or [0.0] * len(settings["tokens"])
     normal = {token for token, kind in zip(tokens, types, strict=True) if kind == _NORMAL}
     best_first = sorted((i for i, token in enumerate(tokens) if token in normal), key=lambda i: -scores[i])
     merges = [
@@ -124,7 +124,7 @@ def _sentencepiece(told: dict[str, Any], types: list[int]) -> tokenizers.Tokeniz
         for at in range(1, len(token))
         if token[:at] in normal and token[at:] in normal
     ]
-    unknown = told.get("unknown_token_id")
+    unknown = settings.get("unknown_token_id")
     model = models.BPE(
         {token: i for i, token in enumerate(tokens)},
         merges,
@@ -135,7 +135,7 @@ def _sentencepiece(told: dict[str, Any], types: list[int]) -> tokenizers.Tokeniz
     backend = tokenizers.Tokenizer(model)
     spaces = [normalizers.Replace(" ", "▁")]
     words = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if told.get("add_space_prefix", True):
+    if settings.get("add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend("▁"))
         words.append(decoders.Strip(" ", 1, 0))
     backend.normalizer = normalizers.Sequence(spaces)

@@ -56,13 +56,13 @@ class Origin(NamedTuple):
 
     Attributes:
       name: the entry as the user wrote it.
-      made_of: of JSON types; differs whenever what `read` gives may differ.
+      identity: of JSON types; differs whenever what `read` gives may differ.
       read: () -> (where, raw record) pairs; `where` is file:line or the like.
       generated: made by a program, so that a record that comes twice is of no use.
     """
 
     name: str
-    made_of: Any
+    identity: Any
     read: Callable[[], Iterator[tuple[str, Raw]]]
     generated: bool = False
 
@@ -103,11 +103,11 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
     return _files(entry)
 
 
-def _generated(name: str, module: ModuleType, records: Callable[[], Iterator[dict]], made_of: list[Any]) -> Origin:
+def _generated(name: str, module: ModuleType, records: Callable[[], Iterator[dict]], identity: list[Any]) -> Origin:
     def read() -> Iterator[tuple[str, Raw]]:
         return ((f"{name}: record {i}", record) for i, record in enumerate(records(), start=1))
 
-    return Origin(name, [name, code_digest(module.__file__), *made_of], read, generated=True)
+    return Origin(name, [name, code_digest(module.__file__), *identity], read, generated=True)
 
 
 def _hub(entry: str, rest: str) -> Origin:
@@ -333,15 +333,16 @@ def label(record: Mapping[str, Any], fields: Mapping[str, str], names: Sequence[
       BadRecord: there is neither or both, or the value is no class or no distribution.
     """
     columns = {name: fields.get(name, name) for name in ("label", "probs")}
-    named = {name for name in columns if name in fields}
-    given = named or {name for name, column in columns.items() if column in record}
-    if len(given) != 1:
+    present = {name for name in columns if name in fields} or {
+        name for name, column in columns.items() if column in record
+    }
+    if len(present) != 1:
         raise BadRecord(
-            "no label" if not given else "two labels",
-            f"has {'neither' if not given else 'both'} of 'label' and 'probs'. Name the column in data.fields: "
+            "no label" if not present else "two labels",
+            f"has {'neither' if not present else 'both'} of 'label' and 'probs'. Name the column in data.fields: "
             "{'label': ...} or {'probs': ...}.",
         )
-    (name,) = given
+    (name,) = present
     value = _field(record, name, columns[name])
     if name == "probs":
         numbers = isinstance(value, list | tuple) and all(

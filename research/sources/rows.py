@@ -253,5 +253,5 @@ def _segments(part: Part, spec: DataSpec) -> tuple[Segments, Counter[str]]:
 
 def annotated(rows: Rows, folder: str, settings: Mapping[str, object]) -> Rows:
     """The rows with a teacher's annotations of their tokens. For `settings` and errors see annotations.attach."""
-    found = annotations.attach(folder, rows.stores, rows.start, rows.length, settings)
-    return dataclasses.replace(rows, annotations=found)
+    values = annotations.attach(folder, rows.stores, rows.start, rows.length, settings)
+    return dataclasses.replace(rows, annotations=values)

@@ -135,13 +135,13 @@ def open_store(
       InputError: a record is bad, the template can't be used, or the cache can't be written.
     """
     template = formats.resolve_template(template, tokenizer)
-    made_of = {
-        "origin": origin.made_of,
+    identity = {
+        "origin": origin.identity,
         "tokenizer": tokenizer.fingerprint(),
         "options": [format, dict(sorted(fields.items())), template, on_bad_record, *classes],
         "code": READING,
     }
-    folder = files.cache_root(cache_dir) / "tokens" / digest([json.dumps(made_of)])
+    folder = files.cache_root(cache_dir) / "tokens" / digest([json.dumps(identity)])
 
     def build(partial: Path) -> None:
         counts: Counter[str] = Counter()

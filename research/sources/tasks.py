@@ -20,13 +20,11 @@ class Task(NamedTuple):
     """A family of prompts.
 
     Attributes:
-      doc: what is asked, in a line.
       generate: (rng, level) -> (prompt, response).
       verify: (prompt, response, completion) -> is the completion right? It has no white space around it.
       max_level: the highest level; the lowest is 1.
     """
 
-    doc: str
     generate: Generate
     verify: Callable[[str, str, str], bool]
     max_level: int = 8
@@ -170,23 +168,23 @@ def _sorted_word(word: str) -> str:
 
 
 TASKS = {
-    "copy": Task("repeat a word", _on_word("copy", str), _same_text),
-    "reverse": Task("spell a word backwards", _on_word("reverse", lambda word: word[::-1]), _same_text),
-    "upper": Task("write a word in capitals", _on_word("upper", str.upper), _same_text),
-    "sort_letters": Task("sort the letters of a word", _on_word("sort letters", _sorted_word), _same_text),
-    "sort_numbers": Task("sort level + 2 numbers below 100", _sort_numbers, _same_sequence),
-    "compare": Task("the larger of two numbers of level + 1 digits", _compare, _same_number),
-    "addition": Task("add numbers of `level` digits (one has two at level 1)", _addition, _same_number),
-    "subtraction": Task("subtract the smaller number, sizes as in addition", _subtraction, _same_number),
+    "copy": Task(_on_word("copy", str), _same_text),  # repeat a word
+    "reverse": Task(_on_word("reverse", lambda word: word[::-1]), _same_text),  # spell a word backwards
+    "upper": Task(_on_word("upper", str.upper), _same_text),  # write a word in capitals
+    "sort_letters": Task(_on_word("sort letters", _sorted_word), _same_text),  # sort the letters of a word
+    "sort_numbers": Task(_sort_numbers, _same_sequence),  # sort level + 2 numbers below 100
+    "compare": Task(_compare, _same_number),  # the larger of two numbers of level + 1 digits
+    "addition": Task(_addition, _same_number),  # add numbers of `level` digits (one has two at level 1)
+    "subtraction": Task(_subtraction, _same_number),  # subtract the smaller number, sizes as in addition
+    # how often a letter is in a word
     "count_letter": Task(
-        "how often a letter is in a word",
         _on_word_and_letter("count", lambda word, letter: str(word.count(letter))),
         _same_number,
     ),
+    # a word without one of its letters
     "delete_letter": Task(
-        "a word without one of its letters",
         _on_word_and_letter("delete", lambda word, letter: word.replace(letter, "")),
         _same_text,
     ),
-    "between": Task("any whole number between two of level + 1 digits", _between, _is_between),
+    "between": Task(_between, _is_between),  # any whole number between two of level + 1 digits
 }

@@ -5,7 +5,6 @@ import functools
 import json
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import tokenizers
 
 from research.errors import InputError, did_you_mean
-from research.files import cache_root
+from research.files import cache_root, read_json, write_bytes
 from research.sources import gguf_tokenizer
 from research.sources.cache import cached, code_digest, digest
 from research.sources.chat import ChatTemplate, end_of_turn, make_template
@@ -170,11 +169,9 @@ class Tokenizer:
         """Writes tokenizer.json and what belongs to it into the folder `path`, for transformers too."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        written = {"tokenizer.json": self.backend.to_str(pretty=True).encode(), **self.files}
-        for name, content in written.items():
-            part = path / f".{name}.{uuid.uuid4().hex}"  # renamed when whole: a killed process breaks no older file
-            part.write_bytes(content)
-            part.replace(path / name)
+        contents = {"tokenizer.json": self.backend.to_str(pretty=True).encode(), **self.files}
+        for name, content in contents.items():
+            write_bytes(path / name, content)
 
     def fingerprint(self) -> str:
         """Returns a hash of all that decides what ids a text or a conversation gets."""
@@ -182,8 +179,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        told = (self.eos, self.bos, self.chat_template, self.stop, sorted(self.variables.items()))
-        return digest((self.backend.to_str(), *told))
+        beside = (self.eos, self.bos, self.chat_template, self.stop, sorted(self.variables.items()))
+        return digest((self.backend.to_str(), *beside))
 
 
 def make_tokenizer(
@@ -206,14 +203,14 @@ def make_tokenizer(
                 f"tokenizer.vocab_size: {spec.vocab_size} is too small for 256 bytes and {len(SPECIALS)} "
                 f"special tokens. Use at least {least}, or tokenizer.kind='byte'."
             )
-        made_of = (
+        identity = (
             code_digest(__file__),
             tokenizers.__version__,
             spec.vocab_size,
             texts_id or digest(texts()),
         )
-        folder = cache_root(cache_dir) / "tokenizers" / digest(made_of)
-        cached(folder, lambda made: _train_bpe(texts(), spec.vocab_size).save(made))
+        folder = cache_root(cache_dir) / "tokenizers" / digest(identity)
+        cached(folder, lambda partial: _train_bpe(texts(), spec.vocab_size).save(partial))
         return load_tokenizer(folder)
     return load_pretrained(spec.kind, eos_token=spec.eos_token)
 
@@ -273,8 +270,10 @@ def _make(
     if config.pop("auto_map", None) or "tokenizer_class" not in config:  # its code isn't kept; tokenizer.json says all
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     files[_CONFIG] = json.dumps(config, indent=1, ensure_ascii=False).encode()
-    told = {**json.loads(files.get(_SPECIAL, b"{}")), **config}
-    variables = {name: _content(token) for name, token in told.items() if name.endswith("_token") and _is_token(token)}
+    settings = {**json.loads(files.get(_SPECIAL, b"{}")), **config}
+    variables = {
+        name: _content(token) for name, token in settings.items() if name.endswith("_token") and _is_token(token)
+    }
     template = _find_template(files, config)
     chat = _chat(backend, template, variables)
     ends_turn = chat and end_of_turn(chat)
@@ -346,25 +345,19 @@ def _read(path: Path, eos_token: str) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the package raises bare Exception
         raise InputError(f"tokenizer.kind: {str(file)!r} can't be read as a tokenizer.json: {e}") from e
-    told = {name: _read_json(file.parent / name) for name in (_CONFIG, _SPECIAL, _GENERATION)}
+    config, special, generation = (
+        read_json(file.parent / name, {}, name="tokenizer.kind") for name in (_CONFIG, _SPECIAL, _GENERATION)
+    )
     files = {name: (file.parent / name).read_bytes() for name in _OTHER_FILES if (file.parent / name).is_file()}
-    eos = _find_eos(backend, eos_token, {**told[_SPECIAL], **told[_CONFIG]}, str(file))
-    ends = told[_GENERATION].get("eos_token_id")
+    eos = _find_eos(backend, eos_token, {**special, **config}, str(file))
+    ends = generation.get("eos_token_id")
     ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
     unknown = [i for i in ends if backend.id_to_token(i) is None]
     if unknown:
         raise InputError(
             f"{file.parent / _GENERATION}: eos_token_id = {list(ends)}, but the tokenizer has no {unknown[0]}. Mend it."
         )
-    config = told[_CONFIG] or None
-    return _make(backend, eos, _find_bos(backend, {**told[_SPECIAL], **told[_CONFIG]}, eos), config, files, ends)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as e:
-        raise InputError(f"tokenizer.kind: {str(file)!r} is not valid JSON: {e}") from e
+    return _make(backend, eos, _find_bos(backend, {**special, **config}, eos), config or None, files, ends)
 
 
 def _read_gguf(path: Path, eos_token: str) -> Tokenizer:
@@ -386,20 +379,21 @@ def _convert(folder: Path, eos_token: str) -> Tokenizer:
             f"pip install -e '.[convert]' ({e})."
         ) from e
 
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as temporary:
         try:
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True).save_pretrained(made)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer.save_pretrained(temporary)
         except Exception as e:  # it fails in many ways
             raise InputError(f"tokenizer.kind: transformers can't read the tokenizer in {str(folder)!r}: {e}") from e
-        if not Path(made, "tokenizer.json").is_file():
+        if not Path(temporary, "tokenizer.json").is_file():
             raise InputError(
                 f"tokenizer.kind: the tokenizer in {str(folder)!r} can't be written as a tokenizer.json, which is "
                 "needed. Name another."
             )
         for name in (_GENERATION, "tokenizer.model"):
             if (folder / name).is_file():
-                shutil.copy(folder / name, made)
-        return _read(Path(made), eos_token)
+                shutil.copy(folder / name, temporary)
+        return _read(Path(temporary), eos_token)
 
 
 def _find_eos(backend: tokenizers.Tokenizer, eos_token: str, config: Mapping[str, Any], file: str) -> int:
@@ -407,10 +401,10 @@ def _find_eos(backend: tokenizers.Tokenizer, eos_token: str, config: Mapping[str
     known = [token for token in _KNOWN_EOS if backend.token_to_id(token) is not None]
     if not name:
         if len(known) != 1:
-            found = f"several tokens that could be: {', '.join(known)}" if known else "no well-known one"
+            candidates = f"several tokens that could be: {', '.join(known)}" if known else "no well-known one"
             raise InputError(
                 f"tokenizer.eos_token: '' and no config beside {file!r} says which "
-                f"token ends a text; it has {found}. Set tokenizer.eos_token to the one that does."
+                f"token ends a text; it has {candidates}. Set tokenizer.eos_token to the one that does."
             )
         name = known[0]
     eos = backend.token_to_id(name)

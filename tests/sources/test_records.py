@@ -86,7 +86,7 @@ def test_generated_sources():
     assert {"prompt", "response", "task"} <= set(records[0])
     assert records == [record for _, record in read("tasks:sort_numbers", count=4, seed=1)]
     assert records != [record for _, record in read("tasks:sort_numbers", count=4, seed=2)]
-    assert locate("tasks:copy", count=4, seed=1).made_of != locate("tasks:copy", count=4, seed=2).made_of
+    assert locate("tasks:copy", count=4, seed=1).identity != locate("tasks:copy", count=4, seed=2).identity
 
 
 @pytest.mark.parametrize(
