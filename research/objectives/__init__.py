@@ -133,10 +133,10 @@ class _Entry:
 
     def _sources(self) -> tuple[str, ...]:
         sources = self.fields.get("sources", ())
-        sources = (sources,) if isinstance(sources, str) else tuple(sources)
-        if not all(isinstance(source, str) for source in sources):
-            raise InputError(f"objective.terms.{self.name}.sources = {sources}: is a list of names of data.sources.")
-        return sources
+        sources = (sources,) if isinstance(sources, str) else sources
+        if not isinstance(sources, list | tuple) or not all(isinstance(source, str) for source in sources):
+            raise InputError(f"objective.terms.{self.name}.sources = {sources!r}: is a list of names of data.sources.")
+        return tuple(sources)
 
 
 def _find(kind: Any, field: str) -> ModuleType:

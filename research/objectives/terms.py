@@ -71,15 +71,17 @@ class Term:
         for source in self.sources:
             if source not in names:
                 field = f"objective.terms.{self.name}.sources"
-                raise InputError(f"{field}: the data has no source {source!r}.{did_you_mean(source, names)}")
+                remedy = did_you_mean(source, names) if names else " Name it in data.sources."
+                raise InputError(f"{field}: the data has no source {source!r}.{remedy}")
         return tuple(names.index(source) for source in self.sources)
 
     def view(self, batch: Batch, names: Sequence[str]) -> Batch:
         """The batch in which tokens of other sources than the term's are padding: nothing of them counts."""
-        if not self.sources:
+        numbers = self.source_numbers(names)
+        if not numbers or len(names) < 2:  # the data is of one source, and the batch doesn't say which
             return batch
         counts = jnp.zeros(batch["source"].shape, bool)
-        for number in self.source_numbers(names):
+        for number in numbers:
             counts |= batch["source"] == number
         masked = {
             name: jnp.where(counts.reshape(counts.shape + (1,) * (batch[name].ndim - 2)), batch[name], 0)

@@ -235,6 +235,18 @@ def test_running_thresholds_are_the_same_for_microbatches_and_a_mesh():
     same(sharded, whole)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"balance": True}, {"own_labels": "soft", "balance": True}], ids=["batch", "balanced", "soft"]
+)
+def test_what_is_of_the_whole_batch_is_the_same_for_microbatches(options):
+    options = {"loss": "auxiliary_confidence", "coefficient": 0.7, **options}
+    whole, cut = three_steps(**options), three_steps(microbatches=4, **options)
+    same(cut, whole)
+    for name in ("own_class_0", "weak_class_0", "threshold_0"):
+        if name in whole[1]:
+            np.testing.assert_allclose(cut[1][name], whole[1][name], rtol=1e-4)
+
+
 def test_thresholds_of_the_batch_are_the_same_on_a_mesh():
     batch, terms = make_batch(), term("weak_to_strong", loss="auxiliary_confidence")
     single = out_of(terms, batch)
