@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,36 +48,63 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
       InputError: some of the three are missing or make no sense.
       Unreachable: not all processes came within five minutes.
     """
-    env = os.environ
-    coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS", "")
-    options: dict[str, Any] = {}
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     if coordinator:
-        count = num_processes or _number("JAX_NUM_PROCESSES", 0)
-        number = process_id if process_id >= 0 else _number("JAX_PROCESS_ID", -1)
-        if not 0 <= number < count:
-            raise InputError(
-                f"--coordinator={coordinator}: process {number} of {count}. Give --num_processes, and --process_id "
-                "from 0 to one less (or JAX_NUM_PROCESSES and JAX_PROCESS_ID)."
-            )
-        if ":" not in coordinator:
-            raise InputError(f"--coordinator={coordinator}: has no port. Give HOST:PORT, the same for all processes.")
-        options = {"coordinator_address": coordinator, "num_processes": count, "process_id": number}
-        options["cluster_detection_method"] = "deactivate"
+        options = _coordinated(coordinator, num_processes, process_id)
     elif num_processes > 1 or process_id > 0:
         raise InputError("--num_processes and --process_id need --coordinator=HOST:PORT, the address of process 0.")
-    elif int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in env:
-        # JAX would give each task one GPU, also where a node has only one task.
-        alone = env["SLURM_NTASKS"] == env.get("SLURM_STEP_NUM_NODES")
-        if alone and (gpus := int(env.get("SLURM_GPUS_ON_NODE", 0))):
-            options["local_device_ids"] = list(range(gpus))
-    elif int(env.get("OMPI_COMM_WORLD_SIZE", 1)) == 1 and not _on_tpu():
-        if "xla_force_host_platform_device_count" in env.get("XLA_FLAGS", "") or _number("JAX_NUM_CPU_DEVICES", 1) > 1:
-            _order_collectives()
-            env.setdefault("PJRT_NPROC", "64")  # a device that waits holds a thread, and XLA has about one for each
+    elif _in_slurm():
+        options = _slurm()
+    elif _on_tpu() or int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        options = {}
+    else:
+        _start_alone()
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if not _on_tpu():
         _order_collectives()
+    _join(coordinator, options)
+
+
+def _coordinated(coordinator: str, num_processes: int, process_id: int) -> dict[str, Any]:
+    """What jax.distributed.initialize is to know where the user names the coordinator."""
+    count = num_processes or _number("JAX_NUM_PROCESSES", 0)
+    number = process_id if process_id >= 0 else _number("JAX_PROCESS_ID", -1)
+    if not 0 <= number < count:
+        raise InputError(
+            f"--coordinator={coordinator}: process {number} of {count}. Give --num_processes, and --process_id "
+            "from 0 to one less (or JAX_NUM_PROCESSES and JAX_PROCESS_ID)."
+        )
+    if ":" not in coordinator:
+        raise InputError(f"--coordinator={coordinator}: has no port. Give HOST:PORT, the same for all processes.")
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": count,
+        "process_id": number,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def _in_slurm() -> bool:
+    return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ
+
+
+def _slurm() -> dict[str, Any]:
+    """The same under Slurm: JAX would give each task one GPU, also where a node has only one task."""
+    one_task_a_node = os.environ["SLURM_NTASKS"] == os.environ.get("SLURM_STEP_NUM_NODES")
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
+    return {"local_device_ids": list(range(gpus))} if one_task_a_node and gpus else {}
+
+
+def _start_alone() -> None:
+    """Prepares a process that has no others, but may simulate several devices."""
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if forced or _number("JAX_NUM_CPU_DEVICES", 1) > 1:
+        _order_collectives()
+        os.environ.setdefault("PJRT_NPROC", "64")  # a device that waits holds a thread; XLA has about one for each
+
+
+def _join(coordinator: str, options: Mapping[str, Any]) -> None:
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=_SERVICE_SECONDS)
     except ValueError as error:
@@ -91,6 +118,7 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -
         ) from error
 
 
+# XLA options of _order_collectives.
 _ORDER = {
     "xla_cpu_experimental_ynn_fusion_type": "",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",  # with the default, runs were seen to hang
@@ -101,12 +129,13 @@ def _order_collectives() -> None:
     """Keeps several CPU devices to one order of a program's collectives.
 
     While a loop waits for a kernel that runs in other threads, as YNNPACK's do (reductions), XLA goes on with what
-    follows the loop. A collective among that comes before those of the loop, on some devices only: they wait for each
-    other forever or, between processes, take one message for another (gloo::EnforceNotMet).
+    follows the loop. If that holds a collective, some devices enter it before those of the loop, and others after them:
+    they wait for each other forever or, between processes, take one message for another (gloo::EnforceNotMet).
+    Options that XLA_FLAGS has already stand.
     """
-    given = os.environ.get("XLA_FLAGS", "")
-    options = [f"--{name}={value}" for name, value in _ORDER.items() if name not in given]
-    os.environ["XLA_FLAGS"] = " ".join([given, *options]).strip()
+    before = os.environ.get("XLA_FLAGS", "")
+    options = [f"--{name}={value}" for name, value in _ORDER.items() if name not in before]
+    os.environ["XLA_FLAGS"] = " ".join([before, *options]).strip()
 
 
 def _number(name: str, default: int) -> int:
@@ -117,10 +146,12 @@ def _number(name: str, default: int) -> int:
 
 
 def _on_tpu() -> bool:
+    """Whether this host has TPU chips; jax can't be asked before the processes have joined."""
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def several() -> bool:
+    """Whether this run has more than one process."""
     return jax.process_count() > 1
 
 
@@ -136,25 +167,39 @@ def barrier(name: str) -> None:
 
 
 def one_at_a_time(program: Callable[..., Any]) -> Callable[..., Any]:
-    """A jitted function that, on several CPU devices, returns when it is done: of two programs under way, devices would
-    enter the collectives in different orders, and wait for each other forever."""
+    """Keeps programs on several CPU devices from running at the same time.
+
+    Devices would enter the collectives of two programs in different orders, and wait for each other forever.
+
+    Args:
+      program: a jitted function.
+
+    Returns:
+      A function that does the same, and on several CPU devices returns only when its results are there.
+    """
     if jax.device_count() == 1 or jax.default_backend() != "cpu":
         return program
     return lambda *args, **kwargs: jax.block_until_ready(program(*args, **kwargs))
 
 
 def should_stop(step: int) -> bool:
-    """Whether all processes are to save and end after this step, since one was told to (SIGTERM). All must ask, at
-    every step; all get the same answer."""
+    """Whether one of several processes got SIGTERM, so that all are to save and end after this step.
+
+    Every process must call it at every step, and all get the same answer.
+    """
     return several() and multihost_utils.reached_preemption_sync_point(step)
 
 
 class Watch:
-    """This process's heartbeat, and its eye on those of the others.
+    """Writes this process's heartbeat, a small file in WORKDIR/processes, and reads those of the others.
 
     Args:
       workdir: of the run.
       stall_seconds: end the run when it has made no step for so long; 0: never.
+
+    Attributes:
+      index, count: this process's number, and how many there are.
+      ended: None while the run is under way; then why it ended, "" if it ended well. The others read it.
     """
 
     def __init__(self, workdir: str, stall_seconds: float):
@@ -166,10 +211,11 @@ class Watch:
         self._beats, self._lock = 0, threading.Lock()
 
     def progress(self, step: int) -> None:
-        """The step that was sent to the devices last."""
+        """Notes the step that was sent to the devices last."""
         self.step, self.at = step, time.monotonic()
 
     def beat(self) -> None:
+        """Writes a heartbeat."""
         with self._lock, contextlib.suppress(OSError):  # storage may fail for a moment
             self._beats += 1
             record = {"host": os.uname().nodename, "pid": os.getpid(), "step": self.step, "beat": self._beats}
@@ -181,6 +227,22 @@ class Watch:
 
     def look(self) -> str:
         """What is wrong with the others; "" if nothing."""
+        now, records = time.monotonic(), self._read()
+        for other, record in records.items():
+            name = f"process {other} (pid {record['pid']} on {record['host']}, at step {record['step']})"
+            silent, ended = now - self._seen[other][1], record.get("ended")
+            if ended:
+                return f"{name} ended: {ended}"
+            if ended is None and silent > DEAD_SECONDS:
+                return f"{name} died: it has not been heard of for {silent:.0f} s"
+        if self.stall_seconds and now - self.at > self.stall_seconds:
+            behind = sorted(i for i, record in records.items() if record["step"] < self.step)
+            who = f", and stalled are those behind it: {', '.join(map(str, behind))}" if behind else ""
+            return f"no step for {now - self.at:.0f} s (stall_seconds); this process is at step {self.step}{who}"
+        return ""
+
+    def _read(self) -> dict[int, dict[str, Any]]:
+        """Other process -> its last heartbeat. Notes when each was new."""
         now, records = time.monotonic(), {}
         for other in (i for i in range(self.count) if i != self.index):
             with contextlib.suppress(OSError, ValueError):
@@ -188,24 +250,11 @@ class Watch:
                 records[other] = json.loads(text)
                 if self._seen.get(other, ("", 0.0))[0] != text:
                     self._seen[other] = text, now
-        for other, (_, since) in self._seen.items():
-            if other not in records:
-                continue
-            record = records[other]
-            name = f"process {other} (pid {record['pid']} on {record['host']}, at step {record['step']})"
-            ended = record.get("ended")
-            if ended:
-                return f"{name} ended: {ended}"
-            if ended is None and now - since > DEAD_SECONDS:
-                return f"{name} died: it has not been heard of for {now - since:.0f} s"
-        if self.stall_seconds and now - self.at > self.stall_seconds:
-            behind = sorted(i for i, record in records.items() if record["step"] < self.step)
-            who = f", and stalled are those behind it: {', '.join(map(str, behind))}" if behind else ""
-            return f"no step for {now - self.at:.0f} s (stall_seconds); this process is at step {self.step}{who}"
-        return ""
+        return records
 
     def run(self) -> None:
-        """Until the run is over; ends this process if another is lost, for the main thread may wait for it forever."""
+        """Beats and looks until the run is over. If another process is lost, ends this one with status LOST: the main
+        thread may be waiting for the other forever."""
         while self.ended is None:
             self.beat()
             lost = self.look()
@@ -217,60 +266,76 @@ class Watch:
                 os._exit(LOST)
             time.sleep(BEAT_SECONDS)
 
+    def meet(self) -> None:
+        """Waits until all processes have a heartbeat in the workdir.
+
+        Raises:
+          InputError: the processes don't see the same workdir.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{self.index}.json").unlink(missing_ok=True)  # of the start before
+        barrier("watch")
+        self.beat()
+        barrier("heartbeats")
+        if not (self.folder / "0.json").exists():
+            raise InputError(
+                f"--workdir={self.folder.parent}: process {self.index} doesn't see what process 0 writes there. Give a "
+                "folder on storage that all hosts share."
+            )
+
 
 @contextlib.contextmanager
 def watch(workdir: str, stall_seconds: float, together: tuple[type[Exception], ...] = ()) -> Iterator[Watch]:
     """Watches the other processes until the block is left; without others, does nothing.
 
-    An error that one process has is told to the others. One that comes of another's death isn't raised: the watch says
-    which is gone, and ends this process with status LOST.
+    An error that leaves the block is written to the heartbeat, so that the others end too. An error that comes of
+    another process's death isn't raised: the watch says who died, and ends this process with status LOST.
 
     Args:
       workdir, stall_seconds: see Watch.
-      together: exceptions that all processes raise at the same step, so that nobody need be told.
+      together: exceptions that all processes raise at the same step; nobody need learn of them.
 
     Raises:
       InputError: the processes don't see the same workdir.
     """
-    made = Watch(workdir, stall_seconds)
-    if made.count == 1:
-        yield made
+    watch = Watch(workdir, stall_seconds)
+    if watch.count == 1:
+        yield watch
         return
-    made.folder.mkdir(parents=True, exist_ok=True)
-    (made.folder / f"{made.index}.json").unlink(missing_ok=True)  # of the start before
-    barrier("watch")
-    made.beat()
-    barrier("heartbeats")
-    if not (made.folder / "0.json").exists():
-        raise InputError(
-            f"--workdir={workdir}: process {made.index} doesn't see what process 0 writes there. Give a folder on "
-            "storage that all hosts share."
-        )
-    # JAX aborts at once when process 0 is gone. The abort waits, so that the watch can tell who it was.
-    wait = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: time.sleep(DEAD_SECONDS + 10))
+    watch.meet()
+    with _abort_delayed(DEAD_SECONDS + 10):
+        thread = threading.Thread(target=watch.run, daemon=True, name="watch")
+        thread.start()
+        try:
+            yield watch
+        except together:
+            raise
+        except BaseException as error:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                thread.join(DEAD_SECONDS + 10)
+            watch.ended = _in_short(error)
+            raise
+        finally:
+            watch.ended = watch.ended or ""
+            watch.beat()
+
+
+@contextlib.contextmanager
+def _abort_delayed(seconds: float) -> Iterator[None]:
+    """Delays an abort of this process. JAX aborts at once when process 0 is gone, before the watch can say so."""
+    wait = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: time.sleep(seconds))
     libc = ctypes.CDLL(None)
     libc.signal.restype = ctypes.c_void_p
     libc.signal(signal.SIGABRT, wait)
-    thread = threading.Thread(target=made.run, daemon=True, name="watch")
-    thread.start()
     try:
-        yield made
-    except together:
-        raise
-    except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            thread.join(DEAD_SECONDS + 10)
-        made.ended = _in_short(error)
-        raise
+        yield
     finally:
-        made.ended = made.ended or ""
-        made.beat()
         libc.signal(signal.SIGABRT, ctypes.c_void_p(0))
 
 
 def leave(status: int) -> int:
-    """Returns `status`; one of several processes ends with it at once, as a common end would wait for the others, who
-    may know of no error."""
+    """Returns `status`. One of several processes instead ends with it at once: an ordinary exit would wait for the
+    others, which may know of no error."""
     if several():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -113,7 +113,7 @@ def test_loop_decode_data_loading_checkpoint(lines):
     assert status == 0, [r for r in records if "error" in r]
     found = {(r["part"], r.get("case")): r for r in records}
     loop = found["loop", None]
-    assert loop["overhead"]["median"] > -1
+    assert 0.1 < loop["seconds"]["median"] / loop["bare_seconds"]["median"] < 50  # both are seconds of a step
     assert 0 <= loop["data_wait_fraction"] <= 1
     assert loop["overhead"]["n"] == measure.ROUNDS
     batch = found["decode", "batch 8"]
