@@ -82,10 +82,10 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
     """
     from research import config as config_lib
     from research import loading, params
-    from research.devices import sharding
+    from research.devices import compilation, sharding
     from research.models import transformer
     from research.ops import divergences
-    from research.run import run
+    from research.run import resolve
     from research.sources import dataset, tokenizers
 
     if on not in _SCOPES:
@@ -97,13 +97,13 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
     config = dataclasses.replace(
         config, data={**config.data, "annotations": ""}, roles={"teacher": config.roles["teacher"]}
     )
-    config, bases = run.with_checkpoints(config, None)
+    config, bases = resolve.with_checkpoints(config, None)
     config_lib.check(config, num_devices=len(jax.devices()))
     if config.compilation_cache:
-        run.use_compilation_cache(config.data["cache_dir"])
+        compilation.use_compilation_cache(config.data["cache_dir"])
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     spec = config_lib.data_spec(config)
-    data = dataset.load(spec, config.tokenizer, run.given_tokenizer(config, bases.get("policy")), seed=config.seed)
+    data = dataset.load(spec, config.tokenizer, resolve.given_tokenizer(config, bases.get("policy")), seed=config.seed)
     tokenizer: tokenizers.Tokenizer = data.tokenizer
     loading.check_reads("roles.teacher", bases["teacher"], tokenizer)
     rules = {**sharding.RULES, **config.rules}

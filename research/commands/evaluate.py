@@ -66,15 +66,14 @@ def _evaluate(args: SimpleNamespace) -> None:
     import jax
 
     from research import loading
-    from research.devices import sharding
+    from research.devices import compilation, sharding
     from research.evals import lm_eval_adapter, results, tasks
-    from research.run import run
 
     for spec in args.task:
         tasks.parse(spec)
     if args.lm_eval:
         lm_eval_adapter.import_lm_eval()
-    run.use_compilation_cache()
+    compilation.use_compilation_cache()
     loaded = loading.load_model(args.model, step=args.step, ema=args.ema, mesh=sharding.make_mesh(args.mesh))
     common = {"limit": args.max_records, "batch_tokens": args.batch_tokens}
     with jax.set_mesh(loaded.mesh):

@@ -68,11 +68,11 @@ def _label(args: SimpleNamespace) -> None:
     files.check_output(args.output, overwrite=args.overwrite)
 
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
+    from research.devices import compilation
     from research.evals import labels
-    from research.run import run
 
     origin = labels.find_records(args.data)
-    run.use_compilation_cache()
+    compilation.use_compilation_cache()
     reading = labels.Reading(args.step, args.ema, args.fields, args.prompt, args.words)
     classifiers = labels.open_classifiers(args.model, origin, reading)
     count = labels.write_labels(

@@ -65,12 +65,11 @@ def _score(args: SimpleNamespace) -> None:
 
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     from research import loading
-    from research.devices import sharding
+    from research.devices import compilation, sharding
     from research.evals import record_scores
-    from research.run import run
 
     origin = record_scores.find_records(args.data)
-    run.use_compilation_cache()
+    compilation.use_compilation_cache()
     loaded = loading.load_model(
         args.model, step=args.step, ema=args.ema, mesh=sharding.make_mesh(args.mesh), needs_tokenizer=False
     )

@@ -263,7 +263,7 @@ def _cpu(
 # XLA, left free, computes the scores of all of them before it uses any: the memory of a whole [T, T] again.
 #
 # What is computed element by element has the shape [B, K, T, G, S], and not that of the products, [B, K, T * G, S]: XLA
-# then doesn't write it over its operand, and its older emitters (run._compiler_options) vectorise no loop that does.
+# then doesn't write it over its operand, and its older emitters (devices/compilation.py) vectorise no loop that does.
 
 
 def _cpu_forward(q, k, v, segment_ids, scale, causal, window, softcap):

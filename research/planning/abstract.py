@@ -13,7 +13,7 @@ from research import objectives
 from research.config import Config
 from research.devices import sharding
 from research.errors import InputError
-from research.run import run
+from research.run import assemble, resolve
 from research.sources import fields, tokenizers
 
 
@@ -33,7 +33,9 @@ class Described:
 
     def assemble(self) -> Any:
         """The run's models and programs: research.run's Parts, with abstract arrays."""
-        return run.assemble(self.config, self.mesh, batch_spec(self.config), self.vocab_size)
+        return assemble.assemble(
+            self.config, objectives.load(self.config.objective), self.mesh, batch_spec(self.config), self.vocab_size
+        )
 
 
 def describe(config: Config, devices: Any = None) -> Described:
@@ -47,7 +49,7 @@ def describe(config: Config, devices: Any = None) -> Described:
       InputError: the config can't work there.
     """
     devices = jax.devices() if devices is None else devices
-    config, bases = run.with_checkpoints(config, None, described=True)
+    config, bases = resolve.with_checkpoints(config, None, described=True)
     config_lib.check(config, num_devices=len(devices))
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
     return Described(config, mesh, find_vocab_size(config, bases.get("policy")))
@@ -64,7 +66,7 @@ def find_vocab_size(config: Config, base: Any = None) -> int:
         return config.model["vocab_size"]
     if config.tokenizer.kind == "bpe":
         return config.tokenizer.vocab_size
-    tokenizer = run.given_tokenizer(config, base) or tokenizers.make_tokenizer(config.tokenizer, lambda: iter(()))
+    tokenizer = resolve.given_tokenizer(config, base) or tokenizers.make_tokenizer(config.tokenizer, lambda: iter(()))
     return tokenizer.size
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: {state, source state, resolved config}, written by Orbax in the background.
+"""Checkpoints: {state, place of the experience, resolved config}, written by Orbax in the background.
 
 Orbax writes into a temporary folder and renames it when all is there, so that a kill at any moment leaves the earlier
 checkpoints whole; what a kill left behind is removed at the next start. It is imported where it is used: that takes a
@@ -18,6 +18,7 @@ import jax
 from research.errors import InputError
 from research.files import read_json
 from research.files import write_json as write_json
+from research.rollouts.experience import Place
 
 State = Any  # a pytree of arrays
 
@@ -75,8 +76,9 @@ class Checkpointer:
             keep.append(policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
         handlers = ocp.DefaultCheckpointHandlerRegistry()
         # Compression takes more of the processor than all else that a save does, for a tenth of the bytes.
-        handlers.add("state", ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))
-        handlers.add("state", ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
+        for item in ("state", "buffer"):
+            handlers.add(item, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))
+            handlers.add(item, ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
         json_handler = ocp.JsonCheckpointHandler()
         handlers.add("run", ocp.args.JsonSave, json_handler)
         handlers.add("run", ocp.args.JsonRestore, json_handler)
@@ -93,9 +95,7 @@ class Checkpointer:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(
-        self, state: State, source: Mapping[str, Any], config: Mapping[str, Any], metrics: Mapping[str, float]
-    ) -> None:
+    def save(self, state: State, place: Place, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Starts to write; returns when the state is copied off the device. A step that is there is left alone.
 
         On CPU nothing is copied: until it is written, the step that the state is donated to makes new arrays instead.
@@ -109,21 +109,26 @@ class Checkpointer:
         if self.latest() == step:
             return
         best = {k: v for k, v in metrics.items() if k == self._best_metric}
+        items = {
+            "state": ocp.args.PyTreeSave(state),
+            "run": ocp.args.JsonSave({"source": dict(place.source), "config": dict(config)}),
+        }
+        if jax.tree.leaves(place.buffer):
+            items["buffer"] = ocp.args.PyTreeSave(place.buffer)
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                run=ocp.args.JsonSave({"source": dict(source), "config": dict(config)}),
-            ),
+            args=ocp.args.Composite(**items),
             metrics=best or None,
             force=True,
         )
 
-    def restore(self, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
-        """Returns (state, source state) of `step`, by default the newest, on the devices that `like` asks for.
+    def restore(self, like: State, buffer: Any = (), step: int | None = None) -> tuple[State, Place]:
+        """Returns the state and the experience's place of `step`, by default the newest, on the devices asked for.
 
         Args:
           like: pytree of ShapeDtypeStruct with shardings.
+          buffer: the same, of the experience's buffer.
+          step: of the checkpoint.
 
         Raises:
           InputError: the checkpoint is damaged, or was made by a run of other shapes.
@@ -141,10 +146,11 @@ class Checkpointer:
         there = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
         if "carry" not in found and not like.carry:
             del there["carry"]
+        items = {"state": ocp.args.StandardRestore(there), "run": ocp.args.JsonRestore()}
+        if jax.tree.leaves(buffer):
+            items["buffer"] = ocp.args.StandardRestore(buffer)
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(there), run=ocp.args.JsonRestore())
-            )
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except ValueError as error:  # the structures differ: another optimizer, or an average that wasn't there
             raise InputError(
                 f"{folder}: was saved with another optimizer, objective or ema_decay than the config's: "
@@ -153,7 +159,8 @@ class Checkpointer:
             ) from error
         except Exception as error:
             raise _damaged(Path(folder / "state"), error) from error
-        return like.replace(**restored["state"]), restored["run"]["source"]
+        place = Place(restored["run"]["source"], restored["buffer"] if "buffer" in items else buffer)
+        return like.replace(**restored["state"]), place
 
     def wait(self) -> None:
         """Until all is written. Raises what went wrong with it."""
@@ -165,6 +172,14 @@ class Checkpointer:
             self._preparing.join()
         if self._made is not None:
             self._made.close()
+
+
+def make_checkpointer(config: Any, workdir: str | Path) -> Checkpointer:
+    """The checkpoints of a run, kept as the section `checkpoint` of its config says."""
+    section = config.checkpoint
+    return Checkpointer(
+        workdir, keep_last=section.keep_last, best_metric=section.best_metric, best_mode=section.best_mode
+    )
 
 
 def steps(workdir: str | Path) -> list[int]:

@@ -28,7 +28,7 @@ def run(monkeypatch, capsys):
         return types.SimpleNamespace(model=MODEL, params=values, tokenizer=TOKENIZER, template="chat", mesh=mesh)
 
     monkeypatch.setattr("research.loading.load_model", load)
-    monkeypatch.setattr("research.run.run.use_compilation_cache", lambda: None)
+    monkeypatch.setattr("research.devices.compilation.use_compilation_cache", lambda: None)
 
     def run(*flags):
         status = evaluate.main(["--model=m", *flags])

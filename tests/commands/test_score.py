@@ -39,7 +39,7 @@ def loaded(monkeypatch):
         return types.SimpleNamespace(**{**vars(model), "params": placed, "mesh": mesh})
 
     monkeypatch.setattr("research.loading.load_model", load)
-    monkeypatch.setattr("research.run.run.use_compilation_cache", lambda: None)
+    monkeypatch.setattr("research.devices.compilation.use_compilation_cache", lambda: None)
     monkeypatch.setattr(
         record_scores, "make_token_scorer", lambda model, batch_tokens: SCORER(batch_tokens=batch_tokens)
     )
@@ -184,7 +184,7 @@ def test_another_command_does_not_go_on(run, loaded, monkeypatch, tmp_path, few_
         loaded.params = {**loaded.params, "final_norm": {"scale": last.at[3].add(1e-6)}}
     loaded_again = types.SimpleNamespace(**vars(loaded), mesh=sharding.make_mesh({"fsdp": 4, "tensor": 2}))
     monkeypatch.setattr("research.loading.load_model", lambda *args, **kwargs: loaded_again)
-    monkeypatch.setattr("research.run.run.use_compilation_cache", lambda: None)
+    monkeypatch.setattr("research.devices.compilation.use_compilation_cache", lambda: None)
     flags = {"flag": ["--per_token"], "template": ["--template=plain"]}.get(change, [])
     status, lines, stderr = run(text.replace('"i": 7', '"i": 8') if change == "data" else text, *SMALL, *flags)
     assert (status, lines) == (2, None)

@@ -13,8 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from research.devices import distributed
-from research.run import checkpoint, metrics, run
+from research.devices import compilation, distributed
+from research.run import checkpoint, loop, metrics
 
 STEPS = 24
 slow = pytest.mark.slow
@@ -143,22 +143,22 @@ def test_an_error_of_one_process_is_told_to_the_others(tmp_path):
 def test_an_interrupt_that_a_library_swallows_comes_again(monkeypatch):
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
     before = signal.getsignal(signal.SIGINT)
-    with run._stop_on_signals(threading.Event()) as stop:
+    with loop.stop_on_signals(threading.Event()) as stop:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            run._should_stop(stop, 1)
+            loop.should_stop(stop, 1)
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_several_processes_with_cpus_do_without_the_compilation_cache(monkeypatch):
     asked = []
-    monkeypatch.setattr(run.jax.config, "update", lambda *args: asked.append(args))
+    monkeypatch.setattr(compilation.jax.config, "update", lambda *args: asked.append(args))
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
-    run.use_compilation_cache()
+    compilation.use_compilation_cache()
     assert not asked
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 1)
-    run.use_compilation_cache()
+    compilation.use_compilation_cache()
     assert asked
 
 

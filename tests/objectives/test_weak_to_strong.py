@@ -17,6 +17,7 @@ from research.models.transformer import make_model
 from research.objectives import classes, types, weak_to_strong
 from research.objectives.terms import Inputs, init_carry, losses, row_numbers
 from research.ops import class_losses
+from research.rollouts.experience import Place
 from research.run import checkpoint
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
@@ -263,7 +264,7 @@ def test_a_run_goes_on_from_a_checkpoint_with_its_thresholds(tmp_path):
     first, _ = step(state, {}, make_batch(0))
     expected, _ = step(first, {}, make_batch(1))
     saver = checkpoint.Checkpointer(tmp_path)
-    saver.save(first, {}, {}, {})
+    saver.save(first, Place({}), {}, {})
     saver.wait()
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first)
     restored, _ = saver.restore(like)

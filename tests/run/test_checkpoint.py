@@ -13,6 +13,7 @@ import pytest
 
 from research import train
 from research.errors import InputError
+from research.rollouts.experience import Place
 from research.run import checkpoint
 
 # A state as it was saved before objectives had carries.
@@ -35,7 +36,7 @@ def like(tree):
 def save(workdir, scores, first=1, **options):
     saver = checkpoint.Checkpointer(workdir, **options)
     for step, score in enumerate(scores, start=first):
-        saver.save(state_at(step), {"step": step}, {"seed": 0}, {} if score is None else {"eval/loss": score})
+        saver.save(state_at(step), Place({"step": step}), {"seed": 0}, {} if score is None else {"eval/loss": score})
     saver.wait()
     saver.close()
 
@@ -63,9 +64,9 @@ def test_the_best_is_known_and_kept_when_the_run_goes_on(mode, best, tmp_path):
 def test_state_and_source_come_back(tmp_path):
     save(tmp_path, [None, None])
     saver = checkpoint.Checkpointer(tmp_path)
-    state, source = saver.restore(like(state_at(0)))
+    state, place = saver.restore(like(state_at(0)))
     saver.close()
-    assert source == {"step": 2}
+    assert place.source == {"step": 2}
     jax.tree.map(np.testing.assert_array_equal, state, state_at(2))
 
 
@@ -94,7 +95,7 @@ def test_a_save_waits_for_no_write_and_holds_what_was_then(tmp_path, monkeypatch
     next_step = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones_like(x), s), donate_argnums=0)
     state = jax.jit(lambda: state_at(1))()
     saver = checkpoint.Checkpointer(tmp_path)
-    saver.save(state, {}, {}, {})
+    saver.save(state, Place({}), {}, {})
     for _ in range(3):  # the loop goes on, over the memory of what is being written
         state = next_step(state)
     assert int(state.step) == 4
@@ -111,7 +112,7 @@ def test_a_write_that_fails_is_told_at_the_end(tmp_path, monkeypatch):
 
     hold_writes(monkeypatch, fail)
     saver = checkpoint.Checkpointer(tmp_path)
-    saver.save(state_at(1), {}, {}, {})
+    saver.save(state_at(1), Place({}), {}, {})
     with pytest.raises(OSError, match="no space left"):
         saver.wait()
     assert checkpoint.steps(tmp_path) == []
@@ -122,7 +123,7 @@ def test_what_fails_in_the_background_is_told_by_the_first_use(tmp_path):
     saver = checkpoint.Checkpointer(tmp_path / "file")
     saver.prepare()
     with pytest.raises(OSError, match="file"):
-        saver.save(state_at(1), {}, {}, {})
+        saver.save(state_at(1), Place({}), {}, {})
     saver.close()
 
 
@@ -131,7 +132,7 @@ def test_a_carry_comes_back_and_one_that_is_not_there_is_an_error(tmp_path):
     older = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain) if f.name != "carry"}
     for name, saved in (("plain", plain), ("carrying", carrying), ("older", Older(**older))):
         saver = checkpoint.Checkpointer(tmp_path / name)
-        saver.save(saved, {}, {}, {})
+        saver.save(saved, Place({}), {}, {})
         saver.wait()
         for wanted in (plain, carrying):
             if bool(wanted.carry) != (name == "carrying"):

@@ -11,11 +11,12 @@ import pytest
 
 from experiments import sft
 from research import config as config_lib
+from research import objectives
 from research.bench import prepared
 from research.devices import sharding
 from research.planning import abstract
 from research.planning import topology as topologies
-from research.run import metrics, run
+from research.run import assemble, metrics, run
 
 VOCAB, ROWS, LENGTH = 32_768, 8, 512
 OBJECTIVES = ("sft", "distill", "weak_to_strong")
@@ -69,7 +70,7 @@ def test_nor_does_one_for_tpus(config):
         seq_len=length,
     )
     mesh = sharding.make_mesh(dataclasses.asdict(changed.mesh), topology.devices)
-    parts = run.assemble(changed, mesh, abstract.batch_spec(changed), VOCAB)
+    parts = assemble.assemble(changed, objectives.load(changed.objective), mesh, abstract.batch_spec(changed), VOCAB)
     with jax.set_mesh(mesh):
         text = parts.step.lower(parts.state, parts.frozen, parts.batch).compile().as_text()
     assert largest(text) < ROWS * length / 4 * VOCAB / 2

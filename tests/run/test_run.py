@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, STUDIES, assert_same, load, parameters, values_of
 
-from research import config, loading, optim
-from research.devices import sharding
-from research.run import checkpoint, metrics, run
+from research import config, loading, objectives, optim
+from research.devices import compilation, sharding
+from research.run import assemble, checkpoint, metrics, run
 from research.studies import study
 
 
@@ -77,7 +77,7 @@ def test_experiment_traces_at_full_size(name, mesh):
         fields["label_probs"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     abstract = sharding.make_abstract_mesh(mesh, devices)
     with jax.sharding.use_abstract_mesh(abstract):
-        parts = run.assemble(c, abstract, fields, vocab_size=300)
+        parts = assemble.assemble(c, objectives.load(c.objective), abstract, fields, vocab_size=300)
         state, out = jax.eval_shape(parts.step, parts.state, {}, parts.batch)
     assert out["loss"][0].shape == ()
     jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), state, parts.state)
@@ -202,9 +202,9 @@ def test_on_policy_distillation_is_resumed_bit_for_bit(tmp_path):
 def test_options_for_cpus_are_those_that_this_xla_knows(monkeypatch):
     mesh = sharding.make_mesh({axis: 1 for axis in sharding.AXES}, jax.devices()[:1])
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(run, "_EMITTERS", "xla_cpu_no_such_option")
-    run._has_older_emitters.cache_clear()
-    assert run._compiler_options(mesh) == {"xla_backend_optimization_level": 2}
+    monkeypatch.setattr(compilation, "_EMITTERS", "xla_cpu_no_such_option")
+    compilation._has_older_emitters.cache_clear()
+    assert compilation.compiler_options(mesh) == {"xla_backend_optimization_level": 2}
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    assert run._compiler_options(mesh) == {}
-    run._has_older_emitters.cache_clear()
+    assert compilation.compiler_options(mesh) == {}
+    compilation._has_older_emitters.cache_clear()

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from runs import load
 
-from research import params
+from research import objectives, params
 from research.devices import distributed, sharding, startup
-from research.run import run
+from research.run import assemble, run
 
 # What a run needs later or not at all: each takes 0.05 s to seconds.
 LATER = (
@@ -47,7 +47,7 @@ def test_the_first_state_is_that_of_the_key_of_the_seed(seed):
     fields = {k: jax.ShapeDtypeStruct((8, 128), jnp.int32) for k in ("tokens", "segment_ids", "positions")}
     fields |= {"loss_mask": jax.ShapeDtypeStruct((8, 128), jnp.float32)}
     with jax.set_mesh(mesh):
-        parts = run.assemble(config, mesh, fields, vocab_size=300)
+        parts = assemble.assemble(config, objectives.load(config.objective), mesh, fields, vocab_size=300)
         keys, specs = jax.random.split(jax.random.PRNGKey(seed)), {"policy": parts.models["policy"].specs}
         jax.tree.map(
             np.testing.assert_array_equal,

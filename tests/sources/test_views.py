@@ -146,10 +146,11 @@ def test_a_new_field_is_a_row_of_the_table_and_a_view(texts, doubled, tmp_path):
 
 def assembled(config, mesh, spec):
     """The abstract batch that the train step is traced with; it is traced."""
-    from research.run import run
+    from research import objectives
+    from research.run import assemble
 
     with jax.sharding.use_abstract_mesh(mesh):
-        parts = run.assemble(config, mesh, spec, 256)
+        parts = assemble.assemble(config, objectives.load(config.objective), mesh, spec, 256)
         jax.eval_shape(parts.step, parts.state, {}, parts.batch)
     return parts.batch
 

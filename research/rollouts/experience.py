@@ -1,0 +1,74 @@
+"""What the train step trains on, between the source of data and the step.
+
+The plain kind passes the source's batches on. Others make their batches with the models as they are at that moment: the
+policy answers prompts, rewards judge answers, a buffer serves several updates.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from research.sources.prefetch import Prefetch
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
+
+
+class Place(NamedTuple):
+    """How far an experience has come: saved with every checkpoint, so that a resumed run goes on as if uninterrupted.
+
+    Attributes:
+      source: the source's state, of JSON types.
+      buffer: pytree of global arrays, such as answers that wait to be trained on and the count of those that were.
+    """
+
+    source: dict[str, Any]
+    buffer: Any = ()
+
+
+class Experience(NamedTuple):
+    """Where the batches of a run come from.
+
+    Attributes:
+      spec: field -> ShapeDtypeStruct with sharding, of the batches that the step is traced with.
+      buffer: ShapeDtypeStructs with shardings of Place.buffer; a checkpoint is restored onto them, whatever mesh it was
+        saved on.
+      init: () -> the place before the first batch.
+      next: (train state, frozen parameters by role, place) -> (batch, the next place, metrics). Its result depends on
+        its arguments alone.
+    """
+
+    spec: Mapping[str, jax.ShapeDtypeStruct]
+    buffer: Any
+    init: Callable[[], Place]
+    next: Callable[[Any, Any, Place], tuple[Batch, Place, Metrics]]
+
+
+Rollout = Callable[[Any, Any, Batch], Batch]  # (train state, frozen, batch) -> batch
+
+
+def make(batches: Prefetch, spec: Mapping[str, jax.ShapeDtypeStruct], rollout: Rollout | None = None) -> Experience:
+    """The source's batches; with `rollout`, some of their answers are the policy's own."""
+    plain = from_source(batches, spec)
+    return plain if rollout is None else answered(plain, rollout)
+
+
+def from_source(batches: Prefetch, spec: Mapping[str, jax.ShapeDtypeStruct]) -> Experience:
+    """Passes the batches of a source on."""
+
+    def step(state: Any, frozen: Any, place: Place) -> tuple[Batch, Place, Metrics]:
+        batch, source = batches.next(place.source)
+        return batch, place._replace(source=source), {}
+
+    return Experience(spec, (), lambda: Place(batches.source.init()), step)
+
+
+def answered(experience: Experience, rollout: Rollout) -> Experience:
+    """The same batches after `rollout`, which puts answers of the policy in place of the data's."""
+
+    def step(state: Any, frozen: Any, place: Place) -> tuple[Batch, Place, Metrics]:
+        batch, place, metrics = experience.next(state, frozen, place)
+        return rollout(state, frozen, batch), place, metrics
+
+    return experience._replace(next=step)

@@ -1,0 +1,107 @@
+"""What a run measures at `eval.every`: the held-out loss, answers to held-out prompts, and `eval.tasks`."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from research.config import Config
+from research.devices import distributed
+from research.errors import InputError
+from research.evals import generation, perplexity
+from research.evals import tasks as eval_tasks
+from research.models.sampling import SamplingConfig
+from research.models.transformer import Model
+from research.run import metrics
+from research.run.assemble import Parts
+from research.run.resolve import Inputs
+from research.sources import dataset, tasks
+from research.sources.tokenizers import Tokenizer
+from research.train import TrainState
+
+ANSWERS_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The evaluations of a run, ready to be called with (state, frozen, step).
+
+    Attributes:
+      config: of the run.
+      writer: where scores and samples go.
+      loss: (params, frozen, carry) -> scores of the held-out rows.
+      answers: (policy's params, key) -> scores and samples of the held-out prompts; None where there are none.
+      tasks: those of `eval.tasks`.
+    """
+
+    config: Config
+    writer: metrics.Writer
+    loss: Callable[..., dict[str, float]]
+    answers: Callable[..., Any] | None
+    tasks: list[eval_tasks.Evaluation]
+
+    def __call__(self, state: TrainState, frozen: dict[str, Any], step: int) -> dict[str, float]:
+        """Measures the parameters, or their moving average where there is one; returns and writes {"eval/loss": ...}
+        and shows some answers."""
+        key = jax.random.PRNGKey(self.config.seed)
+        values = state.params if state.ema is None else state.ema
+        scores = self.loss(values, frozen, state.carry)
+        if self.answers is not None:
+            judged, samples = self.answers(values["policy"], key)
+            scores |= judged
+            for sample in samples[: self.config.eval.show]:
+                self.writer.print(f"  {sample}")
+                self.writer.text(step, "eval/sample", str(sample))
+        for name, measure in self.tasks:
+            judged, samples = measure(values["policy"], key)
+            scores |= {f"{name}/{k}": value for k, value in judged.items() if not k.endswith("_stderr")}
+            for sample in samples[: self.config.eval.show]:
+                self.writer.print(f"  {name}: {sample}")
+        scores = {f"eval/{name}": value for name, value in scores.items()}
+        self.writer.write(step, scores)
+        return scores
+
+
+def load_tasks(config: Config, model: Model, tokenizer: Tokenizer) -> list[eval_tasks.Evaluation]:
+    """The evaluations that `eval.tasks` names.
+
+    Raises:
+      InputError: one can't be read, or two have one name.
+    """
+    loaded = [eval_tasks.load(spec, model, tokenizer, config.data["template"]) for spec in config.eval.tasks]
+    twice = [name for name, n in Counter(name for name, _ in loaded).items() if n > 1]
+    if twice:
+        raise InputError(f"eval.tasks: {twice[0]!r} is there twice. Give one of them another name: KIND,name=...:DATA.")
+    return loaded
+
+
+def make_evaluation(
+    inputs: Inputs, parts: Parts, loaded: list[eval_tasks.Evaluation], writer: metrics.Writer
+) -> Evaluation:
+    """The evaluation of a run; `loaded` comes from `load_tasks`."""
+    config, data, tokenizer = inputs.config, inputs.data, inputs.data.tokenizer
+    batches = list(
+        dataset.eval_batches(data.held_out, config.batch_size, config.eval.batches or None, mine=inputs.rows)
+    )
+    loss = perplexity.make_perplexity(
+        distributed.one_at_a_time(parts.evaluate),
+        batches,
+        tokenizer.token_bytes(),
+        use_loss_mask=any("loss_mask" in term.objective.fields for term in parts.terms.values()),
+        put=inputs.put,
+    )
+    records = data.held_out_records[: config.eval.generate]
+    answers = None
+    if records:
+        answers = generation.make_generation(
+            parts.models["policy"],
+            SamplingConfig(max_new_tokens=config.eval.max_new_tokens, stop_tokens=tokenizer.stop),
+            tokenizer,
+            records,
+            verify=tasks.verify_record,
+            template=config.data["template"],
+            batch_size=min(len(records), ANSWERS_AT_ONCE),
+        )
+    return Evaluation(config, writer, loss, answers, loaded)

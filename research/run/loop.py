@@ -1,0 +1,146 @@
+"""The loop: every step a batch and an update; at intervals metrics, an evaluation, a checkpoint."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from research import config as config_lib
+from research.config import Config
+from research.devices import distributed
+from research.rollouts.experience import Experience, Place
+from research.run.checkpoint import Checkpointer
+from research.run.window import Diverged, Window
+from research.train import Metrics, TrainState
+
+Evaluate = Callable[[TrainState, Any, int], dict[str, float]]  # (state, frozen, step) -> scores
+
+
+class Preempted(Exception):
+    """The run was asked to stop by a signal, has saved, and can be started again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """One loop for every objective and every kind of experience.
+
+    Attributes:
+      config: of the run.
+      workdir: of the run, for messages.
+      step: the compiled train step: (state, frozen, batch) -> (state, metrics).
+      experience: where batches come from.
+      evaluate: measures and logs; called before the first step, every `eval.every` and after the last step.
+      saver: of checkpoints.
+      window: of metrics and time.
+      progress: is told of each step that begins.
+      stop: an event that asks the loop to save and end.
+      started: unix seconds of the process's start.
+    """
+
+    config: Config
+    workdir: str
+    step: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
+    experience: Experience
+    evaluate: Evaluate
+    saver: Checkpointer
+    window: Window
+    progress: Callable[[int], None]
+    stop: threading.Event
+    started: float
+
+    def run(self, state: TrainState, frozen: Any, place: Place) -> None:
+        """Trains until the last step.
+
+        Raises:
+          Preempted: the stop came; a checkpoint is written.
+          Diverged: too many updates in a row were skipped; a checkpoint is written.
+        """
+        config, first = self.config, int(state.step)
+        if config.eval.every and first == 0:
+            self.evaluate(state, frozen, 0)
+        pending = None  # metrics are read one step late, so that the host doesn't wait for the step it has just sent
+        self.window.start_clock()
+        try:
+            for step in range(first + 1, config.steps + 1):
+                with self.window.waiting():
+                    batch, place, gathered = self.experience.next(state, frozen, place)
+                self.progress(step)
+                state, out = self.step(state, frozen, batch)
+                if pending is not None:
+                    self.window.add(*pending)
+                pending = step, out | gathered
+                if step == first + 1:
+                    self._first_step_done(step, out)
+                stopping, last = should_stop(self.stop, step), step == config.steps
+                if stopping:
+                    self.window.writer.print("asked to stop: saving first")
+                evaluating = config.eval.every and (last or (step % config.eval.every == 0 and not stopping))
+                saving = last or stopping or (config.checkpoint.every and step % config.checkpoint.every == 0)
+                if not (evaluating or saving):
+                    continue
+                self.window.add(*pending)
+                pending = None
+                scores = self.evaluate(state, frozen, step) if evaluating else {}
+                if saving:
+                    self._save(state, place, scores)
+                if stopping and not last:
+                    raise Preempted(
+                        f"saved step {step} of {config.steps} in {self.workdir}. The same command goes on from there."
+                    )
+                self.window.start_clock()
+        except Diverged:
+            self._save(state, place, {})
+            raise
+        finally:
+            self.saver.wait()
+
+    def _first_step_done(self, step: int, out: Metrics) -> None:
+        """Waits for the first step, and begins what would have been in its way."""
+        jax.block_until_ready(out)
+        self.window.writer.write(step, {"startup/seconds_to_first_step": time.time() - self.started})
+        self.saver.prepare()
+        self.window.measure_peak()
+        self.window.start_clock(afresh=True)
+
+    def _save(self, state: TrainState, place: Place, scores: dict[str, float]) -> None:
+        self.saver.save(state, place, config_lib.to_dict(self.config), scores)
+
+
+@contextlib.contextmanager
+def stop_on_signals(stop: threading.Event) -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, so that the loop can save first. A second SIGINT interrupts at once.
+
+    Of several processes each must stop at the same step: SIGTERM goes to JAX, see distributed.should_stop, and SIGINT
+    interrupts at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    several = distributed.several()
+
+    def handle(number: int, _: Any) -> None:
+        again = stop.is_set()
+        stop.set()
+        if number == signal.SIGINT and (several or again):
+            raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def should_stop(stop: threading.Event, step: int) -> bool:
+    """Whether to save and end after this step. Of several processes, one that was interrupted ends here at the latest:
+    a library may have swallowed the KeyboardInterrupt."""
+    if distributed.several() and stop.is_set():
+        raise KeyboardInterrupt
+    return stop.is_set() or distributed.should_stop(step)

@@ -1,0 +1,127 @@
+"""What a run leaves in its workdir beside metrics and checkpoints, and what it says of itself at the start."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from research import config as config_lib
+from research import loading, params
+from research.config import Config
+from research.devices import distributed, startup
+from research.files import read_json, write_json
+from research.run import metrics
+from research.run.assemble import Parts
+from research.run.resolve import Inputs
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "understudy")
+
+
+def begin(inputs: Inputs, command: str) -> None:
+    """Writes config.json and, of a new run, the tokenizer and where the policy comes from; removes an old done.json."""
+    if not distributed.main():
+        return
+    folder = Path(inputs.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", _about(inputs, command))
+    (folder / "done.json").unlink(missing_ok=True)
+    if not inputs.resumed:
+        inputs.data.tokenizer.save(inputs.workdir)
+        base = inputs.bases.get("policy")
+        if base is not None and base.origin:
+            write_json(folder / loading.ORIGIN, base.origin)
+
+
+def _about(inputs: Inputs, command: str) -> dict[str, Any]:
+    """The resolved config, and what it runs with."""
+    mesh = inputs.mesh
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "config": config_lib.to_dict(inputs.config),
+        "command": command,
+        "git": git.stdout.strip() or None,
+        "versions": {"python": sys.version.split()[0]} | {p: importlib.metadata.version(p) for p in _PACKAGES},
+        "devices": {"count": mesh.size, "kind": mesh.devices.flat[0].device_kind, "mesh": dict(mesh.shape)},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def open_writer(config: Config, workdir: str, start_step: int) -> metrics.Writer:
+    """The writer of a run that goes on after `start_step`."""
+    return metrics.Writer(
+        workdir,
+        total_steps=config.steps,
+        start_step=start_step,
+        tensorboard=config.log.tensorboard,
+        wandb={"project": config.log.wandb} if config.log.wandb else None,
+        run_config=config_lib.to_dict(config),
+    )
+
+
+def changes(workdir: str, config: Config) -> list[str]:
+    """What differs from the config that this workdir last ran with: "optimizer.learning_rate: 0.001 -> 0.002"."""
+    before = read_json(Path(workdir) / "config.json")["config"]
+    now = json.loads(json.dumps(config_lib.to_dict(config)))
+
+    def differ(a: Any, b: Any, name: str) -> Iterator[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted(a.keys() | b.keys()):
+                yield from differ(a.get(key), b.get(key), f"{name}.{key}")
+        elif a != b:
+            yield f"{name[1:]}: {a!r} -> {b!r}"
+
+    return list(differ(before, now, ""))
+
+
+def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int, changed: Sequence[str]) -> None:
+    """Says what is about to happen."""
+    model, mesh = parts.models["policy"].config, inputs.mesh
+    writer.print(f"workdir  {inputs.workdir}")
+    writer.print(
+        f"model    {params.count(parts.models['policy'].specs) / 1e6:.2f} M parameters, vocabulary {model.vocab_size}, "
+        f"{model.dtype}"
+    )
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    writer.print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
+    for line in startup.describe():
+        writer.print(line)
+    _describe_data(writer, inputs.data.report)
+    if inputs.resumed:
+        writer.print(f"resumed  at step {step} of {inputs.config.steps}")
+        for change in changed:
+            writer.print(f"changed  {change}")
+
+
+def _describe_data(writer: metrics.Writer, report: dict[str, Any]) -> None:
+    for source in report["sources"]:
+        bad = "".join(f", {n:,} skipped: {reason}" for reason, n in source["bad"].items())
+        twice = f", {source['duplicates']:,} duplicates dropped" if source["duplicates"] else ""
+        writer.print(f"data     {source['name']}: {source['records']:,} records{twice}{bad}")
+    for part in ("train", "held_out"):
+        counts = report[part]
+        faults = {k: n for k, n in counts.items() if k.startswith(("too_long", "nothing_supervised")) and n}
+        writer.print(
+            f"data     {part.replace('_', '-')}: {counts['examples']:,} examples, {counts['tokens']:,} tokens "
+            f"({counts['supervised_tokens']:,} supervised) in {counts['rows']:,} rows, packing efficiency "
+            f"{counts['packing_efficiency']:.1%}" + "".join(f", {n:,} {k.replace('_', ' ')}" for k, n in faults.items())
+        )
+
+
+def finish(config: Config, workdir: str) -> dict[str, float]:
+    """Writes done.json: this run is over; with the last value of every metric, which it returns."""
+    final: dict[str, float] = {}
+    for record in metrics.read_metrics(workdir):
+        final |= {name: value for name, value in record.items() if "/" in name}
+    if distributed.main():
+        write_json(Path(workdir) / "done.json", {"step": config.steps, "metrics": final})
+    return final

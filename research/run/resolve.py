@@ -1,0 +1,184 @@
+"""From a config to all that it names: models, tokenizer, data and objective, found and checked.
+
+Bad input shows here, before anything is compiled or written.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from research import config as config_lib
+from research import loading, objectives
+from research.config import Config
+from research.devices import compilation, sharding
+from research.errors import InputError
+from research.files import read_json
+from research.objectives import Terms
+from research.run import checkpoint, metrics
+from research.sources import annotations, dataset, fields, tokenizers
+from research.sources.types import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+      config: checked, with the architectures of the checkpoints that it names.
+      workdir: of the run.
+      resumed: whether the workdir holds a checkpoint to go on from.
+      mesh: of the run's devices.
+      bases: role -> the model that its parameters are read from.
+      terms: the objective's, by name.
+      data: tokenised, split and laid into rows.
+      source: of batches for training.
+      rows: numbers of the rows of a global batch that this process holds.
+    """
+
+    config: Config
+    workdir: str
+    resumed: bool
+    mesh: jax.sharding.Mesh
+    bases: dict[str, loading.Found]
+    terms: Terms
+    data: dataset.Data
+    source: Source
+    rows: list[int]
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows of a batch -> global arrays."""
+        placed = fields.shardings(self.mesh, batch, sharding.make_rules(self.config.rules))
+        return {name: self._put(value, placed[name]) for name, value in batch.items()}
+
+    def _put(self, value: np.ndarray, placement: jax.sharding.NamedSharding) -> jax.Array:
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(self.config.batch_size)
+            first = int(np.searchsorted(self.rows, start))
+            return value[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback((self.config.batch_size, *value.shape[1:]), placement, of_device)
+
+
+def resolve(config: Config, workdir: str, devices: Sequence[Any] | None = None) -> Inputs:
+    """Finds and checks all that a run reads.
+
+    Args:
+      config: of the run.
+      workdir: of the run, which may hold checkpoints of it.
+      devices: to make the mesh of; by default all.
+
+    Raises:
+      InputError: something in the config can't work. Nothing has been written.
+    """
+    devices = jax.devices() if devices is None else devices
+    resumed = bool(checkpoint.steps(workdir))
+    config, bases = with_checkpoints(config, workdir if resumed else None)
+    config_lib.check(config, num_devices=len(devices))
+    if config.log.wandb:
+        metrics.check_wandb({"project": config.log.wandb})
+    if config.compilation_cache:
+        compilation.use_compilation_cache(config.data["cache_dir"])
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
+    data, terms = read_data(config, bases, tokenizers.load_tokenizer(workdir) if resumed else None)
+    rows = sharding.local_rows(mesh, config.batch_size, sharding.make_rules(config.rules))
+    source = dataset.make_source(
+        data.train, batch_size=config.batch_size, seed=config.seed, shuffle=config.data["shuffle"], mine=rows
+    )
+    return Inputs(config, workdir, resumed, mesh, bases, terms, data, source, rows)
+
+
+def with_checkpoints(
+    config: Config, resumed: str | None, *, described: bool = False
+) -> tuple[Config, dict[str, loading.Found]]:
+    """The config with the architectures of the checkpoints that it names, and these by role.
+
+    A run that is `resumed` from a workdir no longer needs the checkpoint that its policy began with. With `described`,
+    roles may name none: their section then describes them, which is enough to compile.
+    """
+    bases: dict[str, loading.Found] = {}
+    for role in ("policy", *config.roles):
+        where, section = config_lib.model_section(config, role)
+        name = section["init_from"]
+        if resumed and role == "policy" and name:
+            began = config_lib.parse(read_json(Path(resumed) / "config.json")["config"])
+            architecture = config_lib.model_config(began, vocab_size=began.model["vocab_size"])
+            config = config_lib.with_architecture(config, architecture, resumed)
+        elif name:
+            bases[role] = loading.find(name)
+            config = config_lib.with_architecture(config, bases[role].config, name, role)
+        elif role != "policy" and not described:
+            raise InputError(
+                f"{where}.init_from = '': names no model. Give a workdir, a folder, a hub name or a .gguf."
+            )
+    return config, bases
+
+
+def read_data(
+    config: Config, bases: Mapping[str, loading.Found], tokenizer: tokenizers.Tokenizer | None = None
+) -> tuple[dataset.Data, Terms]:
+    """A run's data and the terms of its objective.
+
+    Args:
+      config: of the run.
+      bases: role -> the model that it names.
+      tokenizer: that of a run to go on from; by default what the config asks for.
+
+    Raises:
+      InputError: the data, the tokenizer, the objective and the models don't go together.
+    """
+    tokenizer = tokenizer or given_tokenizer(config, bases.get("policy"))
+    teacher = _teacher_tokenizer(config, bases)
+    data = dataset.load(config_lib.data_spec(config), config.tokenizer, tokenizer, seed=config.seed, teacher=teacher)
+    terms = objectives.load(config.objective, data.tokenizer)
+    _check_teachers(config, bases, terms, data.tokenizer)
+    return data, terms
+
+
+def given_tokenizer(config: Config, base: loading.Found | None) -> tokenizers.Tokenizer | None:
+    """What "auto" means; None where the config names a tokenizer."""
+    if config.tokenizer.kind != "auto":
+        return None
+    if base is None:
+        return tokenizers.make_tokenizer(tokenizers.TokenizerSpec(kind="byte"), lambda: iter(()))
+    tokenizer = base.tokenizer()
+    loading.check_vocabulary(base.name, tokenizer, base.config)
+    return tokenizer
+
+
+def _teacher_tokenizer(config: Config, bases: Mapping[str, loading.Found]) -> tokenizers.Tokenizer | None:
+    """The tokenizer of the roles that read tokens of their own; None where there are none."""
+    terms = objectives.load(config.objective)
+    roles = [role for term in terms.values() for role in term.objective.own_tokens if role in bases]
+    if not roles:
+        return None
+    if config.rollout.share:
+        raise InputError(
+            f"rollout.share = {config.rollout.share}: roles.{roles[0]} reads the data in its own tokens, and what the "
+            "policy writes has none. Set rollout.share to 0, or use a teacher with the policy's tokenizer."
+        )
+    tokenizer = bases[roles[0]].tokenizer()
+    for role in roles:
+        loading.check_vocabulary(bases[role].name, tokenizer, bases[role].config)
+        loading.check_reads(f"roles.{role}", bases[role], tokenizer)
+    return tokenizer
+
+
+def _check_teachers(
+    config: Config, bases: Mapping[str, loading.Found], terms: Terms, tokenizer: tokenizers.Tokenizer
+) -> None:
+    """Raises InputError where a teacher would misread the batch, or its annotations aren't what the objective wants."""
+    own = {role for term in terms.values() for role in term.objective.own_tokens}
+    for role, base in bases.items():
+        if role != "policy" and role not in own:
+            loading.check_reads(f"roles.{role}", base, tokenizer)
+    for name, term in terms.items():
+        annotations.check(config.data["annotations"], name, term.objective.annotations)
+        if term.objective.annotations and config.rollout.share:
+            raise InputError(
+                f"rollout.share = {config.rollout.share}: objective.{name} reads a teacher's annotations, and there "
+                f"are none of what the policy writes. Set rollout.share to 0, or objective.{name}.cached to False."
+            )

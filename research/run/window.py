@@ -1,0 +1,120 @@
+"""The steps since the last line of the log: their metrics, and the time that went into training alone."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.sharding import AxisType
+
+from research.config import Config
+from research.models import transformer
+from research.run import metrics
+from research.run.assemble import Parts
+from research.train import Metrics
+
+
+class Diverged(Exception):
+    """Loss or gradient were not finite too many times in a row."""
+
+
+class Window:
+    """Adds up metrics and time over the steps of one line of the log.
+
+    Args:
+      config: of the run.
+      writer: where the lines go.
+      flops_per_token: of a training step.
+      find_peak: () -> FLOP/s that the devices can do; None where it isn't known.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        writer: metrics.Writer,
+        flops_per_token: float,
+        find_peak: Callable[[], float | None] = lambda: None,
+    ):
+        self.config, self.writer, self.flops_per_token = config, writer, flops_per_token
+        self._find_peak, self.peak = find_peak, None
+        self.steps: list[Metrics] = []
+        self.start_clock(afresh=True)
+
+    @classmethod
+    def of(cls, config: Config, parts: Parts, writer: metrics.Writer, mesh: jax.sharding.Mesh) -> "Window":
+        """The window of a run. A frozen model's forward pass is a third of its step's FLOPs."""
+        flops = {role: transformer.flops_per_token(m.config, config.seq_len) for role, m in parts.models.items()}
+        total = sum(n if role == "policy" else n / 3 for role, n in flops.items())
+        return cls(config, writer, total, lambda: _peak_flops(mesh))
+
+    def start_clock(self, afresh: bool = False) -> None:
+        """Leaves out the time since the last step, which went into evaluating or saving; `afresh`: and all before it,
+        the step that compiled included."""
+        self.since = time.perf_counter()
+        if afresh:
+            self.seconds = self.waited = self.tokens = 0.0
+            self.timed = False
+
+    def measure_peak(self) -> None:
+        """Finds the peak that utilisation is a fraction of; on CPU by a matrix product, so nothing else should run."""
+        with jax.set_mesh(jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=jax.local_devices()[:1])):
+            self.peak = self._find_peak()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as time spent waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def add(self, step: int, out: Metrics) -> None:
+        """Takes in one step; writes a line where one is due.
+
+        Raises:
+          Diverged: `max_bad_steps` updates in a row were not finite.
+        """
+        out = jax.device_get(out)
+        now = time.perf_counter()
+        if self.timed:
+            self.seconds += now - self.since
+            self.tokens += float(out["tokens"][0])
+        self.since, self.timed = now, True
+        self.steps.append(out)
+        values = metrics.means([out])
+        self.writer.advance(step)
+        if values["empty_batch"]:
+            self.writer.print(f"step {step}: no token of this batch is supervised: update skipped")
+        if values["nonfinite"]:
+            in_a_row = int(values["nonfinite_in_a_row"])
+            self.writer.print(
+                f"step {step}: loss {values.get('loss')}, gradient norm {values['grad_norm']}: update skipped, "
+                f"{in_a_row} in a row"
+            )
+            if in_a_row >= self.config.max_bad_steps:
+                raise Diverged(
+                    f"step {step}: loss or gradient were not finite {in_a_row} times in a row (max_bad_steps). Lower "
+                    "optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data of these steps."
+                )
+        if step % self.config.log.every == 0 or step == self.config.steps:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        values = metrics.means(self.steps)
+        for name in ("nonfinite", "empty_batch"):
+            values[name] = float(sum(out[name][0] for out in self.steps))
+        if self.seconds:
+            values["tokens_per_second"] = self.tokens / self.seconds
+            values["data_wait_fraction"] = self.waited / self.seconds
+            if self.peak:
+                values["mfu"] = values["tokens_per_second"] * self.flops_per_token / self.peak
+        self.writer.write(step, {f"train/{name}": value for name, value in values.items()})
+        self.steps, self.seconds, self.waited, self.tokens = [], 0.0, 0.0, 0.0
+
+
+def _peak_flops(mesh: jax.sharding.Mesh) -> float | None:
+    """Of all devices; the simulated CPU devices of a process share its machine's peak."""
+    device = jax.local_devices()[0]
+    peak = metrics.peak_flops(device)
+    if peak is None:
+        return None
+    return peak * jax.process_count() if device.platform == "cpu" else peak * mesh.size
