@@ -32,7 +32,7 @@ class Data:
 
     Attributes:
       tokenizer: the one that made the tokens.
-      source_names: of the sources; where data.sources names two or more, a batch's `source` [B, T] counts them.
+      source_names: of the sources, in order; where data.sources names two or more, a batch's `source` counts them.
       train: (rows, weight) of each part of a weighted mixture; one part, of weight 1, where there are no
         weights.
       held_out: rows for evaluation; none where eval_fraction is 0 and there is no eval_path.

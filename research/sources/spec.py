@@ -70,7 +70,7 @@ class DataSpec:
 
 @dataclasses.dataclass(frozen=True)
 class SourceSpec:
-    """One source of data.sources; or one entry of data.path or data.eval_path, which has the first two fields alone.
+    """One source of data.sources; or an entry of data.path or data.eval_path, read as the data section says.
 
     Attributes:
       path: one entry, as records.locate takes it; a comma in it is a part of the name.
@@ -105,7 +105,7 @@ class Entry:
     Attributes:
       name: what the report calls it: the name of the source, or the entry as it was written.
       field: where the config names it, for errors: data.path, data.sources.code.path or the like.
-      number: of the source, in the order of data.sources; 0 where that names none.
+      number: of the source, in the order of `names`; 0 where data.sources names none.
       path: what records.locate takes.
       options: how to read it.
     """
@@ -121,8 +121,8 @@ class Entry:
 
 
 def names(data: DataSpec) -> tuple[str, ...]:
-    """The names of the sources, in order: those of data.sources, or the entries of data.path."""
-    return tuple(data.sources) or tuple(mixture.parse("data.path", data.path)[0])
+    """The names of the sources: those of data.sources in alphabetical order, or the entries of data.path."""
+    return tuple(sorted(data.sources)) or tuple(mixture.parse("data.path", data.path)[0])
 
 
 def entries(data: DataSpec) -> tuple[list[Entry], list[float] | None]:
@@ -153,14 +153,14 @@ def eval_entries(data: DataSpec) -> list[Entry]:
 
 
 def source_specs(data: DataSpec) -> dict[str, SourceSpec]:
-    """The sources that data.sources names.
+    """The sources that data.sources names, in alphabetical order: a ConfigDict doesn't keep another.
 
     Raises:
       InputError: a field is unknown (the nearest is named) or its value is of another type.
     """
     known = {f.name: f for f in dataclasses.fields(SourceSpec)}
     specs = {}
-    for name, values in data.sources.items():
+    for name, values in sorted(data.sources.items()):
         field = f"data.sources.{name}"
         if not re.fullmatch(r"[\w-]+", name):
             raise InputError(f"data.sources: {name!r} is no name of a source. Use letters, digits, _ and -.")

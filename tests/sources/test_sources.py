@@ -69,8 +69,9 @@ def test_source_says_where_each_token_is_from(paths, weighted):
             for segment in range(1, segments.max(initial=0) + 1):
                 here = segments == segment
                 (number,) = np.unique(batch["source"][row, here])
-                assert number == (user in batch["tokens"][row, here])
+                assert data.source_names[number] == ("pairs" if user in batch["tokens"][row, here] else "prose")
                 seen[number] += 1
+    assert data.source_names == ("pairs", "prose")
     assert min(seen) > 20
     mixed = [np.unique(row[real]) for row, real in zip(batch["source"], batch["segment_ids"] > 0, strict=True)]
     assert weighted or any(len(numbers) == 2 for numbers in mixed)
