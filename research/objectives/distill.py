@@ -112,7 +112,9 @@ class Distill:
         """The weighted sum over teachers, and the metrics of each."""
         _, weights = next_token_targets(batch, batch["loss_mask"] if self.supervised else None)
         parallel_forward = forward.on(_teacher_batch(batch)) if self.kind == "uld" else None
-        total, metrics = jnp.zeros(()), {}
+        if self.kind == "uld":
+            weights = jnp.where(batch["teacher_at"] < 0, 0.0, weights)
+        total, values, metrics = jnp.zeros(()), jnp.zeros(weights.shape), {}
         for role, share in self.teachers.items():
             if self.tail is not None:
                 out = self.from_annotations(forward, batch, weights)
@@ -121,6 +123,7 @@ class Distill:
             else:
                 out = self.from_teacher(forward, role, weights)
             total = total + share * self.factor * out.divergence_sum
+            values = values + share * self.factor * out.divergence
             prefix = "" if len(self.teachers) == 1 else f"{role}/"
             metrics |= {
                 f"{prefix}divergence": (out.divergence_sum, out.weight_sum),
@@ -128,7 +131,7 @@ class Distill:
             }
             if out.agreement_sum is not None:
                 metrics[f"{prefix}agreement"] = (out.agreement_sum, out.weight_sum)
-        return LossOut(total, out.weight_sum, metrics)
+        return LossOut(total, out.weight_sum, metrics, per_token=(values, weights))
 
     def from_annotations(self, forward: Forward, batch: Batch, weights: Float[Array, "B T"]) -> divergences.Divergence:
         """From the teacher's likeliest tokens, which come with the batch."""
@@ -153,7 +156,6 @@ class Distill:
     ) -> divergences.Divergence:
         """From a teacher that reads the same documents in its own tokens, at its positions `at`; -1 for none."""
         hidden = jnp.take_along_axis(parallel_forward.hidden(role), jnp.maximum(at, 0)[:, :, None], axis=1)
-        weights = jnp.where(at < 0, 0.0, weights)
         return divergences.uld(
             forward.hidden(),
             forward.head(),

@@ -182,4 +182,4 @@ def token_loss(
     metrics = {"nll": (out.nll_sum, out.weight_sum), "accuracy": (out.correct_sum, out.weight_sum)}
     if z_loss:
         metrics["z_loss"] = (z_loss * out.z_sum, out.weight_sum)
-    return LossOut(out.loss_sum, out.weight_sum, metrics)
+    return LossOut(out.loss_sum, out.weight_sum, metrics, per_token=(out.loss, weights))

@@ -15,7 +15,7 @@ _LOWEST = float(np.finfo(np.float32).min)
 
 
 class CrossEntropy(NamedTuple):
-    """Sums over tokens, each times its weight: float32 scalars; and `nll` [B, T]. Only `loss_sum` has a gradient.
+    """Sums over tokens, each times its weight: float32 scalars; and values of each. Only `loss_sum` has a gradient.
 
     Attributes:
       loss_sum: the loss, label smoothing and z-loss included.
@@ -23,7 +23,7 @@ class CrossEntropy(NamedTuple):
       z_sum: logsumexp(logits)^2.
       correct_sum: 1 where the target's logit is above all others, else 0.
       weight_sum: the weights.
-      nll: -log p(target) of each token, whatever its weight.
+      loss, nll: the loss and -log p(target) of each token, whatever its weight.
     """
 
     loss_sum: Float[Array, ""]
@@ -31,6 +31,7 @@ class CrossEntropy(NamedTuple):
     z_sum: Float[Array, ""]
     correct_sum: Float[Array, ""]
     weight_sum: Float[Array, ""]
+    loss: Float[Array, "B T"]
     nll: Float[Array, "B T"]
 
 
@@ -76,7 +77,7 @@ def cross_entropy(
       chunk: positions per chunk; by default what ops.chunks finds fit for each device.
     """
     compare = functools.partial(_compare_target, z_loss, label_smoothing)
-    loss_sum, _, details = weighted_sum(compare, hidden, head, weights, targets, chunk=chunk)
+    loss_sum, loss, details = weighted_sum(compare, hidden, head, weights, targets, chunk=chunk)
     weights = jax.lax.stop_gradient(weights)
     return CrossEntropy(
         loss_sum=loss_sum,
@@ -84,6 +85,7 @@ def cross_entropy(
         z_sum=jnp.sum(weights * jnp.square(details.logsumexp)),
         correct_sum=jnp.sum(weights * details.correct),
         weight_sum=jnp.sum(weights),
+        loss=loss,
         nll=details.nll,
     )
 

@@ -344,3 +344,45 @@ def test_an_unknown_source_is_named():
     assert evaluated({"sft": {"sources": ("code",)}}, make_batch(), ("code",)) == evaluated(
         {"sft": 1.0}, make_batch(), ()
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sft", {"z_loss": 0.01, "label_smoothing": 0.1}),
+        ("next_token", {}),
+        ("distill", {"temperature": 2.0, "scale_by_temperature": True, "teachers": {"teacher": 0.25, "other": 0.75}}),
+    ],
+)
+def test_the_losses_of_the_sources_are_those_of_terms_tied_to_them(name, options):
+    batch, models = mixed_batch(), dict.fromkeys(("policy", "teacher", "other"), MODEL)
+    frozen = {role: jax.tree.map(lambda x, s=s: s * x, INITIAL) for role, s in (("teacher", 1.2), ("other", 0.7))}
+    tied = {source: {"objective": name, **options, "sources": source} for source in SOURCES}
+    step = train.EvalStep(objectives.load({"terms": tied | {name: options}}), models, SOURCES)
+    out = jax.jit(step)({"policy": INITIAL}, frozen, batch, jax.random.PRNGKey(0))
+    for number, source in enumerate(SOURCES):
+        assert float(out[f"{name}/loss/{source}"][1]) > 0
+        np.testing.assert_allclose(out[f"{name}/loss/{source}"], out[f"{source}/loss"], rtol=1e-4)
+        here = np.asarray((batch["segment_ids"] > 0) & (batch["source"] == number))
+        assert float(out[f"tokens/{source}"][0]) == here.sum()
+    for i in (0, 1):
+        parts = sum(float(out[f"{name}/loss/{source}"][i]) for source in SOURCES)
+        np.testing.assert_allclose(parts, out[f"{name}/loss"][i], rtol=1e-5)
+
+
+def test_training_reports_them_by_term_and_one_source_adds_no_metric():
+    spec = {"terms": {"a": {"objective": "sft", "sources": ("code", "maths")}, "b": {"objective": "next_token"}}}
+    outs = []
+    for microbatches in (1, 2):
+        step = train.TrainStep(
+            objectives.load(spec), {"policy": MODEL}, optax.sgd(1.0), RATE, microbatches, sources=SOURCES
+        )
+        state = train.init_state({"policy": INITIAL}, step.optimizer, jax.random.PRNGKey(1))
+        outs.append(jax.jit(step)(state, {}, mixed_batch())[1])
+    assert {name for name in outs[0] if "/loss/" in name} == {f"{t}/loss/{s}" for t in "ab" for s in SOURCES}
+    assert float(outs[0]["a/loss/prose"][1]) == 0
+    for name in outs[0]:
+        if "/loss" in name or name.startswith("tokens"):
+            np.testing.assert_allclose(outs[1][name], outs[0][name], rtol=1e-4)
+    alone = evaluated({"sft": 1.0}, make_batch(), ("code",))
+    assert not [name for name in alone if "/" in name]

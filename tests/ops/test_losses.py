@@ -84,7 +84,7 @@ def _reference(hidden, kernel, bias, targets, weights, *, softcap=0.0, z_loss=0.
     loss = (1 - label_smoothing) * nll - label_smoothing * log_p.mean(-1) + z_loss * lse**2
     correct = (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
     sums = ((weights * x).sum() for x in (loss, nll, lse**2, correct, jnp.ones_like(nll)))
-    return losses.CrossEntropy(*sums, nll)
+    return losses.CrossEntropy(*sums, loss, nll)
 
 
 def _close(ours, theirs, **tolerance):
