@@ -69,7 +69,10 @@ class Runner:
           StageFailed: a stage came to no result, and not keep_going.
           run.Preempted: SIGTERM or SIGINT came.
         """
-        check([stage for stage in self.stages if finished(stage) is None], in_processes=self.jobs > 0)
+        unfinished = [stage for stage in self.stages if finished(stage) is None]
+        # Who runs a stage already has checked them, and may have the devices to itself.
+        if not (self.jobs and any(state(stage) == "running" for stage in unfinished)):
+            check(unfinished, in_processes=self.jobs > 0)
         for stage in self.stages:
             if finished(stage) is None:
                 self._todo.append(stage)
@@ -247,7 +250,7 @@ def check(members: Sequence[Stage], *, in_processes: bool = False) -> None:
       in_processes: they will run in other processes, so that this one must leave the devices to them.
 
     Raises:
-      InputError: naming the stage, the field, the value and the remedy.
+      InputError: naming the stage, the field, the value and the remedy; or there are no devices.
     """
     for stage in members:
         # The model that a run starts from decides its architecture, and may not be there yet.
@@ -263,7 +266,11 @@ def check(members: Sequence[Stage], *, in_processes: bool = False) -> None:
 def _count_devices_elsewhere() -> int:
     """Asks another process: one that has touched a GPU keeps its memory, and of a TPU it is the only one."""
     line = [sys.executable, "-c", "import jax; print(jax.device_count())"]
-    return int(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+    result = subprocess.run(line, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = result.stderr.strip().splitlines()[-1:] or [f"exit status {result.returncode}"]
+        raise InputError(f"jax finds no devices ({reason[0]}). Look at JAX_PLATFORMS, and at who uses them.")
+    return int(result.stdout.split()[-1])
 
 
 def _likeness(a: Stage, b: Stage) -> tuple[bool, bool]:

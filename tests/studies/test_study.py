@@ -263,6 +263,26 @@ def test_batches_that_fit_no_device_are_found_before_anything_runs(tmp_path, run
     assert runs == []
 
 
+def test_with_jobs_the_devices_are_left_to_the_runs(tmp_path):
+    """What plans touches none: a process that has touched a TPU has it alone."""
+    code = f"""
+from research.studies.runner import run_stages
+from research.studies.stages import Plan
+from jax._src import xla_bridge
+add = Plan({str(tmp_path / "store")!r})
+add.train("odd", {{"batch_size": 7, "mesh": {{"data": 2}}, "data": {{"path": "tasks:copy"}}}})
+try:
+    run_stages(add.stages, jobs=1)
+except ValueError as error:
+    print(error, xla_bridge._backends)
+"""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
+    line = [sys.executable, "-c", code]
+    printed = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert "stage odd: batch_size = 7 isn't divisible" in printed.stdout, printed
+    assert printed.stdout.strip().endswith("{}"), printed.stdout
+
+
 def test_a_study_runs_in_order_and_then_skips(tmp_path, experiment, runs, capsys):
     assert command(experiment, tmp_path) == 0
     assert stems(runs) == ["small", "student-s0", "student-s1"]
