@@ -677,3 +677,13 @@ def test_real_runs_through_main_with_a_loss_of_ones_own(tmp_path, monkeypatch):
     assert stored["command"].startswith("python -m research study --config=")
     assert checkpoint.steps(large)[-1] == 2
     assert metrics.read_metrics(str(large))[-1]["eval/gamma"] == 2.0
+
+
+def test_the_study_of_the_docs_is_planned(tmp_path, capsys):
+    page = pathlib.Path("docs/studies.md").read_text()
+    (tmp_path / "warm_start.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+    flags = [f"--config={tmp_path}/warm_start.py:debug", f"--workdir={tmp_path}/runs/warm", "--dry_run"]
+    assert main(["study", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["copy", "anew-s0", "anew-s1", "warm-s0", "warm-s1"]
+    assert lines[3].endswith(f"after {lines[0].rpartition('/')[2]}")

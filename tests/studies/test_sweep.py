@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -321,3 +322,10 @@ def test_table_fits():
     table = format_table(["run", "status", "eval/loss"], rows, 80)
     assert table.splitlines() == ["run  status  eval/loss", "a    done    0.1235", "bb   failed"]
     assert "eval/loss" not in format_table(["run", "status", "eval/loss"], rows, 20)
+
+
+def test_the_sweep_of_the_docs_is_planned(tmp_path):
+    page = (pathlib.Path(__file__).parents[2] / "docs/studies.md").read_text()
+    (tmp_path / "rates.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    entries = plan(f"{tmp_path}/rates.py:debug", {}, str(tmp_path / "out"))
+    assert {entry.name for entry in entries} == set(re.findall(r"^(learning_rate=\S+)  done", page, re.MULTILINE))
