@@ -4,26 +4,30 @@ Axes: B batch, T new tokens, S entries of the cache, D model, K key/value heads,
 dimension, F feed-forward.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from research import params as params_lib
 from research.devices import sharding
 from research.errors import InputError
 from research.models import blocks
+from research.models.blocks import Rules
 from research.models.config import ModelConfig
 from research.models.specs import Params, make_specs
 from research.ops.attention import cached_attention
+from research.ops.rope import Angles
 
-Cache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer: keys and values, each [B, K, S, h]
+Entries = tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]  # keys and values of one layer
+Cache = tuple[Entries, ...]  # of every layer
 
 _CACHED = ("batch", "kv_heads", None, "head_dim")
 
 
-def init_cache(c: ModelConfig, rules: Mapping[str, Any], batch_size: int, length: int) -> Cache:
+def init_cache(c: ModelConfig, rules: Rules, batch_size: int, length: int) -> Cache:
+    """An empty cache: zeros, in the compute dtype."""
     shape = (batch_size, c.num_kv_heads, length, c.dim_per_head)
     empty = lambda: sharding.constrain(jnp.zeros(shape, c.dtype), _CACHED, rules)  # noqa: E731
     return tuple((empty(), empty()) for _ in range(c.num_layers))
@@ -32,18 +36,23 @@ def init_cache(c: ModelConfig, rules: Mapping[str, Any], batch_size: int, length
 def unstack(c: ModelConfig, params: Params) -> Params:
     """See Model.unstack. Kernels are cast to the compute dtype here, once, and those that read the same are joined."""
     specs = make_specs(c)
-    cast = lambda values, specs: jax.tree.map(lambda w, s: w.astype(c.dtype) if s.contracts else w, values, specs)  # noqa: E731
     layers = (params_lib.layer(params["layers"], i) for i in range(c.num_layers))
     rest = {name: values for name, values in params.items() if name != "layers"}
     return {
-        **cast(rest, {name: specs[name] for name in rest}),
-        "layers": tuple(_join(c, cast(layer, specs["layers"])) for layer in layers),
+        **_in_compute_dtype(c, rest, {name: specs[name] for name in rest}),
+        "layers": tuple(_join(c, _in_compute_dtype(c, layer, specs["layers"])) for layer in layers),
     }
 
 
+def _in_compute_dtype(c: ModelConfig, values: Params, specs: Params) -> Params:
+    return jax.tree.map(lambda w, s: w.astype(c.dtype) if s.contracts else w, values, specs)
+
+
 def _join(c: ModelConfig, p: Params) -> Params:
-    """One layer with fewer, larger kernels: qkv [D, K, G + 2, h], each key/value head after the G query heads that it
-    serves, and up_gate [D, 2, F]. With few tokens the time goes into reading them."""
+    """One layer with fewer, larger kernels, since with few tokens the time goes into reading kernels.
+
+    qkv [D, K, G + 2, h] holds each key/value head after the G query heads that it serves; up_gate is [D, 2, F].
+    """
     attention, mlp = dict(p["attention"]), dict(p["mlp"])
 
     def heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -58,14 +67,14 @@ def _join(c: ModelConfig, p: Params) -> Params:
 
 def decode(
     c: ModelConfig,
-    rules: Mapping[str, Any],
+    rules: Rules,
     params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
-    mask: jax.Array,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    mask: Bool[Array, "B T S"],
     cache: Cache,
-    index: jax.Array | int,
-) -> tuple[jax.Array, Cache]:
+    index: Int[Array, ""] | int,
+) -> tuple[Float[Array, "B T D"], Cache]:
     """See Model.decode."""
     if not c.causal or c.num_labels:
         kind = "a classifier" if c.num_labels else "an encoder, which reads in both directions"
@@ -74,21 +83,51 @@ def decode(
     angles = blocks.rotations(c, positions, jnp.max(positions, axis=1, keepdims=True) + 1)
     T, S = mask.shape[1:]
     age = index + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
-    x = blocks.embed(c, rules, params, tokens, positions)
-    out = []
-    for i, (p, (keys, values)) in enumerate(zip(params["layers"], cache, strict=True)):
-        window = c.sliding_window[i % len(c.sliding_window)]
-        seen = mask & (age < window)[None] if window else mask
+    step = _Step(c, rules, angles, mask, age, index)
+    x, extended = blocks.embed(c, rules, params, tokens, positions), []
+    for i, (p, entries) in enumerate(zip(params["layers"], cache, strict=True)):
+        with jax.named_scope("layers"):
+            x, entries = step.layer(x, p, entries, c.sliding_window[i % len(c.sliding_window)])
+        extended.append(entries)
+    return blocks.final(c, params, x), tuple(extended)
 
-        def attend(y, p=p, keys=keys, values=values, window=window, seen=seen):
-            q, k, v = blocks.project_qkv(c, p["attention"], y, angles[1] if window else angles[0])
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, k.swapaxes(1, 2), index, axis=2)
-            values = jax.lax.dynamic_update_slice_in_dim(values, v.swapaxes(1, 2), index, axis=2)
-            keys, values = (sharding.constrain(y, _CACHED, rules) for y in (keys, values))
-            out.append((keys, values))
-            y = cached_attention(q, keys, values, seen, scale=c.scale, softcap=c.attention_softcap)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+    """What all layers share in one pass of T tokens that reads and extends the cache.
+
+    Attributes:
+      angles: RoPE's, of layers without and with a window.
+      mask: which cached entries each token may see, before windows.
+      age: how many entries each cached one lies before the token's own.
+      index: of the entry that the first token writes.
+    """
+
+    config: ModelConfig
+    rules: Rules
+    angles: tuple[Angles | None, Angles | None]
+    mask: Bool[Array, "B T S"]
+    age: Int[Array, "T S"]
+    index: Int[Array, ""] | int
+
+    def layer(
+        self, x: Float[Array, "B T D"], p: Params, entries: Entries, window: int
+    ) -> tuple[Float[Array, "B T D"], Entries]:
+        """A layer's output, and its keys and values with those of the T tokens written."""
+        c = self.config
+        mask = self.mask & (self.age < window)[None] if window else self.mask
+        angles = self.angles[1] if window else self.angles[0]
+
+        def attend(y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+            nonlocal entries
+            q, k, v = blocks.project_qkv(c, p["attention"], y, angles)
+            entries = tuple(self._write(old, new) for old, new in zip(entries, (k, v), strict=True))
+            y = cached_attention(q, *entries, mask, scale=c.scale, softcap=c.attention_softcap)
             return blocks.linear(p["attention"]["o"], y, contract=2)
 
-        with jax.named_scope("layers"):
-            x = blocks.block(c, rules, p, x, attend)
-    return blocks.final(c, params, x), tuple(out)
+        x = blocks.block(c, self.rules, p, x, attend)
+        return x, entries
+
+    def _write(self, old: Float[Array, "B K S h"], new: Float[Array, "B T K h"]) -> Float[Array, "B K S h"]:
+        y = jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), self.index, axis=2)
+        return sharding.constrain(y, _CACHED, self.rules)

@@ -8,20 +8,25 @@ V vocabulary, E experts, L layers. Parameters are stored in float32 with layers 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from research import params as params_lib
 from research.devices import sharding
 from research.errors import InputError
 from research.models import blocks, decoding
+from research.models.blocks import Rules
 from research.models.config import REMAT, ModelConfig
 from research.models.decoding import Cache
 from research.models.specs import Params, make_specs
 from research.ops.attention import self_attention
 from research.ops.head import Head
+from research.ops.rope import Angles
+
+Batch = Mapping[str, jax.Array]
 
 
 class Model(NamedTuple):
@@ -47,7 +52,7 @@ class Model(NamedTuple):
 
     config: ModelConfig
     specs: Params
-    hidden: Callable[[Params, Mapping[str, jax.Array]], jax.Array]
+    hidden: Callable[[Params, Batch], jax.Array]
     hidden_at: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
     attention_inputs: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     unembed: Callable[[Params], Head]
@@ -57,7 +62,7 @@ class Model(NamedTuple):
     decode: Callable[..., tuple[jax.Array, Cache]]
 
 
-def make_model(config: ModelConfig, rules: Mapping[str, Any] = sharding.RULES) -> Model:
+def make_model(config: ModelConfig, rules: Rules = sharding.RULES) -> Model:
     """Returns the model's functions; `rules` maps logical axes to the mesh."""
     rules = sharding.make_rules(rules)
     return Model(
@@ -80,8 +85,20 @@ def in_compute_dtype(model: Model) -> Params:
     return params_lib.tree_map(lambda s: dataclasses.replace(s, dtype=dtype) if s.contracts else s, model.specs)
 
 
-def _layer(c: ModelConfig, rules: Mapping[str, Any], window: int, x, p, segment_ids, angles) -> jax.Array:
-    def attend(y: jax.Array) -> jax.Array:
+def _layer(
+    c: ModelConfig,
+    rules: Rules,
+    window: int,
+    number: int | None,
+    x: Float[Array, "B T D"],
+    p: Params,
+    segment_ids: Int[Array, "B T"],
+    angles: tuple[Angles | None, Angles | None],
+) -> Float[Array, "B T D"]:
+    """One layer of training. `p`: its parameters, or with a `number` a stack that it is taken from; see _Stack."""
+    p = p if number is None else jax.tree.map(lambda w: w[number], p)
+
+    def attend(y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         q, k, v = blocks.project_qkv(c, p["attention"], y, angles[1] if window else angles[0])
         q = sharding.constrain(q, ("batch", "time", "heads", "head_dim"), rules)
         k = sharding.constrain(k, ("batch", "time", "kv_heads", "head_dim"), rules)
@@ -103,73 +120,88 @@ def _layer(c: ModelConfig, rules: Mapping[str, Any], window: int, x, p, segment_
     return blocks.block(c, rules, p, x, attend)
 
 
-def hidden(c: ModelConfig, rules: Mapping[str, Any], params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stack:
+    """The layers of a model and what all of them read of a batch.
+
+    They run under a scan, one period of config.sliding_window at a time.
+
+    Attributes:
+      layers: params["layers"], which may lie in pieces (params.cut).
+      angles: RoPE's, of layers without and with a window.
+    """
+
+    config: ModelConfig
+    rules: Rules
+    layers: Params
+    segment_ids: Int[Array, "B T"]
+    angles: tuple[Angles | None, Angles | None]
+
+    def run(self, x: Float[Array, "B T D"], first: int, stop: int) -> Float[Array, "B T D"]:
+        """Layers `first` to `stop` - 1, counted from 0, which lie in one piece."""
+        period = len(self.config.sliding_window)
+        cut = functools.partial(params_lib.layer_range, self.layers)
+        if period == 1:  # one layer a turn: with an axis for the period XLA would copy all weights
+            return jax.lax.scan(lambda x, p: (self._layer(x, p, 0), None), x, cut(first, stop))[0]
+        start = min(-(-first // period) * period, stop)
+        periods = (stop - start) // period
+        end = start + periods * period
+        if first < start:
+            x = self._unrolled(x, cut(first, start), first)
+        if periods:
+            stacks = jax.tree.map(lambda w: w.reshape(periods, period, *w.shape[1:]), cut(start, end))
+            x, _ = jax.lax.scan(lambda x, p: (self._unrolled(x, p, scanned=True), None), x, stacks)
+        if end < stop:
+            x = self._unrolled(x, cut(end, stop))
+        return x
+
+    def _unrolled(
+        self, x: Float[Array, "B T D"], stack: Params, first: int = 0, scanned: bool = False
+    ) -> Float[Array, "B T D"]:
+        for number in range(jax.tree.leaves(stack)[0].shape[0]):
+            x = self._layer(x, stack, first + number, number, scanned)
+        return x
+
+    def _layer(
+        self, x: Float[Array, "B T D"], p: Params, i: int, number: int | None = None, scanned: bool = True
+    ) -> Float[Array, "B T D"]:
+        """Layer i. With a `number`, `p` is a stack, and cut inside of what is recomputed, so that remat keeps no cut.
+
+        Outside a scan the compiler must be kept from sharing what is to be computed again.
+        """
+        c = self.config
+        layer = functools.partial(_layer, c, self.rules, c.sliding_window[i % len(c.sliding_window)], number)
+        if c.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[c.remat], prevent_cse=not scanned)
+        return layer(x, p, self.segment_ids, self.angles)
+
+
+def hidden(c: ModelConfig, rules: Rules, params: Params, batch: Batch) -> Float[Array, "B T D"]:
     """See Model.hidden."""
     return hidden_at(c, rules, params, batch, ())[0]
 
 
 def hidden_at(
-    c: ModelConfig,
-    rules: Mapping[str, Any],
-    params: Params,
-    batch: Mapping[str, jax.Array],
-    layers: Sequence[int],
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """See Model.hidden_at. Layers run under a scan, one period of `sliding_window` at a time; it ends at each of
-    `layers` and another begins, so that only these states are held; and where a piece of the layers ends (params.cut),
-    so that no array of all of them is made."""
-    wanted = [layer_number(c, layer) for layer in layers]
+    c: ModelConfig, rules: Rules, params: Params, batch: Batch, layers: Sequence[int]
+) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...]]:
+    """See Model.hidden_at.
+
+    A scan ends at each of `layers` and another begins, so that only these states are held; and where a piece of the
+    layers ends (params.cut), so that no array of all of them is made.
+    """
+    numbers = [layer_number(c, layer) for layer in layers]
     segment_ids, positions = batch["segment_ids"], batch["positions"]
     angles = blocks.rotations(c, positions, blocks.document_lengths(segment_ids, positions))
-    period = len(c.sliding_window)
-
-    def one_layer(x: jax.Array, p: Params, i: int, nth: int | None = None, scanned: bool = True) -> jax.Array:
-        """Layer i, whose parameters are `p`, or with `nth` among those of several: then taken from them inside, so that
-        remat keeps none a second time. Outside a scan the compiler must be kept from sharing what is to be repeated."""
-
-        def layer(x, p, segment_ids, angles):
-            p = p if nth is None else jax.tree.map(lambda w: w[nth], p)
-            return _layer(c, rules, c.sliding_window[i % period], x, p, segment_ids, angles)
-
-        if c.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[c.remat], prevent_cse=not scanned)
-        return layer(x, p, segment_ids, angles)
-
-    def some_layers(x: jax.Array, layers: Params, first: int = 0, scanned: bool = False) -> jax.Array:
-        for nth in range(jax.tree.leaves(layers)[0].shape[0]):
-            x = one_layer(x, layers, first + nth, nth, scanned)
-        return x
-
-    def run(x: jax.Array, first: int, stop: int) -> jax.Array:
-        cut = functools.partial(params_lib.layer_range, params["layers"])
-        if (
-            period == 1
-        ):  # as they are: another axis would make XLA copy all weights, and the scan keep them a second time
-            return jax.lax.scan(lambda x, p: (one_layer(x, p, 0), None), x, cut(first, stop))[0]
-        aligned = min(-(-first // period) * period, stop)
-        whole = (stop - aligned) // period
-        if first < aligned:
-            x = some_layers(x, cut(first, aligned), first)
-        if whole:
-            split = jax.tree.map(
-                lambda w: w.reshape(whole, period, *w.shape[1:]), cut(aligned, aligned + whole * period)
-            )
-            x, _ = jax.lax.scan(lambda x, layers: (some_layers(x, layers, scanned=True), None), x, split)
-        if aligned + whole * period < stop:
-            x = some_layers(x, cut(aligned + whole * period, stop))
-        return x
-
+    stack = _Stack(c, rules, params["layers"], segment_ids, angles)
     x = blocks.embed(c, rules, params, batch["tokens"], positions, batch.get("token_types"))
-    states, done = {0: x}, 0
-    for stop in sorted({*wanted, *(piece.stop for piece in params_lib.layer_pieces(params["layers"]))}):
-        if stop == 0:
-            continue
+    states, first = {0: x}, 0
+    for stop in sorted({*numbers, *(piece.stop for piece in params_lib.layer_pieces(params["layers"]))} - {0}):
         with jax.named_scope("layers"):
-            x = run(x, done, stop)
-        done = stop
-        if stop in wanted:
+            x = stack.run(x, first, stop)
+        first = stop
+        if stop in numbers:
             states[stop] = x
-    return blocks.final(c, params, x), tuple(states[layer] for layer in wanted)
+    return blocks.final(c, params, x), tuple(states[number] for number in numbers)
 
 
 def layer_number(c: ModelConfig, layer: int) -> int:
@@ -180,8 +212,8 @@ def layer_number(c: ModelConfig, layer: int) -> int:
 
 
 def attention_inputs(
-    c: ModelConfig, params: Params, x: jax.Array, batch: Mapping[str, jax.Array], layer: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    c: ModelConfig, params: Params, x: Float[Array, "B T D"], batch: Batch, layer: int
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"]]:
     """See Model.attention_inputs."""
     i = layer_number(c, layer) - 1
     if i < 0:
@@ -209,13 +241,14 @@ def flops_per_token(c: ModelConfig, length: int) -> float:
     (PaLM, arXiv:2204.02311, appendix B, halved for the causal mask), windows counted at their size.
     """
     layers = jax.tree.leaves(make_specs(c)["layers"], is_leaf=params_lib.is_spec)
-    used = {False: 1.0, True: c.experts_per_token / max(c.num_experts, 1)}
-    weights = sum(params_lib.count([s]) * used["experts" in s.axes and len(s.shape) > 3] for s in layers if s.contracts)
+    share = c.experts_per_token / max(c.num_experts, 1)
+    of_experts = [s.axes[:2] == ("layers", "experts") for s in layers]
+    weights = sum(
+        params_lib.count([s]) * (share if expert else 1.0)
+        for s, expert in zip(layers, of_experts, strict=True)
+        if s.contracts
+    )
     weights += c.d_model * (c.num_labels or c.vocab_size) + c.d_model**2 * c.head_transform
-    seen = [min(w or length, length) for w in c.sliding_window]
-    context = sum(
-        seen[i % len(seen)] * (1 - seen[i % len(seen)] / (2 * length)) for i in range(c.num_layers)
-    )  # mean number of keys per query, summed over layers
-    if not c.causal:
-        context = float(sum(min(w or length, length) for w in (seen[i % len(seen)] for i in range(c.num_layers))))
+    windows = [min(c.sliding_window[i % len(c.sliding_window)] or length, length) for i in range(c.num_layers)]
+    context = sum(w * (1 - w / (2 * length)) if c.causal else float(w) for w in windows)  # keys that a query sees
     return 6.0 * weights + 12.0 * c.num_heads * c.dim_per_head * context

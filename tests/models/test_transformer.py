@@ -1,6 +1,7 @@
-"""Variants of the transformer: shapes and axes agree, packed documents and the future stay unseen."""
+"""Variants of the transformer compute what a few lines of numpy do; packed documents and the future stay unseen."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -69,23 +70,114 @@ def test_a_packed_document_is_as_if_alone_and_sees_no_future(variant):
     assert not np.allclose(other[:, 12:], row[:, 12:])
 
 
+def shaken(values):
+    """Values with noise, so that biases are no longer 0 nor scales 1."""
+    leaves, structure = jax.tree.flatten(values)
+    rng = np.random.default_rng(1)
+    return structure.unflatten([jnp.asarray(v + 0.1 * rng.normal(size=v.shape), v.dtype) for v in leaves])
+
+
+def numpy_hidden(c, params, tokens):
+    """The final hidden states [T, D] of one document by the papers' formulas, in float64, head by head."""
+    p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+    T, h = len(tokens), c.dim_per_head
+    frequencies = c.rope_theta ** (-np.arange(0, h, 2) / h)
+    cos, sin = (f(np.arange(T)[:, None] * frequencies) for f in (np.cos, np.sin))
+    erf = np.vectorize(math.erf)
+    activation = {
+        "swiglu": lambda x: x / (1 + np.exp(-x)),
+        "gelu": lambda x: 0.5 * x * (1 + erf(x / 2**0.5)),
+        "geglu_tanh": lambda x: 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    }[c.mlp]
+
+    def linear(p, x, path="td,dn->tn"):
+        y = np.einsum(path, x, p["kernel"])
+        return y + p["bias"] if "bias" in p else y
+
+    def norm(p, x, center=c.norm == "layernorm"):
+        x = x - x.mean(-1, keepdims=True) if center else x
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * p["scale"] + p.get("bias", 0)
+
+    def rope(x):
+        a, b = x[:, : h // 2], x[:, h // 2 :]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    x = p["embed"][tokens] * (c.d_model**0.5 if c.embed_scale else 1)
+    for i in range(c.num_layers):
+        layer = jax.tree.map(lambda w, i=i: w[i], p["layers"])
+        attention, y = layer["attention"], norm(layer["attention_norm"], x)
+        q, k, v = (linear(attention[name], y, "td,dnh->tnh") for name in "qkv")
+        if c.qk_norm == "head":
+            q, k = norm(attention["q_norm"], q, False), norm(attention["k_norm"], k, False)
+        out = np.zeros((T, c.num_heads, h))
+        age = np.arange(T)[:, None] - np.arange(T)[None]
+        visible = (age >= 0) & (age < (c.sliding_window[i % len(c.sliding_window)] or T))
+        for head in range(c.num_heads):
+            group = head // (c.num_heads // c.num_kv_heads)
+            scores = rope(q[:, head]) @ rope(k[:, group]).T / h**0.5
+            if c.attention_softcap:
+                scores = c.attention_softcap * np.tanh(scores / c.attention_softcap)
+            weights = np.where(visible, np.exp(scores - scores.max()), 0)
+            out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, group]
+        x = x + linear(attention["o"], out, "tnh,nhd->td")
+        mlp, y = layer["mlp"], norm(layer["mlp_norm"], x)
+        up = linear(mlp["up"], y)
+        x = x + linear(mlp["down"], activation(linear(mlp["gate"], y)) * up if "gate" in mlp else activation(up))
+    return norm(p["final_norm"], x)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_specs_agree_with_the_initial_values_and_shard(variant):
+def test_hidden_states_are_those_of_a_transformer_in_numpy(variant):
     model, values = build(variant)
-    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
-    placed = params.shardings(model.specs, mesh)
-    for spec, value, where in zip(
-        jax.tree.leaves(model.specs, is_leaf=params.is_spec),
-        jax.tree.leaves(values),
-        jax.tree.leaves(placed),
-        strict=True,
+    values = shaken(values)
+    tokens = np.random.default_rng(0).integers(0, 64, 12).astype(np.int32)
+    ours = model.hidden(values, packed(tokens[None], [12]))[0]
+    np.testing.assert_allclose(ours, numpy_hidden(model.config, values, tokens), rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_has_an_effect(variant):
+    """What is in the specs is used: another value of any array gives other logits."""
+    model, values = build(variant)
+    values = shaken(values)
+    batch = packed(np.random.default_rng(0).integers(0, 64, (1, 8)).astype(np.int32), [8])
+    gradient = jax.jit(jax.grad(lambda values: jnp.sum(jnp.sin(logits(model, values, batch)))))(values)
+    for path, x in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.max(np.abs(x)) > 1e-4, params.path_name(path)
+
+
+def test_initial_values_are_spread_as_the_specs_say():
+    """Kernels that write to the residual stream start smaller, by sqrt(2 L); scales at 1 - norm_offset; biases at 0."""
+    _, values = build("gpt", norm_offset=0.25, d_model=128, d_ff=256)
+    layers = values["layers"]
+    for kernel, std in (
+        (layers["attention"]["q"]["kernel"], 0.02),
+        (layers["attention"]["o"]["kernel"], 0.02 / 6**0.5),
+        (layers["mlp"]["down"]["kernel"], 0.02 / 6**0.5),
+        (values["embed"], 0.02),
     ):
-        assert spec.shape == value.shape
-        assert value.dtype == jnp.float32
-        assert where.shard_shape(spec.shape)
-    kernel = placed["layers"]["mlp"]["up"]["kernel"]
-    assert kernel.shard_shape((3, 32, 48)) == (3, 8, 24)
-    assert params.count(model.specs) == sum(v.size for v in jax.tree.leaves(values))
+        np.testing.assert_allclose(np.std(kernel), std, rtol=0.05)
+    np.testing.assert_array_equal(layers["mlp_norm"]["scale"], 0.75)
+    np.testing.assert_array_equal(layers["mlp"]["up"]["bias"], 0.0)
+
+
+def test_every_kernel_is_cut_over_both_axes_of_a_mesh():
+    """What one of eight devices holds of each array: kernels an eighth, norms all of it."""
+    model = make_model(dataclasses.replace(BASE, **VARIANTS["qwen"]))
+    placed = params.shardings(model.specs, sharding.make_mesh({"fsdp": 4, "tensor": 2}))
+    shapes = jax.tree.map(lambda s, where: where.shard_shape(s.shape), model.specs, placed, is_leaf=params.is_spec)
+    layers = shapes["layers"]
+    assert {name: layers["attention"][name]["kernel"] for name in "qkvo"} == {
+        "q": (3, 8, 2, 8),
+        "k": (3, 8, 1, 8),
+        "v": (3, 8, 1, 8),
+        "o": (3, 2, 8, 8),
+    }
+    assert layers["attention"]["q_norm"]["scale"] == (3, 8)
+    assert layers["attention_norm"]["scale"] == (3, 32)
+    assert layers["mlp"]["up"]["kernel"] == layers["mlp"]["gate"]["kernel"] == (3, 8, 24)
+    assert layers["mlp"]["down"]["kernel"] == (3, 24, 8)
+    assert shapes["head"] == (8, 32)
 
 
 def test_sliding_window_forgets():
