@@ -18,23 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from research import files
 from research import params as params_lib
 from research.errors import InputError
 from research.models.config import ModelConfig
 from research.pretrained import families
-from research.pretrained.readers import Entry, gguf_entries, open_gguf, open_safetensors, read_json
-from research.pretrained.types import Fields, Tensor, letters, places, sizes, their_shape
+from research.pretrained.readers import Entry, gguf_entries, open_gguf, open_safetensors
+from research.pretrained.types import Fields, Tensor, letters, places, stored_shape
 
 Params = Any
 
 _HUB_NAME = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"
 _IN_FLIGHT = 64 * 2**20  # bytes of tensors that may be on their way to the devices at once
 _THREADS = 2
-# Tensors that some checkpoints hold and no computation of ours reads: buffers that are made anew, heads of pretraining.
-_SPARE = re.compile(
-    r".*rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias|.*attention\.(masked_bias|bias|rotary_emb\.inv_freq)|"
-    r".*embeddings\.position_ids|bert\.pooler\..*|cls\.seq_relationship\..*|cls\.predictions\.decoder\.(weight|bias)"
-)
+_REMEDY = "Copy it anew."
+# Tensors of any family that no computation of ours reads: buffers that can be computed anew.
+_SPARE = r".*rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias|.*attention\.(masked_bias|bias|rotary_emb\.inv_freq)"
 
 
 class Pretrained(NamedTuple):
@@ -98,24 +97,46 @@ def open_pretrained(name: str) -> Pretrained:
       InputError: it isn't there, is damaged or incomplete, or is of an architecture or with a field that isn't known.
     """
     path = find(name)
+    gguf = None
     if path.is_dir():
-        file = path / "config.json"
-        if not file.is_file():
-            raise InputError(f"{path}: holds no config.json. Name a folder that transformers' save_pretrained wrote.")
-        values = read_json(file)
-        where = str(file)
-        if method := values.get("quantization_config"):
-            method = method.get("quant_method", method) if isinstance(method, dict) else method
-            raise InputError(
-                f"{where}: quantization_config: the weights are quantised ({method}), which is read from GGUF alone. "
-                "Take a copy of the model that isn't quantised, or a .gguf file."
-            )
+        values, where = _read_folder_config(path), str(path / "config.json")
         entries = open_safetensors(path)
     elif path.suffix == ".gguf":
         gguf = open_gguf(path)
         values, where = gguf.config, str(path)
     else:
         raise InputError(f"{path}: is neither a folder nor a .gguf file.")
+    family, config = _read_config(values, where)
+    if gguf:
+        entries = gguf_entries(gguf, tensor_names(family, config))
+    checkpoint = Pretrained(
+        where=path,
+        config=config,
+        family=family,
+        json=values,
+        generation=files.read_json(path / "generation_config.json", {}, remedy=_REMEDY) if path.is_dir() else {},
+        entries=entries,
+        quantized=gguf is not None,
+    )
+    return checkpoint._replace(entries=_checked_entries(checkpoint))
+
+
+def _read_folder_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder}: holds no config.json. Name a folder that transformers' save_pretrained wrote.")
+    values = files.read_json(file, remedy=_REMEDY)
+    if method := values.get("quantization_config"):
+        method = method.get("quant_method", method) if isinstance(method, dict) else method
+        raise InputError(
+            f"{file}: quantization_config: the weights are quantised ({method}), which is read from GGUF alone. "
+            "Take a copy of the model that isn't quantised, or a .gguf file."
+        )
+    return values
+
+
+def _read_config(values: dict[str, Any], where: str) -> tuple[ModuleType, ModelConfig]:
+    """The family of a config.json and what it computes. Sets "architectures" where the file has none."""
     family = families.load(values.get("model_type", ""), where)
     architectures = values["architectures"] = values.get("architectures") or [family.ARCHITECTURES[0]]
     if architectures[0] not in family.ARCHITECTURES:
@@ -126,20 +147,7 @@ def open_pretrained(name: str) -> Pretrained:
     fields = Fields(values, where)
     config = make_config(family.read(fields), where)
     fields.finish()
-    if path.suffix == ".gguf":
-        entries = gguf_entries(gguf, [name for tensor in family.tensors(config) for name, _ in places(tensor, config)])
-    generation = path / "generation_config.json"
-    found = Pretrained(
-        where=path,
-        config=config,
-        family=family,
-        json=values,
-        generation=read_json(generation) if path.is_dir() and generation.is_file() else {},
-        entries=entries,
-        quantized=path.suffix == ".gguf",
-    )
-    _check(found)
-    return found._replace(entries=_renamed(found))
+    return family, config
 
 
 def make_config(values: Mapping[str, Any], where: str) -> ModelConfig:
@@ -152,98 +160,126 @@ def make_config(values: Mapping[str, Any], where: str) -> ModelConfig:
         raise InputError(f"{where}: {error}") from error
 
 
-def _aliases(name: str) -> list[str]:
-    """Other names for the same: without the name of the model's body, and BERT's first names of LayerNorm's arrays."""
+def tensor_names(family: ModuleType, c: ModelConfig) -> list[str]:
+    """The family's names of all tensors of a model."""
+    return [name for tensor in family.tensors(c) for name, _ in places(tensor, c)]
+
+
+def _aliases(family: ModuleType, name: str) -> list[str]:
+    """A tensor's name in the files that are about: its own, with LayerNorm's first names, without the model's body."""
     old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-    return [name, old, re.sub(r"^(model|transformer|gpt_neox|bert)\.", "", name)]
+    return [name, old, name.removeprefix(f"{getattr(family, 'BODY', 'model')}.")]
 
 
-def _renamed(found: Pretrained) -> dict[str, Entry]:
-    """The entries by the family's own names."""
-    names = [name for tensor in found.family.tensors(found.config) for name, _ in places(tensor, found.config)]
-    return {name: found.entries[next(a for a in _aliases(name) if a in found.entries)] for name in names}
-
-
-def _check(found: Pretrained) -> None:
-    """Every tensor that is needed is there with its shape, and none is there that isn't needed."""
-    size, used = sizes(found.config), set()
-    for tensor in found.family.tensors(found.config):
-        wanted = their_shape(tensor.layout, size)
-        for name, _ in places(tensor, found.config):
-            known = next((a for a in _aliases(name) if a in found.entries), None)
-            if known is None:
+def _checked_entries(checkpoint: Pretrained) -> dict[str, Entry]:
+    """The entries by the family's names. Every tensor that is needed is there with its shape, and no other is."""
+    c, family, where = checkpoint.config, checkpoint.family, checkpoint.where
+    known, entries = set(), {}
+    for tensor in family.tensors(c):
+        shape = stored_shape(tensor, c)
+        for name, _ in places(tensor, c):
+            alias = next((a for a in _aliases(family, name) if a in checkpoint.entries), None)
+            if alias is None:
                 raise InputError(
-                    f"{found.where}: lacks the tensor {name!r}, which its config asks for. Copy the checkpoint anew."
+                    f"{where}: lacks the tensor {name!r}, which its config asks for. Copy the checkpoint anew."
                 )
-            if found.entries[known].shape != wanted:
+            entry = entries[name] = checkpoint.entries[alias]
+            if entry.shape != shape:
                 raise InputError(
-                    f"{found.where}: tensor {known!r} has the shape {list(found.entries[known].shape)}, and its config "
-                    f"asks for {list(wanted)} ({tensor.layout.split(' -> ')[0]}). Weights and config don't belong "
-                    "together."
+                    f"{where}: tensor {alias!r} has the shape {list(entry.shape)}, and its config asks for "
+                    f"{list(shape)} ({tensor.layout.split(' -> ')[0]}). Weights and config don't belong together."
                 )
-            used.add(known)
-    tied = {"lm_head.weight", "embed_out.weight"} if found.config.tie_embeddings else set()
-    spare = [name for name in found.entries if name not in used | tied and not _SPARE.fullmatch(name)]
-    if spare:
+            known.add(alias)
+    if c.tie_embeddings:  # a copy of the embedding, stored as the head that an untied model has
+        known |= set(tensor_names(family, dataclasses.replace(c, tie_embeddings=False, num_labels=0)))
+    spare = re.compile("|".join((_SPARE, *getattr(family, "SPARE", ()))))
+    surplus = [name for name in checkpoint.entries if name not in known and not spare.fullmatch(name)]
+    if surplus:
         raise InputError(
-            f"{found.where}: holds {len(spare)} tensors that a model of type {found.json['model_type']!r} doesn't use: "
-            f"{', '.join(spare[:3])}{' ...' if len(spare) > 3 else ''}. Weights and config don't belong together."
+            f"{where}: holds {len(surplus)} tensors that a model of type {checkpoint.json['model_type']!r} doesn't "
+            f"use: {', '.join(surplus[:3])}{' ...' if len(surplus) > 3 else ''}. Weights and config don't belong "
+            "together."
         )
+    return entries
 
 
-def load(found: Pretrained, specs: Params, placements: Params) -> Params:
+def load(checkpoint: Pretrained, specs: Params, placements: Params) -> Params:
     """Reads the parameters, tensor by tensor, each device's part straight to that device.
 
     The host holds no more than the tensors on their way (128 MB, or one if it is larger; twice, where their axes are
     turned), whatever the model's size.
 
     Args:
-      found: the checkpoint.
+      checkpoint: of `open_pretrained`.
       specs: of a model with its config; give their shapes and dtypes.
       placements: a NamedSharding for each.
     """
-    c = found.config
-    flat = {
-        params_lib.path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(specs, is_leaf=params_lib.is_spec)
-    }
-    where = {params_lib.path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(placements)}
-    work = [(tensor, name, at) for tensor in found.family.tensors(c) for name, at in places(tensor, c)]
-    work.sort(key=lambda w: found.entries[w[1]].position)
-    arrays: dict[str, jax.Array] = {}
-
-    def place(tensor: Tensor, name: str, at: tuple[int, ...]) -> list[tuple[str, jax.Array, tuple[int, ...]]]:
-        pieces = _split(found.entries[name].read(), tensor, c, [flat[path].shape[len(at) :] for path in tensor.paths])
-        return [(path, _put(x, where[path], skip=len(at)), at) for path, x in zip(tensor.paths, pieces, strict=True)]
-
-    def keep(pieces: list[tuple[str, jax.Array, tuple[int, ...]]]) -> None:
-        for path, x, at in pieces:
-            spec, sharding = flat[path], where[path]
-            if path not in arrays and at:
-                arrays[path] = _zeros(spec.shape, spec.dtype, sharding)()
-            arrays[path] = (
-                _write(sharding)(arrays[path], x, at)
-                if at
-                else x
-                if x.dtype == spec.dtype
-                else _cast(spec.dtype, sharding)(x)
-            )
-            arrays[path].block_until_ready()
-
-    # Threads read and turn tensors, this one puts them into their stacks; few at a time, to bound the memory.
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        coming: collections.deque = collections.deque()
-        waiting = 0
-        for item in work:
-            size = _bytes(found.entries[item[1]])
-            while coming and waiting + size > _IN_FLIGHT:
-                done, freed = coming.popleft()
-                keep(done.result())
-                waiting -= freed
-            coming.append((pool.submit(place, *item), size))
-            waiting += size
-        for done, _ in coming:
-            keep(done.result())
+    flat = jax.tree_util.tree_leaves_with_path(specs, is_leaf=params_lib.is_spec)
+    by_path = {params_lib.path_name(path): spec for path, spec in flat}
+    shardings = {params_lib.path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(placements)}
+    arrays = _Loader(checkpoint, by_path, shardings).run()
     return jax.tree_util.tree_map_with_path(lambda path, _: arrays[params_lib.path_name(path)], placements)
+
+
+class _Part(NamedTuple):
+    """A parameter, or one layer's or expert's place `at` in its stack, on the devices."""
+
+    path: str
+    array: jax.Array
+    at: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loader:
+    """Reads a checkpoint. Threads read and turn tensors, one puts them into their stacks.
+
+    Attributes:
+      specs, shardings: by the path of the parameter.
+      arrays: what has been read, by path.
+    """
+
+    checkpoint: Pretrained
+    specs: dict[str, params_lib.ParamSpec]
+    shardings: dict[str, NamedSharding]
+    arrays: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def run(self) -> dict[str, jax.Array]:
+        c, entries = self.checkpoint.config, self.checkpoint.entries
+        work = [(tensor, name, at) for tensor in self.checkpoint.family.tensors(c) for name, at in places(tensor, c)]
+        work.sort(key=lambda item: entries[item[1]].position)
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            queue: collections.deque[tuple[concurrent.futures.Future[list[_Part]], int]] = collections.deque()
+            in_flight = 0
+            for item in work:
+                size = _bytes(entries[item[1]])
+                while queue and in_flight + size > _IN_FLIGHT:  # few at a time, to bound the memory
+                    future, freed = queue.popleft()
+                    self._keep(future.result())
+                    in_flight -= freed
+                queue.append((pool.submit(self._place, *item), size))
+                in_flight += size
+            for future, _ in queue:
+                self._keep(future.result())
+        return self.arrays
+
+    def _place(self, tensor: Tensor, name: str, at: tuple[int, ...]) -> list[_Part]:
+        shapes = [self.specs[path].shape[len(at) :] for path in tensor.paths]
+        values = _split(self.checkpoint.entries[name].read(), tensor, self.checkpoint.config, shapes)
+        return [
+            _Part(path, _put(x, self.shardings[path], skip=len(at)), at)
+            for path, x in zip(tensor.paths, values, strict=True)
+        ]
+
+    def _keep(self, parts: list[_Part]) -> None:
+        for path, x, at in parts:
+            spec, sharding = self.specs[path], self.shardings[path]
+            if at:
+                if path not in self.arrays:
+                    self.arrays[path] = _zeros(spec.shape, spec.dtype, sharding)()
+                self.arrays[path] = _write(sharding)(self.arrays[path], x, at)
+            else:
+                self.arrays[path] = x if x.dtype == spec.dtype else _cast(spec.dtype, sharding)(x)
+            self.arrays[path].block_until_ready()
 
 
 def _bytes(entry: Entry) -> int:
@@ -252,7 +288,7 @@ def _bytes(entry: Entry) -> int:
 
 def _split(x: np.ndarray, tensor: Tensor, c: ModelConfig, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
     """A tensor of a checkpoint as the parameters that it holds, views of it where that can be."""
-    x = einops.rearrange(x, tensor.layout, **letters(tensor.layout, c))
+    x = einops.rearrange(x, tensor.layout, **letters(tensor, c))
     ends = np.cumsum([shape[tensor.axis] for shape in shapes])[:-1]
     return np.split(x, ends, axis=tensor.axis) if len(shapes) > 1 else [x]
 

@@ -1,5 +1,6 @@
 """Tensors of checkpoint files by name, one at a time: safetensors (sharded or not) and GGUF."""
 
+import functools
 import json
 import math
 import struct
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from research import files
 from research.errors import InputError, did_you_mean
 from research.pretrained.gguf_file import Stored, read_header
 
@@ -38,19 +40,6 @@ class Entry(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises InputError where there is no such file, or it isn't a JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise InputError(f"{path}: is no JSON ({error}). Copy it anew.") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: is no JSON object, but {str(values)[:40]!r}. Copy it anew.")
-    return values
-
-
 def open_safetensors(folder: Path) -> dict[str, Entry]:
     """Name -> entry, of all tensors of a folder.
 
@@ -58,40 +47,47 @@ def open_safetensors(folder: Path) -> dict[str, Entry]:
       InputError: there is no safetensors file, a shard is missing, or a file is cut short or damaged.
     """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        where = read_json(index).get("weight_map")
-        if not where:
-            raise InputError(f"{index}: lacks the field 'weight_map'. Copy it anew.")
-        files = [folder / name for name in sorted(set(where.values()))]
-        for file in files:
-            if not file.is_file():
-                lost = sum(name == file.name for name in where.values())
-                raise InputError(
-                    f"{file}: this shard, of {lost} tensors, is missing. {index.name} names it: copy it too."
-                )
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-            if pickles:
-                raise InputError(
-                    f"{folder}: holds its weights as pickle ({pickles[0]}), which can run any code when read, and is "
-                    "refused. Take a copy in safetensors, or convert it with transformers' save_pretrained."
-                )
-            raise InputError(f"{folder}: holds no .safetensors file.")
     entries: dict[str, Entry] = {}
-    for file in files:
-        found = _header(file)
-        if twice := entries.keys() & found.keys():
+    for file in _shards(index) if index.is_file() else _safetensors_files(folder):
+        of_file = _header(file)
+        if twice := entries.keys() & of_file.keys():
             raise InputError(
                 f"{folder}: the tensor {min(twice)!r} is in several files, {file.name} among them, and no {index.name} "
                 "says which counts. Remove the files that don't belong to the model."
             )
-        entries |= found
+        entries |= of_file
     return entries
 
 
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, all of which are there."""
+    names = files.read_json(index, remedy="Copy it anew.").get("weight_map")
+    if not names:
+        raise InputError(f"{index}: lacks the field 'weight_map'. Copy it anew.")
+    shards = [index.parent / name for name in sorted(set(names.values()))]
+    for file in shards:
+        if not file.is_file():
+            lost = sum(name == file.name for name in names.values())
+            raise InputError(f"{file}: this shard, of {lost} tensors, is missing. {index.name} names it: copy it too.")
+    return shards
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    """All .safetensors files of a folder that has no index."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if shards:
+        return shards
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise InputError(
+            f"{folder}: holds its weights as pickle ({pickles[0]}), which can run any code when read, and is refused. "
+            "Take a copy in safetensors, or convert it with transformers' save_pretrained."
+        )
+    raise InputError(f"{folder}: holds no .safetensors file.")
+
+
 def _header(file: Path) -> dict[str, Entry]:
+    """What a file's header says (https://github.com/huggingface/safetensors#format)."""
     size = file.stat().st_size
     with open(file, "rb") as f:
         head = f.read(8)
@@ -114,17 +110,18 @@ def _header(file: Path) -> dict[str, Entry]:
                 f"{file}: tensor {name!r} is of dtype {kind}, and only {', '.join(_DTYPES)} are read. Take a copy of "
                 "the model that isn't quantised."
             )
-        dtype, at = _DTYPES[kind], 8 + length + first
+        dtype, start = _DTYPES[kind], 8 + length + first
         if last - first != dtype.itemsize * math.prod(shape):
             raise InputError(f"{file}: tensor {name!r}: its bytes aren't those of {kind} {list(shape)}. Copy it anew.")
-
-        def read(dtype=dtype, shape=shape, at=at) -> np.ndarray:
-            return (
-                np.memmap(file, dtype, "r", at, shape) if shape else np.fromfile(file, dtype, 1, offset=at).reshape(())
-            )
-
-        entries[name] = Entry(shape, dtype, (file.name, at), read)
+        read = functools.partial(_read_array, file, dtype, start, shape)
+        entries[name] = Entry(shape, dtype, (file.name, start), read)
     return entries
+
+
+def _read_array(file: Path, dtype: np.dtype, start: int, shape: tuple[int, ...]) -> np.ndarray:
+    if not shape:
+        return np.fromfile(file, dtype, 1, offset=start).reshape(())
+    return np.memmap(file, dtype, "r", start, shape)
 
 
 # GGUF's names of architectures -> the model_type of transformers. Their tensors are those of transformers but for

@@ -22,8 +22,8 @@ from research.pretrained.types import Fields, Tensor, letters, places
 
 Params = Any
 
-# Of how it runs or began, which no config.json speaks of.
-_OURS = ("init_std", "remat", "attention", "dtype")
+# Fields of ModelConfig on how a model runs or began, which no config.json has.
+_NOT_EXPORTED = ("init_std", "remat", "attention", "dtype")
 
 
 def choose(c: ModelConfig, origin: dict[str, Any]) -> tuple[ModuleType, dict[str, Any]]:
@@ -52,10 +52,10 @@ def choose(c: ModelConfig, origin: dict[str, Any]) -> tuple[ModuleType, dict[str
     for name in sorted(families.names(), key=lambda name: name != "llama"):
         family = families.load(name, name)
         written = {"model_type": name, "architectures": [_architecture(family, c)], **family.write(c)}
-        found = _read(family, written)
-        if _same(found, c):
+        readable = _read(family, written)
+        if _same(readable, c):
             return family, written
-        closest = closest or _difference(found, c)
+        closest = closest or _difference(readable, c)
     raise InputError(
         f"model: no architecture that transformers knows computes this: {closest} differs from Llama's, and no other "
         "fits. Choose the fields of one of " + ", ".join(families.names()) + " to export a model."
@@ -63,8 +63,8 @@ def choose(c: ModelConfig, origin: dict[str, Any]) -> tuple[ModuleType, dict[str
 
 
 def _architecture(family: ModuleType, c: ModelConfig) -> str:
-    wanted = "ForSequenceClassification" if c.num_labels else ""
-    return next((a for a in family.ARCHITECTURES if a.endswith(wanted)), family.ARCHITECTURES[0])
+    suffix = "ForSequenceClassification" if c.num_labels else ""
+    return next((a for a in family.ARCHITECTURES if a.endswith(suffix)), family.ARCHITECTURES[0])
 
 
 def _read(family: ModuleType, values: dict[str, Any]) -> ModelConfig | None:
@@ -77,7 +77,11 @@ def _read(family: ModuleType, values: dict[str, Any]) -> ModelConfig | None:
 def _difference(a: ModelConfig | None, b: ModelConfig) -> str:
     if a is None:
         return "the model"
-    fields = [f.name for f in dataclasses.fields(b) if f.name not in _OURS and getattr(a, f.name) != getattr(b, f.name)]
+    fields = [
+        f.name
+        for f in dataclasses.fields(b)
+        if f.name not in _NOT_EXPORTED and getattr(a, f.name) != getattr(b, f.name)
+    ]
     return ", ".join(f"model.{name} = {getattr(b, name)!r}" for name in fields)
 
 
@@ -106,38 +110,50 @@ def save(
     Returns:
       dtype -> bytes written.
     """
+    writer = _Writer(folder, max_shard_bytes)
     flat = {params_lib.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(values)}
-    shards: list[dict[str, np.ndarray]] = [{}]
-    files: list[Path] = []
-    where: dict[str, int] = {}
-    total: dict[str, int] = {}
-
-    def write() -> None:
-        files.append(folder / f"shard-{len(files)}")
-        safetensors.numpy.save_file(shards.pop(), files[-1], metadata={"format": "pt"})
-
     for tensor, name, at in _tensors(family, c):
-        kind = dtype(name)
-        array = _join([np.asarray(flat[path][at] if at else flat[path]) for path in tensor.paths], tensor, c)
-        array = np.ascontiguousarray(array.astype(kind))
-        if shards[0] and sum(x.nbytes for x in shards[0].values()) + array.nbytes > max_shard_bytes:
-            write()
-            shards.append({})
-        shards[0][name] = array
-        where[name] = len(files)
-        total[kind] = total.get(kind, 0) + array.nbytes
-    write()
-    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    names = names if len(files) > 1 else ["model.safetensors"]
-    for file, name in zip(files, names, strict=True):
-        file.rename(folder / name).chmod(0o644)  # safetensors makes it readable by its owner alone
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(total.values())},
-            "weight_map": {name: names[i] for name, i in sorted(where.items())},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return total
+        parts = [np.asarray(flat[path][at] if at else flat[path]) for path in tensor.paths]
+        writer.add(name, np.ascontiguousarray(_join(parts, tensor, c).astype(dtype(name))))
+    return writer.finish()
+
+
+class _Writer:
+    """Writes tensors into safetensors files, and an index where there are several."""
+
+    def __init__(self, folder: Path, max_shard_bytes: int):
+        self._folder, self._max_shard_bytes = folder, max_shard_bytes
+        self._shard: dict[str, np.ndarray] = {}
+        self._files: list[Path] = []
+        self._file_of: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        if self._shard and sum(x.nbytes for x in self._shard.values()) + array.nbytes > self._max_shard_bytes:
+            self._write()
+        self._shard[name] = array
+        self._file_of[name] = len(self._files)
+        self._sizes[array.dtype.name] = self._sizes.get(array.dtype.name, 0) + array.nbytes
+
+    def finish(self) -> dict[str, int]:
+        """Writes what is left and names the files; returns dtype -> bytes written."""
+        self._write()
+        n = len(self._files)
+        names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)] if n > 1 else ["model.safetensors"]
+        for file, name in zip(self._files, names, strict=True):
+            file.rename(self._folder / name).chmod(0o644)  # safetensors makes it readable by its owner alone
+        if n > 1:
+            index = {
+                "metadata": {"total_size": sum(self._sizes.values())},
+                "weight_map": {name: names[i] for name, i in sorted(self._file_of.items())},
+            }
+            (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        return self._sizes
+
+    def _write(self) -> None:
+        self._files.append(self._folder / f"shard-{len(self._files)}")
+        safetensors.numpy.save_file(self._shard, self._files[-1], metadata={"format": "pt"})
+        self._shard = {}
 
 
 def _tensors(family: ModuleType, c: ModelConfig) -> Iterator[tuple[Tensor, str, tuple[int, ...]]]:
@@ -145,7 +161,7 @@ def _tensors(family: ModuleType, c: ModelConfig) -> Iterator[tuple[Tensor, str, 
 
 
 def _join(parts: list[np.ndarray], tensor: Tensor, c: ModelConfig) -> np.ndarray:
-    """Parameters of ours as the one tensor of theirs: the inverse of load._split."""
-    theirs, ours = tensor.layout.split(" -> ")
+    """The tensor of a checkpoint that holds these parameters: the inverse of load._split."""
+    stored, ours = tensor.layout.split(" -> ")
     x = np.concatenate(parts, axis=tensor.axis) if len(parts) > 1 else parts[0]
-    return einops.rearrange(x, f"{ours} -> {theirs}", **letters(tensor.layout, c))
+    return einops.rearrange(x, f"{ours} -> {stored}", **letters(tensor, c))

@@ -1,6 +1,8 @@
 """What a family of checkpoints is: how its config and its tensors map to ours."""
 
+import math
 import re
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,18 +14,20 @@ class Tensor(NamedTuple):
     """A tensor of a checkpoint, and the parameters of ours that it holds.
 
     Attributes:
-      name: theirs, with {layer} and {expert} for numbers.
+      name: in the checkpoint, with {layer} and {expert} for numbers.
       paths: ours, such as ("layers/attention/q/kernel",). Several where a checkpoint keeps as one tensor what we keep
         as several.
-      layout: from their axes to ours without layers and experts, as einops writes it: "(H h) D -> D H h". Letters are
-        those of `sizes`.
+      layout: from the checkpoint's axes to ours without layers and experts, as einops writes it: "(H h) D -> D H h".
+        Letters are those of `sizes`.
       axis: of our layout; several parameters lie one after the other along it.
+      letters: sizes of letters that this layout alone uses, or uses for another size.
     """
 
     name: str
     paths: tuple[str, ...]
     layout: str
     axis: int = 0
+    letters: Mapping[str, int] = types.MappingProxyType({})
 
 
 def sizes(c: ModelConfig) -> dict[str, int]:
@@ -47,24 +51,21 @@ def sizes(c: ModelConfig) -> dict[str, int]:
     }
 
 
-def their_shape(layout: str, size: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape on the left of a layout's arrow."""
-    shape = []
-    for group in re.findall(r"\([^)]*\)|\w+", layout.split("->")[0]):
-        n = 1
-        for letter in re.findall(r"\w+", group):
-            n *= size[letter]
-        shape.append(n)
-    return tuple(shape)
+def letters(tensor: Tensor, c: ModelConfig) -> dict[str, int]:
+    """The sizes of the letters that a tensor's layout names, as einops.rearrange wants them."""
+    size = {**sizes(c), **tensor.letters}
+    return {letter: size[letter] for letter in re.findall(r"\w+", tensor.layout)}
 
 
-def letters(layout: str, c: ModelConfig) -> dict[str, int]:
-    """Those of `sizes` that a layout names, as einops.rearrange wants them."""
-    return {letter: n for letter, n in sizes(c).items() if re.search(rf"\b{letter}\b", layout)}
+def stored_shape(tensor: Tensor, c: ModelConfig) -> tuple[int, ...]:
+    """The shape in the checkpoint: what is on the left of the layout's arrow."""
+    size = letters(tensor, c)
+    axes = re.findall(r"\([^)]*\)|\w+", tensor.layout.split("->")[0])
+    return tuple(math.prod(size[letter] for letter in re.findall(r"\w+", axis)) for axis in axes)
 
 
 def places(tensor: Tensor, c: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(their name, (layer, expert) as far as there are such) of each tensor that one entry of a family stands for."""
+    """The name in the checkpoint and (layer, expert), as far as there are such, of each tensor that `tensor` means."""
     for layer in range(c.num_layers if "{layer}" in tensor.name else 1):
         for expert in range(c.num_experts if "{expert}" in tensor.name else 1):
             at = (*((layer,) if "{layer}" in tensor.name else ()), *((expert,) if "{expert}" in tensor.name else ()))
@@ -109,18 +110,18 @@ class Fields:
         """Fields of ModelConfig from those of the file that mean the same.
 
         Args:
-          table: their name -> ours.
+          table: the file's name -> ours.
           **defaults: by our name.
 
         Raises:
           InputError: a field is absent and has no default, or isn't a number of ModelConfig's kind.
         """
         values = {}
-        for theirs, ours in table.items():
-            value = values[ours] = self.take(theirs, *((defaults[ours],) if ours in defaults else ()))
+        for name, ours in table.items():
+            value = values[ours] = self.take(name, *((defaults[ours],) if ours in defaults else ()))
             kind = float if isinstance(getattr(ModelConfig, ours, 0), float) else int
             if isinstance(value, bool) or not isinstance(value, int | kind):
-                raise InputError(f"{self.where}: {theirs} = {value!r}: must be of type {kind.__name__}.")
+                raise InputError(f"{self.where}: {name} = {value!r}: must be of type {kind.__name__}.")
         return values
 
     def expect(self, name: str, *allowed: Any) -> None:

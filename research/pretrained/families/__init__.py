@@ -1,9 +1,13 @@
-"""One module for each `model_type` of transformers, found by its name. Each has
+"""Families of checkpoints: one module for each `model_type` of transformers, found by its name.
 
-ARCHITECTURES: the classes of transformers that it reads; the first is what an export is of.
-read(fields) -> dict: fields of ModelConfig from those of config.json.
-write(config) -> dict: fields of config.json; `read` of it gives the config back if the family can hold the model.
-tensors(config) -> list[Tensor].
+A module has
+  ARCHITECTURES: the classes of transformers that it reads; the first is what an export is of.
+  read(fields) -> dict: fields of ModelConfig from those of config.json.
+  write(config) -> dict: fields of config.json; `read` of it gives the config back if the family can hold the model.
+  tensors(config) -> list[Tensor].
+It may have
+  BODY: what the names of all but the head begin with, "model" by default; some files leave it out.
+  SPARE: regular expressions of tensors that its files may hold and no computation of ours reads.
 """
 
 import importlib

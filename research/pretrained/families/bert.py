@@ -7,6 +7,13 @@ from research.pretrained.families import common
 from research.pretrained.types import Fields, Tensor
 
 ARCHITECTURES = ("BertForMaskedLM", "BertForPreTraining")
+BODY = "bert"
+SPARE = (  # the heads of its pretraining, and copies of the embedding
+    r".*embeddings\.position_ids",
+    r"bert\.pooler\..*",
+    r"cls\.seq_relationship\..*",
+    r"cls\.predictions\.decoder\.(weight|bias)",
+)
 _FIELDS = {
     "vocab_size": "vocab_size",
     "num_hidden_layers": "num_layers",
@@ -50,7 +57,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
 def tensors(c: ModelConfig) -> list[Tensor]:
     layer = "bert.encoder.layer.{layer}."
     transform = "cls.predictions.transform."
-    made = [
+    all_tensors = [
         Tensor("bert.embeddings.word_embeddings.weight", ("embed",), "V D -> V D"),
         Tensor("bert.embeddings.position_embeddings.weight", ("position_embed",), "P D -> P D"),
         Tensor("bert.embeddings.token_type_embeddings.weight", ("token_type_embed",), "N D -> N D"),
@@ -64,8 +71,8 @@ def tensors(c: ModelConfig) -> list[Tensor]:
         (layer + "attention.output.LayerNorm", "layers/attention_norm"),
         (layer + "output.LayerNorm", "layers/mlp_norm"),
     ):
-        made += [Tensor(f"{theirs}.weight", (f"{ours}/scale",), "D -> D")]
-        made += [Tensor(f"{theirs}.bias", (f"{ours}/bias",), "D -> D")]
+        all_tensors += [Tensor(f"{theirs}.weight", (f"{ours}/scale",), "D -> D")]
+        all_tensors += [Tensor(f"{theirs}.bias", (f"{ours}/bias",), "D -> D")]
     for theirs, ours, kernel, bias in (
         ("attention.self.query", "attention/q", "(H h) D -> D H h", "(H h) -> H h"),
         ("attention.self.key", "attention/k", "(H h) D -> D H h", "(H h) -> H h"),
@@ -74,6 +81,6 @@ def tensors(c: ModelConfig) -> list[Tensor]:
         ("intermediate.dense", "mlp/up", "F D -> D F", "F -> F"),
         ("output.dense", "mlp/down", "D F -> F D", "D -> D"),
     ):
-        made += [Tensor(f"{layer}{theirs}.weight", (f"layers/{ours}/kernel",), kernel)]
-        made += [Tensor(f"{layer}{theirs}.bias", (f"layers/{ours}/bias",), bias)]
-    return made
+        all_tensors += [Tensor(f"{layer}{theirs}.weight", (f"layers/{ours}/kernel",), kernel)]
+        all_tensors += [Tensor(f"{layer}{theirs}.bias", (f"layers/{ours}/bias",), bias)]
+    return all_tensors

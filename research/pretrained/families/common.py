@@ -96,11 +96,11 @@ def read_rope(f: Fields, values: dict[str, Any], *, theta: float = 10_000.0) -> 
         base, part = new.take("rope_theta", base), new.take("partial_rotary_factor", part)
     head_dim = values["head_dim"] or values["d_model"] // values["num_heads"]
     rotary_dim = int(head_dim * part)
-    made = {"rope_theta": float(base), "rotary_dim": 0 if rotary_dim == head_dim else rotary_dim}
+    fields = {"rope_theta": float(base), "rotary_dim": 0 if rotary_dim == head_dim else rotary_dim}
     scaling = new or old
     if scaling is not None:
-        made["rope_scaling"] = _read_scaling(scaling, values["max_length"], original)
-    return made
+        fields["rope_scaling"] = _read_scaling(scaling, values["max_length"], original)
+    return fields
 
 
 def _read_scaling(f: Fields, max_length: int, original: int) -> RopeScaling:
@@ -141,11 +141,11 @@ def _read_scaling(f: Fields, max_length: int, original: int) -> RopeScaling:
 def write_rope(c: ModelConfig) -> dict[str, Any]:
     """RoPE's fields as transformers 4 writes them, which 5 reads too."""
     s = c.rope_scaling
-    made: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_scaling": None}
+    fields: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_scaling": None}
     if c.rotary_dim:
-        made["partial_rotary_factor"] = c.rotary_dim / c.dim_per_head
+        fields["partial_rotary_factor"] = c.rotary_dim / c.dim_per_head
     if s.kind == "none":
-        return made
+        return fields
     scaling: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
     if s.kind != "linear":
         scaling["original_max_position_embeddings"] = s.original_length
@@ -155,10 +155,10 @@ def write_rope(c: ModelConfig) -> dict[str, Any]:
         scaling |= {"beta_fast": s.beta_fast, "beta_slow": s.beta_slow, "truncate": s.truncate}
     if s.kind == "longrope":
         scaling |= {"short_factor": list(s.short_factors), "long_factor": list(s.long_factors)}
-        made["original_max_position_embeddings"] = s.original_length
+        fields["original_max_position_embeddings"] = s.original_length
     if s.attention_factor:
         scaling["attention_factor"] = s.attention_factor
-    return made | {"rope_scaling": scaling}
+    return fields | {"rope_scaling": scaling}
 
 
 def read_windows(f: Fields, num_layers: int) -> tuple[int, ...]:
@@ -173,15 +173,15 @@ def read_windows(f: Fields, num_layers: int) -> tuple[int, ...]:
 def decoder_tensors(c: ModelConfig, norms: dict[str, str]) -> list[Tensor]:
     """Llama's tensors. `norms`: ours -> theirs, of the norms in a layer."""
     layer = "model.layers.{layer}."
-    made = [
+    tensors = [
         Tensor("model.embed_tokens.weight", ("embed",), "V D -> V D"),
         Tensor("model.norm.weight", ("final_norm/scale",), "D -> D"),
         *(Tensor(f"{layer}{theirs}.weight", (f"layers/{ours}/scale",), "D -> D") for ours, theirs in norms.items()),
         *attention_tensors(c, layer + "self_attn."),
     ]
     if not c.num_experts:
-        made += mlp_tensors(c, layer + "mlp.")
-    return made + head_tensors(c)
+        tensors += mlp_tensors(c, layer + "mlp.")
+    return tensors + head_tensors(c)
 
 
 def head_tensors(c: ModelConfig) -> list[Tensor]:
@@ -191,36 +191,36 @@ def head_tensors(c: ModelConfig) -> list[Tensor]:
 
 
 def attention_tensors(c: ModelConfig, prefix: str) -> list[Tensor]:
-    made = []
+    tensors = []
     for name, heads in (("q", "H"), ("k", "K"), ("v", "K")):
-        made.append(
+        tensors.append(
             Tensor(f"{prefix}{name}_proj.weight", (f"layers/attention/{name}/kernel",), f"({heads} h) D -> D {heads} h")
         )
         if c.attention_bias:
-            made.append(
+            tensors.append(
                 Tensor(f"{prefix}{name}_proj.bias", (f"layers/attention/{name}/bias",), f"({heads} h) -> {heads} h")
             )
         if name != "v" and c.qk_norm == "head":
-            made.append(Tensor(f"{prefix}{name}_norm.weight", (f"layers/attention/{name}_norm/scale",), "h -> h"))
+            tensors.append(Tensor(f"{prefix}{name}_norm.weight", (f"layers/attention/{name}_norm/scale",), "h -> h"))
         if name != "v" and c.qk_norm == "full":
             layout = f"({heads} h) -> {heads} h"
-            made.append(Tensor(f"{prefix}{name}_norm.weight", (f"layers/attention/{name}_norm/scale",), layout))
-    made.append(Tensor(f"{prefix}o_proj.weight", ("layers/attention/o/kernel",), "D (H h) -> H h D"))
+            tensors.append(Tensor(f"{prefix}{name}_norm.weight", (f"layers/attention/{name}_norm/scale",), layout))
+    tensors.append(Tensor(f"{prefix}o_proj.weight", ("layers/attention/o/kernel",), "D (H h) -> H h D"))
     if c.attention_out_bias:
-        made.append(Tensor(f"{prefix}o_proj.bias", ("layers/attention/o/bias",), "D -> D"))
-    return made
+        tensors.append(Tensor(f"{prefix}o_proj.bias", ("layers/attention/o/bias",), "D -> D"))
+    return tensors
 
 
 def mlp_tensors(
     c: ModelConfig, prefix: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 ) -> list[Tensor]:
     """A gated MLP, or each expert of a mixture where the prefix has an {expert}."""
-    made = []
+    tensors = []
     for ours, theirs in zip(("gate", "up", "down"), names, strict=True):
         layout = "D F -> F D" if ours == "down" else "F D -> D F"
-        made.append(Tensor(f"{prefix}{theirs}.weight", (f"layers/mlp/{ours}/kernel",), layout))
+        tensors.append(Tensor(f"{prefix}{theirs}.weight", (f"layers/mlp/{ours}/kernel",), layout))
         if c.mlp_bias:
-            made.append(
+            tensors.append(
                 Tensor(f"{prefix}{theirs}.bias", (f"layers/mlp/{ours}/bias",), "D -> D" if ours == "down" else "F -> F")
             )
-    return made
+    return tensors

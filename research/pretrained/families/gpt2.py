@@ -7,6 +7,7 @@ from research.pretrained.families import common
 from research.pretrained.types import Fields, Tensor
 
 ARCHITECTURES = ("GPT2LMHeadModel", "GPT2ForSequenceClassification")
+BODY = "transformer"
 _FIELDS = {
     "vocab_size": "vocab_size",
     "n_layer": "num_layers",
@@ -50,7 +51,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
 
 def tensors(c: ModelConfig) -> list[Tensor]:
     layer = "transformer.h.{layer}."
-    made = [
+    all_tensors = [
         Tensor("transformer.wte.weight", ("embed",), "V D -> V D"),
         Tensor("transformer.wpe.weight", ("position_embed",), "P D -> P D"),
         *common.head_tensors(c),
@@ -60,8 +61,8 @@ def tensors(c: ModelConfig) -> list[Tensor]:
         (layer + "ln_1", "layers/attention_norm"),
         (layer + "ln_2", "layers/mlp_norm"),
     ):
-        made += [Tensor(f"{theirs}.weight", (f"{ours}/scale",), "D -> D")]
-        made += [Tensor(f"{theirs}.bias", (f"{ours}/bias",), "D -> D")]
+        all_tensors += [Tensor(f"{theirs}.weight", (f"{ours}/scale",), "D -> D")]
+        all_tensors += [Tensor(f"{theirs}.bias", (f"{ours}/bias",), "D -> D")]
     qkv = tuple(f"layers/attention/{name}/" for name in "qkv")
     for theirs, ours, kernel, bias, axis in (
         ("attn.c_attn", qkv, "D (part H h) -> D (part H) h", "(part H h) -> (part H) h", 1),
@@ -69,6 +70,6 @@ def tensors(c: ModelConfig) -> list[Tensor]:
         ("mlp.c_fc", ("layers/mlp/up/",), "D F -> D F", "F -> F", 0),
         ("mlp.c_proj", ("layers/mlp/down/",), "F D -> F D", "D -> D", 0),
     ):
-        made += [Tensor(f"{layer}{theirs}.weight", tuple(path + "kernel" for path in ours), kernel, axis)]
-        made += [Tensor(f"{layer}{theirs}.bias", tuple(path + "bias" for path in ours), bias)]
-    return made
+        all_tensors += [Tensor(f"{layer}{theirs}.weight", tuple(path + "kernel" for path in ours), kernel, axis)]
+        all_tensors += [Tensor(f"{layer}{theirs}.bias", tuple(path + "bias" for path in ours), bias)]
+    return all_tensors

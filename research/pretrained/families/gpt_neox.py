@@ -7,6 +7,7 @@ from research.pretrained.families import common
 from research.pretrained.types import Fields, Tensor
 
 ARCHITECTURES = ("GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification")
+BODY = "gpt_neox"
 _FIELDS = {
     "vocab_size": "vocab_size",
     "num_hidden_layers": "num_layers",
@@ -56,18 +57,18 @@ def write(c: ModelConfig) -> dict[str, Any]:
 
 def tensors(c: ModelConfig) -> list[Tensor]:
     layer = "gpt_neox.layers.{layer}."
-    made = [Tensor("gpt_neox.embed_in.weight", ("embed",), "V D -> V D")]
+    all_tensors = [Tensor("gpt_neox.embed_in.weight", ("embed",), "V D -> V D")]
     if c.num_labels:
-        made += common.head_tensors(c)
+        all_tensors += common.head_tensors(c)
     elif not c.tie_embeddings:
-        made += [Tensor("embed_out.weight", ("head",), "V D -> D V")]
+        all_tensors += [Tensor("embed_out.weight", ("head",), "V D -> D V")]
     for theirs, ours in (
         ("gpt_neox.final_layer_norm", "final_norm"),
         (layer + "input_layernorm", "layers/attention_norm"),
         (layer + "post_attention_layernorm", "layers/mlp_norm"),
     ):
-        made += [Tensor(f"{theirs}.weight", (f"{ours}/scale",), "D -> D")]
-        made += [Tensor(f"{theirs}.bias", (f"{ours}/bias",), "D -> D")]
+        all_tensors += [Tensor(f"{theirs}.weight", (f"{ours}/scale",), "D -> D")]
+        all_tensors += [Tensor(f"{theirs}.bias", (f"{ours}/bias",), "D -> D")]
     qkv = tuple(f"layers/attention/{name}/" for name in "qkv")
     for theirs, ours, kernel, bias, axis in (
         ("attention.query_key_value", qkv, "(H part h) D -> D (part H) h", "(H part h) -> (part H) h", 1),
@@ -75,7 +76,7 @@ def tensors(c: ModelConfig) -> list[Tensor]:
         ("mlp.dense_h_to_4h", ("layers/mlp/up/",), "F D -> D F", "F -> F", 0),
         ("mlp.dense_4h_to_h", ("layers/mlp/down/",), "D F -> F D", "D -> D", 0),
     ):
-        made += [Tensor(f"{layer}{theirs}.weight", tuple(path + "kernel" for path in ours), kernel, axis)]
+        all_tensors += [Tensor(f"{layer}{theirs}.weight", tuple(path + "kernel" for path in ours), kernel, axis)]
         if theirs.startswith("mlp") or c.attention_bias:
-            made += [Tensor(f"{layer}{theirs}.bias", tuple(path + "bias" for path in ours), bias)]
-    return made
+            all_tensors += [Tensor(f"{layer}{theirs}.bias", tuple(path + "bias" for path in ours), bias)]
+    return all_tensors
