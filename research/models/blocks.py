@@ -4,21 +4,19 @@ Axes: B batch, T time, D model, H query heads, K key/value heads, h head dimensi
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research.devices import sharding
+from research.devices.sharding import Rules
 from research.models.config import ACTIVATIONS, ModelConfig
 from research.models.specs import Params
 from research.ops import moe
 from research.ops.cpu import matmul
 from research.ops.rope import Angles, RopeScaling, rope, rope_angles
-
-Rules = Mapping[str, Any]  # logical axis -> mesh axes
 
 
 def linear(p: Params, x: Float[Array, "..."], contract: int = 1) -> Float[Array, "..."]:

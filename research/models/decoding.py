@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from research import params as params_lib
 from research.devices import sharding
+from research.devices.sharding import Rules
 from research.errors import InputError
 from research.models import blocks
-from research.models.blocks import Rules
 from research.models.config import ModelConfig
 from research.models.specs import Params, make_specs
 from research.ops.attention import cached_attention

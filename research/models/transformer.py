@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from research import params as params_lib
 from research.devices import sharding
+from research.devices.sharding import Rules
 from research.errors import InputError
 from research.models import blocks, decoding
-from research.models.blocks import Rules
 from research.models.config import REMAT, ModelConfig
 from research.models.decoding import Cache
 from research.models.specs import Params, make_specs
@@ -56,7 +56,7 @@ class Model(NamedTuple):
     hidden_at: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
     attention_inputs: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     unembed: Callable[[Params], Head]
-    rules: sharding.Rules
+    rules: Rules
     init_cache: Callable[[int, int], Cache]
     unstack: Callable[[Params], Params]
     decode: Callable[..., tuple[jax.Array, Cache]]
@@ -228,7 +228,7 @@ def attention_inputs(
     )
 
 
-def unembed(c: ModelConfig, rules: sharding.Rules, params: Params) -> Head:
+def unembed(c: ModelConfig, rules: Rules, params: Params) -> Head:
     """The kernel that turns hidden states into logits, its bias and soft-cap."""
     tied = "head" not in params
     return Head(params["embed" if tied else "head"], params.get("head_bias"), c.logit_softcap, tied, rules)
