@@ -233,7 +233,8 @@ def check(config: Config, *, num_devices: int) -> None:
             "lower the other."
         )
     spec.check(data_spec(config))
-    objectives.load(config.objective)
+    for term in objectives.load(config.objective).values():
+        term.source_numbers(sorted(config.data["sources"]))
     optim.make_schedule(config.optimizer, config.steps)
     if config.rollout.share and config.data["pack"]:
         raise InputError(

@@ -49,7 +49,6 @@ def assemble(
     vocab_size: int,
     *,
     stop_tokens: tuple[int, ...] = (),
-    sources: tuple[str, ...] = (),
 ) -> Parts:
     """Models, optimizer and programs for a mesh, which may be abstract.
 
@@ -60,12 +59,12 @@ def assemble(
       batch: the source's spec: the fields of a global batch.
       vocab_size: of the tokenizer.
       stop_tokens: ids that end an answer of the policy.
-      sources: names of the data's sources, where the batch has the field `source`.
 
     Raises:
       InputError: the objective reads roles or fields that aren't there, or a size doesn't fit the mesh.
     """
     rules = sharding.make_rules(config.rules)
+    sources = tuple(sorted(config.data["sources"]))
     models = make_models(config, terms, vocab_size, rules)
     _check_reads(config, terms, models, batch)
     _check_classes(config, models["policy"], batch)

@@ -103,10 +103,14 @@ def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int, ch
 
 
 def _describe_data(writer: metrics.Writer, report: dict[str, Any]) -> None:
+    several = len(report["sources"]) > 1
     for source in report["sources"]:
+        share = ""
+        if several and "share" in source:
+            share = f", {source['examples']:,} examples, {source['tokens']:,} tokens, {source['share']:.1%} of training"
         bad = "".join(f", {n:,} skipped: {reason}" for reason, n in source["bad"].items())
         twice = f", {source['duplicates']:,} duplicates dropped" if source["duplicates"] else ""
-        writer.print(f"data     {source['name']}: {source['records']:,} records{twice}{bad}")
+        writer.print(f"data     {source['name']}: {source['records']:,} records{twice}{bad}{share}")
     for part in ("train", "held_out"):
         counts = report[part]
         faults = {k: n for k, n in counts.items() if k.startswith(("too_long", "nothing_supervised")) and n}

@@ -54,7 +54,6 @@ def run(
         inputs.source.spec,
         tokenizer.size,
         stop_tokens=tokenizer.stop,
-        sources=inputs.data.source_names if "source" in inputs.source.spec else (),
     )
     tasks = evaluation.load_tasks(config, parts.models["policy"], tokenizer)
     with jax.set_mesh(inputs.mesh), contextlib.ExitStack() as stack:

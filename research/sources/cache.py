@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from research.errors import InputError
-from research.files import cache_root as cache_root
 
 _MANIFEST = "manifest.json"
 _STALE_SECONDS = 24 * 3600

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from research import config as config_lib
+from research import objectives
+from research.devices import sharding
 from research.errors import InputError
 from research.planning import abstract
+from research.run import assemble
 from research.sources.dataset import DataSpec, eval_batches, load, make_source
 from research.sources.tokenizers import TokenizerSpec
 
@@ -190,4 +193,21 @@ def test_what_is_wrong_is_named(sources, options, message):
 def test_a_typo_is_found_before_anything_is_read():
     values = {"data": {"path": "", "sources": {"code": {"path": "nowhere.jsonl", "wieght": 1}}}}
     with pytest.raises(InputError, match=r"data\.sources\.code\.wieght"):
+        config_lib.check(config_lib.parse(values), num_devices=1)
+
+
+@pytest.mark.parametrize("names", [("only",), ("only", "other")])
+def test_a_term_may_name_sources_that_are_there(names):
+    sources = {name: {"path": "tasks:copy"} for name in names}
+    values = {"data": {"path": "", "sources": sources}, "objective": {"terms": {"sft": {"sources": ["only"]}}}}
+    tiny = {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "d_ff": 16}
+    config = config_lib.parse(values | {"batch_size": 8, "seq_len": 16, "model": tiny})
+    config_lib.check(config, num_devices=1)
+    mesh = sharding.make_abstract_mesh({}, 1)
+    with jax.sharding.use_abstract_mesh(mesh):
+        parts = assemble.assemble(config, objectives.load(config.objective), mesh, abstract.batch_spec(config), 256)
+        metrics = jax.eval_shape(parts.step, parts.state, {}, parts.batch)[1]
+    assert ("tokens/other" in metrics) == (len(names) == 2)
+    values["objective"] = {"terms": {"sft": {"sources": ["onyl"]}}}
+    with pytest.raises(InputError, match=r"objective.terms.sft.sources: the data has no source 'onyl'. Did you mean"):
         config_lib.check(config_lib.parse(values), num_devices=1)
