@@ -88,6 +88,22 @@ class Experiment(NamedTuple):
         return self.name.partition(":")[0]
 
     @property
+    def texts(self) -> dict[str, str]:
+        """Dotted field -> its value as it is on the command line.
+
+        Raises:
+          InputError: an override has no value.
+        """
+        texts = {}
+        for flag in self.flags:
+            name, equals, text = flag.partition("=")
+            if name != "--config" and not (equals and name.startswith("--config.")):
+                raise InputError(f"{flag}: has no value. Write --config.FIELD=VALUE.")
+            if name != "--config":
+                texts[name.removeprefix("--config.")] = text
+        return texts
+
+    @property
     def values(self) -> dict[str, Any]:
         """The config without the section of a study."""
         return {name: value for name, value in self.config.to_dict().items() if name != "study"}
@@ -156,7 +172,7 @@ class Command:
             raise InputError(f"{names}: {'is' if len(missing) == 1 else 'are'} missing. Example: {self.examples[0]}")
         args = SimpleNamespace(**values)
         if self.experiment:
-            args.experiment = _read_experiment(config)
+            args.experiment = read_experiment(config)
         return args
 
     def _pairs(self, argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -225,19 +241,24 @@ def _parse_value(flag: Flag, name: str, value: str | None) -> Any:
         raise InputError(f"--{name} = {value}: {error}") from error
 
 
-def _read_experiment(argv: Sequence[str]) -> Experiment:
-    """Reads the experiment that --config and its overrides describe.
+def read_experiment(argv: Sequence[str]) -> Experiment:
+    """Reads the experiment that flags describe.
+
+    Args:
+      argv: --config=EXPERIMENT and --config.FIELD=VALUE.
 
     Raises:
       InputError: the file, its variant or a field is at fault.
     """
-    from absl import flags  # late, as ml_collections: a fifth of the start of commands that take no experiment
+    from absl import flags  # late, as ml_collections: half of the start of commands that take no experiment
     from ml_collections import config_flags
 
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=["", *argv])
     try:
-        rest = values(["understudy", *argv])[1:]
+        with quick_imports():
+            rest = values(["understudy", *argv])[1:]
+            values.config.to_dict()  # raises what went wrong with its file
     except Exception as error:
         raise InputError(explain_flag_error(error, argv)) from error
     if rest:
@@ -398,7 +419,7 @@ def finish(work: Callable[[], int | None], *, resumable: bool = False) -> int:
         return Exit.INTERRUPTED
 
 
-def fail(error: object, status: Exit) -> Exit:
+def fail(error: object, status: int) -> int:
     """Prints an error, on one line but for a traceback, and returns the status."""
     text = str(error)
     if "Traceback" not in text:
@@ -465,33 +486,3 @@ def console() -> int:
         startup.leave_loops()
         startup.use_huge_pages()
     return main(sys.argv[1:])
-
-
-# What the benchmark and studies still read flags with.
-
-BAD_INPUT = Exit.BAD_INPUT
-
-
-def run(work: Callable[[], int | None], *, resumable: bool = False) -> int:
-    return finish(work, resumable=resumable)
-
-
-def experiment_flags(argv: Sequence[str]) -> Any:
-    """Flags of a command that takes an experiment, with --config and what overrides it; the command adds its own."""
-    from absl import flags
-    from ml_collections import config_flags
-
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "As of research.main.", flag_values=values, sys_argv=["", *argv])
-    return values
-
-
-def parse_experiment(values: Any, argv: Sequence[str], required: str, example: str) -> dict[str, Any]:
-    """Parses flags into `values`; returns the experiment's config."""
-    try:
-        values(["command", *argv])
-        if values.config is None or values[required].value is None:
-            raise InputError(f"--config, --{required}: are missing. Give {example}.")
-        return values.config.to_dict()
-    except Exception as error:
-        raise InputError(explain_flag_error(error, argv)) from error

@@ -1,19 +1,17 @@
 """Everything a user may get wrong: the error names it and the remedy, and nothing is written.
 
-Each case is a command line of research.main, run in a process of its own state, and words that the error must hold.
+Each case is a command line of research.main, and words that the error must hold.
 """
 
 import gzip
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
 
 from research import main
+from research.errors import Exit
 from research.run import checkpoint
 
 SFT, PRETRAIN = "--config=experiments/sft.py:debug", "--config=experiments/pretrain.py:debug"
@@ -167,23 +165,10 @@ def files(tmp_path_factory):
     return folder
 
 
-def run_main(arguments):
-    """research.main in this process, its flags as at a start."""
-    sys.modules.pop("research.main", None)
-    flags.FLAGS.unparse_flags()
-    ours = ("config", "workdir", "coordinator", "num_processes", "process_id")
-    for name in [f for f in flags.FLAGS if f in ours or f.startswith("config.")]:
-        delattr(flags.FLAGS, name)
-    fresh = importlib.import_module("research.main")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["main", *arguments])  # ml_collections looks for overrides here
-        return fresh.main(sys.argv)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert run_main([SFT, f"--workdir={workdir}"]) == 0
+    assert main.main([SFT, f"--workdir={workdir}"]) == 0
     return workdir
 
 
@@ -195,7 +180,7 @@ def test_bad_input_is_named_and_nothing_is_written(case, files, request, tmp_pat
     arguments = [a.replace("DIR", str(files)).replace("TINY", TINY) for a in arguments]
     workdir = tmp_path / "work"
     capfd.readouterr()
-    assert run_main([*arguments, f"--workdir={workdir}"]) == main.BAD_INPUT
+    assert main.main([*arguments, f"--workdir={workdir}"]) == Exit.BAD_INPUT
     error = capfd.readouterr().err
     assert "Traceback" not in error
     assert error.startswith("error: ") or "\nerror: " in error
@@ -212,13 +197,13 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(trained, tmp_path, capfd):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.json*")}
-    assert run_main([SFT, f"--workdir={workdir}"]) == main.BAD_INPUT
+    assert main.main([SFT, f"--workdir={workdir}"]) == Exit.BAD_INPUT
     error = capfd.readouterr().err
     assert "damaged" in error
     assert str(newest) in error
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*.json*")} == before
     shutil.rmtree(newest)
-    assert run_main([SFT, f"--workdir={workdir}"]) == 0  # the remedy that the error names
+    assert main.main([SFT, f"--workdir={workdir}"]) == 0  # the remedy that the error names
 
 
 def test_resuming_with_another_model_or_optimizer_says_so(trained, capfd):
@@ -226,7 +211,7 @@ def test_resuming_with_another_model_or_optimizer_says_so(trained, capfd):
         (c("model.d_model", 32), ["embed", "config.json"]),
         (c("optimizer.name", "lion"), ["optimizer"]),
     ):
-        assert run_main([SFT, f"--workdir={trained}", c("steps", 4), flag]) == main.BAD_INPUT
+        assert main.main([SFT, f"--workdir={trained}", c("steps", 4), flag]) == Exit.BAD_INPUT
         error = capfd.readouterr().err
         assert all(word in error for word in words), error
         assert "Traceback" not in error

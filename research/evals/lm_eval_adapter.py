@@ -1,15 +1,24 @@
 """Our models for EleutherAI's lm-evaluation-harness (package lm_eval), so that all of its tasks run on them."""
 
+import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import tqdm
 
 from research.errors import InputError, did_you_mean
-from research.evals.scoring import BATCH_TOKENS, Example, encode_context, encode_pair, keep_end, make_loglikelihood
+from research.evals.scoring import (
+    BATCH_TOKENS,
+    Example,
+    Likelihood,
+    encode_context,
+    encode_pair,
+    keep_end,
+    make_loglikelihood,
+)
 from research.models.generation import generate_batches, make_generate
 from research.models.sampling import SamplingConfig, longest_prompt
 from research.models.transformer import Model
@@ -57,78 +66,124 @@ def make_lm(
     Raises:
       InputError: lm_eval isn't installed.
     """
-    lm_eval = import_lm_eval()
-    template = resolve_template(template, tokenizer)
-    special = template != "plain"
-    max_length = model.config.max_length
-    loglikelihood = make_loglikelihood(model, batch_tokens=batch_tokens)
+    base = import_lm_eval().api.model.LM
+    methods = _Methods(
+        model=model,
+        params=params,
+        tokenizer=tokenizer,
+        template=resolve_template(template, tokenizer),
+        score=make_loglikelihood(model, batch_tokens=batch_tokens),
+        batch_size=batch_size,
+        seed=seed,
+    )
+    return type("Understudy", (_Adapter, base), {})(methods)
 
-    def score(examples: Sequence[Example]) -> list[Any]:
+
+class _Adapter:
+    """What lm_eval.api.model.LM asks for; see there for what each method is to do. LM itself is imported late."""
+
+    def __init__(self, methods: "_Methods"):
+        super().__init__()
+        self._methods = methods
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"{self._methods.tokenizer.fingerprint()}-{self._methods.template}"
+
+    @property
+    def max_length(self) -> int:
+        return self._methods.model.config.max_length
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        return self._methods.template
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self._methods.render(chat_history, add_generation_prompt)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return [(out.logprob, out.greedy) for out in self._methods.score_pairs(_args(requests))]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        return [out.logprob for out in self._methods.score_texts([text for (text,) in _args(requests)])]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        return self._methods.generate(_args(requests))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Methods:
+    """A model with its parameters, tokenizer and template, and what the harness has it do.
+
+    Attributes:
+      score: (params, examples, progress) -> likelihoods.
+      batch_size: rows that are decoded at once.
+      seed: of sampling.
+    """
+
+    model: Model
+    params: Any
+    tokenizer: Tokenizer
+    template: str
+    score: Callable[..., list[Likelihood]]
+    batch_size: int
+    seed: int
+
+    @property
+    def special(self) -> bool:
+        """Whether special tokens are read from the text of a context, where the harness has put them."""
+        return self.template != "plain"
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """A conversation as text; without `add_generation_prompt` its last message is the beginning of the answer."""
+        prompt = messages if add_generation_prompt else messages[:-1]
+        beginning = "" if add_generation_prompt else messages[-1]["content"]
+        if self.template == "model":
+            parts = render_parts(self.tokenizer.chat, prompt, add_generation_prompt=True)
+            return "".join(part.text for part in parts) + beginning
+        ids = render_prompt({"messages": prompt}, self.tokenizer, self.template)
+        return self.tokenizer.decode(ids, skip_special=False) + beginning
+
+    def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        """Likelihoods of continuations after their contexts, which lose their beginning where both are too long."""
+        examples = [encode_pair(self.tokenizer, *pair, special=self.special) for pair in pairs]
+        return self._score([keep_end(example, self.model.config.max_length) for example in examples])
+
+    def score_texts(self, texts: Sequence[str]) -> list[Likelihood]:
+        """Likelihoods of whole texts, however long."""
+        return self._score([encode_pair(self.tokenizer, "", text) for text in texts])
+
+    def _score(self, examples: Sequence[Example]) -> list[Likelihood]:
         total = sum(len(example.tokens) - 1 for example in examples)
         with tqdm.tqdm(total=total, unit=" tokens", unit_scale=True, disable=None) as bar:
-            return loglikelihood(params, examples, bar.update)
+            return self.score(self.params, examples, bar.update)
 
-    class Understudy(lm_eval.api.model.LM):
-        """See lm_eval.api.model.LM for what each method is to do."""
+    def generate(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+        """Answers to (context, the harness's generation arguments), in order; those with equal arguments together."""
+        groups: defaultdict[str, list[int]] = defaultdict(list)
+        for i, (_, options) in enumerate(requests):
+            groups[json.dumps(options, sort_keys=True)].append(i)
+        texts: dict[int, str] = {}
+        with tqdm.tqdm(total=len(requests), unit=" prompts", disable=None) as bar:
+            for options, members in groups.items():
+                answers = self._answers([requests[i][0] for i in members], json.loads(options), bar)
+                texts.update(zip(members, answers, strict=True))
+        return [texts[i] for i in range(len(requests))]
 
-        @property
-        def tokenizer_name(self) -> str:
-            return f"{tokenizer.fingerprint()}-{template}"
-
-        @property
-        def max_length(self) -> int:
-            return max_length
-
-        def chat_template(self, chat_template: bool | str = False) -> str:
-            return template
-
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            prompt = chat_history if add_generation_prompt else chat_history[:-1]
-            begun = "" if add_generation_prompt else chat_history[-1]["content"]
-            if template == "model":
-                parts = render_parts(tokenizer.chat, prompt, add_generation_prompt=True)
-                return "".join(part.text for part in parts) + begun
-            ids = render_prompt({"messages": prompt}, tokenizer, template)
-            return tokenizer.decode(ids, skip_special=False) + begun
-
-        def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            pairs = [encode_pair(tokenizer, *pair, special=special) for pair in _args(requests)]
-            return [(out.logprob, out.greedy) for out in score([keep_end(pair, max_length) for pair in pairs])]
-
-        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-            examples = [encode_pair(tokenizer, "", text) for (text,) in _args(requests)]
-            return [out.logprob for out in score(examples)]
-
-        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            groups: defaultdict[str, list[int]] = defaultdict(list)
-            arguments = _args(requests)
-            for i, (_, options) in enumerate(arguments):
-                groups[json.dumps(options, sort_keys=True)].append(i)
-            texts: dict[int, str] = {}
-            with tqdm.tqdm(total=len(arguments), unit=" prompts", disable=None) as bar:
-                for options, members in groups.items():
-                    contexts = [arguments[i][0] for i in members]
-                    for i, text in zip(members, generate(contexts, json.loads(options), bar), strict=True):
-                        texts[i] = text
-            return [texts[i] for i in range(len(arguments))]
-
-    def generate(contexts: Sequence[str], options: Mapping[str, Any], bar: tqdm.tqdm) -> list[str]:
-        config, until = _sampling(options, tokenizer, max_length)
-        longest = longest_prompt(model, config)
-        begun = bar.n
+    def _answers(self, contexts: Sequence[str], options: Mapping[str, Any], bar: tqdm.tqdm) -> list[str]:
+        config, until = _sampling(options, self.tokenizer, self.model.config.max_length)
+        longest = longest_prompt(self.model, config)
+        before = bar.n
         completions = generate_batches(
-            make_generate(model, config, tokenizer.size),
-            params,
-            [ids[-longest:] for ids in encode_context(tokenizer, contexts, special=special)],
-            jax.random.key(seed),
-            batch_size=min(batch_size, len(contexts)),
+            make_generate(self.model, config, self.tokenizer.size),
+            self.params,
+            [ids[-longest:] for ids in encode_context(self.tokenizer, contexts, special=self.special)],
+            jax.random.key(self.seed),
+            batch_size=min(self.batch_size, len(contexts)),
             longest=longest,
-            progress=lambda done: bar.update(begun + done - bar.n),
+            progress=lambda done: bar.update(before + done - bar.n),
         )
-        texts = [tokenizer.decode(completion.tokens) for completion in completions]
+        texts = [self.tokenizer.decode(completion.tokens) for completion in completions]
         return [text[: min((text.find(end) for end in until if end in text), default=None)] for text in texts]
-
-    return Understudy()
 
 
 def evaluate(

@@ -1,20 +1,15 @@
 """Plots and a page from the metrics of a run, or of several compared.
 
-understudy report WORKDIR [WORKDIR ...] [--out=DIR]
-
-Writes one PNG per metric and report.html, a page that needs no other file, into the first WORKDIR/report.
+There is one PNG per metric, and report.html, a page that needs no other file.
 """
 
-import argparse
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from research import files
-from research.errors import InputError
 from research.studies import pages
 from research.studies.history import FIRST, Run, group_metrics, load_run, title_of
 from research.studies.pages import escape
@@ -134,20 +129,3 @@ def _settings(title: str, runs: Sequence[Run], settings: Sequence[Mapping[str, s
     unfolded = "" if differing or len(rows) > 20 else " open"
     parts.append(f"<details{unfolded}><summary>all</summary>{pages.table(header, rows, 'settings')}</details>")
     return "\n".join(parts)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="understudy report", description=__doc__.split("\n")[0])
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run; several are compared")
-    parser.add_argument("--out", help="folder to write to (default: the first WORKDIR/report)")
-    args = parser.parse_args(argv)
-    try:
-        print(write_report(args.workdirs, args.out))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

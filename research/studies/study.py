@@ -1,19 +1,6 @@
-"""Runs a study: an ordered set of stages that name each other's outputs, from one experiment file.
+"""A study: an ordered set of stages that name each other's outputs, planned from one experiment file.
 
-understudy study --config=experiments/x.py[:VARIANT] [--workdir=DIR] [--config.a.b=value ...]
-    [--dry_run] [--keep_going] [--jobs=N] [--only=NAME] [--submit=TEMPLATE] [--report]
-
-The file has `get_config(arg)`, whose config has a section `study` with whatever the study wants to have set from the
-command line, and beside it
-
-def study(config, add):
-    small = add.train("small", {...})  # the config of a run
-    large = add.train("large", {..., "roles": {"teacher": {"init_from": small.workdir}}})
-    labels = add.command("labels", "label", {"model": small.workdir, "output": "{workdir}/labels.jsonl"})
-    return functools.partial(report, [large.workdir])  # report(workdir): called once all stages are done
-
-Finished stages are skipped, and a study that was killed goes on where it was: the same command again. Stages run one
-after the other in this process, or, with --jobs=N, N at a time in processes of their own. docs/studies.md tells more.
+research/commands/study.py is the command, and says what the file has; docs/studies.md tells more.
 """
 
 import dataclasses
@@ -23,23 +10,20 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from research import files
-from research.errors import InputError, did_you_mean, explain_flag_error
+from research.errors import InputError, did_you_mean
 from research.run import run
 from research.studies import stages
-from research.studies.execution import BAD_INPUT, FAILED, STOPPED, StageFailed
+from research.studies.execution import FAILED, StageFailed
 from research.studies.runner import run_stages
 from research.studies.stages import Plan, Stage, finished, state
-from research.studies.submit import submit
 from research.studies.sweep import flag_value
 
 RECORD = "study.json"  # in the study's workdir: its stages, where they are, and how they stand
@@ -174,71 +158,3 @@ def _load(path: str) -> ModuleType:
 def _versions() -> dict[str, str]:
     packages = ("jax", "numpy", "understudy")
     return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs, lists or submits the study that the flags name; argv[0] is the program. Returns the exit status."""
-    if "--help" in argv:
-        print(__doc__)
-        return 0
-    try:
-        values = _parse(argv)
-        named = values["config"].config_filename
-        stem = Path(named.partition(":")[0]).stem
-        workdir = values.workdir or os.path.join("runs", time.strftime(f"%Y-%m-%d_%H-%M-%S_{stem}"))
-        study = plan(named, values.config, workdir, values["config"].override_values)
-        if values.dry_run:
-            study.list()
-        elif values.submit is not None:
-            submit(study.stages, values.submit, study.command, study.report is not None)
-        elif values.only is not None:
-            study.run_one(values.only)
-        elif values.report:
-            study.make_report()
-        else:
-            return study.run(keep_going=values.keep_going, jobs=values.jobs)
-        return 0
-    except InputError as error:
-        return _fail(error, BAD_INPUT)
-    except StageFailed as error:
-        return _fail(error, error.status)
-    except run.Preempted as stop:
-        print(stop, file=sys.stderr)
-        return STOPPED
-
-
-def _parse(argv: Sequence[str]) -> flags.FlagValues:
-    """Reads the flags of a study.
-
-    Raises:
-      InputError: a flag is at fault, or --config isn't given.
-    """
-    values = flags.FlagValues()  # its own: research.main has --config and --workdir as well
-    config_flags.DEFINE_config_file("config", None, "experiments/x.py[:VARIANT]", flag_values=values, sys_argv=[*argv])
-    flags.DEFINE_string("workdir", None, "Default: a dated folder under runs/.", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "List the stages and how they stand.", flag_values=values)
-    flags.DEFINE_bool("keep_going", False, "Go on after a failure.", flag_values=values)
-    flags.DEFINE_integer("jobs", 0, "Run so many stages at a time, each in a process.", 0, flag_values=values)
-    flags.DEFINE_string("only", None, "Run this stage alone.", flag_values=values)
-    flags.DEFINE_string("submit", None, "Command that hands a job to a queue, or print.", flag_values=values)
-    flags.DEFINE_bool("report", False, "Make the report of what is done.", flag_values=values)
-    try:
-        rest = values([*argv])[1:]
-        if rest:
-            raise InputError(f"{rest[0]}: what is that? Flags have the form --name=value.")
-        if values.config is None:
-            raise InputError("--config: names no experiment. For example: --config=experiments/weak_to_strong.py")
-    except Exception as error:
-        raise InputError(explain_flag_error(error, argv)) from error
-    if sum([values.dry_run, values.report, values.only is not None, values.submit is not None]) > 1:
-        raise InputError("--dry_run, --only, --submit and --report: give one of them.")
-    return values
-
-
-def _fail(error: object, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

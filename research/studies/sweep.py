@@ -1,13 +1,9 @@
 """Runs the list of runs that an experiment file defines: a study whose stages need nothing of each other.
 
-understudy sweep --config=experiments/x.py[:VARIANT] --workdir=runs/sweeps/x [--config.a.b=value ...]
-    [--jobs=N] [--metric=eval/loss] [--maximize] [--dry_run]
-
 Each run has a folder of its own below the workdir, and a process of its own. The same command again goes on: finished
 runs are skipped, begun ones resumed. At the end there is a table, in results.csv as well.
 """
 
-import argparse
 import csv
 import dataclasses
 import hashlib
@@ -24,13 +20,11 @@ from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from research import cli, files
-from research.errors import InputError, did_you_mean, explain_flag_error
+from research.errors import InputError, did_you_mean
 from research.run import run
 from research.studies import stages
-from research.studies.execution import BAD_INPUT, FAILED, STOPPED
+from research.studies.execution import FAILED, STOPPED
 from research.studies.runner import PROGRAM, Runner
 from research.studies.stages import Stage, finished, state
 from research.studies.tables import text_table
@@ -99,23 +93,13 @@ def plan(config: str, common: Mapping[str, str], workdir: str) -> list[Entry]:
     for (overrides, _), name in zip(additions, _names(additions), strict=True):
         every = {**common, **overrides}
         flags = [f"--config={config}", *(f"--config.{k}={v}" for k, v in every.items())]
-        settings = stages.run_settings(name, _config(flags))
+        settings = stages.run_settings(name, cli.read_experiment(flags).config)
         stage = stages.make_stage(name, "train", settings, (), os.path.join(workdir, name))
         command = ("python", "-m", "research.main", flags[0], f"--workdir={stage.workdir}", *flags[1:])
         entries.append(Entry(stage, overrides, {"config": origin, "overrides": every}, command))
     for entry in entries:
         _check_folder(entry)
     return entries
-
-
-def _config(argv: Sequence[str]) -> ConfigDict:
-    """The config that research.main would have by these flags."""
-    values = cli.experiment_flags(argv)
-    try:
-        values(["sweep", *argv])
-        return values.config
-    except Exception as error:
-        raise InputError(explain_flag_error(error, argv)) from error
 
 
 def flag_value(field: str, value: Any) -> str:
@@ -325,37 +309,3 @@ def _check_folder(entry: Entry) -> None:
         raise InputError(
             f"{folder} holds a run with other settings: {difference}. Name another --workdir, or delete that folder."
         )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="understudy sweep", allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="experiments/x.py, or experiments/x.py:VARIANT")
-    parser.add_argument("--workdir", required=True, help="folder of the sweep")
-    parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
-    parser.add_argument("--metric", help="sort by this (default: eval/loss if there)")
-    parser.add_argument("--maximize", action="store_true", help="the highest metric comes first")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
-    args, rest = parser.parse_known_args(argv)
-    common = {}
-    for flag in rest:
-        match = re.fullmatch(r"--config\.([^=]+)=(.*)", flag, re.DOTALL)
-        if not match:
-            parser.error(f"unknown argument {flag!r}; overrides for all runs are --config.FIELD=VALUE")
-        common[match[1]] = match[2]
-    try:
-        return sweep(
-            args.config,
-            common,
-            args.workdir,
-            jobs=args.jobs,
-            metric=args.metric,
-            maximize=args.maximize,
-            dry_run=args.dry_run,
-        )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-
-
-if __name__ == "__main__":
-    sys.exit(main())

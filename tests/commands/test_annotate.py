@@ -13,6 +13,7 @@ from runs import load
 from research import config, loading
 from research.commands import annotate
 from research.errors import InputError
+from research.evals import teacher_annotations
 from research.ops import divergences
 from research.run import metrics, run
 from research.sources import annotations, dataset
@@ -106,11 +107,11 @@ def files(path):
 
 
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_left_alone(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(annotate, "_GROUP_TOKENS", 64)  # fewer than a batch of rows has
+    monkeypatch.setattr(teacher_annotations, "_GROUP_TOKENS", 64)  # fewer than a batch of rows has
     flags = ["--config=experiments/sft.py:debug", f"--config.data.path={folder}/pairs.jsonl", "--k=4"]
     flags += [f"--teacher={folder}/teacher", "--config.seq_len=32", "--config.batch_size=8"]
     assert annotate.main([*flags, f"--output={tmp_path}/whole"]) == 0
-    mark, marked = annotate._mark, []
+    mark, marked = teacher_annotations._mark, []
 
     def die(path, done, segments):
         if done and len(marked) % 2:  # the files are written; that they are isn't known
@@ -119,7 +120,7 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_left_alone(folder, tmp
         marked.append(done)
         mark(path, done, segments)
 
-    monkeypatch.setattr(annotate, "_mark", die)
+    monkeypatch.setattr(teacher_annotations, "_mark", die)
     statuses = []
     while len(statuses) < 10 and 0 not in statuses:
         statuses.append(annotate.main([*flags, f"--output={tmp_path}/cut"]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from runs import assert_same
 
-from research import main
+from research.errors import Exit
 from research.run import checkpoint, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -65,10 +65,10 @@ def test_killed_run_ends_with_the_same_parameters(number, times, whole, tmp_path
         process.send_signal(number)
         statuses.append(process.wait())
         saved.append(max(checkpoint.steps(workdir), default=0))
-        assert statuses[-1] in (-number, main.PREEMPTED), Path(f"{workdir}.log").read_text()[-3000:]
+        assert statuses[-1] in (-number, Exit.PREEMPTED), Path(f"{workdir}.log").read_text()[-3000:]
     assert all(a <= b for a, b in itertools.pairwise(saved)), f"a checkpoint was lost: {saved}"
     assert len(set(saved)) > 2, f"the kills came at too few places: {saved}"
-    assert number != signal.SIGTERM or main.PREEMPTED in statuses
+    assert number != signal.SIGTERM or Exit.PREEMPTED in statuses
     print(f"statuses {statuses}, newest checkpoints {saved}")
     finish(workdir)
     assert_same(whole, workdir)

@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 
+from research.commands import report as command
 from research.errors import InputError
 from research.run.metrics import Writer
-from research.studies import plots, report
+from research.studies import plots
 from research.studies.history import Run, group_metrics, load_run
 from research.studies.report import write_report
 
@@ -142,7 +143,7 @@ def test_bad_workdirs_are_named_and_nothing_is_written(tmp_path, capsys):
     with pytest.raises(InputError, match=r"config\.json: is no JSON"):
         write_report([good])
     assert not (tmp_path / "good/report").exists()
-    assert report.main([str(tmp_path / "nowhere")]) == 2
+    assert command.main([f"--workdir={tmp_path / 'nowhere'}"]) == 2
     assert "error: " in capsys.readouterr().err
 
 

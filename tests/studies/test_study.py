@@ -12,13 +12,13 @@ import time
 
 import pytest
 
+from research.commands.study import main
 from research.errors import InputError
 from research.run import checkpoint, metrics, run
 from research.studies import execution, stages
 from research.studies.execution import BAD_INPUT, DIVERGED, FAILED, STOPPED
 from research.studies.runner import run_stages
 from research.studies.stages import Plan, state
-from research.studies.study import main
 
 # A command's module: `mode` says how it ends; each call is noted in OUTPUT.calls.
 TOY = """
@@ -112,7 +112,7 @@ def runs(monkeypatch):
 
 
 def command(experiment, tmp_path, *flags):
-    return main(["study", f"--config={experiment}", f"--workdir={tmp_path}/runs/x", *flags])
+    return main([f"--config={experiment}", f"--workdir={tmp_path}/runs/x", *flags])
 
 
 def stems(names):
@@ -319,7 +319,7 @@ def test_studies_share_stages_whatever_they_call_them(tmp_path, experiment, runs
     runs.clear()
     other = tmp_path / "y.py"
     other.write_text(EXPERIMENT.replace('"small"', '"floor"').replace("student", "pupil").replace('"labels"', '"weak"'))
-    assert main(["study", f"--config={other}", f"--workdir={tmp_path}/runs/y", "--config.study.seeds=3"]) == 0
+    assert main([f"--config={other}", f"--workdir={tmp_path}/runs/y", "--config.study.seeds=3"]) == 0
     assert stems(runs) == ["pupil-s2"]
     record = json.loads((tmp_path / "runs/y/study.json").read_text())
     assert [s["name"] for s in record["stages"]] == ["floor", "weak", "pupil-s0", "pupil-s1", "pupil-s2"]
@@ -520,7 +520,7 @@ def test_command_line_errors(tmp_path, experiment, capsys):
         assert command(experiment, tmp_path, *flags) == BAD_INPUT
         printed = capsys.readouterr().err
         assert re.search(message, printed), printed
-    assert main(["study", "--config=experiments/sft.py", "--dry_run"]) == BAD_INPUT
+    assert main(["--config=experiments/sft.py", "--dry_run"]) == BAD_INPUT
     assert "no section `study`" in capsys.readouterr().err
 
 

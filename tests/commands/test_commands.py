@@ -1,0 +1,224 @@
+"""What holds for every command: help, errors of flags, exit statuses, and that a command is one file."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from research import cli, commands
+from research.bench import names as bench_names
+from research.bench import parts
+from research.devices import startup
+from research.errors import Exit, InputError
+from research.evals.scoring import BATCH_TOKENS
+from research.sources.formats import TEMPLATES
+
+NAMES = cli.names()
+DOCS = Path(__file__).parents[2] / "docs/commands.md"
+
+
+def load(name):
+    return importlib.import_module(f"research.commands.{name}")
+
+
+@pytest.fixture
+def run(capsys):
+    """Command line -> status, stdout, stderr."""
+
+    def run(*argv):
+        status = cli.main(argv)
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") <= 1, captured.err
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_shows_every_flag_with_its_default_and_an_example(name, run):
+    status, out, err = run(name, "--help")
+    assert (status, err) == (0, "")
+    command = load(name).COMMAND
+    flags = out.split("\nFlags:\n")[1].split("\n\nExample")[0]
+    blocks = re.split(r"\n  (?=--)", "\n" + flags)[1:]
+    assert len(blocks) == len(command.flags) + command.experiment
+    for block in blocks:
+        assert re.search(r"Required\.|Default: \S", " ".join(block.split())), block
+    assert out.split("\nFlags:\n")[0].startswith(cli.summary(name))
+    assert f"\n  understudy {name} --" in out.split("\nExample")[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_are_command_lines_that_can_be_read(name):
+    for example in load(name).COMMAND.examples:
+        words = shlex.split(example)
+        assert words[:2] == ["understudy", name]
+        load(name).COMMAND.parse(words[2:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_misspelt_flag_names_the_nearest(name, run):
+    flag = next(flag for flag in load(name).COMMAND.flags if len(flag.name) > 3)
+    misspelt = flag.name[:-2] + flag.name[-1] + flag.name[-2] if flag.name[-1] != flag.name[-2] else flag.name + "x"
+    status, out, err = run(name, f"--{misspelt}=1")
+    assert (status, out) == (2, "")
+    assert err == f"error: --{misspelt}: no such flag. Did you mean '--{flag.name}'?\n"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if load(name).COMMAND.experiment])
+def test_a_misspelt_config_or_field_names_the_nearest(name, run):
+    assert "--confg: no such flag. Did you mean '--config'?" in run(name, "--confg=experiments/sft.py")[2]
+    required = [f"--{flag.name}=x" for flag in load(name).COMMAND.flags if flag.required]
+    status, _, err = run(name, "--config=experiments/sft.py:debug", "--config.step=5", *required)
+    assert (status, err) == (2, "error: --config.step=5: no such field 'step'. Did you mean 'steps'?\n")
+    status, _, err = run(name, "--config=experiments/sftt.py", *required)
+    assert (status, "Did you mean 'experiments/sft.py'?" in err) == (2, True)
+    assert "config.steps=5: flags begin with two dashes. Write --config.steps=5.\n" in run(name, "config.steps=5")[2]
+    assert "Write --config=experiments/sft.py.\n" in run(name, "-config=experiments/sft.py")[2]
+    assert (
+        "is no flag. Flags have the form --name=value: write --config=experiments/sft.py.\n"
+        in (run(name, "experiments/sft.py")[2])
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_flags_are_named_with_an_example(name, run):
+    command = load(name).COMMAND
+    required = ["config"] * command.experiment + [flag.name for flag in command.flags if flag.required]
+    status, _, err = run(name)
+    assert status == 2
+    assert all(f"--{flag}" in err for flag in required)
+    assert not required or f"missing. Example: understudy {name} " in err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_thing_has_one_name(name, run):
+    """A former name is an error that says the present one; flags of several commands mean the same."""
+    command = load(name).COMMAND
+    known = {flag.name for flag in command.flags}
+    for old, new in command.renamed.items():
+        assert new in known
+        assert run(name, f"--{old}=x")[2] == f"error: --{old}: is called --{new} now. Write --{new}=x.\n"
+    assert not known & {"input", "out", "checkpoint", "prompts", "json", "limit", "batch", "outdir", "num_records"}
+
+
+def test_single_dashes_positional_words_and_flags_without_a_value(run):
+    assert "-data=x: flags begin with two dashes. Write --data=x.\n" in run("split", "-data=x")[2]
+    assert (
+        "x.jsonl: is no flag. Flags have the form --name=value: write --data=x.jsonl.\n" in run("split", "x.jsonl")[2]
+    )
+    assert "-x=1: isn't of the form --name=value." in run("split", "-x=1")[2]
+    assert "--data: has no value. Write --data=DATA.\n" in run("split", "--data")[2]
+    assert "--seed = many: must be a whole number.\n" in run("split", "--seed=many")[2]
+    assert "--template = caht: no such choice. Did you mean 'chat'?\n" in run("score", "--template=caht")[2]
+    assert "--verified=perhaps" not in run("filter", "--verified=true")[2]
+    assert "--verified = perhaps: must be true or false.\n" in run("filter", "--verified=perhaps")[2]
+
+
+def test_flags_are_read_in_both_forms():
+    parse = load("generate").COMMAND.parse
+    args = parse(["--model", "m", "--prompt=a=b", "--temperature", "-1", "--ema", "--stop=x", "--stop", "y"])
+    assert (args.model, args.prompt, args.temperature, args.ema, args.stop) == ("m", "a=b", -1.0, True, ["x", "y"])
+    assert parse(["--model=m", "--ema", "--noema"]).ema is False
+    assert parse(["--model=m", "--step=best"]).step == "best"
+    assert parse(["--model=m"]).stop == []
+
+
+def test_an_experiment_has_its_overrides():
+    args = load("train").COMMAND.parse(["--config=experiments/sft.py:debug", "--config.steps", "7", "--workdir=x"])
+    assert args.experiment.config.steps == 7
+    assert args.experiment.path == "experiments/sft.py"
+    assert args.experiment.texts == {"steps": "7"}
+    assert args.experiment.flags == ("--config=experiments/sft.py:debug", "--config.steps=7")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (InputError("data.path: is\n  missing"), 2, "error: data.path: is missing\n"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command goes on\n"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "error: /x: Permission denied.\n"),
+    ],
+)
+def test_how_a_command_ends(error, status, said, capsys):
+    def work():
+        raise error
+
+    assert cli.finish(work, resumable=True) == status
+    assert capsys.readouterr().err == said
+    assert cli.finish(lambda: None) == Exit.DONE == 0
+
+
+def test_all_commands_are_listed(run):
+    for argv in ((), ("--help",)):
+        status, out, _ = run(*argv)
+        assert status == 0
+        listed = dict(re.findall(r"^  (\w+) +(\S.*)$", out, re.MULTILINE))
+        assert sorted(listed) == NAMES
+        assert all(listed[name].endswith(".") for name in NAMES)
+    assert "Others:" not in out
+    assert "sore: no such command. Did you mean 'score'?" in run("sore")[2]
+    assert "Write: understudy train --config=experiments/sft.py" in run("experiments/sft.py")[2]
+    assert "Write: understudy train --config=experiments/sft.py" in run("--config=experiments/sft.py")[2]
+
+
+def test_a_command_is_one_file(tmp_path, run, monkeypatch):
+    (tmp_path / "count.py").write_text(
+        '"""Counts the lines of a file."""\n'
+        "from research import cli\n"
+        "from research.cli import Flag\n"
+        'COMMAND = cli.Command("count", __doc__, (Flag("data", "the file", required=True),), ("understudy count",))\n'
+        "def main(argv):\n"
+        "    return COMMAND.run(argv, lambda args: print(len(open(args.data).readlines())))\n"
+    )
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "research.commands.count", raising=False)
+    assert "Others:\n  count      Counts the lines of a file." in run()[1]
+    assert run("count", f"--data={tmp_path / 'count.py'}") == (0, "6\n", "")
+    assert "--data: is missing" in run("count")[2]
+    del commands.count, sys.modules["research.commands.count"]
+
+
+def test_commands_that_train_prepare_their_process(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(startup, "leave_loops", lambda: calls.append("loops"))
+    monkeypatch.setattr(startup, "use_huge_pages", lambda: calls.append("pages"))
+    for name in NAMES:
+        monkeypatch.setattr(sys, "argv", ["understudy", name, "--no_such_flag"])
+        assert cli.console() == 2
+    assert calls == ["loops", "pages"] * len(commands.STEPS)
+    assert set(commands.STEPS) < set(NAMES)
+
+
+def test_a_help_or_a_wrong_flag_imports_neither_jax_nor_numpy():
+    code = "import sys; from research import cli; cli.main(sys.argv[1:]); sys.exit('jax' in sys.modules)"
+    for name in NAMES:
+        for flags in (["--help"], ["--no_such_flag"]):
+            done = subprocess.run([sys.executable, "-c", code, name, *flags], capture_output=True, env=dict(os.environ))
+            assert done.returncode == 0, (name, done.stderr)
+
+
+def test_what_flags_say_is_what_there_is():
+    """Values that the commands write down themselves, so as not to import what they come from."""
+    assert cli.BATCH_TOKENS.default == BATCH_TOKENS
+    assert all(template in cli.TEMPLATE.help for template in TEMPLATES)
+    for template in TEMPLATES:
+        assert cli.TEMPLATE.parse(template) == template
+    assert tuple(parts.PARTS) == bench_names.PARTS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_docs_have_the_help(name):
+    text = DOCS.read_text(encoding="utf-8")
+    assert load(name).COMMAND.help() in text, f"docs/commands.md: write `understudy {name} --help` anew"
+
+
+def test_the_docs_have_the_exit_statuses():
+    text = DOCS.read_text(encoding="utf-8")
+    for status in Exit:
+        assert re.search(rf"^\| {status.value} \| {status.name} \|", text, re.MULTILINE), status
