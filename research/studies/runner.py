@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -124,30 +124,37 @@ class Runner:
             stages.write_stage(stage)
             self._todo.remove(stage)
             self._waiting = False
-            began, command = time.monotonic(), self.commands.get(stage.id, "")
             if self.jobs:
-                line = [*self.program, stage.workdir, command]
-                # The lock is the child's as well: it lasts as long as the child, also when this process is killed.
-                # Its own session keeps Ctrl-C from reaching it twice.
-                process = subprocess.Popen(
-                    line, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                )
-                self._children[stage.id] = _Child(stage, process, began)
-                self._print(stage, f"started, log in {log.name}")
-                self.record()
-                return True
-            self.record()
-            try:
-                label = self._labels[stage.id]
-                values = execution.run_stage(stage, log, label=label, command=command, stop=self._stop)
-            except StageFailed as error:
-                self._fail(stage, error)
+                self._spawn(stage, log)
             else:
-                self._succeed(stage, values, time.monotonic() - began)
+                self._run_here(stage, log)
         self.record()
+        return True
+
+    def _spawn(self, stage: Stage, log: TextIO) -> None:
+        """Starts a process for a stage.
+
+        The lock on the log is the child's as well: it lasts as long as the child, also when this process is killed. A
+        session of its own keeps Ctrl-C from reaching the child twice.
+        """
+        line = [*self.program, stage.workdir, self.commands.get(stage.id, "")]
+        process = subprocess.Popen(
+            line, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        self._children[stage.id] = _Child(stage, process, time.monotonic())
+        self._print(stage, f"started, log in {log.name}")
+
+    def _run_here(self, stage: Stage, log: TextIO) -> None:
+        self.record()  # it runs now
+        label, command, began = self._labels[stage.id], self.commands.get(stage.id, ""), time.monotonic()
+        try:
+            values = execution.run_stage(stage, log, label=label, command=command, stop=self._stop)
+        except StageFailed as error:
+            self._fail(stage, error)
+        else:
+            self._succeed(stage, values, time.monotonic() - began)
         if self._stop.is_set() and self._todo:  # it came when the run was about to end anyway
             self._end = run.Preempted(f"stopped after stage {stage.name}. The same command goes on from there.")
-        return True
 
     def _collect(self) -> bool:
         """Takes note of signals and of processes that have ended; says whether one has."""
