@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -124,3 +125,8 @@ def test_a_model_type_that_is_almost_the_new_one_gets_a_hint(tortoise):
     (tortoise / "config.json").write_text(json.dumps({**CONFIG, "model_type": "tortois"}))
     with pytest.raises(InputError, match=r"model_type = 'tortois': no such architecture here.*tortoise"):
         load.open_pretrained(str(tortoise))
+
+
+def test_the_documentation_shows_this_module():
+    page = Path(families.__file__).parents[3] / "docs" / "models.md"
+    assert MODULE.strip() in page.read_text()
