@@ -72,7 +72,7 @@ class Stepper:
 def with_objective(config: Config, name: str) -> Config:
     """The config with one objective on the same model; what it wants of other roles is of the policy's architecture."""
     spec = {"terms": {name: 1.0}, **{k: v for k, v in config.objective.items() if k == name}}
-    term, _ = objectives.load(spec)[name]
+    term = objectives.load(spec)[name].objective
     described = {**config.model, "init_from": ""}
     roles = {role: config.roles.get(role, described) for role in (*term.frozen, *term.trainable) if role != "policy"}
     model = config.model
