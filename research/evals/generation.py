@@ -38,7 +38,7 @@ def make_generation(
     records: Sequence[Record],
     *,
     verify: Callable[[Record, str], bool],
-    template: str,
+    template: str | Sequence[str],
     batch_size: int,
 ) -> Callable[[Any, jax.Array], tuple[dict[str, float], list[Sample]]]:
     """Returns evaluate(params, key) -> (metrics, a Sample for each prompt, in the order of `records`).
@@ -54,7 +54,7 @@ def make_generation(
       tokenizer: of the model.
       records: with prompt and response, or messages, whose last turn is the expected answer; perhaps `task`.
       verify: (record, completion) -> is it right? The record has `response` in any case.
-      template: see sources.formats.
+      template: how records are put to the model, see sources.formats; or one for each record.
       batch_size: prompts decoded at once.
 
     Raises:
@@ -62,7 +62,8 @@ def make_generation(
     """
     generate = make_generate(model, config, tokenizer.size)
     longest = longest_prompt(model, config)
-    rendered = [(record, render_prompt(record, tokenizer, template)) for record in records]
+    templates = [template] * len(records) if isinstance(template, str) else template
+    rendered = [(r, render_prompt(r, tokenizer, t)) for r, t in zip(records, templates, strict=True)]
     fitting = [(record, prompt) for record, prompt in rendered if len(prompt) <= longest]
     if not fitting:
         raise InputError(

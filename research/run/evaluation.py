@@ -101,7 +101,7 @@ def make_evaluation(
             tokenizer,
             records,
             verify=tasks.verify_record,
-            template=config.data["template"],
+            template=data.held_out_templates[: config.eval.generate],
             batch_size=min(len(records), ANSWERS_AT_ONCE),
         )
     return Evaluation(config, writer, loss, answers, loaded)

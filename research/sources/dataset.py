@@ -38,6 +38,7 @@ class Data:
       held_out: rows for evaluation; none where eval_fraction is 0 and there is no eval_path.
       held_out_records: at most 256 held-out records with prompts (prompt, response or messages, and whatever
         else they held), one a prompt, in random order: for evaluations that generate.
+      held_out_templates: how each of them is put to a model: the template of its source.
       report: counts of all that was read, dropped, cut and packed.
     """
 
@@ -46,6 +47,7 @@ class Data:
     train: list[tuple[Rows, float]]
     held_out: Rows
     held_out_records: list[dict[str, Any]]
+    held_out_templates: list[str]
     report: dict[str, Any]
 
 
@@ -88,7 +90,7 @@ def load(
     inputs = _same_classes([_open(*each, spec, tokenizer, teacher) for each in (*train_on, *eval_on)], spec)
     train_inputs, eval_inputs = inputs[: len(entries)], inputs[len(entries) :]
 
-    to_train, to_eval, samples = _split(train_inputs, eval_inputs, spec.eval_fraction)
+    to_train, to_eval, limit = _split(train_inputs, eval_inputs, spec.eval_fraction)
     parts = _parts(train_inputs, to_train)
     rng = np.random.default_rng(seed) if spec.shuffle else None
     groups = [parts] if weights is None else [[part] for part in parts]
@@ -106,13 +108,15 @@ def load(
     }
     _add_shares(report["sources"], train, counts, eval_counts)
     if eval_inputs:
-        report["train"]["dropped_as_in_eval_path"] = sum(int(np.sum(~chosen)) for chosen in to_train)
+        report["train"]["dropped_as_in_eval_path"] = sum(int(np.sum(~mask)) for mask in to_train)
+    samples = _samples(eval_inputs or train_inputs, limit, spec.seq_len)
     return Data(
         tokenizer=tokenizer,
         source_names=spec_lib.names(spec),
         train=train,
         held_out=finish(held_out),
-        held_out_records=_records(samples, spec),
+        held_out_records=[record for record, _ in samples],
+        held_out_templates=[template for _, template in samples],
         report=report,
     )
 
@@ -281,19 +285,20 @@ def _make_tokenizer(
     return make_tokenizer(tokenizer_spec, texts, texts_id=name, cache_dir=spec.cache_dir)
 
 
-def _split(inputs: Sequence[_Input], eval_inputs: Sequence[_Input], fraction: float):
-    """Returns which examples of each input to train on, which of each of `eval_inputs or inputs` to hold out, as
-    lists of [E] bool, and the held-out samples."""
+def _split(
+    inputs: Sequence[_Input], eval_inputs: Sequence[_Input], fraction: float
+) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+    """Returns which examples of each input to train on, and which of each of `eval_inputs or inputs` to hold out, as
+    lists of [E] bool; of the latter, all have keys below the number that comes third."""
     stores, eval_stores = [each.store for each in inputs], [each.store for each in eval_inputs]
     if eval_stores:
         eval_keys = np.concatenate([store.key for store in eval_stores])
         to_train = [~np.isin(store.key, eval_keys) for store in stores]
         to_eval = [np.ones(len(store.key), bool) for store in eval_stores]
-        return to_train, to_eval, [sample for store in eval_stores for sample in store.samples]
+        return to_train, to_eval, _KEYS
     limit = _held_out_below(np.concatenate([store.key for store in stores]), fraction)
     to_eval = [store.key < np.uint64(limit) for store in stores]
-    samples = [sample for store in stores for sample in store.samples if sample["key"] < limit]
-    return [~chosen for chosen in to_eval], to_eval, samples
+    return [~mask for mask in to_eval], to_eval, limit
 
 
 def _held_out_below(keys: np.ndarray, fraction: float) -> int:
@@ -376,6 +381,12 @@ def _add_shares(
         source["held_out_examples"] = count["examples"]
 
 
-def _records(samples: list[dict[str, Any]], spec: DataSpec) -> list[dict[str, Any]]:
-    one_a_prompt = {sample["key"]: sample["record"] for sample in samples if sample["length"] <= spec.seq_len}
+def _samples(inputs: Sequence[_Input], limit: int, seq_len: int) -> list[tuple[dict[str, Any], str]]:
+    """Held-out records of keys below `limit`, one a prompt, with the templates of their sources."""
+    one_a_prompt = {
+        sample["key"]: (sample["record"], each.entry.options.template)
+        for each in inputs
+        for sample in each.store.samples
+        if sample["key"] < limit and sample["length"] <= seq_len
+    }
     return [one_a_prompt[key] for key in sorted(one_a_prompt)[:SAMPLES]]

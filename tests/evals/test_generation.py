@@ -66,6 +66,12 @@ def test_an_answer_without_an_end_runs_on():
     assert metrics["exact_match"] == 0
 
 
+def test_each_record_may_have_a_template_of_its_own():
+    records = [{"prompt": "x", "response": "ab"}] * 2  # the model answers where a prompt ends with <|assistant|>
+    _, samples = _make(records, template=["plain", "chat"])(_says("ab"), jax.random.key(0))
+    assert [sample.correct for sample in samples] == [False, True]
+
+
 def test_no_prompt_that_fits_is_an_error():
     with pytest.raises(InputError, match=r"none of 1 prompts fits into 56 tokens"):
         _make([{"prompt": "long " * 20, "response": "abc"}])

@@ -145,6 +145,14 @@ def test_every_option_of_a_source_has_an_effect(tmp_path):
     assert "<|bos|>q1yes<|eos|>" in inherited
 
 
+def test_held_out_prompts_are_put_as_their_source_puts_them(paths):
+    sources = {"a": {"path": paths[0], "template": "plain"}, "b": {"path": "tasks:copy", "examples": 60}}
+    data = load(DataSpec("", sources=sources, seq_len=64, eval_fraction=0.2), BYTE)
+    assert set(data.held_out_templates) == {"plain", "auto"}
+    pairs = zip(data.held_out_records, data.held_out_templates, strict=True)
+    assert all((template == "plain") == ("task" not in record) for record, template in pairs)
+
+
 def test_a_path_may_hold_a_comma(tmp_path):
     path = write(tmp_path / "a,b.jsonl", [{"text": f"t{i}"} for i in range(10)])
     assert load(DataSpec("", sources={"one": {"path": path}}, seq_len=16), BYTE).report["sources"][0]["records"] == 10
