@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from research.commands import generate
+from research.devices.sharding import RULES
 from research.errors import InputError
 from research.evals import completions, conversation
 from research.models.config import ModelConfig
@@ -35,6 +36,7 @@ def run(monkeypatch, capsys, tmp_path):
         hidden=None,
         hidden_at=None,
         attention_inputs=None,
+        rules=RULES,
         unembed=lambda params: Head(jnp.eye(V), None, 0.0),
         init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length, 1)),) * 2,),
         unstack=lambda params: params,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from research import params
+from research.devices.sharding import RULES
 from research.errors import InputError
 from research.evals import tasks
 from research.models.config import ModelConfig
@@ -31,6 +32,7 @@ def _says(text):
         hidden=None,
         hidden_at=None,
         attention_inputs=None,
+        rules=RULES,
         unembed=lambda params: Head(jnp.eye(V), None, 0.0),
         init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length, 1)),) * 2,),
         unstack=lambda params: params,

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from research.devices.sharding import RULES
 from research.errors import InputError
 from research.evals.generation import make_generation
 from research.models.config import ModelConfig
@@ -23,6 +24,7 @@ def _table_model(max_length=64):
         hidden=None,
         hidden_at=None,
         attention_inputs=None,
+        rules=RULES,
         unembed=lambda params: Head(jnp.eye(V), None, 0.0),
         init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length, 1)),) * 2,),
         unstack=lambda params: params,
