@@ -211,7 +211,7 @@ def check(config: Config, *, num_devices: int) -> None:
         )
     shape = dict(zip(sharding.AXES, sharding.mesh_shape(dataclasses.asdict(config.mesh), num_devices), strict=True))
     _check_rules(config.rules)
-    rules = {**sharding.RULES, **config.rules}
+    rules = sharding.make_rules(config.rules)
     over = [axis for axis in sharding.AXES if axis in sharding.mesh_axes(rules["batch"])]
     unit = math.prod(shape[axis] for axis in over) * config.microbatches
     if config.batch_size % unit:

@@ -75,7 +75,7 @@ def find(name: str, *, step: int | str | None = None, ema: bool = False) -> Foun
     return Found(
         name=name,
         config=c,
-        rules=dict(sharding.RULES),
+        rules=sharding.RULES,
         tokenizer=lambda: _tokenizer(found.where),
         has_tokenizer=tokenizers.is_there(found.where),
         template="auto",
@@ -105,7 +105,7 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
     return Found(
         name=workdir,
         config=config_lib.model_config(config, tokenizer.size),
-        rules={**sharding.RULES, **config.rules},
+        rules=sharding.make_rules(config.rules),
         tokenizer=lambda: tokenizer,
         has_tokenizer=True,
         template=config.data["template"],

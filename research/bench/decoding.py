@@ -70,7 +70,7 @@ def decode(bench: Bench) -> Iterator[Result]:
 
 
 def _decoder(bench: Bench) -> Decoder:
-    rules = {**sharding.RULES, **bench.config.rules}
+    rules = sharding.make_rules(bench.config.rules)
     model = transformer.make_model(config_lib.model_config(bench.config, bench.vocab_size), rules)
     specs, longest = transformer.in_compute_dtype(model), model.config.max_length
     placed = params.shardings(specs, bench.mesh, rules)

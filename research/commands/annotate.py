@@ -86,7 +86,7 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
     )
     inputs = resolve.resolve(plain, output)
     base, tokenizer, config = inputs.bases["teacher"], inputs.data.tokenizer, inputs.config
-    rules = {**sharding.RULES, **config.rules}
+    rules = sharding.make_rules(config.rules)
     model = transformer.make_model(config_lib.model_config(config, tokenizer.size, role="teacher"), rules)
     if not 0 < k <= tokenizer.size:
         raise InputError(f"--k={k}: must be in 1..{tokenizer.size}, the size of the tokenizer.")

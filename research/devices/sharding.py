@@ -128,7 +128,7 @@ def make_abstract_mesh(sizes: Mapping[str, int], num_devices: int) -> AbstractMe
     return AbstractMesh(mesh_shape(sizes, num_devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def partition(axes: Sequence[str | None], rules: Mapping[str, Any] = RULES) -> PartitionSpec:
+def partition(axes: Sequence[str | None], rules: Mapping[str, Any]) -> PartitionSpec:
     """Logical axes -> PartitionSpec. An axis missing from `rules` is a KeyError: a typo in a model."""
     return PartitionSpec(*(None if axis is None else rules[axis] for axis in axes))
 
@@ -154,14 +154,14 @@ def named(
     return NamedSharding(mesh, spec)
 
 
-def local_rows(mesh: Mesh, batch_size: int, rules: Mapping[str, Any] = RULES) -> list[int]:
+def local_rows(mesh: Mesh, batch_size: int, rules: Mapping[str, Any]) -> list[int]:
     """The rows of a global batch that devices of this process hold, in order."""
     rows = range(batch_size)
     held = NamedSharding(mesh, partition(("batch",), rules)).addressable_devices_indices_map((batch_size,))
     return sorted({row for (index,) in held.values() for row in rows[index]})
 
 
-def constrain(x: jax.Array, axes: Sequence[str | None], rules: Mapping[str, Any] = RULES) -> jax.Array:
+def constrain(x: jax.Array, axes: Sequence[str | None], rules: Mapping[str, Any]) -> jax.Array:
     """Pins an activation's layout to the mesh in context (jax.set_mesh); without a mesh, does nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x

@@ -15,7 +15,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
+
+Classes = Float[Array, "*N C"]
+Positions = Float[Array, "*N"]
+Scalar = Float[Array, ""]
 
 LOG_ZERO = math.log(1e-4)
 
@@ -31,11 +35,11 @@ class Scores(NamedTuple):
       weight_sum: the weights.
     """
 
-    nll_sum: jax.Array
-    correct_sum: jax.Array
-    brier_sum: jax.Array
-    confidence_sum: jax.Array
-    weight_sum: jax.Array
+    nll_sum: Scalar
+    correct_sum: Scalar
+    brier_sum: Scalar
+    confidence_sum: Scalar
+    weight_sum: Scalar
 
 
 class RunningThresholds(NamedTuple):
@@ -47,9 +51,9 @@ class RunningThresholds(NamedTuple):
       seen: scalar float32, over how many positions.
     """
 
-    thresholds: jax.Array
-    prior: jax.Array
-    seen: jax.Array
+    thresholds: Float[Array, " C"]
+    prior: Float[Array, " C"]
+    seen: Scalar
 
 
 class ThresholdSums(NamedTuple):
@@ -61,40 +65,54 @@ class ThresholdSums(NamedTuple):
       count: scalar float32, how many positions there are.
     """
 
-    above: jax.Array
-    labels: jax.Array
-    count: jax.Array
+    above: Float[Array, " C"]
+    labels: Float[Array, " C"]
+    count: Scalar
 
 
 def cross_entropy(
-    logits: jax.Array, labels: jax.Array, weights: jax.Array, *, label_smoothing: float = 0.0
-) -> jax.Array:
+    logits: Classes,
+    labels: Classes,
+    weights: Positions,
+    *,
+    label_smoothing: float = 0.0,
+) -> Scalar:
     """-sum_c y_c log p_c, with y = (1 - label_smoothing) label + label_smoothing / C (arXiv:1512.00567, section 7)."""
     log_p, labels, weights = _prepare(logits, labels, weights)
     y = (1 - label_smoothing) * labels + label_smoothing / logits.shape[-1]
     return _sum(weights, -jnp.sum(y * log_p, axis=-1))
 
 
-def hard_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+def hard_cross_entropy(logits: Classes, labels: Classes, weights: Positions) -> Scalar:
     """-log p_k, k the label's most likely class (the first, where several are)."""
     return cross_entropy(logits, harden(labels), weights)
 
 
-def forward_kl(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+def forward_kl(logits: Classes, labels: Classes, weights: Positions) -> Scalar:
     """KL(label || p): the cross-entropy less the labels' entropy, with the same gradient."""
     log_p, labels, weights = _prepare(logits, labels, weights)
     return _sum(weights, _kl(labels, log_p))
 
 
-def reverse_kl(logits: jax.Array, labels: jax.Array, weights: jax.Array, *, log_zero: float = LOG_ZERO) -> jax.Array:
+def reverse_kl(
+    logits: Classes,
+    labels: Classes,
+    weights: Positions,
+    *,
+    log_zero: float = LOG_ZERO,
+) -> Scalar:
     """KL(p || label) = sum_c p_c (log p_c - log label_c), where log label_c is at least `log_zero`."""
     log_p, labels, weights = _prepare(logits, labels, weights)
     return _sum(weights, jnp.sum(jnp.exp(log_p) * (log_p - _clipped_log(labels, log_zero)), axis=-1))
 
 
 def reverse_cross_entropy(
-    logits: jax.Array, labels: jax.Array, weights: jax.Array, *, log_zero: float = LOG_ZERO
-) -> jax.Array:
+    logits: Classes,
+    labels: Classes,
+    weights: Positions,
+    *,
+    log_zero: float = LOG_ZERO,
+) -> Scalar:
     """-sum_c p_c log label_c, where log label_c is at least `log_zero`.
 
     Wang et al. 2019, arXiv:1908.06112, equation 6. With one-hot labels `log_zero` is the paper's A, -4 there in most
@@ -105,29 +123,29 @@ def reverse_cross_entropy(
 
 
 def symmetric_cross_entropy(
-    logits: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array,
+    logits: Classes,
+    labels: Classes,
+    weights: Positions,
     *,
     alpha: float = 0.1,
     beta: float = 1.0,
     log_zero: float = LOG_ZERO,
-) -> jax.Array:
+) -> Scalar:
     """alpha * cross_entropy + beta * reverse_cross_entropy (arXiv:1908.06112, equation 8; its CIFAR-10 values)."""
     reverse = reverse_cross_entropy(logits, labels, weights, log_zero=log_zero)
     return alpha * cross_entropy(logits, labels, weights) + beta * reverse
 
 
 def auxiliary_confidence(
-    logits: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array,
+    logits: Classes,
+    labels: Classes,
+    weights: Positions,
     *,
     coefficient: jax.typing.ArrayLike,
-    thresholds: jax.Array | None = None,
+    thresholds: Float[Array, " C"] | None = None,
     soft: bool = False,
-    p: jax.Array | None = None,
-) -> jax.Array:
+    p: Classes | None = None,
+) -> Scalar:
     """(1 - coefficient) CE(label, p) + coefficient CE(own label, p): own labels say what the model believes itself.
 
     Burns et al., arXiv:2312.09390, equation 1 and appendix A.4. Own labels are constants without a gradient. For the
@@ -150,8 +168,12 @@ def auxiliary_confidence(
 
 
 def bootstrap(
-    logits: jax.Array, labels: jax.Array, weights: jax.Array, *, coefficient: jax.typing.ArrayLike
-) -> jax.Array:
+    logits: Classes,
+    labels: Classes,
+    weights: Positions,
+    *,
+    coefficient: jax.typing.ArrayLike,
+) -> Scalar:
     """-sum_c ((1 - coefficient) label_c + coefficient p_c) log p_c, with the gradient of both factors p.
 
     Soft bootstrapping of Reed et al., arXiv:1412.6596, section 3.2, whose beta is 1 - coefficient: cross-entropy with
@@ -162,8 +184,13 @@ def bootstrap(
 
 
 def product_of_confidence(
-    logits: jax.Array, labels: jax.Array, weights: jax.Array, *, alpha: float = 1.0, beta: float = 1.0
-) -> jax.Array:
+    logits: Classes,
+    labels: Classes,
+    weights: Positions,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> Scalar:
     """Cross-entropy with labels in proportion to p^beta label^alpha, held constant; alpha > 0.
 
     product_loss_fn of openai/weak-to-strong (weak_to_strong/loss.py).
@@ -173,7 +200,7 @@ def product_of_confidence(
     return cross_entropy(logits, target, weights)
 
 
-def confidence_window(logits: jax.Array, labels: jax.Array, weights: jax.Array, *, radius: float = 0.15) -> jax.Array:
+def confidence_window(logits: Classes, labels: Classes, weights: Positions, *, radius: float = 0.15) -> Scalar:
     """Cross-entropy where the model is unsure: where max_c p_c < 1 / C + radius; 0 elsewhere.
 
     confidence_window_loss of EleutherAI/w2s (w2s/loss.py), which has 0.5 for two classes. It divides by the number of
@@ -185,8 +212,13 @@ def confidence_window(logits: jax.Array, labels: jax.Array, weights: jax.Array, 
 
 
 def adaptive_confidence(
-    logits: jax.Array, labels: jax.Array, weights: jax.Array, *, scale: float = 1.0, temperature: float = 1.0
-) -> jax.Array:
+    logits: Classes,
+    labels: Classes,
+    weights: Positions,
+    *,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+) -> Scalar:
     """(1 - a) T^2 KL(label_T || p_T) - a log p_k, with a weight a of its own for every position, held constant.
 
     AdaptConf of Guo et al., arXiv:2402.03749, as in its published code (classification/distillers/adaptconf.py): with k
@@ -205,13 +237,13 @@ def adaptive_confidence(
 
 
 def augmented_confidence(
-    logits: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array,
+    logits: Classes,
+    labels: Classes,
+    weights: Positions,
     *,
     coefficient: jax.typing.ArrayLike,
     temperature: float = 1.0,
-) -> jax.Array:
+) -> Scalar:
     """(1 - coefficient) T^2 KL(label_T || p_T) - coefficient log p_k: `adaptive_confidence` with one weight for all.
 
     AugConf of the code published with arXiv:2402.03749, whose coefficient rises linearly (`warmup`).
@@ -220,7 +252,7 @@ def augmented_confidence(
     return _distilled(logits, labels, weights, share, temperature)
 
 
-def scores(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> Scores:
+def scores(logits: Classes, labels: Classes, weights: Positions) -> Scores:
     """What to report of predictions; no gradient."""
     log_p, labels, weights = jax.lax.stop_gradient(_prepare(logits, labels, weights))
     p, at_label = jnp.exp(log_p), harden(labels)
@@ -234,7 +266,7 @@ def scores(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> Scores:
     )
 
 
-def warmup(step: jax.Array, coefficient: float, steps: int) -> jax.Array:
+def warmup(step: Int[Array, ""], coefficient: float, steps: int) -> Scalar:
     """coefficient * min(1, step / steps), as in EleutherAI/w2s; `coefficient` throughout where steps is 0. float32.
 
     In openai/weak-to-strong it rises by the fraction of all training that is done, not of the warm-up, and then jumps:
@@ -243,7 +275,7 @@ def warmup(step: jax.Array, coefficient: float, steps: int) -> jax.Array:
     return coefficient * jnp.minimum(1.0, step.astype(jnp.float32) / steps) if steps else jnp.float32(coefficient)
 
 
-def harden(p: jax.Array, thresholds: jax.Array | None = None) -> jax.Array:
+def harden(p: Classes, thresholds: Float[Array, " C"] | None = None) -> Classes:
     """[..., C] probabilities -> one-hot: class argmax_c (p_c - thresholds_c), the first where several are equal.
 
     With two classes only the first threshold is read, since it says all: class 0 where p_0 >= thresholds_0, as in
@@ -260,7 +292,7 @@ def harden(p: jax.Array, thresholds: jax.Array | None = None) -> jax.Array:
     return jax.nn.one_hot(chosen, C, dtype=p.dtype)
 
 
-def quantile_thresholds(p: jax.Array, prior: jax.Array, weights: jax.Array) -> jax.Array:
+def quantile_thresholds(p: Classes, prior: Float[Array, " C"], weights: Positions) -> Float[Array, " C"]:
     """[C] thresholds of `harden` with which classes become about as frequent as `prior` says.
 
     Threshold c is the (1 - prior_c)-quantile of p_c over the positions of weight > 0, linearly interpolated (as
@@ -282,7 +314,7 @@ def quantile_thresholds(p: jax.Array, prior: jax.Array, weights: jax.Array) -> j
     return jax.vmap(_quantile, in_axes=(1, 0, None))(p, 1 - prior, here)
 
 
-def mean_label(labels: jax.Array, weights: jax.Array) -> jax.Array:
+def mean_label(labels: Classes, weights: Positions) -> Float[Array, " C"]:
     """Mean of labels [..., C] over the positions of weight > 0, each counted once: [C]."""
     C = labels.shape[-1]
     here = (weights > 0).reshape(-1, 1)
@@ -290,9 +322,7 @@ def mean_label(labels: jax.Array, weights: jax.Array) -> jax.Array:
     return total / jnp.maximum(jnp.sum(here), 1).astype(labels.dtype)
 
 
-def balance(
-    labels: Float[Array, "*N C"], weights: Float[Array, "*N"], mean: Float[Array, " C"] | None = None
-) -> Float[Array, "*N C"]:
+def balance(labels: Classes, weights: Positions, mean: Float[Array, " C"] | None = None) -> Classes:
     """Labels of which no class is favoured on the whole: softmax(l - mean l) with l = log(label + 1e-7).
 
     With two classes: the log-odds less their mean, as in EleutherAI/w2s (w2s/loss.py, log_confidence_loss with
@@ -306,7 +336,7 @@ def balance(
     return jax.nn.softmax(_logs(labels, weights) - mean.reshape((1,) * (labels.ndim - 1) + (-1,)), axis=-1)
 
 
-def mean_log(labels: Float[Array, "*N C"], weights: Float[Array, "*N"]) -> Float[Array, " C"]:
+def mean_log(labels: Classes, weights: Positions) -> Float[Array, " C"]:
     """Mean of log(label + 1e-7) over the positions of weight > 0."""
     return mean_label(_logs(labels, weights), weights)
 
@@ -317,9 +347,7 @@ def init_thresholds(classes: int) -> RunningThresholds:
     return RunningThresholds(thresholds=equal, prior=equal, seen=jnp.zeros((), jnp.float32))
 
 
-def threshold_sums(
-    running: RunningThresholds, logits: jax.Array, labels: jax.Array, weights: jax.Array
-) -> ThresholdSums:
+def threshold_sums(running: RunningThresholds, logits: Classes, labels: Classes, weights: Positions) -> ThresholdSums:
     """What `update_thresholds` needs to know of a batch, or of each of its parts."""
     C = logits.shape[-1]
     log_p, labels, weights = jax.lax.stop_gradient(_prepare(logits, labels, weights))
@@ -356,33 +384,35 @@ def _prepare(logits, labels, weights):
     return log_p, labels, weights.astype(dtype)
 
 
-def _dtype(logits: jax.Array) -> jnp.dtype:
+def _dtype(logits: Classes) -> jnp.dtype:
     return logits.dtype if logits.dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
 
-def _logs(labels: Float[Array, "*N C"], weights: Float[Array, "*N"]) -> Float[Array, "*N C"]:
+def _logs(labels: Classes, weights: Positions) -> Classes:
     return jnp.log(jnp.where((weights > 0)[..., None], labels, 1.0) + 1e-7)
 
 
-def _sum(weights: jax.Array, values: jax.Array) -> jax.Array:
+def _sum(weights: Positions, values: Positions) -> Scalar:
     return jnp.sum(weights * values)
 
 
-def _kl(labels, log_p):
+def _kl(labels: Classes, log_p: Classes) -> Positions:
     return jnp.sum(xlogy(labels, labels) - labels * log_p, axis=-1)
 
 
-def _clipped_log(labels, log_zero):
+def _clipped_log(labels: Classes, log_zero: float) -> Classes:
     return jnp.maximum(jnp.log(labels), log_zero)
 
 
-def _mixed(logits, labels, weights, own, coefficient):
+def _mixed(
+    logits: Classes, labels: Classes, weights: Positions, own: Classes, coefficient: jax.typing.ArrayLike
+) -> Scalar:
     log_p, labels, weights = _prepare(logits, labels, weights)
     coefficient = jnp.asarray(coefficient, log_p.dtype)
     return _sum(weights, -jnp.sum(((1 - coefficient) * labels + coefficient * own) * log_p, axis=-1))
 
 
-def _distilled(logits, labels, weights, share, temperature):
+def _distilled(logits: Classes, labels: Classes, weights: Positions, share: Positions, temperature: float) -> Scalar:
     log_p, clean, weights = _prepare(logits, labels, weights)
     # softmax doesn't see the constant by which log p differs from the logits
     tempered = jax.nn.log_softmax(log_p / temperature, axis=-1)
@@ -390,7 +420,7 @@ def _distilled(logits, labels, weights, share, temperature):
     return _sum(weights, (1 - share) * divergence - share * jnp.sum(harden(log_p) * log_p, axis=-1))
 
 
-def _quantile(x: jax.Array, q: jax.Array, here: jax.Array) -> jax.Array:
+def _quantile(x: Float[Array, " N"], q: Scalar, here: Bool[Array, " N"]) -> Scalar:
     """The q-quantile of those x [N] that are `here`; 0 where none is."""
     n = jnp.sum(here, dtype=jnp.int32)
     ordered = jnp.sort(jnp.where(here, x, jnp.inf))

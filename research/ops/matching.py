@@ -85,7 +85,7 @@ def relation_divergence(
     times = jnp.arange(T, dtype=jnp.int32)[None]
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-    def chunk(total: jax.Array, x: tuple) -> tuple[jax.Array, None]:
+    def chunk(total: Float[Array, ""], x: tuple) -> tuple[Float[Array, ""], None]:
         a, c, segments, weights, times = x
         seen = segments[:, :, None] == segment_ids[:, None, :]
         if causal:

@@ -1,6 +1,6 @@
 """Mixture of experts: each token goes through the few experts that its router chooses, none is dropped.
 
-Axes: N tokens, D model, F feed-forward, E experts, k experts per token.
+Axes: N tokens, I and O what goes into and out of a product, D model, F feed-forward, E experts, k experts per token.
 """
 
 import functools
@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PyTree
 
 from research.devices import sharding
 
-Linear = Callable[[jax.Array, jax.Array], jax.Array]
+Linear = Callable[[Float[Array, "M I"], Float[Array, "E I O"]], Float[Array, "M O"]]
 
 
-def route(logits: jax.Array, k: int, normalize: bool) -> tuple[jax.Array, jax.Array]:
+def route(logits: Float[Array, "N E"], k: int, normalize: bool) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
     """Softmax over the experts, then the k likeliest (Mixtral, arXiv:2401.04088, section 2.1).
 
     Args:
@@ -35,13 +36,13 @@ def route(logits: jax.Array, k: int, normalize: bool) -> tuple[jax.Array, jax.Ar
 
 
 def mixture(
-    x: jax.Array,
-    weights: jax.Array,
-    experts: jax.Array,
+    x: Float[Array, "N D"],
+    weights: Float[Array, "N k"],
+    experts: Int[Array, "N k"],
     num_experts: int,
-    apply: Callable[[Linear, jax.Array], jax.Array],
-    first: jax.Array | int = 0,
-) -> jax.Array:
+    apply: Callable[[Linear, Float[Array, "M D"]], Float[Array, "M D"]],
+    first: Int[Array, ""] | int = 0,
+) -> Float[Array, "N D"]:
     """Sum over each token's experts of weight * expert(x).
 
     Tokens are sorted by expert, so that an expert's weights meet all its tokens in one product (as in MegaBlocks,
@@ -59,13 +60,13 @@ def mixture(
       [N, D] in x.dtype.
     """
     N, k = experts.shape
-    chosen = experts.reshape(-1) - first
-    here = (chosen >= 0) & (chosen < num_experts)
-    chosen = jnp.where(here, chosen, num_experts)  # what another device does comes last
-    order = jnp.argsort(chosen, stable=True)
-    sizes = jnp.bincount(chosen, length=num_experts).astype(jnp.int32)
+    expert = experts.reshape(-1) - first
+    here = (expert >= 0) & (expert < num_experts)
+    expert = jnp.where(here, expert, num_experts)  # what another device does comes last
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
 
-    def linear(y: jax.Array, kernel: jax.Array) -> jax.Array:
+    def linear(y: Float[Array, "M I"], kernel: Float[Array, "E I O"]) -> Float[Array, "M O"]:
         return checkpoint_name(jax.lax.ragged_dot(y, kernel.astype(y.dtype), sizes), "linear")
 
     y = apply(linear, x[order // k])
@@ -75,16 +76,16 @@ def mixture(
 
 
 def sharded_mixture(
-    x: jax.Array,
-    weights: jax.Array,
-    experts: jax.Array,
+    x: Float[Array, "B T D"],
+    weights: Float[Array, "B T k"],
+    experts: Int[Array, "B T k"],
     num_experts: int,
-    params: Any,
-    apply: Callable[[Any, Linear, jax.Array], jax.Array],
+    params: PyTree[Float[Array, "E I O"]],
+    apply: Callable[[PyTree, Linear, Float[Array, "M D"]], Float[Array, "M D"]],
     *,
-    kernels: Any,
+    kernels: PyTree,
     rules: Mapping[str, Any],
-) -> jax.Array:
+) -> Float[Array, "B T D"]:
     """`mixture` under the mesh in context, where every device sorts no tokens but its own.
 
     Where mesh axes cut the experts (expert parallelism), the devices along them gather each other's tokens, each does
@@ -112,7 +113,7 @@ def sharded_mixture(
     added = (*inner, *(axis for axis in split if axis not in batch))
     parts = 1 if whole else sharding.num_parts(split)
 
-    def local(x: jax.Array, weights: jax.Array, experts: jax.Array, params: Any) -> jax.Array:
+    def local(x: Array, weights: Array, experts: Array, params: PyTree) -> Array:
         if gathered and not whole:
             x, weights, experts = (jax.lax.all_gather(y, gathered, tiled=True) for y in (x, weights, experts))
         first = 0 if whole or not split else jax.lax.axis_index(split) * (num_experts // parts)

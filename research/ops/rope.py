@@ -6,13 +6,13 @@ Axes: B batch, T time, h head dimension, R = rotary_dim / 2 pairs that are turne
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float64, Int
 
 from research.errors import InputError, did_you_mean
 
-Angles = tuple[jax.Array, jax.Array]  # cos and sin, [B, T, 1, R] float32
+Angles = tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]  # cos and sin
 
 KINDS = ("none", "linear", "llama3", "yarn", "longrope")
 
@@ -72,7 +72,9 @@ class RopeScaling:
                 )
 
 
-def frequencies(theta: float, rotary_dim: int, scaling: RopeScaling, *, long: bool = False) -> np.ndarray:
+def frequencies(
+    theta: float, rotary_dim: int, scaling: RopeScaling, *, long: bool = False
+) -> Float64[np.ndarray, " R"]:
     """Radians per position of each pair, [R] float64; `long`: in a sequence longer than original_length."""
     frequency = theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
     if scaling.kind == "linear":
@@ -111,7 +113,11 @@ def attention_factor(scaling: RopeScaling) -> float:
 
 
 def rope_angles(
-    theta: float, rotary_dim: int, scaling: RopeScaling, positions: jax.Array, lengths: jax.Array | None = None
+    theta: float,
+    rotary_dim: int,
+    scaling: RopeScaling,
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, "B _"] | None = None,
 ) -> Angles:
     """cos and sin of each token's rotation.
 
@@ -122,19 +128,20 @@ def rope_angles(
       positions: [B, T] int32.
       lengths: [B, T] or [B, 1] int32, of the sequence that each token is in; longrope alone reads it.
     """
-
-    def of(frequency: np.ndarray) -> jax.Array:
-        return positions[:, :, None, None].astype(jnp.float32) * frequency.astype(np.float32)[None, None, None, :]
-
-    angle = of(frequencies(theta, rotary_dim, scaling))
+    angle = _turn(positions, frequencies(theta, rotary_dim, scaling))
     if scaling.kind == "longrope":
-        stretched = of(frequencies(theta, rotary_dim, scaling, long=True))
+        stretched = _turn(positions, frequencies(theta, rotary_dim, scaling, long=True))
         angle = jnp.where((lengths > scaling.original_length)[:, :, None, None], stretched, angle)
     factor = attention_factor(scaling)
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
-def rope(x: jax.Array, angles: Angles) -> jax.Array:
+def _turn(positions: Int[Array, "B T"], frequency: Float64[np.ndarray, " R"]) -> Float[Array, "B T 1 R"]:
+    """Radians of each token's pairs."""
+    return positions[:, :, None, None].astype(jnp.float32) * frequency.astype(np.float32)[None, None, None, :]
+
+
+def rope(x: Float[Array, "B T N h"], angles: Angles) -> Float[Array, "B T N h"]:
     """Turns the first 2R of h dimensions, in pairs (x[i], x[i + R]): the layout of Llama in transformers.
 
     Args:

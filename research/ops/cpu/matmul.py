@@ -6,12 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 from research.devices import sharding
 
 
-def matmul(x: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.Array:
-    """x [..., *in] times kernel [*in, *out] -> [..., *out], in their dtype.
+def matmul(
+    x: Float[Array, "*rows_in"], kernel: Float[Array, "*in_out"], contract: int = 1
+) -> Float[Array, "*rows_out"]:
+    """x [*rows, *in] times kernel [*in, *out] -> [*rows, *out], in their dtype.
 
     Rematerialisation policies know the result by the name "linear". On a CPU the gradient is in reverse mode only.
 
@@ -24,7 +27,7 @@ def matmul(x: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cpu(contract: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _cpu(contract: int, x: Float[Array, "*rows_in"], kernel: Float[Array, "*in_out"]) -> Float[Array, "*rows_out"]:
     return jnp.tensordot(x, kernel, axes=contract)
 
 
@@ -46,8 +49,8 @@ def _cpu_backward(contract, residuals, dy):
     return dx, dkernel
 
 
-def _by_tokens(a, b, rows):
-    """a [*rows, *m], b [*rows, *n] -> [*m, *n]."""
+def _by_tokens(a: Float[Array, "*rows_m"], b: Float[Array, "*rows_n"], rows: int) -> Float[Array, "*m_n"]:
+    """a [*rows, *m], b [*rows, *n] -> [*m, *n]; `rows` counts the axes that are summed over."""
     m = a.ndim - rows
     a = jax.lax.optimization_barrier(a.transpose((*range(rows, a.ndim), *range(rows))))
     return jax.lax.dot_general(a, b, ((range(m, a.ndim), range(rows)), ((), ())))
