@@ -683,7 +683,7 @@ def test_the_study_of_the_docs_is_planned(tmp_path, capsys):
     page = pathlib.Path("docs/studies.md").read_text()
     (tmp_path / "warm_start.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
     flags = [f"--config={tmp_path}/warm_start.py:debug", f"--workdir={tmp_path}/runs/warm", "--dry_run"]
-    assert main(["study", *flags]) == 0
+    assert main(flags) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["copy", "anew-s0", "anew-s1", "warm-s0", "warm-s1"]
     assert lines[3].endswith(f"after {lines[0].rpartition('/')[2]}")
