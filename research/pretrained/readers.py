@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import ml_dtypes
 import numpy as np
 
@@ -263,7 +264,6 @@ def _gguf_rope(
 
 
 def _stored_bytes(file: Path, name: str, stored: Stored) -> int:
-    import gguf
 
     try:
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(stored.type)]
@@ -275,7 +275,6 @@ def _stored_bytes(file: Path, name: str, stored: Stored) -> int:
 
 
 def _dequantized(file: Path, stored: Stored) -> np.ndarray:
-    import gguf
 
     kind = gguf.GGMLQuantizationType(stored.type)
     shape = gguf.quants.quant_shape_to_byte_shape(stored.shape, kind)
@@ -290,7 +289,6 @@ def gguf_entries(file: Gguf, names: Sequence[str]) -> dict[str, Entry]:
       file: of `open_gguf`.
       names: the tensors that transformers has for such a model. What the file holds beyond them keeps its own name.
     """
-    import gguf
 
     arch = file.arch
     table = gguf.get_tensor_name_map(
