@@ -1,7 +1,6 @@
 """Models by name, wherever they come from: a run of ours, a Hugging Face folder or hub name, a .gguf file."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from research import config as config_lib
-from research import params
+from research import files, params
 from research.devices import sharding
 from research.errors import InputError
 from research.models import transformer
@@ -94,7 +93,7 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
     record = Path(workdir) / "config.json"
     if not record.is_file():
         raise InputError(f"{workdir}: lacks config.json, which a run writes beside its checkpoints.")
-    config = config_lib.parse(json.loads(record.read_text())["config"])
+    config = config_lib.parse(files.read_json(record)["config"])
     tokenizer = tokenizers.load_tokenizer(workdir)
 
     def read(specs: Any, placements: Any) -> Any:
@@ -110,7 +109,7 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
         has_tokenizer=True,
         template=config.data["template"],
         read=read,
-        origin=json.loads(origin.read_text()) if origin.is_file() else {},
+        origin=files.read_json(origin, {}),
     )
 
 

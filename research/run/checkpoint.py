@@ -17,7 +17,6 @@ import jax
 
 from research.errors import InputError
 from research.files import read_json
-from research.files import write_json as write_json
 from research.rollouts.experience import Place
 
 State = Any  # a pytree of arrays

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from research import files
 from research.commands.study import main
 from research.errors import InputError
 from research.run import checkpoint, metrics, run
@@ -104,7 +105,7 @@ def runs(monkeypatch):
         if config.seed == 76:  # told to stop when it was about to end anyway
             stop.set()
         final = {"train/loss": 1.5, "eval/loss": 1.25, "eval/accuracy": 0.5, "eval/perplexity": 3.0}
-        checkpoint.write_json(pathlib.Path(workdir) / "done.json", {"step": config.steps, "metrics": final})
+        files.write_json(pathlib.Path(workdir) / "done.json", {"step": config.steps, "metrics": final})
         return final
 
     monkeypatch.setattr(run, "run", fake)
@@ -600,7 +601,7 @@ def test_a_process_waits_for_a_stage_that_another_runs(tmp_path, capsys):
 
     def finish():
         time.sleep(0.7)
-        checkpoint.write_json(pathlib.Path(stage.workdir) / "done.json", {})
+        files.write_json(pathlib.Path(stage.workdir) / "done.json", {})
 
     with execution.lock(stage) as log:
         assert log is not None
