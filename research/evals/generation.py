@@ -76,17 +76,21 @@ def make_generation(
         prompts = [prompt for _, prompt in fitting]
         completions = generate_batches(generate, params, prompts, key, batch_size=batch_size, longest=longest)
         samples: list[Sample] = []
-        judged: defaultdict[str, list[bool]] = defaultdict(list)
         for (record, prompt), completion in zip(fitting, completions, strict=True):
             expected = record["response"] if "response" in record else record["messages"][-1]["content"]
             text = tokenizer.decode(completion.tokens)
             correct = bool(verify({**record, "response": expected}, text))
-            task = str(record.get("task") or "")
-            samples.append(Sample(tokenizer.decode(prompt), expected, text, correct, task))
-            judged["exact_match"].append(correct)
-            if task:
-                judged[f"exact_match/{task}"].append(correct)
-        means = {name: sum(values) / len(values) for name, values in judged.items()}
-        return means | {"skipped_too_long": float(len(rendered) - len(fitting))}, samples
+            samples.append(Sample(tokenizer.decode(prompt), expected, text, correct, str(record.get("task") or "")))
+        return _fractions(samples) | {"skipped_too_long": float(len(rendered) - len(fitting))}, samples
 
     return evaluate
+
+
+def _fractions(samples: Sequence[Sample]) -> dict[str, float]:
+    """The fraction of right samples, of all and of each task."""
+    verdicts: defaultdict[str, list[bool]] = defaultdict(list)
+    for sample in samples:
+        verdicts["exact_match"].append(sample.correct)
+        if sample.task:
+            verdicts[f"exact_match/{sample.task}"].append(sample.correct)
+    return {name: sum(values) / len(values) for name, values in verdicts.items()}

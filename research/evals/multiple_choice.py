@@ -1,6 +1,7 @@
 """Whether a model finds the right answer of several the likeliest."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -114,21 +115,14 @@ def make_multiple_choice(
 
     def evaluate(params: Any) -> tuple[dict[str, float], list[ChoiceSample]]:
         scores = loglikelihood(params, examples)
-        samples, right = [], {name: [] for name in ("acc", "acc_norm", "acc_bytes", "acc_tokens")}
-        for question, start in zip(questions, starts, strict=False):
+        samples, right, metrics = [], defaultdict(list), {}
+        for question, (start, stop) in zip(questions, itertools.pairwise(starts), strict=True):
             context, choices, answer = question
-            nats = np.array([scores[start + i].logprob for i in range(len(choices))])
-            sizes = {
-                "acc": np.ones(len(choices)),
-                "acc_norm": np.array([float(len(choice)) for choice in choices]),
-                "acc_bytes": np.array([float(len(choice.encode())) for choice in choices]),
-                "acc_tokens": np.array([float(examples[start + i].count) for i in range(len(choices))]),
-            }
-            chosen = {name: int(np.argmax(nats / size)) for name, size in sizes.items()}
-            for name, i in chosen.items():
+            nats = np.array([score.logprob for score in scores[start:stop]])
+            choice = _choose(choices, nats, np.array([float(example.count) for example in examples[start:stop]]))
+            for name, i in choice.items():
                 right[name].append(float(i == answer))
-            samples.append(ChoiceSample(context, choices, answer, nats.tolist(), chosen["acc"], chosen["acc_norm"]))
-        metrics = {}
+            samples.append(ChoiceSample(context, choices, answer, nats.tolist(), choice["acc"], choice["acc_norm"]))
         for name, values in right.items():
             metrics[name], error = ratio_of_sums(np.array(values), np.ones(len(values)))
             if error is not None:
@@ -136,6 +130,17 @@ def make_multiple_choice(
         return metrics | {"truncated": float(sum(truncated))}, samples
 
     return evaluate
+
+
+def _choose(choices: Sequence[str], nats: np.ndarray, tokens: np.ndarray) -> dict[str, int]:
+    """The choice with the greatest log-likelihood, by what it is divided by: see make_multiple_choice's metrics."""
+    sizes = {
+        "acc": np.ones(len(choices)),
+        "acc_norm": np.array([float(len(choice)) for choice in choices]),
+        "acc_bytes": np.array([float(len(choice.encode())) for choice in choices]),
+        "acc_tokens": tokens,
+    }
+    return {name: int(np.argmax(nats / size)) for name, size in sizes.items()}
 
 
 def _encode(context: str, choice: str, tokenizer: Tokenizer, template: str) -> Example:

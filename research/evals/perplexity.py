@@ -1,5 +1,6 @@
 """How well a model predicts held-out tokens: means over the whole set, made from sums."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.errors import InputError
-from research.evals.scoring import BATCH_TOKENS, Record, encode_records, make_loglikelihood, ratio_of_sums
+from research.evals.scoring import BATCH_TOKENS, Example, Record, encode_records, make_loglikelihood, ratio_of_sums
 from research.models.transformer import Model
 from research.objectives.types import next_token_targets
 from research.run.metrics import means
@@ -49,12 +50,7 @@ def make_perplexity(
             "data: nothing is held out to evaluate on. Raise data.eval_fraction, name data.eval_path, or set "
             "eval.every = 0."
         )
-
-    @jax.jit
-    def bits_and_bytes(nll_sum: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        targets, weights = next_token_targets(batch, batch["loss_mask"] if use_loss_mask else None)
-        sizes = jnp.asarray(token_bytes, jnp.float32)[targets]
-        return nll_sum / math.log(2), jnp.sum(sizes * weights)
+    bits_and_bytes = jax.jit(functools.partial(_bits_and_bytes, token_bytes, use_loss_mask))
 
     def evaluate(params: Any, frozen: Any, carry: Any = None) -> dict[str, float]:
         parts = []
@@ -69,14 +65,24 @@ def make_perplexity(
             raise InputError(
                 "data: no token of the held-out data is supervised. Raise data.eval_fraction or data.seq_len."
             )
-        perplexities = {
-            name.removesuffix("nll") + "perplexity": _exp(value)
-            for name, value in result.items()
-            if name.split("/")[-1] == "nll"
-        }
-        return result | perplexities
+        return result | _perplexities(result)
 
     return evaluate
+
+
+def _bits_and_bytes(
+    token_bytes: np.ndarray, use_loss_mask: bool, nll_sum: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Bits of a batch's supervised targets, and the bytes of text that they stand for."""
+    targets, weights = next_token_targets(batch, batch["loss_mask"] if use_loss_mask else None)
+    sizes = jnp.asarray(token_bytes, jnp.float32)[targets]
+    return nll_sum / math.log(2), jnp.sum(sizes * weights)
+
+
+def _perplexities(metrics: Mapping[str, float]) -> dict[str, float]:
+    """exp of each `nll`, under the same name with `perplexity` for `nll`."""
+    nll = {name: value for name, value in metrics.items() if name.split("/")[-1] == "nll"}
+    return {name.removesuffix("nll") + "perplexity": _exp(value) for name, value in nll.items()}
 
 
 class TextSample(NamedTuple):
@@ -121,21 +127,17 @@ def make_record_perplexity(
     """
     examples = encode_records(records, tokenizer, template, model.config.vocab_size)
     counts = np.array([example.count for example in examples], np.float64)
-    sizes = None
-    if tokenizer is not None:
-        token_bytes = np.zeros(model.config.vocab_size, np.float64)
-        token_bytes[: tokenizer.size] = tokenizer.token_bytes()
-        sizes = np.array([token_bytes[tokens[1:][mask[1:]]].sum() for tokens, mask in examples])
+    sizes = None if tokenizer is None else _scored_bytes(examples, tokenizer, model.config.vocab_size)
     loglikelihood = make_loglikelihood(model, batch_tokens=batch_tokens)
 
     def evaluate(params: Any) -> tuple[dict[str, float], list[TextSample]]:
         nats = -np.array([score.logprob for score in loglikelihood(params, examples)])
         loss, error = ratio_of_sums(nats, counts)
-        found = {"loss": (loss, error), "perplexity": (_exp(loss), None if error is None else _exp(loss) * error)}
+        ratios = {"loss": (loss, error), "perplexity": (_exp(loss), None if error is None else _exp(loss) * error)}
         if sizes is not None and sizes.sum():
-            found["bits_per_byte"] = ratio_of_sums(nats / math.log(2), sizes)
-        metrics = {name: value for name, (value, _) in found.items()}
-        metrics |= {f"{name}_stderr": error for name, (_, error) in found.items() if error is not None}
+            ratios["bits_per_byte"] = ratio_of_sums(nats / math.log(2), sizes)
+        metrics = {name: value for name, (value, _) in ratios.items()}
+        metrics |= {f"{name}_stderr": error for name, (_, error) in ratios.items() if error is not None}
         samples = [
             TextSample(where, int(count), float(total / count))
             for (where, _), count, total in zip(records, counts, nats, strict=True)
@@ -143,6 +145,13 @@ def make_record_perplexity(
         return metrics | {"tokens": float(counts.sum())}, samples
 
     return evaluate
+
+
+def _scored_bytes(examples: Sequence[Example], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """UTF-8 bytes that the scored tokens of each example stand for, [len(examples)] float64."""
+    token_bytes = np.zeros(vocab_size, np.float64)
+    token_bytes[: tokenizer.size] = tokenizer.token_bytes()
+    return np.array([token_bytes[tokens[1:][mask[1:]]].sum() for tokens, mask in examples])
 
 
 def _exp(x: float) -> float:

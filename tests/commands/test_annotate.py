@@ -137,7 +137,7 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_left_alone(folder, tmp
     told = capsys.readouterr().err
     assert "bytes on disk, 0 of them there already" in told
     assert annotate.main([*flags, f"--output={tmp_path}/cut", "--k=5"]) == 2
-    assert "was begun with k = 4, and this is 5" in capsys.readouterr().err
+    assert "was begun by another command: k was 4, and is 5 now" in capsys.readouterr().err
 
 
 def test_the_size_is_told_and_must_fit(folder, tmp_path, monkeypatch, capsys):
@@ -220,7 +220,7 @@ def test_what_the_objective_wants_must_be_there(folder, whole, tmp_path):
         ),
         (
             ["--config=experiments/sft.py:debug", "--output=x", "--on=some", "--teacher=TEACHER"],
-            "--on=some: no such choice",
+            "--on = some: no such choice",
         ),
         (["--config=experiments/sft.py:debug", "--output=x", "--config.sed=1"], "Did you mean 'seed'"),
     ],
