@@ -98,7 +98,7 @@ def test_weights_are_found_without_a_second_forward_pass():
     """The scan that adds up the weights of the microbatches must cost next to nothing."""
     spec, batch = {"terms": {"sft": 1.0}}, make_batch()
 
-    def flops(microbatches):
+    def products(microbatches):
         optimizer = optax.sgd(1.0)
         step = train.TrainStep(
             objectives.load(spec), {"policy": MODEL}, optimizer, schedule=lambda t: t, microbatches=microbatches
@@ -107,7 +107,7 @@ def test_weights_are_found_without_a_second_forward_pass():
         text = jax.jit(step).lower(state, {}, batch).compile().as_text()
         return text.count(" dot(") + text.count("__onednn$matmul") + text.count("custom-call(")
 
-    assert flops(2) <= flops(1)
+    assert 0 < products(2) <= products(1)
 
 
 def test_composed_terms_make_one_forward_pass():

@@ -283,13 +283,13 @@ def harden(p: Classes, thresholds: Float[Array, " C"] | None = None) -> Classes:
     """
     C = p.shape[-1]
     if thresholds is None:
-        chosen = jnp.argmax(p, axis=-1)
+        index = jnp.argmax(p, axis=-1)
     elif C == 2:
-        chosen = (p[..., 0] < thresholds[0].astype(p.dtype)).astype(jnp.int32)
+        index = (p[..., 0] < thresholds[0].astype(p.dtype)).astype(jnp.int32)
     else:
         thresholds = thresholds.astype(p.dtype).reshape((1,) * (p.ndim - 1) + (C,))
-        chosen = jnp.argmax(p - thresholds, axis=-1)
-    return jax.nn.one_hot(chosen, C, dtype=p.dtype)
+        index = jnp.argmax(p - thresholds, axis=-1)
+    return jax.nn.one_hot(index, C, dtype=p.dtype)
 
 
 def quantile_thresholds(p: Classes, prior: Float[Array, " C"], weights: Positions) -> Float[Array, " C"]:
