@@ -203,8 +203,8 @@ def test_options_for_cpus_are_those_that_this_xla_knows(monkeypatch):
     mesh = sharding.make_mesh({axis: 1 for axis in sharding.AXES}, jax.devices()[:1])
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(compilation, "_EMITTERS", "xla_cpu_no_such_option")
-    compilation._has_older_emitters.cache_clear()
+    compilation._older_emitters.cache_clear()
     assert compilation.compiler_options(mesh) == {"xla_backend_optimization_level": 2}
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     assert compilation.compiler_options(mesh) == {}
-    compilation._has_older_emitters.cache_clear()
+    compilation._older_emitters.cache_clear()
