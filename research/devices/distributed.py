@@ -20,9 +20,9 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from research.errors import InputError
+from research.errors import Exit, InputError
 
-LOST = 76  # exit status: another process is gone; the same command goes on from the last checkpoint
+LOST = Exit.LOST  # another process is gone; the same command goes on from the last checkpoint
 BEAT_SECONDS = 2.0
 DEAD_SECONDS = 20.0  # without a heartbeat
 _SERVICE_SECONDS = 45  # the same of JAX's own service, which alone watches before the run has a workdir

@@ -252,7 +252,11 @@ def _constrain(batch: Mapping[str, jax.Array], rules: sharding.Rules) -> dict[st
 
 
 def _chunk(rows: int, head: Head) -> int:
-    """Positions of all rows whose logits are computed at once: ops.head sees one row at a time here."""
+    """How many positions of a row are scanned together.
+
+    Each row is scanned by itself, for its own sum, and all rows at the same time: so the logits of a device's rows
+    together keep to the size of a chunk (ops.chunks).
+    """
     tokens = min(chunk_tokens(), chunk_bytes() // (4 * head.size))
     return max(1, tokens * sharding.axis_parts("batch", head.rules) // rows)
 
@@ -281,7 +285,11 @@ def _compute(
     batch_tokens: int,
     progress: Progress,
 ) -> Iterator[tuple[list[_Window], Any]]:
-    """Yields (windows, results, row by row; rows past the windows are padding) of one batch after the other."""
+    """Computes all windows of the examples, the longest first.
+
+    Yields:
+      (windows, results) of one batch after the other. Row i of the results is of windows[i]; rows beyond are padding.
+    """
     max_length = model.config.max_length
     windows = sorted(_windows(examples, max_length), key=lambda window: window.start - window.stop)
     waiting: collections.deque = collections.deque()  # the devices get the next batch before the last one is read

@@ -29,13 +29,13 @@ from typing import TextIO
 
 from research import config as config_lib
 from research import files
-from research.errors import InputError
+from research.errors import Exit, InputError
 from research.run import run
 from research.studies import stages
 from research.studies.stages import Stage
 
-FAILED, BAD_INPUT, DIVERGED, STOPPED = 1, 2, 3, 75  # as research.main's
-STOPS = (STOPPED, 130, -signal.SIGINT, -signal.SIGTERM)  # statuses of what was told to stop
+FAILED, BAD_INPUT, DIVERGED, STOPPED = Exit.FAILED, Exit.BAD_INPUT, Exit.DIVERGED, Exit.PREEMPTED
+STOPS = (STOPPED, Exit.INTERRUPTED, -signal.SIGINT, -signal.SIGTERM)  # statuses of what was told to stop
 
 
 class StageFailed(Exception):
