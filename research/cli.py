@@ -120,7 +120,7 @@ class Command:
       examples: command lines, the first of them with all required flags.
       experiment: whether it takes an experiment with --config, which is `args.experiment` then.
       renamed: a name that a flag once had -> what it is called now.
-      resumable: whether the same command goes on where an interrupted one stopped.
+      resumable: whether the same command, with --output, goes on where an interrupted one stopped.
     """
 
     name: str
@@ -141,7 +141,8 @@ class Command:
         if {"--help", "-h"} & set(argv):
             print(self.help())
             return Exit.DONE
-        return finish(lambda: work(self.parse(argv)), resumable=self.resumable)
+        resumable = self.resumable and any(word.partition("=")[0] == "--output" for word in argv)
+        return finish(lambda: work(self.parse(argv)), resumable=resumable)
 
     def parse(self, argv: Sequence[str]) -> SimpleNamespace:
         """Flags -> values by name; the experiment's in `experiment`.
