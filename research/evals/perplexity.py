@@ -25,6 +25,7 @@ def make_perplexity(
     token_bytes: np.ndarray,
     *,
     use_loss_mask: bool,
+    view: Callable[[Batch], Batch] = lambda batch: batch,
     put: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Callable[..., dict[str, float]]:
     """Returns evaluate(params, frozen, carry) -> metric -> mean over all of `batches`.
@@ -36,10 +37,11 @@ def make_perplexity(
         models across tokenizers. With one term only. An end-of-text token costs bits and stands for no byte.
 
     Args:
-      eval_step: (params, frozen, batch, key, carry) -> name -> (sum, weight), jitted; see train.make_eval_step.
+      eval_step: (params, frozen, batch, key, carry) -> name -> (sum, weight), jitted; see train.EvalStep.
       batches: this process's rows of each held-out batch, as a Source gives them.
       token_bytes: [V] int32, UTF-8 bytes of each token.
       use_loss_mask: supervise the tokens of `loss_mask`, as the objective does; else all tokens.
+      view: batch -> the batch in which only what the objective counts is no padding, for bits_per_byte.
       put: takes a batch to the devices, for the global batch there.
 
     Raises:
@@ -50,7 +52,7 @@ def make_perplexity(
             "data: nothing is held out to evaluate on. Raise data.eval_fraction, name data.eval_path, or set "
             "eval.every = 0."
         )
-    bits_and_bytes = jax.jit(functools.partial(_bits_and_bytes, token_bytes, use_loss_mask))
+    bits_and_bytes = jax.jit(functools.partial(_bits_and_bytes, token_bytes, use_loss_mask, view))
 
     def evaluate(params: Any, frozen: Any, carry: Any = None) -> dict[str, float]:
         parts = []
@@ -71,9 +73,14 @@ def make_perplexity(
 
 
 def _bits_and_bytes(
-    token_bytes: np.ndarray, use_loss_mask: bool, nll_sum: jax.Array, batch: Batch
+    token_bytes: np.ndarray,
+    use_loss_mask: bool,
+    view: Callable[[Batch], Batch],
+    nll_sum: jax.Array,
+    batch: Batch,
 ) -> tuple[jax.Array, jax.Array]:
     """Bits of a batch's supervised targets, and the bytes of text that they stand for."""
+    batch = view(batch)
     targets, weights = next_token_targets(batch, batch["loss_mask"] if use_loss_mask else None)
     sizes = jnp.asarray(token_bytes, jnp.float32)[targets]
     return nll_sum / math.log(2), jnp.sum(sizes * weights)

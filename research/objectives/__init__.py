@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from research.errors import InputError, did_you_mean
-from research.objectives.terms import Coefficient, Term, Terms
+from research.objectives.terms import Coefficient, Term, Terms, naming_fields
 from research.objectives.types import Objective
 from research.sources.tokenizers import Tokenizer
 
@@ -92,11 +92,11 @@ class _Entry:
             self._check_known(options, accepted)
         elif "tokenizer" in options:
             self._check_known({"tokenizer"}, accepted)
-        options_fields = {option: self.field_of(option) for option in (*accepted, *options)}
-        term = Term(None, self._coefficient(), self._sources(), self.name, options_fields)
+        fields = {option: self.field_of(option) for option in (*accepted, *options)}
         more = {"tokenizer": tokenizer} if "tokenizer" in parameters else {}
-        with term.naming_fields():
-            return dataclasses.replace(term, objective=make(**options, **more))
+        with naming_fields(fields):
+            objective = make(**options, **more)
+        return Term(objective, self._coefficient(), self._sources(), self.name, fields)
 
     def _check_known(self, options: Any, accepted: list[str]) -> None:
         for option in options:

@@ -41,25 +41,11 @@ class Term:
     name: str = ""
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[Any]:  # until no caller unpacks a term
-        return iter((self.objective, self.coefficient))
-
-    @contextlib.contextmanager
-    def naming_fields(self) -> Iterator[None]:
-        """An InputError raised within that begins with an option's name begins with the config's field instead."""
-        try:
-            yield
-        except InputError as error:
-            first = re.match(r"\w+(?=[ =:,])", str(error))
-            if first is None or first[0] not in self.options:
-                raise
-            raise InputError(self.options[first[0]] + str(error)[first.end() :]) from error
-
     def specs(self, models: Mapping[str, Any]) -> Any:
         """ParamSpecs of the term's own parameters; an empty dict without any."""
         if self.objective.params is None:
             return {}
-        with self.naming_fields():
+        with naming_fields(self.options):
             return self.objective.params(models)
 
     def source_numbers(self, names: Sequence[str]) -> tuple[int, ...]:
@@ -92,6 +78,18 @@ class Term:
 
 
 Terms = Mapping[str, Term]
+
+
+@contextlib.contextmanager
+def naming_fields(fields: Mapping[str, str]) -> Iterator[None]:
+    """An InputError raised within that begins with an option's name begins with the config's field for it instead."""
+    try:
+        yield
+    except InputError as error:
+        first = re.match(r"\w+(?=[ =:,])", str(error))
+        if first is None or first[0] not in fields:
+            raise
+        raise InputError(fields[first[0]] + str(error)[first.end() :]) from error
 
 
 class Inputs(NamedTuple):
@@ -163,7 +161,7 @@ def losses(terms: Terms, forward: Forward, inputs: Inputs, sources: Sequence[str
             carry=inputs.carry.get(name, ()),
             gathered=gathered.get(name, ()),
         )
-        with term.naming_fields():
+        with naming_fields(term.options):
             out = term.objective.loss(forward, term.view(forward.batch, sources), context)
         outs[name] = _by_source(out, forward.batch, sources)
     return outs

@@ -1,6 +1,7 @@
 """What a run measures at `eval.every`: the held-out loss, answers to held-out prompts, and `eval.tasks`."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -85,11 +86,13 @@ def make_evaluation(
     batches = list(
         dataset.eval_batches(data.held_out, config.batch_size, config.eval.batches or None, mine=inputs.rows)
     )
+    first = next(iter(parts.terms.values()))
     loss = perplexity.make_perplexity(
         distributed.one_at_a_time(parts.evaluate),
         batches,
         tokenizer.token_bytes(),
         use_loss_mask=any("loss_mask" in term.objective.fields for term in parts.terms.values()),
+        view=functools.partial(first.view, names=sorted(config.data["sources"])),
         put=inputs.put,
     )
     records = data.held_out_records[: config.eval.generate]

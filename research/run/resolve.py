@@ -176,9 +176,10 @@ def _check_teachers(
         if role != "policy" and role not in own:
             loading.check_reads(f"roles.{role}", base, tokenizer)
     for name, term in terms.items():
-        annotations.check(config.data["annotations"], name, term.objective.annotations)
+        cached = term.options.get("cached", f"objective.{name}.cached")
+        annotations.check(config.data["annotations"], cached.removesuffix(".cached"), term.objective.annotations)
         if term.objective.annotations and config.rollout.share:
             raise InputError(
-                f"rollout.share = {config.rollout.share}: objective.{name} reads a teacher's annotations, and there "
-                f"are none of what the policy writes. Set rollout.share to 0, or objective.{name}.cached to False."
+                f"rollout.share = {config.rollout.share}: objective.terms.{name} reads a teacher's annotations, and "
+                f"there are none of what the policy writes. Set rollout.share to 0, or {cached} to False."
             )

@@ -203,18 +203,19 @@ def _mismatch(folder: str, meta: Mapping[str, Any], settings: Mapping[str, Any],
 
 
 def check(folder: str, term: str, wanted: Mapping[str, Any]) -> None:
-    """Raises InputError where annotations were made with other options than a term of the objective asks for."""
+    """Raises InputError where annotations were made with other options than a term of the objective asks for; `term` is
+    the config's section of its options."""
     if not wanted:
         return
     if not folder:
         raise InputError(
-            f"objective.{term}.cached = True: reads a teacher's annotations. Name their folder in data.annotations; "
+            f"{term}.cached = True: reads a teacher's annotations. Name their folder in data.annotations; "
             "understudy annotate makes it."
         )
     meta = read_meta(folder)
     for name, value in wanted.items():
         if meta[name] != value:
             raise InputError(
-                f"data.annotations = {folder!r}: was made with --{name}={meta[name]}, and objective.{term} asks for "
+                f"data.annotations = {folder!r}: was made with --{name}={meta[name]}, and {term} asks for "
                 f"{name} = {value}. Change the one, or make new annotations with understudy annotate."
             )

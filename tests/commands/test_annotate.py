@@ -199,7 +199,7 @@ def test_what_the_objective_wants_must_be_there(folder, whole, tmp_path):
             run.run(changed, str(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
     with pytest.raises(InputError, match=r"made with --on=all, and objective\.x asks for on = other"):
-        annotations.check(whole, "x", {"on": "other"})
+        annotations.check(whole, "objective.x", {"on": "other"})
     unfinished = tmp_path / "unfinished"
     shutil.copytree(whole, unfinished)
     progress = next(unfinished.glob("*/progress.json"))
