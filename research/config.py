@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from research import objectives, optim
+from research import optim
 from research.devices import sharding
 from research.errors import InputError, did_you_mean
 from research.models.config import ModelConfig
@@ -233,8 +233,6 @@ def check(config: Config, *, num_devices: int) -> None:
             "lower the other."
         )
     spec.check(data_spec(config))
-    for term in objectives.load(config.objective).values():
-        term.source_numbers(sorted(config.data["sources"]))
     optim.make_schedule(config.optimizer, config.steps)
     if config.rollout.share and config.data["pack"]:
         raise InputError(

@@ -130,11 +130,15 @@ def read_data(
     Raises:
       InputError: the data, the tokenizer, the objective and the models don't go together.
     """
+    spec = config_lib.data_spec(config)
     tokenizer = tokenizer or given_tokenizer(config, bases.get("policy"))
-    teacher = _teacher_tokenizer(config, bases)
-    data = dataset.load(config_lib.data_spec(config), config.tokenizer, tokenizer, seed=config.seed, teacher=teacher)
-    terms = objectives.load(config.objective, data.tokenizer)
-    _check_teachers(config, bases, terms, data.tokenizer)
+    tokenizer = tokenizer or dataset.build_tokenizer(spec, config.tokenizer, config.seed)
+    terms = objectives.load(config.objective, tokenizer)
+    for term in terms.values():
+        term.source_numbers(sorted(spec.sources))
+    teacher = _teacher_tokenizer(config, bases, terms)
+    data = dataset.load(spec, config.tokenizer, tokenizer, seed=config.seed, teacher=teacher)
+    _check_teachers(config, bases, terms, tokenizer)
     return data, terms
 
 
@@ -149,9 +153,8 @@ def given_tokenizer(config: Config, base: loading.Found | None) -> tokenizers.To
     return tokenizer
 
 
-def _teacher_tokenizer(config: Config, bases: Mapping[str, loading.Found]) -> tokenizers.Tokenizer | None:
+def _teacher_tokenizer(config: Config, bases: Mapping[str, loading.Found], terms: Terms) -> tokenizers.Tokenizer | None:
     """The tokenizer of the roles that read tokens of their own; None where there are none."""
-    terms = objectives.load(config.objective)
     roles = [role for term in terms.values() for role in term.objective.own_tokens if role in bases]
     if not roles:
         return None

@@ -81,10 +81,7 @@ def load(
     """
     spec_lib.check(spec)
     entries, weights = spec_lib.entries(spec)
-    eval_entries = spec_lib.eval_entries(spec)
-    origins = [_locate(entry, seed) for entry in entries]
-    eval_origins = [_locate(entry, seed + 1) for entry in eval_entries]
-    train_on, eval_on = list(zip(entries, origins, strict=True)), list(zip(eval_entries, eval_origins, strict=True))
+    train_on, eval_on = _located(spec, seed)
     if tokenizer is None:
         tokenizer = _make_tokenizer(tokenizer_spec, train_on, eval_on, spec)
     inputs = _same_classes([_open(*each, spec, tokenizer, teacher) for each in (*train_on, *eval_on)], spec)
@@ -119,6 +116,21 @@ def load(
         held_out_templates=[template for _, template in samples],
         report=report,
     )
+
+
+def build_tokenizer(spec: DataSpec, tokenizer_spec: TokenizerSpec, seed: int = 0) -> Tokenizer:
+    """The tokenizer that `load` makes where it is handed none. A BPE learns from the texts to train on.
+
+    Args and errors: see `load`.
+    """
+    spec_lib.check(spec)
+    return _make_tokenizer(tokenizer_spec, *_located(spec, seed), spec)
+
+
+def _located(spec: DataSpec, seed: int) -> tuple[list[tuple[Entry, Origin]], list[tuple[Entry, Origin]]]:
+    """The entries to train on and those to evaluate, each with where it lies."""
+    train_on = [(entry, _locate(entry, seed)) for entry in spec_lib.entries(spec)[0]]
+    return train_on, [(entry, _locate(entry, seed + 1)) for entry in spec_lib.eval_entries(spec)]
 
 
 def settings(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from research.errors import InputError
 from research.models.transformer import make_model
 from research.objectives import distill, terms
 from research.objectives.types import Forward, LossOut, Objective, next_token_targets
+from research.rollouts.experience import Place
 from research.run import checkpoint
 
 ROWS, LENGTH, D = 8, 24, SMALL.config.d_model
@@ -122,7 +123,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, two_of_a_kind, whole):
     step, batches = stepper(two_of_a_kind), [make_batch(seed=seed) for seed in range(2)]
     first, _ = step(begin(two_of_a_kind, batches[0]), {}, batches[0])
     saver = checkpoint.Checkpointer(tmp_path)
-    saver.save(first, {}, {}, {})
+    saver.save(first, Place({}), {}, {})
     saver.wait()
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first)
     restored, _ = saver.restore(like)
