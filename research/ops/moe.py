@@ -110,6 +110,7 @@ def sharded_mixture(
     )
     batch, split, inner = (sharding.mesh_axes(rules[name]) for name in ("batch", "experts", "mlp"))
     gathered = tuple(axis for axis in split if axis in batch)
+    inner = tuple(axis for axis in inner if axis not in batch)  # along those, devices have tokens of their own
     added = (*inner, *(axis for axis in split if axis not in batch))
     parts = 1 if whole else sharding.num_parts(split)
 
@@ -125,6 +126,6 @@ def sharded_mixture(
 
     if whole:  # no mesh, or a batch too small for it: the partitioner does what it can
         return local(x, weights, experts, params)
-    held = {**rules, "embed": None}
+    held = {**rules, "embed": None, "mlp": inner}
     specs = jax.tree.map(lambda axes: sharding.partition(axes, held), kernels, is_leaf=lambda x: isinstance(x, tuple))
     return jax.shard_map(local, in_specs=(rows, rows, rows, specs), out_specs=rows)(x, weights, experts, params)

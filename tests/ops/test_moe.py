@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.ops.moe import mixture, route
+from research.devices import sharding
+from research.ops.moe import mixture, route, sharded_mixture
 
 N, D, F, E = 6, 8, 6, 4
 
@@ -70,3 +71,22 @@ def test_bfloat16_stays_bfloat16(arrays):
     out = mixture(x, weights, experts, E, lambda dot, x: dot(jax.nn.silu(dot(x, arrays["up"])), arrays["down"]))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), by_loops(arrays, 2, True), atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"batch": ("data", "fsdp", "expert", "tensor")}])
+def test_over_devices_it_is_the_same_where_tokens_are_cut_along_the_kernels_axis_too(arrays, overrides):
+    rules, mesh = (
+        sharding.make_rules(overrides),
+        sharding.make_mesh({"data": 1, "expert": 2, "tensor": 2}, jax.devices()[:4]),
+    )
+    kernels = {"up": ("experts", "embed", "mlp"), "down": ("experts", "mlp", "embed")}
+    params = {name: arrays[name] for name in kernels}
+    weights, experts = (y[:4].reshape(4, 1, 2) for y in route(arrays["logits"], 2, normalize=True))
+
+    def network(params, dot, x):
+        return dot(jax.nn.silu(dot(x, params["up"])), params["down"])
+
+    f = lambda *args: sharded_mixture(*args, E, params, network, kernels=kernels, rules=rules)  # noqa: E731
+    with jax.set_mesh(mesh):
+        out = jax.jit(f)(arrays["x"][:4].reshape(4, 1, D), weights, experts)
+    np.testing.assert_allclose(out[:, 0], by_loops(arrays, 2, True)[:4], atol=1e-5)
