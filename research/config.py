@@ -6,6 +6,7 @@ the dataclasses below. Every error names the field as it is spelt on the command
 
 import dataclasses
 import math
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -112,10 +113,16 @@ class Config:
         name (NAME/MODEL or NAME/MODEL@REVISION) or a .gguf file. It then decides all fields that are left at their
         defaults.
       tokenizer: "auto" is that of model.init_from, and without one "byte".
-      trainable: which parameters train: a regular expression that their whole names match, such as "head" or
-        "layers/.*|final_norm/.*"; "" is all. The others take no gradient and no optimizer state.
+      trainable: which parameters of the policy are trained: a regular expression that their whole names match, such as
+        "head", "layers/.*|final_norm/.*" or "layers/3/.*", which is one layer, counted from 0; "" is all. For several
+        roles a mapping: {"policy": "head", "value": ""}. The others take no gradient and no optimizer state, and aren't
+        in checkpoints: they are read where the run began.
+      frozen_dtype: in which the kernels of what isn't trained are held: "auto" is the compute dtype of their model;
+        "float32" or "bfloat16".
       roles: further models that the objective reads, such as {"teacher": {"init_from": NAME}}: each a section like
-        `model`. They are frozen, and not part of the run's checkpoints.
+        `model`. Those that the objective trains are in the run's checkpoints; the others are frozen. A role may be the
+        policy's own trunk: {"of": "policy"} is the policy as it began, and shares what isn't trained of it (see
+        `trainable`); {"of": "policy", "num_labels": 1} is the policy with another head, and shares its passes.
       objective: {"terms": {name: weight or {options}}}: see research.objectives.load.
       rollout: the policy answers the prompts of the data itself, for on-policy objectives.
       rules: logical axis -> mesh axis, where it differs from sharding.RULES.
@@ -135,7 +142,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _model_defaults())
-    trainable: str = ""
+    trainable: str | Mapping[str, Any] = ""
+    frozen_dtype: str = "auto"
     roles: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerSpec = TokenizerSpec(kind="auto")
     data: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _data_defaults())
@@ -149,11 +157,17 @@ class Config:
 
 
 _MODEL_EXTRA = {"init_from": ""}
+_ROLE_EXTRA = {"of": ""}
+FROZEN_DTYPES = ("auto", "float32", "bfloat16")
 
 
 def _model_defaults() -> dict[str, Any]:
     fields = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name != "vocab_size"}
     return {"vocab_size": 0, **fields, "dtype": "auto", **_MODEL_EXTRA}
+
+
+def _role_defaults() -> dict[str, Any]:
+    return {**_model_defaults(), **_ROLE_EXTRA}
 
 
 def _data_defaults() -> dict[str, Any]:
@@ -211,6 +225,7 @@ def check(config: Config, *, num_devices: int) -> None:
         )
     shape = dict(zip(sharding.AXES, sharding.mesh_shape(dataclasses.asdict(config.mesh), num_devices), strict=True))
     _check_rules(config.rules)
+    _check_roles(config)
     rules = sharding.make_rules(config.rules)
     over = [axis for axis in sharding.AXES if axis in sharding.mesh_axes(rules["batch"])]
     unit = math.prod(shape[axis] for axis in over) * config.microbatches
@@ -240,6 +255,39 @@ def check(config: Config, *, num_devices: int) -> None:
         )
 
 
+def trainable_pattern(config: Config, role: str) -> str:
+    """Which parameters of a role are trained, where the objective trains it; "" is all."""
+    if isinstance(config.trainable, str):
+        return config.trainable if role == "policy" else ""
+    return config.trainable.get(role, "")
+
+
+def _check_roles(config: Config) -> None:
+    """Raises InputError for `trainable`, `frozen_dtype` and roles of another's trunk that can't be."""
+    names = ("policy", *config.roles)
+    if config.frozen_dtype not in FROZEN_DTYPES:
+        known = did_you_mean(config.frozen_dtype, FROZEN_DTYPES)
+        raise InputError(f"frozen_dtype = {config.frozen_dtype!r}: no such choice.{known}")
+    for role, pattern in {} if isinstance(config.trainable, str) else config.trainable.items():
+        if role not in names:
+            raise InputError(f"trainable.{role}: no such role.{did_you_mean(role, names)}")
+        if not isinstance(pattern, str):
+            raise InputError(f"trainable.{role} = {pattern!r}: must be a regular expression on names.")
+    defaults = _role_defaults()
+    for role, section in config.roles.items():
+        owner, where = section["of"], f"roles.{role}"
+        if not owner:
+            continue
+        if owner not in names or owner == role or config.roles.get(owner, {}).get("of"):
+            raise InputError(f"{where}.of = {owner!r}: must be a role with a model of its own, such as 'policy'.")
+        for field, value in section.items():
+            if field not in ("of", "num_labels") and value != defaults[field]:
+                raise InputError(
+                    f"{where}.{field} = {value!r}: the role is the model of {owner!r} (of), but for its head "
+                    "(num_labels). Leave it out."
+                )
+
+
 def _check_rules(rules: Mapping[str, Any]) -> None:
     for name, axes in rules.items():
         if name not in sharding.RULES:
@@ -262,7 +310,10 @@ def model_config(config: Config, vocab_size: int, backend: str | None = None, ro
       InputError: the tokenizer has more tokens than model.vocab_size.
     """
     where, values = model_section(config, role)
-    values = {k: v for k, v in values.items() if k not in _MODEL_EXTRA}
+    if values.get("of"):
+        owner = model_config(config, vocab_size, backend, values["of"])
+        return dataclasses.replace(owner, num_labels=values["num_labels"] or owner.num_labels)
+    values = {k: v for k, v in values.items() if k not in (*_MODEL_EXTRA, *_ROLE_EXTRA)}
     if values["vocab_size"] and values["vocab_size"] < vocab_size:
         raise InputError(
             f"{where}.vocab_size = {values['vocab_size']} is smaller than the tokenizer, which has {vocab_size} "
@@ -309,7 +360,7 @@ def with_architecture(config: Config, base: ModelConfig, name: str, role: str = 
                 f"Leave it at its default to take the checkpoint's, or leave {where}.init_from out to start afresh."
             )
         made[field.name] = theirs if untouched else value
-    section = {**made, "init_from": mine["init_from"]}
+    section = {**made, **{name: mine[name] for name in (*_MODEL_EXTRA, *_ROLE_EXTRA) if name in mine}}
     if role == "policy":
         return dataclasses.replace(config, model=section)
     return dataclasses.replace(config, roles={**config.roles, role: section})
@@ -336,7 +387,7 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
             made[section] = _section(known(), made[section], section)
     if cls is Config and "roles" in made:
         made["roles"] = {
-            role: _section(_model_defaults(), values, f"roles.{role}") for role, values in made["roles"].items()
+            role: _section(_role_defaults(), values, f"roles.{role}") for role, values in made["roles"].items()
         }
     return cls(**made)
 
@@ -352,6 +403,11 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, field)
     kind = typing.get_origin(hint) or hint
+    if kind is types.UnionType:
+        kinds = tuple(typing.get_origin(option) or option for option in typing.get_args(hint))
+        if not isinstance(value, kinds):
+            raise InputError(f"{field} = {value!r}: must be a {' or a '.join(k.__name__ for k in kinds)}.")
+        return dict(value) if isinstance(value, Mapping) else value
     if kind is tuple:
         value = tuple(value) if isinstance(value, list | tuple) else (value,)
         return tuple(_convert(typing.get_args(hint)[0], v, field) for v in value)

@@ -1,22 +1,25 @@
 """Models by name, wherever they come from: a run of ours, a Hugging Face folder or hub name, a .gguf file."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from research import config as config_lib
-from research import files, params
-from research.devices import sharding
+from research import params
+from research.devices import compilation, sharding
 from research.errors import InputError
+from research.files import read_json, write_json
 from research.models import transformer
 from research.models.config import ModelConfig
+from research.pretrained import checkpoints
 from research.pretrained import load as pretrained
-from research.run import checkpoint
 from research.sources import tokenizers
 
+FROZEN = "frozen.json"  # in a workdir: role -> params.fingerprint of what isn't trained of it
 ORIGIN = "origin.json"  # in a workdir: the config.json and dtypes of the checkpoint that the run began with
 
 
@@ -55,9 +58,9 @@ def find(name: str, *, step: int | str | None = None, ema: bool = False) -> Foun
     Raises:
       InputError: there is no such model, or it can't be read.
     """
-    if checkpoint.steps(name):
-        return _find_run(name, checkpoint.best_step(name) if step == "best" else step, ema)
-    if (Path(name) / "metrics.jsonl").is_file() or (Path(name) / checkpoint.FOLDER).is_dir():
+    if checkpoints.steps(name):
+        return _find_run(name, checkpoints.best_step(name) if step == "best" else step, ema)
+    if (Path(name) / "metrics.jsonl").is_file() or (Path(name) / checkpoints.FOLDER).is_dir():
         raise InputError(
             f"{name}: is the workdir of a run that has saved no checkpoint yet. Name another, or let it run."
         )
@@ -93,24 +96,158 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
     record = Path(workdir) / "config.json"
     if not record.is_file():
         raise InputError(f"{workdir}: lacks config.json, which a run writes beside its checkpoints.")
-    config = config_lib.parse(files.read_json(record)["config"])
+    config = config_lib.parse(read_json(record)["config"])
     tokenizer = tokenizers.load_tokenizer(workdir)
-
-    def read(specs: Any, placements: Any) -> Any:
-        like = params.abstract(specs, placements)
-        return checkpoint.restore_params(workdir, {"policy": like}, step=step, ema=ema)[0]["policy"]
-
+    c, rules = config_lib.model_config(config, tokenizer.size), sharding.make_rules(config.rules)
+    start = Start("policy", transformer.make_model(c, rules), config.seed, config.model["init_from"])
     origin = Path(workdir) / ORIGIN
     return Found(
         name=workdir,
-        config=config_lib.model_config(config, tokenizer.size),
-        rules=sharding.make_rules(config.rules),
+        config=c,
+        rules=rules,
         tokenizer=lambda: tokenizer,
         has_tokenizer=True,
         template=config.data["template"],
-        read=read,
-        origin=files.read_json(origin, {}),
+        read=lambda specs, placements: read_run(workdir, start, specs, placements, step=step, ema=ema),
+        origin=read_json(origin, {}),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a role of a run begins with: the parameters of another model, or random ones.
+
+    Attributes:
+      role: its name.
+      model: what it computes.
+      seed: of the run.
+      base: the model that its parameters are read from, or that one's name; "" for random ones.
+    """
+
+    role: str
+    model: transformer.Model
+    seed: int
+    base: Found | str
+
+    def read(self, specs: Any, placements: Any) -> Any:
+        """The initial parameters, each in its spec's dtype.
+
+        A classifier made of a language model takes all but the head from it.
+
+        Args:
+          specs: of the model, its layers in one stack.
+          placements: a NamedSharding for each.
+
+        Raises:
+          InputError: there is no such model, or it has other parameters.
+        """
+        base = find(self.base) if isinstance(self.base, str) and self.base else self.base
+        if not base:
+            return self.draw(specs, placements)
+        if self.model.config.num_labels == base.config.num_labels:
+            return base.read(specs, placements)
+        head = {name: spec for name, spec in specs.items() if name in transformer.HEAD}
+        c = dataclasses.replace(self.model.config, num_labels=0, head_bias=base.config.head_bias)
+        body = params.overlay(transformer.make_model(c).specs, {k: v for k, v in specs.items() if k not in head})
+        mesh = jax.tree.leaves(placements)[0].mesh
+        values = base.read(body, params.shardings(body, mesh, base.rules))
+        fresh = self.draw(head, {name: placements[name] for name in head})
+        return {name: fresh[name] if name in fresh else values[name] for name in specs}
+
+    def draw(self, specs: Any, placements: Any) -> Any:
+        """Random parameters: those of a whole run with this seed, whatever else it has."""
+        options = compilation.compiler_options(jax.tree.leaves(placements)[0].mesh)
+        draw = lambda key: params.init({self.role: specs}, key)[self.role]  # noqa: E731
+        return jax.jit(draw, out_shardings=placements, compiler_options=options)(initial_keys(self.seed)[0])
+
+
+def initial_keys(seed: int) -> jax.Array:
+    """A run's two keys: of its initial parameters, and of its steps."""
+    return jax.random.split(jax.random.PRNGKey(np.uint32(seed & 0xFFFFFFFF)), 2)
+
+
+def read_run(
+    workdir: str, start: Start, specs: Any, placements: Any, *, step: int | None = None, ema: bool = False
+) -> Any:
+    """The parameters of a role of a run: those that it trains of a checkpoint, the others from where it began.
+
+    Args:
+      workdir: of the run.
+      start: of the role.
+      specs, placements: see Start.read.
+      step: of the checkpoint; by default the newest.
+      ema: take the moving average.
+
+    Raises:
+      InputError: there is no such checkpoint, it has parameters of other shapes, or what the run began with is gone or
+        has changed.
+    """
+    names = checkpoints.parameter_names(workdir, step=step, ema=ema).get(start.role, {})
+    trained = params.named(specs, names)
+    marks = _marks(workdir, start.role)
+    if trained == specs or marks is None:
+        like = params.abstract(specs, placements)
+        return checkpoints.restore_params(workdir, {start.role: like}, step=step, ema=ema)[0][start.role]
+    values = start.read(specs, placements)
+    check_unchanged(workdir, start, marks, values)
+    where = {params.path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(placements)}
+    like = jax.tree_util.tree_map_with_path(
+        lambda path, s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where[params.whole_name(path)]),
+        trained,
+        is_leaf=params.is_spec,
+    )
+    own = checkpoints.restore_params(workdir, {start.role: like}, step=step, ema=ema)[0][start.role]
+    return jax.jit(params.put, donate_argnums=0, out_shardings=placements)(values, own)
+
+
+def read_untrained(workdir: str, start: Start, specs: Any, placements: Any) -> Any:
+    """A role's parameters as a run began, or where its checkpoints hold all of them, as in the newest one: what isn't
+    trained is the same in both.
+
+    Args: see `read_run`.
+
+    Raises:
+      InputError: what the run began with is gone, or has changed.
+    """
+    marks = _marks(workdir, start.role)
+    if marks is None:
+        return read_run(workdir, start, specs, placements)
+    values = start.read(specs, placements)
+    check_unchanged(workdir, start, marks, values)
+    return values
+
+
+def note_frozen(workdir: str, frozen: Mapping[str, Any], write: bool) -> None:
+    """Notes in the workdir what isn't trained of a run's trained roles. All processes call it; one is to write."""
+    marks = {role: params.fingerprint(values) for role, values in frozen.items()}
+    if marks and write:
+        write_json(Path(workdir) / FROZEN, marks)
+
+
+def _marks(workdir: str, role: str) -> dict[str, Any] | None:
+    """What a run has noted of a role; None where its checkpoints hold all of it."""
+    file = Path(workdir) / FROZEN
+    return read_json(file).get(role) if file.is_file() else None
+
+
+def check_unchanged(workdir: str, start: Start, marks: Mapping[str, Any], values: Any) -> None:
+    """Raises InputError where parameters that aren't trained aren't those that the run began with.
+
+    Args:
+      workdir: of the run.
+      start: of the role.
+      marks: params.fingerprint of them when the run began.
+      values: the parameters that are read now.
+    """
+    now = params.fingerprint(values)
+    for name, (total, norm) in marks.items():
+        if max(abs(now[name][0] - total), abs(now[name][1] - norm)) > 1e-4 * norm + 1e-6:
+            source = f"{start.base}" if isinstance(start.base, str) else start.base.name
+            raise InputError(
+                f"{workdir}: {name} of the role {start.role!r} isn't trained, hence not in the checkpoints but in "
+                f"{source or f'the seed {start.seed}'}, and has other values there than when the run began. Restore "
+                "what it began with, or start in a new --workdir."
+            )
 
 
 class LoadedModel(NamedTuple):

@@ -2,18 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from research import params as params_lib
 from research.errors import InputError, did_you_mean
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant", "inverse_sqrt")
+GROUP_FIELDS = ("match", "learning_rate", "weight_decay", "warmup_steps", "clip_norm")
 Tree = Any  # a pytree
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,10 @@ class OptimizerSpec:
       factor_min_size: adafactor factors the second moment where two axes are at least so long.
       clip_norm: the gradient's global norm is clipped to this; 0 means never.
       mu_dtype: dtype of the first moment or momentum, "float32" or "bfloat16".
+      groups: parameters with values of their own: {"head": {"match": "policy/head.*", "learning_rate": 1e-3}}. `match`
+        is a regular expression on whole names, whose first part is the role ("value/.*" is all of a role); the others
+        are learning_rate, weight_decay, warmup_steps and clip_norm. A group with a clip_norm is clipped by its own
+        norm, and counts in no other. What a group leaves out, and what is in no group, goes by the fields above.
     """
 
     name: str = "adamw"
@@ -61,9 +68,10 @@ class OptimizerSpec:
     factor_min_size: int = 128
     clip_norm: float = 1.0
     mu_dtype: str = "float32"
+    groups: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def check(spec: OptimizerSpec, steps: int) -> None:
+def check(spec: OptimizerSpec, steps: int, section: str = "optimizer") -> None:
     """Raises InputError for the first field of `spec` that can't be used in a run of `steps` steps."""
     for field, options in (
         ("name", OPTIMIZERS),
@@ -73,30 +81,80 @@ def check(spec: OptimizerSpec, steps: int) -> None:
     ):
         value = getattr(spec, field)
         if value not in options:
-            raise InputError(f"optimizer.{field} = {value!r}: not known.{did_you_mean(str(value), options)}")
-    for field in ("learning_rate", "weight_decay", "clip_norm", "warmup_steps"):
-        _require(spec, field, 0 <= getattr(spec, field) < math.inf, "must be 0 or more, and finite")
-    for field in ("b1", "b2", "momentum"):
-        _require(spec, field, 0 <= getattr(spec, field) < 1, "must be in [0, 1)")
-    for field in ("start_ratio", "end_ratio"):
-        _require(spec, field, 0 <= getattr(spec, field) <= 1, "is a fraction of learning_rate: must be in [0, 1]")
-    _require(spec, "decay_fraction", 0 < spec.decay_fraction <= 1, "is a fraction of all steps: must be in (0, 1]")
-    _require(spec, "eps", 0 < spec.eps < math.inf, "must be above 0, and finite")
-    _require(spec, "factor_min_size", spec.factor_min_size >= 1, "must be 1 or more")
+            raise InputError(f"{section}.{field} = {value!r}: not known.{did_you_mean(str(value), options)}")
+    for fields, valid, remedy in (
+        (("learning_rate", "weight_decay", "clip_norm", "warmup_steps"), _is_size, "must be 0 or more, and finite"),
+        (("b1", "b2", "momentum"), lambda x: 0 <= x < 1, "must be in [0, 1)"),
+        (
+            ("start_ratio", "end_ratio"),
+            lambda x: 0 <= x <= 1,
+            "is a fraction of learning_rate: must be in [0, 1]",
+        ),
+        (("decay_fraction",), lambda x: 0 < x <= 1, "is a fraction of all steps: must be in (0, 1]"),
+        (("eps",), lambda x: 0 < x < math.inf, "must be above 0, and finite"),
+        (("factor_min_size",), lambda x: x >= 1, "must be 1 or more"),
+    ):
+        for field in fields:
+            if not valid(getattr(spec, field)):
+                raise InputError(f"{section}.{field} = {getattr(spec, field)}: {remedy}.")
     if steps < 1:
         raise InputError(f"steps = {steps}: must be 1 or more.")
     if spec.warmup_steps > steps:
         raise InputError(
-            f"optimizer.warmup_steps = {spec.warmup_steps} is more than steps = {steps}. Lower it, or raise steps."
+            f"{section}.warmup_steps = {spec.warmup_steps} is more than steps = {steps}. Lower it, or raise steps."
         )
     if spec.schedule == "wsd" and spec.warmup_steps + _decay_steps(spec, steps) > steps:
         raise InputError(
-            f"optimizer.warmup_steps = {spec.warmup_steps} and the {_decay_steps(spec, steps)} steps of decay that "
+            f"{section}.warmup_steps = {spec.warmup_steps} and the {_decay_steps(spec, steps)} steps of decay that "
             f"optimizer.decay_fraction = {spec.decay_fraction} asks for are more than steps = {steps}. Lower either."
         )
+    for name in spec.groups:
+        check(group_spec(spec, name), steps, f"optimizer.groups.{name}")
 
 
-def make_schedule(spec: OptimizerSpec, steps: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+def group_spec(spec: OptimizerSpec, name: str) -> OptimizerSpec:
+    """What a group of parameters goes by: the spec with the group's fields in the place of its own.
+
+    Raises:
+      InputError: the group lacks `match`, or has a field that isn't known or of another type.
+    """
+    group, where = spec.groups[name], f"optimizer.groups.{name}"
+    if not isinstance(group, Mapping) or not isinstance(group.get("match"), str):
+        raise InputError(f'{where}: needs a field match, a regular expression on names: {{"match": "policy/head.*"}}.')
+    own = {field: value for field, value in group.items() if field != "match"}
+    for field, value in own.items():
+        if field not in GROUP_FIELDS:
+            raise InputError(f"{where}.{field}: no such field of a group.{did_you_mean(field, GROUP_FIELDS)}")
+        if isinstance(value, bool) or not isinstance(value, int if field == "warmup_steps" else int | float):
+            raise InputError(f"{where}.{field} = {value!r}: must be a number.")
+    return dataclasses.replace(spec, **own, groups={})
+
+
+def group_labels(spec: OptimizerSpec, specs: Tree) -> Tree:
+    """The name of the group that each parameter belongs to, "" for none.
+
+    Args:
+      spec: the optimizer.
+      specs: role -> nested dicts of ParamSpec, of what is trained.
+
+    Raises:
+      InputError: a group matches nothing, or two match the same parameter.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(specs, is_leaf=params_lib.is_spec)
+    labels = [""] * len(leaves)
+    for name in spec.groups:
+        field, pattern = f"optimizer.groups.{name}.match", spec.groups[name]["match"]
+        for i, member in enumerate(jax.tree.leaves(params_lib.matching(specs, pattern, field))):
+            if member and labels[i]:
+                raise InputError(
+                    f"{field} = {pattern!r}: matches {params_lib.path_name(leaves[i][0])}, which is in "
+                    f"optimizer.groups.{labels[i]} too. A parameter is in one group: make one expression narrower."
+                )
+            labels[i] = name if member else labels[i]
+    return structure.unflatten(labels)
+
+
+def make_schedule(spec: OptimizerSpec, steps: int) -> Schedule:
     """Returns schedule(t), the learning rate used at step t = 0 ... steps - 1 (afterwards it stays where it ended).
 
     With w = warmup_steps and r = (steps - t) / (steps - w), the fraction that remains, the part after the warm-up is
@@ -133,8 +191,13 @@ def make_schedule(spec: OptimizerSpec, steps: int) -> Callable[[jax.typing.Array
     return schedule
 
 
+def make_group_schedules(spec: OptimizerSpec, steps: int) -> dict[str, Schedule]:
+    """The schedule of each group of parameters, by its name."""
+    return {name: make_schedule(group_spec(spec, name), steps) for name in spec.groups}
+
+
 def make_optimizer(
-    spec: OptimizerSpec, steps: int, decay_mask: Tree, muon_dims: Tree = None, trains: Tree = None
+    spec: OptimizerSpec, steps: int, decay_mask: Tree, muon_dims: Tree = None, labels: Tree = None
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer, in this order: clipping, direction, weight decay, learning rate.
 
@@ -147,54 +210,100 @@ def make_optimizer(
                   (arXiv:1804.04235). A stack of layers is one array to it: factored over its two longest axes, and
                   clipped as one.
       muon:       the momentum's matrices orthogonalised by Newton-Schulz (see `_orthogonalize`), adamw for the rest
-      sgd:        momentum
+      sgd:        momentum, of a gradient that the weight decay is already added to
 
     Args:
       spec: what to make.
       steps: length of the run, for the schedule.
-      decay_mask: for each parameter, whether weight decay applies to it.
+      decay_mask: for each parameter that is trained, whether weight decay applies to it.
       muon_dims: for each parameter the optax.contrib.MuonDimensionNumbers of the matrices it holds (axes in neither of
         the two, like that of layers, count matrices), or None where adamw applies. Only muon needs it.
-      trains: for each parameter, whether it is updated; the others have no state. By default all are.
+      labels: for each parameter the group it belongs to (see `group_labels`). Only a spec with groups needs it.
 
     Raises:
       InputError: see `check`.
     """
-    if trains is not None:
-        hide = lambda x, t: x if t else optax.MaskedNode()  # noqa: E731
-        decay_mask = jax.tree.map(hide, decay_mask, trains)
-        if muon_dims is not None:
-            muon_dims = jax.tree.map(hide, muon_dims, trains, is_leaf=_is_dims)
-        return optax.masked(make_optimizer(spec, steps, decay_mask, muon_dims), trains)
-    schedule = make_schedule(spec, steps)
-    decay = [optax.add_decayed_weights(spec.weight_decay, mask=decay_mask)] if spec.weight_decay else []
-    adam = _adam(spec)
-    momentum = _kept(optax.trace(spec.momentum, nesterov=spec.nesterov, accumulator_dtype=spec.mu_dtype))
-    match spec.name:
-        case "adamw":
-            direction = [adam, *decay]
-        case "lion":
-            direction = [_kept(optax.scale_by_lion(b1=spec.b1, b2=spec.b2, mu_dtype=spec.mu_dtype)), *decay]
-        case "adafactor":
-            rms = _kept(optax.scale_by_factored_rms(min_dim_size_to_factor=spec.factor_min_size))
-            relative = [optax.scale_by_param_block_rms()] if spec.scale_by_parameter else []
-            direction = [rms, optax.clip_by_block_rms(1.0), *relative, *decay]
-        case "muon":
-            muon = optax.chain(momentum, _orthogonalize(muon_dims, spec.muon_scaling))
-            labels = jax.tree.map(lambda d: "adamw" if d is None else "muon", muon_dims, is_leaf=_is_dims)
-            if "muon" not in jax.tree.leaves(labels):
-                raise InputError("optimizer.name = 'muon': the model has no matrix for it. Set it to 'adamw'.")
-            direction = [optax.partition({"muon": muon, "adamw": adam}, labels), *decay]
-        case "sgd":
-            direction = [*decay, momentum]
-    clip = [_clip(spec.clip_norm)] if spec.clip_norm else []
-    chain = optax.chain(*clip, *direction, _kept(optax.scale_by_learning_rate(schedule)))
+    check(spec, steps)
+    decay = _decays(spec, decay_mask, labels)
+    direction = _direction(spec, muon_dims)
+    parts = [*decay, *direction] if spec.name == "sgd" else [*direction, *decay]
+    chain = optax.chain(*_clips(spec, labels), *parts, _kept(_rates(spec, steps, labels)))
 
     def update(updates: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True):
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes: integer counts, bfloat16 moments
             return chain.update(updates, state, params, ok=ok)
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
+def _direction(spec: OptimizerSpec, muon_dims: Tree) -> list[optax.GradientTransformation]:
+    """From the clipped gradient to the direction of the update."""
+    momentum = _kept(optax.trace(spec.momentum, nesterov=spec.nesterov, accumulator_dtype=spec.mu_dtype))
+    match spec.name:
+        case "adamw":
+            return [_adam(spec)]
+        case "lion":
+            return [_kept(optax.scale_by_lion(b1=spec.b1, b2=spec.b2, mu_dtype=spec.mu_dtype))]
+        case "adafactor":
+            rms = _kept(optax.scale_by_factored_rms(min_dim_size_to_factor=spec.factor_min_size))
+            relative = [optax.scale_by_param_block_rms()] if spec.scale_by_parameter else []
+            return [rms, optax.clip_by_block_rms(1.0), *relative]
+        case "muon":
+            muon = optax.chain(momentum, _orthogonalize(muon_dims, spec.muon_scaling))
+            labels = jax.tree.map(lambda d: "adamw" if d is None else "muon", muon_dims, is_leaf=_is_dims)
+            if "muon" not in jax.tree.leaves(labels):
+                raise InputError("optimizer.name = 'muon': what is trained has no matrix for it. Set it to 'adamw'.")
+            return [optax.partition({"muon": muon, "adamw": _adam(spec)}, labels)]
+    return [momentum]
+
+
+def _decays(spec: OptimizerSpec, decay_mask: Tree, labels: Tree) -> list[optax.GradientTransformation]:
+    """Weight decay, of each group at its own rate."""
+    if not spec.groups:
+        return [optax.add_decayed_weights(spec.weight_decay, mask=decay_mask)] if spec.weight_decay else []
+    rates = {"": spec.weight_decay} | {name: group_spec(spec, name).weight_decay for name in spec.groups}
+
+    def add(updates: Tree, params: Tree) -> Tree:
+        return jax.tree.map(
+            lambda g, p, decays, label: g + rates[label] * p if decays and rates[label] else g,
+            updates,
+            params,
+            decay_mask,
+            labels,
+        )
+
+    return [optax.stateless(add)] if any(rates.values()) else []
+
+
+def _clips(spec: OptimizerSpec, labels: Tree) -> list[optax.GradientTransformation]:
+    """Clipping: of each group with a clip_norm of its own, and of all others together."""
+    alone = {name for name, group in spec.groups.items() if "clip_norm" in group}
+    if not alone:
+        return [_clip(spec.clip_norm)] if spec.clip_norm else []
+    norms = {"": spec.clip_norm} | {name: group_spec(spec, name).clip_norm for name in sorted(alone)}
+    kind = jax.tree.map(lambda label: label if label in alone else "", labels)
+    used = set(jax.tree.leaves(kind))
+    return [
+        _clip(largest, jax.tree.map(lambda label, name=name: label == name, kind))
+        for name, largest in norms.items()
+        if largest and name in used
+    ]
+
+
+def _rates(spec: OptimizerSpec, steps: int, labels: Tree) -> optax.GradientTransformation:
+    """Multiplies each update by its group's learning rate, and by -1."""
+    schedules = {"": make_schedule(spec, steps)} | make_group_schedules(spec, steps)
+    plain = optax.scale_by_learning_rate(schedules[""])
+    if not spec.groups:
+        return plain
+
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        del params
+        rates = {name: schedule(state.count) for name, schedule in schedules.items()}
+        updates = jax.tree.map(lambda u, label: (-rates[label]).astype(u.dtype) * u, updates, labels)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(plain.init, update)
 
 
 def _kept(transform: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -207,13 +316,16 @@ def _kept(transform: optax.GradientTransformation) -> optax.GradientTransformati
     return optax.GradientTransformationExtraArgs(transform.init, update)
 
 
-def _clip(largest: float) -> optax.GradientTransformation:
-    """Clips to a global norm by one factor, which XLA fuses with what follows; it would write out optax's quotients."""
+def _clip(largest: float, members: Tree = None) -> optax.GradientTransformation:
+    """Clips `members`, by default all, to a global norm, by one factor that XLA fuses with what follows; it would write
+    out optax's quotients."""
 
     def update(grads: Tree, params: Tree = None) -> Tree:
-        norm = optax.tree.norm(grads)
+        del params
+        clipped = members or jax.tree.map(lambda _: True, grads)
+        norm = optax.tree.norm([g for g, m in zip(*map(jax.tree.leaves, (grads, clipped)), strict=True) if m])
         scale = jnp.where(norm < largest, jnp.ones_like(norm), largest / norm)
-        return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        return jax.tree.map(lambda g, m: g * scale.astype(g.dtype) if m else g, grads, clipped)
 
     return optax.stateless(update)
 
@@ -282,6 +394,5 @@ def _decay_steps(spec: OptimizerSpec, steps: int) -> int:
     return max(1, round(spec.decay_fraction * steps))
 
 
-def _require(spec: OptimizerSpec, field: str, ok: bool, remedy: str) -> None:
-    if not ok:
-        raise InputError(f"optimizer.{field} = {getattr(spec, field)}: {remedy}.")
+def _is_size(x: float) -> bool:
+    return 0 <= x < math.inf

@@ -58,11 +58,18 @@ def path_name(path: tuple) -> str:
 
 
 def init(specs: Tree, key: jax.Array) -> Tree:
-    """Initial values. Each parameter's key depends on its path alone, so that adding one changes no other."""
+    """Initial values, drawn in float32. Each parameter's key depends on its path alone, so that adding one changes no
+    other."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
     numbers = jnp.asarray([zlib.crc32(path_name(path).encode()) for path, _ in leaves], jnp.uint32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)  # at once: for CPUs each would be a loop to compile
-    return structure.unflatten([spec.init(keys[i], spec.shape, spec.dtype) for i, (_, spec) in enumerate(leaves)])
+    drawn = (spec.init(keys[i], spec.shape, jnp.float32) for i, (_, spec) in enumerate(leaves))
+    return structure.unflatten([x.astype(spec.dtype) for x, (_, spec) in zip(drawn, leaves, strict=True)])
+
+
+def held_in(specs: Tree, dtype: Any) -> Tree:
+    """Specs of parameters that aren't trained: kernels are held in `dtype`, all others as they are."""
+    return tree_map(lambda s: dataclasses.replace(s, dtype=jnp.dtype(dtype)) if s.contracts else s, specs)
 
 
 def shardings(specs: Tree, mesh: jax.sharding.Mesh, rules: Mapping[str, Any] = sharding.RULES) -> Tree:
@@ -217,6 +224,62 @@ def stacked(values: Tree) -> Tree:
     return {**values, "layers": layers}
 
 
+def named(specs: Tree, names: Tree) -> Tree:
+    """The specs of those parameters that are leaves of `names`, which may have pieces of the layers."""
+    if not isinstance(names, Mapping):
+        return specs
+    names = {name: part for name, part in names.items() if _PIECE.fullmatch(name) or name in specs}
+    parts = {name: named(specs[name], part) for name, part in names.items() if name != "layers"}
+    if "layers" not in names:
+        return parts
+    if not all(_PIECE.fullmatch(name) for name in names["layers"]):
+        return {**parts, "layers": named(specs["layers"], names["layers"])}
+    whole = layer_pieces(specs["layers"])
+    ranges = {name: _layers_of(name, 0) for name in names["layers"]}
+    pieces = {name: _cut_range(whole, r.start, r.stop) for name, r in ranges.items()}
+    return {**parts, "layers": {name: named(pieces[name], part) for name, part in names["layers"].items()}}
+
+
+def put(values: Tree, own: Tree) -> Tree:
+    """A model's arrays with those of `own` in their place; pieces of its layers are written into the stacks."""
+    if "layers" not in own or not all(_PIECE.fullmatch(name) for name in own["layers"]):
+        return overlay(values, own)
+    layers = values["layers"]
+    for first, stop, piece in layer_pieces(own["layers"]):
+        part, _ = split(layers, _like(piece, layers))
+        layers = overlay(layers, jax.tree.map(lambda w, p, a=first, b=stop: w.at[a:b].set(p), part, piece))
+    return {**overlay(values, {name: part for name, part in own.items() if name != "layers"}), "layers": layers}
+
+
+def fingerprint(values: Tree) -> dict[str, tuple[float, float]]:
+    """Tells whether a model's arrays are those of another time: the sum and the norm of each, by its name.
+
+    They hold up to rounding: of sums, and of kernels that are held in bfloat16 here and in float32 there. A stack of
+    layers has those of each layer, so that pieces compare with whole stacks.
+
+    Args:
+      values: a model's arrays, or some of them.
+    """
+
+    @jax.jit
+    def measures(values: Tree) -> Tree:
+        def one(path: tuple, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x = x.astype(jnp.bfloat16).astype(jnp.float32)
+            axes = tuple(range("layers" in path_name(path).split("/"), x.ndim))
+            return jnp.sum(x, axes), jnp.sqrt(jnp.sum(jnp.square(x), axes))
+
+        return {path_name(path): one(path, x) for path, x in jax.tree_util.tree_leaves_with_path(values)}
+
+    marks = {}
+    for name, (total, norm) in jax.device_get(measures(values)).items():
+        if total.ndim == 0:
+            marks[name] = (float(total), float(norm))
+            continue
+        for layer, *pair in zip(_layers_of(name, len(total)), total, norm, strict=True):
+            marks[_without_piece(name).replace("layers/", f"layers/{layer}/", 1)] = tuple(map(float, pair))
+    return marks
+
+
 _PIECE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -247,9 +310,21 @@ def _piece_around(pieces: list[Piece], first: int, stop: int) -> Piece:
     raise ValueError(f"layers {first} to {stop - 1} don't lie in one piece of {[piece[:2] for piece in pieces]}")
 
 
-def _whole_name(path: tuple) -> str:
+def whole_name(path: tuple) -> str:
     """path_name, without the piece that its layers lie in."""
-    return re.sub(r"(^|/)layers/\d+(-\d+)?/", r"\1layers/", path_name(path))
+    return _without_piece(path_name(path))
+
+
+def _without_piece(name: str) -> str:
+    """A name without the piece that its layers lie in."""
+    return re.sub(r"(^|/)layers/\d+(-\d+)?/", r"\1layers/", name)
+
+
+def _like(part: Tree, tree: Tree) -> Tree:
+    """True for the leaves of `tree` that `part` has too."""
+    if not isinstance(tree, Mapping):
+        return True
+    return {name: _like(part[name], below) if name in part else False for name, below in tree.items()}
 
 
 def _masks(specs: Tree, pattern: str, field: str, prefix: str) -> dict[tuple, list[bool]]:
@@ -260,7 +335,7 @@ def _masks(specs: Tree, pattern: str, field: str, prefix: str) -> dict[tuple, li
         raise InputError(f"{field} = {pattern!r}: is no regular expression ({error}).") from error
 
     def mask(path: tuple, spec: ParamSpec) -> list[bool]:
-        name = prefix + _whole_name(path)
+        name = prefix + whole_name(path)
         whole = bool(names.fullmatch(name))
         if spec.axes[:1] != ("layers",) or "layers/" not in name:
             return [whole]
@@ -273,7 +348,7 @@ def _masks(specs: Tree, pattern: str, field: str, prefix: str) -> dict[tuple, li
 def _listing(specs: Tree, prefix: str) -> str:
     """The names of all parameters, and how to name those of one layer."""
     leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
-    names = ", ".join(dict.fromkeys(prefix + _whole_name(path) for path, _ in leaves))
+    names = ", ".join(dict.fromkeys(prefix + whole_name(path) for path, _ in leaves))
     depths = [_layers_of(path_name(path), spec.shape[0]).stop for path, spec in leaves if spec.axes[:1] == ("layers",)]
     last = max(depths, default=0) - 1
     return names + (f" (of one layer alone: {prefix}layers/0/... to {prefix}layers/{last}/...)" if last >= 0 else "")

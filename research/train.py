@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from research import params as params_lib
 from research.devices import sharding
 from research.objectives import terms as terms_lib
 from research.objectives.terms import Carry, Inputs, Metrics, Terms, Weights, init_carry  # noqa: F401 - for run/
 from research.objectives.types import Batch, Forward, LossOut
 
 Params = Any
+Schedule = Callable[[jax.Array], jax.Array]  # updates made -> learning rate
 
 
 @flax.struct.dataclass
@@ -24,7 +26,8 @@ class TrainState:
     Attributes:
       step: int32, batches seen.
       updates: int32, updates made: `step` less those skipped. The learning-rate schedule follows it.
-      params: role -> parameters, for the trainable roles; under "objectives" those that belong to a term.
+      params: role -> the parameters that are trained, and no others (see params.split); under "objectives" those that
+        belong to a term.
       opt_state: of optax.
       key: the run's random key; step t uses fold_in(key, t).
       ema: moving average of params (None unless asked for).
@@ -74,9 +77,9 @@ class TrainStep:
       models: role -> Model.
       optimizer: clipping and learning rate included; its `update` takes `ok` (see optim.make_optimizer).
       schedule: updates made -> learning rate, for the metrics.
+      group_schedules: the same of each group of parameters that has its own (see optim.make_group_schedules).
       microbatches: the batch is cut along its first axis into this many parts, which run one after the other.
       ema_decay: of the moving average of parameters, where the state has one.
-      trains: True for the parameters that take a gradient; by default all.
       sources: the names of the data's sources, in the order of the batch field `source`.
     """
 
@@ -85,11 +88,11 @@ class TrainStep:
     terms: Terms
     models: Mapping[str, Any]
     optimizer: optax.GradientTransformationExtraArgs
-    schedule: Callable[[jax.Array], jax.Array]
+    schedule: Schedule
     microbatches: int = 1
     ema_decay: float = 0.0
-    trains: Params | None = None
     sources: tuple[str, ...] = ()
+    group_schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
 
     def __call__(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -99,7 +102,7 @@ class TrainStep:
 
     def forward(self, params: Params, frozen: Params, batch: Batch) -> Forward:
         """The models on a batch, or on a part of it."""
-        return Forward(self.models, {**frozen, **params}, batch, terms_lib.hidden_states(self.terms))
+        return Forward(self.models, params_lib.join(params, frozen), batch, terms_lib.hidden_states(self.terms))
 
     def losses(self, params: Params, frozen: Params, batch: Batch, inputs: Inputs) -> dict[str, LossOut]:
         """What each term makes of the batch, or of a part of it."""
@@ -109,8 +112,6 @@ class TrainStep:
         self, params: Params, frozen: Params, batch: Batch, inputs: Inputs, weights: Weights | None = None
     ) -> tuple[jax.Array, dict[str, LossOut]]:
         """The scalar whose gradient is taken, sum_i c_i S_i / W_i; the W_i are `weights`, by default the batch's."""
-        if self.trains is not None:
-            params = jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, self.trains)
         outs = self.losses(params, frozen, batch, inputs)
         return terms_lib.weighted_sum(self.terms, outs, inputs.step, weights), outs
 
@@ -187,6 +188,7 @@ class TrainStep:
             "grad_norm": _one(grad_norm),
             "update_ratio": _one(update_norm / param_norm),
             "learning_rate": _one(self.schedule(state.updates)),
+            **{f"learning_rate/{name}": _one(f(state.updates)) for name, f in self.group_schedules.items()},
             "nonfinite": _one(~finite),
             "nonfinite_in_a_row": _one(new.bad_steps),
             "empty_batch": _one(supervised == 0),
@@ -224,7 +226,7 @@ class EvalStep:
     ) -> Metrics:
         """`carry` is that of the TrainState; it may be left out where no term has one."""
         inputs = Inputs(key, jnp.zeros((), jnp.int32), terms_lib.row_numbers(batch), carry or {})
-        forward = Forward(self.models, {**frozen, **params}, batch, terms_lib.hidden_states(self.terms))
+        forward = Forward(self.models, params_lib.join(params, frozen), batch, terms_lib.hidden_states(self.terms))
         outs = terms_lib.losses(self.terms, forward, inputs, self.sources)
         return terms_lib.metrics(self.terms, outs, inputs.step) | terms_lib.source_tokens(batch, self.sources)
 

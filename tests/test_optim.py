@@ -10,6 +10,7 @@ import pytest
 from research import optim
 from research.errors import InputError
 from research.optim import OptimizerSpec, make_optimizer, make_schedule
+from research.params import ParamSpec
 
 Dims = optax.contrib.MuonDimensionNumbers
 SCHEDULES = goldens.load("schedules")
@@ -242,3 +243,99 @@ def test_bad_values_are_named(fields, words):
     with pytest.raises(InputError) as error:
         make_optimizer(OptimizerSpec(**fields), 100, {"w": True}, {"w": None})
     assert all(word in str(error.value) for word in words), error.value
+
+
+SPECS = {
+    "policy": {"body": ParamSpec((6, 4), ("embed", "mlp"), None, ("embed",)), "head": ParamSpec((4,), ("mlp",), None)},
+    "value": {"head": ParamSpec((4, 3), ("mlp", "labels"), None, ("mlp",))},
+}
+DECAYS = {"policy": {"body": True, "head": False}, "value": {"head": True}}
+GROUPS = {
+    "critic": {
+        "match": "value/.*", "learning_rate": 0.5, "weight_decay": 0.3, "warmup_steps": 4, "clip_norm": 0.25,
+    },
+    "head": {"match": "policy/head", "learning_rate": 0.02},
+}  # fmt: skip
+
+
+def _updates(tx, gradients, values):
+    """The parameters after some updates."""
+    state = tx.init(values)
+    for grads in gradients:
+        updates, state = tx.update(grads, state, values)
+        values = optax.apply_updates(values, updates)
+    return values
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adafactor"])
+def test_groups_are_separate_optimizers(name):
+    """A group with its own norm is a chain of its own; one without shares the others' clipping, at its own rate."""
+    spec = OptimizerSpec(name=name, learning_rate=0.1, warmup_steps=2, weight_decay=0.1, clip_norm=1.0, groups=GROUPS)
+    labels = optim.group_labels(spec, SPECS)
+    assert labels == {"policy": {"body": "", "head": "head"}, "value": {"head": "critic"}}
+    key = jax.random.PRNGKey(0)
+    values = jax.tree.map(lambda s: jax.random.normal(key, s.shape), SPECS, is_leaf=lambda x: isinstance(x, ParamSpec))
+    gradients = [jax.tree.map(lambda v, i=i: 3 * jnp.cos(v * (i + 1)), values) for i in range(6)]
+    ours = _updates(make_optimizer(spec, 10, DECAYS, labels=labels), gradients, values)
+
+    def alone(role, **fields):
+        one = dataclasses.replace(spec, groups={}, **fields)
+        tx = make_optimizer(one, 10, {role: DECAYS[role]})
+        return _updates(tx, [{role: g[role]} for g in gradients], {role: values[role]})[role]
+
+    critic = alone("value", learning_rate=0.5, weight_decay=0.3, warmup_steps=4, clip_norm=0.25)
+    np.testing.assert_allclose(ours["value"]["head"], critic["head"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(ours["policy"]["body"], alone("policy")["body"], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        ours["policy"]["head"], alone("policy", learning_rate=0.02)["head"], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_groups_have_schedules_of_their_own():
+    spec = OptimizerSpec(learning_rate=0.1, warmup_steps=2, groups=GROUPS)
+    schedules = optim.make_group_schedules(spec, 10)
+    assert schedules.keys() == {"critic", "head"}
+    assert [float(schedules["critic"](t)) for t in (0, 2, 4)] == [0, 0.25, 0.5]
+    np.testing.assert_allclose(schedules["head"](2), 0.02, rtol=1e-6)
+
+
+def test_a_spec_without_groups_gives_the_numbers_and_the_state_of_one_with_an_idle_group():
+    values = {"policy": {"body": jnp.ones((6, 4)), "head": jnp.ones(4)}}
+    specs, decays = {"policy": SPECS["policy"]}, {"policy": DECAYS["policy"]}
+    gradients = [jax.tree.map(lambda v, i=i: jnp.full_like(v, 0.1 * i - 0.2), values) for i in range(5)]
+    plain = OptimizerSpec(weight_decay=0.1)
+    grouped = dataclasses.replace(plain, groups={"same": {"match": "policy/head"}})
+    ours = make_optimizer(grouped, 10, decays, labels=optim.group_labels(grouped, specs))
+    theirs = make_optimizer(plain, 10, decays)
+    jax.tree.map(np.testing.assert_array_equal, *(_updates(tx, gradients, values) for tx in (ours, theirs)))
+    assert jax.tree.leaves(ours.init(values))[0].shape == jax.tree.leaves(theirs.init(values))[0].shape
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        (
+            {"a": {"match": "polciy/.*"}},
+            r"groups\.a\.match = 'polciy/.*': matches none .* policy/body, policy/head, value",
+        ),
+        ({"a": {"match": "policy/("}}, r"groups\.a\.match = 'policy/\(': is no regular expression"),
+        ({"a": {"learning_rate": 1.0}}, r"groups\.a: needs a field match"),
+        ({"a": {"match": "value/.*", "learning_rte": 1.0}}, r"groups\.a\.learning_rte: no such .*'learning_rate'"),
+        ({"a": {"match": "value/.*", "clip_norm": "1"}}, r"groups\.a\.clip_norm = '1': must be a number"),
+        ({"a": {"match": "value/.*", "clip_norm": -1}}, r"groups\.a\.clip_norm = -1: must be 0 or more"),
+        ({"a": {"match": "value/.*", "warmup_steps": 11}}, r"groups\.a\.warmup_steps = 11 is more than steps = 10"),
+        (
+            {"a": {"match": ".*head"}, "b": {"match": "value/.*"}},
+            r"groups\.b\.match .* matches value/head, which is in .*\.a",
+        ),
+    ],
+)
+def test_groups_that_can_not_be_are_named(groups, words):
+    spec = OptimizerSpec(groups=groups)
+
+    def read():
+        optim.check(spec, 10)
+        optim.group_labels(spec, SPECS)
+
+    with pytest.raises(InputError, match=words):
+        read()

@@ -167,6 +167,62 @@ def test_sharded_equals_single_device(mesh, experts):
         np.testing.assert_allclose(*(m[name][0] / m[name][1] for m in (metrics, single_metrics)), rtol=1e-4)
 
 
+def part_step(pattern, microbatches=1, mesh=None, steps=2):
+    """Some steps of SGD in which only what matches is trained: (state, frozen)."""
+    specs = params.cut(MODEL.specs, pattern)
+    halves = params.split(specs, params.matching(specs, pattern))
+    trained, frozen = params.split(params.in_pieces(INITIAL, specs), params.matching(specs, pattern))
+    batch, trained, frozen = make_batch(), {"policy": trained}, {"policy": frozen}
+    optimizer = optax.sgd(0.5)
+    if mesh is not None:
+        trained, frozen = (
+            jax.device_put(values, params.shardings({"policy": half}, mesh))
+            for values, half in zip((trained, frozen), halves, strict=True)
+        )
+        batch = jax.device_put(batch, sharding.named(mesh, ("batch", "time")))
+    schedule = lambda t: jnp.asarray(0.5)  # noqa: E731
+    step = jax.jit(
+        train.TrainStep(objectives.load(SFT), {"policy": MODEL}, optimizer, schedule, microbatches=microbatches)
+    )
+    state = train.init_state(trained, optimizer, jax.random.PRNGKey(1), ema=True)
+    for _ in range(steps):
+        state, metrics = step(state, frozen, batch)
+    return state, frozen, metrics
+
+
+@pytest.mark.parametrize("pattern", ["final_norm/.*|layers/mlp/.*", "layers/1/.*", "layers/0/attention/.*|embed"])
+def test_what_is_frozen_stays_and_is_no_part_of_the_state(pattern):
+    """The trained part moves as it does where all is trained; the first step's gradient is of the same loss."""
+    state, frozen, _ = part_step(pattern, steps=1)
+    everything, _ = one_step(SFT, make_batch(), optimizer=optax.sgd(0.5))
+    whole = params.in_pieces(everything.params["policy"], params.cut(MODEL.specs, pattern))
+    names = {params.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.params["policy"])}
+    specs = params.cut(MODEL.specs, pattern)
+    expected, _ = params.split(whole, params.matching(specs, pattern))
+    close(state.params["policy"], expected, rtol=1e-5)
+    assert names.isdisjoint(params.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(frozen["policy"]))
+    assert jax.tree.structure(state.ema) == jax.tree.structure(state.params)
+
+
+def test_a_part_is_trained_alike_in_microbatches_and_on_a_mesh():
+    single, _, metrics = part_step("layers/1/.*|final_norm/.*")
+    cut, _, _ = part_step("layers/1/.*|final_norm/.*", microbatches=4)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        sharded, _, others = part_step("layers/1/.*|final_norm/.*", mesh=mesh)
+    for other in (cut, sharded):
+        close(other.params, single.params, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(others["grad_norm"][0], metrics["grad_norm"][0], rtol=1e-4)
+
+
+def test_the_learning_rate_of_each_group_is_a_metric():
+    rates = {"head": lambda t: jnp.asarray(0.25), "rest": lambda t: jnp.asarray(0.5)}
+    step = train.TrainStep(objectives.load(SFT), {"policy": MODEL}, optax.sgd(1.0), lambda t: t, group_schedules=rates)
+    state = train.init_state({"policy": INITIAL}, optax.sgd(1.0), jax.random.PRNGKey(1))
+    out = jax.jit(step)(state, {}, make_batch())[1]
+    assert (out["learning_rate/head"][0], out["learning_rate/rest"][0]) == (0.25, 0.5)
+
+
 def test_a_bad_batch_changes_nothing_and_is_counted():
     def poisoned(forward, batch, context):
         bad = jnp.where(context.step == 1, jnp.nan, 1.0) * jnp.sum(forward.hidden().astype(jnp.float32))

@@ -40,15 +40,16 @@ def prepare(run: Described, *, packed: bool = True) -> Prepared:
     """
     parts, seed = run.assemble(), run.config.seed
     batch = fields.fake(parts.batch, run.vocab_size, packed=packed, seed=seed)
-    specs = {role: transformer.in_compute_dtype(parts.models[role]) for role in parts.frozen}
-    placed = jax.tree.map(lambda x: x.sharding, parts.frozen)
+    specs = {role: specs for role, specs in parts.roles.frozen.items() if role not in parts.roles.partial}
+    placed = {role: jax.tree.map(lambda x: x.sharding, parts.frozen[role]) for role in specs}
     began = time.perf_counter()
     compiled = parts.step.lower(parts.state, parts.frozen, parts.batch).compile()
+    state, frozen = parts.begin(np.uint32(seed & 0xFFFFFFFF))
     return Prepared(
         parts,
         compiled,
-        parts.begin(np.uint32(seed & 0xFFFFFFFF)),
-        jax.jit(lambda key: params.init(specs, key), out_shardings=placed)(jax.random.PRNGKey(seed)),
+        state,
+        frozen | jax.jit(lambda key: params.init(specs, key), out_shardings=placed)(jax.random.PRNGKey(seed)),
         {name: jax.device_put(x, parts.batch[name].sharding) for name, x in batch.items()},
         batch,
         time.perf_counter() - began,

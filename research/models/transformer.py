@@ -28,6 +28,8 @@ from research.ops.rope import Angles
 
 Batch = Mapping[str, jax.Array]
 
+HEAD = ("head", "head_bias")  # the parameters that follow the last hidden states; a head that is tied has none
+
 
 class Model(NamedTuple):
     """Pure functions closed over a ModelConfig, never over parameters.
@@ -48,6 +50,7 @@ class Model(NamedTuple):
       decode: (unstacked params, tokens [B, T], positions [B, T], mask [B, T, S], cache, index) -> ([B, T, D], cache).
         Writes the keys and values of the T tokens at cache[:, :, index : index + T]; `mask` says which of the S cached
         entries each token may see (sliding windows are applied on top, by cache index).
+      of: the role whose parameters it shares, but for those that it has itself; "" for none.
     """
 
     config: ModelConfig
@@ -60,6 +63,7 @@ class Model(NamedTuple):
     init_cache: Callable[[int, int], Cache]
     unstack: Callable[[Params], Params]
     decode: Callable[..., tuple[jax.Array, Cache]]
+    of: str = ""
 
 
 def make_model(config: ModelConfig, rules: Rules = sharding.RULES) -> Model:

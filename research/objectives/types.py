@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from research import params as params_lib
+from research.models.transformer import HEAD
 from research.ops.losses import cross_entropy
 
 Batch = Mapping[str, jax.Array]  # tokens, segment_ids, positions: [B, T] int32; loss_mask: [B, T] float32; ...
@@ -65,11 +67,12 @@ class Context(NamedTuple):
 
 
 class Forward:
-    """The models of each role applied to one batch; each pass is made once, however many terms read it.
+    """The models of each role applied to one batch; each pass is made once, however many terms and roles read it.
 
     Args:
-      models: role -> Model.
-      params: role -> parameters.
+      models: role -> Model. One with the parameters of another (Model.of) that has only a head of its own reads that
+        one's hidden states.
+      params: role -> its own parameters.
       batch: the batch.
       states: role -> the layers that `hidden_at` will be asked for.
     """
@@ -81,16 +84,25 @@ class Forward:
         batch: Batch,
         states: Mapping[str, tuple[int, ...]] | None = None,
     ):
-        self.models, self.params, self.batch, self.states = models, params, batch, states or {}
+        self.models, self.batch, self._own = models, batch, params
+        owners = {role: model.of for role, model in models.items() if model.of}
+        whole = {role: params_lib.overlay(params[owner], params.get(role, {})) for role, owner in owners.items()}
+        self.params = {**params, **whole}
+        self._trunks = {role: owner for role, owner in owners.items() if params.get(role, {}).keys() <= set(HEAD)}
+        self.states: dict[str, tuple[int, ...]] = {}
+        for role, layers in (states or {}).items():
+            trunk = self._trunks.get(role, role)
+            self.states[trunk] = tuple(sorted({*self.states.get(trunk, ()), *layers}))
         self._hidden: dict[str, jax.Array] = {}
         self._at: dict[str, dict[int, jax.Array]] = {}
 
     def on(self, batch: Batch) -> "Forward":
         """The same models on another batch, such as one with masked tokens. Keep it: its passes are its own."""
-        return Forward(self.models, self.params, batch, self.states)
+        return Forward(self.models, self._own, batch, self.states)
 
     def hidden(self, role: str = "policy") -> Float[Array, "B T D"]:
         """Last hidden states of `role` on the batch, in its compute dtype."""
+        role = self._trunks.get(role, role)
         if role not in self._hidden:
             model, layers = self.models[role], self.states.get(role, ())
             if layers:
@@ -103,7 +115,7 @@ class Forward:
     def hidden_at(self, layer: int, role: str = "policy") -> Float[Array, "B T D"]:
         """The residual stream after a layer that the objective named in `states`."""
         self.hidden(role)
-        return self._at[role][layer]
+        return self._at[self._trunks.get(role, role)][layer]
 
     def head(self, role: str = "policy") -> Any:
         """The unembedding of `role` (see ops.head.Head)."""

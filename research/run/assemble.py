@@ -1,9 +1,10 @@
-"""From a resolved config to models, optimizer and jitted programs. Nothing here touches a device but `initial_state`
-and `read_frozen`; the mesh may be abstract."""
+"""From a resolved config to models, optimizer and jitted programs. Nothing here touches a device but `initial` and
+`resumed_frozen`; the mesh may be abstract."""
 
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from research.errors import InputError, did_you_mean
 from research.models import transformer
 from research.objectives.terms import Terms, init_carry
 from research.rollouts.answers import make_rollout
+from research.run import roles as roles_lib
 from research.sources import fields
 
 Batch = Mapping[str, jax.ShapeDtypeStruct]
@@ -30,15 +32,42 @@ class Parts(NamedTuple):
 
     models: dict[str, transformer.Model]
     terms: Terms
-    begin: Callable[[Any], train.TrainState]  # uint32 seed -> the state before the first step
-    init_objectives: Callable[[jax.Array], dict[str, Any]]  # key -> parameters of objectives
-    init_state: Callable[[dict[str, Any], jax.Array], train.TrainState]
+    roles: roles_lib.Roles
+    begin: Callable[[Any], tuple[train.TrainState, Any]]  # uint32 seed -> random (state, frozen), of the trained roles
+    init_state: Callable[[dict[str, Any], jax.Array], train.TrainState]  # (trained parameters, key) -> state
     step: Callable[..., tuple[train.TrainState, train.Metrics]]
     evaluate: Callable[..., train.Metrics]
     rollout: Callable[..., dict[str, jax.Array]] | None  # (state, frozen, batch) -> batch with answers of the policy
     state: train.TrainState  # ShapeDtypeStructs with shardings
-    frozen: dict[str, Any]  # the same, of the parameters of the other roles
+    frozen: dict[str, Any]  # the same, of the parameters of each role that aren't trained
     batch: dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """The state before the first step, pure.
+
+    Attributes:
+      roles: the parameters.
+      optimizer: of what is trained.
+      ema: whether there is a moving average.
+      carry: of the terms.
+    """
+
+    roles: roles_lib.Roles
+    optimizer: optax.GradientTransformation
+    ema: bool
+    carry: Callable[[], Any]
+
+    def state(self, trained: dict[str, Any], key: jax.Array) -> train.TrainState:
+        """The state with some parameters."""
+        return train.init_state(trained, self.optimizer, key, self.ema, self.carry())
+
+    def draw(self, seed: jax.Array) -> tuple[train.TrainState, dict[str, Any]]:
+        """The state with random parameters, and what isn't trained of its roles."""
+        keys = jax.random.split(jax.random.PRNGKey(seed), 2)
+        trained, frozen = self.roles.arrange(self.roles.draw(keys[0]))
+        return self.state(trained, keys[1]), frozen
 
 
 def assemble(
@@ -68,55 +97,66 @@ def assemble(
     models = make_models(config, terms, vocab_size, rules)
     _check_reads(config, terms, models, batch)
     _check_classes(config, models["policy"], batch)
-    specs = {"policy": models["policy"].specs}
-    own = {name: tree for name, term in terms.items() if (tree := term.specs(models))}
-    if own:
-        specs["objectives"] = own
-    frozen = {role: transformer.in_compute_dtype(models[role]) for role in config.roles}
-    trains = {"policy": params.matching(models["policy"].specs, config.trainable)} if config.trainable else None
-    if trains and own:
-        trains["objectives"] = params.matching(own, "")
-    optimizer = optim.make_optimizer(
-        config.optimizer, config.steps, params.decay_mask(specs), params.muon_dimensions(specs), trains
-    )
-
-    def init_state(values: dict[str, Any], key: jax.Array) -> train.TrainState:
-        return train.init_state(values, optimizer, key, config.ema_decay > 0, init_carry(terms, batch))
-
-    def begin(seed: jax.Array) -> train.TrainState:
-        keys = jax.random.split(jax.random.PRNGKey(seed), 2)
-        return init_state(params.init(specs, keys[0]), keys[1])
-
-    placed = params.shardings(specs, mesh, rules)
-    state = _place_state(init_state, optimizer, params.abstract(specs, placed), placed, mesh)
+    term_specs = {name: tree for name, term in terms.items() if (tree := term.specs(models))}
+    roles = roles_lib.make_roles(config, _trained_roles(terms), models, term_specs)
+    optimizer = _make_optimizer(config, roles)
+    beginning = Beginning(roles, optimizer, config.ema_decay > 0, functools.partial(init_carry, terms, batch))
+    placed = params.shardings(roles.trained, mesh, rules)
+    state = _place_state(beginning.state, optimizer, params.abstract(roles.trained, placed), placed, mesh)
+    frozen = params.abstract(roles.frozen, params.shardings(roles.frozen, mesh, rules))
     rows = fields.shardings(mesh, batch, rules)
-    where = jax.tree.map(lambda x: x.sharding, state)
+    where = jax.tree.map(lambda x: x.sharding, (state, {role: frozen[role] for role in roles.partial}))
     compiler_options = compilation.compiler_options(mesh)
     step = train.TrainStep(
         terms,
         models,
         optimizer,
         schedule=optim.make_schedule(config.optimizer, config.steps),
+        group_schedules=optim.make_group_schedules(config.optimizer, config.steps),
         microbatches=config.microbatches,
         ema_decay=config.ema_decay,
-        trains=trains,
         sources=sources,
     )
     return Parts(
         models=models,
         terms=terms,
-        begin=jax.jit(begin, out_shardings=where, compiler_options=compiler_options),
-        init_objectives=jax.jit(
-            lambda key: params.init({"objectives": own} if own else {}, key),
-            out_shardings={"objectives": placed["objectives"]} if own else {},
-        ),
-        init_state=jax.jit(init_state, out_shardings=where, donate_argnums=0),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=compiler_options),
+        roles=roles,
+        begin=jax.jit(beginning.draw, out_shardings=where, compiler_options=compiler_options),
+        init_state=jax.jit(beginning.state, out_shardings=where[0], donate_argnums=0),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(where[0], None), compiler_options=compiler_options),
         evaluate=jax.jit(train.EvalStep(terms, models, sources)),
         rollout=_make_rollout(config, models["policy"], stop_tokens, vocab_size, rows),
         state=state,
-        frozen=params.abstract(frozen, params.shardings(frozen, mesh, rules)),
+        frozen=frozen,
         batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows[k]) for k, v in batch.items()},
+    )
+
+
+def _trained_roles(terms: Terms) -> set[str]:
+    """The roles that the terms train.
+
+    Raises:
+      InputError: one term trains a role that another reads as one that stays.
+    """
+    trained = {role: name for name, term in terms.items() for role in term.objective.trainable}
+    for name, term in terms.items():
+        for role in term.objective.frozen:
+            if role in trained:
+                raise InputError(
+                    f"objective.terms.{name}: reads the role {role!r} as it is, and objective.terms.{trained[role]} "
+                    "trains it. Give one of them a role of its own."
+                )
+    return set(trained)
+
+
+def _make_optimizer(config: Config, roles: roles_lib.Roles) -> optax.GradientTransformationExtraArgs:
+    specs = roles.trained
+    return optim.make_optimizer(
+        config.optimizer,
+        config.steps,
+        params.decay_mask(specs),
+        params.muon_dimensions(specs),
+        optim.group_labels(config.optimizer, specs),
     )
 
 
@@ -125,11 +165,15 @@ def make_models(
 ) -> dict[str, transformer.Model]:
     """The model of each role. One that reads tokens of its own has its own vocabulary."""
     reads_own = {role for term in terms.values() for role in term.objective.own_tokens}
-    return {
+    models = {
         role: transformer.make_model(
             config_lib.model_config(config, 1 if role in reads_own else vocab_size, role=role), rules
         )
         for role in ("policy", *config.roles)
+    }
+    return {
+        role: model._replace(of=config.roles[role]["of"]) if role in config.roles else model
+        for role, model in models.items()
     }
 
 
@@ -147,41 +191,72 @@ def compile_step(parts: Parts, stack: contextlib.ExitStack) -> Callable[[], Any]
     return pool.submit(lowered.compile).result
 
 
-def initial_state(
+def initial(
     config: Config, parts: Parts, bases: Mapping[str, loading.Found], mesh: jax.sharding.Mesh
-) -> train.TrainState:
-    """The state before the first step, on the devices: random, or with the parameters of the policy's checkpoint."""
-    seed = np.uint32(config.seed & 0xFFFFFFFF)
-    if "policy" not in bases:
-        return parts.begin(seed)
-    keys = jax.random.split(jax.random.PRNGKey(seed), 2)
-    initial = {"policy": _initial_policy(bases["policy"], parts, mesh, keys[0]), **parts.init_objectives(keys[0])}
-    return parts.init_state(initial, keys[1])
+) -> tuple[train.TrainState, dict[str, Any]]:
+    """The state before the first step and the frozen parameters, on the devices: random, or of other models."""
+    roles = parts.roles
+    # A run of which a part is frozen draws it as it will when it goes on: programs differ in the last digits.
+    if not (roles.cut.keys() & bases.keys() or roles.divided):
+        state, frozen = parts.begin(np.uint32(config.seed & 0xFFFFFFFF))
+    else:
+        keys = loading.initial_keys(config.seed)
+        values = {
+            role: _start(config, parts, role, bases).read(*_whole(config, roles, role, mesh)) for role in roles.cut
+        }
+        if "objectives" in roles.trained:
+            placed = jax.tree.map(lambda x: x.sharding, parts.state.params["objectives"])
+            values |= jax.jit(roles.draw_terms, out_shardings={"objectives": placed})(keys[0])
+        trained, frozen = _arrange(parts, values)
+        state = parts.init_state(trained, keys[1])
+    return state, frozen | _read_others(config, parts, bases, mesh)
 
 
-def read_frozen(parts: Parts, bases: Mapping[str, loading.Found]) -> dict[str, Any]:
-    """The parameters of the roles that aren't trained, on the devices."""
-    return {role: _read(bases[role], like) for role, like in parts.frozen.items()}
+def resumed_frozen(
+    config: Config, parts: Parts, bases: Mapping[str, loading.Found], mesh: jax.sharding.Mesh, workdir: str
+) -> dict[str, Any]:
+    """The frozen parameters of a run that goes on.
+
+    Raises:
+      InputError: what the run began with is gone, or has changed.
+    """
+    roles, frozen = parts.roles, {}
+    for role in roles.divided:
+        whole = loading.read_untrained(workdir, _start(config, parts, role, bases), *_whole(config, roles, role, mesh))
+        frozen |= _arrange(parts, {role: whole})[1]
+    return frozen | _read_others(config, parts, bases, mesh)
 
 
-def _initial_policy(base: loading.Found, parts: Parts, mesh: jax.sharding.Mesh, key: jax.Array) -> Any:
-    """The policy's first parameters. A classifier made of a language model takes all but the head from it."""
-    like, model = parts.state.params["policy"], parts.models["policy"]
-    if model.config.num_labels == base.config.num_labels:
-        return _read(base, like)
-    body = transformer.make_model(
-        dataclasses.replace(model.config, num_labels=0, head_bias=base.config.head_bias)
-    ).specs
-    values = base.read(body, params.shardings(body, mesh, base.rules))
-    head = {name: model.specs[name] for name in like if name in ("head", "head_bias")}
-    placed = {name: like[name].sharding for name in head}
-    fresh = jax.jit(lambda key: params.init({"policy": head}, key)["policy"], out_shardings=placed)(key)
-    return {name: fresh[name] if name in fresh else values[name] for name in like}
+def _arrange(parts: Parts, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Roles.arrange, where the arrays are to lie. Arrays that stay as they are aren't copied."""
+    halves = jax.eval_shape(parts.roles.arrange, values)
+    if jax.tree.structure(halves[0]) == jax.tree.structure(values):
+        return values, {}
+    like = {name: parts.state.params[name] for name in halves[0]}, {name: parts.frozen[name] for name in halves[1]}
+    where = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(parts.roles.arrange, out_shardings=where)(values)
 
 
-def _read(base: loading.Found, like: Any) -> Any:
-    """The parameters of a checkpoint: `like` has their shapes, dtypes and shardings."""
-    return base.read(like, jax.tree.map(lambda x: x.sharding, like))
+def _read_others(
+    config: Config, parts: Parts, bases: Mapping[str, loading.Found], mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """The parameters of the roles of which nothing is trained."""
+    roles = parts.roles
+    return {
+        role: _start(config, parts, role, bases).read(*_whole(config, roles, role, mesh))
+        for role in parts.frozen
+        if role not in roles.partial
+    }
+
+
+def _start(config: Config, parts: Parts, role: str, bases: Mapping[str, loading.Found]) -> loading.Start:
+    return roles_lib.make_start(config, role, parts.models[role], bases)
+
+
+def _whole(config: Config, roles: roles_lib.Roles, role: str, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """The specs and placements to read a role with."""
+    specs = roles.whole[role]
+    return specs, params.shardings(specs, mesh, sharding.make_rules(config.rules))
 
 
 def _make_rollout(
@@ -196,7 +271,7 @@ def _make_rollout(
 
     def rollout(state: train.TrainState, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
-        return sample(state.params["policy"], batch, key)
+        return sample(params.join(state.params, frozen)["policy"], batch, key)
 
     return jax.jit(rollout, out_shardings=placed)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from research import params
 from research.config import Config
 from research.devices import distributed
 from research.errors import InputError
@@ -47,16 +48,17 @@ class Evaluation:
         """Measures the parameters, or their moving average where there is one; returns and writes {"eval/loss": ...}
         and shows some answers."""
         key = jax.random.PRNGKey(self.config.seed)
-        values = state.params if state.ema is None else state.ema
-        scores = self.loss(values, frozen, state.carry)
+        trained = state.params if state.ema is None else state.ema
+        scores = self.loss(trained, frozen, state.carry)
+        policy = params.join(trained.get("policy", {}), frozen.get("policy", {}))
         if self.answers is not None:
-            judged, samples = self.answers(values["policy"], key)
+            judged, samples = self.answers(policy, key)
             scores |= judged
             for sample in samples[: self.config.eval.show]:
                 self.writer.print(f"  {sample}")
                 self.writer.text(step, "eval/sample", str(sample))
         for name, measure in self.tasks:
-            judged, samples = measure(values["policy"], key)
+            judged, samples = measure(policy, key)
             scores |= {f"{name}/{k}": value for k, value in judged.items() if not k.endswith("_stderr")}
             for sample in samples[: self.config.eval.show]:
                 self.writer.print(f"  {name}: {sample}")

@@ -96,9 +96,11 @@ def with_checkpoints(
 ) -> tuple[Config, dict[str, loading.Found]]:
     """The config with the architectures of the checkpoints that it names, and these by role.
 
-    A run that is `resumed` from a workdir no longer needs the checkpoint that its policy began with. With `described`,
-    roles may name none: their section then describes them, which is enough to compile.
+    A run that is `resumed` from a workdir no longer needs the checkpoint that its policy began with, but for what isn't
+    trained of it. A role may name none where the objective trains it or it is another's (`of`); with `described`, any:
+    its section then describes it, which is enough to compile.
     """
+    trained = {role for term in objectives.load(config.objective).values() for role in term.objective.trainable}
     bases: dict[str, loading.Found] = {}
     for role in ("policy", *config.roles):
         where, section = config_lib.model_section(config, role)
@@ -110,7 +112,7 @@ def with_checkpoints(
         elif name:
             bases[role] = loading.find(name)
             config = config_lib.with_architecture(config, bases[role].config, name, role)
-        elif role != "policy" and not described:
+        elif role != "policy" and not (described or role in trained or section["of"]):
             raise InputError(
                 f"{where}.init_from = '': names no model. Give a workdir, a folder, a hub name or a .gguf."
             )

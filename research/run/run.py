@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from research import loading
 from research.config import Config
 from research.devices import distributed, startup
 from research.rollouts import experience as experience_lib
@@ -64,14 +65,18 @@ def run(
         saver = stack.enter_context(contextlib.closing(make_checkpointer(config, workdir)))
         if not inputs.resumed:
             batches.start(inputs.source.init())
-        frozen = assemble.read_frozen(parts, inputs.bases)
         if inputs.resumed:
             state, place = saver.restore(parts.state, experience.buffer)
+            frozen = assemble.resumed_frozen(config, parts, inputs.bases, inputs.mesh, workdir)
         else:
-            state, place = assemble.initial_state(config, parts, inputs.bases, inputs.mesh), experience.init()
+            state, frozen = assemble.initial(config, parts, inputs.bases, inputs.mesh)
+            place = experience.init()
         changes = record.changes(workdir, config) if inputs.resumed else []
         watch = stack.enter_context(distributed.watch(workdir, config.stall_seconds, (Preempted, Diverged)))
         record.begin(inputs, command)
+        if not inputs.resumed:
+            partial = {role: frozen[role] for role in parts.roles.divided}
+            loading.note_frozen(workdir, partial, write=distributed.main())
         writer = stack.enter_context(record.open_writer(config, workdir, int(state.step)))
         record.describe(writer, inputs, parts, int(state.step), changes)
         loop = Loop(

@@ -136,7 +136,7 @@ def test_a_carry_comes_back_and_one_that_is_not_there_is_an_error(tmp_path):
         saver.wait()
         for wanted in (plain, carrying):
             if bool(wanted.carry) != (name == "carrying"):
-                with pytest.raises(InputError, match="another optimizer, objective or ema_decay"):
+                with pytest.raises(InputError, match="another optimizer, objective, ema_decay or trainable"):
                     saver.restore(like(wanted))
             else:
                 jax.tree.map(np.testing.assert_array_equal, saver.restore(like(wanted))[0], wanted)

@@ -51,7 +51,7 @@ def test_the_first_state_is_that_of_the_key_of_the_seed(seed):
         keys, specs = jax.random.split(jax.random.PRNGKey(seed)), {"policy": parts.models["policy"].specs}
         jax.tree.map(
             np.testing.assert_array_equal,
-            parts.begin(np.uint32(seed)),
+            parts.begin(np.uint32(seed))[0],
             parts.init_state(jax.jit(lambda key: params.init(specs, key))(keys[0]), keys[1]),
         )
 

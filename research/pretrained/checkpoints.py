@@ -1,0 +1,190 @@
+"""Reads the checkpoints of a run: which there are, and what is in them. run/checkpoint.py writes them.
+
+Orbax is imported where it is used: that takes a third of all imports' time.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from research.errors import InputError
+from research.files import read_json
+from research.params import path_name
+
+FOLDER = "checkpoints"
+State = Any  # a pytree of arrays
+
+
+def steps(workdir: str | Path) -> list[int]:
+    """Steps of the checkpoints of a working directory, in order."""
+    folder = Path(workdir) / FOLDER
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def best_step(workdir: str | Path) -> int:
+    """The checkpoint that is best by the run's checkpoint.best_metric.
+
+    Raises:
+      InputError: the run names no metric, or no checkpoint has its value.
+    """
+    record = read_json(Path(workdir) / "config.json")["config"]["checkpoint"]
+    name, sign = record["best_metric"], 1 if record["best_mode"] == "max" else -1
+    scores = {}
+    for step in steps(workdir):
+        file = Path(workdir) / FOLDER / str(step) / "metrics" / "metrics"
+        if file.is_file():
+            scores[step] = sign * read_json(file)[name]
+    if not scores:
+        raise InputError(f"{workdir}: has no best checkpoint (checkpoint.best_metric = {name!r}). Take the newest one.")
+    return max(scores, key=lambda step: scores[step])
+
+
+def parameter_names(workdir: str | Path, *, step: int | None = None, ema: bool = False) -> dict[str, Any]:
+    """Role -> nested dicts of the names of those parameters that a checkpoint holds.
+
+    Args: see `restore_params`.
+
+    Raises:
+      InputError: there is no such checkpoint.
+    """
+    folder, _ = _folder(workdir, step)
+    return dict(metadata(folder).get("ema" if ema else "params") or {})
+
+
+def restore_params(
+    workdir: str | Path, like: State, *, step: int | None = None, ema: bool = False
+) -> tuple[State, int]:
+    """Reads the parameters alone from a working directory: (params, step).
+
+    Args:
+      workdir: of a run.
+      like: role -> pytree of ShapeDtypeStruct with shardings; other roles are left.
+      step: by default the newest.
+      ema: take the moving average instead.
+
+    Raises:
+      InputError: there is no checkpoint, or its parameters have other names or shapes.
+    """
+    folder, step = _folder(workdir, step)
+    key = "ema" if ema else "params"
+    tree = metadata(folder)
+    check_shapes(workdir, tree.get(key), like, key)
+    wanted = {key: like}
+    leaves = jax.tree_util.tree_leaves_with_path(wanted)
+    values = restore_named(folder, tree, {path_name(path): leaf for path, leaf in leaves})
+    return jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], wanted)[key], step
+
+
+def metadata(folder: Path) -> dict[str, Any]:
+    """The nested dicts and lists of a checkpoint's state, with a shape at each leaf.
+
+    Raises:
+      InputError: the checkpoint is damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    quiet()
+    with ocp.PyTreeCheckpointer() as reader:
+        try:
+            return reader.metadata(folder).item_metadata.tree
+        except Exception as error:
+            raise damaged(folder, error) from error
+
+
+def restore_named(folder: Path, tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Reads some of a checkpoint's arrays, by name.
+
+    Args:
+      folder: of the state.
+      tree: its `metadata`.
+      wanted: path_name in `tree` -> ShapeDtypeStruct with a sharding.
+
+    Raises:
+      InputError: the checkpoint is damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    target = jax.tree_util.tree_map_with_path(lambda path, _: wanted.get(path_name(path), ocp.PLACEHOLDER), tree)
+    with ocp.PyTreeCheckpointer() as reader:
+        try:
+            arguments = ocp.checkpoint_utils.construct_restore_args(target)
+            values = reader.restore(folder, args=ocp.args.PyTreeRestore(target, restore_args=arguments))
+        except Exception as error:
+            raise damaged(folder, error) from error
+    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(values) if path_name(path) in wanted}
+
+
+def restore_two_trees(folder: Path, tree: Mapping[str, Any], like: State) -> State | None:
+    """The state of a checkpoint that was written while trained and frozen parameters were one tree, with `trainable`.
+
+    It holds parameters that aren't trained, which are left out, and its moments lie a level deeper. None where the
+    checkpoint isn't one of these, or has moments of other parameters.
+
+    Args:
+      folder, tree: see `restore_named`.
+      like: a dataclass of pytrees of ShapeDtypeStruct with shardings.
+    """
+    if not isinstance(tree["opt_state"], Mapping) or "inner_state" not in tree["opt_state"]:
+        return None
+    shapes = {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    fields = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fields)}
+    older = {name: name.replace("opt_state/", "opt_state/inner_state/", 1) for name in leaves}
+    if any(shapes.get(older[name]) != tuple(leaf.shape) for name, leaf in leaves.items()):
+        return None
+    if any(name not in older.values() for name in shapes if name.startswith("opt_state/")):
+        return None
+    values = restore_named(folder, tree, {older[name]: leaf for name, leaf in leaves.items()})
+    state = jax.tree_util.tree_map_with_path(lambda path, _: values[older[path_name(path)]], fields)
+    return dataclasses.replace(like, **state)
+
+
+def check_shapes(workdir: str | Path, tree: Any, like: State, key: str) -> None:
+    """Raises InputError where a checkpoint lacks parameters, or they have other shapes.
+
+    Args:
+      workdir: for errors.
+      tree: the `metadata` of the parameters.
+      like: the parameters that are wanted.
+      key: what the checkpoint calls them.
+    """
+    if tree is None:
+        raise InputError(f"{workdir}: its checkpoint holds no {key!r}. Only a run with ema_decay > 0 has an average.")
+    shapes = {jax.tree_util.keystr(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+        name = jax.tree_util.keystr(path)
+        if shapes.get(name) != tuple(leaf.shape):
+            raise InputError(
+                f"{workdir}: parameter {name} has shape {shapes.get(name, 'missing')} in the checkpoint and "
+                f"{tuple(leaf.shape)} in the config's model. Give config.model and trainable the values of the "
+                "checkpoint's run (its config.json)."
+            )
+
+
+def damaged(folder: Path, error: BaseException) -> InputError:
+    """What to say of a checkpoint that can't be read."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return InputError(
+        f"{folder}: this checkpoint is damaged and can't be read: {reason}\nDelete {folder.parent} to go on from the "
+        "checkpoint before it."
+    )
+
+
+def quiet() -> None:
+    """Orbax reports every internal step at the level of warnings."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _folder(workdir: str | Path, step: int | None) -> tuple[Path, int]:
+    """The folder of a checkpoint's state, and its step."""
+    there = steps(workdir)
+    if not there:
+        raise InputError(f"{workdir}: has no {FOLDER}/STEP. Name the --workdir of a run that has saved a checkpoint.")
+    step = there[-1] if step is None else step
+    if step not in there:
+        raise InputError(f"{workdir}: has no checkpoint of step {step}; there are {', '.join(map(str, there))}.")
+    return Path(workdir).resolve() / FOLDER / str(step) / "state", step

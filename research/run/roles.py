@@ -1,0 +1,175 @@
+"""Which parameters of a run's roles are trained and which are frozen, and where they begin."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research import config as config_lib
+from research import loading, params
+from research.config import Config
+from research.errors import InputError
+from research.models import transformer
+
+Tree = Any  # a pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """The parameters of all roles, in two trees: what is trained and what isn't.
+
+    Attributes:
+      models: role -> Model.
+      whole: role -> specs of the parameters that are its own, each layer's in one stack, in the dtype to read them in.
+      cut: trained role -> the same, with layers in pieces where only some are trained.
+      masks: trained role -> True for those that are trained, in the shape of `cut`.
+      trained: role -> specs of what is trained of it; under "objectives" those of the terms.
+      frozen: role -> specs of what isn't.
+    """
+
+    models: Mapping[str, transformer.Model]
+    whole: dict[str, Tree]
+    cut: dict[str, Tree]
+    masks: dict[str, Tree]
+    trained: dict[str, Tree]
+    frozen: dict[str, Tree]
+
+    @property
+    def references(self) -> list[str]:
+        """The roles that are another one as it began: what that one trains is theirs alone."""
+        return [role for role, model in self.models.items() if model.of and role not in self.whole]
+
+    @property
+    def partial(self) -> list[str]:
+        """The roles that hold frozen parameters of a trained role, their own or another's."""
+        return [*self.divided, *self.references]
+
+    @property
+    def divided(self) -> list[str]:
+        """The trained roles of which a part is frozen."""
+        return [role for role in self.cut if role in self.frozen]
+
+    def draw(self, key: jax.Array) -> dict[str, Tree]:
+        """Random parameters of all roles, as `arrange` takes them."""
+        return params.init({**self.whole, **self._terms()}, key)
+
+    def draw_terms(self, key: jax.Array) -> dict[str, Tree]:
+        """Random parameters of the terms."""
+        return params.init(self._terms(), key)
+
+    def arrange(self, values: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
+        """Whole models -> (trained, frozen): their parameters in the shape of the specs. `values` are those of some
+        trained roles; roles of which nothing is trained have no part in it."""
+        trained = {name: values[name] for name in self._terms() if name in values}
+        frozen = {}
+        for role in self.cut.keys() & values.keys():
+            trained[role], rest = params.split(params.in_pieces(values[role], self.cut[role]), self.masks[role])
+            if role in self.frozen:
+                frozen[role] = _cast(rest, self.frozen[role])
+        for role in self.references:
+            if self.models[role].of in trained:
+                frozen[role] = _cast(trained[self.models[role].of], self.frozen[role])
+        return trained, frozen
+
+    def _terms(self) -> dict[str, Tree]:
+        return {"objectives": self.trained["objectives"]} if "objectives" in self.trained else {}
+
+
+def make_roles(
+    config: Config, trained: Collection[str], models: Mapping[str, transformer.Model], terms: Mapping[str, Tree]
+) -> Roles:
+    """Divides the parameters of a run.
+
+    Args:
+      config: checked.
+      trained: the roles that the objective trains.
+      models: role -> Model.
+      terms: name -> ParamSpecs of the terms that have some.
+
+    Raises:
+      InputError: `trainable` or a group of the optimizer matches nothing, or a role can't be what it is to be.
+    """
+    roles = Roles(models, {}, {}, {}, {}, {})
+    for role, model in models.items():
+        own = _own_specs(config, role, model)
+        if role in trained:
+            _divide(config, roles, role, own)
+        elif own:
+            roles.frozen[role] = params.held_in(own, frozen_dtype(config, model))
+            roles.whole[role] = roles.frozen[role]
+    for role, model in models.items():
+        if model.of and role not in roles.whole:
+            _check_reference(roles, role)
+            roles.frozen[role] = params.held_in(roles.trained[model.of], frozen_dtype(config, model))
+    if terms:
+        roles.trained["objectives"] = dict(terms)
+    return roles
+
+
+def frozen_dtype(config: Config, model: transformer.Model) -> Any:
+    """In which the kernels of what isn't trained are held."""
+    return jnp.dtype(model.config.dtype if config.frozen_dtype == "auto" else config.frozen_dtype)
+
+
+def make_start(
+    config: Config, role: str, model: transformer.Model, bases: Mapping[str, loading.Found]
+) -> loading.Start:
+    """Where a role begins: the model that its section names, or random parameters."""
+    _, section = config_lib.model_section(config, role)
+    return loading.Start(role, model, config.seed, bases.get(role, section["init_from"]))
+
+
+def _own_specs(config: Config, role: str, model: transformer.Model) -> Tree:
+    """The parameters of a role that are in no other: of one with another's trunk its head, if it has one."""
+    if not model.of:
+        return model.specs
+    head = config.roles[role]["num_labels"]
+    return {name: spec for name, spec in model.specs.items() if name in transformer.HEAD} if head else {}
+
+
+def _divide(config: Config, roles: Roles, role: str, own: Tree) -> None:
+    """Adds a trained role."""
+    if not own:
+        raise InputError(
+            f"roles.{role}.of = {roles.models[role].of!r}: the objective trains it, and it has no parameters of its "
+            f"own. Give it a head: roles.{role}.num_labels."
+        )
+    field = "trainable" if isinstance(config.trainable, str) else f"trainable.{role}"
+    pattern, cut = config_lib.trainable_pattern(config, role), own
+    if not roles.models[role].of:
+        cut = params.cut(cut, pattern, field)
+        for name, group in config.optimizer.groups.items():
+            cut = params.cut(cut, group["match"], f"optimizer.groups.{name}.match", prefix=f"{role}/")
+    mask = params.matching(cut, pattern, field)
+    trained, rest = params.split(cut, mask)
+    rest = params.held_in(rest, frozen_dtype(config, roles.models[role]))
+    names = {
+        params.whole_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trained, is_leaf=params.is_spec)
+    }
+    held = params.held_in(own, frozen_dtype(config, roles.models[role]))
+    roles.whole[role] = jax.tree_util.tree_map_with_path(
+        lambda path, spec, kept: spec if params.path_name(path) in names else kept, own, held, is_leaf=params.is_spec
+    )
+    roles.cut[role], roles.masks[role], roles.trained[role] = cut, mask, trained
+    if rest:
+        roles.frozen[role] = rest
+
+
+def _check_reference(roles: Roles, role: str) -> None:
+    """Raises InputError where a role of another's trunk would be that other role itself."""
+    owner, where = roles.models[role].of, f"roles.{role}.of = {roles.models[role].of!r}"
+    section = "policy" if owner == "policy" else f"role {owner!r}"
+    if owner not in roles.cut:
+        raise InputError(f"{where}: nothing of the {section} is trained, so this would be the {section} itself.")
+    if not set(roles.frozen.get(owner, {})) - set(transformer.HEAD):
+        raise InputError(
+            f"{where}: all of the {section}'s trunk is trained, so there is nothing to share: this would be the "
+            f"{section} itself, and follow it. Freeze a part (trainable), or name a model to hold a second time: "
+            f"roles.{role}.init_from."
+        )
+
+
+def _cast(values: Tree, specs: Tree) -> Tree:
+    return jax.tree.map(lambda x, spec: x.astype(spec.dtype), values, specs)
