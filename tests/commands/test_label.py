@@ -84,9 +84,11 @@ def restored(workdir):
 
 def test_a_probe_changes_the_head_alone(language_model, classifier):
     before, after = restored(language_model), restored(classifier)
-    body = dict(after["params"]["policy"])
+    assert after["params"]["policy"].keys() == {"head"}
+    body = dict(loading.load_model(str(classifier)).params)
     head = body.pop("head")
     jax.tree.map(np.testing.assert_array_equal, body, before["params"]["policy"])
+    np.testing.assert_array_equal(head, after["params"]["policy"]["head"])
     assert head.shape == (64, 3)
     moments = {x.shape for x in jax.tree.leaves(after["opt_state"]) if getattr(x, "ndim", 0)}
     assert moments == {(64, 3)}
