@@ -12,7 +12,7 @@ import optax
 from research import params as params_lib
 from research.devices import sharding
 from research.objectives import terms as terms_lib
-from research.objectives.terms import Carry, Inputs, Metrics, Terms, Weights, init_carry  # noqa: F401 - for run/
+from research.objectives.terms import Carry, Inputs, Metrics, Terms, Weights
 from research.objectives.types import Batch, Forward, LossOut
 
 Params = Any
@@ -229,9 +229,6 @@ class EvalStep:
         forward = Forward(self.models, params_lib.join(params, frozen), batch, terms_lib.hidden_states(self.terms))
         outs = terms_lib.losses(self.terms, forward, inputs, self.sources)
         return terms_lib.metrics(self.terms, outs, inputs.step) | terms_lib.source_tokens(batch, self.sources)
-
-
-make_train_step, make_eval_step = TrainStep, EvalStep  # their names until all callers have moved
 
 
 def _choose(ok: jax.Array, new: Any, old: Any) -> Any:
