@@ -99,11 +99,10 @@ def load(
     train = list(zip([finish(each) for each, _ in placed], weights or [1.0], strict=True))
     report = {
         "tokenizer_size": tokenizer.size,
-        "sources": [_describe(each) for each in inputs],
+        "sources": _report_sources(inputs, train, counts, eval_counts),
         "train": _report(counts, sum(len(each) for each, _ in train), spec),
         "held_out": _report(eval_counts, len(held_out), spec),
     }
-    _add_shares(report["sources"], train, counts, eval_counts)
     if eval_inputs:
         report["train"]["dropped_as_in_eval_path"] = sum(int(np.sum(~mask)) for mask in to_train)
     samples = _samples(eval_inputs or train_inputs, limit, spec.seq_len)
@@ -361,10 +360,6 @@ def _check_left(counts: Sequence[Counter[str]], sizes: Sequence[int], entries: S
             )
 
 
-def _describe(each: _Input) -> dict[str, Any]:
-    return {"name": each.entry.name, **each.store.counts, "was_cached": each.store.was_cached}
-
-
 def _report(counts: Sequence[Counter[str]], size: int, spec: DataSpec) -> dict[str, Any]:
     """Of `size` rows; supervised_tokens counts those that are targets; bytes are of the examples' whole text."""
     total = sum(counts, Counter()) + Counter({"rows": size})
@@ -376,21 +371,22 @@ def _report(counts: Sequence[Counter[str]], size: int, spec: DataSpec) -> dict[s
     }
 
 
-def _add_shares(
-    report: list[dict[str, Any]],
+def _report_sources(
+    inputs: Sequence[_Input],
     train: Sequence[tuple[Rows, float]],
     counts: Sequence[Counter[str]],
     eval_counts: Sequence[Counter[str]],
-) -> None:
-    """Adds to the report of each source: "examples" and "tokens" to train on, "share" of the tokens that training
-    draws, and "held_out_examples"; of what is only evaluated, "held_out_examples" alone."""
+) -> list[dict[str, Any]]:
+    """What was read of each source, and "examples" and "tokens" to train on, "share" of the tokens that training draws,
+    and "held_out_examples"; of what is only evaluated, "held_out_examples" alone."""
+    report = [{"name": each.entry.name, **each.store.counts, "was_cached": each.store.was_cached} for each in inputs]
     per_row = [count["tokens"] * weight / len(each) for count, (each, weight) in zip(counts, train, strict=False)]
     drawn = per_row if len(train) > 1 else [count["tokens"] for count in counts]
     for source, count, tokens in zip(report, counts, drawn, strict=False):
         source |= {"examples": count["examples"], "tokens": count["tokens"], "share": tokens / max(sum(drawn), 1e-9)}
-    evaluated = report[len(counts) :] or report
-    for source, count in zip(evaluated, eval_counts, strict=True):
+    for source, count in zip(report[len(counts) :] or report, eval_counts, strict=True):
         source["held_out_examples"] = count["examples"]
+    return report
 
 
 def _samples(inputs: Sequence[_Input], limit: int, seq_len: int) -> list[tuple[dict[str, Any], str]]:

@@ -132,7 +132,7 @@ def _plain(value: Any) -> Any:
 
 def _dataset(name: str, seed: int, size: int) -> Any:
     """The package's dataset object for a name with options."""
-    try:
+    try:  # here, since it is an extra, and takes seconds to import
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from research.errors import InputError, did_you_mean
+from research.sources import reasoning, stdlib_text, tasks
 from research.sources.cache import code_digest
 
 Turn = tuple[str, str]  # (role, text); a plain document is one turn of the role "text"
@@ -81,16 +82,10 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
     """
     scheme, _, rest = entry.partition(":")
     if scheme == "tasks":
-        from research.sources import tasks
-
         return _generated(entry, tasks, lambda: tasks.records(rest, count, seed), [count, seed])
     if scheme == "reasoning_gym":
-        from research.sources import reasoning
-
         return _generated(entry, reasoning, lambda: reasoning.records(rest, count, seed), [count, seed])
     if scheme == "builtin":
-        from research.sources import stdlib_text
-
         known = {
             "python_docs": stdlib_text.records,
             "python_topics": stdlib_text.topics,
@@ -133,7 +128,7 @@ def _rows_of(entry: str, dataset: Any, files: list[Path]) -> Origin:
 
 
 def _import_datasets(entry: str) -> ModuleType:
-    try:
+    try:  # here, since it is an extra, and takes seconds to import
         import datasets
     except ImportError as e:
         raise InputError(f"{entry!r} needs the package 'datasets': pip install 'understudy[datasets]'.") from e
@@ -218,7 +213,7 @@ def _read_json(file: Path) -> Iterator[tuple[str, Raw]]:
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, Raw]]:
-    try:
+    try:  # here, since it is an extra
         import pyarrow
         import pyarrow.parquet
     except ImportError as e:
