@@ -207,13 +207,11 @@ def _probabilities(classifier: Classifier, numbers: range) -> np.ndarray:
     store, T = classifier.store, classifier.seq_len
     ends = np.cumsum(store.length)[numbers.start : numbers.stop]
     length = np.minimum(store.length[numbers.start : numbers.stop], T)
-    row = packing.best_fit_decreasing(length, T)
-    order = np.argsort(row, kind="stable")
-    splits = np.concatenate([[0], np.cumsum(np.bincount(row))])
+    order, splits = packing.rows_of(length, T)
     rows = Rows((store,), (ends - length)[order], length[order], splits, T)
-    last = np.cumsum(length[order]) - np.repeat(
-        np.concatenate([[0], np.cumsum(np.bincount(row, length))[:-1]]).astype(np.int64), np.bincount(row)
-    )
+    row = np.repeat(np.arange(len(rows)), np.diff(splits))
+    stop = np.cumsum(length[order])
+    last = stop - (stop - length[order])[splits[row]] - 1  # the place in its row of each record's last token
     result = None
     for first in range(0, len(rows), _ROWS):
         number = np.arange(first, first + _ROWS)
@@ -222,7 +220,7 @@ def _probabilities(classifier: Classifier, numbers: range) -> np.ndarray:
         if result is None:
             result = np.zeros((len(numbers), probs.shape[-1]))
         here = range(splits[first], splits[min(first + _ROWS, len(rows))])
-        result[order[here]] = probs[row[order[here]] - first, last[here] - 1]
+        result[order[here]] = probs[row[here] - first, last[here]]
     if not np.isfinite(result).all():
         raise InputError(f"{classifier.name}: gives probabilities that are no numbers. Look at the model's weights.")
     return result

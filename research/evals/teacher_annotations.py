@@ -254,9 +254,8 @@ def _batches(
     store: Store, segments: np.ndarray, seq_len: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
     """Yields (addresses of the tokens, their places in the flat batch, the batch) of packed rows."""
-    row = packing.best_fit_decreasing(segments[:, 1], seq_len)
-    start, length = segments[np.argsort(row, kind="stable")].T
-    splits = np.concatenate([[0], np.cumsum(np.bincount(row))]).astype(np.int64)
+    order, splits = packing.rows_of(segments[:, 1], seq_len)
+    start, length = segments[order].T
     rows = Rows((store,), start, length, splits, seq_len)
     for first in range(0, len(rows), batch_size):
         index = np.arange(first, first + batch_size)
