@@ -76,7 +76,7 @@ def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     Raises:
       InputError: it depends on the data, which isn't read: of labels, how many classes there are.
     """
-    read = {name for term, _ in objectives.load(config.objective).values() for name in term.fields}
+    read = {name for term in objectives.load(config.objective).values() for name in term.objective.fields}
     if len(config.data["sources"]) > 1:
         read |= set(fields.group("source"))
     names = fields.read_with(read)

@@ -204,18 +204,21 @@ def test_a_typo_is_found_before_anything_is_read():
         config_lib.check(config_lib.parse(values), num_devices=1)
 
 
-@pytest.mark.parametrize("names", [("only",), ("only", "other")])
-def test_a_term_may_name_sources_that_are_there(names):
+def traced(names, term):
+    """The metrics of a step over sources of these names."""
     sources = {name: {"path": "tasks:copy"} for name in names}
-    values = {"data": {"path": "", "sources": sources}, "objective": {"terms": {"sft": {"sources": ["only"]}}}}
     tiny = {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "d_ff": 16}
-    config = config_lib.parse(values | {"batch_size": 8, "seq_len": 16, "model": tiny})
+    values = {"data": {"path": "", "sources": sources}, "objective": {"terms": {"sft": term}}, "model": tiny}
+    config = config_lib.parse(values | {"batch_size": 8, "seq_len": 16})
     config_lib.check(config, num_devices=1)
     mesh = sharding.make_abstract_mesh({}, 1)
     with jax.sharding.use_abstract_mesh(mesh):
         parts = assemble.assemble(config, objectives.load(config.objective), mesh, abstract.batch_spec(config), 256)
-        metrics = jax.eval_shape(parts.step, parts.state, {}, parts.batch)[1]
-    assert ("tokens/other" in metrics) == (len(names) == 2)
-    values["objective"] = {"terms": {"sft": {"sources": ["onyl"]}}}
+        return jax.eval_shape(parts.step, parts.state, {}, parts.batch)[1]
+
+
+@pytest.mark.parametrize("names", [("only",), ("only", "other")])
+def test_a_term_may_name_sources_that_are_there(names):
+    assert ("tokens/other" in traced(names, {"sources": ["only"]})) == (len(names) == 2)
     with pytest.raises(InputError, match=r"objective.terms.sft.sources: the data has no source 'onyl'. Did you mean"):
-        config_lib.check(config_lib.parse(values), num_devices=1)
+        traced(names, {"sources": ["onyl"]})
