@@ -80,8 +80,13 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Metrics go to WORKDIR/metrics.jsonl every `every` steps, and to TensorBoard and Weights & Biases (a project's
-    name; "" for off) if asked for."""
+    """Where metrics go, beside WORKDIR/metrics.jsonl.
+
+    Attributes:
+      every: steps between lines of metrics.
+      tensorboard: write them to WORKDIR/tensorboard too.
+      wandb: the project at Weights & Biases that they are sent to; "" for none.
+    """
 
     every: int = 10
     tensorboard: bool = True
@@ -90,7 +95,11 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-    """What understudy plan needs to know; `prices`: of a chip and hour, by kind, in any currency; 0: not told."""
+    """What `understudy plan` needs to know.
+
+    Attributes:
+      prices: of a chip and hour, by kind of chip, in any currency; 0: not known.
+    """
 
     prices: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(("v4", "v5e", "v5p", "v6e", "A100", "H100", "H200", "B200", "cpu"), 0.0)
@@ -104,15 +113,23 @@ class Config:
     Attributes:
       seed: of parameters, data order and everything random.
       steps: updates.
-      batch_size: rows of `seq_len` tokens in one update, over all devices and microbatches.
+      batch_size: rows in one update, over all devices and microbatches.
+      seq_len: T, tokens in a row.
       microbatches: the batch goes through the model in so many parts, one after the other, to save memory.
       ema_decay: keep a moving average of the parameters, and evaluate it; 0 for none.
       max_bad_steps: end the run after so many updates in a row were skipped for a loss or gradient that isn't finite.
-      model: the fields of ModelConfig; vocab_size 0 is the tokenizer's, dtype "auto" is bfloat16 on TPU and GPU and
-        float32 on CPU; init_from: the model to start from: a run's workdir, a folder as transformers saves it, a hub
-        name (NAME/MODEL or NAME/MODEL@REVISION) or a .gguf file. It then decides all fields that are left at their
-        defaults.
-      tokenizer: "auto" is that of model.init_from, and without one "byte".
+      mesh: devices along each axis.
+      model: the model that is trained, by the fields of ModelConfig and those below.
+      model.vocab_size: V; 0 is the tokenizer's, rounded up to a multiple of 128.
+      model.dtype: of activations and matmuls: "float32", "bfloat16", or "auto", which is bfloat16 on TPU and GPU and
+        float32 on CPU.
+      model.init_from: the model to start from: a run's workdir, a folder as transformers saves it, a hub name
+        (NAME/MODEL or NAME/MODEL@REVISION) or a .gguf file. It then decides all fields that are left at their defaults.
+      tokenizer: which tokenizer the run uses.
+      tokenizer.kind: "auto", that of model.init_from, and without one "byte" (ids 0-255 are the bytes, then the special
+        tokens); "bpe" (byte-level byte-pair encoding trained on the run's own training text); or a path: a
+        tokenizer.json, a folder with the tokenizer of a model, or a .gguf file.
+      data: what the run trains and is evaluated on.
       trainable: which parameters of the policy are trained: a regular expression that their whole names match, such as
         "head", "layers/.*|final_norm/.*" or "layers/3/.*", which is one layer, counted from 0; "" is all. For several
         roles a mapping: {"policy": "head", "value": ""}. The others take no gradient and no optimizer state, and aren't
@@ -123,9 +140,15 @@ class Config:
         `model`. Those that the objective trains are in the run's checkpoints; the others are frozen. A role may be the
         policy's own trunk: {"of": "policy"} is the policy as it began, and shares what isn't trained of it (see
         `trainable`); {"of": "policy", "num_labels": 1} is the policy with another head, and shares its passes.
-      objective: {"terms": {name: weight or {options}}}: see research.objectives.load.
+      roles.NAME.of: the role whose trunk this one shares; "" for a model of its own.
+      objective: what is learned: {"terms": {name: weight or {options}}}. docs/objectives.md describes it.
+      optimizer: how the parameters follow the gradient.
       rollout: the policy answers the prompts of the data itself, for on-policy objectives.
-      rules: logical axis -> mesh axis, where it differs from sharding.RULES.
+      checkpoint: when to save, and what to keep.
+      eval: evaluation on held-out data.
+      log: where metrics go.
+      plan: what `understudy plan` needs to know.
+      rules: logical axis -> mesh axis, where it differs from RULES in research/devices/sharding.py.
       stall_seconds: end a run of several processes when it has made no step for so long; 0: never.
       compilation_cache: keep compiled programs on disk, so that the next start is faster.
     """

@@ -1,4 +1,4 @@
-"""Runs one experiment: python -m research.main --config=experiments/sft.py [--workdir=DIR] [--config.a.b=value ...].
+"""Runs one experiment: python -m research.main --config=experiments/sft.py [--workdir=DIR] [--config.FIELD=VALUE ...].
 
 This is `understudy train`, whose flags and work are in research/commands/train.py; research/run/ is what a run does.
 """

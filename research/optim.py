@@ -24,9 +24,10 @@ class OptimizerSpec:
     """An optimizer, its learning rate over the steps, weight decay and clipping.
 
     Attributes:
-      name: one of OPTIMIZERS. See `make_optimizer`.
+      name: "adamw", "lion", "adafactor", "muon" (matrices inside the layers; the rest by adamw) or "sgd".
       learning_rate: the highest of the schedule.
-      schedule: one of SCHEDULES. See `make_schedule`.
+      schedule: of the learning rate after the warm-up: "cosine", "linear", "wsd" (constant, then down to the end),
+        "constant" or "inverse_sqrt".
       warmup_steps: steps of linear warm-up, counted in `steps`. Step 0 runs at start_ratio, step `warmup_steps` is the
         first at `learning_rate`.
       start_ratio: where the warm-up starts, as a fraction of learning_rate. With 0 the first step changes nothing.
@@ -34,8 +35,9 @@ class OptimizerSpec:
       decay_fraction: the last part of all steps, over which wsd decays.
       weight_decay: decoupled, hence multiplied by the learning rate; with sgd it is added to the gradient (L2).
       b1, b2: decay of the moments: adamw, lion (whose paper has 0.9 and 0.99), and adamw under muon.
-      eps: of adamw, and adamw under muon.
-      momentum, nesterov: of muon and sgd.
+      eps: of adamw, and adamw under muon: added to the root of the second moment.
+      momentum: of muon and sgd.
+      nesterov: of muon and sgd: Nesterov's momentum, which adds the gradient once more.
       muon_scaling: what an orthogonalised matrix of i inputs and o outputs is multiplied by: "match_rms_adamw" is
         0.2 sqrt(max(i, o)), so that adamw's learning rate suits it (arXiv:2502.16982, equation 4); "original" is
         sqrt(max(1, o / i)).

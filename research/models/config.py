@@ -41,8 +41,13 @@ class ModelConfig:
     """Everything that decides what the model computes.
 
     Attributes:
-      head_dim: 0 means d_model / num_heads.
-      d_ff: F; with experts, of each.
+      vocab_size: V, rows of the embedding and logits of the head.
+      num_layers: L.
+      d_model: D, the width of what layers add to.
+      num_heads: H, heads of queries.
+      num_kv_heads: K, heads of keys and values; it divides num_heads, and each serves as many of these.
+      head_dim: h, the width of a head; 0 means d_model / num_heads.
+      d_ff: F, the width inside the MLP; with experts, inside each.
       mlp: "swiglu" and "geglu" are gated (Shazeer 2020, arXiv:2002.05202), "gelu" and "relu" plain two-layer MLPs;
         "_tanh" is GELU's approximation.
       num_experts: E; 0 is one dense MLP. Experts have no biases.
@@ -52,8 +57,12 @@ class ModelConfig:
         norm(f(x)) (OLMo 2, arXiv:2501.00656). "sandwich": x + norm(f(norm(x))) (Gemma 2, arXiv:2408.00118).
         "parallel": x + attention(norm(x)) + mlp(norm(x)), each with its norm (GPT-NeoX, arXiv:2204.06745).
         "residual": norm(x + f(x)), and no norm at the end (the first transformer, arXiv:1706.03762, and BERT).
+      norm: "rmsnorm" or "layernorm".
+      norm_eps: added to the mean square or variance that a norm divides by.
       norm_offset: is added to the scale of RMSNorm, which is then stored around 0 (Gemma: 1).
       positions: "rope", or "learned" embeddings, max_length of them.
+      rope_theta: the base of RoPE's frequencies.
+      rope_scaling: how these frequencies differ, for longer texts.
       rotary_dim: how many dimensions of each head RoPE turns; 0 is all.
       local_rope_theta: of layers with a sliding window, which then aren't stretched by rope_scaling either (Gemma 3,
         arXiv:2503.19786); 0: as the others.
@@ -66,16 +75,19 @@ class ModelConfig:
         together (OLMo 2).
       attention_scale: of scores; 0 means head_dim^-0.5.
       attention_softcap, logit_softcap: cap * tanh(x / cap) on scores and logits (Gemma 2, arXiv:2408.00118); 0 is off.
+      tie_embeddings: the head is the embedding transposed.
       embed_scale: multiply embeddings by sqrt(d_model).
       embed_norm: norm of the embeddings (BERT).
       token_types: kinds of segment with an embedding each (BERT): the batch field `token_types`, [B, T] int32, says
         which; without it all tokens are of the first.
       head_transform: a dense layer, the MLP's activation and a norm before the logits (BERT's masked-LM head).
       num_labels: the head gives so many logits and not V: a classifier or reward model. 0 is a language model.
+      init_std: standard deviation of the initial kernels and embeddings.
       remat: what the backward pass recomputes in each layer: "none" keeps all activations, "full" only the layer's
         input, "attention" that and attention's output, "dots" also the results of matmuls with weights: what is then
         computed again is element by element, which takes less than storing it.
-      attention: an implementation of ops.attention, or "auto".
+      attention: an implementation of research/ops/attention.py, such as "reference", or "auto", which takes the one
+        for this backend and size.
       dtype: of activations and matmuls: float32 or bfloat16.
     """
 

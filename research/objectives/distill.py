@@ -39,7 +39,7 @@ def make(
       scale_by_temperature: multiply by temperature^2, so that gradients keep their size (the paper's section 2).
       on: "supervised", the positions that predict a token of loss_mask, or "all" those that predict one.
       teachers: role -> weight, for several teachers; the loss is their weighted sum. By default {"teacher": 1}.
-      cached: no teacher runs: its likeliest tokens come with the batch (data.annotations; research/annotate.py).
+      cached: no teacher runs: its likeliest tokens come with the batch (data.annotations, by `understudy annotate`).
       tail: of cached ones: what is made of the other tokens; see ops.divergences.topk_divergence.
       tokenizer: the run's: its size says which logits are padding.
 

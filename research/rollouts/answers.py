@@ -24,7 +24,9 @@ class RolloutSpec:
       share: of the rows, by chance anew at each step; the others keep the data's answer. 0: none. GKD's lambda
         (arXiv:2306.13649, algorithm 1) is this share.
       max_new_tokens: the longest answer. A row whose prompt leaves less room keeps the data's answer.
-      temperature, top_k, top_p: see sampling.SamplingConfig.
+      temperature: logits are divided by it; 0 takes the likeliest token.
+      top_k: only this many of the likeliest tokens are sampled; 0 is all.
+      top_p: only the fewest of the likeliest tokens whose probabilities add up to this (arXiv:1904.09751).
       slots: how many rows are decoded at once, for less memory; others follow as these end. 0: all.
     """
 

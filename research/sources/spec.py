@@ -20,9 +20,9 @@ class DataSpec:
 
     Attributes:
       path: a mixture, its entries parted by commas. `0.7*a.jsonl,0.3*tasks:copy` draws 7 rows of the first
-        for 3 of the second; without weights every row comes once an epoch. See records.locate for what an
-        entry may be.
-      sources: the long form of `path`, which is "" then: name -> the fields of SourceSpec, as in
+        for 3 of the second; without weights every row comes once an epoch. docs/data.md lists what an entry may
+        be.
+      sources: the long form of `path`, which is "" then: name -> its fields, as in
         {"code": {"path": "code.jsonl", "weight": 0.5}}. Batches then say which source each token is of.
       eval_path: the same as `path`, without weights, for evaluation; "" holds out a part of the data. What it holds is
         taken out of training; generated records come from another seed.
@@ -31,7 +31,8 @@ class DataSpec:
       format: "auto" (by the first record's fields), "text", "prompt_response", "messages" or "labelled", which has to
         be asked for: text with a class, `label`, or the probabilities of the classes, `probs`.
       fields: field -> the column that holds it: {"prompt": "question", "response": "answer"}.
-      template: "auto", "model", "chat" or "plain"; see formats.
+      template: how a conversation is written: by the model's own chat template ("model"), "chat", "plain", or "auto",
+        the first of these that fits.
       seq_len: T, tokens in a row.
       pack: several examples share a row; else each has its own.
       shuffle: a new order each epoch, and chance neighbours within a row; else the order of the data.
@@ -73,12 +74,13 @@ class SourceSpec:
     """One source of data.sources; or an entry of data.path or data.eval_path, read as the data section says.
 
     Attributes:
-      path: one entry, as records.locate takes it; a comma in it is a part of the name.
+      path: one entry, as in data.path; a comma in it is a part of the name.
       weight: rows are drawn in proportion to it; 0 where no source has one, and every row comes once an epoch.
       eval_path: one entry, for evaluation in place of data.eval_fraction. Where one source has it, all have.
       view: how its documents are seen: {"kind": "truncate", "tokens": 100}; see research/sources/views/. {} leaves
         them as they are.
-      format, fields, template, on_bad_record, prompt, examples, max_records: as in DataSpec, which has the defaults.
+      format, fields, template, on_bad_record, prompt, examples, max_records: as in the data section, which has the
+        defaults.
     """
 
     path: str

@@ -1,0 +1,163 @@
+"""Writes docs/configs.md, the list of all fields of a config, from the dataclasses that hold them.
+
+    python docs/make_configs.py
+
+A field's row has its name as the command line spells it, its type, its default, and what the docstring's `Attributes:`
+say of it. An attribute of `Config` with dots in its name, such as model.dtype, describes that field in place of the
+docstring of the section.
+"""
+
+import dataclasses
+import inspect
+import json
+import pathlib
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from research import config as config_lib  # noqa: E402 (the line above lets the script run from anywhere)
+from research.models.config import ModelConfig  # noqa: E402
+from research.sources.spec import DataSpec, SourceSpec  # noqa: E402
+
+PAGE = ROOT / "docs/configs.md"
+HEAD = """\
+# Configs
+
+Every field of a config. An experiment sets them in Python, `config.optimizer.learning_rate = 3e-4`, and a command line
+with `--config.optimizer.learning_rate=3e-4`: see [experiments.md](experiments.md). A name that isn't here is an error
+that names the nearest. Objectives have options of their own: see [objectives.md](objectives.md).
+
+`python docs/make_configs.py` writes this page from the docstrings of the dataclasses: change those, and run it.
+"""
+
+# Sections whose fields are in a dataclass that Config doesn't name.
+SECTIONS = {"model": ModelConfig, "data": DataSpec}
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A field of a config.
+
+    Attributes:
+      name: as the command line spells it.
+      type: in words of Python.
+      default: as Python writes it; "" where a value has to be named.
+      sentence: what it says; "" where no docstring describes it.
+    """
+
+    name: str
+    type: str
+    default: str
+    sentence: str
+
+    def row(self) -> str:
+        cells = (f"`{self.name}`", self.type, f"`{self.default}`" if self.default else "", _escape(self.sentence))
+        return f"| {' | '.join(cells)} |"
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A dataclass of a config; `title` is its name there, `about` the first sentence of its docstring."""
+
+    title: str
+    about: str
+    fields: tuple[Field, ...]
+
+    def text(self) -> str:
+        rows = ["| field | type | default | |", "|---|---|---|---|", *(field.row() for field in self.fields)]
+        return "\n".join([f"## {self.title}", "", _escape(self.about), "", *rows, ""])
+
+
+def attributes(cls: type) -> dict[str, str]:
+    """Field -> what the `Attributes:` of a docstring say of it; names that share a sentence each have it."""
+    _, _, block = inspect.getdoc(cls).partition("Attributes:\n")
+    sentences = {}
+    for entry in re.split(r"\n(?=  \S)", block.rstrip()):
+        if match := re.fullmatch(r"\s*([\w., ]+?): (.*)", entry, re.S):
+            names, text = match.groups()
+            sentences |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return sentences
+
+
+def sections() -> list[Section]:
+    """The top level of a config, and each of its sections."""
+    defaults = config_lib.defaults()
+    hints = typing.get_type_hints(config_lib.Config)
+    role = config_lib.parse({"roles": {"NAME": {}}}).roles["NAME"]
+    parts = {
+        name: cls for name in defaults if (cls := SECTIONS.get(name, hints[name])) and dataclasses.is_dataclass(cls)
+    }
+    top = {name: value for name, value in defaults.items() if name not in parts}
+    pages = [_section("The run", "", config_lib.Config, top)]
+    for name, cls in parts.items():
+        pages += _pages(name, cls, defaults[name])
+        if name == "model":
+            extra = {field: value for field, value in role.items() if field not in defaults["model"]}
+            pages.append(_section("roles.NAME", "roles.NAME.", ModelConfig, extra, "All fields of model, and"))
+        if name == "data":
+            source = dataclasses.asdict(SourceSpec("")) | {"path": None}
+            pages.append(_section("data.sources.NAME", "data.sources.NAME.", SourceSpec, source))
+    return pages
+
+
+def _pages(name: str, cls: type, defaults: Mapping[str, Any]) -> Iterator[Section]:
+    """The section of this name, then those inside it."""
+    hints = typing.get_type_hints(cls)
+    inner = [field for field in defaults if dataclasses.is_dataclass(hints.get(field))]
+    yield _section(name, f"{name}.", cls, {k: v for k, v in defaults.items() if k not in inner})
+    for field in inner:
+        yield from _pages(f"{name}.{field}", hints[field], defaults[field])
+
+
+def _section(title: str, prefix: str, cls: type, defaults: Mapping[str, Any], about: str = "") -> Section:
+    own, top, hints = attributes(cls), attributes(config_lib.Config), typing.get_type_hints(cls)
+    fields = tuple(
+        Field(
+            name=prefix + name,
+            type=_type(hints.get(name, type(value))),
+            default="" if value is None else _python(value),
+            sentence=top.get(prefix + name) or own.get(name, ""),
+        )
+        for name, value in defaults.items()
+    )
+    return Section(title, about or " ".join(inspect.getdoc(cls).split("\n\n")[0].split()), fields)
+
+
+def _python(value: Any) -> str:
+    """A value as Python writes it, but for strings, which have double quotes as in the project's code."""
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_python(k)}: {_python(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _type(hint: Any) -> str:
+    """A type as a reader of configs knows it: a tuple[int, ...] is a "tuple of int"."""
+    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(_type(option) for option in args)
+    if kind is tuple:
+        return f"tuple of {_type(args[0])}"
+    return "mapping" if issubclass(kind, Mapping) else kind.__name__
+
+
+def _escape(text: str) -> str:
+    """Plain text for a cell of a table; a bar has to be escaped in code too."""
+    pieces = re.split(r"(`[^`]*`)", text)
+    return "".join(re.sub(r"([|*<])" if i % 2 == 0 else r"(\|)", r"\\\1", piece) for i, piece in enumerate(pieces))
+
+
+def page() -> str:
+    """The text of docs/configs.md."""
+    return "\n".join([HEAD, *(section.text() for section in sections())]).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
