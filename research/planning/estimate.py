@@ -22,8 +22,8 @@ class Plan:
 
     Attributes:
       mesh: its axes' sizes.
-      parameters: of the policy.
-      frozen_parameters: of the other roles.
+      parameters: of the roles that are trained, in part or all.
+      frozen_parameters: of the others; a role counts what is its own.
       bytes_of: kind -> bytes: parameters, optimizer, frozen, batch, temporary (activations and gradients), code.
       memory: bytes that the chip has.
       compiler: what it says of a program that doesn't fit; "" of one that does.
@@ -91,11 +91,12 @@ def make(config: Config, topology: Topology) -> Plan:
         bytes_of |= {"temporary": memory.temp_size_in_bytes, "code": memory.generated_code_size_in_bytes}
         moved = 2 * (bytes_of["parameters"] + bytes_of["optimizer"] + bytes_of["temporary"]) + bytes_of["frozen"]
         collectives = tuple(hlo.find_collectives(compiled.as_text()))
-    counts = {role: params.count(model.specs) for role, model in parts.models.items()}
+    counts = {role: params.count(specs) for role, specs in parts.roles.whole.items()}
+    trained = sum(count for role, count in counts.items() if role in parts.roles.cut)
     return Plan(
         mesh=dict(described.mesh.shape),
-        parameters=counts.pop("policy"),
-        frozen_parameters=sum(counts.values()),
+        parameters=trained,
+        frozen_parameters=sum(counts.values()) - trained,
         bytes_of=bytes_of,
         memory=topology.chip.memory,
         compiler=compiler,
