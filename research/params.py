@@ -261,17 +261,19 @@ def fingerprint(values: Tree) -> dict[str, tuple[float, float]]:
       values: a model's arrays, or some of them.
     """
 
-    @jax.jit
-    def measures(values: Tree) -> Tree:
-        def one(path: tuple, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            x = x.astype(jnp.bfloat16).astype(jnp.float32)
-            axes = tuple(range("layers" in path_name(path).split("/"), x.ndim))
-            return jnp.sum(x, axes), jnp.sqrt(jnp.sum(jnp.square(x), axes))
+    def one(path: tuple, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = x.astype(jnp.bfloat16).astype(jnp.float32)
+        axes = tuple(range("layers" in path_name(path).split("/"), x.ndim))
+        return jnp.sum(x, axes), jnp.sqrt(jnp.sum(jnp.square(x), axes))
 
+    def measures(values: Tree) -> Tree:
         return {path_name(path): one(path, x) for path, x in jax.tree_util.tree_leaves_with_path(values)}
 
+    placement = jax.tree.leaves(values)[0].sharding
+    if isinstance(placement, jax.sharding.NamedSharding):  # every process gets all of them
+        placement = sharding.named(placement.mesh, ())
     marks = {}
-    for name, (total, norm) in jax.device_get(measures(values)).items():
+    for name, (total, norm) in jax.device_get(jax.jit(measures, out_shardings=placement)(values)).items():
         if total.ndim == 0:
             marks[name] = (float(total), float(norm))
             continue

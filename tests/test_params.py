@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from research import params
+from research.devices import sharding
 from research.errors import InputError
 from research.models.transformer import ModelConfig, make_model
 
@@ -109,3 +110,35 @@ def test_a_piece_can_be_cut_again():
     assert sorted(twice["layers"]) == ["0", "1", "2", "3", "4"]
     assert params.cut(once, "head") == once
     assert params.cut(once, "policy/layers/2/.*", prefix="policy/").keys() == once.keys()
+
+
+def test_a_fingerprint_is_that_of_pieces_of_bfloat16_and_of_a_mesh_and_tells_other_values_apart():
+    whole = params.fingerprint(VALUES)
+    specs = params.cut(MODEL.specs, "layers/2/.*")
+    cut = params.in_pieces(VALUES, specs)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    sharded = jax.device_put(cut, params.shardings(specs, mesh))
+    half = jax.tree.map(lambda x, s: x.astype(s.dtype), cut, params.held_in(specs, "bfloat16"))
+    for values in (cut, sharded, half):
+        marks = params.fingerprint(values)
+        assert marks.keys() == whole.keys()
+        for name, (total, norm) in marks.items():
+            np.testing.assert_allclose([total, norm], whole[name], atol=1e-5 * whole[name][1])
+    assert "layers/4/mlp/up/kernel" in whole
+    other = params.fingerprint(jax.tree.map(lambda x: x + 1e-5 * jnp.sign(jnp.sin(1e4 * x)), VALUES))
+    assert any(abs(other[name][0] - total) > 1e-4 * norm for name, (total, norm) in whole.items())
+
+
+def test_a_part_is_put_back_into_whole_stacks():
+    specs = params.cut(MODEL.specs, "layers/[23]/mlp/.*|head")
+    trained, _ = params.split(params.in_pieces(VALUES, specs), params.matching(specs, "layers/[23]/mlp/.*|head"))
+    wiped = jax.tree.map(jnp.zeros_like, VALUES)
+    back = jax.jit(params.put)(wiped, trained)
+    np.testing.assert_array_equal(back["head"], VALUES["head"])
+    kernel = back["layers"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(kernel[2:4], VALUES["layers"]["mlp"]["up"]["kernel"][2:4])
+    assert not np.any(kernel[:2])
+    assert not np.any(back["layers"]["attention"]["q"]["kernel"])
+    assert (
+        params.named(MODEL.specs, trained) == params.split(specs, params.matching(specs, "layers/[23]/mlp/.*|head"))[0]
+    )

@@ -107,16 +107,7 @@ def assemble(
     rows = fields.shardings(mesh, batch, rules)
     where = jax.tree.map(lambda x: x.sharding, (state, {role: frozen[role] for role in roles.partial}))
     compiler_options = compilation.compiler_options(mesh)
-    step = train.TrainStep(
-        terms,
-        models,
-        optimizer,
-        schedule=optim.make_schedule(config.optimizer, config.steps),
-        group_schedules=optim.make_group_schedules(config.optimizer, config.steps),
-        microbatches=config.microbatches,
-        ema_decay=config.ema_decay,
-        sources=sources,
-    )
+    step = _make_step(config, terms, models, optimizer, sources)
     return Parts(
         models=models,
         terms=terms,
@@ -129,6 +120,25 @@ def assemble(
         state=state,
         frozen=frozen,
         batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows[k]) for k, v in batch.items()},
+    )
+
+
+def _make_step(
+    config: Config,
+    terms: Terms,
+    models: Mapping[str, transformer.Model],
+    optimizer: optax.GradientTransformationExtraArgs,
+    sources: tuple[str, ...],
+) -> train.TrainStep:
+    return train.TrainStep(
+        terms,
+        models,
+        optimizer,
+        schedule=optim.make_schedule(config.optimizer, config.steps),
+        group_schedules=optim.make_group_schedules(config.optimizer, config.steps),
+        microbatches=config.microbatches,
+        ema_decay=config.ema_decay,
+        sources=sources,
     )
 
 

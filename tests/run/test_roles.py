@@ -1,6 +1,7 @@
 """Runs in which a part of a role is trained, several roles are, or a role is another's trunk."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import runs
 
 from research import config, loading, objectives
+from research.commands import export
 from research.devices import sharding
 from research.errors import InputError
 from research.run import assemble, checkpoint, metrics
@@ -130,6 +132,30 @@ def test_a_reference_is_the_policy_as_it_began_and_shares_what_is_frozen(finishe
     assert parts.frozen["policy"].keys() == {"embed", "final_norm", "head", "layers"}
     assert parts.frozen["policy"]["layers"].keys() == {"0"}
     assert parts.frozen.keys() == {"policy", "reference"}
+
+
+def test_a_frozen_head_has_no_gradient():
+    """No product in the step is of the shape of the head's kernel."""
+    products = lambda parts: re.findall(  # noqa: E731
+        r"f32\[16,264\] = dot_general", str(parts.step.trace(parts.state, parts.frozen, parts.batch).jaxpr)
+    )
+    assert products(parts_of({})[1])
+    assert not products(parts_of(CASES["layer"])[1])
+
+
+def test_the_policy_is_evaluated_and_answers_with_a_part_of_it_frozen(finished, tmp_path):
+    """An evaluation joins the two trees: its loss is the one of the whole model, loaded from the checkpoint."""
+    evals = {"every": 4, "batches": 1, "generate": 1, "max_new_tokens": 2}
+    run(config_of(CASES["layer"], eval=evals), str(tmp_path / "run"), devices=jax.devices()[:1])
+    scores = [r for r in metrics.read_metrics(str(tmp_path / "run")) if "eval/loss" in r]
+    assert [r["step"] for r in scores] == [0, 4]
+    assert scores[1]["eval/loss"] < scores[0]["eval/loss"]
+    runs.assert_same(finished("layer"), tmp_path / "run")
+    arguments = [f"--model={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
+    assert export.main(arguments) == 0
+    ours = loading.load_model(str(tmp_path / "run")).params
+    theirs = loading.load_model(str(tmp_path / "out")).params
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_a_head_on_the_trunk_needs_no_second_pass():
