@@ -74,7 +74,7 @@ def with_objective(config: Config, name: str) -> Config:
     """The config with one objective on the same model; what it wants of other roles is of the policy's architecture."""
     spec = {"terms": {name: 1.0}, **{k: v for k, v in config.objective.items() if k == name}}
     term = objectives.load(spec)[name].objective
-    described = {**config.model, "init_from": ""}
+    described = {**config.model, "init_from": "", "of": ""}
     roles = {role: config.roles.get(role, described) for role in (*term.frozen, *term.trainable) if role != "policy"}
     model = config.model
     if "label_probs" in term.fields and not model["num_labels"]:
