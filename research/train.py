@@ -1,7 +1,7 @@
 """The train step: pure, jitted once, the same for every objective."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.struct
@@ -229,6 +229,26 @@ class EvalStep:
         forward = Forward(self.models, params_lib.join(params, frozen), batch, terms_lib.hidden_states(self.terms))
         outs = terms_lib.losses(self.terms, forward, inputs, self.sources)
         return terms_lib.metrics(self.terms, outs, inputs.step) | terms_lib.source_tokens(batch, self.sources)
+
+
+def means(parts: Iterable[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
+    """Adds up metrics over steps or batches, then divides: the mean over all of them, not a mean of means.
+
+    Args:
+      parts: one mapping per step or batch, name -> (sum, weight), scalars of any dtype. A name may be
+        missing from some. Keep them as they come and call this at the end: until then nothing waits for
+        the devices.
+
+    Returns:
+      name -> sum / weight, added in float64. A name whose weights add up to 0 has no mean, and is left out.
+    """
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for part in jax.device_get(list(parts)):
+        for name, (total, weight) in part.items():
+            sums[name] = sums.get(name, 0.0) + float(total)
+            weights[name] = weights.get(name, 0.0) + float(weight)
+    return {name: sums[name] / weights[name] for name in sums if weights[name] != 0.0}
 
 
 def _choose(ok: jax.Array, new: Any, old: Any) -> Any:

@@ -13,8 +13,8 @@ from research.errors import InputError
 from research.evals.scoring import BATCH_TOKENS, Example, Record, encode_records, make_loglikelihood, ratio_of_sums
 from research.models.transformer import Model
 from research.objectives.types import next_token_targets
-from research.run.metrics import means
 from research.sources.tokenizers import Tokenizer
+from research.train import means
 
 Batch = Mapping[str, Any]
 

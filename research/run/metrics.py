@@ -1,4 +1,4 @@
-"""Metrics: sums become means, and means go to the console, JSON lines, TensorBoard and Weights & Biases."""
+"""Metrics go to the console, JSON lines, TensorBoard and Weights & Biases."""
 
 import inspect
 import json
@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,26 +21,6 @@ from research.errors import InputError, did_you_mean
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-
-
-def means(parts: Iterable[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
-    """Adds up metrics over steps or batches, then divides: the mean over all of them, not a mean of means.
-
-    Args:
-      parts: one mapping per step or batch, name -> (sum, weight), scalars of any dtype. A name may be
-        missing from some. Keep them as they come and call this at the end: until then nothing waits for
-        the devices.
-
-    Returns:
-      name -> sum / weight, added in float64. A name whose weights add up to 0 has no mean, and is left out.
-    """
-    sums: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    for part in jax.device_get(list(parts)):
-        for name, (total, weight) in part.items():
-            sums[name] = sums.get(name, 0.0) + float(total)
-            weights[name] = weights.get(name, 0.0) + float(weight)
-    return {name: sums[name] / weights[name] for name in sums if weights[name] != 0.0}
 
 
 class Writer:

@@ -11,7 +11,7 @@ from research.config import Config
 from research.models import transformer
 from research.run import metrics
 from research.run.assemble import Parts
-from research.train import Metrics
+from research.train import Metrics, means
 
 
 class Diverged(Exception):
@@ -82,7 +82,7 @@ class Window:
             self.tokens += float(out["tokens"][0])
         self.since, self.timed = now, True
         self.steps.append(out)
-        values = metrics.means([out])
+        values = means([out])
         self.writer.advance(step)
         if values["empty_batch"]:
             self.writer.print(f"step {step}: no token of this batch is supervised: update skipped")
@@ -101,7 +101,7 @@ class Window:
             self._write(step)
 
     def _write(self, step: int) -> None:
-        values = metrics.means(self.steps)
+        values = means(self.steps)
         for name in ("nonfinite", "empty_batch"):
             values[name] = float(sum(out[name][0] for out in self.steps))
         if self.seconds:

@@ -13,7 +13,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from research.errors import InputError
 from research.run import metrics
-from research.run.metrics import Writer, describe, duration, means, peak_flops, read_metrics, read_samples
+from research.run.metrics import Writer, describe, duration, peak_flops, read_metrics, read_samples
+from research.train import means
 
 
 def open_writer(workdir, start_step=0, **kwargs):
