@@ -22,8 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from research import config as config_lib  # noqa: E402 (the line above lets the script run from anywhere)
-from research.models.config import ModelConfig  # noqa: E402
-from research.sources.spec import DataSpec, SourceSpec  # noqa: E402
+from research.sources.spec import SourceSpec  # noqa: E402
 
 PAGE = ROOT / "docs/configs.md"
 HEAD = """\
@@ -35,9 +34,6 @@ that names the nearest. Objectives have options of their own: see [objectives.md
 
 `python docs/make_configs.py` writes this page from the docstrings of the dataclasses: change those, and run it.
 """
-
-# Sections whose fields are in a dataclass that Config doesn't name.
-SECTIONS = {"model": ModelConfig, "data": DataSpec}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +71,12 @@ class Section:
 
 
 def attributes(cls: type) -> dict[str, str]:
-    """Field -> what the `Attributes:` of a docstring say of it; names that share a sentence each have it."""
+    """Field -> what the `Attributes:` of the docstring, or of those of the bases, say of it.
+
+    Names that share a sentence each have it.
+    """
+    sentences = attributes(cls.__base__) if dataclasses.is_dataclass(cls.__base__) else {}
     _, _, block = inspect.getdoc(cls).partition("Attributes:\n")
-    sentences = {}
     for entry in re.split(r"\n(?=  \S)", block.rstrip()):
         if match := re.fullmatch(r"\s*([\w., ]+?): (.*)", entry, re.S):
             names, text = match.groups()
@@ -89,17 +88,15 @@ def sections() -> list[Section]:
     """The top level of a config, and each of its sections."""
     defaults = config_lib.defaults()
     hints = typing.get_type_hints(config_lib.Config)
-    role = config_lib.parse({"roles": {"NAME": {}}}).roles["NAME"]
-    parts = {
-        name: cls for name in defaults if (cls := SECTIONS.get(name, hints[name])) and dataclasses.is_dataclass(cls)
-    }
+    parts = {name: cls for name in defaults if (cls := hints[name]) and dataclasses.is_dataclass(cls)}
     top = {name: value for name, value in defaults.items() if name not in parts}
     pages = [_section("The run", "", config_lib.Config, top)]
     for name, cls in parts.items():
         pages += _pages(name, cls, defaults[name])
         if name == "model":
+            role = dataclasses.asdict(config_lib.RoleSection())
             extra = {field: value for field, value in role.items() if field not in defaults["model"]}
-            pages.append(_section("roles.NAME", "roles.NAME.", ModelConfig, extra, "All fields of model, and"))
+            pages.append(_section("roles.NAME", "roles.NAME.", config_lib.RoleSection, extra))
         if name == "data":
             source = dataclasses.asdict(SourceSpec("")) | {"path": None}
             pages.append(_section("data.sources.NAME", "data.sources.NAME.", SourceSpec, source))
@@ -115,7 +112,7 @@ def _pages(name: str, cls: type, defaults: Mapping[str, Any]) -> Iterator[Sectio
         yield from _pages(f"{name}.{field}", hints[field], defaults[field])
 
 
-def _section(title: str, prefix: str, cls: type, defaults: Mapping[str, Any], about: str = "") -> Section:
+def _section(title: str, prefix: str, cls: type, defaults: Mapping[str, Any]) -> Section:
     own, top, hints = attributes(cls), attributes(config_lib.Config), typing.get_type_hints(cls)
     fields = tuple(
         Field(
@@ -126,7 +123,7 @@ def _section(title: str, prefix: str, cls: type, defaults: Mapping[str, Any], ab
         )
         for name, value in defaults.items()
     )
-    return Section(title, about or " ".join(inspect.getdoc(cls).split("\n\n")[0].split()), fields)
+    return Section(title, " ".join(inspect.getdoc(cls).split("\n\n")[0].split()), fields)
 
 
 def _python(value: Any) -> str:

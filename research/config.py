@@ -17,7 +17,7 @@ from research.errors import InputError, did_you_mean
 from research.models.config import ModelConfig
 from research.rollouts.answers import RolloutSpec
 from research.sources import spec
-from research.sources.spec import DataSpec
+from research.sources.spec import DataSection, DataSpec
 from research.sources.tokenizers import TokenizerSpec
 
 
@@ -107,6 +107,37 @@ class PlanConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelSection(ModelConfig):
+    """What a config says of a model: the fields of ModelConfig, and where it begins. See `model_config`.
+
+    Attributes:
+      vocab_size: V; 0 is the tokenizer's, rounded up to a multiple of 128.
+      dtype: of activations and matmuls: "float32", "bfloat16", or "auto", which is bfloat16 on TPU and GPU and float32
+        on CPU.
+      init_from: the model to start from: a run's workdir, a folder as transformers saves it, a hub name (NAME/MODEL or
+        NAME/MODEL@REVISION) or a .gguf file. It then decides all fields that are left at their defaults.
+    """
+
+    vocab_size: int = 0
+    dtype: str = "auto"
+    init_from: str = ""
+
+    def __post_init__(self) -> None:
+        """Leaves the checks to the ModelConfig that comes of it, once a checkpoint and the tokenizer have their say."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RoleSection(ModelSection):
+    """What a config says of a further model: all fields of `model`, and whose trunk it shares.
+
+    Attributes:
+      of: the role whose trunk this one shares; "" for a model of its own.
+    """
+
+    of: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One run.
 
@@ -119,12 +150,7 @@ class Config:
       ema_decay: keep a moving average of the parameters, and evaluate it; 0 for none.
       max_bad_steps: end the run after so many updates in a row were skipped for a loss or gradient that isn't finite.
       mesh: devices along each axis.
-      model: the model that is trained, by the fields of ModelConfig and those below.
-      model.vocab_size: V; 0 is the tokenizer's, rounded up to a multiple of 128.
-      model.dtype: of activations and matmuls: "float32", "bfloat16", or "auto", which is bfloat16 on TPU and GPU and
-        float32 on CPU.
-      model.init_from: the model to start from: a run's workdir, a folder as transformers saves it, a hub name
-        (NAME/MODEL or NAME/MODEL@REVISION) or a .gguf file. It then decides all fields that are left at their defaults.
+      model: the model that is trained.
       tokenizer: which tokenizer the run uses.
       tokenizer.kind: "auto", that of model.init_from, and without one "byte" (ids 0-255 are the bytes, then the special
         tokens); "bpe" (byte-level byte-pair encoding trained on the run's own training text); or a path: a
@@ -140,7 +166,6 @@ class Config:
         `model`. Those that the objective trains are in the run's checkpoints; the others are frozen. A role may be the
         policy's own trunk: {"of": "policy"} is the policy as it began, and shares what isn't trained of it (see
         `trainable`); {"of": "policy", "num_labels": 1} is the policy with another head, and shares its passes.
-      roles.NAME.of: the role whose trunk this one shares; "" for a model of its own.
       objective: what is learned: {"terms": {name: weight or {options}}}. docs/objectives.md describes it.
       optimizer: how the parameters follow the gradient.
       rollout: the policy answers the prompts of the data itself, for on-policy objectives.
@@ -164,12 +189,12 @@ class Config:
     compilation_cache: bool = True
     mesh: MeshConfig = MeshConfig()
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    model: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _model_defaults())
+    model: ModelSection = ModelSection()
     trainable: str | Mapping[str, Any] = ""
     frozen_dtype: str = "auto"
-    roles: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    roles: Mapping[str, RoleSection] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerSpec = TokenizerSpec(kind="auto")
-    data: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _data_defaults())
+    data: DataSection = DataSection()
     objective: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"terms": {"next_token": 1.0}})
     rollout: RolloutSpec = RolloutSpec()
     optimizer: optim.OptimizerSpec = optim.OptimizerSpec()
@@ -179,23 +204,7 @@ class Config:
     plan: PlanConfig = PlanConfig()
 
 
-_MODEL_EXTRA = {"init_from": ""}
-_ROLE_EXTRA = {"of": ""}
 FROZEN_DTYPES = ("auto", "float32", "bfloat16")
-
-
-def _model_defaults() -> dict[str, Any]:
-    fields = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name != "vocab_size"}
-    return {"vocab_size": 0, **fields, "dtype": "auto", **_MODEL_EXTRA}
-
-
-def _role_defaults() -> dict[str, Any]:
-    return {**_model_defaults(), **_ROLE_EXTRA}
-
-
-def _data_defaults() -> dict[str, Any]:
-    defaults = DataSpec(path="builtin:python_docs")
-    return {f.name: getattr(defaults, f.name) for f in dataclasses.fields(DataSpec) if f.name != "seq_len"}
 
 
 def defaults() -> dict[str, Any]:
@@ -264,7 +273,7 @@ def check(config: Config, *, num_devices: int) -> None:
             f"seq_len = {config.seq_len} isn't divisible by mesh.sequence = {shape['sequence']}: each device takes as "
             "many tokens of a row as the next. Change either."
         )
-    model = model_config(config, vocab_size=config.model["vocab_size"] or 256)
+    model = model_config(config, vocab_size=config.model.vocab_size or 256)
     if config.seq_len > model.max_length:
         raise InputError(
             f"seq_len = {config.seq_len} is longer than model.max_length = {model.max_length}. Raise the one or "
@@ -272,7 +281,7 @@ def check(config: Config, *, num_devices: int) -> None:
         )
     spec.check(data_spec(config))
     optim.make_schedule(config.optimizer, config.steps)
-    if config.rollout.share and config.data["pack"]:
+    if config.rollout.share and config.data.pack:
         raise InputError(
             f"rollout.share = {config.rollout.share}: the policy answers one prompt a row. Set data.pack = False."
         )
@@ -296,17 +305,17 @@ def _check_roles(config: Config) -> None:
             raise InputError(f"trainable.{role}: no such role.{did_you_mean(role, names)}")
         if not isinstance(pattern, str):
             raise InputError(f"trainable.{role} = {pattern!r}: must be a regular expression on names.")
-    defaults = _role_defaults()
     for role, section in config.roles.items():
-        owner, where = section["of"], f"roles.{role}"
+        owner, where = section.of, f"roles.{role}"
         if not owner:
             continue
-        if owner not in names or owner == role or config.roles.get(owner, {}).get("of"):
+        if owner not in names or owner == role or (owner in config.roles and config.roles[owner].of):
             raise InputError(f"{where}.of = {owner!r}: must be a role with a model of its own, such as 'policy'.")
-        for field, value in section.items():
-            if field not in ("of", "num_labels") and value != defaults[field]:
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if field.name not in ("of", "num_labels") and value != field.default:
                 raise InputError(
-                    f"{where}.{field} = {value!r}: the role is the model of {owner!r} (of), but for its head "
+                    f"{where}.{field.name} = {value!r}: the role is the model of {owner!r} (of), but for its head "
                     "(num_labels). Leave it out."
                 )
 
@@ -320,7 +329,7 @@ def _check_rules(rules: Mapping[str, Any]) -> None:
                 raise InputError(f"rules.{name} = {axes!r}: no such mesh axis.{did_you_mean(axis, sharding.AXES)}")
 
 
-def model_section(config: Config, role: str) -> tuple[str, Mapping[str, Any]]:
+def model_section(config: Config, role: str) -> tuple[str, ModelSection]:
     """Where the config describes the model of a role, and what it says."""
     return ("model", config.model) if role == "policy" else (f"roles.{role}", config.roles[role])
 
@@ -332,20 +341,20 @@ def model_config(config: Config, vocab_size: int, backend: str | None = None, ro
     Raises:
       InputError: the tokenizer has more tokens than model.vocab_size.
     """
-    where, values = model_section(config, role)
-    if values.get("of"):
-        owner = model_config(config, vocab_size, backend, values["of"])
-        return dataclasses.replace(owner, num_labels=values["num_labels"] or owner.num_labels)
-    values = {k: v for k, v in values.items() if k not in (*_MODEL_EXTRA, *_ROLE_EXTRA)}
-    if values["vocab_size"] and values["vocab_size"] < vocab_size:
+    where, section = model_section(config, role)
+    if isinstance(section, RoleSection) and section.of:
+        owner = model_config(config, vocab_size, backend, section.of)
+        return dataclasses.replace(owner, num_labels=section.num_labels or owner.num_labels)
+    if section.vocab_size and section.vocab_size < vocab_size:
         raise InputError(
-            f"{where}.vocab_size = {values['vocab_size']} is smaller than the tokenizer, which has {vocab_size} "
+            f"{where}.vocab_size = {section.vocab_size} is smaller than the tokenizer, which has {vocab_size} "
             "tokens. Set it to 0 to follow the tokenizer."
         )
-    values["vocab_size"] = values["vocab_size"] or -(-vocab_size // 128) * 128  # whole tiles, divisible by any mesh
-    if values["dtype"] == "auto":
+    values = _values(section, ModelConfig)
+    values["vocab_size"] = section.vocab_size or -(-vocab_size // 128) * 128  # whole tiles, divisible by any mesh
+    if section.dtype == "auto":
         values["dtype"] = "float32" if (backend or sharding.platform()) == "cpu" else "bfloat16"
-    return _build(ModelConfig, values, where)
+    return ModelConfig(**values)
 
 
 # Fields that change neither the parameters' names nor their shapes: a config may set them against a checkpoint.
@@ -365,33 +374,36 @@ def with_architecture(config: Config, base: ModelConfig, name: str, role: str = 
     Raises:
       InputError: a field asks for other parameters than the checkpoint has.
     """
-    (where, mine), defaults, made = model_section(config, role), _model_defaults(), {}
-    for field in dataclasses.fields(ModelConfig):
-        hint = typing.get_type_hints(ModelConfig)[field.name]
-        value, theirs = mine[field.name], getattr(base, field.name)
-        if field.name in ("dtype", "remat", "attention"):  # of this run, not of the checkpoint
-            made[field.name] = value
+    (where, section), values = model_section(config, role), {}
+    for field in dataclasses.fields(ModelSection):
+        if field.name in ("dtype", "remat", "attention", "init_from"):  # of this run, not of the checkpoint
             continue
-        value = _convert(hint, value, f"{where}.{field.name}")
-        untouched = value == defaults[field.name]
+        value, stored = getattr(section, field.name), getattr(base, field.name)
+        untouched = value == field.default
         learned = field.name == "max_length" and base.positions == "learned"
-        if field.name == "num_labels" and not theirs:  # a classifier with a new head on a language model's body
-            theirs = value
-        if not untouched and value != theirs and (field.name not in _FREE or learned):
+        if field.name == "num_labels" and not stored:  # a classifier with a new head on a language model's body
+            stored = value
+        if not untouched and value != stored and (field.name not in _FREE or learned):
             raise InputError(
-                f"{where}.{field.name} = {value!r}, and the checkpoint that it starts from, {name}, has {theirs!r}. "
+                f"{where}.{field.name} = {value!r}, and the checkpoint that it starts from, {name}, has {stored!r}. "
                 f"Leave it at its default to take the checkpoint's, or leave {where}.init_from out to start afresh."
             )
-        made[field.name] = theirs if untouched else value
-    section = {**made, **{name: mine[name] for name in (*_MODEL_EXTRA, *_ROLE_EXTRA) if name in mine}}
+        values[field.name] = stored if untouched else value
+    section = dataclasses.replace(section, **values)
     if role == "policy":
         return dataclasses.replace(config, model=section)
     return dataclasses.replace(config, roles={**config.roles, role: section})
 
 
 def data_spec(config: Config) -> DataSpec:
-    classes = {"num_classes": config.data["num_classes"] or config.model["num_labels"]}
-    return _build(DataSpec, {**config.data, **classes, "seq_len": config.seq_len}, "data")
+    values = _values(config.data, DataSection)
+    values["num_classes"] = config.data.num_classes or config.model.num_labels
+    return DataSpec(**values, seq_len=config.seq_len)
+
+
+def _values(section: Any, cls: type) -> dict[str, Any]:
+    """The values of those fields that `cls` has too."""
+    return {name: getattr(section, name) for name in _names(cls)}
 
 
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
@@ -400,40 +412,28 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     if not isinstance(values, Mapping):
         raise InputError(f"{path} = {values!r}: is a section with the fields {', '.join(_names(cls))}.")
     hints = typing.get_type_hints(cls)
-    made = {}
+    fields = {}
     for name, value in values.items():
         if name not in hints:
             raise InputError(f"{prefix}{name}: no such field.{did_you_mean(name, _names(cls))}")
-        made[name] = _convert(hints[name], value, f"{prefix}{name}")
-    for section, known in (("model", _model_defaults), ("data", _data_defaults)):
-        if cls is Config and section in made:
-            made[section] = _section(known(), made[section], section)
-    if cls is Config and "roles" in made:
-        made["roles"] = {
-            role: _section(_role_defaults(), values, f"roles.{role}") for role, values in made["roles"].items()
-        }
-    return cls(**made)
-
-
-def _section(known: dict[str, Any], values: Mapping[str, Any], path: str) -> dict[str, Any]:
-    for name in values:
-        if name not in known:
-            raise InputError(f"{path}.{name}: no such field.{did_you_mean(name, known)}")
-    return {**known, **values}
+        fields[name] = _convert(hints[name], value, f"{prefix}{name}")
+    return cls(**fields)
 
 
 def _convert(hint: Any, value: Any, field: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, field)
-    kind = typing.get_origin(hint) or hint
+    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Mapping and isinstance(value, Mapping) and dataclasses.is_dataclass(args[1]):
+        return {name: _convert(args[1], section, f"{field}.{name}") for name, section in value.items()}
     if kind is types.UnionType:
-        kinds = tuple(typing.get_origin(option) or option for option in typing.get_args(hint))
+        kinds = tuple(typing.get_origin(option) or option for option in args)
         if not isinstance(value, kinds):
             raise InputError(f"{field} = {value!r}: must be a {' or a '.join(k.__name__ for k in kinds)}.")
         return dict(value) if isinstance(value, Mapping) else value
     if kind is tuple:
         value = tuple(value) if isinstance(value, list | tuple) else (value,)
-        return tuple(_convert(typing.get_args(hint)[0], v, field) for v in value)
+        return tuple(_convert(args[0], v, field) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     wrong = isinstance(value, bool) and kind is not bool  # a bool is an int to Python

@@ -99,7 +99,7 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
     config = config_lib.parse(read_json(record)["config"])
     tokenizer = tokenizers.load_tokenizer(workdir)
     c, rules = config_lib.model_config(config, tokenizer.size), sharding.make_rules(config.rules)
-    start = Start("policy", transformer.make_model(c, rules), config.seed, config.model["init_from"])
+    start = Start("policy", transformer.make_model(c, rules), config.seed, config.model.init_from)
     origin = Path(workdir) / ORIGIN
     return Found(
         name=workdir,
@@ -107,7 +107,7 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
         rules=rules,
         tokenizer=lambda: tokenizer,
         has_tokenizer=True,
-        template=config.data["template"],
+        template=config.data.template,
         read=lambda specs, placements: read_run(workdir, start, specs, placements, step=step, ema=ema),
         origin=read_json(origin, {}),
     )

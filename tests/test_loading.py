@@ -111,7 +111,7 @@ def test_the_checkpoint_decides_what_the_config_leaves_open():
     assert config.model_config(merged, 96, backend="cpu") == BASE
     again = config.parse(json.loads(json.dumps(config.to_dict(merged))))  # as a run that goes on reads it
     assert config.model_config(again, 96, backend="cpu") == BASE
-    assert again.model["init_from"] == "there"
+    assert again.model.init_from == "there"
 
 
 def test_what_changes_no_parameter_may_be_set():

@@ -12,7 +12,7 @@ import numpy as np
 
 from research import objectives, params
 from research.bench import measure
-from research.config import Config
+from research.config import Config, RoleSection
 from research.models import transformer
 from research.planning.abstract import Described
 from research.pretrained import save
@@ -74,11 +74,11 @@ def with_objective(config: Config, name: str) -> Config:
     """The config with one objective on the same model; what it wants of other roles is of the policy's architecture."""
     spec = {"terms": {name: 1.0}, **{k: v for k, v in config.objective.items() if k == name}}
     term = objectives.load(spec)[name].objective
-    described = {**config.model, "init_from": "", "of": ""}
+    described = RoleSection(**{**vars(config.model), "init_from": ""})
     roles = {role: config.roles.get(role, described) for role in (*term.frozen, *term.trainable) if role != "policy"}
     model = config.model
-    if "label_probs" in term.fields and not model["num_labels"]:
-        model = {**model, "num_labels": config.data["num_classes"] or len(config.data["labels"]) or 2}
+    if "label_probs" in term.fields and not model.num_labels:
+        model = dataclasses.replace(model, num_labels=config.data.num_classes or len(config.data.labels) or 2)
     return dataclasses.replace(config, objective=spec, roles=roles, model=model)
 
 

@@ -80,7 +80,7 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
         raise InputError('--teacher: names no model, and the config has no roles = {"teacher": {"init_from": ...}}.')
     plain = dataclasses.replace(
         config,
-        data={**config.data, "annotations": ""},
+        data=dataclasses.replace(config.data, annotations=""),
         roles={"teacher": config.roles["teacher"]},
         objective={"terms": {"next_token": 1.0}},
     )

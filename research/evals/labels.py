@@ -102,7 +102,7 @@ def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Cla
             f"--model = {name}: is a language model, and no classifier. Name a word for each class in --words."
         )
     label_tokens = classes.label_tokens(words, loaded.tokenizer, "--words") if words else None
-    fields = dict(run.data["fields"]) if reading.fields is None else dict(reading.fields)
+    fields = dict(run.data.fields) if reading.fields is None else dict(reading.fields)
     store = open_store(
         origin,
         loaded.tokenizer,
@@ -110,8 +110,8 @@ def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Cla
         fields=fields,
         template=loaded.template,
         on_bad_record="error",
-        classes=records.Classes((), reading.prompt or run.data["prompt"], known=False),
-        cache_dir=run.data["cache_dir"],
+        classes=records.Classes((), reading.prompt or run.data.prompt, known=False),
+        cache_dir=run.data.cache_dir,
     )
     return Classifier(
         name=name,
@@ -119,7 +119,7 @@ def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Cla
         probs=functools.partial(_make_probs(loaded.model.config, label_tokens), loaded.params),
         store=store,
         seq_len=run.seq_len if is_run else min(512, loaded.model.config.max_length),
-        names=tuple(run.data["labels"]) or tuple(word.strip() for word in words),
+        names=tuple(run.data.labels) or tuple(word.strip() for word in words),
         fields=fields,
     )
 

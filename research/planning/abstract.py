@@ -62,8 +62,8 @@ def find_vocab_size(config: Config, base: Any = None) -> int:
       config: of the run.
       base: the checkpoint that model.init_from names; None where it names none.
     """
-    if config.model["vocab_size"]:
-        return config.model["vocab_size"]
+    if config.model.vocab_size:
+        return config.model.vocab_size
     if config.tokenizer.kind == "bpe":
         return config.tokenizer.vocab_size
     tokenizer = resolve.given_tokenizer(config, base) or tokenizers.make_tokenizer(config.tokenizer, lambda: iter(()))
@@ -77,10 +77,10 @@ def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
       InputError: it depends on the data, which isn't read: of labels, how many classes there are.
     """
     read = {name for term in objectives.load(config.objective).values() for name in term.objective.fields}
-    if len(config.data["sources"]) > 1:
+    if len(config.data.sources) > 1:
         read |= set(fields.group("source"))
     names = fields.read_with(read)
-    classes = config.data["num_classes"] or config.model["num_labels"] or len(config.data["labels"])
+    classes = config.data.num_classes or config.model.num_labels or len(config.data.labels)
     if "label_probs" in names and not classes:
         raise InputError(
             "data.num_classes = 0: the data isn't read, so how many classes there are isn't known. Set it."

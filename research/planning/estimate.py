@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from research import params
-from research.config import Config
+from research.config import Config, ModelSection
 from research.models import transformer
 from research.planning import abstract, hlo
 from research.planning.hlo import Collective
@@ -119,9 +119,8 @@ def _with_dtypes(config: Config, topology: Topology) -> Config:
     return dataclasses.replace(config, model=_with_dtype(config.model, auto), roles=roles)
 
 
-def _with_dtype(section: Mapping[str, Any], auto: str) -> dict[str, Any]:
-    dtype = section.get("dtype", "auto")
-    return {**section, "dtype": auto if dtype == "auto" else dtype}
+def _with_dtype(section: ModelSection, auto: str) -> ModelSection:
+    return dataclasses.replace(section, dtype=auto if section.dtype == "auto" else section.dtype)
 
 
 def _compile(parts: Any, mesh: jax.sharding.Mesh) -> tuple[Any, str, float]:

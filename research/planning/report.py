@@ -18,7 +18,7 @@ def describe(config: Config, topology: Topology, plan: Plan) -> str:
     lines = [
         f"topology    {topology.name}: {topology.count} devices, mesh {_shape(plan) or 'one chip'}{estimate}",
         f"model       {plan.parameters / 1e9:.2f} B parameters{frozen}"
-        f"; remat {config.model['remat']}, {config.microbatches} microbatches",
+        f"; remat {config.model.remat}, {config.microbatches} microbatches",
         f"step        {plan.tokens:,} tokens, {plan.model_flops:.3g} model FLOPs",
         *_memory(config, topology, plan),
         *(
@@ -37,14 +37,14 @@ def describe_attempt(config: Config, plan: Plan) -> str:
     verdict = f"{plan.least:.3g} to {plan.most:.3g} s"
     if not plan.fits:
         verdict = f"doesn't fit ({plan.compiler or 'memory'})"
-    return f"tried       {_shape(plan)}; remat {config.model['remat']}, {config.microbatches} microbatches: {verdict}"
+    return f"tried       {_shape(plan)}; remat {config.model.remat}, {config.microbatches} microbatches: {verdict}"
 
 
 def record(config: Config, topology: Topology, plan: Plan) -> dict[str, Any]:
     """The figures as JSON has them."""
     return {
         "topology": topology.name,
-        "remat": config.model["remat"],
+        "remat": config.model.remat,
         "microbatches": config.microbatches,
         "fits": plan.fits,
         "used": plan.used,
@@ -100,7 +100,7 @@ def _advice(config: Config, topology: Topology, plan: Plan) -> str:
             return f"Parameters and optimizer alone are too much: give mesh.fsdp the {unsharded} of the other axes."
         need = math.ceil(topology.count * state / (plan.memory * 0.8))
         return f"Parameters and optimizer alone are too much: take {need} chips or more."
-    if config.model["remat"] != "full":
+    if config.model.remat != "full":
         return "Set model.remat='full', or raise microbatches; --search tries them."
     rows = config.batch_size // (config.microbatches * plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["expert"])
     if rows > 1:

@@ -81,7 +81,7 @@ def _candidates(config: Config, topology: Topology) -> Iterator[Config]:
     for mesh in _meshes(config, topology):
         for remat in ("none", "attention", "dots", "full"):
             for microbatches in (1, 2, 4, 8, 16, 32):
-                model = {**config.model, "remat": remat}
+                model = dataclasses.replace(config.model, remat=remat)
                 yield dataclasses.replace(config, mesh=mesh, model=model, microbatches=microbatches)
 
 
@@ -104,7 +104,7 @@ def _guess(config: Config, topology: Topology) -> Guess:
     tensor shard, in the forward and the backward pass, and scatters the gradients; tensor parallelism reduces two
     activations a layer, in either pass.
     """
-    model = config_lib.model_config(config, config.model["vocab_size"] or 32_000, "tpu")
+    model = config_lib.model_config(config, config.model.vocab_size or 32_000, "tpu")
     size, chip, n = params.count(make_specs(model)), topology.chip, topology.count
     tensor, sequence = config.mesh.tensor, config.mesh.sequence
     tokens = config.batch_size * config.seq_len

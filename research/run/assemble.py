@@ -93,7 +93,7 @@ def assemble(
       InputError: the objective reads roles or fields that aren't there, or a size doesn't fit the mesh.
     """
     rules = sharding.make_rules(config.rules)
-    sources = tuple(sorted(config.data["sources"]))
+    sources = tuple(sorted(config.data.sources))
     models = make_models(config, terms, vocab_size, rules)
     _check_reads(config, terms, models, batch)
     _check_classes(config, models["policy"], batch)
@@ -182,7 +182,7 @@ def make_models(
         for role in ("policy", *config.roles)
     }
     return {
-        role: model._replace(of=config.roles[role]["of"]) if role in config.roles else model
+        role: model._replace(of=config.roles[role].of) if role in config.roles else model
         for role, model in models.items()
     }
 
@@ -323,7 +323,7 @@ def _check_reads(config: Config, terms: Terms, models: Mapping[str, Any], batch:
             if field not in batch:
                 raise InputError(
                     f"objective.terms.{name}: reads the batch field {field!r}, which data.path = "
-                    f"{config.data['path']!r} doesn't give.{did_you_mean(field, batch)}"
+                    f"{config.data.path!r} doesn't give.{did_you_mean(field, batch)}"
                 )
     read = {role for term in terms.values() for role in term.objective.trainable + term.objective.frozen}
     if unread := [role for role in config.roles if role not in read]:
@@ -335,6 +335,6 @@ def _check_classes(config: Config, policy: transformer.Model, batch: Batch) -> N
     labels, num_labels = batch.get("label_probs"), policy.config.num_labels
     if labels is not None and num_labels and num_labels != labels.shape[-1]:
         raise InputError(
-            f"model.num_labels = {num_labels}, and the labels of data.path = {config.data['path']!r} have "
+            f"model.num_labels = {num_labels}, and the labels of data.path = {config.data.path!r} have "
             f"{labels.shape[-1]} classes. Set model.num_labels to that."
         )

@@ -73,7 +73,7 @@ def load_tasks(config: Config, model: Model, tokenizer: Tokenizer) -> list[eval_
     Raises:
       InputError: one can't be read, or two have one name.
     """
-    loaded = [eval_tasks.load(spec, model, tokenizer, config.data["template"]) for spec in config.eval.tasks]
+    loaded = [eval_tasks.load(spec, model, tokenizer, config.data.template) for spec in config.eval.tasks]
     twice = [name for name, n in Counter(name for name, _ in loaded).items() if n > 1]
     if twice:
         raise InputError(f"eval.tasks: {twice[0]!r} is there twice. Give one of them another name: KIND,name=...:DATA.")
@@ -94,7 +94,7 @@ def make_evaluation(
         batches,
         tokenizer.token_bytes(),
         use_loss_mask=any("loss_mask" in term.objective.fields for term in parts.terms.values()),
-        view=functools.partial(first.view, names=sorted(config.data["sources"])),
+        view=functools.partial(first.view, names=sorted(config.data.sources)),
         put=inputs.put,
     )
     records = data.held_out_records[: config.eval.generate]

@@ -81,12 +81,12 @@ def resolve(config: Config, workdir: str, devices: Sequence[Any] | None = None) 
     if config.log.wandb:
         metrics.check_wandb({"project": config.log.wandb})
     if config.compilation_cache:
-        compilation.use_compilation_cache(config.data["cache_dir"])
+        compilation.use_compilation_cache(config.data.cache_dir)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
     data, terms = read_data(config, bases, tokenizers.load_tokenizer(workdir) if resumed else None)
     rows = sharding.local_rows(mesh, config.batch_size, sharding.make_rules(config.rules))
     source = dataset.make_source(
-        data.train, batch_size=config.batch_size, seed=config.seed, shuffle=config.data["shuffle"], mine=rows
+        data.train, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle, mine=rows
     )
     return Inputs(config, workdir, resumed, mesh, bases, terms, data, source, rows)
 
@@ -104,15 +104,15 @@ def with_checkpoints(
     bases: dict[str, loading.Found] = {}
     for role in ("policy", *config.roles):
         where, section = config_lib.model_section(config, role)
-        name = section["init_from"]
+        name = section.init_from
         if resumed and role == "policy" and name:
             began = config_lib.parse(read_json(Path(resumed) / "config.json")["config"])
-            architecture = config_lib.model_config(began, vocab_size=began.model["vocab_size"])
+            architecture = config_lib.model_config(began, vocab_size=began.model.vocab_size)
             config = config_lib.with_architecture(config, architecture, resumed)
         elif name:
             bases[role] = loading.find(name)
             config = config_lib.with_architecture(config, bases[role].config, name, role)
-        elif role != "policy" and not (described or role in trained or section["of"]):
+        elif role != "policy" and not (described or role in trained or section.of):
             raise InputError(
                 f"{where}.init_from = '': names no model. Give a workdir, a folder, a hub name or a .gguf."
             )
@@ -182,7 +182,7 @@ def _check_teachers(
             loading.check_reads(f"roles.{role}", base, tokenizer)
     for name, term in terms.items():
         cached = term.options.get("cached", f"objective.{name}.cached")
-        annotations.check(config.data["annotations"], cached.removesuffix(".cached"), term.objective.annotations)
+        annotations.check(config.data.annotations, cached.removesuffix(".cached"), term.objective.annotations)
         if term.objective.annotations and config.rollout.share:
             raise InputError(
                 f"rollout.share = {config.rollout.share}: objective.terms.{name} reads a teacher's annotations, and "

@@ -118,14 +118,14 @@ def make_start(
 ) -> loading.Start:
     """Where a role begins: the model that its section names, or random parameters."""
     _, section = config_lib.model_section(config, role)
-    return loading.Start(role, model, config.seed, bases.get(role, section["init_from"]))
+    return loading.Start(role, model, config.seed, bases.get(role, section.init_from))
 
 
 def _own_specs(config: Config, role: str, model: transformer.Model) -> Tree:
     """The parameters of a role that are in no other: of one with another's trunk its head, if it has one."""
     if not model.of:
         return model.specs
-    head = config.roles[role]["num_labels"]
+    head = config.roles[role].num_labels
     return {name: spec for name, spec in model.specs.items() if name in transformer.HEAD} if head else {}
 
 

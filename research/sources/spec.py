@@ -15,8 +15,8 @@ _CHOICES = {"format": ("auto", *FORMATS), "template": TEMPLATES, "on_bad_record"
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSpec:
-    """What data a run uses. docs/data.md describes all of it.
+class DataSection:
+    """What a config says of its data. docs/data.md describes all of it.
 
     Attributes:
       path: a mixture, its entries parted by commas. `0.7*a.jsonl,0.3*tasks:copy` draws 7 rows of the first
@@ -33,7 +33,6 @@ class DataSpec:
       fields: field -> the column that holds it: {"prompt": "question", "response": "answer"}.
       template: how a conversation is written: by the model's own chat template ("model"), "chat", "plain", or "auto",
         the first of these that fits.
-      seq_len: T, tokens in a row.
       pack: several examples share a row; else each has its own.
       shuffle: a new order each epoch, and chance neighbours within a row; else the order of the data.
       on_bad_record: "error", or "skip" and count.
@@ -48,14 +47,13 @@ class DataSpec:
       cache_dir: where tokens are kept; "" is $UNDERSTUDY_CACHE, else ~/.cache/understudy.
     """
 
-    path: str
+    path: str = "builtin:python_docs"
     sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     eval_path: str = ""
     eval_fraction: float = 0.05
     format: str = "auto"
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     template: str = "auto"
-    seq_len: int = 1024
     pack: bool = True
     shuffle: bool = True
     on_bad_record: str = "error"
@@ -67,6 +65,17 @@ class DataSpec:
     max_records: int = 0
     annotations: str = ""
     cache_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec(DataSection):
+    """What data a run uses, and how long its rows are.
+
+    Attributes:
+      seq_len: T, tokens in a row.
+    """
+
+    seq_len: int = 1024
 
 
 @dataclasses.dataclass(frozen=True)

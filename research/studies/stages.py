@@ -286,8 +286,8 @@ def _writers(text: str, stages: Sequence[Stage]) -> list[Stage]:
 
 def _check_data(config: config_lib.Config, before: Sequence[Stage]) -> None:
     """Data that no stage writes must be there now, not hours later when the stage's turn has come."""
-    paths = {f"data.{field}": config.data[field] for field in ("path", "eval_path")}
-    for name, source in config.data["sources"].items():
+    paths = {f"data.{field}": getattr(config.data, field) for field in ("path", "eval_path")}
+    for name, source in config.data.sources.items():
         paths |= {f"data.sources.{name}.{field}": source.get(field, "") for field in ("path", "eval_path")}
     for field, path in paths.items():
         for entry in filter(None, _entries(path)):

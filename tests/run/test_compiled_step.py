@@ -28,7 +28,7 @@ def config():
     made = config_lib.parse(sft.get_config("debug").to_dict())
     shape = {"vocab_size": VOCAB, "num_layers": 2, "d_model": 32, "num_heads": 2, "num_kv_heads": 2, "d_ff": 64}
     shape |= {"max_length": LENGTH, "tie_embeddings": False}
-    return dataclasses.replace(made, model={**made.model, **shape}, batch_size=ROWS, seq_len=LENGTH)
+    return dataclasses.replace(made, model=dataclasses.replace(made.model, **shape), batch_size=ROWS, seq_len=LENGTH)
 
 
 def compiled(config, objective, devices, **axes):
@@ -66,7 +66,7 @@ def test_nor_does_one_for_tpus(config):
     changed = dataclasses.replace(
         prepared.with_objective(config, "sft"),
         mesh=config_lib.MeshConfig(1, fsdp=4),
-        model={**config.model, "max_length": length},
+        model=dataclasses.replace(config.model, max_length=length),
         seq_len=length,
     )
     mesh = sharding.make_mesh(dataclasses.asdict(changed.mesh), topology.devices)

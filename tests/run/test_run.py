@@ -72,8 +72,8 @@ def test_experiment_traces_at_full_size(name, mesh):
     fields = {
         k: jax.ShapeDtypeStruct((c.batch_size, c.seq_len), jnp.int32) for k in ("tokens", "segment_ids", "positions")
     } | {"loss_mask": jax.ShapeDtypeStruct((c.batch_size, c.seq_len), jnp.float32)}
-    if c.model["num_labels"]:
-        shape = (c.batch_size, c.seq_len, c.model["num_labels"])
+    if c.model.num_labels:
+        shape = (c.batch_size, c.seq_len, c.model.num_labels)
         fields["label_probs"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     abstract = sharding.make_abstract_mesh(mesh, devices)
     with jax.sharding.use_abstract_mesh(abstract):
