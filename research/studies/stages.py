@@ -232,8 +232,9 @@ def _hashed_of_run(settings: Mapping[str, Any]) -> dict[str, Any]:
     sections = {name: counted[name] for name in _HASHED if name in counted} | {"": counted}
     for name, values in sections.items():
         _drop_defaults(values, defaults[name] if name else defaults, _HASHED[name])
+    of_role = _as_json(dataclasses.asdict(config_lib.RoleSection())) | defaults["model"]
     for role in counted["roles"].values():
-        _drop_defaults(role, defaults["model"], _HASHED["model"])
+        _drop_defaults(role, of_role, _HASHED["model"])
     return counted
 
 
