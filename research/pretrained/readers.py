@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf
 import ml_dtypes
 import numpy as np
 
@@ -264,6 +263,7 @@ def _gguf_rope(
 
 
 def _stored_bytes(file: Path, name: str, stored: Stored) -> int:
+    import gguf  # 0.1 s that only a .gguf file needs
 
     try:
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(stored.type)]
@@ -275,6 +275,7 @@ def _stored_bytes(file: Path, name: str, stored: Stored) -> int:
 
 
 def _dequantized(file: Path, stored: Stored) -> np.ndarray:
+    import gguf  # 0.1 s that only a .gguf file needs
 
     kind = gguf.GGMLQuantizationType(stored.type)
     shape = gguf.quants.quant_shape_to_byte_shape(stored.shape, kind)
@@ -289,6 +290,7 @@ def gguf_entries(file: Gguf, names: Sequence[str]) -> dict[str, Entry]:
       file: of `open_gguf`.
       names: the tensors that transformers has for such a model. What the file holds beyond them keeps its own name.
     """
+    import gguf  # 0.1 s that only a .gguf file needs
 
     arch = file.arch
     table = gguf.get_tensor_name_map(
