@@ -12,7 +12,7 @@ from research import cli, config, objectives
 from research.objectives import classify, distill, match, weak_to_strong
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [*sorted((ROOT / "research").rglob("*.py")), *sorted((ROOT / "experiments").glob("*.py"))]
 TEXTS = [
     path
