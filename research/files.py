@@ -22,7 +22,7 @@ def cache_root(cache_dir: str = "") -> Path:
 def read_json(
     path: str | Path, default: _D = _REQUIRED, *, name: str = "", remedy: str = "Repair it, or delete it."
 ) -> dict[str, Any] | _D:
-    """Reads a JSON object.
+    """Reads a JSON object; a byte-order mark before it is dropped.
 
     Args:
       path: the file.
@@ -35,7 +35,7 @@ def read_json(
     """
     name = f"{name}: {str(path)!r}" if name else f"{path}:"
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError) as error:
         if default is not _REQUIRED:
             return default

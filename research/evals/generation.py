@@ -40,6 +40,7 @@ def make_generation(
     verify: Callable[[Record, str], bool],
     template: str | Sequence[str],
     batch_size: int,
+    where: Sequence[str] = (),
 ) -> Callable[[Any, jax.Array], tuple[dict[str, float], list[Sample]]]:
     """Returns evaluate(params, key) -> (metrics, a Sample for each prompt, in the order of `records`).
 
@@ -56,6 +57,7 @@ def make_generation(
       verify: (record, completion) -> is it right? The record has `response` in any case.
       template: how records are put to the model, see sources.formats; or one for each record.
       batch_size: prompts decoded at once.
+      where: where each record is from, for errors; empty where that isn't known.
 
     Raises:
       InputError: no prompt fits, or a record has no prompt.
@@ -63,7 +65,11 @@ def make_generation(
     generate = make_generate(model, config, tokenizer.size)
     longest = longest_prompt(model, config)
     templates = [template] * len(records) if isinstance(template, str) else template
-    rendered = [(r, render_prompt(r, tokenizer, t)) for r, t in zip(records, templates, strict=True)]
+    places = [f"{place}: " for place in where] or [""] * len(records)
+    rendered = [
+        (record, _render(place, record, tokenizer, each))
+        for place, record, each in zip(places, records, templates, strict=True)
+    ]
     fitting = [(record, prompt) for record, prompt in rendered if len(prompt) <= longest]
     if not fitting:
         raise InputError(
@@ -84,6 +90,13 @@ def make_generation(
         return _fractions(samples) | {"skipped_too_long": float(len(rendered) - len(fitting))}, samples
 
     return evaluate
+
+
+def _render(place: str, record: Record, tokenizer: Tokenizer, template: str) -> list[int]:
+    try:
+        return render_prompt(record, tokenizer, template)
+    except InputError as error:
+        raise InputError(f"{place}{error}") from error
 
 
 def _fractions(samples: Sequence[Sample]) -> dict[str, float]:

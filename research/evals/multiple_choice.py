@@ -24,11 +24,12 @@ Record = Mapping[str, Any]
 
 
 class Question(NamedTuple):
-    """A context, what may come after it, and which of these is right."""
+    """A context, what may come after it, which of these is right, and the field that the context is from."""
 
     context: str
     choices: list[str]
     answer: int
+    field: str = "question"
 
 
 class ChoiceSample(NamedTuple):
@@ -55,7 +56,8 @@ def read_question(record: Record) -> Question:
     Raises:
       InputError: the record is at fault.
     """
-    context = record.get("question", record.get("prompt"))
+    field = "question" if "question" in record else "prompt"
+    context = record.get(field)
     if not isinstance(context, str):
         raise InputError("has no text in 'question' or 'prompt'. Write it there.")
     choices = record.get("choices")
@@ -71,7 +73,7 @@ def read_question(record: Record) -> Question:
             f"field 'answer' is {record.get('answer')!r}, but must be one of the choices, 0 to {last}, or 'A' to "
             f"{chr(ord('A') + last)!r}. Mend it."
         )
-    return Question(context, choices, answer)
+    return Question(context, choices, answer, field)
 
 
 def make_multiple_choice(
@@ -81,6 +83,7 @@ def make_multiple_choice(
     *,
     template: str,
     batch_tokens: int = BATCH_TOKENS,
+    where: Sequence[str] = (),
 ) -> Callable[[Any], tuple[dict[str, float], list[ChoiceSample]]]:
     """Returns evaluate(params) -> (metrics, a ChoiceSample for each question, in the order of `records`).
 
@@ -99,12 +102,18 @@ def make_multiple_choice(
       template: "plain" scores " CHOICE" right after the question, as text (scoring.encode_pair); under any other the
         question is what the user says, and CHOICE what the model begins to say.
       batch_tokens: see scoring.
+      where: where each record is from, for errors; empty where that isn't known.
 
     Raises:
       InputError: a record is at fault.
     """
     questions = [read_question(record) for record in records]
-    whole = [_encode(q.context, choice, tokenizer, template) for q in questions for choice in q.choices]
+    places = [f"{place}: " for place in where] or [""] * len(questions)
+    whole = [
+        _encode(place, question, choice, tokenizer, template)
+        for place, question in zip(places, questions, strict=True)
+        for choice in question.choices
+    ]
     examples = [keep_end(example, model.config.max_length) for example in whole]
     starts = np.cumsum([0] + [len(q.choices) for q in questions])
     truncated = [
@@ -117,7 +126,7 @@ def make_multiple_choice(
         scores = loglikelihood(params, examples)
         samples, right, metrics = [], defaultdict(list), {}
         for question, (start, stop) in zip(questions, itertools.pairwise(starts), strict=True):
-            context, choices, answer = question
+            context, choices, answer, _ = question
             nats = np.array([score.logprob for score in scores[start:stop]])
             choice = _choose(choices, nats, np.array([float(example.count) for example in examples[start:stop]]))
             for name, i in choice.items():
@@ -143,9 +152,18 @@ def _choose(choices: Sequence[str], nats: np.ndarray, tokens: np.ndarray) -> dic
     return {name: int(np.argmax(nats / size)) for name, size in sizes.items()}
 
 
-def _encode(context: str, choice: str, tokenizer: Tokenizer, template: str) -> Example:
-    if resolve_template(template, tokenizer) == "plain":
-        return encode_pair(tokenizer, context, f" {choice}")
-    prompt = render_prompt({"prompt": context}, tokenizer, template)
+def _encode(place: str, question: Question, choice: str, tokenizer: Tokenizer, template: str) -> Example:
+    """The choice after the question. Raises InputError, which begins with `place`, where there is no such thing."""
+    try:
+        if resolve_template(template, tokenizer) == "plain":
+            return encode_pair(tokenizer, question.context, f" {choice}")
+        if not question.context.strip():
+            raise InputError(
+                f"field {question.field!r} is empty, and a chat template puts a question. Write one, or use the "
+                "template 'plain', which scores the choices as texts."
+            )
+        prompt = render_prompt({"prompt": question.context}, tokenizer, template)
+    except InputError as error:
+        raise InputError(f"{place}{error}") from error
     (ids,) = tokenizer.encode_stretches([choice], special=False, first=False)
     return Example(np.array(prompt + ids, np.int32), np.arange(len(prompt) + len(ids)) >= len(prompt))

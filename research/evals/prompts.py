@@ -64,7 +64,7 @@ def read_prompts(path: str) -> list[Prompt]:
     if suffix not in (".txt", ".jsonl"):
         raise InputError(f"--data = {path}: ends in neither .txt nor .jsonl. Rename it to what it is.")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = [line.rstrip("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--data = {path}: can't be read ({error}). Give a file of UTF-8 text.") from error
@@ -100,4 +100,4 @@ def _with_system(record: str | Mapping[str, Any], system: str | None) -> str | M
     messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
     if messages[0].get("role") == "system":
         return record
-    return {"messages": [{"role": "system", "content": system}, *messages]}
+    return {**record, "messages": [{"role": "system", "content": system}, *messages]}

@@ -95,8 +95,13 @@ def load(
             measure = make_record_perplexity(model, tokenizer, items, template=template, batch_tokens=batch_tokens)
             return Evaluation(name, lambda params, key: measure(params))
         if kind == "choice":
-            records = _each(items, lambda record: read_question(record) and record)
-            measure = make_multiple_choice(model, tokenizer, records, template=template, batch_tokens=batch_tokens)
+            records, where = (
+                _each(items, lambda record: read_question(record) and record),
+                [place for place, _ in items],
+            )
+            measure = make_multiple_choice(
+                model, tokenizer, records, template=template, batch_tokens=batch_tokens, where=where
+            )
             return Evaluation(name, lambda params, key: measure(params))
         return Evaluation(name, _exact_match(items, options, model, tokenizer, template))
     except InputError as error:
@@ -172,11 +177,16 @@ def _exact_match(
     verifier = options.get("verifier", "task")
 
     def read(record: Record) -> Record:
-        record = _prompted(record)
-        turns = records_lib.check(dict(record), records_lib.detect_format(record, {}), {})
+        fields = _renamed(record)
+        record = _with_text(record, fields.get("response", "response"))
+        turns = records_lib.check(record, records_lib.detect_format(record, fields), fields)
+        if turns[-1][0] == records_lib.SHOWN:
+            raise InputError(
+                "has a last turn of weight 0, and that is the answer to expect. Drop the one or the other."
+            )
         if verifier == "number" and last_number(turns[-1][1]) is None:
             raise InputError(f"has no number in its answer {turns[-1][1][:40]!r}. Mend it, or use another verifier.")
-        return record
+        return records_lib.canonical(record, fields)
 
     default = min(256, model.config.max_length // 2)
     sampling = SamplingConfig(
@@ -192,6 +202,7 @@ def _exact_match(
         verify=VERIFIERS[verifier],
         template=template,
         batch_size=min(len(records), _whole(options, "batch_size", 64)),
+        where=[place for place, _ in items],
     )
 
     def evaluate(params: Any, key: jax.Array) -> tuple[Metrics, list[Sample]]:
@@ -209,19 +220,22 @@ def _exact_match(
     return evaluate
 
 
-def _prompted(record: Record) -> dict[str, Any]:
-    """`question` and `answer` under the names `prompt` and `response`; a number as text."""
-    record = dict(record)
-    if "messages" in record:
-        return record
-    for name, other in (("prompt", "question"), ("response", "answer")):
-        if name not in record:
-            if other not in record:
-                raise InputError(f"has neither {name!r} nor {other!r}, nor 'messages'. Add one.")
-            record[name] = record[other]
-    if type(record["response"]) in (int, float):
-        record["response"] = str(record["response"])
-    return record
+def _renamed(record: Record) -> dict[str, str]:
+    """prompt and response -> `question` and `answer`, where the record has these instead."""
+    fields = {}
+    if "messages" not in record:
+        for name, other in (("prompt", "question"), ("response", "answer")):
+            if name not in record:
+                if other not in record:
+                    raise InputError(f"has neither {name!r} nor {other!r}, nor 'messages'. Add one.")
+                fields[name] = other
+    return fields
+
+
+def _with_text(record: Record, field: str) -> dict[str, Any]:
+    """The record with `field` as text, where it is a number."""
+    value = record.get(field)
+    return {**record, field: str(value)} if type(value) in (int, float) else dict(record)
 
 
 def last_number(text: str) -> decimal.Decimal | None:

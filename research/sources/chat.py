@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -21,6 +21,7 @@ from research.errors import InputError
 
 Message = Mapping[str, str]
 
+_ROLES = ("system", "user", "assistant")
 # Marks in a rendered text. Unicode keeps these code points for use inside a program; texts are rid of them.
 _SPELLED, _SPELLED_END, _ANSWER, _ANSWER_END, _HERE = map(chr, range(0xFDD0, 0xFDD5))
 _NO_MARKS = dict.fromkeys(range(0xFDD0, 0xFDD5))
@@ -52,6 +53,7 @@ class ChatTemplate(NamedTuple):
       beginning: the first character of any.
       end: any token that the tokenizer takes whole, special or not, and white space before it.
       marks_answers: it has {% generation %}.
+      parts_of: the roles whose content it wants as a list of parts, [{"type": "text", "text": ...}], and not as text.
     """
 
     source: str
@@ -61,6 +63,7 @@ class ChatTemplate(NamedTuple):
     beginning: re.Pattern[str]
     end: re.Pattern[str]
     marks_answers: bool
+    parts_of: frozenset[str] = frozenset()
 
 
 def make_template(
@@ -68,7 +71,7 @@ def make_template(
 ) -> ChatTemplate:
     """Args: the source and variables; the tokenizer's special tokens; all tokens that it takes whole."""
     specials = _any_of(special)
-    return ChatTemplate(
+    chat = ChatTemplate(
         source,
         variables,
         special=re.compile(specials),
@@ -77,9 +80,32 @@ def make_template(
         end=re.compile(rf"\s*{_any_of(added)}"),
         marks_answers=re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None,
     )
+    return chat._replace(parts_of=frozenset(role for role in _ROLES if _wants_parts(chat, role)))
 
 
-def render_parts(chat: ChatTemplate, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Part]:
+def _wants_parts(chat: ChatTemplate, role: str) -> bool:
+    """Whether the template writes what a role says where it is a list of parts, and leaves it out where it is text."""
+    others = frozenset(_ROLES) - {role}
+    as_text = any(_writes(chat._replace(parts_of=parts), role) for parts in (frozenset(), others))
+    return not as_text and any(_writes(chat._replace(parts_of=parts | {role}), role) for parts in (frozenset(), others))
+
+
+def _writes(chat: ChatTemplate, role: str) -> bool:
+    """Whether a conversation's rendering holds what `role` says in it."""
+    roles = _ROLES if role == "system" else _ROLES[1:]
+    try:
+        messages = [{"role": each, "content": _HERE if each == role else "?"} for each in roles]
+        return _HERE in _render(chat, messages, False)
+    except InputError:
+        return False  # it wants content of another kind, or has no such role
+
+
+def render_parts(
+    chat: ChatTemplate,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+    unlearned: Collection[int] = (),
+) -> list[Part]:
     """Renders a conversation.
 
     What the model is to say is what the template marks with {% generation %}, or, where it marks nothing: of each
@@ -91,6 +117,7 @@ def render_parts(chat: ChatTemplate, messages: Sequence[Message], add_generation
       chat: the template.
       messages: with role and content.
       add_generation_prompt: end with what comes before the model's answer.
+      unlearned: numbers, from 0, of messages that the model is not to say, whoever says them.
 
     Raises:
       InputError: the template refuses the conversation, or fails; or the messages make it write a special token.
@@ -102,8 +129,11 @@ def render_parts(chat: ChatTemplate, messages: Sequence[Message], add_generation
     ]
     text = _render(chat, marked, add_generation_prompt)
     _refuse_forgery(chat, messages, text, add_generation_prompt)
-    if not chat.marks_answers:
-        for start, end in reversed(_answers(chat, marked, text, add_generation_prompt)):
+    if chat.marks_answers:
+        text = _unmark(chat, marked, text, add_generation_prompt, unlearned)
+    else:
+        spans = _answers(chat, marked, text, add_generation_prompt)
+        for start, end in reversed([span for i, span in spans.items() if i not in unlearned]):
             text = f"{text[:start]}{_ANSWER}{text[start:end]}{_ANSWER_END}{text[end:]}"
     parts: list[Part] = []
     supervised = False
@@ -131,9 +161,22 @@ def end_of_turn(chat: ChatTemplate) -> str | None:
     return closing and closing[0].strip()
 
 
-def _answers(chat: ChatTemplate, messages: list[Message], text: str, prompting: bool) -> list[tuple[int, int]]:
-    """Finds where in `text`, the rendered `messages`, each assistant's turn begins and ends."""
-    spans = []
+def _unmark(chat: ChatTemplate, messages: list[Message], text: str, prompting: bool, unlearned: Collection[int]) -> str:
+    """Takes the marks of {% generation %} away from what isn't to be learned."""
+    if not unlearned:
+        return text
+    spans = [span for i, span in _answers(chat, messages, text, prompting).items() if i in unlearned]
+
+    def unmarked(block: re.Match[str]) -> str:
+        hit = any(start < block.end() and block.start() < end for start, end in spans)
+        return block[0][1:-1] if hit else block[0]
+
+    return re.sub(f"{_ANSWER}[^{_ANSWER_END}]*{_ANSWER_END}", unmarked, text)
+
+
+def _answers(chat: ChatTemplate, messages: list[Message], text: str, prompting: bool) -> dict[int, tuple[int, int]]:
+    """Finds where in `text`, the rendered `messages`, each assistant's turn begins and ends, by number of message."""
+    spans: dict[int, tuple[int, int]] = {}
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -151,10 +194,10 @@ def _answers(chat: ChatTemplate, messages: list[Message], text: str, prompting: 
             # What was written before reads otherwise now that more has been said, but the turn opens as it did.
             before = _render(chat, messages[:i], False)
             opening = prompt[len(before) :] if prompt.startswith(before) else ""
-            at = text.rfind(opening, spans[-1][1] if spans else 0, start) if opening else -1
+            at = text.rfind(opening, max((end for _, end in spans.values()), default=0), start) if opening else -1
             prompt = text[:start] if at < 0 else text[: at + len(opening)]
         closing = chat.end.match(text, end)
-        spans.append((len(prompt), closing.end() if closing else end))
+        spans[i] = (len(prompt), closing.end() if closing else end)
     return spans
 
 
@@ -185,9 +228,15 @@ def _refuse_forgery(chat: ChatTemplate, messages: Sequence[Message], text: str, 
 
 def _render(chat: ChatTemplate, messages: Sequence[Message], prompting: bool) -> str:
     template = _compile(chat.source)
+    shown = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if message["role"] in chat.parts_of
+        else message
+        for message in messages
+    ]
     try:
         return template.render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=prompting, **chat.variables
+            messages=shown, tools=None, documents=None, add_generation_prompt=prompting, **chat.variables
         )
     except Exception as e:  # a template is a program, and can fail in any way
         raise InputError(
@@ -241,7 +290,12 @@ def _to_json(
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _any_of(words: Sequence[str]) -> str:
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds any of `words`, the longest that fits; where there are none, it finds nothing."""
+    return re.compile(_any_of(words))
+
+
+def _any_of(words: Iterable[str]) -> str:
     """A regular expression for any of `words`, the longest that fits; where there are none, one that fits nothing."""
     words = sorted({word for word in words if word.strip()})
     return f"(?:{_factored(words)})" if words else "(?!)"

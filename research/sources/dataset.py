@@ -230,10 +230,15 @@ def _open(entry: Entry, origin: Origin, spec: DataSpec, tokenizer: Tokenizer, te
             cache_dir=spec.cache_dir,
         )
 
-    store = tokens(tokenizer)
+    store, other = tokens(tokenizer), None if teacher is None else tokens(teacher)
+    if other is not None and not np.array_equal(store.key, other.key):
+        raise InputError(
+            f"{entry.field}: {entry.name!r} has records that the chat template of the policy or that of the teacher "
+            "refuses, and not the other, so that they read different records. Drop these, or name another template."
+        )
     if options.view:
         store = open_view(store, options.view, f"data.sources.{entry.name}.view", spec.seq_len, tokenizer)
-    return _Input(entry, origin, store, None if teacher is None else tokens(teacher))
+    return _Input(entry, origin, store, other)
 
 
 def _same_classes(inputs: list[_Input], spec: DataSpec) -> list[_Input]:

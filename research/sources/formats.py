@@ -8,29 +8,42 @@ Templates, with tokens in <| |>:
   auto   model if the tokenizer has a chat template, else chat if it has the markers, else plain.
 A plain document is <|bos|> TEXT <|eos|> under all. What has a label is rendered as a prompt, and supervised at its
 last token, where a classifier reads. What is supervised is tokenised by itself, so that no token
-straddles its border, and a prompt has the same ids in training and in generation.
+straddles its border, and a prompt has the same ids in training and in generation. A tokenizer that puts a space before
+a text does so before the first text of an example alone.
 """
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from research.errors import InputError
-from research.sources.chat import Part, render_parts
-from research.sources.records import Turn, check, detect_format
+from research.sources.chat import render_parts
+from research.sources.records import SHOWN, BadRecord, Turn, check, detect_format, speaker
 from research.sources.tokenizers import Tokenizer
 
 TEMPLATES = ("auto", "model", "chat", "plain")
 
-Piece = tuple[str | int, bool]  # text or a special token's id, and whether it is to be predicted
+
+class Piece(NamedTuple):
+    """What is tokenised by itself.
+
+    Attributes:
+      content: a text, or the id of a special token.
+      supervised: it is to be predicted.
+      special: special tokens in the text are those tokens, since a chat template wrote them.
+    """
+
+    content: str | int
+    supervised: bool
+    special: bool = False
 
 
 def split_key(turns: Sequence[Turn]) -> int:
     """Returns a 64-bit hash of a document, or of a conversation up to its first answer, in any format."""
-    asked = itertools.takewhile(lambda turn: turn[0] != "assistant", turns)
+    asked = itertools.takewhile(lambda turn: speaker(turn[0]) != "assistant", turns)
     content = "\0".join(f"{role}\0{text.strip()}" for role, text in asked)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
 
@@ -39,8 +52,14 @@ def resolve_template(template: str, tokenizer: Tokenizer) -> str:
     """Returns which of "model", "chat" and "plain" `template` means for `tokenizer`.
 
     Raises:
-      InputError: it is "model", and the tokenizer has no chat template.
+      InputError: it is "model", and the tokenizer has no chat template; or it has several and none is the default.
     """
+    if template in ("auto", "model") and tokenizer.named_templates:
+        raise InputError(
+            f"template: {template!r}, but the tokenizer has the chat templates "
+            f"{', '.join(map(repr, tokenizer.named_templates))}, and none called 'default'. Call one so in "
+            "tokenizer_config.json, or use 'chat' or 'plain'."
+        )
     if template == "auto":
         if tokenizer.chat_template is not None:
             return "model"
@@ -53,7 +72,13 @@ def resolve_template(template: str, tokenizer: Tokenizer) -> str:
     return template
 
 
-def encode(examples: Sequence[Sequence[Turn]], tokenizer: Tokenizer, template: str, where: Sequence[str] = ()):
+def encode(
+    examples: Sequence[Sequence[Turn]],
+    tokenizer: Tokenizer,
+    template: str,
+    where: Sequence[str] = (),
+    refused: dict[int, BadRecord] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenises examples.
 
     Args:
@@ -61,25 +86,44 @@ def encode(examples: Sequence[Sequence[Turn]], tokenizer: Tokenizer, template: s
       tokenizer: gives the ids.
       template: one of TEMPLATES.
       where: where each example comes from, for messages.
+      refused: takes up the examples that the template refuses or that have no token, by their number; they are left out
+        of what is returned. Without it, such an example is an error.
 
     Returns:
       tokens: [N] int32, those of all examples one after the other.
       mask: [N] bool, True where a token is to be predicted.
-      lengths: [len(examples)] int64, of each example, in tokens.
+      lengths: [E] int64, of each example, in tokens.
 
     Raises:
-      InputError: the model's chat template refuses a conversation, or leaves nothing to learn, or no end of an answer.
+      BadRecord: an example is refused.
+      InputError: the model's chat template leaves nothing to learn, or no end of an answer.
     """
     template = resolve_template(template, tokenizer)
+    kept: list[int] = []
+    pieces: list[list[Piece]] = []
+    for i, turns in enumerate(examples):
+        try:
+            pieces.append(_pieces(turns, tokenizer, template))
+            kept.append(i)
+        except BadRecord as e:
+            if refused is None:
+                raise BadRecord(e.reason, f"{where[i]}: {e}" if where else str(e)) from e
+            refused[i] = e
+    if not kept:
+        return np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int64)
+    tokens, mask, lengths = _join(_encode_pieces(pieces, tokenizer), pieces)
+    empty = [kept[i] for i in np.flatnonzero(lengths == 0)]
+    no_token = BadRecord("no token", "the text has no token under this tokenizer. Drop the record.")
+    if empty and refused is None:
+        raise BadRecord(no_token.reason, f"{where[empty[0]]}: {no_token}" if where else str(no_token))
+    if refused is not None:
+        refused |= dict.fromkeys(empty, no_token)
+    lengths = lengths[lengths > 0]
     if examples[0][-1][0] == "user":
-        return _encode_labelled(examples, tokenizer, template, where)
-    if template == "model" and examples[0][0][0] != "text":
-        return _encode_with_model_template(examples, tokenizer, where)
-    pieces = [_render(turns, tokenizer, template) for turns in examples]
-    flat = list(itertools.chain.from_iterable(pieces))
-    texts = iter(tokenizer.encode_batch([content for content, _ in flat if isinstance(content, str)]))
-    ids = [next(texts) if isinstance(content, str) else [content] for content, _ in flat]
-    return _join(ids, [supervised for _, supervised in flat], [len(piece) for piece in pieces])
+        mask[np.cumsum(lengths) - 1] = True  # where a label is read
+    elif template == "model" and any(role == "assistant" for i in kept for role, _ in examples[i]):
+        _check_learnable(tokens, mask, tokenizer, f"{where[0]} and what follows" if where else f"{len(kept)} examples")
+    return tokens, mask, lengths
 
 
 def render_prompt(record: Mapping[str, Any] | str, tokenizer: Tokenizer, template: str) -> list[int]:
@@ -100,32 +144,18 @@ def render_prompt(record: Mapping[str, Any] | str, tokenizer: Tokenizer, templat
         messages = record["messages"]
         if messages and messages[-1].get("role") != "assistant":
             messages = [*messages, {"role": "assistant", "content": "?"}]
-        turns = check({"messages": messages}, "messages", {})[:-1]
+        turns = check({**record, "messages": messages}, "messages", {})[:-1]
     elif "prompt" in record:
         turns = check({**record, "response": "?"}, "prompt_response", {})[:-1]
     else:
         turns = check(dict(record), detect_format(record, {}), {})
-    template = resolve_template(template, tokenizer)
+    pieces = _pieces(turns, tokenizer, resolve_template(template, tokenizer))
     if turns[0][0] == "text":
-        pieces = _render(turns, tokenizer, template)[:-1]  # all but eos
-    elif template == "model":
-        parts = render_parts(tokenizer.chat, _messages(turns), add_generation_prompt=True)
-        return list(itertools.chain.from_iterable(_encode_parts([parts], tokenizer)))
-    else:
-        pieces = _render([*turns, ("assistant", "")], tokenizer, template)[:-2]  # all but the answer and eos
-    return [i for content, _ in pieces for i in ([content] if isinstance(content, int) else tokenizer.encode(content))]
+        pieces = pieces[:-1]  # all but eos
+    return list(itertools.chain.from_iterable(_encode_pieces([pieces], tokenizer)))
 
 
-def _encode_with_model_template(examples: Sequence[Sequence[Turn]], tokenizer: Tokenizer, where: Sequence[str]):
-    parts = []
-    for i, turns in enumerate(examples):
-        try:
-            parts.append(render_parts(tokenizer.chat, _messages(turns)))
-        except InputError as e:
-            raise InputError(f"{where[i]}: {e}" if where else str(e)) from e
-    supervised = [part.supervised for example in parts for part in example]
-    tokens, mask, lengths = _join(_encode_parts(parts, tokenizer), supervised, [len(example) for example in parts])
-    at = f"{where[0]} and what follows" if where else f"{len(examples)} conversations"
+def _check_learnable(tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, at: str) -> None:
     if not mask.any():
         raise InputError(
             f"{at}: the model's chat template leaves nothing to learn: it writes no answer, or none within its "
@@ -138,65 +168,95 @@ def _encode_with_model_template(examples: Sequence[Sequence[Turn]], tokenizer: T
             "the model would never learn to stop. Have the template write one after an assistant's turn (within {% "
             "generation %}, if it has that), or set tokenizer.eos_token to the token that it does write."
         )
-    return tokens, mask, lengths
 
 
-def _encode_labelled(examples: Sequence[Sequence[Turn]], tokenizer: Tokenizer, template: str, where: Sequence[str]):
-    if template == "model":
-        parts = [render_parts(tokenizer.chat, _messages(turns), add_generation_prompt=True) for turns in examples]
-        ids, counts = _encode_parts(parts, tokenizer), [len(example) for example in parts]
-    else:
-        pieces = [_render([*turns, ("assistant", "")], tokenizer, template)[:-2] for turns in examples]
-        flat = list(itertools.chain.from_iterable(pieces))
-        texts = iter(tokenizer.encode_batch([content for content, _ in flat if isinstance(content, str)]))
-        ids = [next(texts) if isinstance(content, str) else [content] for content, _ in flat]
-        counts = [len(example) for example in pieces]
-    tokens, mask, lengths = _join(ids, [False] * len(ids), counts)
-    if not lengths.all():
-        at = f"{where[int(np.argmin(lengths))]}: " if where else ""
-        raise InputError(f"{at}the text has no token under this tokenizer. Drop the record.")
-    mask[np.cumsum(lengths) - 1] = True
-    return tokens, mask, lengths
+def _pieces(turns: Sequence[Turn], tokenizer: Tokenizer, template: str) -> list[Piece]:
+    """What an example is made of; one that ends with the user goes up to where the model speaks.
+
+    Args:
+      turns: of the example.
+      tokenizer: has the special tokens.
+      template: "model", "chat" or "plain".
+
+    Raises:
+      BadRecord: the chat template refuses the example.
+    """
+    prompting = turns[-1][0] == "user"
+    if template == "model" and turns[0][0] != "text":
+        messages = [{"role": speaker(role), "content": text} for role, text in turns]
+        shown = [i for i, (role, _) in enumerate(turns) if role == SHOWN]
+        try:
+            parts = render_parts(tokenizer.chat, messages, add_generation_prompt=prompting, unlearned=shown)
+        except InputError as e:
+            raise BadRecord("refused by the chat template", str(e)) from e
+        return [Piece(part.text, part.supervised and not prompting, not part.spelled) for part in parts]
+    pieces = _write_turns(turns, tokenizer, template)
+    if prompting and template == "chat":
+        pieces.append(_marker("assistant", tokenizer))
+    return pieces
 
 
-def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    return [{"role": role, "content": text} for role, text in turns]
+def _write_turns(turns: Sequence[Turn], tokenizer: Tokenizer, template: str) -> list[Piece]:
+    document = turns[0][0] == "text"
+    pieces = [] if tokenizer.bos is None else [Piece(tokenizer.bos, document)]
+    for role, text in turns:
+        supervised = role in ("text", "assistant")
+        if template == "chat" and not document:
+            pieces.append(_marker(speaker(role), tokenizer))
+        pieces.append(Piece(text, supervised))
+        if supervised or role == SHOWN:
+            pieces.append(Piece(tokenizer.eos, supervised))
+    return pieces
 
 
-def _encode_parts(examples: Sequence[Sequence[Part]], tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of each part, of all examples one after the other."""
+def _marker(role: str, tokenizer: Tokenizer) -> Piece:
+    name = f"<|{role}|>"
+    marker = tokenizer.special(name)
+    return Piece(name if marker is None else marker, False)
+
+
+def _encode_pieces(examples: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of each piece, of all examples one after the other."""
     kinds: dict[tuple[bool, bool], list[int]] = {}
-    flat = list(itertools.chain.from_iterable(examples))
-    firsts = (n == 0 for parts in examples for n in range(len(parts)))
-    for i, (part, first) in enumerate(zip(flat, firsts, strict=True)):
-        kinds.setdefault((not part.spelled, first), []).append(i)
-    ids: list[list[int]] = [[]] * len(flat)
+    ids: list[list[int]] = []
+    texts: list[str] = []
+    for pieces in examples:
+        first = True
+        for piece in pieces:
+            if isinstance(piece.content, str):
+                kinds.setdefault((piece.special, first), []).append(len(ids))
+                first = False
+            ids.append([piece.content] if isinstance(piece.content, int) else [])
+            texts.append(piece.content if isinstance(piece.content, str) else "")
     for (special, first), indices in kinds.items():
-        encoded = tokenizer.encode_stretches([flat[i].text for i in indices], special=special, first=first)
+        encoded = tokenizer.encode_stretches([texts[i] for i in indices], special=special, first=first)
         for i, stretch in zip(indices, encoded, strict=True):
             ids[i] = stretch
     return ids
 
 
-def _join(ids: list[list[int]], supervised: Sequence[bool], counts: Sequence[int]):
-    """Lays pieces end to end; `counts` says how many pieces each example has."""
+def _join(ids: list[list[int]], examples: Sequence[Sequence[Piece]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lays the pieces of examples end to end: tokens, mask, and the length of each example."""
     sizes = np.fromiter(map(len, ids), np.int64, len(ids))
     tokens = np.fromiter(itertools.chain.from_iterable(ids), np.int32, sizes.sum())
+    supervised = (piece.supervised for pieces in examples for piece in pieces)
     mask = np.repeat(np.fromiter(supervised, bool, len(ids)), sizes)
-    ends = np.cumsum(sizes)[np.cumsum(counts) - 1]
+    ends = np.cumsum(np.concatenate([[0], sizes]))[np.cumsum([len(pieces) for pieces in examples])]
     return tokens, mask, np.diff(ends, prepend=0)
 
 
-def _render(turns: Sequence[Turn], tokenizer: Tokenizer, template: str) -> list[Piece]:
-    document = turns[0][0] == "text"
-    pieces: list[Piece] = [] if tokenizer.bos is None else [(tokenizer.bos, document)]
-    for role, text in turns:
-        supervised = role in ("text", "assistant")
-        if template == "chat" and not document:
-            name = f"<|{role}|>"
-            marker = tokenizer.special(name)
-            pieces.append((name if marker is None else marker, False))
-        pieces.append((text, supervised))
-        if supervised:
-            pieces.append((tokenizer.eos, True))
-    return pieces
+def count_markers(texts: Iterable[Iterable[str]], tokenizer: Tokenizer) -> tuple[int, str]:
+    """How many records spell a special token of `tokenizer` in one of their texts, and the first that is spelled."""
+    count, example = 0, ""
+    for record in texts:
+        spelled = next(filter(None, (tokenizer.spelled_special(text) for text in record)), "")
+        count, example = count + bool(spelled), example or spelled
+    return count, example
+
+
+def describe_markers(count: int, total: int, example: str) -> str:
+    """One line about records that seem to be rendered already."""
+    return (
+        f"{count:,} of {total:,} records spell special tokens of this tokenizer, such as {example!r}, and are read as "
+        "plain text. Where conversations were rendered into them, give the messages instead."
+    )

@@ -16,7 +16,9 @@ from research.errors import InputError, did_you_mean
 from research.sources import reasoning, stdlib_text, tasks
 from research.sources.cache import code_digest
 
-Turn = tuple[str, str]  # (role, text); a plain document is one turn of the role "text"
+# (role, text); a plain document is one turn of the role "text", and SHOWN is an assistant's turn that isn't learned.
+Turn = tuple[str, str]
+SHOWN = "assistant of weight 0"
 Raw = bytes | dict[str, Any]  # a line of JSON, or a record that its reader has parsed
 
 FORMATS = ("text", "prompt_response", "messages", "labelled")
@@ -24,6 +26,21 @@ FIELDS = ("text", "prompt", "response", "messages", "label", "probs")
 ROLES = ("system", "user", "assistant")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt")
 TXT_DOCUMENT_BYTES = 16 * 1024
+# What transformers hands to a chat template beside role and content, which here no template gets.
+_UNHEARD_COLUMNS = ("tools", "functions", "chat_template_kwargs")
+_UNHEARD_KEYS = (
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "images",
+    "audio",
+    "train",
+    "training",
+)
+_BOM = b"\xef\xbb\xbf"
 _MOST_CLASSES = 10_000  # a greater number is an id, not a class
 
 
@@ -191,7 +208,7 @@ def _nearest(path: Path) -> str:
 def _read_jsonl(file: Path) -> Iterator[tuple[str, Raw]]:
     with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            line = line.removeprefix(_BOM) if number == 1 else line
             if line.strip():
                 yield f"{file}:{number}", line
 
@@ -206,6 +223,8 @@ def _read_json(file: Path) -> Iterator[tuple[str, Raw]]:
         ) from e
     except UnicodeDecodeError as e:
         raise InputError(f"{file}: not valid UTF-8 at byte {e.start}. Save it as UTF-8.") from e
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits; brackets in brackets
+        raise InputError(f"{file}: JSON that can't be read ({_limit(e)}). Mend it.") from e
     if not isinstance(records, list):
         raise InputError(f"{file}: holds {_kind(records)}, not a list of records. Write [{{...}}, {{...}}].")
     for i, record in enumerate(records, start=1):
@@ -236,6 +255,7 @@ def _read_txt(file: Path) -> Iterator[tuple[str, Raw]]:
     start, held, size = 1, [], 0
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(_BOM) if number == 1 else line
             held.append(line)
             size += len(line)
             if size >= 2 * TXT_DOCUMENT_BYTES or (size >= TXT_DOCUMENT_BYTES and not line.strip()):
@@ -261,19 +281,24 @@ def parse(raw: Raw) -> dict[str, Any]:
             raw = json.loads(raw.decode())
         except UnicodeDecodeError as e:
             raise BadRecord("invalid UTF-8", f"not valid UTF-8 at byte {e.start}. Save the file as UTF-8.") from e
-        except (json.JSONDecodeError, RecursionError) as e:
-            what = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else "nested too deep"
+        except (ValueError, RecursionError) as e:
+            what = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else _limit(e)
             raise BadRecord("invalid JSON", f"invalid JSON ({what}). Write one JSON object a line.") from e
     if not isinstance(raw, dict):
         raise BadRecord("not an object", f'holds {_kind(raw)}, not an object. Write {{"text": ...}} or the like.')
     return raw
 
 
+def _limit(error: ValueError | RecursionError) -> str:
+    """Which limit of Python's JSON reader was passed."""
+    return "nested too deep" if isinstance(error, RecursionError) else "a number with too many digits"
+
+
 def detect_format(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
     """Returns the format whose fields `record` has: messages, else prompt_response, else text.
 
     Raises:
-      InputError: it has those of none.
+      BadRecord: it has those of none.
     """
     has = {name for name in FIELDS if fields.get(name, name) in record}
     if "messages" in has:
@@ -282,10 +307,11 @@ def detect_format(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
         return "prompt_response"
     if "text" in has:
         return "text"
-    raise InputError(
+    raise BadRecord(
+        "unknown format",
         f"has the fields {', '.join(map(repr, record)) or 'none'}, but needs 'text', or 'prompt' and "
         f"'response', or 'messages'. Name its columns, as in "
-        f"data.fields={{'prompt': 'question', 'response': 'answer'}}."
+        f"data.fields={{'prompt': 'question', 'response': 'answer'}}.",
     )
 
 
@@ -298,10 +324,13 @@ def check(record: dict[str, Any], format: str, fields: Mapping[str, str]) -> lis
       fields: field -> the column that holds it, where the names differ.
 
     Raises:
-      BadRecord: a field is missing, of a wrong type or empty; a role is unknown or out of order.
+      BadRecord: a field is missing, of a wrong type or empty; a role is unknown or out of order; or there is something
+        that only a chat template could say, and none is given: tools, calls of them, thoughts.
     """
     if format == "text":
         return [("text", _text(record, "text", fields.get("text", "text")))]
+    if format != "labelled":
+        _refuse_unheard(record, _UNHEARD_COLUMNS, "")
     if format == "prompt_response":
         return [
             ("user", _text(record, "prompt", fields.get("prompt", "prompt"))),
@@ -373,7 +402,7 @@ def _conversation(messages: list[dict[str, Any]]) -> list[Turn]:
             raise BadRecord(
                 "unknown role", f"message {i} has role {role!r}.{did_you_mean(str(role), ROLES)} Rename it."
             )
-        before = turns[-1][0] if turns else None
+        before = speaker(turns[-1][0]) if turns else None
         allowed = {
             None: ("system", "user"),
             "system": ("user",),
@@ -387,13 +416,44 @@ def _conversation(messages: list[dict[str, Any]]) -> list[Turn]:
                 f"message {i}, of role {role!r}, {after}; allowed there: {' or '.join(allowed)}. Mend it.",
             )
         name = "response" if role == "assistant" else f"{role} message"
-        turns.append((role, _text(message, name, "content")))
-    if not turns or turns[-1][0] != "assistant":
+        _refuse_unheard(message, _UNHEARD_KEYS, f"message {i} ")
+        turns.append((role if _weight(message, i) else SHOWN, _text(message, name, "content")))
+    if not turns or turns[-1][0] not in ("assistant", SHOWN):
         raise BadRecord(
             "no assistant turn at the end",
             f"the conversation of {len(turns)} messages must end with an assistant turn. Add or drop one.",
         )
     return turns
+
+
+def speaker(role: str) -> str:
+    """The role of a turn as templates know it."""
+    return "assistant" if role == SHOWN else role
+
+
+def _refuse_unheard(record: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    for name in names:
+        if record.get(name) not in (None, [], {}, "", name.startswith("train")):
+            raise BadRecord(
+                f"has {name}",
+                f"{where}has {name!r} ({str(record[name])[:40]}), which no template is given here: the model would "
+                f"never see it. Write what it says into the content, and drop {name!r}; or drop the record.",
+            )
+
+
+def _weight(message: Mapping[str, Any], number: int) -> bool:
+    """Whether a message is to be learned, as far as its `weight` says: 1, or no weight."""
+    role, weight = message["role"], message.get("weight")
+    if weight is None:
+        return True
+    if role != "assistant" and weight == 0:
+        return True  # nobody learns it
+    if weight not in (0, 1) or role != "assistant":
+        allowed = "an assistant's is 1, to be learned, or 0, to be read only" if role == "assistant" else "it must be 0"
+        raise BadRecord(
+            "unknown weight", f"message {number}, of role {role!r}, has weight {weight!r:.40}; {allowed}. Change it."
+        )
+    return weight == 1
 
 
 def _field(record: Mapping[str, Any], name: str, column: str) -> Any:

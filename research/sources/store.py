@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -14,16 +15,21 @@ import numpy as np
 
 from research import files
 from research.errors import InputError
-from research.sources import chat, formats, records, views
+from research.sources import chat, formats, records, tokenizers, views
 from research.sources import fields as table
 from research.sources.cache import cached, code_digest, digest
 from research.sources.records import NUMBERED, BadRecord, Classes, Origin, Turn
 from research.sources.tokenizers import Tokenizer
 
-READING = code_digest(
-    records.__file__, formats.__file__, chat.__file__, __file__
-)  # of all that decides what examples hold
+# A hash of all that decides what examples hold, beside their files, the options and the tokenizer's own.
+READING = digest(
+    [
+        code_digest(records.__file__, formats.__file__, chat.__file__, tokenizers.__file__, __file__),
+        *(f"{package} {importlib.metadata.version(package)}" for package in ("tokenizers", "jinja2")),
+    ]
+)
 SAMPLES = 256  # raw records kept beside the tokens
+_SKIP = "Or set data.on_bad_record='skip'."
 _CHUNK_EXAMPLES, _CHUNK_CHARS = 1024, 4_000_000
 _EXAMPLE = np.dtype([("key", "<u8"), ("length", "<i8"), ("supervised", "<i8"), ("bytes", "<i8")])
 
@@ -53,7 +59,8 @@ class Store:
         for text.
       labels: [E, C] float32, the probability of each class; None where the examples have no labels.
       fields: further batch fields, which a view gives: name -> [N, ...], a value for each token.
-      counts: "records" read, "duplicates" dropped, and "bad": {reason: how many were skipped}.
+      counts: "records" read, "duplicates" dropped, "bad": {reason: how many were skipped}, and "markers": of how many
+        records spell special tokens, with the first of these ("marker").
       was_cached: nothing had to be tokenised.
       folder: where it lies; the name stands for all that it was made of.
     """
@@ -100,11 +107,9 @@ def read_examples(
                 turns = [(role, classes.prompt.replace("{text}", text)) for role, text in turns]
         except BadRecord as e:
             if on_bad_record == "error":
-                raise InputError(f"{where}: {e} Or set data.on_bad_record='skip'.") from e
+                raise InputError(f"{where}: {e} {_SKIP}") from e
             counts[f"bad: {e.reason}"] += 1
             continue
-        except InputError as e:
-            raise InputError(f"{where}: {e}") from e
         any_good = True
         key = formats.split_key(turns)
         if origin.generated:
@@ -114,8 +119,12 @@ def read_examples(
             seen.add(key)
         yield Example(records.canonical(record, fields), turns, key, where, label)
     if not any_good:
-        bad = ", ".join(f"{n} {name}" for name, n in counts.items() if name.startswith("bad: "))
-        raise InputError(f"{origin.name!r} holds no usable record ({bad or 'it is empty'}). Give another.")
+        raise _none_usable(origin.name, counts)
+
+
+def _none_usable(name: str, counts: Counter[str]) -> InputError:
+    bad = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason.startswith("bad: "))
+    return InputError(f"{name!r} holds no usable record ({bad or 'it is empty'}). Give another.")
 
 
 def open_store(
@@ -146,7 +155,8 @@ def open_store(
     def build(partial: Path) -> None:
         counts: Counter[str] = Counter()
         examples = read_examples(origin, format, fields, on_bad_record, counts, classes)
-        _write(partial, examples, tokenizer, template, counts)
+        skip = on_bad_record == "skip"
+        _write(partial, examples, tokenizer, template, counts, origin.name, skip)
 
     was_cached = cached(folder, build)
     return _read(folder, was_cached)
@@ -235,18 +245,25 @@ def _check_document(document: views.Document, view: views.View, where: str) -> N
 
 
 def _write(
-    partial: Path, examples: Iterator[Example], tokenizer: Tokenizer, template: str, counts: Counter[str]
+    partial: Path,
+    examples: Iterator[Example],
+    tokenizer: Tokenizer,
+    template: str,
+    counts: Counter[str],
+    name: str,
+    skip: bool,
 ) -> None:
     dtype = "<u2" if tokenizer.size <= 2**16 else "<u4"
     rows: list[np.ndarray] = []
     samples: list[dict[str, Any]] = []
     labels: list[int | list[float]] = []
-    text = False
+    text, marker = False, ""
     with open(partial / "tokens.bin", "wb") as tokens_file, open(partial / "mask.bin", "wb") as mask_file:
         for chunk in _chunks(examples):
             text = chunk[0].turns[0][0] == "text"
-            turns, where = [example.turns for example in chunk], [example.where for example in chunk]
-            tokens, mask, lengths = formats.encode(turns, tokenizer, template, where)
+            tokens, mask, lengths, chunk = _encode(chunk, tokenizer, template, counts, skip)
+            if not chunk:
+                continue
             tokens_file.write(tokens.astype(dtype).tobytes())
             row = np.zeros(len(chunk), _EXAMPLE)
             row["key"] = np.fromiter((example.key for example in chunk), np.uint64, len(chunk))
@@ -255,9 +272,16 @@ def _write(
             row["bytes"] = [sum(len(text.encode()) for _, text in example.turns) for example in chunk]
             rows.append(row)
             labels += [example.label for example in chunk if example.label is not None]
+            spelled, first = formats.count_markers(
+                ([text for _, text in example.turns] for example in chunk), tokenizer
+            )
+            counts["markers"] += spelled
+            marker = marker or first
             if not text:
                 mask_file.write(mask.tobytes())
                 samples = _least(samples, chunk, lengths)
+    if not rows:
+        raise _none_usable(name, counts)
     np.save(partial / "examples.npy", np.concatenate(rows))
     if labels:
         np.save(partial / "labels.npy", _distributions(labels))
@@ -268,7 +292,22 @@ def _write(
         "samples": samples,
         "counts": {"records": counts["records"], "duplicates": counts["duplicates"], "bad": bad},
     }
+    meta["counts"] |= {"markers": counts["markers"], "marker": marker}
     (partial / "meta.json").write_text(json.dumps(meta, default=str))
+
+
+def _encode(
+    chunk: list[Example], tokenizer: Tokenizer, template: str, counts: Counter[str], skip: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Example]]:
+    """Tokens, mask and lengths of a chunk's examples, and these without those that are skipped, which are counted."""
+    refused: dict[int, BadRecord] = {}
+    turns, where = [example.turns for example in chunk], [example.where for example in chunk]
+    try:
+        tokens, mask, lengths = formats.encode(turns, tokenizer, template, where, refused if skip else None)
+    except BadRecord as e:
+        raise InputError(f"{e} {_SKIP}") from e
+    counts.update(f"bad: {error.reason}" for error in refused.values())
+    return tokens, mask, lengths, [example for i, example in enumerate(chunk) if i not in refused]
 
 
 def _distributions(labels: list[int | list[float]]) -> np.ndarray:
@@ -303,6 +342,7 @@ def _least(samples: list[dict[str, Any]], chunk: list[Example], lengths: np.ndar
     new = [
         {"key": example.key, "length": int(length), "record": example.record}
         for example, length in zip(chunk, lengths, strict=True)
+        if example.turns[-1][0] != records.SHOWN  # an answer that nobody should learn is none to expect
     ]
     ordered = sorted([*samples, *new], key=lambda sample: sample["key"])
     return [next(equal) for _, equal in itertools.groupby(ordered, key=lambda sample: sample["key"])][:SAMPLES]

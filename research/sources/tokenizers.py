@@ -1,8 +1,10 @@
 """Text to token ids and back: raw bytes, a BPE trained on the run's own text, or the tokenizer of a model."""
 
+import codecs
 import dataclasses
 import functools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +18,7 @@ from research.errors import InputError, did_you_mean
 from research.files import cache_root, read_json, write_bytes
 from research.sources import gguf_tokenizer
 from research.sources.cache import cached, code_digest, digest
-from research.sources.chat import ChatTemplate, end_of_turn, make_template
+from research.sources.chat import ChatTemplate, any_of, end_of_turn, make_template
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 SPECIALS = (BOS, EOS, "<|system|>", "<|user|>", "<|assistant|>")
@@ -38,6 +40,8 @@ _SPECIAL = "special_tokens_map.json"
 _OTHER_FILES = (_SPECIAL, "added_tokens.json", "tokenizer.model", _GENERATION, _TEMPLATE)
 # What a tokenizer without a tokenizer.json is made of.
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+# How vocabularies write a space before a word, and what texts are put after to be encoded without one.
+_SPACES, _ANCHORS = ("▁", "Ġ"), ("\n", "(", "a", "0")
 # No merge crosses these: a word or a run of signs, each with the space before it; one digit, so that equal
 # places of two numbers are equal tokens; white space, but for its last character before a word.
 _WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
@@ -73,6 +77,7 @@ class Tokenizer:
       chat_template: the Jinja source of the model's own chat template, or None.
       stop: ids that end an answer: eos, those of generation_config.json, and what ends a turn in the chat template.
       variables: what a chat template may write by name: {"eos_token": "</s>"} and the like.
+      named_templates: names of chat templates where there are several and none of them is the default.
       files: name -> content, what lay beside the tokenizer.json.
     """
 
@@ -85,6 +90,7 @@ class Tokenizer:
     stop: tuple[int, ...]
     variables: Mapping[str, str]
     files: Mapping[str, bytes]
+    named_templates: tuple[str, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -105,14 +111,9 @@ class Tokenizer:
         self.backend.encode_special_tokens = not special
         try:
             encode = self._ids if special else self.encode_batch
-            if first or not self._prefix:
+            if first or not self._adds_space:
                 return encode(texts)
-            n = len(self._prefix)
-            after = encode([f"\n{text}" for text in texts])
-            return [
-                ids[n:] if ids[:n] == self._prefix else encode([text])[0]
-                for ids, text in zip(after, texts, strict=True)
-            ]
+            return self._encode_after(texts, encode)
         finally:
             self.backend.encode_special_tokens = True
 
@@ -120,10 +121,24 @@ class Tokenizer:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     @functools.cached_property
-    def _prefix(self) -> list[int]:
-        """The ids of a line break, where a text after one is encoded otherwise than alone; else none."""
-        line, alone, after = self.encode_batch(["\n", "a", "\na"])
-        return [] if after == line + alone else line
+    def _adds_space(self) -> bool:
+        """Whether a text gets a space before it, as SentencePiece's dummy prefix is."""
+        alone = zip(_ANCHORS, self.encode_batch(list(_ANCHORS)), strict=True)
+        firsts = [self.backend.id_to_token(ids[0]) for text, ids in alone if ids and not text.isspace()]
+        return any(token.startswith(_SPACES) for token in firsts)
+
+    def _encode_after(self, texts: list[str], encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+        """Encodes texts after something else, which is taken off: the first of `_ANCHORS` that merges with no text."""
+        result: dict[int, list[int]] = {}
+        for anchor in _ANCHORS:
+            left = [i for i in range(len(texts)) if i not in result]
+            before, *after = encode([anchor, *(anchor + texts[i] for i in left)])
+            if before:
+                whole = zip(left, after, strict=True)
+                result |= {i: ids[len(before) :] for i, ids in whole if ids[: len(before)] == before}
+        left = [i for i in range(len(texts)) if i not in result]
+        result |= dict(zip(left, encode([texts[i] for i in left]), strict=True))
+        return [result[i] for i in range(len(texts))]
 
     @functools.cached_property
     def chat(self) -> ChatTemplate | None:
@@ -145,6 +160,15 @@ class Tokenizer:
     @functools.cached_property
     def _specials(self) -> dict[str, int]:
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    def spelled_special(self, text: str) -> str:
+        """Returns the first special token that `text` spells, or ""."""
+        spelled = self._special_pattern.search(text)
+        return spelled[0] if spelled else ""
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return any_of(self._specials)
 
     def token_bytes(self) -> np.ndarray:
         """Returns [V] int32: how many UTF-8 bytes each id stands for, 0 for special tokens and unused ids.
@@ -274,11 +298,11 @@ def _make(
     variables = {
         name: _content(token) for name, token in settings.items() if name.endswith("_token") and _is_token(token)
     }
-    template = _find_template(files, config)
+    template, named = _find_template(files, config)
     chat = _chat(backend, template, variables)
     ends_turn = chat and end_of_turn(chat)
     stop = dict.fromkeys([eos, *ends, *([backend.token_to_id(ends_turn)] if ends_turn else [])])
-    return Tokenizer(backend, size, eos, bos, is_bytes, template, tuple(stop), variables, files)
+    return Tokenizer(backend, size, eos, bos, is_bytes, template, tuple(stop), variables, files, named)
 
 
 def _chat(backend: tokenizers.Tokenizer, template: str | None, variables: Mapping[str, str]) -> ChatTemplate | None:
@@ -289,13 +313,15 @@ def _chat(backend: tokenizers.Tokenizer, template: str | None, variables: Mappin
     return make_template(template, variables, special, [token.content for token in added])
 
 
-def _find_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
+def _find_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    """The chat template, or None and the names of those that there are if none of several is the default."""
     if _TEMPLATE in files:
-        return files[_TEMPLATE].decode()
+        return files[_TEMPLATE].decode(), ()
     template = config.get("chat_template")
-    if isinstance(template, list):  # of several, by name
-        template = next((named["template"] for named in template if named["name"] == "default"), None)
-    return template or None
+    if isinstance(template, list):
+        by_name = {named["name"]: named["template"] for named in template}
+        return by_name.get("default"), () if "default" in by_name else tuple(by_name)
+    return template or None, ()
 
 
 @functools.cache
@@ -342,13 +368,13 @@ def _read(path: Path, eos_token: str) -> Tokenizer:
             f"{did_you_mean(str(path), ('byte', 'bpe'))} Or give the path of one."
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend = tokenizers.Tokenizer.from_str(_read_file(file).decode())
     except Exception as e:  # the package raises bare Exception
         raise InputError(f"tokenizer.kind: {str(file)!r} can't be read as a tokenizer.json: {e}") from e
     config, special, generation = (
         read_json(file.parent / name, {}, name="tokenizer.kind") for name in (_CONFIG, _SPECIAL, _GENERATION)
     )
-    files = {name: (file.parent / name).read_bytes() for name in _OTHER_FILES if (file.parent / name).is_file()}
+    files = {name: _read_file(file.parent / name) for name in _OTHER_FILES if (file.parent / name).is_file()}
     eos = _find_eos(backend, eos_token, {**special, **config}, str(file))
     ends = generation.get("eos_token_id")
     ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
@@ -358,6 +384,11 @@ def _read(path: Path, eos_token: str) -> Tokenizer:
             f"{file.parent / _GENERATION}: eos_token_id = {list(ends)}, but the tokenizer has no {unknown[0]}. Mend it."
         )
     return _make(backend, eos, _find_bos(backend, {**special, **config}, eos), config or None, files, ends)
+
+
+def _read_file(file: Path) -> bytes:
+    """The content without a byte-order mark."""
+    return file.read_bytes().removeprefix(codecs.BOM_UTF8)
 
 
 def _read_gguf(path: Path, eos_token: str) -> Tokenizer:

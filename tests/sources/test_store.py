@@ -110,6 +110,8 @@ def test_bad_records_are_named_or_counted(tmp_path):
         "records": 6,
         "duplicates": 0,
         "bad": {"invalid JSON": 1, "empty text": 2, "wrong type": 1},
+        "markers": 0,
+        "marker": "",
     }
     assert made.bytes.tolist() == [1, 1]
     (tmp_path / "b.jsonl").write_text("{\n{\n")
