@@ -14,10 +14,12 @@ from typing import Any
 import jax
 
 from research import files
+from research.evals.markers import say_markers
 from research.evals.prompts import Prompt, PromptEncoder
 from research.loading import LoadedModel
 from research.models.generation import BATCHES_AT_ONCE, Completion, generate_batches, make_generate, make_stream
 from research.models.sampling import SamplingConfig, longest_prompt
+from research.sources.formats import answer_decoder
 
 Decode = Callable[[list[int]], str]
 
@@ -44,7 +46,18 @@ class Responder:
         """Yields the answer to one prompt in pieces, as they come; draws differ by turn of a conversation."""
         key = self.key if turn is None else jax.random.fold_in(self.key, turn)
         start, params = self._streaming
-        return stream_text(start(params, self.encode(prompt), key), self.loaded.tokenizer.decode, self.stops)
+        (ids,) = self.encode_all([prompt]) if turn is None else [self.encode(prompt)]
+        return stream_text(start(params, ids, key), self.decode, self.stops)
+
+    def encode_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of prompts; a line on stderr says how many seem to be rendered already."""
+        ids = [self.encode(prompt) for prompt in prompts]
+        say_markers("prompts", (prompt.record for prompt in prompts), self.loaded.tokenizer)
+        return ids
+
+    @functools.cached_property
+    def decode(self) -> Decode:
+        return answer_decoder(self.loaded.tokenizer, self.encode.template)
 
     @functools.cached_property
     def _streaming(self) -> tuple[Callable[..., Any], Any]:
@@ -65,7 +78,7 @@ class Responder:
         Raises:
           InputError: a prompt is at fault.
         """
-        ids = [self.encode(prompt) for prompt in prompts] if ids is None else ids
+        ids = self.encode_all(prompts) if ids is None else ids
         generate = make_generate(self.loaded.model, self.sampling, self.loaded.tokenizer.size)
         size = BATCHES_AT_ONCE * batch_size
         for first in range(done, len(ids), size):
@@ -83,7 +96,7 @@ class Responder:
             count, seconds = sum(len(c.tokens) for c in completions), time.perf_counter() - began
             print(f"{count} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
             yield [
-                (prompt, *cut(completion, self.loaded.tokenizer.decode, self.stops))
+                (prompt, *cut(completion, self.decode, self.stops))
                 for prompt, completion in zip(prompts[first:], completions, strict=False)
             ]
 
@@ -143,7 +156,7 @@ def write_completions(
     Raises:
       InputError: a prompt is at fault, or OUTPUT.partial is the work of another command.
     """
-    ids = [responder.encode(prompt) for prompt in prompts]
+    ids = responder.encode_all(prompts)
     content = json.dumps([prompt.record for prompt in prompts], sort_keys=True)
     decides = {
         **flags,

@@ -10,7 +10,7 @@ from research.errors import InputError
 from research.models.generation import generate_batches, make_generate
 from research.models.sampling import SamplingConfig, longest_prompt
 from research.models.transformer import Model
-from research.sources.formats import render_prompt
+from research.sources.formats import answer_decoder, render_prompt
 from research.sources.tokenizers import Tokenizer
 
 Record = Mapping[str, Any]
@@ -67,10 +67,10 @@ def make_generation(
     templates = [template] * len(records) if isinstance(template, str) else template
     places = [f"{place}: " for place in where] or [""] * len(records)
     rendered = [
-        (record, _render(place, record, tokenizer, each))
+        (record, _render(place, record, tokenizer, each), answer_decoder(tokenizer, each))
         for place, record, each in zip(places, records, templates, strict=True)
     ]
-    fitting = [(record, prompt) for record, prompt in rendered if len(prompt) <= longest]
+    fitting = [one for one in rendered if len(one[1]) <= longest]
     if not fitting:
         raise InputError(
             f"eval: none of {len(records)} prompts fits into {longest} tokens (model.max_length = "
@@ -79,12 +79,12 @@ def make_generation(
         )
 
     def evaluate(params: Any, key: jax.Array) -> tuple[dict[str, float], list[Sample]]:
-        prompts = [prompt for _, prompt in fitting]
+        prompts = [prompt for _, prompt, _ in fitting]
         completions = generate_batches(generate, params, prompts, key, batch_size=batch_size, longest=longest)
         samples: list[Sample] = []
-        for (record, prompt), completion in zip(fitting, completions, strict=True):
+        for (record, prompt, decode), completion in zip(fitting, completions, strict=True):
             expected = record["response"] if "response" in record else record["messages"][-1]["content"]
-            text = tokenizer.decode(completion.tokens)
+            text = decode(completion.tokens)
             correct = bool(verify({**record, "response": expected}, text))
             samples.append(Sample(tokenizer.decode(prompt), expected, text, correct, str(record.get("task") or "")))
         return _fractions(samples) | {"skipped_too_long": float(len(rendered) - len(fitting))}, samples

@@ -22,6 +22,7 @@ from research.models.config import ModelConfig
 from research.objectives import classes
 from research.objectives import types as objective_types
 from research.sources import packing, records
+from research.sources.formats import describe_markers
 from research.sources.rows import Rows
 from research.sources.store import Store, open_store
 
@@ -113,6 +114,9 @@ def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Cla
         classes=records.Classes((), reading.prompt or run.data.prompt, known=False),
         cache_dir=run.data.cache_dir,
     )
+    if store.counts["markers"]:
+        line = describe_markers(store.counts["markers"], store.counts["records"], store.counts["marker"])
+        print(f"--data, read by {name}: {line}", file=sys.stderr)
     return Classifier(
         name=name,
         weights=params.checksum(loaded.params),

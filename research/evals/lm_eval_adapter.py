@@ -23,7 +23,7 @@ from research.models.generation import generate_batches, make_generate
 from research.models.sampling import SamplingConfig, longest_prompt
 from research.models.transformer import Model
 from research.sources.chat import render_parts
-from research.sources.formats import render_prompt, resolve_template
+from research.sources.formats import answer_decoder, render_prompt, resolve_template
 from research.sources.tokenizers import Tokenizer
 
 _DEFAULT_NEW_TOKENS = 256
@@ -182,7 +182,8 @@ class _Methods:
             longest=longest,
             progress=lambda done: bar.update(before + done - bar.n),
         )
-        texts = [self.tokenizer.decode(completion.tokens) for completion in completions]
+        decode = answer_decoder(self.tokenizer, self.template)
+        texts = [decode(completion.tokens) for completion in completions]
         return [text[: min((text.find(end) for end in until if end in text), default=None)] for text in texts]
 
 
@@ -236,7 +237,8 @@ def _sampling(options: Mapping[str, Any], tokenizer: Tokenizer, max_length: int)
     until = options.get("until") or []
     until = [until] if isinstance(until, str) else list(until)
     # An answer ends at a text; decoding ends at tokens. Those of one token save what comes after.
-    single = [ids[0] for ids in tokenizer.encode_batch(until) if len(ids) == 1]
+    encoded = tokenizer.encode_stretches(until, special=False, first=False)
+    single = [ids[0] for ids in encoded if len(ids) == 1]
     most = options.get("max_gen_toks") or options.get("max_new_tokens") or _DEFAULT_NEW_TOKENS
     temperature = float(options.get("temperature") or 0.0)
     if options.get("do_sample"):

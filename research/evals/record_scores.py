@@ -17,9 +17,11 @@ import tqdm
 
 from research import files, params
 from research.errors import InputError
+from research.evals.markers import texts_of
 from research.evals.scoring import Example, encode_records, make_token_scorer
 from research.loading import LoadedModel
 from research.sources import records
+from research.sources.formats import count_markers, describe_markers
 
 ADDED = ("count", "loss", "perplexity", "logprobs")
 ON_LONG = ("error", "truncate", "split")
@@ -113,7 +115,11 @@ class RecordScorer:
         """
         lengths = array.array("q")
         hashes = {name: hashlib.blake2b(digest_size=16) for name in ("data", "tokens")}
+        spelled, first = 0, ""
         for items in _chunks(origin, hashes["data"]):
+            if self.loaded.tokenizer is not None:
+                count, marker = count_markers((texts_of(record) for _, record in items), self.loaded.tokenizer)
+                spelled, first = spelled + count, first or marker
             for example in self._examples(items):
                 lengths.append(len(example.tokens))
                 content = example.tokens.tobytes() + example.mask.tobytes()
@@ -121,6 +127,8 @@ class RecordScorer:
                 spool.write(content)
         if not lengths:
             raise InputError("--data: holds no record. Write one JSON object a line.")
+        if spelled:
+            print(f"--data: {describe_markers(spelled, len(lengths), first)}", file=sys.stderr)
         spool.seek(0)
         return lengths, {name: value.hexdigest() for name, value in hashes.items()}
 

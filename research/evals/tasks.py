@@ -24,6 +24,7 @@ import numpy as np
 
 from research.errors import InputError, did_you_mean
 from research.evals.generation import Sample, make_generation
+from research.evals.markers import say_markers
 from research.evals.multiple_choice import make_multiple_choice, read_question
 from research.evals.perplexity import make_record_perplexity
 from research.evals.scoring import BATCH_TOKENS, ratio_of_sums
@@ -90,6 +91,7 @@ def load(
         if tokenizer is None and kind != "perplexity":
             raise InputError("needs text, and the model has no tokenizer.")
         items = _read(entry, _whole(options, "limit", limit, 0))
+        say_markers(f"task {spec}", (record for _, record in items), tokenizer)
         name = options.get("name") or _name(entry)
         if kind == "perplexity":
             measure = make_record_perplexity(model, tokenizer, items, template=template, batch_tokens=batch_tokens)

@@ -14,7 +14,7 @@ a text does so before the first text of an example alone.
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,6 +243,14 @@ def _join(ids: list[list[int]], examples: Sequence[Sequence[Piece]]) -> tuple[np
     mask = np.repeat(np.fromiter(supervised, bool, len(ids)), sizes)
     ends = np.cumsum(np.concatenate([[0], sizes]))[np.cumsum([len(pieces) for pieces in examples])]
     return tokens, mask, np.diff(ends, prepend=0)
+
+
+def answer_decoder(tokenizer: Tokenizer, template: str) -> Callable[[list[int]], str]:
+    """Returns what makes text of an answer's tokens: the inverse of how the answers of records are tokenised.
+
+    Under the model's own chat template, as in transformers, a space that begins the answer may be dropped.
+    """
+    return tokenizer.decode if resolve_template(template, tokenizer) == "model" else tokenizer.decode_after
 
 
 def count_markers(texts: Iterable[Iterable[str]], tokenizer: Tokenizer) -> tuple[int, str]:

@@ -153,6 +153,13 @@ class Tokenizer:
         hidden = self.stop if skip_special else ()
         return self.backend.decode([int(i) for i in ids if i not in hidden], skip_special_tokens=skip_special)
 
+    def decode_after(self, ids: list[int]) -> str:
+        """Returns the text of `ids` that go on with another text: the space that begins it, if one does, is kept."""
+        if not self._adds_space:
+            return self.decode(ids)
+        before = self.encode_stretches(["a"], special=False, first=True)[0]
+        return self.decode([*before, *ids]).removeprefix(self.decode(before))
+
     def special(self, name: str) -> int | None:
         """Returns the id of the special token `name`, or None."""
         return self._specials.get(name)
