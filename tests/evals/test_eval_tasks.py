@@ -12,7 +12,7 @@ from research.evals import tasks
 from research.models.config import ModelConfig
 from research.models.transformer import Model, make_model
 from research.ops.head import Head
-from research.sources.tokenizers import TokenizerSpec, make_tokenizer
+from research.sources.tokenizers import TokenizerSpec, load_pretrained, make_tokenizer
 
 TOKENIZER = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))
 V = TOKENIZER.size
@@ -152,3 +152,49 @@ def test_a_model_without_a_tokenizer_needs_ids(tmp_path):
     path = _file(tmp_path / "x.jsonl", {"question": "?", "choices": ["x", "y"], "answer": 0})
     with pytest.raises(InputError, match="needs text, and the model has no tokenizer"):
         tasks.load(f"choice:{path}", MODEL, None, "plain")
+
+
+@pytest.mark.parametrize(
+    ("spec", "record", "message"),
+    [
+        ("choice", {"question": "", "choices": ["x", "y"], "answer": 0}, "field 'question' is empty"),
+        ("choice", {"prompt": " \n", "choices": ["x", "y"], "answer": 0}, "field 'prompt' is empty"),
+        ("exact_match", {"question": "", "answer": "x"}, "field 'question' is an empty prompt"),
+        ("exact_match", {"prompt": "x", "answer": ""}, "field 'answer' is an empty response"),
+        ("exact_match", {"messages": [{"role": "user", "content": ""}]}, "field 'content' is an empty user message"),
+        ("perplexity", {"prompt": "", "response": "x"}, "field 'prompt' is an empty prompt"),
+    ],
+)
+def test_an_empty_text_is_named_by_file_line_and_field(tmp_path, spec, record, message):
+    fine = {"question": "?", "choices": ["x", "y"], "answer": "x", "prompt": "q", "response": "x"}
+    path = _file(tmp_path / "x.jsonl", fine, record)
+    with pytest.raises(InputError, match=rf"task {spec}:\S+: \S+x\.jsonl:2: {message}"):
+        tasks.load(f"{spec}:{path}", MODEL, TOKENIZER, "chat")
+
+
+def test_an_empty_question_scores_its_choices_as_texts(tmp_path):
+    path = _file(tmp_path / "x.jsonl", {"question": "", "choices": ["x", "y"], "answer": 0})
+    metrics, _ = tasks.load(f"choice:{path}", MODEL, TOKENIZER, "plain").evaluate(
+        params.init(MODEL.specs, jax.random.key(1)), KEY
+    )
+    assert metrics["acc"] in (0.0, 1.0)
+
+
+def test_what_a_chat_template_refuses_is_named_by_file_and_line(tmp_path):
+    TOKENIZER.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% if messages[0].content == '7' %}{{ raise_exception('No!') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}<|eos|>{% endfor %}"
+    )
+    tokenizer = load_pretrained(tmp_path)
+    fine, refused = ({"prompt": p, "response": "x", "choices": ["x", "y"], "answer": "x"} for p in ("6", "7"))
+    path = _file(tmp_path / "x.jsonl", fine, refused)
+    for spec in ("choice", "exact_match", "perplexity"):
+        with pytest.raises(InputError, match=rf"task {spec}:\S+: \S+x\.jsonl:2: the model's chat template .*No!"):
+            tasks.load(f"{spec}:{path}", MODEL, tokenizer, "model")
+
+
+def test_tasks_say_how_many_records_are_rendered_already(tmp_path, capsys):
+    path = _file(tmp_path / "x.jsonl", {"question": "<|user|>a?", "choices": ["x", "y"], "answer": 0})
+    tasks.load(f"choice:{path}", MODEL, TOKENIZER, "chat")
+    assert "1 of 1 records spell special tokens of this tokenizer, such as '<|user|>'" in capsys.readouterr().err

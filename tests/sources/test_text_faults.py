@@ -1,0 +1,289 @@
+"""What a user's text, its messages and its chat template say has an effect on tokens, or is refused."""
+
+import codecs
+import gzip
+import json
+
+import pytest
+from text_cases import CHATML, INST, PARTS, make_folder
+
+from research.errors import InputError
+from research.evals.markers import say_markers
+from research.evals.prompts import PromptEncoder, read_prompts
+from research.evals.scoring import encode_pair, encode_records
+from research.files import read_json
+from research.sources import store as store_lib
+from research.sources.formats import answer_decoder, encode, render_prompt, resolve_template
+from research.sources.records import SHOWN, BadRecord, check, locate, parse
+from research.sources.store import open_store
+from research.sources.tokenizers import TokenizerSpec, load_pretrained, make_tokenizer
+
+BYTES = make_tokenizer(TokenizerSpec(), lambda: iter(()))
+QUESTION = {"role": "user", "content": "q"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+@pytest.fixture(scope="module", params=["with prefix", "with prefix at first"])
+def prefixed(request, folder):
+    return make_folder(folder / request.param.replace(" ", "_"), request.param)
+
+
+def answer(content="a", **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def open_file(path, tokenizer=BYTES, **kw):
+    options = {"format": "auto", "fields": {}, "template": "auto", "on_bad_record": "error"} | kw
+    return open_store(locate(str(path), count=10, seed=0), tokenizer, cache_dir=str(path.parent / "cache"), **options)
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def strings(tokenizer, tokens):
+    return [tokenizer.backend.id_to_token(int(i)) for i in tokens]
+
+
+@pytest.mark.parametrize("prompt", ["def f(", "the answer is", "日本", "a\n"])
+@pytest.mark.parametrize("response", ["x)", " Paris", "語", "  two"])
+def test_only_the_first_piece_has_a_prefix(prefixed, prompt, response):
+    (scored,) = encode_records([("x:1", {"prompt": prompt, "response": response})], prefixed, "plain", prefixed.size)
+    assert prefixed.decode(scored.tokens) == prompt + response
+    assert strings(prefixed, scored.tokens)[1].startswith("▁"), "the text begins as the tokenizer has it"
+    learned = scored.tokens[scored.mask]
+    assert answer_decoder(prefixed, "plain")(learned) == response
+    assert render_prompt(prompt, prefixed, "plain") == scored.tokens[: -len(learned)].tolist()
+
+
+def test_score_and_choice_measure_the_same(prefixed):
+    (scored,) = encode_records([("x:1", {"prompt": "it is", "response": " Paris"})], prefixed, "plain", prefixed.size)
+    choice = encode_pair(prefixed, "it is", " Paris")
+    assert choice.tokens.tolist() == scored.tokens[:-1].tolist()
+    assert choice.mask.tolist() == scored.mask[:-1].tolist()
+
+
+def test_a_space_before_every_stretch_is_known_where_line_breaks_are_spaces():
+    import tokenizers as hf
+
+    from research.sources.tokenizers import _make
+
+    backend = hf.Tokenizer(hf.models.BPE({c: i for i, c in enumerate(["▁", "a", "b", "(", "</s>"])}, []))
+    backend.normalizer = hf.normalizers.Replace("\n", " ")
+    backend.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+    backend.add_special_tokens(["</s>"])
+    tokenizer = _make(backend, 4, None)
+    assert tokenizer.encode_stretches(["ab", "b"], special=False, first=True) == [[0, 1, 2], [0, 2]]
+    assert tokenizer.encode_stretches(["ab", " b", ""], special=False, first=False) == [[1, 2], [0, 2], []]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "with prefix at first"])
+def test_templates_get_parts_where_they_want_them(tmp_path, kind):
+    parts = make_folder(tmp_path / "parts", kind, PARTS)
+    text = make_folder(tmp_path / "text", kind, CHATML)
+    turns = [("system", "s"), ("user", "q </s> r"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    tokens, mask, _ = encode([turns], parts, "model")
+    expected, expected_mask, _ = encode([turns], text, "model")
+    assert tokens.tolist() == expected.tolist()
+    assert mask.tolist() == expected_mask.tolist()
+    assert render_prompt("what?", parts, "auto") == render_prompt("what?", text, "auto")
+    assert (parts.chat.parts_of, text.chat.parts_of) == (frozenset({"system", "user", "assistant"}), frozenset())
+
+
+def test_parts_for_one_role_only(tmp_path):
+    template = INST.replace("[INST] {{ m.content }}", "[INST] {{ m.content[0]['text'] }}")
+    tokenizer = make_folder(tmp_path, "gpt2", template)
+    assert tokenizer.chat.parts_of == {"user"}
+    tokens, _, _ = encode([[("user", "why?"), ("assistant", "so")]], tokenizer, "model")
+    assert tokenizer.decode(tokens, skip_special=False) == "[INST] why? [/INST]so</s>"
+
+
+def test_named_templates_without_a_default_are_refused(tmp_path):
+    named = [{"name": "rag", "template": CHATML}, {"name": "tools", "template": CHATML}]
+    tokenizer = make_folder(tmp_path, "gpt2", chat_template=named)
+    for template in ("auto", "model"):
+        with pytest.raises(InputError, match="the chat templates 'rag', 'tools', and none called 'default'"):
+            resolve_template(template, tokenizer)
+    assert resolve_template("plain", tokenizer) == "plain"
+    named[0]["name"] = "default"
+    assert resolve_template("auto", make_folder(tmp_path, "gpt2", chat_template=named)) == "model"
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [QUESTION, answer()], "tools": [{"type": "function"}]}, "has tools"),
+        ({"messages": [QUESTION, answer(tool_calls=[{"name": "f"}])]}, "has tool_calls"),
+        ({"messages": [QUESTION, answer(None, tool_calls=[{"name": "f"}])]}, "has tool_calls"),
+        ({"messages": [QUESTION, answer(reasoning_content="hm")]}, "has reasoning_content"),
+        ({"messages": [{**QUESTION, "images": ["x.png"]}, answer()]}, "has images"),
+        ({"messages": [QUESTION, answer(train=False)]}, "has train"),
+        ({"prompt": "q", "response": "a", "tools": [{"type": "function"}]}, "has tools"),
+    ],
+)
+def test_what_no_template_is_given_is_refused_everywhere(tmp_path, record, reason):
+    kind = "messages" if "messages" in record else "prompt_response"
+    with pytest.raises(BadRecord) as e:
+        check(record, kind, {})
+    assert e.value.reason == reason
+    path = write_lines(tmp_path / "x.jsonl", [record, {**record, "messages": [QUESTION, answer()], "tools": None}])
+    with pytest.raises(InputError, match=rf"x\.jsonl:1: .*has '{reason[4:]}'"):
+        open_file(path, format=kind)
+    with pytest.raises(InputError, match=rf"x:1: .*has '{reason[4:]}'"):
+        encode_records([("x:1", record)], BYTES, "chat", BYTES.size)
+    (prompt, _) = read_prompts(str(path))
+    for system in (None, "be kind"):
+        with pytest.raises(InputError, match=rf"x\.jsonl:1: .*has '{reason[4:]}'"):
+            PromptEncoder(BYTES, "chat", system, 99, "")(prompt)
+
+
+def test_empty_columns_of_other_records_are_nothing(tmp_path):
+    record = {"messages": [QUESTION, answer(tool_calls=None, weight=None, train=True)], "tools": []}
+    assert check(record, "messages", {}) == [("user", "q"), ("assistant", "a")]
+
+
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    + ("</s>{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}")
+)
+
+
+@pytest.mark.parametrize("template", ["chat", "plain", CHATML, MARKED], ids=["chat", "plain", "model", "marked"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_weight_of_0_masks_an_answer(tmp_path, template, first):
+    tokenizer = BYTES if template in ("chat", "plain") else make_folder(tmp_path, "gpt2", template)
+    name = template if tokenizer is BYTES else "model"
+    weights = (first, 1 - first)
+    messages = [QUESTION, answer("one", weight=weights[0]), QUESTION, answer("two", weight=weights[1])]
+    turns = check({"messages": messages}, "messages", {})
+    assert [role for role, _ in turns if role != "user"] == ["assistant" if w else SHOWN for w in weights]
+    tokens, mask, _ = encode([turns], tokenizer, name)
+    all_learned = [("user", "q"), ("assistant", "one"), ("user", "q"), ("assistant", "two")]
+    same, whole_mask, _ = encode([all_learned], tokenizer, name)
+    assert tokens.tolist() == same.tolist(), "the model reads the same"
+    assert mask.sum() < whole_mask.sum()
+    end = "<|eos|>" if tokenizer is BYTES else "</s>"
+    learned = "one" if weights[0] else "two"
+    assert tokenizer.decode(tokens[mask], skip_special=False) == learned + end
+
+
+@pytest.mark.parametrize("weight", [0.5, 2, -1, float("nan"), "0", [1]])
+def test_other_weights_are_refused(weight):
+    with pytest.raises(BadRecord, match=r"message 2, of role 'assistant', has weight .*1, to be learned, or 0"):
+        check({"messages": [QUESTION, answer(weight=weight)]}, "messages", {})
+
+
+def test_nobody_learns_what_a_user_says():
+    assert check({"messages": [{**QUESTION, "weight": 0}, answer()]}, "messages", {})[0] == ("user", "q")
+    with pytest.raises(BadRecord, match="message 1, of role 'user', has weight 1; it must be 0"):
+        check({"messages": [{**QUESTION, "weight": 1}, answer()]}, "messages", {})
+
+
+def test_an_answer_of_weight_0_is_not_one_to_expect(tmp_path):
+    records = [{"messages": [{"role": "user", "content": f"q{i}"}, answer(weight=i % 2)]} for i in range(4)]
+    opened = open_file(write_lines(tmp_path / "x.jsonl", records))
+    assert sorted(sample["record"]["messages"][0]["content"] for sample in opened.samples) == ["q1", "q3"]
+    assert (opened.supervised > 0).tolist() == [False, True, False, True]
+
+
+PAIRS = [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(3)]
+
+
+def test_skip_skips_every_kind_of_bad_record(tmp_path):
+    refusing = "{% if '7' in messages[0].content %}{{ raise_exception('No!') }}{% endif %}" + CHATML
+    tokenizer = make_folder(tmp_path / "tokenizer", "gpt2", refusing)
+    lines = [
+        {"version": 1},
+        *PAIRS,
+        {"prompt": "7", "response": "r"},
+        {"prompt": "a", "response": "r", "tools": [1]},
+        {"prompt": "last", "response": "r"},
+    ]
+    path = write_lines(tmp_path / "x.jsonl", lines)
+    with open(path, "a") as file:
+        file.write('{"prompt": ' + "9" * 5000 + "}\n" + "[" * 100_000 + "\n")
+    with pytest.raises(InputError, match=r"x\.jsonl:1: has the fields 'version'.*data\.on_bad_record='skip'"):
+        open_file(path, tokenizer)
+    opened = open_file(path, tokenizer, on_bad_record="skip")
+    assert opened.counts["records"] == 9
+    assert opened.counts["bad"] == {
+        "unknown format": 1,
+        "refused by the chat template": 1,
+        "has tools": 1,
+        "invalid JSON": 2,
+    }
+    assert len(opened.length) == len(opened.key) == 4
+    assert tokenizer.decode(opened.tokens[-opened.length[-1] :]) == "user\nlast\nassistant\nr\n"
+    with pytest.raises(InputError, match=r"y\.jsonl:2: .*No!.*data\.on_bad_record='skip'"):
+        open_file(write_lines(tmp_path / "y.jsonl", [PAIRS[0], lines[4]]), tokenizer)
+    with pytest.raises(InputError, match=r"no usable record \(1 bad: refused by the chat template\)"):
+        open_file(write_lines(tmp_path / "z.jsonl", [lines[4]]), tokenizer, on_bad_record="skip")
+
+
+def test_chunks_that_are_skipped_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_lib, "_CHUNK_EXAMPLES", 1)
+    refusing = "{% if '7' in messages[0].content %}{{ raise_exception('No!') }}{% endif %}" + CHATML
+    tokenizer = make_folder(tmp_path / "tokenizer", "gpt2", refusing)
+    path = write_lines(tmp_path / "x.jsonl", [{"prompt": "7", "response": "r"}, *PAIRS])
+    assert len(open_file(path, tokenizer, on_bad_record="skip").length) == 3
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.txt"])
+def test_byte_order_marks_of_data_are_dropped(tmp_path, name):
+    text = {"x.txt": "word", "x.json": '[{"text": "word"}]'}.get(name, '{"text": "word"}\n')
+    content = codecs.BOM_UTF8 + text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    ((_, raw),) = locate(str(tmp_path / name), count=1, seed=0).read()
+    assert check(parse(raw), "text", {}) == [("text", "word")]
+    assert BYTES.decode(open_file(tmp_path / name).tokens) == "word"
+
+
+def test_byte_order_marks_of_prompts_and_models_are_dropped(tmp_path):
+    (tmp_path / "p.txt").write_bytes(codecs.BOM_UTF8 + b"one\ntwo\n")
+    (tmp_path / "p.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"prompt": "one"}\n')
+    assert [prompt.record for prompt in read_prompts(str(tmp_path / "p.txt"))] == ["one", "two"]
+    assert read_prompts(str(tmp_path / "p.jsonl"))[0].record == {"prompt": "one"}
+    (tmp_path / "config.json").write_bytes(codecs.BOM_UTF8 + b'{"model_type": "llama"}')
+    assert read_json(tmp_path / "config.json") == {"model_type": "llama"}
+    model = tmp_path / "model"
+    plain = make_folder(model, "gpt2", CHATML)
+    (model / "special_tokens_map.json").write_text('{"pad_token": "</s>"}')
+    (model / "generation_config.json").write_text('{"eos_token_id": 2}')
+    plain = load_pretrained(model)
+    for file in model.iterdir():
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    marked = load_pretrained(model)
+    assert marked.fingerprint() == plain.fingerprint()
+    assert marked.files == plain.files
+    assert render_prompt("q", marked, "model") == render_prompt("q", plain, "model")
+
+
+def test_rendered_text_is_counted_and_said(tmp_path, capsys):
+    tokenizer = make_folder(tmp_path / "tokenizer", "gpt2", CHATML)
+    rendered = "<|im_start|>user\nq</s>"
+    records = [{"text": rendered}, {"text": "a < b"}, {"text": f"{rendered}{rendered}"}]
+    counts = open_file(write_lines(tmp_path / "x.jsonl", records), tokenizer).counts
+    assert (counts["markers"], counts["marker"], counts["records"]) == (2, "<|im_start|>", 3)
+    again = open_file(tmp_path / "x.jsonl", tokenizer)
+    assert again.was_cached
+    assert again.counts == counts
+    prompts = [rendered, "fine", {"prompt": rendered}, {"messages": [{"role": "user", "content": rendered}]}]
+    say_markers("--data", prompts, tokenizer)
+    assert capsys.readouterr().err.startswith(
+        "--data: 3 of 4 records spell special tokens of this tokenizer, such as '<|im_start|>', and are read as plain"
+    )
+    say_markers("--data", ["fine"], tokenizer)
+    assert not capsys.readouterr().err
+
+
+def test_answers_keep_the_space_that_begins_them(prefixed):
+    ids = prefixed.encode_stretches([" Paris"], special=False, first=False)[0]
+    assert prefixed.decode(ids) == "Paris"
+    assert prefixed.decode_after(ids) == " Paris"
+    assert prefixed.decode_after([]) == ""
+    assert answer_decoder(BYTES, "chat")(list(b" x")) == " x"
