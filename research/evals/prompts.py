@@ -100,4 +100,5 @@ def _with_system(record: str | Mapping[str, Any], system: str | None) -> str | M
     messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
     if messages[0].get("role") == "system":
         return record
-    return {**record, "messages": [{"role": "system", "content": system}, *messages]}
+    others = {name: value for name, value in record.items() if name != "prompt"}
+    return {**others, "messages": [{"role": "system", "content": system}, *messages]}
