@@ -324,6 +324,8 @@ def _check_rules(rules: Mapping[str, Any]) -> None:
     for name, axes in rules.items():
         if name not in sharding.RULES:
             raise InputError(f"rules.{name}: no such logical axis.{did_you_mean(name, sharding.RULES)}")
+        if not (axes is None or isinstance(axes, str | list | tuple)):
+            raise InputError(f"rules.{name} = {axes!r}: must be a mesh axis, a list of them, or None.")
         for axis in sharding.mesh_axes(axes):
             if axis not in sharding.AXES:
                 raise InputError(f"rules.{name} = {axes!r}: no such mesh axis.{did_you_mean(axis, sharding.AXES)}")

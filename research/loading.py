@@ -182,7 +182,10 @@ def read_run(
       InputError: there is no such checkpoint, it has parameters of other shapes, or what the run began with is gone or
         has changed.
     """
-    names = checkpoints.parameter_names(workdir, step=step, ema=ema).get(start.role, {})
+    roles = checkpoints.parameter_names(workdir, step=step, ema=ema)
+    if roles and start.role not in roles:  # nothing of it is trained
+        return start.read(specs, placements)
+    names = roles.get(start.role, {})
     trained = params.named(specs, names)
     marks = _marks(workdir, start.role)
     if trained == specs or marks is None:

@@ -351,9 +351,13 @@ def _listing(specs: Tree, prefix: str) -> str:
     """The names of all parameters, and how to name those of one layer."""
     leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
     names = ", ".join(dict.fromkeys(prefix + whole_name(path) for path, _ in leaves))
-    depths = [_layers_of(path_name(path), spec.shape[0]).stop for path, spec in leaves if spec.axes[:1] == ("layers",)]
-    last = max(depths, default=0) - 1
-    return names + (f" (of one layer alone: {prefix}layers/0/... to {prefix}layers/{last}/...)" if last >= 0 else "")
+    layers: dict[str, set[int]] = {}  # what a layer's name begins with -> the layers
+    for path, spec in leaves:
+        before, stack, _ = f"/{prefix}{whole_name(path)}".rpartition("/layers/")
+        if stack and spec.axes[:1] == ("layers",):
+            layers.setdefault(f"{before}{stack}"[1:], set()).update(_layers_of(path_name(path), spec.shape[0]))
+    ranges = [f"{name}{min(numbers)}/... to {name}{max(numbers)}/..." for name, numbers in layers.items()]
+    return names + (f" (of one layer alone: {', '.join(ranges)})" if ranges else "")
 
 
 def _empty(tree: Any) -> bool:

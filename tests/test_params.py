@@ -60,6 +60,8 @@ def test_a_pattern_that_matches_nothing_names_what_there_is():
         params.matching(MODEL.specs, "layers/5/.*")
     with pytest.raises(InputError, match=r"of one layer alone: layers/0/\.\.\. to layers/4/\.\.\."):
         params.matching(MODEL.specs, "haed")
+    with pytest.raises(InputError, match=r"of one layer alone: value/layers/0/\.\.\. to value/layers/4/\.\.\.\)"):
+        params.matching({"value": MODEL.specs}, "haed", field="optimizer.groups.a.match")
     with pytest.raises(InputError, match=r"roles.value.trainable = '\(': is no regular expression"):
         params.matching(MODEL.specs, "(", field="roles.value.trainable")
 

@@ -129,7 +129,21 @@ def make_abstract_mesh(sizes: Mapping[str, int], num_devices: int) -> AbstractMe
 
 
 def partition(axes: Sequence[str | None], rules: Mapping[str, Any]) -> PartitionSpec:
-    """Logical axes -> PartitionSpec. An axis missing from `rules` is a KeyError: a typo in a model."""
+    """Logical axes -> PartitionSpec. An axis missing from `rules` is a KeyError: a typo in a model.
+
+    Raises:
+      InputError: rules cut two axes of the array by the same mesh axis.
+    """
+    cut: dict[str, str] = {}  # mesh axis -> the logical axis that it cuts
+    for axis in filter(None, axes):
+        for over in mesh_axes(rules[axis]):
+            if over in cut:
+                raise InputError(
+                    f"rules.{axis} = {rules[axis]!r}: an array has the axes {', '.join(filter(None, axes))}, and "
+                    f"{cut[over]!r} is cut by mesh.{over} already (rules.{cut[over]} = {rules[cut[over]]!r}). Cut one "
+                    "of them by another mesh axis, or by None."
+                )
+            cut[over] = axis
     return PartitionSpec(*(None if axis is None else rules[axis] for axis in axes))
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -126,9 +127,13 @@ class _Entry:
         if isinstance(weight, Mapping):
             if set(weight) != set(_SCHEDULE):
                 raise InputError(f"{field} = {dict(weight)}: a schedule has the fields start, end and steps.")
-            return optax.linear_schedule(float(weight["start"]), float(weight["end"]), int(weight["steps"]))
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise InputError(f"{field} = {weight!r}: a weight is a number or a schedule {{start, end, steps}}.")
+            steps = weight["steps"]
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+                raise InputError(f"{field}.steps = {steps!r}: must be a whole number, at least 1.")
+            for end in ("start", "end"):
+                _check_number(f"{field}.{end}", weight[end])
+            return optax.linear_schedule(float(weight["start"]), float(weight["end"]), steps)
+        _check_number(field, weight)
         return lambda step: jnp.asarray(weight, jnp.float32)
 
     def _sources(self) -> tuple[str, ...]:
@@ -137,6 +142,11 @@ class _Entry:
         if not isinstance(sources, list | tuple) or not all(isinstance(source, str) for source in sources):
             raise InputError(f"objective.terms.{self.name}.sources = {sources!r}: is a list of names of data.sources.")
         return tuple(sources)
+
+
+def _check_number(field: str, weight: Any) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise InputError(f"{field} = {weight!r}: a weight is a finite number or a schedule {{start, end, steps}}.")
 
 
 def _find(kind: Any, field: str) -> ModuleType:

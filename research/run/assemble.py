@@ -326,6 +326,7 @@ def _check_reads(config: Config, terms: Terms, models: Mapping[str, Any], batch:
                     f"{config.data.path!r} doesn't give.{did_you_mean(field, batch)}"
                 )
     read = {role for term in terms.values() for role in term.objective.trainable + term.objective.frozen}
+    read |= {models[role].of for role in read}  # whose trunk they share
     if unread := [role for role in config.roles if role not in read]:
         raise InputError(f"roles.{unread[0]}: no term of the objective reads it. Leave it out, or add the term.")
 

@@ -251,6 +251,15 @@ def inputs_of(batch):
             {"terms": {"kd": {"objective": "distill", "weight": {"start": 1}}}},
             r"objective\.terms\.kd\.weight = {'start': 1}",
         ),
+        ({"terms": {"sft": float("nan")}}, r"objective\.terms\.sft = nan: a weight is a finite number"),
+        (
+            {"terms": {"sft": {"weight": {"start": "0", "end": 1.0, "steps": 9}}}},
+            r"objective\.terms\.sft\.weight\.start = '0': a weight is a finite number",
+        ),
+        (
+            {"terms": {"sft": {"start": 0.0, "end": 1.0, "steps": 0}}},
+            r"objective\.terms\.sft\.steps = 0: must be a whole number, at least 1",
+        ),
         ({"terms": {"sft": {"start": 1.0}}}, r"objective\.terms\.sft = {'start': 1.0}: a schedule has the fields"),
         ({"terms": {"kd": 1.0}}, r"objective\.terms\.kd: no module research/objectives/kd\.py"),
         ({"terms": {"types": 1.0}}, r"objective\.terms\.types: .* has no function make"),

@@ -218,6 +218,23 @@ def test_a_part_of_a_checkpoint_is_trained_and_the_rest_comes_from_it(finished, 
     assert checkpoint.steps(tmp_path / "next")[-1] == 6
 
 
+def test_a_policy_of_which_nothing_is_trained_is_read_from_where_it_began(finished, tmp_path):
+    """The run trains a head on a third model alone, which only that head's role names."""
+    base = str(finished("layer"))
+    case = {
+        "objective": {"terms": {"two_roles": {"train_policy": False}}},
+        "roles": {"judge": {"init_from": base}, "value": {"of": "judge", "num_labels": 1}},
+        "model": {"init_from": base},
+        "tokenizer": {"kind": "auto"},
+    }
+    run(config_of(case, **case), str(tmp_path / "run"), devices=jax.devices()[:1])
+    assert checkpoint.steps(tmp_path / "run")[-1] == 4
+    policies = [loading.load_model(folder).params for folder in (base, str(tmp_path / "run"))]
+    jax.tree.map(np.testing.assert_array_equal, *policies)
+    with pytest.raises(InputError, match="average"):
+        loading.load_model(str(tmp_path / "run"), ema=True)
+
+
 def test_frozen_kernels_are_held_in_the_compute_dtype_or_as_asked():
     for dtype, asked, held in (
         ("bfloat16", "auto", "bfloat16"),
@@ -251,6 +268,7 @@ def test_frozen_kernels_are_held_in_the_compute_dtype_or_as_asked():
             },
             r"roles\.reference\.of = 'policy': all of the policy's trunk is trained",
         ),
+        ({"rules": {"embed": 1}}, r"rules\.embed = 1: must be a mesh axis, a list of them, or None"),
         ({"frozen_dtype": "float16"}, r"frozen_dtype = 'float16': no such choice"),
         ({"trainable": 3}, r"trainable = 3: must be a str or a Mapping"),
         ({"optimizer": {"groups": {"a": {"match": "value/.*"}}}}, r"groups\.a\.match = 'value/.*': matches none"),
