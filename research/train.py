@@ -186,7 +186,7 @@ class TrainStep:
             "tokens": _one(real),
             "supervised_fraction": (next(iter(outs.values())).weight, real),
             "grad_norm": _one(grad_norm),
-            "update_ratio": _one(update_norm / param_norm),
+            "update_ratio": _ratio(update_norm, param_norm),
             "learning_rate": _one(self.schedule(state.updates)),
             **{f"learning_rate/{name}": _one(f(state.updates)) for name, f in self.group_schedules.items()},
             "nonfinite": _one(~finite),
@@ -263,6 +263,11 @@ def _replicated(tree: Any) -> Any:
 
 def _one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(x, jnp.float32), jnp.ones((), jnp.float32)
+
+
+def _ratio(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x / y as a metric, which has no value where y is 0."""
+    return x / jnp.where(y == 0, 1, y), (y != 0).astype(jnp.float32)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

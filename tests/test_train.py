@@ -77,6 +77,21 @@ def test_microbatches_give_the_update_of_the_whole_batch(spec):
             np.testing.assert_allclose(*(m[name][0] / m[name][1] for m in (cut_metrics, metrics)), rtol=1e-4)
 
 
+def test_an_update_of_parameters_that_are_all_zero_has_no_ratio_to_them():
+    zero = {"a": jnp.zeros(3)}
+    terms = {"sum": Term(Objective(loss=_sum_of_parameters), lambda step: jnp.asarray(1.0))}
+    step = train.TrainStep(terms, {}, optax.sgd(1.0), schedule=lambda t: jnp.asarray(1.0))
+    state, metrics = step(train.init_state({"policy": zero}, step.optimizer, jax.random.PRNGKey(1)), {}, make_batch())
+    assert "update_ratio" not in train.means([metrics])
+    np.testing.assert_array_equal(state.params["policy"]["a"], -jnp.ones(3))
+    _, metrics = step(state, {}, make_batch())
+    np.testing.assert_allclose(train.means([metrics])["update_ratio"], 1.0, rtol=1e-6)
+
+
+def _sum_of_parameters(forward, batch, context):
+    return LossOut(jnp.sum(forward.params["policy"]["a"]), jnp.ones(()), {})
+
+
 def test_the_gradient_is_that_of_the_mean_over_supervised_tokens():
     batch, values = make_batch(), {"policy": INITIAL}
 

@@ -56,8 +56,9 @@ def make(
 
     def loss(forward: Forward, batch: Batch, context: Context) -> LossOut:
         read = reader(forward, batch)
+        values = class_losses.cross_entropies(*read, label_smoothing=label_smoothing)
         total = class_losses.cross_entropy(*read, label_smoothing=label_smoothing)
-        return LossOut(total, jnp.sum(read.weights), metrics(read))
+        return LossOut(total, jnp.sum(read.weights), metrics(read), per_token=(values, read.weights))
 
     return Objective(loss=loss, fields=FIELDS)
 

@@ -78,9 +78,16 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Scalar:
     """-sum_c y_c log p_c, with y = (1 - label_smoothing) label + label_smoothing / C (arXiv:1512.00567, section 7)."""
-    log_p, labels, weights = _prepare(logits, labels, weights)
+    return _sum(
+        weights.astype(_dtype(logits)), cross_entropies(logits, labels, weights, label_smoothing=label_smoothing)
+    )
+
+
+def cross_entropies(logits: Classes, labels: Classes, weights: Positions, *, label_smoothing: float = 0.0) -> Positions:
+    """`cross_entropy` of each position, before it is weighted."""
+    log_p, labels, _ = _prepare(logits, labels, weights)
     y = (1 - label_smoothing) * labels + label_smoothing / logits.shape[-1]
-    return _sum(weights, -jnp.sum(y * log_p, axis=-1))
+    return -jnp.sum(y * log_p, axis=-1)
 
 
 def hard_cross_entropy(logits: Classes, labels: Classes, weights: Positions) -> Scalar:

@@ -97,15 +97,17 @@ def make_rollout(
         since = t - length[:, None]
         answer = (since >= 0) & (since < out.lengths[:, None])
         kept = since < 0
-        made = jnp.where(answer, _at(out.tokens, since), jnp.where(kept, tokens, 0))
-        here = mine[:, None]
-        return {
-            **batch,
-            "tokens": jnp.where(here, made, tokens),
-            "segment_ids": jnp.where(here, (kept | answer).astype(jnp.int32), batch["segment_ids"]),
-            "positions": jnp.where(here, jnp.where(kept | answer, t, 0), batch["positions"]),
+        written = jnp.where(answer, _at(out.tokens, since), jnp.where(kept, tokens, 0))
+        here, real = mine[:, None], kept | answer
+        answered = {
+            "tokens": jnp.where(here, written, tokens),
+            "segment_ids": jnp.where(here, real.astype(jnp.int32), batch["segment_ids"]),
+            "positions": jnp.where(here, jnp.where(real, t, 0), batch["positions"]),
             "loss_mask": jnp.where(here, answer.astype(jnp.float32), batch["loss_mask"]),
         }
+        if "source" in batch:  # an answer is of its prompt's source, and may be longer than the data's
+            answered["source"] = jnp.where(here, jnp.where(real, batch["source"][:, :1], 0), batch["source"])
+        return {**batch, **answered}
 
     return rollout
 

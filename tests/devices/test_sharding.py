@@ -109,7 +109,9 @@ def test_rules_are_those_of_the_table_but_for_the_overrides():
     assert {**rules, "batch": None} == {**sharding.RULES, "batch": None}
     assert sharding.make_rules(rules) == rules
     assert hash(sharding.make_rules({})) == hash(sharding.RULES)
-    with pytest.raises(InputError, match=r"rules\.time = 'sequence': .* axes batch, time, and 'batch' .* mesh\.sequence"):
+    with pytest.raises(
+        InputError, match=r"rules\.time = 'sequence': .* axes batch, time, and 'batch' .* mesh\.sequence"
+    ):
         sharding.partition(("batch", "time", None), sharding.make_rules({"batch": ["data", "sequence"]}))
     with pytest.raises(InputError, match="'embed' has size 3"):
         sharding.named(sharding.make_mesh(MESH), ("embed",), rules, shape=(3,))

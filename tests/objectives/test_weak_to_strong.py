@@ -96,6 +96,17 @@ def test_words_are_the_labels_of_a_language_model():
     assert float(out.weight) == here.sum()
 
 
+def test_the_loss_of_classes_is_told_by_source():
+    batch = make_batch()
+    source = (jnp.arange(T) % 2 * (batch["segment_ids"] > 0)).astype(jnp.int32)
+    inputs = Inputs(jax.random.PRNGKey(0), jnp.zeros((), jnp.int32), row_numbers(batch), {})
+    forward = types.Forward({"policy": CLASSIFIER}, {"policy": CLASSIFIES}, batch | {"source": source})
+    out = losses(term("classify", label_smoothing=0.1), forward, inputs, ("even", "odd"))["classify"]
+    parts = [out.metrics[f"loss/{name}"] for name in ("even", "odd")]
+    np.testing.assert_allclose(np.sum(parts, axis=0), (out.loss_sum, out.weight), rtol=1e-5)
+    assert min(float(weight) for _, weight in parts) > 0
+
+
 @pytest.mark.parametrize("hard", [True, False])
 def test_classify_counts_labelled_positions_alone(hard):
     batch = make_batch(hard=hard)

@@ -33,7 +33,8 @@ def make_batch():
         segments[row, : prompt + 4] = 1
         mask[row, prompt : prompt + 4] = 1
     positions = np.where(segments > 0, np.arange(T, dtype=np.int32)[None], 0)
-    return {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": mask}
+    source = np.where(segments > 0, np.array([[1], [0], [1], [0]], np.int32), 0)
+    return {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": mask, "source": source}
 
 
 @functools.cache
@@ -61,6 +62,7 @@ def test_an_answer_is_what_generate_gives_for_the_prompt():
             "loss_mask": [0] * prompt + [1] * (end - prompt),
             "segment_ids": [1] * end,
             "positions": list(range(end)),
+            "source": [1 - row] * end,
         }.items():
             np.testing.assert_array_equal(after[name][row], want + [0] * (T - end))
         np.testing.assert_array_equal(after["tokens"][row, end:], 0)
