@@ -214,6 +214,8 @@ def _write_view(partial: Path, store: Store, view: views.View, where: str) -> No
             seen = view.documents(views.Document(tokens, mask), np.random.default_rng(int(store.key[i])))
             for n, document in enumerate(seen):
                 _check_document(document, view, where)
+                if store.labels is not None:  # a label is read at the last token, whichever that is
+                    document = document._replace(mask=np.arange(len(document.tokens)) == len(document.tokens) - 1)
                 text = text and bool(document.mask.all())
                 outputs["tokens"].write(document.tokens.astype(store.tokens.dtype).tobytes())
                 outputs["mask"].write(document.mask.astype(bool).tobytes())

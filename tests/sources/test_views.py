@@ -54,6 +54,19 @@ def test_truncate_keeps_the_first_or_last_tokens(texts):
     assert data.report["train"]["examples"] == 40
 
 
+def test_what_has_a_label_has_it_at_the_last_token_that_is_seen(tmp_path):
+    path = write(tmp_path / "l.jsonl", [{"text": f"{i:03}" + "a" * i, "label": i % 3} for i in range(30)])
+    for keep in ("first", "last"):
+        data = load(spec(path, {"kind": "truncate", "tokens": 5, "keep": keep}, format="labelled"), BYTE)
+        rows = data.train[0][0]
+        batch = rows.batch(np.arange(len(rows)))
+        assert data.report["train"]["examples"] == 30
+        assert batch["label_probs"].sum(axis=(0, 1)).tolist() == [10, 10, 10]
+        at = batch["label_probs"].sum(-1) > 0
+        following = np.pad(batch["segment_ids"][:, 1:], ((0, 0), (0, 1)))
+        np.testing.assert_array_equal(at, (batch["segment_ids"] > 0) & (following != batch["segment_ids"]))
+
+
 def test_reverse_keeps_beginning_and_end_and_what_is_supervised(tmp_path, texts):
     data = load(spec(texts, {"kind": "reverse"}, seq_len=256), BYTE)
     want = sorted(f"<|bos|>{(f'{i:03}' + 'abcdefghij' * (i % 12))[::-1]}<|eos|>" for i in range(40))
