@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 from research.errors import InputError
 from research.models.generation import make_generate
@@ -83,33 +84,36 @@ def make_rollout(
     def rollout(params: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         choose_key, sample_key = jax.random.split(key)
         tokens = batch["tokens"]
-        B, T = tokens.shape
         answers = (batch["loss_mask"] > 0) & (batch["segment_ids"] == 1)
         start = jnp.argmax(answers, axis=1).astype(jnp.int32)  # 0 where there is no answer, or nothing before it
-        mine = jax.random.uniform(choose_key, (B,)) < spec.share
+        mine = jax.random.uniform(choose_key, start.shape) < spec.share
         mine &= (start > 0) & (start <= room)
         length = jnp.where(mine, start, 0)
         shift = jnp.arange(room, dtype=jnp.int32)[None] - (room - length[:, None])
         prompts = jnp.where(shift >= 0, _at(tokens, shift), 0)
         out = generate(params, prompts, length, sample_key, slots=spec.slots or None)
 
-        t = jnp.arange(T, dtype=jnp.int32)[None]
-        since = t - length[:, None]
-        answer = (since >= 0) & (since < out.lengths[:, None])
-        kept = since < 0
-        written = jnp.where(answer, _at(out.tokens, since), jnp.where(kept, tokens, 0))
-        here, real = mine[:, None], kept | answer
-        answered = {
-            "tokens": jnp.where(here, written, tokens),
-            "segment_ids": jnp.where(here, real.astype(jnp.int32), batch["segment_ids"]),
-            "positions": jnp.where(here, jnp.where(real, t, 0), batch["positions"]),
-            "loss_mask": jnp.where(here, answer.astype(jnp.float32), batch["loss_mask"]),
-        }
-        if "source" in batch:  # an answer is of its prompt's source, and may be longer than the data's
-            answered["source"] = jnp.where(here, jnp.where(real, batch["source"][:, :1], 0), batch["source"])
-        return {**batch, **answered}
+        return _answered(batch, mine, length, out)
 
     return rollout
+
+
+def _answered(batch: Batch, mine: Bool[Array, " B"], length: Int[Array, " B"], answers: Any) -> dict[str, jax.Array]:
+    """The batch in which the rows that are `mine` hold a prompt of so many tokens and the answer generated for it."""
+    t = jnp.arange(batch["tokens"].shape[1], dtype=jnp.int32)[None]
+    since, here = t - length[:, None], mine[:, None]
+    answer = (since >= 0) & (since < answers.lengths[:, None])
+    real = (since < 0) | answer
+    tokens = jnp.where(answer, _at(answers.tokens, since), jnp.where(real, batch["tokens"], 0))
+    fields = {
+        "tokens": tokens,
+        "segment_ids": real.astype(jnp.int32),
+        "positions": jnp.where(real, t, 0),
+        "loss_mask": answer.astype(jnp.float32),
+    }
+    if "source" in batch:  # an answer is of its prompt's source, and may be longer than the data's
+        fields["source"] = jnp.where(real, batch["source"][:, :1], 0)
+    return {**batch, **{name: jnp.where(here, value, batch[name]) for name, value in fields.items()}}
 
 
 def _at(x: jax.Array, index: jax.Array) -> jax.Array:

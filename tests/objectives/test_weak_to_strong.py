@@ -98,7 +98,7 @@ def test_words_are_the_labels_of_a_language_model():
 
 def test_the_loss_of_classes_is_told_by_source():
     batch = make_batch()
-    source = (jnp.arange(T) % 2 * (batch["segment_ids"] > 0)).astype(jnp.int32)
+    source = jnp.where(batch["segment_ids"] > 0, jnp.arange(T, dtype=jnp.int32) % 2, 0)
     inputs = Inputs(jax.random.PRNGKey(0), jnp.zeros((), jnp.int32), row_numbers(batch), {})
     forward = types.Forward({"policy": CLASSIFIER}, {"policy": CLASSIFIES}, batch | {"source": source})
     out = losses(term("classify", label_smoothing=0.1), forward, inputs, ("even", "odd"))["classify"]
