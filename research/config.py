@@ -6,6 +6,7 @@ the dataclasses below. Every error names the field as it is spelt on the command
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -294,6 +295,13 @@ def trainable_pattern(config: Config, role: str) -> str:
     return config.trainable.get(role, "")
 
 
+_RESERVED_ROLES = {
+    "policy": "the model of the section `model`",
+    "objectives": "where parameters of terms lie",
+    "layers": "what names of layers begin with",
+}
+
+
 def _check_roles(config: Config) -> None:
     """Raises InputError for `trainable`, `frozen_dtype` and roles of another's trunk that can't be."""
     names = ("policy", *config.roles)
@@ -307,6 +315,10 @@ def _check_roles(config: Config) -> None:
             raise InputError(f"trainable.{role} = {pattern!r}: must be a regular expression on names.")
     for role, section in config.roles.items():
         owner, where = section.of, f"roles.{role}"
+        if role in _RESERVED_ROLES or not re.fullmatch(r"[\w-]+", role):
+            raise InputError(
+                f"{where}: {role!r} is {_RESERVED_ROLES.get(role, 'no name of a role')}. Use another name."
+            )
         if not owner:
             continue
         if owner not in names or owner == role or (owner in config.roles and config.roles[owner].of):

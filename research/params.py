@@ -278,7 +278,7 @@ def fingerprint(values: Tree) -> dict[str, tuple[float, float]]:
             marks[name] = (float(total), float(norm))
             continue
         for layer, *pair in zip(_layers_of(name, len(total)), total, norm, strict=True):
-            marks[_without_piece(name).replace("layers/", f"layers/{layer}/", 1)] = tuple(map(float, pair))
+            marks[_of_layer(_without_piece(name), layer)] = tuple(map(float, pair))
     return marks
 
 
@@ -322,6 +322,11 @@ def _without_piece(name: str) -> str:
     return re.sub(r"(^|/)layers/\d+(-\d+)?/", r"\1layers/", name)
 
 
+def _of_layer(name: str, layer: int) -> str:
+    """The name of a stack of layers -> that of one of them."""
+    return re.sub(r"(^|/)layers/", rf"\g<1>layers/{layer}/", name, count=1)
+
+
 def _like(part: Tree, tree: Tree) -> Tree:
     """True for the leaves of `tree` that `part` has too."""
     if not isinstance(tree, Mapping):
@@ -342,7 +347,7 @@ def _masks(specs: Tree, pattern: str, field: str, prefix: str) -> dict[tuple, li
         if spec.axes[:1] != ("layers",) or "layers/" not in name:
             return [whole]
         layers = _layers_of(path_name(path), spec.shape[0])
-        return [whole or bool(names.fullmatch(name.replace("layers/", f"layers/{i}/", 1))) for i in layers]
+        return [whole or bool(names.fullmatch(_of_layer(name, i))) for i in layers]
 
     return {path: mask(path, spec) for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)}
 

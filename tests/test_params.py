@@ -66,6 +66,13 @@ def test_a_pattern_that_matches_nothing_names_what_there_is():
         params.matching(MODEL.specs, "(", field="roles.value.trainable")
 
 
+def test_layers_of_a_role_whose_name_ends_in_layers_are_told_apart():
+    pattern = "sublayers/layers/3/.*"
+    specs = params.cut(MODEL.specs, pattern, prefix="sublayers/")
+    mask = params.matching({"sublayers": specs}, pattern)["sublayers"]
+    assert sorted(params.split(specs, mask)[0]["layers"]) == ["3"]
+
+
 def test_two_trees_with_the_same_leaf_are_not_joined():
     with pytest.raises(ValueError, match="'a' is in two"):
         params.join({"a": 1}, {"a": 2})
