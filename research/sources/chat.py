@@ -54,6 +54,7 @@ class ChatTemplate(NamedTuple):
       end: any token that the tokenizer takes whole, special or not, and white space before it.
       marks_answers: it has {% generation %}.
       parts_of: the roles whose content it wants as a list of parts, [{"type": "text", "text": ...}], and not as text.
+      deaf_to: the roles whose content it writes in neither form.
     """
 
     source: str
@@ -64,6 +65,7 @@ class ChatTemplate(NamedTuple):
     end: re.Pattern[str]
     marks_answers: bool
     parts_of: frozenset[str] = frozenset()
+    deaf_to: frozenset[str] = frozenset()
 
 
 def make_template(
@@ -80,24 +82,34 @@ def make_template(
         end=re.compile(rf"\s*{_any_of(added)}"),
         marks_answers=re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None,
     )
-    return chat._replace(parts_of=frozenset(role for role in _ROLES if _wants_parts(chat, role)))
+    forms = {role: _form(chat, role) for role in _ROLES}
+    return chat._replace(
+        parts_of=frozenset(role for role, form in forms.items() if form == "parts"),
+        deaf_to=frozenset(role for role, form in forms.items() if form == "none"),
+    )
 
 
-def _wants_parts(chat: ChatTemplate, role: str) -> bool:
-    """Whether the template writes what a role says where it is a list of parts, and leaves it out where it is text."""
+def _form(chat: ChatTemplate, role: str) -> str:
+    """The form of content in which the template writes what a role says: "text" or "parts"; "none" where it leaves out
+    both, and "unknown" where it refuses the conversations that this is tried with."""
     others = frozenset(_ROLES) - {role}
-    as_text = any(_writes(chat._replace(parts_of=parts), role) for parts in (frozenset(), others))
-    return not as_text and any(_writes(chat._replace(parts_of=parts | {role}), role) for parts in (frozenset(), others))
+    as_text = [_writes(chat._replace(parts_of=parts), role) for parts in (frozenset(), others)]
+    if True in as_text:
+        return "text"
+    as_parts = [_writes(chat._replace(parts_of=parts | {role}), role) for parts in (frozenset(), others)]
+    if True in as_parts:
+        return "parts"
+    return "none" if False in (*as_text, *as_parts) else "unknown"
 
 
-def _writes(chat: ChatTemplate, role: str) -> bool:
-    """Whether a conversation's rendering holds what `role` says in it."""
+def _writes(chat: ChatTemplate, role: str) -> bool | None:
+    """Whether a conversation's rendering holds what `role` says in it; None where the template refuses it."""
     roles = _ROLES if role == "system" else _ROLES[1:]
     try:
         messages = [{"role": each, "content": _HERE if each == role else "?"} for each in roles]
         return _HERE in _render(chat, messages, False)
     except InputError:
-        return False  # it wants content of another kind, or has no such role
+        return None  # it wants content of another kind, or has no such role
 
 
 def render_parts(
@@ -128,6 +140,12 @@ def render_parts(
         for message in messages
     ]
     text = _render(chat, marked, add_generation_prompt)
+    unread = [message["role"] for message in messages if message["role"] in chat.deaf_to - {"assistant"}]
+    if unread:
+        raise InputError(
+            f"the model's chat template leaves out what a {unread[0]} message says, of {_describe(messages)}. Drop the "
+            "message, mend the template, or use another: 'chat' or 'plain'."
+        )
     _refuse_forgery(chat, messages, text, add_generation_prompt)
     if chat.marks_answers:
         text = _unmark(chat, marked, text, add_generation_prompt, unlearned)

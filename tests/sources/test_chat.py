@@ -236,7 +236,9 @@ def test_data_are_put_into_the_models_template(tmp_path):
         r"<\|im_start\|>user\nsay (\d+)<\|im_end\|>\n<\|im_start\|>assistant\nit is \1<\|im_end\|>\n", text
     )
     assert batch["tokens"][batch["loss_mask"] > 0].tolist().count(tokenizer.eos) == text.count("assistant\n")
-    (path / "chat_template.jinja").write_text("{{ raise_exception('No!') if '7' in messages[0].content }}<|im_end|>")
+    (path / "chat_template.jinja").write_text(
+        "{{ raise_exception('No!') if '7' in messages[0].content }}{{ messages[0].content }}<|im_end|>"
+    )
     with pytest.raises(InputError, match=r"x\.jsonl:8: the model's chat template can't write .* 'say 7': No!"):
         load(spec, TokenizerSpec(str(path)))
     with pytest.raises(InputError, match=r"template: 'model', but the tokenizer has no chat template"):

@@ -103,6 +103,21 @@ def test_parts_for_one_role_only(tmp_path):
     assert tokenizer.decode(tokens, skip_special=False) == "[INST] why? [/INST]so</s>"
 
 
+def test_what_a_template_leaves_out_is_refused(tmp_path):
+    no_system = CHATML.replace("in messages %}", "in messages if m.role != 'system' %}")
+    tokenizer = make_folder(tmp_path / "a", "gpt2", no_system)
+    assert (tokenizer.chat.deaf_to, tokenizer.chat.parts_of) == ({"system"}, frozenset())
+    assert encode([[("user", "q"), ("assistant", "a")]], tokenizer, "model")[1].any()
+    with pytest.raises(InputError, match="x:1: the model's chat template leaves out what a system message says"):
+        encode([[("system", "s"), ("user", "q"), ("assistant", "a")]], tokenizer, "model", ["x:1"])
+    other_parts = PARTS.replace("part.text", "part.words")
+    tokenizer = make_folder(tmp_path / "b", "gpt2", other_parts)
+    with pytest.raises(InputError, match="leaves out what a user message says"):
+        render_prompt("q", tokenizer, "auto")
+    raises = "{% if messages[0].role == 'system' %}{{ raise_exception('No system!') }}{% endif %}" + CHATML
+    assert make_folder(tmp_path / "c", "gpt2", raises).chat.deaf_to == frozenset()
+
+
 def test_named_templates_without_a_default_are_refused(tmp_path):
     named = [{"name": "rag", "template": CHATML}, {"name": "tools", "template": CHATML}]
     tokenizer = make_folder(tmp_path, "gpt2", chat_template=named)
