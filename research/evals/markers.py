@@ -30,3 +30,12 @@ def say_markers(where: str, records: Iterable[str | Mapping[str, Any]], tokenize
     count, example = count_markers(map(texts_of, records), tokenizer)
     if count:
         print(f"{where}: {describe_markers(count, len(records), example)}", file=sys.stderr)
+
+
+def source_lines(report: Mapping[str, Any]) -> list[str]:
+    """A line for each source of a data report (dataset.Data.report) of which records spell special tokens."""
+    return [
+        f"{source['name']}: {describe_markers(source['markers'], source['records'], source['marker'])}"
+        for source in report["sources"]
+        if source["markers"]
+    ]

@@ -13,11 +13,11 @@ from research import config as config_lib
 from research import loading, params
 from research.config import Config
 from research.devices import distributed, startup
+from research.evals import markers
 from research.files import read_json, write_json
 from research.run import metrics
 from research.run.assemble import Parts
 from research.run.resolve import Inputs
-from research.sources import formats
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "understudy")
 
@@ -112,9 +112,8 @@ def _describe_data(writer: metrics.Writer, report: dict[str, Any]) -> None:
         bad = "".join(f", {n:,} skipped: {reason}" for reason, n in source["bad"].items())
         twice = f", {source['duplicates']:,} duplicates dropped" if source["duplicates"] else ""
         writer.print(f"data     {source['name']}: {source['records']:,} records{twice}{bad}{share}")
-        if source["markers"]:
-            line = formats.describe_markers(source["markers"], source["records"], source["marker"])
-            writer.print(f"data     {source['name']}: {line}")
+    for line in markers.source_lines(report):
+        writer.print(f"data     {line}")
     for part in ("train", "held_out"):
         counts = report[part]
         faults = {k: n for k, n in counts.items() if k.startswith(("too_long", "nothing_supervised")) and n}

@@ -13,6 +13,7 @@ from research.evals.prompts import PromptEncoder, read_prompts
 from research.evals.scoring import encode_pair, encode_records
 from research.files import read_json
 from research.sources import store as store_lib
+from research.sources.dataset import DataSpec, load
 from research.sources.formats import answer_decoder, encode, render_prompt, resolve_template
 from research.sources.records import SHOWN, BadRecord, check, locate, parse
 from research.sources.store import open_store
@@ -302,3 +303,12 @@ def test_answers_keep_the_space_that_begins_them(prefixed):
     assert prefixed.decode_after(ids) == " Paris"
     assert prefixed.decode_after([]) == ""
     assert answer_decoder(BYTES, "chat")(list(b" x")) == " x"
+
+
+def test_policy_and_teacher_read_the_same_records(tmp_path):
+    refusing = "{% if '7' in messages[0].content %}{{ raise_exception('No!') }}{% endif %}" + CHATML
+    teacher = make_folder(tmp_path / "teacher", "gpt2", refusing)
+    path = write_lines(tmp_path / "x.jsonl", [{"prompt": f"p{i}", "response": "r"} for i in range(12)])
+    spec = DataSpec(path=str(path), seq_len=64, on_bad_record="skip", cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(InputError, match=r"data\.path: '.*x\.jsonl' has records that the chat template of the policy"):
+        load(spec, TokenizerSpec(), BYTES, teacher=teacher)

@@ -1,0 +1,32 @@
+"""What a run says of its data at the start."""
+
+import json
+
+from research.run import record
+from research.sources.dataset import DataSpec, load
+from research.sources.tokenizers import TokenizerSpec
+
+
+class Printer:
+    """Keeps what a metrics.Writer would print."""
+
+    def __init__(self):
+        self.lines = []
+
+    def print(self, line):
+        self.lines.append(line)
+
+
+def test_skipped_and_rendered_records_are_said(tmp_path):
+    pairs = [{"prompt": f"<|user|>{i}" if i < 3 else f"p{i}", "response": "r"} for i in range(20)]
+    lines = [{"version": 1}, *pairs, {"prompt": "q", "response": "r", "tools": [{"name": "f"}]}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    spec = DataSpec(path=str(tmp_path / "x.jsonl"), seq_len=64, on_bad_record="skip")
+    printer = Printer()
+    record._describe_data(printer, load(spec, TokenizerSpec()).report)
+    first, second = printer.lines[:2]
+    assert first.endswith("x.jsonl: 22 records, 1 skipped: unknown format, 1 skipped: has tools")
+    assert second.endswith(
+        "x.jsonl: 3 of 22 records spell special tokens of this tokenizer, such as '<|user|>', and are read as plain "
+        "text. Where conversations were rendered into them, give the messages instead."
+    )
