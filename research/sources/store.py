@@ -155,8 +155,8 @@ def open_store(
     def build(partial: Path) -> None:
         counts: Counter[str] = Counter()
         examples = read_examples(origin, format, fields, on_bad_record, counts, classes)
-        skip = on_bad_record == "skip"
-        _write(partial, examples, tokenizer, template, counts, origin.name, skip)
+        if not _write(partial, examples, tokenizer, template, counts, on_bad_record == "skip"):
+            raise _none_usable(origin.name, counts)
 
     was_cached = cached(folder, build)
     return _read(folder, was_cached)
@@ -252,9 +252,9 @@ def _write(
     tokenizer: Tokenizer,
     template: str,
     counts: Counter[str],
-    name: str,
     skip: bool,
-) -> None:
+) -> bool:
+    """Writes the examples' tokens and what belongs to them; returns whether there are any."""
     dtype = "<u2" if tokenizer.size <= 2**16 else "<u4"
     rows: list[np.ndarray] = []
     samples: list[dict[str, Any]] = []
@@ -283,7 +283,7 @@ def _write(
                 mask_file.write(mask.tobytes())
                 samples = _least(samples, chunk, lengths)
     if not rows:
-        raise _none_usable(name, counts)
+        return False
     np.save(partial / "examples.npy", np.concatenate(rows))
     if labels:
         np.save(partial / "labels.npy", _distributions(labels))
@@ -296,6 +296,7 @@ def _write(
     }
     meta["counts"] |= {"markers": counts["markers"], "marker": marker}
     (partial / "meta.json").write_text(json.dumps(meta, default=str))
+    return True
 
 
 def _encode(

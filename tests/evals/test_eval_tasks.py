@@ -198,3 +198,10 @@ def test_tasks_say_how_many_records_are_rendered_already(tmp_path, capsys):
     path = _file(tmp_path / "x.jsonl", {"question": "<|user|>a?", "choices": ["x", "y"], "answer": 0})
     tasks.load(f"choice:{path}", MODEL, TOKENIZER, "chat")
     assert "1 of 1 records spell special tokens of this tokenizer, such as '<|user|>'" in capsys.readouterr().err
+
+
+def test_an_answer_of_weight_0_is_none_to_expect(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    path = _file(tmp_path / "x.jsonl", {"messages": turns})
+    with pytest.raises(InputError, match=r"x\.jsonl:1: has a last turn of weight 0"):
+        tasks.load(f"exact_match:{path}", MODEL, TOKENIZER, "chat")

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import tokenizers as hf
+from text_cases import TEXTS as ODD
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from research.errors import InputError
@@ -299,3 +300,14 @@ def test_stretches_that_go_on_get_no_space_before_them():
     assert tokenizer.encode_stretches(stretches, special=False, first=False) == [[1, 0, 2], [0, 1], [2]]
     assert tokenizer.encode_stretches(["a</s>b"], special=True, first=False) == [[1, 4, 0, 2]]
     assert 4 not in tokenizer.encode("a</s>"), "the next plain text is plain again"
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "llama2"])  # whose vocabulary is ASCII
+def test_odd_texts_are_decoded_as_they_were_rendered(families, name):
+    _, tokenizer = families[name]
+    examples = [[("user", a.strip()), ("assistant", b.strip())] for a, b in zip(ODD[::2], ODD[1::2], strict=True)]
+    tokens, _, lengths = encode(examples, tokenizer, "model")
+    for turns, ids in zip(examples, np.split(tokens, np.cumsum(lengths)[:-1]), strict=True):
+        text = tokenizer.decode(ids, skip_special=False)
+        assert text == "".join(part.text for part in render_parts(tokenizer.chat, messages(turns)))
+        assert all(said in text for _, said in turns)
