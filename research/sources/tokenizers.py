@@ -36,7 +36,7 @@ _KNOWN_EOS = (
 )
 # Beside tokenizer.json, a model's folder may hold these; `save` gives them back.
 _CONFIG, _GENERATION, _TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
-_SPECIAL = "special_tokens_map.json"
+_SPECIAL, _OTHER_TEMPLATES = "special_tokens_map.json", "additional_chat_templates"
 _OTHER_FILES = (_SPECIAL, "added_tokens.json", "tokenizer.model", _GENERATION, _TEMPLATE)
 # What a tokenizer without a tokenizer.json is made of.
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
@@ -325,10 +325,19 @@ def _find_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> tup
     if _TEMPLATE in files:
         return files[_TEMPLATE].decode(), ()
     template = config.get("chat_template")
-    if isinstance(template, list):
+    if template is None or isinstance(template, str):
+        return template or None, ()
+    try:
         by_name = {named["name"]: named["template"] for named in template}
-        return by_name.get("default"), () if "default" in by_name else tuple(by_name)
-    return template or None, ()
+        well_formed = all(isinstance(text, str) for pair in by_name.items() for text in pair)
+    except (TypeError, KeyError):
+        well_formed = False
+    if not well_formed:
+        raise InputError(
+            f"{_CONFIG}: chat_template = {str(template)[:40]} is neither text nor a list of objects with the texts "
+            "'name' and 'template'. Mend it."
+        )
+    return by_name.get("default"), () if "default" in by_name else tuple(by_name)
 
 
 @functools.cache
@@ -381,6 +390,9 @@ def _read(path: Path, eos_token: str) -> Tokenizer:
     config, special, generation = (
         read_json(file.parent / name, {}, name="tokenizer.kind") for name in (_CONFIG, _SPECIAL, _GENERATION)
     )
+    others = sorted((file.parent / _OTHER_TEMPLATES).glob("*.jinja"))
+    if others and "chat_template" not in config and not (file.parent / _TEMPLATE).is_file():
+        config["chat_template"] = [{"name": each.stem, "template": _read_file(each).decode()} for each in others]
     files = {name: _read_file(file.parent / name) for name in _OTHER_FILES if (file.parent / name).is_file()}
     eos = _find_eos(backend, eos_token, {**special, **config}, str(file))
     ends = generation.get("eos_token_id")

@@ -126,8 +126,19 @@ def test_named_templates_without_a_default_are_refused(tmp_path):
         with pytest.raises(InputError, match="the chat templates 'rag', 'tools', and none called 'default'"):
             resolve_template(template, tokenizer)
     assert resolve_template("plain", tokenizer) == "plain"
+    make_folder(tmp_path, "gpt2")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text(CHATML)
+    with pytest.raises(InputError, match="the chat templates 'rag', and none called 'default'"):
+        resolve_template("auto", load_pretrained(tmp_path))
     named[0]["name"] = "default"
     assert resolve_template("auto", make_folder(tmp_path, "gpt2", chat_template=named)) == "model"
+
+
+@pytest.mark.parametrize("template", [5, [5], [{"name": "default"}], [{"name": "default", "template": 5}], {"a": "b"}])
+def test_a_chat_template_of_another_type_is_refused(tmp_path, template):
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template = .* is neither text nor a list"):
+        make_folder(tmp_path, "gpt2", chat_template=template)
 
 
 @pytest.mark.parametrize(
