@@ -245,6 +245,11 @@ def check(config: Config, *, num_devices: int) -> None:
         raise InputError(f"ema_decay = {config.ema_decay}: must be in [0, 1); 0 turns it off.")
     if config.checkpoint.best_mode not in ("min", "max"):
         raise InputError(f"checkpoint.best_mode = {config.checkpoint.best_mode!r}: must be 'min' or 'max'.")
+    if config.checkpoint.best_metric and not config.checkpoint.best_metric.startswith("eval/"):
+        raise InputError(
+            f"checkpoint.best_metric = {config.checkpoint.best_metric!r}: must be a metric of the evaluation, such as "
+            "'eval/loss', or '' for none."
+        )
     if config.checkpoint.best_metric and config.checkpoint.every and config.checkpoint.every % (config.eval.every or 1):
         raise InputError(
             f"checkpoint.best_metric = {config.checkpoint.best_metric!r} needs an evaluation at every checkpoint, and "

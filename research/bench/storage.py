@@ -12,6 +12,7 @@ import jax
 from research.bench import measure, prepared
 from research.bench.types import Bench, Result, in_ms
 from research.pretrained import load
+from research.rollouts.experience import Place
 from research.run import checkpoint
 
 _LARGE = 4e9  # bytes of a state that is written once alone
@@ -42,7 +43,7 @@ def _checkpoint(step: prepared.Prepared) -> tuple[float, float]:
     """Seconds that our checkpoint takes to be written, and read."""
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(checkpoint.Checkpointer(folder)) as saver:
         began = time.perf_counter()
-        saver.save(step.state, {"step": 0}, {}, {})
+        saver.save(step.state, Place({"row": 0}), {}, {})
         saver.wait()
         written = time.perf_counter()
         jax.block_until_ready(saver.restore(step.parts.state)[0].params)
@@ -88,7 +89,7 @@ def _save(ours: prepared.Stepper, saver: Any, number: int, after: int) -> tuple[
     """Seconds that a save stalls, that the steps after it take longer in all, and of a step before it."""
     step = statistics.median(ours(min(after, 5)))
     began = time.perf_counter()
-    saver.save(ours.state, {"step": number}, {}, {})
+    saver.save(ours.state, Place({"row": number}), {}, {})
     stall = time.perf_counter() - began
     slowed = sum(ours(after)) - after * step
     saver.wait()

@@ -5,6 +5,7 @@ Orbax is imported where it is used: that takes a third of all imports' time.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,17 @@ def best_step(workdir: str | Path) -> int:
     scores = {}
     for step in steps(workdir):
         file = Path(workdir) / FOLDER / str(step) / "metrics" / "metrics"
-        if file.is_file():
-            scores[step] = sign * read_json(file)[name]
+        if file.is_file() and name in (metrics := read_json(file)):
+            scores[step] = score(metrics, name, sign)
     if not scores:
         raise InputError(f"{workdir}: has no best checkpoint (checkpoint.best_metric = {name!r}). Take the newest one.")
     return max(scores, key=lambda step: scores[step])
+
+
+def score(metrics: Mapping[str, float], name: str, sign: float) -> float:
+    """How good a checkpoint is by a metric. One that lacks it, or has a NaN, is worse than any."""
+    value = metrics.get(name, math.nan)
+    return -math.inf if math.isnan(value) else sign * value
 
 
 def parameter_names(workdir: str | Path, *, step: int | None = None, ema: bool = False) -> dict[str, Any]:

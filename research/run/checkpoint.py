@@ -71,7 +71,7 @@ class Checkpointer:
         score = None
         if self._best_metric:
             sign = -1.0 if self._best_mode == "min" else 1.0
-            score = lambda metrics: sign * metrics[self._best_metric]  # noqa: E731
+            score = lambda metrics: checkpoints.score(metrics, self._best_metric, sign)  # noqa: E731
             keep.append(policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
         handlers = ocp.DefaultCheckpointHandlerRegistry()
         # Compression takes more of the processor than all else that a save does, for a tenth of the bytes.
@@ -158,7 +158,7 @@ class Checkpointer:
             ) from error
         except Exception as error:
             raise checkpoints.damaged(Path(folder / "state"), error) from error
-        place = Place(restored["run"]["source"], restored["buffer"] if "buffer" in items else buffer)
+        place = Place(_source(restored["run"]), restored["buffer"] if "buffer" in items else buffer)
         return older or like.replace(**restored["state"]), place
 
     def wait(self) -> None:
@@ -171,6 +171,12 @@ class Checkpointer:
             self._preparing.join()
         if self._opened is not None:
             self._opened.close()
+
+
+def _source(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's state. Checkpoints from before it counted rows hold the number of batches."""
+    source = run["source"]
+    return {"row": source["step"] * run["config"]["batch_size"]} if source.keys() == {"step"} else source
 
 
 def make_checkpointer(config: Any, workdir: str | Path) -> Checkpointer:

@@ -5,7 +5,7 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import jax
 from research import config as config_lib
 from research.config import Config
 from research.devices import distributed
+from research.errors import InputError, did_you_mean
 from research.rollouts.experience import Experience, Place
 from research.run.checkpoint import Checkpointer
 from research.run.window import Diverged, Window
@@ -34,12 +35,13 @@ class Loop:
       workdir: of the run, for messages.
       step: the compiled train step: (state, frozen, batch) -> (state, metrics).
       experience: where batches come from.
-      evaluate: measures and logs; called before the first step, every `eval.every` and after the last step.
+      evaluate: measures and logs; called every `eval.every` and after the last step.
       saver: of checkpoints.
       window: of metrics and time.
       progress: is told of each step that begins.
       stop: an event that asks the loop to save and end.
       started: unix seconds of the process's start.
+      measure_first: evaluate before the first step too, and see that checkpoint.best_metric is among the scores.
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Loop:
     progress: Callable[[int], None]
     stop: threading.Event
     started: float
+    measure_first: bool = True
 
     def run(self, state: TrainState, frozen: Any, place: Place) -> None:
         """Trains until the last step.
@@ -59,10 +62,11 @@ class Loop:
         Raises:
           Preempted: the stop came; a checkpoint is written.
           Diverged: too many updates in a row were skipped; a checkpoint is written.
+          InputError: checkpoint.best_metric is none of the evaluation's.
         """
         config, first = self.config, int(state.step)
-        if config.eval.every and first == 0:
-            self.evaluate(state, frozen, 0)
+        if config.eval.every and self.measure_first:
+            check_best(config.checkpoint.best_metric, self.evaluate(state, frozen, first))
         pending = None  # metrics are read one step late, so that the host doesn't wait for the step it has just sent
         self.window.start_clock()
         try:
@@ -109,6 +113,14 @@ class Loop:
 
     def _save(self, state: TrainState, place: Place, scores: dict[str, float]) -> None:
         self.saver.save(state, place, config_lib.to_dict(self.config), scores)
+
+
+def check_best(name: str, scores: Mapping[str, float]) -> None:
+    """Raises InputError where checkpoint.best_metric is set, and none of an evaluation's scores."""
+    if name and name not in scores:
+        raise InputError(
+            f"checkpoint.best_metric = {name!r}: the evaluation gives no such metric.{did_you_mean(name, scores)}"
+        )
 
 
 @contextlib.contextmanager

@@ -1,11 +1,10 @@
 """What a run leaves in its workdir beside metrics and checkpoints, and what it says of itself at the start."""
 
 import importlib.metadata
-import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,42 @@ from research import loading, params
 from research.config import Config
 from research.devices import distributed, startup
 from research.evals import markers
-from research.files import read_json, write_json
-from research.run import metrics
+from research.files import write_json
+from research.run import metrics, resume
 from research.run.assemble import Parts
 from research.run.resolve import Inputs
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "understudy")
+_OF_A_START = ("command", "started", "versions")  # what the history says of each start of a run
 
 
-def begin(inputs: Inputs, command: str) -> None:
-    """Writes config.json and, of a new run, the tokenizer and where the policy comes from; removes an old done.json."""
+def begin(inputs: Inputs, command: str, step: int) -> None:
+    """Writes config.json and, of a new run, the tokenizer and where the policy comes from; removes an old done.json.
+
+    Args:
+      inputs: of the run.
+      command: that it was started with.
+      step: at which it begins, or goes on.
+    """
     if not distributed.main():
         return
     folder = Path(inputs.workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", _about(inputs, command))
+    about = _about(inputs, command)
+    history = _history(resume.read_record(inputs.workdir)) if inputs.resumed else []
+    began = {"step": step, "changed": [str(change) for change in inputs.changes]} | {k: about[k] for k in _OF_A_START}
+    write_json(folder / resume.RECORD, about | {"data": inputs.data_identity, "history": [*history, began]})
     (folder / "done.json").unlink(missing_ok=True)
     if not inputs.resumed:
         inputs.data.tokenizer.save(inputs.workdir)
         base = inputs.bases.get("policy")
         if base is not None and base.origin:
             write_json(folder / loading.ORIGIN, base.origin)
+
+
+def _history(before: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The starts of a run so far. One from before they were kept is known by its last one, taken for the first."""
+    return before.get("history") or [{"step": 0, "changed": []} | {name: before.get(name) for name in _OF_A_START}]
 
 
 def _about(inputs: Inputs, command: str) -> dict[str, Any]:
@@ -69,22 +83,7 @@ def open_writer(config: Config, workdir: str, start_step: int) -> metrics.Writer
     )
 
 
-def changes(workdir: str, config: Config) -> list[str]:
-    """What differs from the config that this workdir last ran with: "optimizer.learning_rate: 0.001 -> 0.002"."""
-    before = read_json(Path(workdir) / "config.json")["config"]
-    now = json.loads(json.dumps(config_lib.to_dict(config)))
-
-    def differ(a: Any, b: Any, name: str) -> Iterator[str]:
-        if isinstance(a, dict) and isinstance(b, dict):
-            for key in sorted(a.keys() | b.keys()):
-                yield from differ(a.get(key), b.get(key), f"{name}.{key}")
-        elif a != b:
-            yield f"{name[1:]}: {a!r} -> {b!r}"
-
-    return list(differ(before, now, ""))
-
-
-def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int, changed: Sequence[str]) -> None:
+def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int) -> None:
     """Says what is about to happen."""
     model, mesh = parts.models["policy"].config, inputs.mesh
     writer.print(f"workdir  {inputs.workdir}")
@@ -99,7 +98,7 @@ def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int, ch
     _describe_data(writer, inputs.data.report)
     if inputs.resumed:
         writer.print(f"resumed  at step {step} of {inputs.config.steps}")
-        for change in changed:
+        for change in inputs.changes:
             writer.print(f"changed  {change}")
 
 
@@ -132,3 +131,10 @@ def finish(config: Config, workdir: str) -> dict[str, float]:
     if distributed.main():
         write_json(Path(workdir) / "done.json", {"step": config.steps, "metrics": final})
     return final
+
+
+def stay_finished(config: Config, workdir: str) -> dict[str, float]:
+    """Says that a run has nothing left to do; returns the last value of every metric."""
+    if distributed.main():
+        print(f"finished at step {config.steps} already: {workdir} stays as it is", file=sys.stderr)
+    return finish(config, workdir)

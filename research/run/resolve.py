@@ -5,7 +5,6 @@ Bad input shows here, before anything is compiled or written.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,10 +15,9 @@ from research import loading, objectives
 from research.config import Config
 from research.devices import compilation, sharding
 from research.errors import InputError
-from research.files import read_json
 from research.objectives import Terms
-from research.run import checkpoint, metrics
-from research.sources import annotations, dataset, fields, tokenizers
+from research.run import checkpoint, metrics, resume
+from research.sources import annotations, dataset, fields, identity, tokenizers
 from research.sources.types import Source
 
 
@@ -37,6 +35,8 @@ class Inputs:
       data: tokenised, split and laid into rows.
       source: of batches for training.
       rows: numbers of the rows of a global batch that this process holds.
+      changes: what differs from what the run last ran with, where it goes on.
+      data_identity: what the data is made of; see sources.identity.
     """
 
     config: Config
@@ -48,6 +48,8 @@ class Inputs:
     data: dataset.Data
     source: Source
     rows: list[int]
+    changes: list[resume.Change]
+    data_identity: dict[str, Any]
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch -> global arrays."""
@@ -75,8 +77,13 @@ def resolve(config: Config, workdir: str, devices: Sequence[Any] | None = None) 
       InputError: something in the config can't work. Nothing has been written.
     """
     devices = jax.devices() if devices is None else devices
-    resumed = bool(checkpoint.steps(workdir))
+    there = checkpoint.steps(workdir)
+    resumed = bool(there)
+    before = resume.read_record(workdir) if resumed else {}
+    if resumed:
+        resume.check_steps(workdir, there[-1], config)
     config, bases = with_checkpoints(config, workdir if resumed else None)
+    changes = resume.check(workdir, config_lib.parse(before["config"]), config) if resumed else []
     config_lib.check(config, num_devices=len(devices))
     if config.log.wandb:
         metrics.check_wandb({"project": config.log.wandb})
@@ -84,11 +91,28 @@ def resolve(config: Config, workdir: str, devices: Sequence[Any] | None = None) 
         compilation.use_compilation_cache(config.data.cache_dir)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
     data, terms = read_data(config, bases, tokenizers.load_tokenizer(workdir) if resumed else None)
+    data_identity = identity.identity(data, config_lib.data_spec(config))
+    if resumed:
+        resume.check_data(workdir, before.get("data"), data_identity, changes)
     rows = sharding.local_rows(mesh, config.batch_size, sharding.make_rules(config.rules))
     source = dataset.make_source(
         data.train, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle, mine=rows
     )
-    return Inputs(config, workdir, resumed, mesh, bases, terms, data, source, rows)
+    return Inputs(config, workdir, resumed, mesh, bases, terms, data, source, rows, changes, data_identity)
+
+
+def is_finished(config: Config, workdir: str) -> bool:
+    """Whether a run of this config has taken its last step in this workdir, so that nothing is left to do.
+
+    Raises:
+      InputError: it has taken more steps, or these with another config.
+    """
+    there = checkpoint.steps(workdir)
+    if not there or there[-1] < config.steps:
+        return False
+    before = config_lib.parse(resume.read_record(workdir)["config"])
+    resume.check_steps(workdir, there[-1], config)
+    return resume.is_finished(workdir, there[-1], before, with_checkpoints(config, workdir)[0])
 
 
 def with_checkpoints(
@@ -106,7 +130,7 @@ def with_checkpoints(
         where, section = config_lib.model_section(config, role)
         name = section.init_from
         if resumed and role == "policy" and name:
-            began = config_lib.parse(read_json(Path(resumed) / "config.json")["config"])
+            began = config_lib.parse(resume.read_record(resumed)["config"])
             architecture = config_lib.model_config(began, vocab_size=began.model.vocab_size)
             config = config_lib.with_architecture(config, architecture, resumed)
         elif name:

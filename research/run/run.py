@@ -12,7 +12,7 @@ from research import loading
 from research.config import Config
 from research.devices import distributed, startup
 from research.rollouts import experience as experience_lib
-from research.run import assemble, evaluation, record, resolve
+from research.run import assemble, evaluation, record, resolve, resume
 from research.run.checkpoint import make_checkpointer
 from research.run.loop import Loop, Preempted, stop_on_signals
 from research.run.window import Diverged, Window
@@ -46,6 +46,8 @@ def run(
       Diverged: too many updates in a row were skipped; a checkpoint is written.
     """
     started = started or time.time()
+    if resolve.is_finished(config, workdir):
+        return record.stay_finished(config, workdir)
     inputs = resolve.resolve(config, workdir, devices)
     config, tokenizer = inputs.config, inputs.data.tokenizer
     parts = assemble.assemble(
@@ -71,14 +73,13 @@ def run(
         else:
             state, frozen = assemble.initial(config, parts, inputs.bases, inputs.mesh)
             place = experience.init()
-        changes = record.changes(workdir, config) if inputs.resumed else []
         watch = stack.enter_context(distributed.watch(workdir, config.stall_seconds, (Preempted, Diverged)))
-        record.begin(inputs, command)
+        record.begin(inputs, command, int(state.step))
         if not inputs.resumed:
             partial = {role: frozen[role] for role in parts.roles.divided}
             loading.note_frozen(workdir, partial, write=distributed.main())
         writer = stack.enter_context(record.open_writer(config, workdir, int(state.step)))
-        record.describe(writer, inputs, parts, int(state.step), changes)
+        record.describe(writer, inputs, parts, int(state.step))
         loop = Loop(
             config=config,
             workdir=workdir,
@@ -90,6 +91,7 @@ def run(
             progress=watch.progress,
             stop=stack.enter_context(stop_on_signals(stop or threading.Event())),
             started=started,
+            measure_first=not inputs.resumed or resume.measures_anew(inputs.changes),
         )
         startup.release_memory()
         loop.run(state, frozen, place)

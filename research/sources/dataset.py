@@ -149,7 +149,8 @@ def make_source(
     shuffle: bool = True,
     mine: Sequence[int] | None = None,
 ) -> Source:
-    """Returns a source of endless batches. Its state is the step: batch i depends on (seed, i) alone.
+    """Returns a source of endless batches. Its state counts the rows that were drawn: a batch depends on (seed, rows)
+    alone, so that a run that goes on with batches of another size misses no row, and repeats none.
 
     Args:
       train: (rows, weight) parts, as Data.train: rows are drawn in proportion to the weights, those of each
@@ -169,17 +170,17 @@ def make_source(
         return mixture.row_order(*parts, seed if shuffle else None)
 
     def init() -> State:
-        return {"step": 0}
+        return {"row": 0}
 
     def next_batch(state: State) -> tuple[dict[str, np.ndarray], State]:
-        step = state["step"]
-        drawn = np.array([order()[step * batch_size + int(i)] for i in numbers])
+        first = state["row"]
+        drawn = np.array([order()[first + int(i)] for i in numbers])
         part, row = drawn[:, 0], drawn[:, 1]
         batch = fields.empty(spec, len(drawn), sizes)
         for k in np.unique(part):
             for name, value in train[k][0].batch(row[part == k]).items():
                 batch[name][part == k] = value
-        return batch, {"step": step + 1}
+        return batch, {"row": first + batch_size}
 
     return Source(spec, init, next_batch)
 
@@ -384,7 +385,15 @@ def _report_sources(
 ) -> list[dict[str, Any]]:
     """What was read of each source, and "examples" and "tokens" to train on, "share" of the tokens that training draws,
     and "held_out_examples"; of what is only evaluated, "held_out_examples" alone."""
-    report = [{"name": each.entry.name, **each.store.counts, "was_cached": each.store.was_cached} for each in inputs]
+    report = [
+        {
+            "name": each.entry.name,
+            **each.store.counts,
+            "was_cached": each.store.was_cached,
+            "content": each.store.content,
+        }
+        for each in inputs
+    ]
     per_row = [count["tokens"] * weight / len(each) for count, (each, weight) in zip(counts, train, strict=False)]
     drawn = per_row if len(train) > 1 else [count["tokens"] for count in counts]
     for source, count, tokens in zip(report, counts, drawn, strict=False):

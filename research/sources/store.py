@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import inspect
 import itertools
@@ -63,6 +64,7 @@ class Store:
         records spell special tokens, with the first of these ("marker").
       was_cached: nothing had to be tokenised.
       folder: where it lies; the name stands for all that it was made of.
+      content: a hash of the tokens, and of what else there is of each.
     """
 
     tokens: np.ndarray
@@ -77,6 +79,7 @@ class Store:
     counts: dict[str, Any]
     was_cached: bool
     folder: Path
+    content: str
 
 
 def read_examples(
@@ -198,6 +201,7 @@ def _read(folder: Path, was_cached: bool) -> Store:
         counts=meta["counts"],
         was_cached=was_cached,
         folder=folder,
+        content=meta["content"],
     )
 
 
@@ -232,7 +236,18 @@ def _write_view(partial: Path, store: Store, view: views.View, where: str) -> No
     if store.labels is not None:
         np.save(partial / "labels.npy", store.labels[owners])
     meta = {"dtype": store.tokens.dtype.str, "text": text, "samples": store.samples, "counts": store.counts}
-    files.write_json(partial / "meta.json", meta | {"fields": shapes}, indent=None)
+    meta |= {"fields": shapes, "content": _content(partial)}
+    files.write_json(partial / "meta.json", meta, indent=None)
+
+
+def _content(folder: Path) -> str:
+    """A hash of all arrays in a folder."""
+    result = hashlib.blake2b(digest_size=16)
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".bin", ".npy"):
+            with open(file, "rb") as f:
+                result.update(file.name.encode() + hashlib.file_digest(f, "blake2b").digest())
+    return result.hexdigest()
 
 
 def _check_document(document: views.Document, view: views.View, where: str) -> None:
@@ -293,6 +308,7 @@ def _write(
         "text": text,
         "samples": samples,
         "counts": {"records": counts["records"], "duplicates": counts["duplicates"], "bad": bad},
+        "content": _content(partial),
     }
     meta["counts"] |= {"markers": counts["markers"], "marker": marker}
     (partial / "meta.json").write_text(json.dumps(meta, default=str))

@@ -223,7 +223,9 @@ def test_resumed_is_uninterrupted(data):
     rest, _ = batches(make(), 23, state)
     assert all(same(a, b) for a, b in zip(whole[17:], rest, strict=True))
     source, results = make(), {}
-    threads = [threading.Thread(target=lambda i=i: results.update({i: source.next({"step": i})[0]})) for i in range(20)]
+    threads = [
+        threading.Thread(target=lambda i=i: results.update({i: source.next({"row": 6 * i})[0]})) for i in range(20)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

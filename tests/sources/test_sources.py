@@ -30,7 +30,7 @@ def paths(tmp_path):
 
 
 def batches(data, n, batch_size=8, seed=0, start=0):
-    source, state, drawn = make_source(data.train, batch_size=batch_size, seed=seed), {"step": start}, []
+    source, state, drawn = make_source(data.train, batch_size=batch_size, seed=seed), {"row": start * batch_size}, []
     for _ in range(n):
         batch, state = source.next(state)
         drawn.append(batch)

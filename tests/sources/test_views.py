@@ -185,7 +185,7 @@ def test_resumed_with_a_view_is_uninterrupted(texts, doubled):
     batches = []
     for start, stop in ((0, 8), (3, 8)):
         data = load(spec(texts, doubled, seq_len=128), BYTE, seed=1)
-        source, state = make_source(data.train, batch_size=3, seed=1), {"step": start}
+        source, state = make_source(data.train, batch_size=3, seed=1), {"row": 3 * start}
         batches.append([])
         for _ in range(start, stop):
             batch, state = source.next(state)

@@ -1,0 +1,291 @@
+"""What may differ when a run goes on: for each field of a config what becomes of a change, and the same for its data.
+
+A change either has its effect from the step at which the run goes on, and is said, or it is refused. `FIELDS` is the
+whole table; docs/configs.md shows it.
+"""
+
+import dataclasses
+import enum
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from research import config as config_lib
+from research.config import Config
+from research.errors import InputError
+from research.files import read_json
+
+RECORD = "config.json"  # in a workdir: what it ran with
+_SHOWN = 6  # a message lists at most so many changes
+
+
+class Effect(enum.Enum):
+    """What becomes of a changed field when a run goes on. The value is what docs/configs.md says."""
+
+    SAID = "has its effect from there, and is said"
+    HOW = "said: the same is computed in another way"
+    DATA = "said where the rows stay as they are, else refused"
+    REFUSED = "refused"
+    FREE = "free"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What becomes of a change.
+
+    Attributes:
+      effect: of most changes.
+      why: it is refused, as a clause that follows a colon.
+      switch: a change from 0 to another number, or back, is refused.
+    """
+
+    effect: Effect
+    why: str = ""
+    switch: bool = False
+
+    def text(self) -> str:
+        """For a table."""
+        return f"{self.effect.value}; between 0 and others refused" if self.switch else self.effect.value
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A field that differs; None stands for one that isn't there."""
+
+    field: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.before!r} -> {self.now!r}"
+
+    def rule(self) -> Rule:
+        """What becomes of it."""
+        rule = rule_of(self.field)
+        switched = rule.switch and bool(self.before) != bool(self.now)
+        return dataclasses.replace(rule, effect=Effect.REFUSED) if switched else rule
+
+
+def _rules(rule: Rule, section: str, names: str) -> dict[str, Rule]:
+    return {f"{section}.{name}" if section else name: rule for name in names.split()}
+
+
+_SAID, _HOW, _DATA, _FREE = (Rule(effect) for effect in (Effect.SAID, Effect.HOW, Effect.DATA, Effect.FREE))
+_MODEL = Rule(Effect.REFUSED, "the parameters are those of the model that they were trained as")
+_START = Rule(Effect.REFUSED, "it is used where a run begins, and would have no effect")
+_SEED = Rule(Effect.REFUSED, "the parameters began with it, and it orders the data")
+_ROWS = Rule(Effect.REFUSED, "rows would be laid out anew, and the place in the data would be another")
+_TOKENIZER = Rule(Effect.REFUSED, "the parameters are of the tokens that the run began with")
+_TRAINED = Rule(Effect.REFUSED, "the checkpoint holds what was trained, and its optimizer's state")
+_STATE = Rule(Effect.REFUSED, "the optimizer's state in the checkpoint is of another kind")
+_AVERAGE = Rule(Effect.SAID, "the checkpoint has a moving average, or has none", switch=True)
+_SWITCH = Rule(Effect.SAID, "the optimizer's state in the checkpoint is of another kind", switch=True)
+
+FIELDS: dict[str, Rule] = {
+    **_rules(_SAID, "", "steps batch_size frozen_dtype roles objective"),
+    **_rules(_HOW, "", "microbatches rules"),
+    **_rules(_FREE, "", "max_bad_steps stall_seconds compilation_cache"),
+    "seed": _SEED,
+    "seq_len": _ROWS,
+    "trainable": _TRAINED,
+    "ema_decay": _AVERAGE,
+    **_rules(_HOW, "mesh", "data fsdp expert sequence tensor"),
+    **_rules(
+        _MODEL,
+        "model",
+        "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff mlp num_experts experts_per_token "
+        "normalize_router block norm norm_offset positions rotary_dim causal attention_bias attention_out_bias "
+        "mlp_bias head_bias qk_norm tie_embeddings embed_scale embed_norm token_types head_transform num_labels",
+    ),
+    **_rules(
+        _SAID,
+        "model",
+        "norm_eps rope_theta local_rope_theta max_length sliding_window attention_scale attention_softcap "
+        "logit_softcap dtype",
+    ),
+    **_rules(
+        _SAID,
+        "model.rope_scaling",
+        "kind factor original_length attention_factor low_freq_factor high_freq_factor beta_fast beta_slow truncate "
+        "short_factors long_factors",
+    ),
+    **_rules(_HOW, "model", "remat attention"),
+    **_rules(_START, "model", "init_from init_std"),
+    "roles.NAME.of": _MODEL,
+    **_rules(_TOKENIZER, "tokenizer", "kind vocab_size eos_token"),
+    **_rules(
+        _DATA,
+        "data",
+        "path sources eval_path eval_fraction format fields template pack shuffle on_bad_record on_long labels "
+        "num_classes prompt examples max_records annotations",
+    ),
+    "data.cache_dir": _FREE,
+    **_rules(_SAID, "rollout", "share max_new_tokens temperature top_k top_p slots"),
+    **_rules(_STATE, "optimizer", "name scale_by_parameter factor_min_size mu_dtype"),
+    **_rules(_SWITCH, "optimizer", "weight_decay clip_norm"),
+    **_rules(
+        _SAID,
+        "optimizer",
+        "learning_rate schedule warmup_steps start_ratio end_ratio decay_fraction b1 b2 eps momentum nesterov "
+        "muon_scaling groups",
+    ),
+    **_rules(_FREE, "checkpoint", "every keep_last"),
+    **_rules(_SAID, "checkpoint", "best_metric best_mode"),
+    **_rules(_SAID, "eval", "every batches generate max_new_tokens tasks"),
+    "eval.show": _FREE,
+    **_rules(_FREE, "log", "every tensorboard wandb"),
+    "plan.prices": _FREE,
+}
+
+
+def rule_of(field: str) -> Rule:
+    """What becomes of a change of a field, or of what is in a mapping that has a rule; a role is as the policy.
+
+    Raises:
+      KeyError: there is no rule.
+    """
+    parts = field.split(".")
+    if parts[0] == "roles" and len(parts) > 2:
+        parts = ["roles", "NAME", "of"] if parts[2] == "of" else ["model", *parts[2:]]
+    for size in range(len(parts), 0, -1):
+        if rule := FIELDS.get(".".join(parts[:size])):
+            return rule
+    raise KeyError(field)
+
+
+def changes(before: Config, now: Config) -> list[Change]:
+    """The fields that differ, but for those that are free."""
+    plain = [json.loads(json.dumps(config_lib.to_dict(config))) for config in (before, now)]
+    found = (Change(*each) for each in _differences(*plain, ""))
+    return [change for change in found if change.rule().effect != Effect.FREE]
+
+
+def _differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in sorted(before.keys() | now.keys()):
+            if key in before and key in now:
+                yield from _differences(before[key], now[key], f"{name}.{key}")
+            else:
+                yield f"{name}.{key}"[1:], before.get(key), now.get(key)
+    elif before != now:
+        yield name[1:], before, now
+
+
+def read_record(workdir: str) -> dict[str, Any]:
+    """What a run's config.json holds; `config` is what it last ran with.
+
+    Raises:
+      InputError: the file is gone, or damaged.
+    """
+    remedy = f"The workdir has checkpoints, and {RECORD} says of which run. Put it back, or name another --workdir."
+    record = read_json(Path(workdir) / RECORD, {}, remedy=remedy)
+    if not isinstance(record.get("config"), dict):
+        raise InputError(f"{Path(workdir) / RECORD}: doesn't say what the run ran with. {remedy}")
+    return record
+
+
+def check_steps(workdir: str, step: int, config: Config) -> None:
+    """Raises InputError where a run has taken more steps than it is to take."""
+    if step > config.steps:
+        raise InputError(
+            f"steps = {config.steps}: {workdir} has a checkpoint of step {step} already. Raise steps above {step} to "
+            "go on from it, or name another --workdir."
+        )
+
+
+def is_finished(workdir: str, step: int, before: Config, now: Config) -> bool:
+    """Whether the last step is taken, and nothing is left to do.
+
+    Raises:
+      InputError: it is, and the config isn't what it was taken with.
+    """
+    if step < now.steps:
+        return False
+    if unmet := [change for change in changes(before, now) if change.rule().effect != Effect.HOW]:
+        raise InputError(
+            f"{workdir}: is finished at step {step}, so that {_names(unmet)} would have no effect. Raise steps, or "
+            "name another --workdir."
+        )
+    return True
+
+
+def check(workdir: str, before: Config, now: Config) -> list[Change]:
+    """What differs where a run goes on, to be said.
+
+    Raises:
+      InputError: a change can't be honoured; the message names it.
+    """
+    found = changes(before, now)
+    refused = [change for change in found if change.rule().effect == Effect.REFUSED]
+    if refused:
+        reasons = dict.fromkeys(change.rule().why for change in refused)
+        raise InputError(
+            f"{_names(refused)}: can't change in {workdir}, where the run goes on: {'; '.join(reasons)}. Set what the "
+            f"run began with, or {_remedy(workdir)}"
+        )
+    return found
+
+
+def measures_anew(found: Sequence[Change]) -> bool:
+    """Whether evaluations may give other metrics than before."""
+    return any(change.field.startswith(("eval.", "checkpoint.best_")) for change in found)
+
+
+def check_data(workdir: str, before: Mapping[str, Any] | None, now: Mapping[str, Any], found: Sequence[Change]) -> None:
+    """Refuses data that isn't what the run began with.
+
+    Args:
+      workdir: of the run.
+      before: sources.identity.identity of the data that it began with; None of a run that is from before this was kept.
+      now: the same of the data that it would go on with.
+      found: the fields that differ.
+
+    Raises:
+      InputError: they differ, or can't be compared and the config's data differs; the message says in what.
+    """
+    fields = [change for change in found if change.rule().effect == Effect.DATA]
+    now = json.loads(json.dumps(now))
+    if before == now or (before is None and not fields):
+        return
+    if before is None:
+        raise InputError(
+            f"{_names(fields)}: this run is from before runs kept what their data was made of, and whether it would "
+            f"stay the same can't be known. Set what it began with, or {_remedy(workdir)}"
+        )
+    what = "; ".join(_data_differences(before, now)) or "rows are laid out in another way"
+    asked = f" ({_names(fields)})" if fields else ""
+    raise InputError(
+        f"data: isn't what {workdir} began with{asked}: {what}. Its order and its held-out part would be others. Put "
+        f"back what it began with, or {_remedy(workdir)}"
+    )
+
+
+def _data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for part, use in (("sources", ""), ("evaluated", " (evaluated)")):
+        old, new = before[part], now[part]
+        if len(old) != len(new):
+            yield f"{len(old)} sources -> {len(new)}{use}"
+            continue
+        for a, b in zip(old, new, strict=True):
+            name = a["name"] if a["name"] == b["name"] else f"{a['name']} -> {b['name']}"
+            if a["records"] != b["records"]:
+                yield f"{name}{use}: {a['records']:,} records -> {b['records']:,}"
+            elif a["content"] != b["content"]:
+                yield f"{name}{use}: {a['records']:,} records as before, but not the same tokens"
+    if before["annotations"] != now["annotations"]:
+        yield "other annotations"
+    for part in ("rows", "held_out_rows"):
+        if before[part] != now[part]:
+            yield f"{before[part]:,} {part.replace('_', '-', 1).replace('_', ' ')} -> {now[part]:,}"
+
+
+def _names(found: Sequence[Change]) -> str:
+    # What a run began with decides other fields, and comes first.
+    ordered = sorted(found, key=lambda change: not change.field.endswith("init_from"))
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(str(change).replace(": ", " = ", 1) for change in ordered[:_SHOWN]) + more
+
+
+def _remedy(workdir: str) -> str:
+    return f"start in a new --workdir, with model.init_from={workdir} to take the parameters along."
