@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from research import config as config_lib  # noqa: E402 (the line above lets the script run from anywhere)
+from research.run import resume  # noqa: E402
 from research.sources.spec import SourceSpec  # noqa: E402
 
 PAGE = ROOT / "docs/configs.md"
@@ -31,6 +32,10 @@ HEAD = """\
 Every field of a config. An experiment sets them in Python, `config.optimizer.learning_rate = 3e-4`, and a command line
 with `--config.optimizer.learning_rate=3e-4`: see [experiments.md](experiments.md). A name that isn't here is an error
 that names the nearest. Objectives have options of their own: see [objectives.md](objectives.md).
+
+The last column says what becomes of a change when a run goes on in its workdir: it *takes effect* from that step and is
+said; or is said and gives the *same result* up to rounding; or goes on with the *same rows only*; or is *refused* before
+anything is touched; or is *free*. See [experiments.md](experiments.md#going-on).
 
 `python docs/make_configs.py` writes this page from the docstrings of the dataclasses: change those, and run it.
 """
@@ -45,15 +50,18 @@ class Field:
       type: in words of Python.
       default: as Python writes it; "" where a value has to be named.
       sentence: what it says; "" where no docstring describes it.
+      resumed: what becomes of a change when a run goes on.
     """
 
     name: str
     type: str
     default: str
     sentence: str
+    resumed: str
 
     def row(self) -> str:
         cells = (f"`{self.name}`", self.type, f"`{self.default}`" if self.default else "", _escape(self.sentence))
+        cells += (self.resumed,)
         return f"| {' | '.join(cells)} |"
 
 
@@ -66,7 +74,11 @@ class Section:
     fields: tuple[Field, ...]
 
     def text(self) -> str:
-        rows = ["| field | type | default | |", "|---|---|---|---|", *(field.row() for field in self.fields)]
+        rows = [
+            "| field | type | default | | going on |",
+            "|---|---|---|---|---|",
+            *(field.row() for field in self.fields),
+        ]
         return "\n".join([f"## {self.title}", "", _escape(self.about), "", *rows, ""])
 
 
@@ -120,6 +132,7 @@ def _section(title: str, prefix: str, cls: type, defaults: Mapping[str, Any]) ->
             type=_type(hints.get(name, type(value))),
             default="" if value is None else _python(value),
             sentence=top.get(prefix + name) or own.get(name, ""),
+            resumed=resume.rule_of(prefix + name).text(),
         )
         for name, value in defaults.items()
     )

@@ -21,11 +21,16 @@ _SHOWN = 6  # a message lists at most so many changes
 
 
 class Effect(enum.Enum):
-    """What becomes of a changed field when a run goes on. The value is what docs/configs.md says."""
+    """What becomes of a changed field when a run goes on; in docs/configs.md, under these values.
 
-    SAID = "has its effect from there, and is said"
-    HOW = "said: the same is computed in another way"
-    DATA = "said where the rows stay as they are, else refused"
+    SAID: it takes effect from that step, and is said. HOW: the same, but results stay as they are up to rounding. DATA:
+    it is said where the rows stay as they are, and refused where they don't. FREE: it says nothing of the result, and
+    nothing is said.
+    """
+
+    SAID = "takes effect"
+    HOW = "same result"
+    DATA = "same rows only"
     REFUSED = "refused"
     FREE = "free"
 
@@ -46,7 +51,7 @@ class Rule:
 
     def text(self) -> str:
         """For a table."""
-        return f"{self.effect.value}; between 0 and others refused" if self.switch else self.effect.value
+        return f"{self.effect.value}; to or from 0 refused" if self.switch else self.effect.value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Run:
       config: dotted field -> value, as text; empty where the workdir holds no config.json.
       about: what else config.json says: versions, command, ...; as text.
       finished: whether the run came to its end.
+      starts: the times that it was started, in order: {"step", "changed", "command", "started", "versions"} each.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Run:
     config: Mapping[str, str]
     about: Mapping[str, str]
     finished: bool
+    starts: Sequence[Mapping[str, Any]] = ()
 
     @property
     def last_step(self) -> int:
@@ -61,6 +63,7 @@ def load_run(workdir: str, name: str | None = None) -> Run:
         series[metric] = (np.array(steps, np.int64), np.array([values[s] for s in steps], np.float64))
     record = files.read_json(os.path.join(workdir, "config.json"), {})
     config = record.pop("config") if isinstance(record.get("config"), dict) else record
+    starts = record.pop("history", ()) if record is not config else ()
     return Run(
         name=name or os.path.basename(os.path.abspath(workdir)),
         series=series,
@@ -68,6 +71,7 @@ def load_run(workdir: str, name: str | None = None) -> Run:
         config=_flatten(config),
         about=_flatten(record) if record is not config else {},
         finished=os.path.exists(os.path.join(workdir, "done.json")),
+        starts=starts,
     )
 
 

@@ -62,6 +62,7 @@ def make_page(runs: Sequence[Run], pictures: Mapping[str, Mapping[str, bytes]]) 
     for title, png in pictures.items():
         parts.append(pages.picture(png, f"{title_of(title)} over steps"))
     parts += ["</div>", *(_samples(run, named=len(runs) > 1) for run in runs if run.samples)]
+    parts += [_starts(run, named=len(runs) > 1) for run in runs if len(run.starts) > 1]
     parts += [_settings("Config", runs, [run.config for run in runs])]
     parts += [_settings("Versions and command", runs, [run.about for run in runs])]
     return pages.page(names, parts)
@@ -113,6 +114,20 @@ def _samples(run: Run, named: bool, shown: int = 10) -> str:
     if len(steps) > shown:
         parts.append(f"<p>Those of {len(steps) - shown} earlier steps are in samples.jsonl.</p>")
     return "\n".join(parts)
+
+
+def _starts(run: Run, named: bool) -> str:
+    """What a run that was started several times was started with; of versions, what differs from the start before."""
+    rows = []
+    for before, start in zip(({}, *run.starts), run.starts, strict=False):
+        known = before.get("versions") or {}
+        versions = [f"{k} {v}" for k, v in (start.get("versions") or {}).items() if known.get(k) != v]
+        changed = "; ".join(start["changed"]) or ("" if before else "new")
+        rows.append(
+            [str(start["step"]), changed, str(start.get("started")), ", ".join(versions), str(start["command"])]
+        )
+    title = f"Starts{escape(f' of {run.name}') if named else ''}"
+    return f"<h2>{title}</h2>" + pages.table(["at step", "changed", "time", "versions", "command"], rows, "settings")
 
 
 def _settings(title: str, runs: Sequence[Run], settings: Sequence[Mapping[str, str]]) -> str:
