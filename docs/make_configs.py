@@ -33,9 +33,9 @@ Every field of a config. An experiment sets them in Python, `config.optimizer.le
 with `--config.optimizer.learning_rate=3e-4`: see [experiments.md](experiments.md). A name that isn't here is an error
 that names the nearest. Objectives have options of their own: see [objectives.md](objectives.md).
 
-The last column says what becomes of a change when a run goes on in its workdir: it *takes effect* from that step and is
-said; or is said and gives the *same result* up to rounding; or goes on with the *same rows only*; or is *refused* before
-anything is touched; or is *free*. See [experiments.md](experiments.md#going-on).
+The last column says what becomes of a change when a run goes on in its workdir: it *takes effect* from that step and
+is said; or is said and gives the *same result* up to rounding; or goes on with the *same rows only*; or is *refused*
+before anything is touched; or is *free*. See [experiments.md](experiments.md#going-on).
 
 `python docs/make_configs.py` writes this page from the docstrings of the dataclasses: change those, and run it.
 """

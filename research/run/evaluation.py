@@ -82,8 +82,10 @@ def load_tasks(config: Config, model: Model, tokenizer: Tokenizer) -> list[eval_
 
 def make_evaluation(
     inputs: Inputs, parts: Parts, loaded: list[eval_tasks.Evaluation], writer: metrics.Writer
-) -> Evaluation:
-    """The evaluation of a run; `loaded` comes from `load_tasks`."""
+) -> Evaluation | None:
+    """The evaluation of a run, None where `eval.every` is 0; `loaded` comes from `load_tasks`."""
+    if not inputs.config.eval.every:
+        return None
     config, data, tokenizer = inputs.config, inputs.data, inputs.data.tokenizer
     batches = list(
         dataset.eval_batches(data.held_out, config.batch_size, config.eval.batches or None, mine=inputs.rows)

@@ -35,7 +35,7 @@ class Loop:
       workdir: of the run, for messages.
       step: the compiled train step: (state, frozen, batch) -> (state, metrics).
       experience: where batches come from.
-      evaluate: measures and logs; called every `eval.every` and after the last step.
+      evaluate: measures and logs; called every `eval.every` and after the last step, where that isn't 0.
       saver: of checkpoints.
       window: of metrics and time.
       progress: is told of each step that begins.
@@ -48,7 +48,7 @@ class Loop:
     workdir: str
     step: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
     experience: Experience
-    evaluate: Evaluate
+    evaluate: Evaluate | None
     saver: Checkpointer
     window: Window
     progress: Callable[[int], None]

@@ -94,6 +94,11 @@ def resolve(config: Config, workdir: str, devices: Sequence[Any] | None = None) 
     data_identity = identity.identity(data, config_lib.data_spec(config))
     if resumed:
         resume.check_data(workdir, before.get("data"), data_identity, changes)
+    if config.eval.every and not len(data.held_out):
+        raise InputError(
+            f"data.eval_fraction = {config.data.eval_fraction}: nothing is held out to evaluate on. Raise it, name "
+            "data.eval_path, or set eval.every = 0 and checkpoint.best_metric = ''."
+        )
     rows = sharding.local_rows(mesh, config.batch_size, sharding.make_rules(config.rules))
     source = dataset.make_source(
         data.train, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle, mine=rows
@@ -131,8 +136,9 @@ def with_checkpoints(
         name = section.init_from
         if resumed and role == "policy" and name:
             began = config_lib.parse(resume.read_record(resumed)["config"])
-            architecture = config_lib.model_config(began, vocab_size=began.model.vocab_size)
-            config = config_lib.with_architecture(config, architecture, resumed)
+            if name == began.model.init_from:  # another is refused by resume.check
+                architecture = config_lib.model_config(began, vocab_size=began.model.vocab_size)
+                config = config_lib.with_architecture(config, architecture, resumed)
         elif name:
             bases[role] = loading.find(name)
             config = config_lib.with_architecture(config, bases[role].config, name, role)

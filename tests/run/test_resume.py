@@ -217,7 +217,7 @@ def test_a_change_that_is_said_has_its_effect_from_there(field, begun, finished,
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("log.every", 2), ("checkpoint.every", 1), ("max_bad_steps", 9), ("microbatches", 1), ("eval.show", 0)],
+    [("log.every", 2), ("checkpoint.every", 4), ("max_bad_steps", 9), ("microbatches", 1), ("eval.show", 0)],
 )
 def test_what_is_free_changes_and_says_nothing(field, value, begun, finished, capfd):
     workdir, options = begun

@@ -111,6 +111,21 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path):
         assert text in page
 
 
+def test_a_run_that_went_on_shows_what_changed_at_which_step(tmp_path):
+    workdir = make_run(tmp_path / "w")
+    record = json.loads((tmp_path / "w/config.json").read_text())
+    first = {"step": 0, "changed": [], "command": "train", "started": "monday", "versions": {"jax": "1", "numpy": "2"}}
+    again = {"step": 20, "changed": ["seed: 0 -> 1"], "command": "train --again", "started": "tuesday"}
+    again["versions"] = {"jax": "3", "numpy": "2"}
+    (tmp_path / "w/config.json").write_text(json.dumps(record | {"history": [first]}))
+    assert "Starts" not in pathlib.Path(write_report([workdir])).read_text()
+    (tmp_path / "w/config.json").write_text(json.dumps(record | {"history": [first, again]}))
+    page = pathlib.Path(write_report([workdir])).read_text()
+    cells = ["20", "seed: 0 -&gt; 1", "tuesday", "jax 3", "train --again"]
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+    assert "history" not in page
+
+
 def test_several_runs_are_compared(tmp_path):
     workdirs = [make_run(tmp_path / "a", 1.0), make_run(tmp_path / "b", 2.0)]
     (tmp_path / "b/done.json").write_text('{"step": 40, "metrics": {}}')
