@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(trained, tmp_path, capfd):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.json*")}
-    assert main.main([SFT, f"--workdir={workdir}"]) == Exit.BAD_INPUT
+    assert main.main([SFT, f"--workdir={workdir}", c("steps", 3)]) == Exit.BAD_INPUT
     error = capfd.readouterr().err
     assert "damaged" in error
     assert str(newest) in error
@@ -208,8 +208,8 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(trained, tmp_path, capfd):
 
 def test_resuming_with_another_model_or_optimizer_says_so(trained, capfd):
     for flag, words in (
-        (c("model.d_model", 32), ["embed", "config.json"]),
-        (c("optimizer.name", "lion"), ["optimizer"]),
+        (c("model.d_model", 32), ["model.d_model = 64 -> 32: can't change", f"model.init_from={trained} "]),
+        (c("optimizer.name", "lion"), ["optimizer.name = ", "-> 'lion': can't change", "optimizer's state"]),
     ):
         assert main.main([SFT, f"--workdir={trained}", c("steps", 4), flag]) == Exit.BAD_INPUT
         error = capfd.readouterr().err
