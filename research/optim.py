@@ -14,6 +14,9 @@ from research.errors import InputError, did_you_mean
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant", "inverse_sqrt")
+DECAY_SHAPES = ("linear", "cosine", "1-sqrt")
+# Options of one schedule -> that schedule.
+_OF_SCHEDULE = {"decay_fraction": "wsd", "decay_shape": "wsd", "timescale": "inverse_sqrt", "cycles": "cosine"}
 GROUP_FIELDS = ("match", "learning_rate", "weight_decay", "warmup_steps", "clip_norm")
 Tree = Any  # a pytree
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
@@ -33,6 +36,9 @@ class OptimizerSpec:
       start_ratio: where the warm-up starts, as a fraction of learning_rate. With 0 the first step changes nothing.
       end_ratio: the fraction of learning_rate that cosine, linear and wsd end at; a floor under inverse_sqrt.
       decay_fraction: the last part of all steps, over which wsd decays.
+      decay_shape: how wsd decays: "linear", "cosine" or "1-sqrt" (arXiv:2405.18392).
+      timescale: of inverse_sqrt: steps after the warm-up until it has fallen to sqrt(1/2); 0: as many as of warm-up.
+      cycles: of cosine: how often it falls from the top to the end, in equal parts of the steps; 1 is without restarts.
       weight_decay: decoupled, hence multiplied by the learning rate; with sgd it is added to the gradient (L2).
       b1, b2: decay of the moments: adamw, lion (whose paper has 0.9 and 0.99), and adamw under muon.
       eps: of adamw, and adamw under muon: added to the root of the second moment.
@@ -59,6 +65,9 @@ class OptimizerSpec:
     start_ratio: float = 0.0
     end_ratio: float = 0.0
     decay_fraction: float = 0.2
+    decay_shape: str = "linear"
+    timescale: int = 0
+    cycles: int = 1
     weight_decay: float = 0.1
     b1: float = 0.9
     b2: float = 0.95
@@ -78,6 +87,7 @@ def check(spec: OptimizerSpec, steps: int, section: str = "optimizer") -> None:
     for field, options in (
         ("name", OPTIMIZERS),
         ("schedule", SCHEDULES),
+        ("decay_shape", DECAY_SHAPES),
         ("muon_scaling", ("match_rms_adamw", "original")),
         ("mu_dtype", ("float32", "bfloat16")),
     ):
@@ -94,7 +104,8 @@ def check(spec: OptimizerSpec, steps: int, section: str = "optimizer") -> None:
         ),
         (("decay_fraction",), lambda x: 0 < x <= 1, "is a fraction of all steps: must be in (0, 1]"),
         (("eps",), lambda x: 0 < x < math.inf, "must be above 0, and finite"),
-        (("factor_min_size",), lambda x: x >= 1, "must be 1 or more"),
+        (("factor_min_size", "cycles"), lambda x: x >= 1, "must be 1 or more"),
+        (("timescale",), lambda x: x >= 0, "must be 0 or more"),
     ):
         for field in fields:
             if not valid(getattr(spec, field)):
@@ -105,6 +116,14 @@ def check(spec: OptimizerSpec, steps: int, section: str = "optimizer") -> None:
         raise InputError(
             f"{section}.warmup_steps = {spec.warmup_steps} is more than steps = {steps}. Lower it, or raise steps."
         )
+    for field, schedule in _OF_SCHEDULE.items():
+        if getattr(spec, field) != getattr(OptimizerSpec, field) and spec.schedule != schedule:
+            raise InputError(
+                f"{section}.{field} = {getattr(spec, field)!r}: is of the schedule {schedule!r}, and "
+                f"{section}.schedule = {spec.schedule!r}. Leave it out, or change the schedule."
+            )
+    if spec.cycles > max(steps - spec.warmup_steps, 1):
+        raise InputError(f"{section}.cycles = {spec.cycles}: is more than the steps after the warm-up. Lower it.")
     if spec.schedule == "wsd" and spec.warmup_steps + _decay_steps(spec, steps) > steps:
         raise InputError(
             f"{section}.warmup_steps = {spec.warmup_steps} and the {_decay_steps(spec, steps)} steps of decay that "
@@ -160,11 +179,14 @@ def make_schedule(spec: OptimizerSpec, steps: int) -> Schedule:
     """Returns schedule(t), the learning rate used at step t = 0 ... steps - 1 (afterwards it stays where it ended).
 
     With w = warmup_steps and r = (steps - t) / (steps - w), the fraction that remains, the part after the warm-up is
-      cosine:        end + (1 - end) (1 - cos(pi r)) / 2   (arXiv:1608.03983, equation 5, without restarts)
+      cosine:        end + (1 - end) (1 - cos(pi r)) / 2   (arXiv:1608.03983, equation 5). With n = `cycles` the part
+                     that remains of one of n equal cycles is in the place of r: at the start of each it is 1 again
       linear:        end + (1 - end) r
-      wsd:           1, then linear over the last `decay_fraction` of all steps   (arXiv:2404.06395, section 4.2)
+      wsd:           1, then down over the last `decay_fraction` of all steps   (arXiv:2404.06395, section 4.2): with d
+                     the fraction of these that remains, end + (1 - end) times d ("linear"), (1 - cos(pi d)) / 2
+                     ("cosine") or 1 - sqrt(1 - d) ("1-sqrt")
       constant:      1
-      inverse_sqrt:  sqrt(s / (t - w + s)) with s = w, or 10 000 where w = 0; at least end
+      inverse_sqrt:  sqrt(s / (t - w + s)) with s = `timescale`, by default w, or 10 000 where w = 0; at least end
     times learning_rate. It starts at learning_rate, where the warm-up ends.
 
     Raises:
@@ -173,19 +195,23 @@ def make_schedule(spec: OptimizerSpec, steps: int) -> Schedule:
     check(spec, steps)
     warmup, end = spec.warmup_steps, spec.end_ratio
     decay_steps = _decay_steps(spec, steps) if spec.schedule == "wsd" else max(steps - warmup, 1)
-    timescale = warmup or 10_000
+    timescale = spec.timescale or warmup or 10_000
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         t = jnp.asarray(step, dtype=float)
         remaining = jnp.clip((steps - t) / decay_steps, 0.0, 1.0)
-        match spec.schedule:
-            case "cosine":  # sin^2 of half the angle: 1 - cos would lose its digits near the end
+        if spec.cycles > 1:  # in whole numbers, so that it is 1 at the first step of a cycle
+            remaining = jnp.where(t < steps, 1 - (t - warmup) * spec.cycles % decay_steps / decay_steps, 0.0)
+        match spec.schedule, spec.decay_shape:
+            case ("cosine", _) | ("wsd", "cosine"):  # sin^2 of half the angle: 1 - cos would lose its digits at the end
                 ratio = end + (1 - end) * jnp.square(jnp.sin(jnp.pi / 2 * remaining))
-            case "linear" | "wsd":
+            case "wsd", "1-sqrt":
+                ratio = end + (1 - end) * (1 - jnp.sqrt(1 - remaining))
+            case (("linear" | "wsd"), _):
                 ratio = end + (1 - end) * remaining
-            case "inverse_sqrt":
+            case "inverse_sqrt", _:
                 ratio = jnp.maximum(jnp.sqrt(timescale / jnp.maximum(t - warmup + timescale, timescale)), end)
-            case "constant":
+            case "constant", _:
                 ratio = jnp.ones_like(t)
         rise = spec.start_ratio + (1 - spec.start_ratio) * t / max(warmup, 1)
         return spec.learning_rate * jnp.where(t < warmup, rise, ratio)

@@ -36,7 +36,7 @@ def test_schedules_of_transformers(name):
         warmup_steps=0 if kind == "constant" else hparams["num_warmup_steps"],
         start_ratio=low if kind == "warmup_stable_decay" else 0.0,  # where theirs starts its warm-up
         end_ratio=low,
-        decay_fraction=hparams.get("num_decay_steps", 1) / steps,
+        **({"decay_fraction": hparams["num_decay_steps"] / steps} if kind == "warmup_stable_decay" else {}),
     )
     rates = make_schedule(spec, steps)(jnp.arange(steps))
     assert rates.dtype == jnp.float32
@@ -54,6 +54,54 @@ def test_a_schedule_is_continuous_peaks_where_warm_up_ends_and_stays_at_its_end(
     assert rates.max() == rates[warmup] == 0.5 or warmup == 100
     if schedule in ("cosine", "linear", "wsd"):
         np.testing.assert_allclose(rates[100:], 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "halfway"), [("linear", 0.5), ("cosine", 0.5), ("1-sqrt", 1 - np.sqrt(0.5))])
+def test_shapes_of_the_decay_of_wsd(shape, halfway):
+    """transformers' get_wsd_schedule has the same three: linear, cosine and 1-sqrt."""
+    spec = OptimizerSpec(learning_rate=1.0, schedule="wsd", decay_fraction=0.4, decay_shape=shape, end_ratio=0.1)
+    rates = np.asarray(make_schedule(spec, 100)(jnp.arange(101)))
+    np.testing.assert_array_equal(rates[:61], 1.0)
+    np.testing.assert_allclose(rates[[80, 100]], [0.1 + 0.9 * halfway, 0.1], rtol=1e-6)
+    quarter = {"linear": 0.75, "cosine": np.cos(np.pi / 8) ** 2, "1-sqrt": 0.5}[shape]
+    np.testing.assert_allclose(rates[70], 0.1 + 0.9 * quarter, rtol=1e-6)
+
+
+def test_cosine_with_restarts_is_that_of_each_part():
+    one = OptimizerSpec(learning_rate=1.0, schedule="cosine", warmup_steps=10, end_ratio=0.1)
+    rates = make_schedule(dataclasses.replace(one, cycles=3), 100)(jnp.arange(101))
+    part = make_schedule(dataclasses.replace(one, warmup_steps=0), 30)(jnp.arange(30))
+    np.testing.assert_allclose(rates[10:100], np.tile(part, 3), rtol=1e-5)
+    np.testing.assert_allclose(rates[100], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(rates[:10], np.arange(10) / 10, rtol=1e-6)
+
+
+def test_inverse_sqrt_with_a_timescale():
+    spec = OptimizerSpec(learning_rate=1.0, schedule="inverse_sqrt", warmup_steps=10, timescale=40)
+    rates = make_schedule(spec, 1000)(jnp.asarray([10, 50, 130, 330]))
+    np.testing.assert_allclose(rates, [1, np.sqrt(1 / 2), 1 / 2, 1 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"decay_shape": "cosine"}, "optimizer.decay_shape = 'cosine': is of the schedule 'wsd'"),
+        ({"decay_fraction": 0.5}, "optimizer.decay_fraction = 0.5: is of the schedule 'wsd'"),
+        ({"timescale": 5}, "optimizer.timescale = 5: is of the schedule 'inverse_sqrt'"),
+        ({"schedule": "linear", "cycles": 2}, "optimizer.cycles = 2: is of the schedule 'cosine'"),
+        ({"cycles": 20}, "optimizer.cycles = 20: is more than the steps"),
+        ({"cycles": 0}, "optimizer.cycles = 0: must be 1 or more"),
+        ({"schedule": "inverse_sqrt", "timescale": -1}, "optimizer.timescale = -1: must be 0 or more"),
+        (
+            {"schedule": "wsd", "decay_shape": "sqrt"},
+            "optimizer.decay_shape = 'sqrt': not known. Did you mean '1-sqrt'",
+        ),
+    ],
+)
+def test_options_of_another_schedule_are_refused(fields, words):
+    with pytest.raises(InputError) as error:
+        make_schedule(OptimizerSpec(**fields), 10)
+    assert words in str(error.value)
 
 
 def _trajectory(spec, case, *, dims=None, dtype=jnp.float64):

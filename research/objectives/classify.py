@@ -1,6 +1,7 @@
 """Classification: the class of a document, read at its last token."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ def make(
     head: str = "linear",
     words: Sequence[str] = (),
     label_smoothing: float = 0.0,
+    class_weights: Sequence[float] = (),
     tokenizer: Tokenizer | None = None,
 ) -> Objective:
     """Mean cross-entropy of the documents' labels, `label_probs` [B, T, C] float32: the probabilities of the classes at
@@ -45,6 +47,8 @@ def make(
         which is to go on with the class's word.
       words: of "words", one for each class; see classes.label_tokens.
       label_smoothing: see ops.class_losses.cross_entropy.
+      class_weights: one for each class, for classes of unequal frequency: a document counts as its class's weight w_c,
+        with soft labels p as sum_c p_c w_c, and the mean is over these weights. Metrics are unweighted.
       tokenizer: the run's.
 
     Raises:
@@ -52,15 +56,31 @@ def make(
     """
     if not 0 <= label_smoothing < 1:
         raise InputError(f"label_smoothing = {label_smoothing}: must be in [0, 1).")
+    numbers = all(isinstance(w, int | float) and 0 <= w < math.inf for w in class_weights)
+    if not numbers or (class_weights and not any(class_weights)):
+        raise InputError(f"class_weights = {class_weights}: must be finite numbers, 0 or more, not all 0.")
     reader = make_reader(head, words, tokenizer)
 
     def loss(forward: Forward, batch: Batch, context: Context) -> LossOut:
         read = reader(forward, batch)
-        values = class_losses.cross_entropies(*read, label_smoothing=label_smoothing)
-        total = class_losses.cross_entropy(*read, label_smoothing=label_smoothing)
-        return LossOut(total, jnp.sum(read.weights), metrics(read), per_token=(values, read.weights))
+        weights = _document_weights(read, class_weights)
+        values = class_losses.cross_entropies(read.logits, read.labels, weights, label_smoothing=label_smoothing)
+        total = class_losses.cross_entropy(read.logits, read.labels, weights, label_smoothing=label_smoothing)
+        return LossOut(total, jnp.sum(weights), metrics(read), per_token=(values, weights))
 
     return Objective(loss=loss, fields=FIELDS)
+
+
+def _document_weights(read: Predictions, class_weights: Sequence[float]) -> Float[Array, "B T"]:
+    """What each position counts. Raises InputError where there aren't as many weights as classes."""
+    if not class_weights:
+        return read.weights
+    if len(class_weights) != read.labels.shape[-1]:
+        raise InputError(
+            f"class_weights = {tuple(class_weights)}: {len(class_weights)} weights for the {read.labels.shape[-1]} "
+            "classes of the data. Give one for each."
+        )
+    return read.weights * (read.labels @ jnp.asarray(class_weights, read.labels.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Distillation: the student's next-token distribution is to be the teacher's (Hinton et al., arXiv:1503.02531)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ SCOPES = ("supervised", "all")
 def make(
     kind: str = "forward_kl",
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     scale_by_temperature: bool = False,
     beta: float = 0.5,
     alpha: float = 0.1,
@@ -36,6 +38,7 @@ def make(
       kind, temperature, beta, alpha: see ops.divergences.divergence. "uld" compares sorted probabilities, for a teacher
         of another tokenizer (ops.divergences.uld): it reads the same documents in its own tokens, and the two are
         compared where both have read the same text. (The paper pairs the k-th tokens of both, which drift apart.)
+      teacher_temperature: of "uld": the teacher's, where it differs from the student's `temperature`.
       scale_by_temperature: multiply by temperature^2, so that gradients keep their size (the paper's section 2).
       on: "supervised", the positions that predict a token of loss_mask, or "all" those that predict one.
       teachers: role -> weight, for several teachers; the loss is their weighted sum. By default {"teacher": 1}.
@@ -54,6 +57,10 @@ def make(
         if value not in known:
             raise InputError(f"{name} = {value!r}: no such choice.{did_you_mean(str(value), known)}")
     divergences.check(kind, temperature, beta, alpha)
+    if teacher_temperature is not None and kind != "uld":
+        raise InputError(f"teacher_temperature = {teacher_temperature}: is of kind = 'uld'. Leave it out of {kind!r}.")
+    if teacher_temperature is not None and not 0 < teacher_temperature < math.inf:
+        raise InputError(f"teacher_temperature = {teacher_temperature}: must be above 0, and finite.")
     if cached and (teachers or kind in ("uld", divergences.LOGIT_MSE)):
         what = f"teachers = {dict(teachers)}" if teachers else f"kind = {kind!r}"
         raise InputError(f"{what}: needs live models, and cached = True. Set it to False, and name them in roles.")
@@ -65,6 +72,7 @@ def make(
     return Distill(
         kind=kind,
         mixture={"temperature": temperature, "beta": beta, "alpha": alpha},
+        teacher_temperature=teacher_temperature,
         factor=temperature**2 if scale_by_temperature else 1.0,
         supervised=on == "supervised",
         teachers=teachers,
@@ -80,6 +88,7 @@ class Distill:
     Attributes:
       kind: of ops.divergences.divergence, or "uld".
       mixture: its options: temperature, beta and alpha.
+      teacher_temperature: of "uld"; None where it is the student's.
       factor: what the divergence is multiplied by.
       supervised: only the positions that predict a token of loss_mask count.
       teachers: role -> weight.
@@ -89,6 +98,7 @@ class Distill:
 
     kind: str
     mixture: Mapping[str, float]
+    teacher_temperature: float | None
     factor: float
     supervised: bool
     teachers: Mapping[str, float]
@@ -109,7 +119,11 @@ class Distill:
         )
 
     def loss(self, forward: Forward, batch: Batch, context: Context) -> LossOut:
-        """The weighted sum over teachers, and the metrics of each."""
+        """The weighted sum over teachers, and the metrics of each.
+
+        Divergence and entropy of K cached tokens are those of a distribution over these and the rest, and less than
+        those over all tokens: the metrics are called divergence_topK and teacher_entropy_topK.
+        """
         _, weights = next_token_targets(batch, batch["loss_mask"] if self.supervised else None)
         parallel_forward = forward.on(_teacher_batch(batch)) if self.kind == "uld" else None
         if self.kind == "uld":
@@ -125,9 +139,10 @@ class Distill:
             total = total + share * self.factor * out.divergence_sum
             values = values + share * self.factor * out.divergence
             prefix = "" if len(self.teachers) == 1 else f"{role}/"
+            of = "" if self.tail is None else f"_top{batch['teacher_ids'].shape[-1]}"
             metrics |= {
-                f"{prefix}divergence": (out.divergence_sum, out.weight_sum),
-                f"{prefix}teacher_entropy": (out.teacher_entropy_sum, out.weight_sum),
+                f"{prefix}divergence{of}": (out.divergence_sum, out.weight_sum),
+                f"{prefix}teacher_entropy{of}": (out.teacher_entropy_sum, out.weight_sum),
             }
             if out.agreement_sum is not None:
                 metrics[f"{prefix}agreement"] = (out.agreement_sum, out.weight_sum)
@@ -137,11 +152,11 @@ class Distill:
         """From the teacher's likeliest tokens, which come with the batch."""
         stored = (batch[name] for name in CACHED_FIELDS)
         options = {"kind": self.kind, "tail": self.tail, "vocab_size": self.vocab_size, **self.mixture}
-        return divergences.topk_divergence(forward.hidden(), forward.head(), *stored, weights, **options)
+        return divergences.topk_divergence(forward.hidden(), forward.token_head(), *stored, weights, **options)
 
     def from_teacher(self, forward: Forward, role: str, weights: Float[Array, "B T"]) -> divergences.Divergence:
         """From a teacher that reads the same tokens."""
-        student, teacher = forward.head(), forward.head(role)
+        student, teacher = forward.token_head(), forward.token_head(role)
         size = self.vocab_size or min(student.size, teacher.size)
         options = {"kind": self.kind, "vocab_size": size, **self.mixture}
         return divergences.divergence(forward.hidden(), student, forward.hidden(role), teacher, weights, **options)
@@ -158,11 +173,12 @@ class Distill:
         hidden = jnp.take_along_axis(parallel_forward.hidden(role), jnp.maximum(at, 0)[:, :, None], axis=1)
         return divergences.uld(
             forward.hidden(),
-            forward.head(),
+            forward.token_head(),
             hidden,
-            forward.head(role),
+            forward.token_head(role),
             weights,
             temperature=self.mixture["temperature"],
+            teacher_temperature=self.teacher_temperature,
         )
 
 

@@ -60,6 +60,7 @@ class _Options(NamedTuple):
     temperature: float = 1.0
     vocab_size: int | None = None
     tail: str = ""
+    teacher_temperature: float | None = None
 
 
 class TopK(NamedTuple):
@@ -218,6 +219,7 @@ def uld(
     weights: Float[Array, "B T"],
     *,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     chunk: int | None = None,
 ) -> Divergence:
     """Universal logit distillation, between different vocabularies (arXiv:2402.12030, eq. 5; as in TRL's ULDLoss).
@@ -225,11 +227,13 @@ def uld(
     Of each token, sum |p_(i) - q_(i)| over the ranks i, both distributions sorted and the shorter padded with zeros.
     Which of the teacher's positions goes with which of the student's is the caller's to settle.
 
-    Args and the gradient: see `divergence`. Both models' kernels may have any number of tokens.
+    Args and the gradient: see `divergence`. Both models' kernels may have any number of tokens, and the teacher a
+    temperature of its own; by default it is the student's.
     """
     check("uld", temperature)
+    check("uld", temperature if teacher_temperature is None else teacher_temperature)
     chunk = chunk or _chunk_size(student_hidden, student_head, student_head.size + teacher_head.size)
-    options = _Options("uld", temperature=temperature)
+    options = _Options("uld", temperature=temperature, teacher_temperature=teacher_temperature)
     return _from_teacher(options, student_hidden, student_head, teacher_hidden, teacher_head, weights, chunk)
 
 
@@ -321,7 +325,9 @@ def _compare_models(
 ) -> Comparison:
     """The divergence from the teacher's hidden states, with _Details."""
     each = {"uld": _uld_tokens, LOGIT_MSE: _mse_tokens}.get(options.kind, _whole_tokens)
-    student, teacher = _scaled(options, logits), _scaled(options, teacher_head.logits(teacher))
+    own = options.temperature if options.teacher_temperature is None else options.teacher_temperature
+    of_teacher = options._replace(temperature=own)
+    student, teacher = _scaled(options, logits), _scaled(of_teacher, teacher_head.logits(teacher))
     return _comparison(options, *each(options, student, teacher.astype(student.dtype)))
 
 

@@ -155,6 +155,25 @@ def test_published_losses_across_vocabularies(name):
         _close_to_golden(case, by_student, case.outputs["grad_student"])
 
 
+def test_student_and_teacher_have_temperatures_of_their_own_in_uld():
+    keys = jax.random.split(jax.random.key(3), 2)
+    student, teacher = (3 * jax.random.normal(key, (2, 5, n)) for key, n in zip(keys, (7, 9), strict=True))
+    weights = jnp.ones((2, 5))
+
+    def loss(s, t, **options):
+        return uld(s, _identity(s), t, _identity(t), weights, chunk=4, **options).divergence_sum
+
+    q, p = (-np.sort(-np.asarray(jax.nn.softmax(x / T))) for x, T in ((student, 2.0), (teacher, 0.5)))
+    wanted = np.abs(np.pad(q, [(0, 0), (0, 0), (0, 2)]) - p).sum()
+    options = {"temperature": 2.0, "teacher_temperature": 0.5}
+    np.testing.assert_allclose(loss(student, teacher, **options), wanted, rtol=1e-5)
+    by_student = jax.grad(loss)(student, teacher, **options)
+    step = 1e-2 * jax.random.normal(jax.random.key(4), student.shape)
+    change = loss(student + step, teacher, **options) - loss(student - step, teacher, **options)
+    np.testing.assert_allclose(2 * jnp.sum(by_student * step), change, rtol=2e-2)
+    assert loss(student, teacher, temperature=2.0) == loss(student, teacher, temperature=2.0, teacher_temperature=2.0)
+
+
 def _inputs(B=4, T=7, D=8, E=6, V=32, W=32, dtype=jnp.float32):
     """student: hidden, kernel, bias; teacher: the same; weights."""
     keys = jax.random.split(jax.random.key(0), 7)
