@@ -22,6 +22,8 @@ from research.sources.tokenizers import Tokenizer
 
 Record = Mapping[str, Any]
 
+SHARES = ("acc", "acc_norm", "acc_bytes", "acc_tokens")  # the metrics that are shares of questions
+
 
 class Question(NamedTuple):
     """A context, what may come after it, which of these is right, and the field that the context is from."""
@@ -34,7 +36,7 @@ class Question(NamedTuple):
 
 class ChoiceSample(NamedTuple):
     """One question and what the model makes of it: the log-likelihood of each choice, in nats, and the likeliest, by
-    the sum (`chosen`) and by the mean over the choice's characters (`chosen_norm`)."""
+    the sum (`chosen`) and by the mean over the choice's characters (`chosen_norm`); metric -> whether it is right."""
 
     question: str
     choices: list[str]
@@ -42,6 +44,7 @@ class ChoiceSample(NamedTuple):
     loglikelihoods: list[float]
     chosen: int
     chosen_norm: int
+    right: dict[str, bool]
 
     def __str__(self) -> str:
         verdict = "right" if self.chosen == self.answer else f"wrong, expected {self.choices[self.answer]!r}"
@@ -131,7 +134,9 @@ def make_multiple_choice(
             choice = _choose(choices, nats, np.array([float(example.count) for example in examples[start:stop]]))
             for name, i in choice.items():
                 right[name].append(float(i == answer))
-            samples.append(ChoiceSample(context, choices, answer, nats.tolist(), choice["acc"], choice["acc_norm"]))
+            verdicts = {name: i == answer for name, i in choice.items()}
+            best = choice["acc"], choice["acc_norm"]
+            samples.append(ChoiceSample(context, choices, answer, nats.tolist(), *best, verdicts))
         for name, values in right.items():
             metrics[name], error = ratio_of_sums(np.array(values), np.ones(len(values)))
             if error is not None:

@@ -1,6 +1,7 @@
 """Evaluations of a model by name: their results in a table and in files."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 
 from research import files
 from research.errors import InputError
-from research.evals import lm_eval_adapter, tasks
+from research.evals import lm_eval_adapter, multiple_choice, tasks
 from research.loading import LoadedModel
 
 Metrics = Mapping[str, float]
@@ -86,13 +87,55 @@ def evaluate_harness(
     }
 
 
+def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share, right / count, by Wilson's score (JASA 22:209, 1927).
+
+    It stays within [0, 1], and has a width at 0 and 1 too. Raises ValueError where count is 0.
+    """
+    if count < 1:
+        raise ValueError("a share of nothing has no interval")
+    p, n = right / count, count
+    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
+    return (0.0 if right == 0 else low), (1.0 if right == count else high)
+
+
+def interval(name: str, result: Result) -> tuple[float, float] | None:
+    """The 95 % interval of a metric: Wilson's of a share of records, else the normal one of its standard error.
+
+    Args:
+      name: of the metric, such as "acc" or "exact_match/TASK".
+      result: of the evaluation.
+
+    Returns:
+      None where there is no error to make one of.
+    """
+    value, error = result.metrics[name], result.metrics.get(f"{name}_stderr")
+    right = _outcomes(name, result.samples)
+    if right and abs(sum(right) / len(right) - value) < 1e-9:
+        return wilson(sum(right), len(right))
+    return None if error is None else (value - 1.96 * error, value + 1.96 * error)
+
+
+def _outcomes(name: str, samples: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Of a metric that is a share of records: which are right; empty of any other."""
+    kind, _, task = name.partition("/")
+    here = [sample for sample in samples if not task or sample.get("task") == task]
+    if kind == "exact_match" and all("correct" in sample for sample in here):
+        return [sample["correct"] for sample in here]
+    if name in multiple_choice.SHARES and all("right" in sample for sample in here):
+        return [sample["right"][name] for sample in here]
+    values = [sample.get(kind) for sample in samples]  # the harness has a record's value under the metric's name
+    return [bool(value) for value in values] if all(value in (0, 1) for value in values) else []
+
+
 def table(results: Mapping[str, Result]) -> str:
-    """A line for each task's metric: value, standard error, 95 % interval (normal), number of records."""
+    """A line for each task's metric: value, standard error, 95 % interval (see `interval`), number of records."""
     rows = [("task", "metric", "value", "stderr", "95 % interval", "records")]
-    for task, (metrics, samples) in results.items():
-        for name, value in metrics.items():
+    for task, result in results.items():
+        for name in result.metrics:
             if not name.endswith("_stderr"):
-                rows.append((task, name, *_cells(value, metrics.get(f"{name}_stderr")), str(len(samples))))
+                rows.append((task, name, *_cells(name, result), str(len(result.samples))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -103,11 +146,12 @@ def table(results: Mapping[str, Result]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _cells(value: float, error: float | None) -> tuple[str, str, str]:
+def _cells(name: str, result: Result) -> tuple[str, str, str]:
     """Value, standard error and interval as text."""
-    if error is None:
+    value, error, bounds = result.metrics[name], result.metrics.get(f"{name}_stderr"), interval(name, result)
+    if bounds is None:
         return f"{value:.4f}" if value % 1 else f"{value:g}", "", ""
-    return f"{value:.4f}", f"{error:.4f}", f"{value - 1.96 * error:.4f} to {value + 1.96 * error:.4f}"
+    return f"{value:.4f}", "" if error is None else f"{error:.4f}", f"{bounds[0]:.4f} to {bounds[1]:.4f}"
 
 
 def write(path: Path, model: str, command: Mapping[str, Any], results: Mapping[str, Result]) -> None:
@@ -115,7 +159,10 @@ def write(path: Path, model: str, command: Mapping[str, Any], results: Mapping[s
     content = {
         "model": model,
         "command": dict(command),
-        "results": {name: {**metrics, "records": len(samples)} for name, (metrics, samples) in results.items()},
+        "results": {
+            name: {**result.metrics, **_intervals(result), "records": len(result.samples)}
+            for name, result in results.items()
+        },
     }
     lines = [
         json.dumps({"evaluation": name, **sample}, ensure_ascii=False, default=str) + "\n"
@@ -124,3 +171,9 @@ def write(path: Path, model: str, command: Mapping[str, Any], results: Mapping[s
     ]
     files.write_text(path.with_suffix(".samples.jsonl"), "".join(lines))
     files.write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def _intervals(result: Result) -> dict[str, tuple[float, float]]:
+    """NAME_interval of each metric that has one."""
+    bounds = {name: interval(name, result) for name in result.metrics if not name.endswith("_stderr")}
+    return {f"{name}_interval": both for name, both in bounds.items() if both is not None}

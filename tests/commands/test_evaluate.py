@@ -7,6 +7,7 @@ import pytest
 from research import params
 from research.commands import evaluate
 from research.devices import sharding
+from research.evals import results as evals
 from research.models.config import ModelConfig
 from research.models.transformer import make_model
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
@@ -69,8 +70,36 @@ def test_several_tasks_in_a_table_and_in_files(run, data):
     assert ["text", "tokens", "8", "4"] in rows  # without an error or interval
     assert not any(row[1].endswith("_stderr") for row in rows)
 
+    assert results["choice"]["acc_interval"] == list(evals.wilson(sum(right), 6))
+    low, high = results["answer"]["exact_match_interval"]  # a model drawn by chance has none right
+    assert (results["answer"]["exact_match"], low) == (0, 0)
+    assert f"answer exact_match 0.0000 0.0000 0.0000 to {high:.4f} 4".split() in rows
+    assert high == pytest.approx(0.4899, abs=1e-4)
+
     status, _, _ = run(*tasks[:1], "--max_records=2", f"--output={output}")
     assert (status, json.loads(output.read_text())["results"]["choice"]["records"]) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (17, 20, 0.6396, 0.9476), (1, 2, 0.0945, 0.9055)],
+)
+def test_intervals_of_shares_stay_within_0_and_1(right, count, low, high):
+    """Values of R's prop.test(right, count, correct=FALSE)."""
+    assert evals.wilson(right, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_which_metrics_are_shares():
+    samples = [{"task": name, "correct": i % 2 == 0} for i, name in enumerate("aab")]
+    result = evals.Result({"exact_match": 2 / 3, "exact_match/a": 1 / 2, "loss": 1.0, "loss_stderr": 0.1}, samples)
+    assert evals.interval("exact_match", result) == evals.wilson(2, 3)
+    assert evals.interval("exact_match/a", result) == evals.wilson(1, 2)
+    assert evals.interval("loss", result) == pytest.approx((0.804, 1.196))
+    harness = evals.Result(
+        {"acc": 0.5, "f1": 0.75, "f1_stderr": 0.1}, [{"acc": 1.0, "f1": 1.0}, {"acc": 0.0, "f1": 0.5}]
+    )
+    assert evals.interval("acc", harness) == evals.wilson(1, 2)
+    assert evals.interval("f1", harness) == pytest.approx((0.554, 0.946))
 
 
 @pytest.mark.parametrize(
