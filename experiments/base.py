@@ -1,5 +1,8 @@
 """What all experiments share: the defaults, the variants after the colon, and `debug`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from research import config as config_lib
@@ -25,12 +28,15 @@ def variants(arg: str, *known: str) -> set[str]:
     return chosen
 
 
+DEBUG_MODEL = {"num_layers": 2, "d_model": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 0, "d_ff": 128}
+
+
 def debug(config: ConfigDict) -> ConfigDict:
     """Shrinks model, data and steps so that everything runs once in seconds. Comes last, after all else is set."""
     config.steps = 2
     config.batch_size = 8 * config.microbatches
     config.seq_len = min(config.seq_len, 128)
-    config.model.update(num_layers=2, d_model=64, num_heads=4, num_kv_heads=2, head_dim=0, d_ff=128)
+    config.model.update(DEBUG_MODEL)
     config.tokenizer.vocab_size = min(config.tokenizer.vocab_size, 512)
     config.data.examples = 200
     config.data.max_records = 50
@@ -39,3 +45,18 @@ def debug(config: ConfigDict) -> ConfigDict:
     config.eval.update(every=1, batches=2, generate=min(config.eval.generate, 4), max_new_tokens=8, show=1)
     config.log.every = 1
     return config
+
+
+def finish(config: ConfigDict, arg: str, overrides: Mapping[str, Any]) -> None:
+    """What an experiment has to say once the command line is read: `finish` in its module, called with its config.
+
+    In the debug form of a run that begins with a model, that model decides the shape, and not `debug`.
+
+    Args:
+      config: with the overrides.
+      arg: the variants, as get_config has them.
+      overrides: dotted field -> value, of the command line.
+    """
+    if "debug" in variants(arg, *arg.split(",")) and config.model.init_from:
+        defaults = config_lib.defaults()["model"]
+        config.model.update({name: defaults[name] for name in DEBUG_MODEL if f"model.{name}" not in overrides})

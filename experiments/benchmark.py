@@ -16,6 +16,8 @@ minutes; the other parts write its 15 GB of training state several times.
 
 from experiments import base
 
+finish = base.finish
+
 SHAPES = {
     "small": {"vocab_size": 4096, "num_layers": 6, "d_model": 256, "num_heads": 8, "num_kv_heads": 4, "d_ff": 768},
     "smol": {"vocab_size": 49_152, "num_layers": 30, "d_model": 576, "num_heads": 9, "num_kv_heads": 3, "d_ff": 1536},

@@ -10,6 +10,7 @@ own chat template; the loss is on the answers. SmolLM2-135M-Instruct, 100 steps 
 """
 
 from experiments import base
+from research.errors import InputError
 
 
 def get_config(arg: str = ""):
@@ -26,3 +27,9 @@ def get_config(arg: str = ""):
     config.eval.update(every=50, batches=10, generate=64, max_new_tokens=64)
     config.checkpoint.update(every=50, best_metric="eval/loss")
     return base.debug(config) if "debug" in chosen else config
+
+
+def finish(config, arg, overrides):
+    base.finish(config, arg, overrides)
+    if not config.model.init_from:
+        raise InputError("--config.model.init_from: is missing. Name the model to start from.")

@@ -13,6 +13,8 @@ Cost and fit: see the table of plans in docs/scale.md.
 
 from experiments import base
 
+finish = base.finish
+
 LLAMA = {"mlp": "swiglu", "norm_eps": 1e-5, "rope_theta": 500_000.0, "max_length": 8192, "vocab_size": 128_256}
 LLAMA |= {"num_heads": 32, "num_kv_heads": 8, "tie_embeddings": False}
 SHAPES = {

@@ -10,6 +10,8 @@ Cost: 4:40 on 2 CPU cores (4.2 M parameters, 1.0 M tokens). Expect: held-out bit
 
 from experiments import base
 
+finish = base.finish
+
 
 def get_config(arg: str = ""):
     chosen = base.variants(arg)

@@ -9,6 +9,8 @@ it was measured), loss from 5.9 to about 0.003.
 
 from experiments import base
 
+finish = base.finish
+
 
 def get_config(arg: str = ""):
     chosen = base.variants(arg)

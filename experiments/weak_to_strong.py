@@ -8,7 +8,7 @@ A study (Burns et al., arXiv:2312.09390). Small models learn to predict text; th
 true labels, and label the text that the strong one learns from, under each loss. The ceiling learned the same text from
 true labels. The table has accuracies, the performance gap recovered and agreement, over seeds. The task is to tell
 which of four topics a paragraph has; `study.data` may be any file of records with `text` and `label` (numbers from 0
-on, or names that study.labels lists).
+on, or names): the classes are those that it has.
 
 Cost on 2 CPU cores: 14 minutes, 2 of them pretraining. Expect: weak 0.53 and 0.60, student 0.56 and 0.63, ceiling 0.82;
 the table tells which loss helps, and which doesn't. :smollm2 takes some 35 minutes with SmolLM2-135M and 6,000 short
@@ -18,7 +18,7 @@ texts.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -27,6 +27,7 @@ from research import loading, params
 from research.errors import InputError
 from research.models.config import ModelConfig
 from research.models.specs import make_specs
+from research.sources import records
 from research.studies import pgr_report
 from research.studies.stages import Plan
 
@@ -52,6 +53,9 @@ STUDENTS = {
 }
 
 
+TOPICS = ("language", "interfaces", "concurrency", "internet")  # the classes of builtin:python_topics, in their order
+
+
 def get_config(arg: str = ""):
     variants = base.variants(arg, "smollm2")
     config = base.get_config()  # of a classifier; pretraining and sizes are set below
@@ -68,11 +72,11 @@ def get_config(arg: str = ""):
     config.log.tensorboard = False
     study = {
         "data": "builtin:python_topics",
-        "labels": ("language", "interfaces", "concurrency", "internet"),
+        "labels": (),  # names of the classes, in their order; by default those of the data
         "weak_records": 150,
         "strong_records": 2800,
         "test_records": 1500,
-        "pretrain_data": "builtin:python_docs",
+        "pretrain_data": "builtin:python_docs",  # "": small models begin at random; study.data: all of it but the test
         "pretrain_steps": 400,
         "weak": ("xs", "s"),
         "strong": "l",  # of SIZES, or a model as model.init_from takes it
@@ -87,17 +91,24 @@ def get_config(arg: str = ""):
         config.batch_size = 4
         config.steps = 80
         config.eval.every = config.checkpoint.every = 26
-        study |= {"data": "", "pretrain_data": "", "labels": (), "weak": ("s",), "seeds": 1}
+        study |= {"data": "", "weak": ("s",), "seeds": 1}
         study |= {"weak_records": 600, "strong_records": 6000, "test_records": 1500}
         study |= {"strong": "", "strong_steps": 104, "strong_learning_rate": 1e-4, "students": ("soft", "confidence")}
     with config.unlocked():
         config.study = ConfigDict(study)
+    if "smollm2" in variants:
+        config.study.pretrain_data = config.study.get_oneway_ref("data")
     if "debug" in variants:
         config.steps, config.seq_len, config.eval.every, config.checkpoint.every = 2, 64, 1, 1
         config.optimizer.warmup_steps = 1
         config.study.update(weak_records=40, strong_records=60, test_records=20, pretrain_steps=2, strong_steps=2)
         config.study.update(seeds=2, students=("soft", "confidence", "filtered", "ensemble", "chain"))
     return config
+
+
+def finish(config, arg, overrides):
+    if "model.num_labels" in overrides:
+        raise InputError("--config.model.num_labels: the classes are those of --config.study.data. Leave it out.")
 
 
 def study(config, add):
@@ -107,10 +118,56 @@ def study(config, add):
             raise InputError(
                 f"study.{field} is missing. Give --config.study.{field}=...; see the experiment's docstring."
             )
+    classes = _classes(s.data, tuple(s.labels))
+    config = config.copy_and_resolve_references()
+    config.study.labels, config.model.num_labels = classes.names, classes.count
     split = f"weak:{s.weak_records},strong:{s.strong_records},test:{s.test_records}"
     files = add.command("split", "split", {"data": s.data, "parts": split, "output": "{workdir}"}).workdir
     cells = [cell for weak in s.weak for cell in _Pair(config, add, files, weak).cells()]
     return functools.partial(pgr_report.report, cells)
+
+
+class _Classes(NamedTuple):
+    """The classes of a task: their names, () where labels are numbers, and how many there are."""
+
+    names: tuple[str, ...]
+    count: int
+
+
+def _classes(data: str, names: tuple[str, ...]) -> _Classes:
+    """The classes that the records of a study have.
+
+    Args:
+      data: study.data.
+      names: study.labels; () takes them from the records, in alphabetical order.
+
+    Raises:
+      InputError: there is no such data, a label is neither a number nor a name, or a class has no record.
+    """
+    if data == "builtin:python_topics" and names in ((), TOPICS):
+        return _Classes(TOPICS, len(TOPICS))
+    seen = set()
+    for entry in filter(None, data.split(",")):
+        for where, raw in records.locate(entry, count=0, seed=0).read():
+            label = records.parse(raw).get("label")
+            if not isinstance(label, int | str) or (isinstance(label, int) and label < 0):
+                raise InputError(f"{where}: label = {label!r:.40}: must be a number from 0 on, or a name.")
+            seen.add(int(label) if isinstance(label, bool) else label)
+    if len({type(label) for label in seen}) != 1:
+        raise InputError(f"study.data = {data}: some labels are numbers and some names. Write them in one way.")
+    if isinstance(next(iter(seen)), str):
+        names = names or tuple(sorted(seen))
+        known = set(names)
+    else:
+        known = set(range(len(names) or len(seen)))
+    if known != seen or len(known) < 2:
+        lacking, foreign = sorted(known - seen), sorted(seen - known)
+        fault = f"no record has the label {lacking[0]!r}" if lacking else f"there is a label {foreign[:1]}"
+        raise InputError(
+            f"study.data = {data}: {fault if known != seen else 'all records have one label'}, and study.labels = "
+            f"{names}. Each class needs records: mend study.labels, or the data."
+        )
+    return _Classes(names, len(known))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +243,8 @@ class _Pair:
     def train(self, name: str, size: str, seed: int, data: str, objective: Mapping[str, Any]) -> str:
         """Adds a run; returns its folder."""
         model = self.strong if size == self.config.study.strong else size
-        run = _classifier(self.config, self.add, size, seed, data, objective)
+        base = _pretrained(self.config, self.add, size, self.files)
+        run = _classifier(self.config, base, size, seed, data, objective)
         return self.add.train(f"{name}-{model}-s{seed}", run).workdir
 
     def label(self, name: str, model: str, data: str, keep: float = 1.0) -> str:
@@ -202,35 +260,45 @@ class _Pair:
 def _count(config, size):
     """Number of parameters."""
     if size in SIZES:
-        c = ModelConfig(**SIZES[size], vocab_size=config.tokenizer.vocab_size)
+        rows = config.tokenizer.vocab_size if _pretrains(config) else 384  # bytes and special tokens, padded
+        c = ModelConfig(**SIZES[size], vocab_size=rows)
     else:
         c = loading.find(size).config
     return params.count(make_specs(c))
 
 
-def _classifier(config, add, size, seed, data, objective):
-    """The config of a run that makes a classifier of a language model."""
+def _classifier(config, base, size, seed, data, objective):
+    """The config of a run that makes a classifier of a language model, `base`, or of none where that is ""."""
     run = config.copy_and_resolve_references()
     run.seed = seed
     run.objective = {"terms": dict.fromkeys(objective, 1.0), **objective}
     run.data.path = data
     run.data.labels = tuple(config.study.labels)
-    if size not in SIZES:
-        run.model.init_from = size
-    elif config.study.pretrain_steps:
-        run.model.init_from = add.train(f"pretrain-{size}", _pretrain(config, size)).workdir
-    else:
+    run.model.init_from = base
+    if not base:
         run.model.update(SIZES[size])
     if size == config.study.strong:
         run.steps, run.optimizer.learning_rate = config.study.strong_steps, config.study.strong_learning_rate
     return run
 
 
-def _pretrain(config, size):
+def _pretrains(config):
+    return bool(config.study.pretrain_data and config.study.pretrain_steps)
+
+
+def _pretrained(config, add, size, files):
+    """The model that a classifier begins with: one that exists, or a small one that this adds; "" for none."""
+    if size not in SIZES:
+        return size
+    return add.train(f"pretrain-{size}", _pretrain(config, size, files)).workdir if _pretrains(config) else ""
+
+
+def _pretrain(config, size, files):
     run = base.get_config()
     run.steps = config.study.pretrain_steps
     run.batch_size, run.seq_len = 16, min(128, config.seq_len)
-    run.data.path = config.study.pretrain_data or config.study.data
+    own = config.study.pretrain_data == config.study.data
+    run.data.path = f"{files}/weak.jsonl,{files}/strong.jsonl" if own else config.study.pretrain_data
     run.tokenizer.update(kind="bpe", vocab_size=config.tokenizer.vocab_size)
     run.model.update(SIZES[size])
     run.optimizer.update(name="muon", learning_rate=3e-3, warmup_steps=run.steps // 10, weight_decay=0.1)

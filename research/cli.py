@@ -6,7 +6,9 @@ import dataclasses
 import gc
 import importlib
 import importlib.util
+import io
 import json
+import math
 import os
 import pkgutil
 import re
@@ -15,15 +17,18 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 from research import commands
 from research.devices import startup
-from research.errors import Exit, InputError, did_you_mean, explain_flag_error
+from research.errors import MOST_SEED, Exit, InputError, did_you_mean, explain_flag_error
 
 _MODULES = "research.commands"
-_CONFIG_HELP = "an experiment, experiments/NAME.py[:VARIANT,...]; --config.FIELD=VALUE overrides a field of its config"
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+_CONFIG_HELP = (
+    "an experiment, NAME or experiments/NAME.py[:VARIANT,...]; --config.FIELD=VALUE overrides a field of its config"
+)
 _WIDTH = 100
 _DISK_ERRORS = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
@@ -138,6 +143,7 @@ class Command:
           argv: the command line after the command's name.
           work: all that the command does, given the flags' values; what it returns is the status, None being 0.
         """
+        _prepare()
         if {"--help", "-h"} & set(argv):
             print(self.help())
             return Exit.DONE
@@ -228,6 +234,14 @@ class Command:
         return "\n".join([*lines, "", heading, *(f"  {example}" for example in self.examples)])
 
 
+def _prepare() -> None:
+    """What every command does first, however it was started."""
+    startup.leave_tpus()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # characters that the terminal lacks are shown as \\xe9, \\u65e5
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _parse_value(flag: Flag, name: str, value: str | None) -> Any:
     if flag.switch:
         texts = {None: True, "true": True, "True": True, "1": True, "false": False, "False": False, "0": False}
@@ -236,6 +250,8 @@ def _parse_value(flag: Flag, name: str, value: str | None) -> Any:
         return texts[value] != (name != flag.name)
     if value is None:
         raise InputError(f"--{name}: has no value. Write {flag.spelling}.")
+    if not value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"--{name} = {value!r}: isn't text in the encoding of this terminal. Write it in UTF-8.")
     try:
         return flag.parse(value)
     except ValueError as error:
@@ -254,6 +270,7 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
     from absl import flags  # late, as ml_collections: half of the start of commands that take no experiment
     from ml_collections import config_flags
 
+    argv = [_found_experiment(flag) for flag in argv]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=["", *argv])
     try:
@@ -265,21 +282,63 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
     if rest:
         raise InputError(f"{rest[0]}: is no flag. Flags have the form --name=value.")
     holder = values["config"]
+    path, _, variants = holder.config_filename.partition(":")
+    finish = getattr(load_module(path), "finish", None)
+    if finish is not None:
+        finish(values.config, variants, holder.override_values)
     return Experiment(holder.config_filename, values.config, holder.override_values, tuple(argv))
+
+
+def load_module(path: str) -> ModuleType:
+    """The module of an experiment's file."""
+    spec = importlib.util.spec_from_file_location("experiment", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _found_experiment(flag: str) -> str:
+    """--config=sft:debug with the path of experiments/sft.py, here or beside the package; other flags as they are."""
+    name, _, value = flag.partition("=")
+    file, colon, variant = value.partition(":")
+    if name != "--config" or os.path.isfile(os.path.expanduser(file)):
+        return f"{name}={os.path.expanduser(file)}{colon}{variant}" if file.startswith("~") else flag
+    short = file.removesuffix(".py") + ".py"
+    for place in (short, os.path.join("experiments", short), EXPERIMENTS / short, EXPERIMENTS.parent / short):
+        if os.path.isfile(place):
+            return f"{name}={place}{colon}{variant}"
+    return flag
 
 
 # Values.
 
 
+def path(text: str) -> str:
+    """A file or folder; ~ is the home folder, which shells leave as it is after `=`."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        name = expanded.partition(os.path.sep)[0]
+        raise ValueError(f"there is no user {name[1:]!r}. Write ./{expanded} for a folder called {name}.")
+    return expanded
+
+
+def paths(text: str) -> tuple[str, ...]:
+    """Files, folders or other entries, parted by commas."""
+    return tuple(path(word) for word in words(text))
+
+
 def number(text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise ValueError("must be a number.") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number.")
+    return value
 
 
-def whole(least: int | None = None) -> Callable[[str], int]:
-    """A parser of whole numbers from `least` on."""
+def whole(least: int | None = None, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` to `most`; of more than 4,300 digits Python reads none."""
 
     def parse(text: str) -> int:
         try:
@@ -288,6 +347,8 @@ def whole(least: int | None = None) -> Callable[[str], int]:
             value = None
         if value is None or (least is not None and value < least):
             raise ValueError("must be a whole number" + ("." if least is None else f", at least {least}."))
+        if abs(value) > most:
+            raise ValueError(f"must be a whole number, at most {most}.")
         return value
 
     return parse
@@ -370,6 +431,7 @@ MODEL = Flag(
     "model",
     "a run's workdir, a Hugging Face folder or hub name, or a .gguf file",
     metavar="MODEL",
+    parse=path,
     required=True,
 )
 STEP = Flag(
@@ -387,7 +449,8 @@ TEMPLATE = Flag(
     metavar="NAME",
     parse=one_of("auto", "model", "chat", "plain"),
 )
-SEED = Flag("seed", "of what is drawn by chance", 0, metavar="N", parse=whole())
+seed = whole(0, MOST_SEED)
+SEED = Flag("seed", "of what is drawn by chance", 0, metavar="N", parse=seed)
 MESH = Flag("mesh", "as in data=4,tensor=2", {"data": -1}, "all devices share the batch", "AXES", mesh)
 BATCH_TOKENS = Flag(
     "batch_tokens",

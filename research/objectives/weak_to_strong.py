@@ -19,6 +19,7 @@ from research.ops import class_losses
 from research.ops.class_losses import RunningThresholds, ThresholdSums
 from research.sources.tokenizers import Tokenizer
 
+_NAMES = {"accuracy": "agreement"}  # labels are the weaker model's: who predicts them agrees, and may be wrong
 OWN_LABELS = ("batch", "running", "argmax", "soft")
 
 _UNIT = (lambda x: 0 <= x <= 1, "in [0, 1]")
@@ -299,7 +300,8 @@ class WeakToStrong:
             name: (jnp.sum(read.weights * jnp.broadcast_to(x, read.weights.shape)), count)
             for name, x in result.metrics.items()
         }
-        return LossOut(result.loss_sum, count, classify.metrics(read) | sums, result.statistics)
+        metrics = {_NAMES.get(name, name): value for name, value in classify.metrics(read).items()}
+        return LossOut(result.loss_sum, count, metrics | sums, result.statistics)
 
     def gather(self, forward: Forward, batch: Batch) -> Any:
         return self.kind.gather(self.reader(forward, batch))

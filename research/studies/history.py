@@ -12,7 +12,7 @@ from research import files
 from research.errors import InputError
 from research.run.metrics import read_metrics, read_samples
 
-FIRST = ("loss", "perplexity", "bits_per_byte", "exact_match", "accuracy")
+FIRST = ("loss", "perplexity", "bits_per_byte", "exact_match", "accuracy", "agreement")
 _TRAINING = ("grad_norm", "update_ratio", "learning_rate", "tokens_per_second", "mfu", "supervised_fraction")
 
 

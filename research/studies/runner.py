@@ -286,6 +286,6 @@ def _likeness(a: Stage, b: Stage) -> tuple[bool, bool]:
 
 def _summary(metrics: Mapping[str, float]) -> str:
     """The metrics that tell most, of the evaluation if there was one."""
-    names = [f"eval/{name}" for name in ("loss", "accuracy", "exact_match", "bits_per_byte")]
+    names = [f"eval/{name}" for name in ("loss", "accuracy", "agreement", "exact_match", "bits_per_byte")]
     names = [name for name in names if name in metrics] or ["train/loss"]
     return describe({name: metrics[name] for name in names if name in metrics})

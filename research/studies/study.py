@@ -5,7 +5,6 @@ research/commands/study.py is the command, and says what the file has; docs/stud
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shlex
@@ -17,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from research import files
+from research import cli, files
 from research.errors import InputError, did_you_mean
 from research.run import run
 from research.studies import stages
@@ -136,7 +135,9 @@ def plan(named: str, config: ConfigDict, workdir: str, overrides: Mapping[str, A
     if "study" not in config:
         raise InputError(f"--config={path}: its config has no section `study`. Run it with research.main.")
     module = _load(path)
-    store = config.study.get("store", "") or os.path.join(os.path.dirname(os.path.normpath(workdir)), "store")
+    store = os.path.expanduser(config.study.get("store", "")) or os.path.join(
+        os.path.dirname(os.path.normpath(workdir)), "store"
+    )
     add = Plan(store)
     report = module.study(config, add)
     if not add.stages:
@@ -147,9 +148,7 @@ def plan(named: str, config: ConfigDict, workdir: str, overrides: Mapping[str, A
 
 
 def _load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("experiment", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = cli.load_module(path)
     if not hasattr(module, "study"):
         raise InputError(f"--config={path}: it defines no study(config, add). See docs/studies.md for what that is.")
     return module

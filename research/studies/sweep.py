@@ -7,7 +7,6 @@ runs are skipped, begun ones resumed. At the end there is a table, in results.cs
 import csv
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -234,9 +233,7 @@ def _load(path: str) -> ModuleType:
         there = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
         hint = did_you_mean(path, [name for name in there if name.endswith(".py")])
         raise InputError(f"--config={path}: there is no such file.{hint}")
-    spec = importlib.util.spec_from_file_location("experiment", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = cli.load_module(path)
     if not hasattr(module, "get_config"):
         raise InputError(f"--config={path}: it defines no get_config(), so it isn't an experiment.")
     if not hasattr(module, "sweep"):

@@ -118,7 +118,27 @@ def test_classify_counts_labelled_positions_alone(hard):
     assert means["label_nll"] == pytest.approx(-np.sum(labels * log_p) / len(labels), rel=1e-5)
     assert means["accuracy"] == pytest.approx(np.mean(logits.argmax(-1) == labels.argmax(-1)))
     assert 0 < means["accuracy"] < 1
+    learned = out_of(term("weak_to_strong"), batch).metrics  # from another model's labels, which may be wrong
+    assert "accuracy" not in learned
+    assert float(learned["agreement"][0] / learned["agreement"][1]) == pytest.approx(means["accuracy"])
     assert means["confidence"] == pytest.approx(np.exp(log_p).max(-1).mean(), rel=1e-5)
+
+
+def test_classes_with_weights():
+    batch, weights = make_batch(hard=True), (0.0, 1.0, 2.5)
+    logits, labels = at_labels(batch)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    each = labels @ np.asarray(weights)
+    out = out_of(term("classify", class_weights=weights), batch)
+    np.testing.assert_allclose(out.loss_sum, -np.sum(each * np.sum(labels * log_p, -1)), rtol=1e-5)
+    np.testing.assert_allclose(out.weight, each.sum(), rtol=1e-6)  # as torch.nn.CrossEntropyLoss(weight) divides
+    plain = out_of(term("classify"), batch)
+    jax.tree.map(np.testing.assert_array_equal, dict(out.metrics), dict(plain.metrics))
+    with pytest.raises(InputError, match="2 weights for the 3 classes"):
+        out_of(term("classify", class_weights=(1.0, 2.0)), batch)
+    for bad in ((0.0, 0.0, 0.0), (1.0, -1.0, 1.0), (1.0, float("nan"), 1.0), ("a", "b", "c")):
+        with pytest.raises(InputError, match="class_weights"):
+            term("classify", class_weights=bad)
 
 
 # Loss and options -> the same from ops.class_losses.
@@ -230,7 +250,7 @@ def three_steps(microbatches=1, mesh=None, **options):
 def same(one, two):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, (one[0].params, one[0].carry), (two[0].params, two[0].carry))
-    for name in ("loss", "accuracy", "grad_norm"):
+    for name in ("loss", "agreement", "grad_norm"):
         np.testing.assert_allclose(*(m[name][0] / m[name][1] for _, m in (one, two)), rtol=1e-3)
 
 
