@@ -6,6 +6,7 @@ the dataclasses below. Every error names the field as it is spelt on the command
 
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
@@ -14,7 +15,7 @@ from typing import Any
 
 from research import optim
 from research.devices import sharding
-from research.errors import InputError, did_you_mean
+from research.errors import MOST_SEED, InputError, did_you_mean
 from research.models.config import ModelConfig
 from research.rollouts.answers import RolloutSpec
 from research.sources import spec
@@ -222,6 +223,14 @@ def parse(values: Mapping[str, Any]) -> Config:
     return _build(Config, values, "")
 
 
+_PATHS = {"init_from", "annotations", "cache_dir"}  # fields that name a file or folder; data.path is read by sources/
+
+
+def _at_home(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A section, with the home folder in the place of ~ where a field names a file."""
+    return {k: os.path.expanduser(v) if k in _PATHS and isinstance(v, str) else v for k, v in values.items()}
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """The resolved config, for JSON."""
     return dataclasses.asdict(config)
@@ -241,6 +250,8 @@ def check(config: Config, *, num_devices: int) -> None:
     _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     _at_least("log.every", config.log.every, 1)
     _at_least("eval.max_new_tokens", config.eval.max_new_tokens, 1)
+    if not 0 <= config.seed <= MOST_SEED:
+        raise InputError(f"seed = {config.seed}: must be from 0 to {MOST_SEED}.")
     if not 0 <= config.ema_decay < 1:
         raise InputError(f"ema_decay = {config.ema_decay}: must be in [0, 1); 0 turns it off.")
     if config.checkpoint.best_mode not in ("min", "max"):
@@ -436,7 +447,7 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
         if name not in hints:
             raise InputError(f"{prefix}{name}: no such field.{did_you_mean(name, _names(cls))}")
         fields[name] = _convert(hints[name], value, f"{prefix}{name}")
-    return cls(**fields)
+    return cls(**_at_home(fields))
 
 
 def _convert(hint: Any, value: Any, field: str) -> Any:
@@ -458,6 +469,9 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
     wrong = isinstance(value, bool) and kind is not bool  # a bool is an int to Python
     if isinstance(kind, type) and (wrong or not isinstance(value, kind)):
         raise InputError(f"{field} = {value!r}: must be of type {kind.__name__}, and is {type(value).__name__}.")
+    if kind is int and not -(2**31) <= value <= MOST_SEED:
+        shown = "a number of very many digits" if value.bit_length() > 200 else value
+        raise InputError(f"{field} = {shown}: is out of the range of 32 bits.")
     return dict(value) if isinstance(value, Mapping) else value
 
 

@@ -7,6 +7,9 @@ import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+# Seeds have 32 bits: jax would take the remainder of a larger one, and numpy refuses those below 0.
+MOST_SEED = 2**32 - 1
+
 
 class Exit(enum.IntEnum):
     """The exit statuses of every command. After PREEMPTED and LOST, the same command goes on from where it stopped."""

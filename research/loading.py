@@ -1,6 +1,7 @@
 """Models by name, wherever they come from: a run of ours, a Hugging Face folder or hub name, a .gguf file."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ def find(name: str, *, step: int | str | None = None, ema: bool = False) -> Foun
     Raises:
       InputError: there is no such model, or it can't be read.
     """
+    name = os.path.expanduser(name)
     if checkpoints.steps(name):
         return _find_run(name, checkpoints.best_step(name) if step == "best" else step, ema)
     if (Path(name) / "metrics.jsonl").is_file() or (Path(name) / checkpoints.FOLDER).is_dir():
@@ -271,6 +273,7 @@ def load_model(
     ema: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     needs_tokenizer: bool = True,
+    any_kind: bool = False,
 ) -> LoadedModel:
     """Reads a model to run it; kernels are held in the compute dtype.
 
@@ -278,11 +281,14 @@ def load_model(
       name, step, ema: see `find`.
       mesh: to lay the parameters out on; by default one device.
       needs_tokenizer: else the model may come without one.
+      any_kind: it may be a classifier or an encoder too; else it must predict the next token.
 
     Raises:
-      InputError: there is no such model, it can't be read, or its tokenizer doesn't fit it.
+      InputError: there is no such model, it can't be read, it is of another kind, or its tokenizer doesn't fit it.
     """
     found = find(name, step=step, ema=ema)
+    if not any_kind:
+        found.config.check_language_model(name)
     mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
     model = transformer.make_model(found.config, found.rules)
     tokenizer = found.tokenizer() if needs_tokenizer or found.has_tokenizer else None

@@ -115,6 +115,20 @@ CASES = {
         [SFT, c("model.init_from", "RUN"), c("model.d_ff", 192)],
         ["model.d_ff = 192", "RUN, has 128", "model.init_from"],
     ),
+    "negative seed": ([SFT, c("seed", -1)], ["seed = -1", "from 0 to 4294967295"]),
+    "seed of 67 bits": ([SFT, c("seed", 10**20)], ["seed = 100000000000000000000", "32 bits"]),
+    "number of many digits": ([SFT, c("data.examples", "9" * 500)], ["data.examples", "32 bits"]),
+    "classifier that is to learn tokens": ([SFT, c("model.num_labels", 2)], ["model.num_labels = 2", "classify"]),
+    "nothing to fine-tune": ([FINETUNE], ["--config.model.init_from: is missing"]),
+    "nothing to fine-tune, in the debug form": ([FINETUNE + ":debug"], ["--config.model.init_from: is missing"]),
+    "init_from a model of another shape": (
+        [SFT, c("model.init_from", "TINY"), c("model.num_layers", 3)],
+        ["model.num_layers = 3", "TINY, has 2"],
+    ),
+    "debug form with a model that exists, but for its tokenizer": (
+        [SFT, c("model.init_from", "TINY"), c("seq_len", 32), c("tokenizer.kind", "auto")],
+        ["TINY: comes without a tokenizer", "tokenizer.json"],
+    ),
     "init_from a model without a tokenizer": (
         [FINETUNE, c("model.init_from", "TINY"), c("seq_len", 32)],
         ["TINY: comes without a tokenizer", "tokenizer.json"],

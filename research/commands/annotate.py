@@ -24,8 +24,14 @@ COMMAND = cli.Command(
     "annotate",
     __doc__,
     flags=(
-        Flag("output", "the folder of the annotations", metavar="DIR", required=True),
-        Flag("teacher", "a model, in place of config.roles.teacher", shown="the config's", metavar="MODEL"),
+        Flag("output", "the folder of the annotations", metavar="DIR", parse=cli.path, required=True),
+        Flag(
+            "teacher",
+            "a model, in place of config.roles.teacher",
+            shown="the config's",
+            metavar="MODEL",
+            parse=cli.path,
+        ),
         Flag("k", "how many of the likeliest tokens", 32, metavar="K", parse=cli.whole()),
         Flag("temperature", "divides the teacher's logits", 1.0, metavar="X", parse=cli.above_zero),
         Flag(
@@ -90,8 +96,7 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
     model = transformer.make_model(config_lib.model_config(config, tokenizer.size, role="teacher"), rules)
     if not 0 < k <= tokenizer.size:
         raise InputError(f"--k={k}: must be in 1..{tokenizer.size}, the size of the tokenizer.")
-    if model.config.num_labels or not model.config.causal:
-        raise InputError(f"roles.teacher = {base.name}: is no causal language model.")
+    model.config.check_language_model(f"roles.teacher = {base.name}")
     specs = transformer.in_compute_dtype(model)
     teacher = Teacher(
         name=base.name,

@@ -59,8 +59,8 @@ COMMAND = cli.Command(
         Flag("objectives", "of train: what to measure", (), "the config's", "NAME,...", parse=cli.words),
         Flag("decode_batch", "of decode: batch sizes", (1, 8), "1,8", "N,...", parse=_sizes),
         Flag("steps", "how often to measure", 0, "for about 20 s", "N", parse=cli.whole(0)),
-        Flag("profile", "a folder for traces of the train steps", "", metavar="FOLDER"),
-        Flag("output", "also append the JSON lines to this file", "", metavar="FILE"),
+        Flag("profile", "a folder for traces of the train steps", "", metavar="FOLDER", parse=cli.path),
+        Flag("output", "also append the JSON lines to this file", "", metavar="FILE", parse=cli.path),
     ),
     examples=(
         "understudy benchmark --config=experiments/benchmark.py:small",

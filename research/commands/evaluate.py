@@ -30,7 +30,7 @@ COMMAND = cli.Command(
         cli.EMA,
         Flag("task", "a task, as above", metavar="KIND:DATA", many=True),
         Flag("lm_eval", "tasks, groups or tags of lm-evaluation-harness", (), "none", "TASK,...", cli.words),
-        Flag("include_path", "of --lm_eval: a folder with more task files (.yaml)", metavar="DIR"),
+        Flag("include_path", "of --lm_eval: a folder with more task files (.yaml)", metavar="DIR", parse=cli.path),
         Flag(
             "num_fewshot",
             "of --lm_eval: examples before each question",
@@ -39,7 +39,12 @@ COMMAND = cli.Command(
             parse=cli.whole(0),
         ),
         Flag("max_records", "only the first N records of each task; 0 takes all", 0, metavar="N", parse=cli.whole(0)),
-        Flag("output", "write the results here, and each record's beside it, FILE.samples.jsonl", metavar="FILE.json"),
+        Flag(
+            "output",
+            "write the results here, and each record's beside it, FILE.samples.jsonl",
+            metavar="FILE.json",
+            parse=cli.path,
+        ),
         cli.TEMPLATE,
         cli.MESH,
         cli.BATCH_TOKENS,

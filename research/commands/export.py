@@ -18,7 +18,7 @@ COMMAND = cli.Command(
         cli.MODEL,
         cli.STEP,
         cli.EMA,
-        Flag("output", "a folder that doesn't exist yet", metavar="DIR", required=True),
+        Flag("output", "a folder that doesn't exist yet", metavar="DIR", parse=cli.path, required=True),
         Flag(
             "dtype",
             "of all tensors: float32, bfloat16 or float16",

@@ -16,8 +16,8 @@ COMMAND = cli.Command(
     "filter",
     __doc__,
     flags=(
-        Flag("data", "completions, as understudy generate writes them", metavar="FILE", required=True),
-        Flag("output", "where the records go, as JSON lines", metavar="FILE", required=True),
+        Flag("data", "completions, as understudy generate writes them", metavar="FILE", parse=cli.path, required=True),
+        Flag("output", "where the records go, as JSON lines", metavar="FILE", parse=cli.path, required=True),
         Flag(
             "ended", "drop completions of N tokens, which were cut off there", 0, "keep them", "N", parse=cli.whole(1)
         ),

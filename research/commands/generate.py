@@ -20,9 +20,19 @@ COMMAND = cli.Command(
         cli.STEP,
         cli.EMA,
         Flag("prompt", "answer this, or continue it under the template plain; it is written as it comes"),
-        Flag("data", 'answer prompts: .txt, one a line, or .jsonl with "prompt" or "messages"', metavar="FILE"),
+        Flag(
+            "data",
+            'answer prompts: .txt, one a line, or .jsonl with "prompt" or "messages"',
+            metavar="FILE",
+            parse=cli.path,
+        ),
         Flag("interactive", "hold a conversation", False),
-        Flag("output", "write completions, tokens and log-probabilities here as JSON lines", metavar="FILE"),
+        Flag(
+            "output",
+            "write completions, tokens and log-probabilities here as JSON lines",
+            metavar="FILE",
+            parse=cli.path,
+        ),
         Flag("system", "begin with this system message, where a prompt has none of its own"),
         cli.TEMPLATE,
         Flag(
@@ -61,9 +71,11 @@ def _generate(args: SimpleNamespace) -> None:
 
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     from research import loading
+    from research.devices import compilation
     from research.evals import completions, conversation, prompts
 
     questions = prompts.read_prompts(args.data) if args.data else [prompts.Prompt("--prompt", args.prompt)]
+    compilation.use_compilation_cache()
     responder = completions.make_responder(
         loading.load_model(args.model, step=args.step, ema=args.ema),
         {name: getattr(args, name) for name in _SAMPLING},

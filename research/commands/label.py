@@ -25,7 +25,7 @@ COMMAND = cli.Command(
             "workdirs of runs, or with --words a language model from anywhere",
             metavar="MODEL[,MODEL]",
             required=True,
-            parse=cli.words,
+            parse=cli.paths,
         ),
         cli.STEP,
         cli.EMA,
@@ -33,9 +33,10 @@ COMMAND = cli.Command(
             "data",
             ".jsonl, .jsonl.gz, .json, .parquet or .txt; a folder or glob of them",
             metavar="FILE",
+            parse=cli.path,
             required=True,
         ),
-        Flag("output", "where the records go, as JSON lines", metavar="FILE", required=True),
+        Flag("output", "where the records go, as JSON lines", metavar="FILE", parse=cli.path, required=True),
         Flag(
             "fields", 'columns of other names: \'{"text": "headline"}\'', None, "the run's", "JSON", cli.names_by_name
         ),

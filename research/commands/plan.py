@@ -26,7 +26,7 @@ COMMAND = cli.Command(
             metavar="N",
             parse=cli.whole(1),
         ),
-        Flag("output", "also write the figures there, as JSON", "", metavar="FILE"),
+        Flag("output", "also write the figures there, as JSON", "", metavar="FILE", parse=cli.path),
     ),
     examples=(
         "understudy plan --config=experiments/pretrain.py:debug --topology=cpu:4",

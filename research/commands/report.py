@@ -13,8 +13,8 @@ COMMAND = cli.Command(
     "report",
     __doc__,
     flags=(
-        Flag("workdir", "of a run; several are compared", metavar="DIR", many=True, required=True),
-        Flag("output", "the folder to write to", shown="the first run's DIR/report", metavar="DIR"),
+        Flag("workdir", "of a run; several are compared", metavar="DIR", parse=cli.path, many=True, required=True),
+        Flag("output", "the folder to write to", shown="the first run's DIR/report", metavar="DIR", parse=cli.path),
     ),
     examples=(
         "understudy report --workdir=runs/sft",

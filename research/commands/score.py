@@ -34,9 +34,10 @@ COMMAND = cli.Command(
             "data",
             ".jsonl, .jsonl.gz, .json, .parquet or .txt; a folder or glob of them",
             metavar="FILE",
+            parse=cli.path,
             required=True,
         ),
-        Flag("output", "where the records go, as JSON lines", metavar="FILE", required=True),
+        Flag("output", "where the records go, as JSON lines", metavar="FILE", parse=cli.path, required=True),
         Flag("per_token", "also write the log-probability of each scored token", False),
         Flag(
             "on_long",

@@ -28,7 +28,13 @@ COMMAND = cli.Command(
     "study",
     __doc__,
     flags=(
-        Flag("workdir", "of the study: its record and report", shown="a dated folder under runs/", metavar="DIR"),
+        Flag(
+            "workdir",
+            "of the study: its record and report",
+            shown="a dated folder under runs/",
+            metavar="DIR",
+            parse=cli.path,
+        ),
         Flag("dry_run", "list the stages and how they stand", False),
         Flag("keep_going", "go on with the other stages after a failure", False),
         Flag(

@@ -19,7 +19,7 @@ COMMAND = cli.Command(
     "sweep",
     __doc__,
     flags=(
-        Flag("workdir", "the folder of the sweep", metavar="DIR", required=True),
+        Flag("workdir", "the folder of the sweep", metavar="DIR", parse=cli.path, required=True),
         Flag("jobs", "how many run at a time", 1, metavar="N", parse=cli.whole(1)),
         Flag("metric", "sort the table by this", shown="eval/loss if there", metavar="NAME"),
         Flag("maximize", "the highest metric comes first", False),

@@ -21,7 +21,7 @@ COMMAND = cli.Command(
     "train",
     __doc__,
     flags=(
-        Flag("workdir", "where the run's files go", shown="a dated folder under runs/", metavar="DIR"),
+        Flag("workdir", "where the run's files go", shown="a dated folder under runs/", metavar="DIR", parse=cli.path),
         Flag("coordinator", "of several processes: HOST:PORT of process 0", "", "peers find each other", "HOST:PORT"),
         Flag("num_processes", "with --coordinator: processes of the run", 0, "all", "N", cli.whole(0)),
         Flag("process_id", "with --coordinator: which one this is, from 0", -1, "none", "N", cli.whole()),

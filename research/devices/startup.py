@@ -1,13 +1,17 @@
-"""What has to happen before anything else in a process: its start, how it takes memory, how XLA compiles for CPUs."""
+"""What has to happen before anything else in a process: its start, how it takes memory, how XLA compiles for CPUs, and
+that libtpu is left alone where there is no TPU."""
 
 import contextlib
 import ctypes
+import glob
 import os
 import sys
 import time
 from collections.abc import Mapping
 
 _SWITCH, _TUNABLES, _VALUE = "UNDERSTUDY_HUGE_PAGES", "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+TPU_SWITCH, _GOOGLE = "TPU_LOAD_LIBRARY", "0x1ae0"  # the vendor of TPUs on the PCI bus, also of virtual network cards
+_BY_IMPORT = {"TPU_LIBRARY_PATH", "TPU_ML_PLATFORM", "TPU_ML_PLATFORM_VERSION"}  # what importing jax sets of TPU_*
 _EXTRA, _NO_UNROLLING = "--xla_backend_extra_options", "xla_cpu_disable_loop_unrolling"
 
 
@@ -57,6 +61,28 @@ def leave_loops() -> None:
     given = os.environ.get("XLA_FLAGS", "")
     if _EXTRA not in given and _for_cpus():
         os.environ["XLA_FLAGS"] = f"{given} {_EXTRA}={_NO_UNROLLING}".strip()
+
+
+def leave_tpus() -> None:
+    """Keeps libtpu from being loaded on a machine without a TPU, where it prints an error about worker hostnames.
+
+    libtpu reads TPU_LOAD_LIBRARY as jax begins; planning.topology, which needs its compiler, takes it back. Does
+    nothing where a chip is seen, or where the environment speaks of TPUs: JAX_PLATFORMS, or any variable TPU_*.
+    """
+    spoken = {name for name in os.environ if name.startswith("TPU_")} - _BY_IMPORT
+    if not spoken and "tpu" not in os.environ.get("JAX_PLATFORMS", "").split(",") and not _has_tpu():
+        os.environ[TPU_SWITCH] = "0"
+
+
+def _has_tpu() -> bool:
+    """Whether this machine has a TPU, or another device of Google's on its PCI bus."""
+    if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+        return True
+    for path in glob.glob("/sys/bus/pci/devices/*/vendor"):
+        with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
+            if file.read().strip() == _GOOGLE:
+                return True
+    return False
 
 
 def release_memory() -> None:

@@ -93,7 +93,7 @@ def open_classifiers(names: Sequence[str], origin: records.Origin, reading: Read
 
 
 def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Classifier:
-    loaded = loading.load_model(name, step=reading.step, ema=reading.ema)
+    loaded = loading.load_model(name, step=reading.step, ema=reading.ema, any_kind=True)
     record = files.read_json(Path(name) / "config.json", {}).get("config", {})
     is_run = "objective" in record
     run = config_lib.parse(record) if is_run else config_lib.Config()
@@ -102,6 +102,8 @@ def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Cla
         raise InputError(
             f"--model = {name}: is a language model, and no classifier. Name a word for each class in --words."
         )
+    if words and not _trained_words(run):
+        loaded.model.config.check_language_model(f"--model = {name}")
     label_tokens = classes.label_tokens(words, loaded.tokenizer, "--words") if words else None
     fields = dict(run.data.fields) if reading.fields is None else dict(reading.fields)
     store = open_store(

@@ -87,6 +87,7 @@ def load(
     """
     kind, options, entry = parse(spec)
     template = options.get("template", template)
+    model.config.check_language_model(f"task {spec}: the model")
     try:
         if tokenizer is None and kind != "perplexity":
             raise InputError("needs text, and the model has no tokenizer.")

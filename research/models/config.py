@@ -146,6 +146,13 @@ class ModelConfig:
         if not self.sliding_window or min(self.sliding_window) < 0:
             raise InputError(f"model.sliding_window = {self.sliding_window}: give sizes >= 0, 0 for full attention.")
 
+    def check_language_model(self, name: str) -> None:
+        """Raises InputError, calling the model `name`, where it doesn't predict the next token."""
+        if self.num_labels or not self.causal:
+            kind = f"a classifier of {self.num_labels} classes" if self.num_labels else "an encoder"
+            also = " (understudy label asks it for labels)" if self.num_labels else ""
+            raise InputError(f"{name}: is {kind}, and doesn't predict the next token. Name a language model{also}.")
+
     def _check_sizes_and_choices(self) -> None:
         for field in _SIZES:
             if getattr(self, field) < 1:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from research import params as params_lib
+from research.errors import InputError
 from research.models.transformer import HEAD
 from research.ops.losses import cross_entropy
 
@@ -121,6 +122,20 @@ class Forward:
         """The unembedding of `role` (see ops.head.Head)."""
         return self.models[role].unembed(self.params[role])
 
+    def token_head(self, role: str = "policy") -> Any:
+        """The unembedding of `role`, which predicts tokens.
+
+        Raises:
+          InputError: its head gives classes.
+        """
+        where, labels = "model" if role == "policy" else f"roles.{role}", self.models[role].config.num_labels
+        if labels:
+            raise InputError(
+                f"{where}.num_labels = {labels}: the head gives classes, and the objective is about tokens. Set it to "
+                "0, or learn classes (objective.terms.classify)."
+            )
+        return self.head(role)
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -189,7 +204,7 @@ def token_loss(
 ) -> LossOut:
     """Weighted sum of the policy's cross-entropy, with `nll` (no smoothing, no z-loss) and `accuracy` as metrics."""
     out = cross_entropy(
-        forward.hidden(), forward.head(), targets, weights, z_loss=z_loss, label_smoothing=label_smoothing
+        forward.hidden(), forward.token_head(), targets, weights, z_loss=z_loss, label_smoothing=label_smoothing
     )
     metrics = {"nll": (out.nll_sum, out.weight_sum), "accuracy": (out.correct_sum, out.weight_sum)}
     if z_loss:

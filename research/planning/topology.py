@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from research.devices import chips
+from research.devices import chips, startup
 from research.devices.chips import Chip
 from research.errors import InputError, did_you_mean
 
@@ -92,6 +92,7 @@ def _simulated(name: str, kind: str, slices: int, shape: str) -> Topology:
 
 def _tpu(name: str, kind: str, slices: int, shape: str) -> Topology:
     """Devices of libtpu's compiler."""
+    os.environ.pop(startup.TPU_SWITCH, None)  # commands leave libtpu out on a machine without a TPU
     for variable, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     if not jax.config.jax_platforms:  # what is computed here meanwhile, such as a random key, is for the CPU

@@ -1,6 +1,7 @@
 """What holds for every command: help, errors of flags, exit statuses, and that a command is one file."""
 
 import importlib
+import io
 import os
 import re
 import shlex
@@ -90,6 +91,11 @@ def test_a_misspelt_config_or_field_names_the_nearest(name, run):
 def test_missing_flags_are_named_with_an_example(name, run):
     command = load(name).COMMAND
     required = ["config"] * command.experiment + [flag.name for flag in command.flags if flag.required]
+    for given in required if len(required) > 1 else ():
+        value = "experiments/sft.py:debug" if given == "config" else "x:1"
+        said = run(name, f"--{given}={value}")[2].partition(" missing")[0]
+        left = [f"--{flag}" for flag in required if flag != given]
+        assert said == f"error: {', '.join(left)}: {'is' if len(left) == 1 else 'are'}"
     status, _, err = run(name)
     assert status == 2
     assert all(f"--{flag}" in err for flag in required)
@@ -114,7 +120,13 @@ def test_single_dashes_positional_words_and_flags_without_a_value(run):
     )
     assert "-x=1: isn't of the form --name=value." in run("split", "-x=1")[2]
     assert "--data: has no value. Write --data=DATA.\n" in run("split", "--data")[2]
-    assert "--seed = many: must be a whole number.\n" in run("split", "--seed=many")[2]
+    for seed in ("many", "-1", "1e9"):
+        assert f"--seed = {seed}: must be a whole number, at least 0.\n" in run("split", f"--seed={seed}")[2]
+    assert f"must be a whole number, at most {2**32 - 1}.\n" in run("generate", f"--seed={10**20}")[2]
+    assert "must be a whole number, at least 1.\n" in run("generate", f"--batch_size={'9' * 5000}")[2]
+    assert f"must be a whole number, at most {2**31 - 1}.\n" in run("generate", f"--batch_size={'9' * 50}")[2]
+    for value in ("nan", "inf", "-inf"):
+        assert f"--temperature = {value}: must be a finite number.\n" in run("generate", f"--temperature={value}")[2]
     assert "--template = caht: no such choice. Did you mean 'chat'?\n" in run("score", "--template=caht")[2]
     assert "--verified=perhaps" not in run("filter", "--verified=true")[2]
     assert "--verified = perhaps: must be true or false.\n" in run("filter", "--verified=perhaps")[2]
@@ -222,3 +234,72 @@ def test_the_docs_have_the_exit_statuses():
     text = DOCS.read_text(encoding="utf-8")
     for status in Exit:
         assert re.search(rf"^\| {status.value} \| {status.name} \|", text, re.MULTILINE), status
+
+
+PATHS = ("DIR", "FILE", "FILE.json", "FOLDER", "MODEL", "MODEL[,MODEL]", "DATA")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_home_folder_is_written_as_a_tilde(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for flag in load(name).COMMAND.flags:
+        if flag.metavar in PATHS:
+            wanted = ("/home/me/x", "/home/me/y") if flag.metavar in ("MODEL[,MODEL]", "DATA") else "/home/me/x,~/y"
+            assert flag.parse("~/x,~/y") == wanted, flag.name
+            with pytest.raises(ValueError, match=r"there is no user 'no_such_user'. Write ./~no_such_user/x"):
+                flag.parse("~no_such_user/x")
+
+
+def test_an_experiment_is_known_by_its_name_from_any_folder(tmp_path, monkeypatch):
+    here = Path(cli.EXPERIMENTS)
+    for given in ("sft", "sft.py", "experiments/sft.py", "experiments/sft"):
+        assert cli.read_experiment([f"--config={given}:debug"]).name == "experiments/sft.py:debug"
+    monkeypatch.chdir(tmp_path)
+    for given in ("sft", "sft.py", "experiments/sft.py"):
+        experiment = cli.read_experiment([f"--config={given}:debug", "--config.steps=7"])
+        assert (experiment.path, experiment.config.steps) == (str(here / "sft.py"), 7)
+        assert experiment.flags == (f"--config={here / 'sft.py'}:debug", "--config.steps=7")
+    (tmp_path / "sft.py").write_text((here / "pretrain.py").read_text())
+    assert cli.read_experiment(["--config=sft"]).path == "sft.py"  # one's own goes before
+    with pytest.raises(InputError, match="there is no file 'stf'"):
+        cli.read_experiment(["--config=stf"])
+
+
+def test_text_that_the_terminal_lacks_is_escaped(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.Command("show", "Shows.", (), ("show",)).run([], lambda args: print("é 日本")) == 0
+    out.flush()
+    assert out.buffer.getvalue() == b"\xe9 \\u65e5\\u672c\n"
+
+
+def test_flags_that_are_no_text_are_refused(run):
+    assert "isn't text in the encoding of this terminal" in run("generate", "--model=m", "--prompt=\udce9")[2]
+
+
+def test_libtpu_is_left_alone_where_there_is_no_tpu(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name in [name for name in os.environ if name.startswith("TPU_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(startup, "_has_tpu", lambda: False)
+    startup.leave_tpus()
+    assert os.environ.pop(startup.TPU_SWITCH) == "0"
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    startup.leave_tpus()
+    assert startup.TPU_SWITCH not in os.environ
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(startup, "_has_tpu", lambda: True)
+    startup.leave_tpus()
+    assert startup.TPU_SWITCH not in os.environ
+
+
+@pytest.mark.skipif(startup._has_tpu(), reason="there is a TPU")
+def test_a_command_that_touches_devices_says_nothing_of_tpus(tmp_path):
+    """With libtpu installed, where it is, jax would load it and print its error about worker hostnames."""
+    code = (
+        "import sys; from research import cli; import jax\n"
+        "sys.exit(cli.Command('devices', 'Lists.', (), ('',)).run([], lambda args: print(jax.devices()[0].platform)))"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_PLATFORMS", "TPU_", "XLA_FLAGS"))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
