@@ -132,8 +132,8 @@ FIELDS: dict[str, Rule] = {
     **_rules(
         _SAID,
         "optimizer",
-        "learning_rate schedule warmup_steps start_ratio end_ratio decay_fraction b1 b2 eps momentum nesterov "
-        "muon_scaling groups",
+        "learning_rate schedule warmup_steps start_ratio end_ratio decay_fraction decay_shape timescale cycles b1 b2 "
+        "eps momentum nesterov muon_scaling groups",
     ),
     **_rules(_FREE, "checkpoint", "every keep_last"),
     **_rules(_SAID, "checkpoint", "best_metric best_mode"),
