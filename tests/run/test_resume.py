@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import importlib
 import json
 import shutil
 
@@ -377,3 +378,24 @@ def test_a_best_metric_that_changes_is_looked_for_before_the_next_step(begun):
     assert checkpoint.steps(workdir) == [2]
     train(workdir, **options, **{"checkpoint.best_metric": "eval/accuracy", "checkpoint.best_mode": "max"})
     assert checkpoint.best_step(workdir) == 4  # the one before has no such metric
+
+
+def test_nothing_held_out_is_said_before_anything_is_written(finished, tmp_path):
+    options = {"data.path": str(finished / "good.jsonl"), "data.eval_fraction": 0.0}
+    with pytest.raises(InputError, match=r"data.eval_fraction = 0.0: nothing is held out .* eval.every = 0"):
+        train(tmp_path / "w", **options)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("name", ["evaluate", "export", "generate", "label", "score"])
+def test_the_best_checkpoint_can_be_asked_for_wherever_a_model_is(name):
+    command = importlib.import_module(f"research.commands.{name}").COMMAND
+    (step,) = [flag for flag in command.flags if flag.name == "step"]
+    assert step.parse("best") == "best"
+
+
+def test_no_other_command_takes_a_model():
+    names = (path.stem for path in (ROOT / "research/commands").glob("*.py") if path.stem != "__init__")
+    commands = [importlib.import_module(f"research.commands.{name}").COMMAND for name in names]
+    named = {command.name for command in commands if {"model", "step"} & {flag.name for flag in command.flags}}
+    assert named == {"evaluate", "export", "generate", "label", "score"}
