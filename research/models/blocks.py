@@ -70,7 +70,10 @@ def rotations(
 def project_qkv(
     c: ModelConfig, p: Params, x: Float[Array, "B T D"], angles: Angles | None
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"]]:
-    """Queries, keys and values, normed and turned, by the kernels q, k and v or by qkv (see decoding.unstack)."""
+    """Queries, keys and values, normed and turned, by the kernels q, k and v or by qkv (see decoding.unstack).
+
+    Queries are divided by `divisor` where the layer has one (see `with_divisors`).
+    """
     if "qkv" in p:
         y = linear(p["qkv"], x)
         q, k, v = y[..., :-2, :].reshape(*x.shape[:2], c.num_heads, c.dim_per_head), y[..., -2, :], y[..., -1, :]
@@ -80,7 +83,22 @@ def project_qkv(
         q, k = norm(c, p["q_norm"], q, center=False), norm(c, p["k_norm"], k, center=False)
     if angles is not None:
         q, k = rope(q, angles), rope(k, angles)
+    if "divisor" in p:
+        q = q / p["divisor"].astype(q.dtype)
     return q, k, v
+
+
+def with_divisors(c: ModelConfig, layer: Params, number: Int[Array, "*n"] | int) -> Params:
+    """A layer, or a stack of them, with what config.attention_scale_by_layer has its queries divided by.
+
+    Args:
+      layer: its parameters; a stack's begin with an axis of layers.
+      number: of the layer, or of each, counted from 0.
+    """
+    if not c.attention_scale_by_layer:
+        return layer
+    divisor = jnp.asarray(number, jnp.float32) + 1
+    return {**layer, "attention": {**layer["attention"], "divisor": divisor}}
 
 
 def mlp(c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -74,6 +74,8 @@ class ModelConfig:
       qk_norm: RMSNorm of queries and keys before RoPE: "head", over each head's dimensions; "full", over all heads'
         together (OLMo 2).
       attention_scale: of scores; 0 means head_dim^-0.5.
+      attention_scale_by_layer: scores of layer i, counted from 1, are divided by i too (GPT-2 as Mistral trained it,
+        scale_attn_by_inverse_layer_idx in transformers).
       attention_softcap, logit_softcap: cap * tanh(x / cap) on scores and logits (Gemma 2, arXiv:2408.00118); 0 is off.
       tie_embeddings: the head is the embedding transposed.
       embed_scale: multiply embeddings by sqrt(d_model).
@@ -120,6 +122,7 @@ class ModelConfig:
     head_bias: bool = False
     qk_norm: str = "none"
     attention_scale: float = 0.0
+    attention_scale_by_layer: bool = False
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     tie_embeddings: bool = True

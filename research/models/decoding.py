@@ -87,6 +87,7 @@ def decode(
     x, extended = blocks.embed(c, rules, params, tokens, positions), []
     for i, (p, entries) in enumerate(zip(params["layers"], cache, strict=True)):
         with jax.named_scope("layers"):
+            p = blocks.with_divisors(c, p, i)
             x, entries = step.layer(x, p, entries, c.sliding_window[i % len(c.sliding_window)])
         extended.append(entries)
     return blocks.final(c, params, x), tuple(extended)

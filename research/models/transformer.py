@@ -144,20 +144,24 @@ class _Stack:
     def run(self, x: Float[Array, "B T D"], first: int, stop: int) -> Float[Array, "B T D"]:
         """Layers `first` to `stop` - 1, counted from 0, which lie in one piece."""
         period = len(self.config.sliding_window)
-        cut = functools.partial(params_lib.layer_range, self.layers)
         if period == 1:  # one layer a turn: with an axis for the period XLA would copy all weights
-            return jax.lax.scan(lambda x, p: (self._layer(x, p, 0), None), x, cut(first, stop))[0]
+            return jax.lax.scan(lambda x, p: (self._layer(x, p, 0), None), x, self._cut(first, stop))[0]
         start = min(-(-first // period) * period, stop)
         periods = (stop - start) // period
         end = start + periods * period
         if first < start:
-            x = self._unrolled(x, cut(first, start), first)
+            x = self._unrolled(x, self._cut(first, start), first)
         if periods:
-            stacks = jax.tree.map(lambda w: w.reshape(periods, period, *w.shape[1:]), cut(start, end))
+            stacks = jax.tree.map(lambda w: w.reshape(periods, period, *w.shape[1:]), self._cut(start, end))
             x, _ = jax.lax.scan(lambda x, p: (self._unrolled(x, p, scanned=True), None), x, stacks)
         if end < stop:
-            x = self._unrolled(x, cut(end, stop))
+            x = self._unrolled(x, self._cut(end, stop))
         return x
+
+    def _cut(self, first: int, stop: int) -> Params:
+        """Layers `first` to `stop` - 1, stacked."""
+        layers = params_lib.layer_range(self.layers, first, stop)
+        return blocks.with_divisors(self.config, layers, jnp.arange(first, stop))
 
     def _unrolled(
         self, x: Float[Array, "B T D"], stack: Params, first: int = 0, scanned: bool = False
@@ -222,7 +226,7 @@ def attention_inputs(
     i = layer_number(c, layer) - 1
     if i < 0:
         raise InputError(f"layer {layer}: is the embedding, which has no attention. The first layer is 1.")
-    p = params_lib.layer(params["layers"], i)
+    p = blocks.with_divisors(c, params_lib.layer(params["layers"], i), i)
     if c.block in ("pre", "sandwich", "parallel"):
         x = blocks.norm(c, p["attention_norm"], x)
     positions = batch["positions"]

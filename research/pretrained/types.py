@@ -106,6 +106,17 @@ class Fields:
             return default[0]
         return value
 
+    def take_flag(self, name: str, default: bool) -> bool:
+        """The value of a field that is true or false.
+
+        Raises:
+          InputError: it is neither.
+        """
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            raise InputError(f"{self.where}: {name} = {value!r}: must be true or false.")
+        return value
+
     def take_all(self, table: Mapping[str, str], **defaults: Any) -> dict[str, Any]:
         """Fields of ModelConfig from those of the file that mean the same.
 

@@ -1,6 +1,9 @@
 """Each checkpoint of tests/golden computes what transformers computes with it: logits, loss, gradients, greedy text."""
 
+import dataclasses
 import functools
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,3 +158,77 @@ def test_classifiers_and_reward_models_at_the_last_token(name):
 def test_a_checkpoint_in_bfloat16():
     ids = CASES["hf_tiny/llama_bf16"].inputs["input_ids"]
     close(logits_of("hf_tiny/llama_bf16", rows(ids, np.ones_like(ids))), CASES["hf_tiny/llama_bf16"].outputs["logits"])
+
+
+# Last logits of tests/golden/hf_tiny/gpt2 with other fields of config.json, by transformers 5.24.0 (eager, float32).
+SCALED = {
+    "by layer": (
+        {"scale_attn_by_inverse_layer_idx": True},
+        [0.54505074, -1.11004317, -2.56967592, 1.40410006, 4.62930346, -2.60526657],
+    ),
+    "by layer, upcast": (
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+        [0.54505026, -1.11004341, -2.56967568, 1.40410006, 4.62930346, -2.60526681],
+    ),
+    "not at all": (
+        {"scale_attn_weights": False},
+        [0.84080917, -1.07563269, -2.66830921, 1.03574395, 5.50627756, -2.49610901],
+    ),
+}
+
+
+def scaled(folder, fields):
+    """GPT-2's checkpoint with other fields."""
+    shutil.copytree(GOLDEN / "hf_tiny/gpt2", folder)
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return opened(str(folder))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_the_scale_of_gpt_2s_scores(name, tmp_path):
+    """Logits are those of transformers, in one pass and a token at a time; an export says the scale again."""
+    fields, expected = SCALED[name]
+    model, values = (each := scaled(tmp_path / "model", fields)).model, each.params
+    tokens = np.arange(1, 13)[None]
+    logits = np.asarray(program(model.config)(values, rows(tokens, np.ones_like(tokens))))
+    close(logits[0, -1, :6], expected)
+
+    @jax.jit
+    def one_at_a_time(values):
+        layers, cache, states = model.unstack(values), model.init_cache(1, 12), []
+        for i in range(12):
+            mask = (jnp.arange(12) <= i)[None, None]
+            x, cache = model.decode(layers, tokens[:, i : i + 1], jnp.full((1, 1), i), mask, cache, i)
+            states.append(x)
+        return jnp.concatenate(states, axis=1) @ model.unembed(values).kernel
+
+    close(one_at_a_time(values), logits)
+    assert save.choose(model.config, {})[1].items() >= {k: v for k, v in fields.items() if "reorder" not in k}.items()
+
+
+def test_scores_divided_by_the_layer_are_queries_divided_by_it(tmp_path):
+    """Also where layers are read in periods, where a pass stops between them, and in the gradient."""
+    c = dataclasses.replace(opened("hf_tiny/gpt2").model.config, num_layers=5, sliding_window=(3, 0))
+    model = transformer.make_model(dataclasses.replace(c, attention_scale_by_layer=True))
+    plain = transformer.make_model(c)
+    values = params.init(plain.specs, jax.random.key(0))
+    tokens = np.arange(1, 11)[None]
+    batch = rows(tokens, np.ones_like(tokens))
+
+    def folded(values):
+        divisor = jnp.arange(1, 6, dtype=jnp.float32)
+        q = {
+            name: w / divisor.reshape(-1, *[1] * (w.ndim - 1)) for name, w in values["layers"]["attention"]["q"].items()
+        }
+        return {**values, "layers": {**values["layers"], "attention": {**values["layers"]["attention"], "q": q}}}
+
+    total = lambda model, values: jnp.sum(model.hidden_at(values, batch, (1, 4))[0] ** 3)  # noqa: E731
+    ours, gradient = jax.jit(jax.value_and_grad(lambda values: total(model, values)))(values)
+    theirs, expected = jax.jit(jax.value_and_grad(lambda values: total(plain, folded(values))))(values)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert abs(ours / jax.jit(lambda values: total(plain, values))(values) - 1) > 1e-4, "it makes a difference"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), gradient, expected)
+    state = jnp.ones((1, 10, c.d_model))
+    queries = [m.attention_inputs(values, state, batch, 4)[0] for m in (model, plain)]
+    np.testing.assert_allclose(queries[0] * 4, queries[1], rtol=1e-6)

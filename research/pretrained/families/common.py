@@ -40,7 +40,7 @@ def read_decoder(f: Fields, *, tied: bool = False, eps: float = 1e-6) -> dict[st
     values["head_dim"] = f.take("head_dim", 0)
     if values["head_dim"] * values["num_heads"] == values["d_model"]:
         values["head_dim"] = 0
-    values["tie_embeddings"] = f.take("tie_word_embeddings", tied)
+    values["tie_embeddings"] = f.take_flag("tie_word_embeddings", tied)
     return values | read_labels(f)
 
 

@@ -21,8 +21,6 @@ _FIELDS = {
 def read(f: Fields) -> dict[str, Any]:
     values = f.take_all(_FIELDS)
     f.take("n_ctx", None)  # n_positions, once more
-    f.expect("scale_attn_weights", True)
-    f.expect("scale_attn_by_inverse_layer_idx", False)
     f.expect("add_cross_attention", False)
     f.take("reorder_and_upcast_attn", False)  # the order of rounding
     return {
@@ -33,7 +31,9 @@ def read(f: Fields) -> dict[str, Any]:
         "mlp": common.read_activation(f, "activation_function", gated=False, default="gelu_new"),
         "norm": "layernorm",
         "positions": "learned",
-        "tie_embeddings": f.take("tie_word_embeddings", True),
+        "attention_scale": 0.0 if f.take_flag("scale_attn_weights", True) else 1.0,
+        "attention_scale_by_layer": f.take_flag("scale_attn_by_inverse_layer_idx", False),
+        "tie_embeddings": f.take_flag("tie_word_embeddings", True),
         "attention_bias": True,
         "attention_out_bias": True,
         "mlp_bias": True,
@@ -44,6 +44,8 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return {theirs: getattr(c, ours) for theirs, ours in _FIELDS.items()} | {
         "n_inner": c.d_ff,
         "activation_function": common.write_activation(c, gated=False),
+        "scale_attn_weights": c.attention_scale != 1,
+        "scale_attn_by_inverse_layer_idx": c.attention_scale_by_layer,
         "tie_word_embeddings": c.tie_embeddings,
         **common.write_labels(c),
     }

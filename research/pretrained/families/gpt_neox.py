@@ -33,7 +33,7 @@ def read(f: Fields) -> dict[str, Any]:
         "mlp": common.read_activation(f, "hidden_act", gated=False, default="gelu"),
         "block": "parallel" if f.take("use_parallel_residual", True) else "pre",
         "norm": "layernorm",
-        "tie_embeddings": f.take("tie_word_embeddings", False),
+        "tie_embeddings": f.take_flag("tie_word_embeddings", False),
         "attention_bias": bias,
         "attention_out_bias": bias,
         "mlp_bias": True,
