@@ -84,12 +84,19 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """Gives an empty folder PATH.partial, which becomes `path` where the block ends without an exception."""
+    """Gives an empty folder PATH.partial, which becomes `path` where the block ends without an exception.
+
+    After an exception it is gone; after a kill it is not.
+    """
     path = Path(path)
     partial = partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     partial.rename(path)
 
 

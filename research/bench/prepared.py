@@ -103,6 +103,6 @@ def write_model(folder: str, model: Any, values: Any) -> int:
       InputError: transformers has no such architecture.
     """
     family, described = save.choose(model, {})
-    total = save.save(Path(folder), family, model, values, lambda name: "float32", int(5e9))
+    total = save.save(Path(folder), family, model, values, lambda name: "float32", int(5e9)).sizes
     Path(folder, "config.json").write_text(json.dumps({**described, "torch_dtype": "float32"}))
     return sum(total.values())

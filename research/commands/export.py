@@ -51,7 +51,7 @@ def _export(args: SimpleNamespace) -> None:
     model = loading.find(args.model, step=args.step, ema=args.ema)
     specs = transformer.make_specs(model.config)
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    architecture, sizes = export.export(
+    architecture, sizes, not_finite = export.export(
         Path(args.output),
         model.config,
         model.read(specs, params.shardings(specs, mesh, model.rules)),
@@ -62,5 +62,7 @@ def _export(args: SimpleNamespace) -> None:
     )
     if not model.has_tokenizer:
         print(f"{args.model}: comes without a tokenizer, and so does the export", file=sys.stderr)
+    if not_finite:
+        print(f"{args.model}: {len(not_finite)} tensors hold NaN or infinity, {not_finite[0]} first", file=sys.stderr)
     written = ", ".join(f"{n / 1e6:,.1f} MB of {dtype}" for dtype, n in sizes.items())
     print(f"{args.output}: {architecture}, {written}", file=sys.stderr)

@@ -12,10 +12,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Exported(NamedTuple):
-    """What was written: the class that transformers reads it with, and the bytes of each dtype."""
+    """What was written.
+
+    Attributes:
+      architecture: the class that transformers reads it with.
+      sizes: the bytes of each dtype.
+      not_finite: names of tensors that hold NaN or infinity.
+    """
 
     architecture: str
     sizes: dict[str, int]
+    not_finite: tuple[str, ...]
 
 
 def export(
@@ -28,7 +35,7 @@ def export(
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Exported:
-    """Writes a model. A kill leaves no `output`.
+    """Writes a model. A kill leaves no `output`. What ends a text, for other tools, is what ends it here.
 
     Args:
       output: a folder that doesn't exist yet.
@@ -40,14 +47,15 @@ def export(
       max_shard_bytes: a new file is begun before one grows above this.
 
     Raises:
-      InputError: no architecture of transformers computes what the model does.
+      InputError: no architecture of transformers computes what the model does, or a tensor has a value that its dtype
+        can't hold.
     """
     dtypes, generation = origin.get("dtypes", {}), origin.get("generation", {})
     family, written = save.choose(config, origin.get("config", {}))
     with files.whole_folder(output) as folder:
         if tokenizer:
             tokenizer.save(folder)
-        sizes = save.save(
+        sizes, not_finite = save.save(
             folder,
             family,
             config,
@@ -55,11 +63,22 @@ def export(
             dtype=lambda name: dtype or dtypes.get(name, "float32"),
             max_shard_bytes=max_shard_bytes,
         )
-        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos} if tokenizer else {}
-        written = {**ids, **written, "dtype" if "dtype" in written else "torch_dtype": max(sizes, key=sizes.get)}
+        written = {**written, "dtype" if "dtype" in written else "torch_dtype": max(sizes, key=sizes.get)}
+        if tokenizer:
+            ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+            stop = set(tokenizer.stop)
+            written = {**ids, **written}
+            if not _ids(written["eos_token_id"]) <= stop:
+                written["eos_token_id"] = tokenizer.eos
+            generation = dict(generation or ids)
+            if _ids(generation.get("eos_token_id")) != stop:
+                generation["eos_token_id"] = list(tokenizer.stop)
         files.write_json(folder / "config.json", written)
         if generation:
             files.write_json(folder / "generation_config.json", generation)
-        elif tokenizer:
-            files.write_json(folder / "generation_config.json", {**ids, "eos_token_id": list(tokenizer.stop)})
-    return Exported(written["architectures"][0], sizes)
+    return Exported(written["architectures"][0], sizes, not_finite)
+
+
+def _ids(value: Any) -> set[int]:
+    """The ids that a config.json or generation_config.json names: one, several or none."""
+    return set() if value is None else set(value) if isinstance(value, list) else {value}

@@ -31,6 +31,7 @@ Params = Any
 _HUB_NAME = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"
 _IN_FLIGHT = 64 * 2**20  # bytes of tensors that may be on their way to the devices at once
 _THREADS = 2
+_COMPARED = 2**22  # numbers that are compared at once
 _REMEDY = "Copy it anew."
 # Tensors of any family that no computation of ours reads: buffers that can be computed anew.
 _SPARE = r".*rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias|.*attention\.(masked_bias|bias|rotary_emb\.inv_freq)"
@@ -107,6 +108,9 @@ def open_pretrained(name: str) -> Pretrained:
     else:
         raise InputError(f"{path}: is neither a folder nor a .gguf file.")
     family, config = _read_config(values, where)
+    if not gguf and not _copies_agree(path, family, config, entries):
+        values = {**values, "tie_word_embeddings": False}
+        family, config = _read_config(values, where)
     if gguf:
         entries = gguf_entries(gguf, tensor_names(family, config))
     checkpoint = Pretrained(
@@ -171,6 +175,45 @@ def _aliases(family: ModuleType, name: str) -> list[str]:
     return [name, old, name.removeprefix(f"{getattr(family, 'BODY', 'model')}.")]
 
 
+def _copies(family: ModuleType, c: ModelConfig) -> dict[str, str]:
+    """Tensors that a file may hold a second time -> what they are copies of; a head that is tied first of all."""
+    copies = dict(getattr(family, "COPIES", {}))
+    if c.tie_embeddings and not c.num_labels:
+        embedding = next(tensor.name for tensor in family.tensors(c) if tensor.paths == ("embed",))
+        heads = tensor_names(family, dataclasses.replace(c, tie_embeddings=False))
+        copies |= dict.fromkeys(set(heads).difference(tensor_names(family, c)), embedding)
+    return copies
+
+
+def _copies_agree(where: Path, family: ModuleType, c: ModelConfig, entries: Mapping[str, Entry]) -> bool:
+    """Whether the copies that a file holds have the values of what they are copies of; else the head isn't tied.
+
+    Raises:
+      InputError: they differ, and the family has no head that isn't tied.
+    """
+    for copy, name in _copies(family, c).items():
+        original = next((entries[a] for a in _aliases(family, name) if a in entries), None)
+        if copy not in entries or original is None or _same_values(entries[copy], original):
+            continue
+        if copy in getattr(family, "COPIES", {}):
+            raise InputError(
+                f"{where}: the tensor {copy!r} has other values than {name!r}, and a model of this type has one for "
+                "both. Remove the one that doesn't count, or take another copy of the model."
+            )
+        return False
+    return True
+
+
+def _same_values(a: Entry, b: Entry) -> bool:
+    """Whether two tensors hold the same numbers; a part of them is compared at a time."""
+    if a.shape != b.shape:
+        return False
+    x, y = a.read(), b.read()
+    rows = max(1, _COMPARED // max(1, math.prod(a.shape[1:])))
+    parts = (slice(i, i + rows) for i in range(0, a.shape[0], rows))
+    return all(np.array_equal(x[part].astype(np.float64), y[part].astype(np.float64), equal_nan=True) for part in parts)
+
+
 def _checked_entries(checkpoint: Pretrained) -> dict[str, Entry]:
     """The entries by the family's names. Every tensor that is needed is there with its shape, and no other is."""
     c, family, where = checkpoint.config, checkpoint.family, checkpoint.where
@@ -190,8 +233,7 @@ def _checked_entries(checkpoint: Pretrained) -> dict[str, Entry]:
                     f"{list(shape)} ({tensor.layout.split(' -> ')[0]}). Weights and config don't belong together."
                 )
             known.add(alias)
-    if c.tie_embeddings:  # a copy of the embedding, stored as the head that an untied model has
-        known |= set(tensor_names(family, dataclasses.replace(c, tie_embeddings=False, num_labels=0)))
+    known |= _copies(family, dataclasses.replace(c, num_labels=0)).keys()
     spare = re.compile("|".join((_SPARE, *getattr(family, "SPARE", ()))))
     surplus = [name for name in checkpoint.entries if name not in known and not spare.fullmatch(name)]
     if surplus:

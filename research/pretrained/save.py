@@ -5,11 +5,11 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import jax
-import ml_dtypes  # noqa: F401  (numpy learns the name bfloat16 from it)
+import ml_dtypes  # numpy learns the name bfloat16 from it
 import numpy as np
 import safetensors.numpy
 
@@ -89,6 +89,13 @@ def _same(a: ModelConfig | None, b: ModelConfig) -> bool:
     return a is not None and not _difference(a, b)
 
 
+class Saved(NamedTuple):
+    """What was written: the bytes of each dtype, and the names of tensors that hold NaN or infinity."""
+
+    sizes: dict[str, int]
+    not_finite: tuple[str, ...]
+
+
 def save(
     folder: Path,
     family: ModuleType,
@@ -96,7 +103,7 @@ def save(
     values: Params,
     dtype: Callable[[str], str],
     max_shard_bytes: int,
-) -> dict[str, int]:
+) -> Saved:
     """Writes the tensors, no more than a shard of them in memory at once.
 
     Args:
@@ -108,14 +115,36 @@ def save(
       max_shard_bytes: a new file is begun before one grows above this.
 
     Returns:
-      dtype -> bytes written.
+      what was written.
+
+    Raises:
+      InputError: a tensor has a finite value that its dtype can't hold.
     """
     writer = _Writer(folder, max_shard_bytes)
     flat = {params_lib.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(values)}
+    not_finite: list[str] = []
     for tensor, name, at in _tensors(family, c):
         parts = [np.asarray(flat[path][at] if at else flat[path]) for path in tensor.paths]
-        writer.add(name, np.ascontiguousarray(_join(parts, tensor, c).astype(dtype(name))))
-    return writer.finish()
+        x = _join(parts, tensor, c)
+        with np.errstate(over="ignore"):
+            written = np.ascontiguousarray(x.astype(dtype(name)))
+        if not np.isfinite(written).all():
+            _check_range(name, x, written)
+            not_finite.append(name)
+        writer.add(name, written)
+    return Saved(writer.finish(), tuple(not_finite))
+
+
+def _check_range(name: str, x: np.ndarray, written: np.ndarray) -> None:
+    """Raises InputError where a finite value of `x` isn't one in the dtype of `written`."""
+    lost = x[np.isfinite(x) & ~np.isfinite(written)]
+    if lost.size:
+        dtype = written.dtype.name
+        wider = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
+        raise InputError(
+            f"{name}: its largest value is {np.abs(lost).max():.6g}, and {dtype} ends at "
+            f"{float(ml_dtypes.finfo(written.dtype).max):.6g}. Export with --dtype={wider}."
+        )
 
 
 class _Writer:

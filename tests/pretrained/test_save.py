@@ -41,7 +41,7 @@ def test_an_import_and_an_export_give_back_every_tensor(name, tmp_path):
     family, config = save.choose(found.config, found.json)
     assert config == json.loads((GOLDEN / name / "config.json").read_text())
     dtypes = {name: entry.dtype.name for name, entry in found.entries.items()}
-    total = save.save(tmp_path, family, found.config, values, dtypes.get, 10**9)
+    total = save.save(tmp_path, family, found.config, values, dtypes.get, 10**9).sizes
     ours, theirs = tensors(tmp_path), tensors(GOLDEN / name)
     assert ours.keys() == theirs.keys()
     for key, x in theirs.items():
@@ -54,7 +54,7 @@ def test_an_import_and_an_export_give_back_every_tensor(name, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_shards_are_as_small_as_asked_for_and_the_index_knows_them(name, tmp_path):
     found, values = read(GOLDEN / "hf_tiny" / name)
-    total = save.save(tmp_path, found.family, found.config, values, lambda name: "float32", 20_000)
+    total = save.save(tmp_path, found.family, found.config, values, lambda name: "float32", 20_000).sizes
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(tmp_path.glob("*.safetensors"))
     assert [f.name for f in files] == [
@@ -187,3 +187,32 @@ def test_transformers_computes_with_an_export_what_it_computes_with_the_original
 
     ours, theirs = logits(tmp_path, config["architectures"][0]), logits(GOLDEN / name, found.json["architectures"][0])
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "words"),
+    [
+        (1e5, "float16", ["100000", "float16 ends at 65504", "--dtype=bfloat16 or float32"]),
+        (-65520.0, "float16", ["65520", "float16 ends at 65504"]),
+        (3.4e38, "bfloat16", ["3.4e+38", "bfloat16 ends at 3.38953e+38", "--dtype=float32"]),
+    ],
+)
+def test_a_value_that_a_dtype_can_not_hold_is_named(value, dtype, words, tmp_path):
+    found, values = read(GOLDEN / "hf_tiny/llama")
+    values["layers"]["mlp"]["up"]["kernel"] = values["layers"]["mlp"]["up"]["kernel"].at[1, 3, 5].set(value)
+    with pytest.raises(InputError) as error:
+        save.save(tmp_path, found.family, found.config, values, lambda name: dtype, 10**9)
+    assert str(error.value).startswith("model.layers.1.mlp.up_proj.weight: its largest value is ")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_largest_value_of_a_dtype_is_written_and_what_was_not_finite_is_told(tmp_path):
+    found, values = read(GOLDEN / "hf_tiny/llama")
+    scale = values["layers"]["mlp_norm"]["scale"]
+    values["layers"]["mlp_norm"]["scale"] = scale.at[0, 0].set(65504.0).at[1, 1].set(np.nan).at[1, 2].set(-np.inf)
+    saved = save.save(tmp_path, found.family, found.config, values, lambda name: "float16", 10**9)
+    assert saved.not_finite == ("model.layers.1.post_attention_layernorm.weight",)
+    written = tensors(tmp_path)
+    assert written["model.layers.0.post_attention_layernorm.weight"][0] == 65504
+    assert np.isnan(written[saved.not_finite[0]][1])
+    assert written[saved.not_finite[0]][2] == -np.inf

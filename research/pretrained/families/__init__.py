@@ -7,6 +7,7 @@ A module has
   tensors(config) -> list[Tensor].
 It may have
   BODY: what the names of all but the head begin with, "model" by default; some files leave it out.
+  COPIES: tensors that its files may hold a second time -> what they must be copies of, besides a tied head.
   SPARE: regular expressions of tensors that its files may hold and no computation of ours reads.
 """
 

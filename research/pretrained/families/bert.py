@@ -8,12 +8,15 @@ from research.pretrained.types import Fields, Tensor
 
 ARCHITECTURES = ("BertForMaskedLM", "BertForPreTraining")
 BODY = "bert"
-SPARE = (  # the heads of its pretraining, and copies of the embedding
+SPARE = (  # the heads of its pretraining
     r".*embeddings\.position_ids",
     r"bert\.pooler\..*",
     r"cls\.seq_relationship\..*",
-    r"cls\.predictions\.decoder\.(weight|bias)",
 )
+COPIES = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
 _FIELDS = {
     "vocab_size": "vocab_size",
     "num_hidden_layers": "num_layers",
