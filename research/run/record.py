@@ -20,6 +20,7 @@ from research.run.resolve import Inputs
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "understudy")
 _OF_A_START = ("command", "started", "versions")  # what the history says of each start of a run
+_WARNED = 0.05  # of a part of the data: what is lost of it beyond this gets a line of its own
 
 
 def begin(inputs: Inputs, command: str, step: int) -> None:
@@ -96,6 +97,8 @@ def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int) ->
     for line in startup.describe():
         writer.print(line)
     _describe_data(writer, inputs.data.report)
+    for line in data_warnings(inputs.data.report, inputs.config.seq_len):
+        writer.print(f"warning  {line}")
     if inputs.resumed:
         writer.print(f"resumed  at step {step} of {inputs.config.steps}")
         for change in inputs.changes:
@@ -110,7 +113,8 @@ def _describe_data(writer: metrics.Writer, report: dict[str, Any]) -> None:
             share = f", {source['examples']:,} examples, {source['tokens']:,} tokens, {source['share']:.1%} of training"
         bad = "".join(f", {n:,} skipped: {reason}" for reason, n in source["bad"].items())
         twice = f", {source['duplicates']:,} duplicates dropped" if source["duplicates"] else ""
-        writer.print(f"data     {source['name']}: {source['records']:,} records{twice}{bad}{share}")
+        files = f" in {source['files']}" if source["files"] else ""
+        writer.print(f"data     {source['name']}: {source['records']:,} records{files}{twice}{bad}{share}")
     for line in markers.source_lines(report):
         writer.print(f"data     {line}")
     for part in ("train", "held_out"):
@@ -121,6 +125,40 @@ def _describe_data(writer: metrics.Writer, report: dict[str, Any]) -> None:
             f"({counts['supervised_tokens']:,} supervised) in {counts['rows']:,} rows, packing efficiency "
             f"{counts['packing_efficiency']:.1%}" + "".join(f", {n:,} {k.replace('_', ' ')}" for k, n in faults.items())
         )
+
+
+def data_warnings(report: dict[str, Any], seq_len: int) -> list[str]:
+    """What a run says of its data where more than a part of 5 % is lost: too long, bad, or without anything to learn.
+
+    Args:
+      report: of sources.dataset.Data.
+      seq_len: data.seq_len.
+    """
+    lines = []
+    for source in report["sources"]:
+        for reason, n in source["bad"].items():
+            if n > _WARNED * source["records"]:
+                share = n / source["records"]
+                lines.append(
+                    f"{source['name']}: {n:,} of {source['records']:,} records ({share:.1%}) skipped: {reason}"
+                )
+    for part in ("train", "held_out"):
+        counts, name = report[part], part.replace("_", "-")
+        dropped = counts.get("too_long_dropped", 0)
+        total = counts["examples"] + dropped + counts["nothing_supervised"]
+        for fault, verb in (("too_long_dropped", "dropped"), ("too_long_truncated", "truncated")):
+            if (n := counts.get(fault, 0)) > _WARNED * total:
+                remedy = "Raise seq_len." if verb == "truncated" else "Raise seq_len, or set data.on_long='truncate'."
+                lines.append(
+                    f"{name}: {n:,} of {total:,} examples ({n / total:.1%}) are longer than seq_len = {seq_len:,} and "
+                    f"{verb}; 99 % have at most {counts['length_99']:,} tokens. {remedy}"
+                )
+        if (n := counts["nothing_supervised"]) > _WARNED * total:
+            lines.append(
+                f"{name}: {n:,} of {total:,} examples ({n / total:.1%}) are dropped, since nothing of them is to be "
+                "learned within seq_len. Raise seq_len, or shorten the prompts."
+            )
+    return lines
 
 
 def finish(config: Config, workdir: str) -> dict[str, float]:

@@ -94,11 +94,7 @@ def resolve(config: Config, workdir: str, devices: Sequence[Any] | None = None) 
     data_identity = identity.identity(data, config_lib.data_spec(config))
     if resumed:
         resume.check_data(workdir, before.get("data"), data_identity, changes)
-    if config.eval.every and not len(data.held_out):
-        raise InputError(
-            f"data.eval_fraction = {config.data.eval_fraction}: nothing is held out to evaluate on. Raise it, name "
-            "data.eval_path, or set eval.every = 0 and checkpoint.best_metric = ''."
-        )
+    _check_held_out(config, data)
     rows = sharding.local_rows(mesh, config.batch_size, sharding.make_rules(config.rules))
     source = dataset.make_source(
         data.train, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle, mine=rows
@@ -118,6 +114,24 @@ def is_finished(config: Config, workdir: str) -> bool:
     before = config_lib.parse(resume.read_record(workdir)["config"])
     resume.check_steps(workdir, there[-1], config)
     return resume.is_finished(workdir, there[-1], before, with_checkpoints(config, workdir)[0])
+
+
+def _check_held_out(config: Config, data: dataset.Data) -> None:
+    """Raises InputError where there is nothing to evaluate on, and `eval.every` asks for it."""
+    if not config.eval.every or len(data.held_out):
+        return
+    counts, fraction = data.report["held_out"], config.data.eval_fraction
+    lost = counts.get("too_long_dropped", 0) + counts["nothing_supervised"]
+    if lost:
+        reason, remedy = f"all {lost:,} records held out are longer than seq_len = {config.seq_len}", "Raise seq_len"
+    elif not fraction:
+        reason, remedy = "no part is to be", "Raise it"
+    else:
+        reason, remedy = "all records ask the same", "Give more data"
+    raise InputError(
+        f"data.eval_fraction = {fraction}: nothing is held out to evaluate on ({reason}). {remedy}, name data.eval_path, "
+        "or set eval.every = 0 and checkpoint.best_metric = ''."
+    )
 
 
 def with_checkpoints(

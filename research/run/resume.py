@@ -106,8 +106,8 @@ FIELDS: dict[str, Rule] = {
     **_rules(
         _SAID,
         "model",
-        "norm_eps rope_theta local_rope_theta max_length sliding_window attention_scale attention_softcap "
-        "logit_softcap dtype",
+        "norm_eps rope_theta local_rope_theta max_length sliding_window attention_scale "
+        "attention_scale_by_layer attention_softcap logit_softcap dtype",
     ),
     **_rules(
         _SAID,

@@ -85,7 +85,7 @@ def run(
             workdir=workdir,
             step=distributed.one_at_a_time(program()),
             experience=experience,
-            evaluate=evaluation.make_evaluation(inputs, parts, tasks, writer),
+            evaluate=evaluation.make_evaluation(inputs, parts, tasks, writer) if config.eval.every else None,
             saver=saver,
             window=Window.of(config, parts, writer, inputs.mesh),
             progress=watch.progress,

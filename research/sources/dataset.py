@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,8 +101,8 @@ def load(
     report = {
         "tokenizer_size": tokenizer.size,
         "sources": _report_sources(inputs, train, counts, eval_counts),
-        "train": _report(counts, sum(len(each) for each, _ in train), spec),
-        "held_out": _report(eval_counts, len(held_out), spec),
+        "train": _report(counts, sum(len(each) for each, _ in train), parts, spec),
+        "held_out": _report(eval_counts, len(held_out), _parts(eval_inputs or train_inputs, to_eval), spec),
     }
     if eval_inputs:
         report["train"]["dropped_as_in_eval_path"] = sum(int(np.sum(~mask)) for mask in to_train)
@@ -128,8 +129,8 @@ def build_tokenizer(spec: DataSpec, tokenizer_spec: TokenizerSpec, seed: int = 0
 
 def _located(spec: DataSpec, seed: int) -> tuple[list[tuple[Entry, Origin]], list[tuple[Entry, Origin]]]:
     """The entries to train on and those to evaluate, each with where it lies."""
-    train_on = [(entry, _locate(entry, seed)) for entry in spec_lib.entries(spec)[0]]
-    return train_on, [(entry, _locate(entry, seed + 1)) for entry in spec_lib.eval_entries(spec)]
+    train_on = [(entry, _locate(entry, seed, spec)) for entry in spec_lib.entries(spec)[0]]
+    return train_on, [(entry, _locate(entry, seed + 1, spec)) for entry in spec_lib.eval_entries(spec)]
 
 
 def settings(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
@@ -202,11 +203,27 @@ def eval_batches(
     return (held_out.batch(each if mine is None else each[np.asarray(mine)]) for each in index.reshape(-1, batch_size))
 
 
-def _locate(entry: Entry, seed: int) -> Origin:
+def _comma(entry: Entry, spec: DataSpec) -> str:
+    """Says how to write a path with a comma, where `entry` is a piece of one that is there."""
+    if spec.sources or "," not in (whole := spec.eval_path if entry.field == "data.eval_path" else spec.path):
+        return ""
+    pieces = whole.split(",")
+    for first, last in itertools.combinations(range(len(pieces)), 2):
+        path = ",".join(pieces[first : last + 1]).strip()
+        if entry.path in path and Path(path).expanduser().exists():
+            option = "eval_path" if entry.field == "data.eval_path" else "path"
+            return (
+                f" A comma parts entries, and {path!r} is there: name it in data.sources, as in "
+                f"data.sources={{'NAME': {{{option!r}: {path!r}}}}}, and leave {entry.field} empty."
+            )
+    return ""
+
+
+def _locate(entry: Entry, seed: int, spec: DataSpec) -> Origin:
     try:
         origin = locate(entry.path, count=entry.options.examples, seed=seed)
     except InputError as e:
-        raise InputError(f"{entry.field}: {e}") from e
+        raise InputError(f"{entry.field}: {e}{_comma(entry, spec)}") from e
     most = entry.options.max_records or None
     return origin._replace(identity=[origin.identity, most], read=lambda: itertools.islice(origin.read(), most))
 
@@ -358,23 +375,42 @@ def _check_left(counts: Sequence[Counter[str]], sizes: Sequence[int], entries: S
             f"{count['too_long']} longer than data.seq_len={spec.seq_len}": count["too_long"],
             f"{count['nothing_supervised']} cut before their answer": count["nothing_supervised"],
         }
+        if size:
+            continue
         dropped = ", ".join(text for text, n in faults.items() if n) or "all of it is held out or in data.eval_path"
-        if not size:
-            raise InputError(
-                f"{_field(spec)}: nothing of {name!r} is left to train on ({dropped}). "
-                f"Raise data.seq_len, set data.on_long='truncate', or give more data."
-            )
+        remedy = "give other data, or other data to evaluate on"
+        if any(faults.values()):
+            truncate = "" if spec.on_long == "truncate" or not count["too_long"] else "set data.on_long='truncate', "
+            remedy = f"raise data.seq_len, {truncate}or give shorter records"
+        raise InputError(f"{_field(spec)}: nothing of {name!r} is left to train on ({dropped}). {_capital(remedy)}.")
 
 
-def _report(counts: Sequence[Counter[str]], size: int, spec: DataSpec) -> dict[str, Any]:
-    """Of `size` rows; supervised_tokens counts those that are targets; bytes are of the examples' whole text."""
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _report(counts: Sequence[Counter[str]], size: int, parts: Sequence[Part], spec: DataSpec) -> dict[str, Any]:
+    """Of `size` rows; supervised_tokens counts those that are targets; bytes are of the examples' whole text; 99 % of
+    what could be too long, which texts can't, have at most length_99 tokens."""
     total = sum(counts, Counter()) + Counter({"rows": size})
     names = ("examples", "rows", "tokens", "supervised_tokens", "bytes", "nothing_supervised")
     cut = "too_long_dropped" if spec.on_long == "drop" else "too_long_truncated"
     return {name: total[name] for name in names} | {
         cut: total["too_long"],
+        "length_99": _length_of_most(parts),
         "packing_efficiency": total["tokens"] / max(size * spec.seq_len, 1),
     }
+
+
+def _length_of_most(parts: Sequence[Part]) -> int:
+    """The length that 99 % of the examples don't exceed, texts left out; 0 where there are none."""
+    lengths = [
+        np.maximum(part.store.length, 0 if part.teacher is None else part.teacher.length)[part.examples]
+        for part in parts
+        if part.store.mask is not None
+    ]
+    joined = np.sort(np.concatenate(lengths)) if lengths else np.zeros(0, np.int64)
+    return int(joined[-(-99 * len(joined) // 100) - 1]) if len(joined) else 0
 
 
 def _report_sources(
@@ -388,6 +424,7 @@ def _report_sources(
     report = [
         {
             "name": each.entry.name,
+            "files": each.origin.summary,
             **each.store.counts,
             "was_cached": each.store.was_cached,
             "content": each.store.content,

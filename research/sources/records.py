@@ -1,9 +1,7 @@
 """Finding, reading and checking records: a fault is named with its file and line, and what to do about it."""
 
-import glob
 import gzip
 import json
-import os
 import re
 import sys
 import zlib
@@ -13,7 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from research.errors import InputError, did_you_mean
-from research.sources import reasoning, stdlib_text, tasks
+from research.sources import folders, json_limits, reasoning, stdlib_text, tasks
 from research.sources.cache import code_digest
 
 # (role, text); a plain document is one turn of the role "text", and SHOWN is an assistant's turn that isn't learned.
@@ -24,7 +22,6 @@ Raw = bytes | dict[str, Any]  # a line of JSON, or a record that its reader has 
 FORMATS = ("text", "prompt_response", "messages", "labelled")
 FIELDS = ("text", "prompt", "response", "messages", "label", "probs")
 ROLES = ("system", "user", "assistant")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt")
 TXT_DOCUMENT_BYTES = 16 * 1024
 # What transformers hands to a chat template beside role and content, which here no template gets.
 _UNHEARD_COLUMNS = ("tools", "functions", "chat_template_kwargs")
@@ -77,12 +74,14 @@ class Origin(NamedTuple):
       identity: of JSON types; differs whenever what `read` gives may differ.
       read: () -> (where, raw record) pairs; `where` is file:line or the like.
       generated: made by a program, so that a record that comes twice is of no use.
+      summary: which files were found where the entry names several: "3 .jsonl files"; else "".
     """
 
     name: str
     identity: Any
     read: Callable[[], Iterator[tuple[str, Raw]]]
     generated: bool = False
+    summary: str = ""
 
 
 def locate(entry: str, *, count: int, seed: int) -> Origin:
@@ -161,38 +160,33 @@ def _files(entry: str) -> Origin:
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             files = sorted(file for file in path.iterdir() if file.is_file())
             return _rows_of(entry, _import_datasets(entry).load_from_disk(str(path)), files)
-        files = sorted(file for file in path.rglob("*") if _suffix(file) and file.is_file())
-        if not files:
-            raise InputError(f"the folder {entry!r} holds no file of a known kind ({', '.join(SUFFIXES)}).")
+        found = folders.of_folder(path)
     elif path.is_file():
-        files = [path]
+        folders.check_kind(path)
+        found = folders.Files([path], {})
     elif any(char in entry for char in "*?["):
-        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(file)]
-        if not files:
-            raise InputError(f"no file matches {entry!r}.")
+        found = folders.of_glob(str(path))
+    elif path.exists():
+        raise InputError(f"{entry!r} is neither a file nor a folder. Write its contents to a file, and name that.")
+    elif path.is_symlink():
+        raise InputError(f"{entry!r} is a link that leads nowhere. Mend it.")
     else:
         raise InputError(f"there is no {entry!r}.{_nearest(path)}")
-    unknown = [file for file in files if not _suffix(file)]
-    if unknown:
-        raise InputError(f"{str(unknown[0])!r} is of no known kind. Use one of {', '.join(SUFFIXES)}.")
 
     def read() -> Iterator[tuple[str, Raw]]:
-        for file in files:
+        for file in found.paths:
             try:
-                yield from _READERS[_suffix(file)](file)
+                yield from _READERS[folders.suffix(file)](file)
             except (OSError, EOFError, zlib.error) as e:
                 raise InputError(f"{file}: can't be read, it may be cut short or damaged ({e}). Copy it anew.") from e
 
-    return Origin(entry, [_stamp(file) for file in files], read)
+    summary = "" if path.is_file() else found.summary()
+    return Origin(entry, [_stamp(file) for file in found.paths], read, summary=summary)
 
 
 def _stamp(file: Path) -> list[Any]:
     stat = file.stat()
     return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
-
-
-def _suffix(file: Path) -> str:
-    return next((suffix for suffix in SUFFIXES if file.name.endswith(suffix)), "")
 
 
 def _nearest(path: Path) -> str:
@@ -201,7 +195,7 @@ def _nearest(path: Path) -> str:
         missing = missing.parent
     if missing != path:
         return f" There is no folder {str(missing)!r} either.{_nearest(missing)}"
-    names = sorted(child.name for child in path.parent.iterdir() if child.is_dir() or _suffix(child))
+    names = sorted(child.name for child in path.parent.iterdir() if child.is_dir() or folders.suffix(child))
     return did_you_mean(path.name, names[:1000]) if names else f" The folder {str(path.parent)!r} holds no data file."
 
 
@@ -214,8 +208,9 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, Raw]]:
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Raw]]:
+    data = file.read_bytes()
     try:
-        records = json.loads(file.read_bytes())
+        records = json.loads(data)
     except json.JSONDecodeError as e:
         raise InputError(
             f"{file}:{e.lineno}: invalid JSON ({e.msg}). A .json file holds one list of records; "
@@ -223,8 +218,12 @@ def _read_json(file: Path) -> Iterator[tuple[str, Raw]]:
         ) from e
     except UnicodeDecodeError as e:
         raise InputError(f"{file}: not valid UTF-8 at byte {e.start}. Save it as UTF-8.") from e
-    except (ValueError, RecursionError) as e:  # a number of thousands of digits; brackets in brackets
-        raise InputError(f"{file}: JSON that can't be read ({_limit(e)}). Mend it.") from e
+    except (ValueError, RecursionError):  # one of the records can't be read
+        records = json_limits.elements(data)
+        if records is None:
+            raise InputError(
+                f"{file}: holds an object that can't be read, not a list of records. Write [{{...}}, {{...}}]."
+            ) from None
     if not isinstance(records, list):
         raise InputError(f"{file}: holds {_kind(records)}, not a list of records. Write [{{...}}, {{...}}].")
     for i, record in enumerate(records, start=1):
@@ -281,17 +280,25 @@ def parse(raw: Raw) -> dict[str, Any]:
             raw = json.loads(raw.decode())
         except UnicodeDecodeError as e:
             raise BadRecord("invalid UTF-8", f"not valid UTF-8 at byte {e.start}. Save the file as UTF-8.") from e
-        except (ValueError, RecursionError) as e:
-            what = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else _limit(e)
+        except json.JSONDecodeError as e:
+            what = f"{e.msg} at column {e.colno}"
             raise BadRecord("invalid JSON", f"invalid JSON ({what}). Write one JSON object a line.") from e
+        except RecursionError as e:
+            raise _too_deep() from e
+        except ValueError as e:
+            raise BadRecord(
+                "number too long", "holds a number of more than 4,300 digits. Shorten it, or write it in quotes."
+            ) from e
+    if json_limits.deeper_than(raw, json_limits.MOST_NESTED):
+        raise _too_deep()
     if not isinstance(raw, dict):
         raise BadRecord("not an object", f'holds {_kind(raw)}, not an object. Write {{"text": ...}} or the like.')
     return raw
 
 
-def _limit(error: ValueError | RecursionError) -> str:
-    """Which limit of Python's JSON reader was passed."""
-    return "nested too deep" if isinstance(error, RecursionError) else "a number with too many digits"
+def _too_deep() -> BadRecord:
+    most = json_limits.MOST_NESTED
+    return BadRecord("nested too deep", f"holds lists or objects more than {most} deep in each other. Flatten it.")
 
 
 def detect_format(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
@@ -469,13 +476,22 @@ def _text(record: Mapping[str, Any], name: str, column: str) -> str:
     try:
         value = value.decode() if isinstance(value, bytes) else value
         if not isinstance(value, str):
-            raise BadRecord("wrong type", f"field {column!r} must be text, but is {_kind(value)}. Write it in quotes.")
+            raise BadRecord("wrong type", f"field {column!r} must be text, but is {_kind(value)}. {_remedy(value)}")
         value.encode()  # JSON can hold half of a surrogate pair, which no UTF-8 can
     except UnicodeError as e:
         raise BadRecord("invalid UTF-8", f"field {column!r} is not valid UTF-8 ({e.reason}). Repair or drop it.") from e
     if not value.strip():
         raise BadRecord(f"empty {name}", f"field {column!r} is an empty {name}. Fill or drop the record.")
     return value
+
+
+def _remedy(value: Any) -> str:
+    """What to do about a value that should be text."""
+    if value is None:
+        return "Write a text, or drop the record."
+    if isinstance(value, list | dict):
+        return "Write its text alone, or drop the record."
+    return "Write it in quotes."
 
 
 def _kind(value: Any) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from research import files
 from research.errors import InputError
-from research.sources import chat, formats, records, tokenizers, views
+from research.sources import chat, formats, json_limits, records, tokenizers, views
 from research.sources import fields as table
 from research.sources.cache import cached, code_digest, digest
 from research.sources.records import NUMBERED, BadRecord, Classes, Origin, Turn
@@ -25,7 +25,10 @@ from research.sources.tokenizers import Tokenizer
 # A hash of all that decides what examples hold, beside their files, the options and the tokenizer's own.
 READING = digest(
     [
-        code_digest(records.__file__, formats.__file__, chat.__file__, tokenizers.__file__, __file__),
+        code_digest(
+            *(module.__file__ for module in (records, json_limits, formats, chat, tokenizers)),
+            __file__,
+        ),
         *(f"{package} {importlib.metadata.version(package)}" for package in ("tokenizers", "jinja2")),
     ]
 )

@@ -21,7 +21,7 @@ from research.errors import InputError
 from research.models import transformer
 from research.models.config import ModelConfig
 from research.models.specs import make_specs
-from research.pretrained import load, save
+from research.pretrained import export, load, save
 from research.pretrained.families import llama
 
 GOLDEN = Path(goldens.__file__).parent / "golden"
@@ -30,7 +30,7 @@ FUSED = ["hf_tiny/gpt2", "hf_tiny/gpt_neox", "hf_tiny/llama", "hf_tiny/mixtral",
 
 
 def read(name, mesh, dtype=None):
-    found = load.open_pretrained(str(GOLDEN / name))
+    found = load.open_pretrained(str(GOLDEN / "hf_tiny" / name))
     specs = make_specs(found.config)
     if dtype:
         specs = params.tree_map(lambda s: dataclasses.replace(s, dtype=dtype) if s.contracts else s, specs)
@@ -320,3 +320,39 @@ def test_a_model_in_the_hubs_cache_needs_no_network(offline):
 def test_a_model_that_is_not_in_the_cache_offline(offline):
     with pytest.raises(InputError, match=r"someone/other: there is no such folder.*HF_HUB_OFFLINE is set\. Check"):
         load.open_pretrained("someone/other")
+
+
+@pytest.mark.parametrize("name", ["llama3_scaled_tied_bias", "gpt2", "qwen2", "gemma2"])
+def test_a_head_that_is_not_the_embedding_is_read_as_untied_and_exported(name, tmp_path):
+    """Whatever tie_word_embeddings says; a copy of the embedding is no head of its own."""
+    plain = load.open_pretrained(str(GOLDEN / "hf_tiny" / name))
+    embedding = next(t.name for t in plain.family.tensors(plain.config) if t.paths == ("embed",))
+    folder = copy(tmp_path, name)
+    with_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].copy()}))
+    found = load.open_pretrained(str(folder))
+    assert found.config == plain.config
+    assert found.config.tie_embeddings
+    with_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": -tensors[embedding]}))
+    found = load.open_pretrained(str(folder))
+    assert found.config == dataclasses.replace(plain.config, tie_embeddings=False)
+    model, mesh = transformer.make_model(found.config), sharding.make_mesh({}, jax.devices()[:1])
+    values = load.load(found, model.specs, params.shardings(model.specs, mesh))
+    np.testing.assert_array_equal(values["head"], -values["embed"].T)
+    out = tmp_path / "out"
+    export.export(out, found.config, values, {"config": found.json}, None)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    written = safetensors.numpy.load_file(out / "model.safetensors")
+    np.testing.assert_array_equal(written["lm_head.weight"], -written[embedding])
+    assert not load.open_pretrained(str(out)).config.tie_embeddings
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_family_without_a_head_of_its_own_refuses_one(part, tmp_path):
+    folder = copy(tmp_path, "bert_mlm")
+    original = {"weight": "bert.embeddings.word_embeddings.weight", "bias": "cls.predictions.bias"}[part]
+    name = f"cls.predictions.decoder.{part}"
+    with_tensors(folder, lambda tensors: tensors.update({name: tensors[original].copy()}))
+    assert load.open_pretrained(str(folder)).config.tie_embeddings
+    with_tensors(folder, lambda tensors: tensors.update({name: tensors[original] + 1}))
+    with pytest.raises(InputError, match=rf"'{name}' has other values than '{original}'"):
+        load.open_pretrained(str(folder))

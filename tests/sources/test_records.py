@@ -1,10 +1,12 @@
 import gzip
 import json
+from collections import Counter
 
 import pytest
 
 from research.errors import InputError
 from research.sources.records import TXT_DOCUMENT_BYTES, BadRecord, check, detect_format, locate, parse
+from research.sources.store import read_examples
 
 PAIRS = [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(3)]
 
@@ -191,3 +193,55 @@ def test_formats_are_detected_under_renamed_columns():
     assert check({"question": "a", "answer": "b"}, "prompt_response", fields) == [("user", "a"), ("assistant", "b")]
     with pytest.raises(InputError, match=r"has the fields 'question', 'answer', but needs .*data.fields"):
         detect_format({"question": "", "answer": ""}, {})
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+LONG = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(DEEP, "nested too deep"), ('{"a":' * 150 + "1" + "}" * 150, "nested too deep"), (LONG, "number too long")],
+    ids=["100,000 deep", "150 deep", "5,000 digits"],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_what_passes_the_limits_of_json_is_a_bad_record_like_any_other(value, reason, suffix, tmp_path):
+    rows = ['{"text": "a, [b"}', f'{{"text": "x", "n": {value}}}', '{"text": "c\\"]"}']
+    text = "\n".join(rows) if suffix == ".jsonl" else f"[{', '.join(rows)}]\n"
+    (tmp_path / f"x{suffix}").write_text(text)
+    origin = locate(str(tmp_path / f"x{suffix}"), count=0, seed=0)
+    counts = Counter()
+    good = list(read_examples(origin, "auto", {}, "skip", counts))
+    assert [example.record["text"] for example in good] == ["a, [b", 'c"]']
+    assert counts == {"records": 3, f"bad: {reason}": 1}
+    place = ":2: " if suffix == ".jsonl" else ": record 2: "
+    with pytest.raises(InputError, match=rf"x\{suffix}{place}holds .* Or set data.on_bad_record='skip'"):
+        list(read_examples(origin, "auto", {}, "error", Counter()))
+
+
+def test_a_json_file_that_is_no_list_at_all(tmp_path):
+    (tmp_path / "x.json").write_text(f'{{"text": {DEEP}}}')
+    with pytest.raises(InputError, match=r"x\.json: holds an object that can't be read, not a list"):
+        read(tmp_path / "x.json")
+    (tmp_path / "y.json").write_text(f"[{LONG}, [], {{}}]")
+    with pytest.raises(BadRecord, match=r"more than 4,300 digits"):
+        read(tmp_path / "y.json")
+
+
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [
+        (None, "is null. Write a text, or drop the record."),
+        (["a"], "is a list (['a']). Write its text alone, or drop the record."),
+        ({"a": 1}, "is an object ({'a': 1}). Write its text alone, or drop the record."),
+        (True, "is a boolean (True). Write it in quotes."),
+    ],
+)
+def test_remedies_fit_the_value(value, remedy):
+    for format, record in (
+        ("text", {"text": value}),
+        ("prompt_response", {"prompt": "a", "response": value}),
+    ):
+        with pytest.raises(BadRecord) as error:
+            check(record, format, {})
+        assert remedy in str(error.value)
