@@ -104,6 +104,19 @@ CASES = {
         ["data.path", "weight"],
     ),
     "everything too long": ([SFT, c("data.path", "DIR/long.jsonl")], ["longer than", "seq_len"]),
+    "nothing held out": (
+        [SFT, c("data.path", "DIR/good.jsonl")],
+        ["nothing is held out", "all records ask the same", "Give more data", "eval.every = 0"],
+    ),
+    "nothing to be held out": (
+        [SFT, c("data.eval_fraction", 0.0)],
+        ["nothing is held out", "data.eval_fraction = 0", "Raise it"],
+    ),
+    "a folder of several kinds": ([SFT, c("data.path", "DIR")], ["files of several kinds", "DIR/**/*.jsonl"]),
+    "a comma in a path": (
+        [SFT, c("data.path", "DIR/comma,name.jsonl")],
+        ["there is no 'DIR/comma'", "A comma parts entries", "data.sources={'NAME': {'path': 'DIR/comma,name.jsonl'}}"],
+    ),
     "unknown format": ([SFT, c("data.format", "chatt")], ["data.format", "chatt"]),
     "unknown template": ([SFT, c("data.template", "chatml")], ["data.template", "chatml", "chat"]),
     "missing tokenizer": ([SFT, c("tokenizer.kind", "DIR/tokenizer.json")], ["tokenizer", "DIR/tokenizer.json"]),
@@ -166,6 +179,8 @@ def files(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(row + "\n" for row in rows))
     (folder / "latin.jsonl").write_bytes(GOOD.encode() + b'\n{"prompt": "\xe9", "response": "b"}\n')
     (folder / "data.xlsx").write_bytes(b"PK")
+    (folder / "README.txt").write_text("about the files")
+    (folder / "comma,name.jsonl").write_text(GOOD)
     (folder / "cut.jsonl.gz").write_bytes(
         gzip.compress("\n".join(f'{{"prompt": "{i}", "response": "b"}}' for i in range(999)).encode())[:-40]
     )

@@ -129,8 +129,8 @@ def _check_held_out(config: Config, data: dataset.Data) -> None:
     else:
         reason, remedy = "all records ask the same", "Give more data"
     raise InputError(
-        f"data.eval_fraction = {fraction}: nothing is held out to evaluate on ({reason}). {remedy}, name data.eval_path, "
-        "or set eval.every = 0 and checkpoint.best_metric = ''."
+        f"data.eval_fraction = {fraction}: nothing is held out to evaluate on ({reason}). {remedy}, name "
+        "data.eval_path, or set eval.every = 0 and checkpoint.best_metric = ''."
     )
 
 

@@ -8,6 +8,7 @@ import goldens
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 import transformers
 
@@ -105,6 +106,43 @@ def test_dtype_shards_and_step_are_as_asked_for(trained, tmp_path, capfd):
     first = parameters(trained[1], step=1)
     differ(first, parameters(trained[1]))
     same(parameters(tmp_path / "out"), jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), first))
+
+
+@pytest.mark.parametrize("of_config", [2, 5])
+def test_other_tools_stop_where_the_model_stops(of_config, tmp_path):
+    """The chat template ends turns with a token that neither file of the checkpoint names."""
+    shutil.copytree(LLAMA, tmp_path / "llama")
+    write_tokenizer(tmp_path / "llama")
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }}<unk>{% endfor %}"
+    (tmp_path / "llama/chat_template.jinja").write_text(template)
+    config = json.loads((tmp_path / "llama/config.json").read_text()) | {"eos_token_id": of_config}
+    (tmp_path / "llama/config.json").write_text(json.dumps(config))
+    tokenizer = loading.find(str(tmp_path / "llama")).tokenizer()
+    assert tokenizer.stop == (2, 0)
+    assert main(f"--model={tmp_path / 'llama'}", f"--output={tmp_path / 'out'}") == 0
+    generation = json.loads((LLAMA / "generation_config.json").read_text())
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert written == generation | {"eos_token_id": [2, 0]}
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 2
+    assert loading.find(str(tmp_path / "out")).tokenizer().stop == (2, 0)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 0]
+
+
+def test_a_dtype_that_overflows_leaves_nothing_and_nan_is_said(tmp_path, capfd):
+    shutil.copytree(LLAMA, tmp_path / "llama")
+    file = tmp_path / "llama/model.safetensors"
+    values = safetensors.numpy.load_file(file)
+    values["model.norm.weight"][3] = -1e5
+    safetensors.numpy.save_file(values, file)
+    flags = (f"--model={tmp_path / 'llama'}", f"--output={tmp_path / 'out'}")
+    assert main(*flags, "--dtype=float16") == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: model.norm.weight: its largest value is 100000, and float16 ends at 65504.")
+    assert {p.name for p in tmp_path.iterdir()} == {"llama"}
+    values["model.norm.weight"][3] = np.nan
+    safetensors.numpy.save_file(values, file)
+    assert main(*flags, "--dtype=float16") == 0
+    assert "1 tensors hold NaN or infinity, model.norm.weight first" in capfd.readouterr().err
 
 
 def test_an_import_is_exported_as_it_was(tmp_path, capfd):

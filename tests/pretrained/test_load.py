@@ -30,7 +30,7 @@ FUSED = ["hf_tiny/gpt2", "hf_tiny/gpt_neox", "hf_tiny/llama", "hf_tiny/mixtral",
 
 
 def read(name, mesh, dtype=None):
-    found = load.open_pretrained(str(GOLDEN / "hf_tiny" / name))
+    found = load.open_pretrained(str(GOLDEN / name))
     specs = make_specs(found.config)
     if dtype:
         specs = params.tree_map(lambda s: dataclasses.replace(s, dtype=dtype) if s.contracts else s, specs)

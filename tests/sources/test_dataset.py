@@ -343,3 +343,49 @@ def test_bad_input(path, tmp_path, change, message):
     with pytest.raises(InputError) as e:
         load(dataclasses.replace(DataSpec(path), **change), BYTE)
     assert message in str(e.value)
+
+
+def test_a_comma_in_a_path_is_written_in_sources(tmp_path):
+    file = tmp_path / "a, b.jsonl"
+    write(file, pairs(20))
+    for field, paths in (("path", {"path": str(file)}), ("eval_path", {"path": "tasks:copy", "eval_path": str(file)})):
+        with pytest.raises(InputError) as error:
+            load(DataSpec(**paths), BYTE)
+        assert f"data.{field}: there is no" in str(error.value)
+        assert f"data.sources={{'NAME': {{{field!r}: {str(file)!r}}}}}" in str(error.value)
+    with pytest.raises(InputError, match="A comma parts entries"):
+        load(DataSpec(f"0.5*{file},0.5*tasks:copy"), BYTE)
+    data = load(DataSpec("", sources={"one": {"path": str(file)}}, seq_len=64), BYTE)
+    assert data.report["sources"][0]["records"] == 20
+
+
+@pytest.mark.parametrize("on_long", ["drop", "truncate"])
+def test_the_length_that_most_fit_in_is_reported(tmp_path, on_long):
+    """100 examples of 11 to 110 tokens: bos, a prompt, a response of one letter, eos."""
+    write(tmp_path / "a.jsonl", [{"prompt": "p" * n, "response": "r"} for n in range(8, 108)])
+    spec = DataSpec(str(tmp_path / "a.jsonl"), template="plain", seq_len=60, eval_fraction=0, on_long=on_long)
+    report = load(spec, BYTE).report["train"]
+    assert report["length_99"] == 109
+    assert report["too_long_dropped" if on_long == "drop" else "too_long_truncated"] == 50
+    write(tmp_path / "b.jsonl", [{"text": "t" * 500}])
+    texts = load(DataSpec(str(tmp_path / "b.jsonl"), seq_len=60, eval_fraction=0), BYTE).report["train"]
+    assert texts["length_99"] == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "told", "untold"),
+    [
+        (
+            {"on_long": "drop"},
+            ["20 longer than data.seq_len=16", "Raise data.seq_len, set data.on_long='truncate'"],
+            [],
+        ),
+        ({"on_long": "truncate"}, ["20 cut before their answer", "Raise data.seq_len, or give shorter"], ["on_long"]),
+    ],
+)
+def test_what_to_do_where_nothing_is_left_is_not_set_already(tmp_path, spec, told, untold):
+    write(tmp_path / "a.jsonl", [{"prompt": f"{i} " + "p" * 50, "response": "r"} for i in range(20)])
+    with pytest.raises(InputError) as error:
+        load(DataSpec(str(tmp_path / "a.jsonl"), seq_len=16, eval_fraction=0, **spec), BYTE)
+    assert all(words in str(error.value) for words in told), error.value
+    assert not any(words in str(error.value) for words in untold), error.value
