@@ -353,7 +353,7 @@ def test_a_comma_in_a_path_is_written_in_sources(tmp_path):
             load(DataSpec(**paths), BYTE)
         assert f"data.{field}: there is no" in str(error.value)
         assert f"data.sources={{'NAME': {{{field!r}: {str(file)!r}}}}}" in str(error.value)
-    with pytest.raises(InputError, match="a path with a comma is named in data.sources"):
+    with pytest.raises(InputError, match=r"a path with a comma is named in data\.sources"):
         load(DataSpec(f"0.5*{file},0.5*tasks:copy"), BYTE)
     data = load(DataSpec("", sources={"one": {"path": str(file)}}, seq_len=64), BYTE)
     assert data.report["sources"][0]["records"] == 20
