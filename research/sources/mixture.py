@@ -28,8 +28,8 @@ def parse(field: str, path: str) -> tuple[list[str], list[float] | None]:
         raise InputError(f"{field}: {path!r} has an empty entry. Name a file, or tasks:NAME, or another source.")
     if None in weights and any(weights):
         raise InputError(
-            f"{field}: in {path!r} some entries have a weight and some have none. Weigh all or none; a path with a comma "
-            "is named in data.sources."
+            f"{field}: in {path!r} some entries have a weight and some have none. Weigh all or none; a path with a "
+            "comma is named in data.sources."
         )
     return paths, None if None in weights else weights
 
