@@ -42,7 +42,7 @@ def read_json(
         raise InputError(f"{name} can't be read ({error.strerror}).") from error
     except OSError as error:
         raise InputError(f"{name} can't be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is no JSON ({error}). {remedy}") from error
     if not isinstance(value, dict):
         raise InputError(f"{name} is no JSON object, but {str(value)[:40]!r}. {remedy}")

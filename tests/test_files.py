@@ -130,3 +130,10 @@ def test_whole_lines(tmp_path):
     path.write_bytes(b"a\n\nb")
     assert files.whole_lines(path) == 2
     assert path.read_bytes() == b"a\n\n"
+
+
+def test_json_past_the_limits_of_its_reader_is_named(tmp_path):
+    for value in ("9" * 5000, "[" * 100_000 + "]" * 100_000):
+        (tmp_path / "x.json").write_text(f'{{"a": {value}}}')
+        with pytest.raises(InputError, match=r"x\.json: is no JSON"):
+            files.read_json(tmp_path / "x.json")

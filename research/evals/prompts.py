@@ -82,7 +82,7 @@ def read_prompts(path: str) -> list[Prompt]:
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: is no JSON ({error}). Write one object a line.") from error
     if not isinstance(record, dict) or not {"prompt", "messages"} & record.keys():
         raise InputError(f'{where}: is no object with "prompt" or "messages". Add the one or the other.')

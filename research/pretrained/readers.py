@@ -99,7 +99,7 @@ def _header(file: Path) -> dict[str, Entry]:
             header.pop("__metadata__", None)
             infos = {n: (info["dtype"], tuple(info["shape"]), *info["data_offsets"]) for n, info in header.items()}
             end = 8 + length + max((end for _, _, _, end in infos.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{file}: its header is damaged ({error!r}). Copy it anew.") from error
     if size < end:
         raise InputError(f"{file}: is cut short: {size:,} bytes, and its header speaks of {end:,}. Copy it anew.")

@@ -49,7 +49,10 @@ def _read(data: str, ended: int, verified: bool) -> tuple[Sequence[dict[str, Any
     good: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for where, raw in origin.read():
-        record = records.parse(raw)
+        try:
+            record = records.parse(raw)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
         if not set(_ADDED) <= record.keys():
             raise InputError(f"{where}: has no completion. Give what `understudy generate --output` wrote.")
         fault = _fault(where, record, ended, verified)

@@ -64,3 +64,21 @@ def test_what_is_wrong_is_named(tmp_path, capsys, records, flags, words):
     error = capsys.readouterr().err
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "invalid JSON"),
+        ('{"n": ' + "9" * 5000 + "}", "4,300 digits"),
+        ('{"n": ' + "[" * 100_000 + "]" * 100_000 + "}", "100 deep"),
+    ],
+    ids=["broken", "5,000 digits", "100,000 deep"],
+)
+def test_a_line_that_is_no_record_is_named(line, words, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text(json.dumps(completion("a", "b")) + "\n" + line + "\n")
+    assert filter_.main([f"--data={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]) == 2
+    error = capsys.readouterr().err
+    assert "in.jsonl:2: " in error
+    assert words in error
+    assert not (tmp_path / "out.jsonl").exists()
