@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 _SWITCH, _TUNABLES, _VALUE = "UNDERSTUDY_HUGE_PAGES", "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 TPU_SWITCH, _GOOGLE = "TPU_LOAD_LIBRARY", "0x1ae0"  # the vendor of TPUs on the PCI bus, also of virtual network cards
-_BY_IMPORT = {"TPU_LIBRARY_PATH", "TPU_ML_PLATFORM", "TPU_ML_PLATFORM_VERSION"}  # what importing jax sets of TPU_*
+# What importing jax sets of TPU_*, the first where no chip is seen.
+_BY_IMPORT = {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH", "TPU_ML_PLATFORM", "TPU_ML_PLATFORM_VERSION"}
 _EXTRA, _NO_UNROLLING = "--xla_backend_extra_options", "xla_cpu_disable_loop_unrolling"
 
 
