@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import difflib
 import gc
 import importlib
 import importlib.util
@@ -211,6 +212,10 @@ class Command:
         if name in self.renamed:
             now = self.renamed[name]
             return InputError(f"--{name}: is called --{now} now. Write --{now}{'' if value is None else f'={value}'}.")
+        if self.experiment and not difflib.get_close_matches(name, self._names()):
+            return InputError(
+                f"--{name}: no such flag. A field of the config is set by --config.FIELD=VALUE; see docs/configs.md."
+            )
         return InputError(f"--{name}: no such flag.{did_you_mean(f'--{name}', self._names().values())}")
 
     def _names(self) -> dict[str, str]:
@@ -545,7 +550,12 @@ def quick_imports() -> Iterator[None]:
 
 
 def console() -> int:
-    """The console script `understudy`, and `python -m research`."""
+    """The console script `understudy`, and `python -m research`.
+
+    Both find modules of the user's own, such as an objective, in the folder that they are run in.
+    """
+    if os.getcwd() not in sys.path:  # Python puts it there for -m alone
+        sys.path.insert(0, os.getcwd())
     if sys.argv[1:2] and sys.argv[1] in commands.STEPS and "--help" not in sys.argv:
         startup.leave_loops()
         startup.use_huge_pages()

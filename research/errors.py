@@ -54,8 +54,15 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> str:
         for flag in argv:
             if re.match(rf"--config\.(.*\.)?{key[1]}(\.|=|$)", flag):
                 near = re.search(r'Did you mean "(\w+)"', text)
-                hint = f"Did you mean {near[1]!r}?" if near else "See research/config.py for what there is."
+                hint = (
+                    f"Did you mean {near[1]!r}?"
+                    if near
+                    else ("docs/configs.md lists the fields; in an objective, what the experiment sets can be changed.")
+                )
                 return f"{flag}: no such field {key[1]!r}. {hint}"
+    number = re.match(r"flag (--config\..*): (invalid literal for int|could not convert string to float)", text)
+    if number:
+        return f"{number[1]}: must be a {'whole ' if 'int' in number[2] else ''}number."
     if not isinstance(error, InputError) and not type(error).__module__.startswith("absl"):
         return "".join(traceback.format_exception(error)).strip()
     return text

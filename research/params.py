@@ -114,11 +114,15 @@ def matching(specs: Tree, pattern: str, field: str = "trainable", prefix: str = 
       prefix: what all names begin with.
 
     Raises:
-      InputError: no name matches, or the expression is faulty.
+      InputError: no name matches the expression, or one of its alternatives; or it is faulty.
     """
     masks = _masks(specs, pattern, field, prefix)
     if not any(any(mask) for mask in masks.values()):
-        raise InputError(f"{field} = {pattern!r}: matches none of the parameters, which are {_listing(specs, prefix)}.")
+        raise _matches_none(specs, f"{field} = {pattern!r}:", pattern, prefix)
+    if not re.search(r"[(\\]|\[[^]]*\|", pattern):  # else "|" may stand inside of something
+        for part in pattern.split("|"):
+            if not any(any(mask) for mask in _masks(specs, part, field, prefix).values()):
+                raise _matches_none(specs, f"{field} = {pattern!r}: {part!r}", part, prefix)
     assert all(any(mask) == all(mask) for mask in masks.values()), f"{pattern!r} matches a part of a stack of layers"
     return jax.tree_util.tree_map_with_path(lambda path, _: any(masks[path]), specs, is_leaf=is_spec)
 
@@ -350,6 +354,13 @@ def _masks(specs: Tree, pattern: str, field: str, prefix: str) -> dict[tuple, li
         return [whole or bool(names.fullmatch(_of_layer(name, i))) for i in layers]
 
     return {path: mask(path, spec) for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)}
+
+
+def _matches_none(specs: Tree, subject: str, pattern: str, prefix: str) -> InputError:
+    """The error for a pattern, or an alternative of one, without effect. `subject` begins the sentence."""
+    tied = "head" in pattern and "embed" in specs and "head" not in specs
+    hint = " Where embeddings are tied (model.tie_embeddings), the head is 'embed'." if tied else ""
+    return InputError(f"{subject} matches none of the parameters, which are {_listing(specs, prefix)}.{hint}")
 
 
 def _listing(specs: Tree, prefix: str) -> str:

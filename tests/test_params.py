@@ -66,6 +66,22 @@ def test_a_pattern_that_matches_nothing_names_what_there_is():
         params.matching(MODEL.specs, "(", field="roles.value.trainable")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "part"), [("layers/1/.*|haed", "haed"), ("layers/[12]/.*|layers/9/.*", "layers/9/.*")]
+)
+def test_an_alternative_that_matches_nothing_is_an_error(pattern, part):
+    with pytest.raises(InputError) as error:
+        params.matching(params.cut(MODEL.specs, pattern), pattern)
+    assert str(error.value).startswith(f"trainable = {pattern!r}: {part!r} matches none of the parameters")
+    params.matching(MODEL.specs, "embed|final_norm/.*")
+
+
+def test_the_head_of_tied_embeddings_is_named():
+    specs = {name: spec for name, spec in MODEL.specs.items() if name != "head"}
+    with pytest.raises(InputError, match=r"trainable = 'head': .* Where embeddings are tied .*, the head is 'embed'\."):
+        params.matching(specs, "head")
+
+
 def test_layers_of_a_role_whose_name_ends_in_layers_are_told_apart():
     pattern = "sublayers/layers/3/.*"
     specs = params.cut(MODEL.specs, pattern, prefix="sublayers/")

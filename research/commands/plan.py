@@ -1,7 +1,7 @@
 """Says whether a run fits a machine, how fast it can be and what it costs, before the machine is there.
 
 Compiles the real train step, with its real shardings, for a TPU topology (v4, v5e, v5p, v6e; 2*v5p:4x4x4 is two slices)
-with no TPU attached: pip install 'understudy[tpu]'. For gpu:8xH100 and cpu:8 it compiles for as many simulated CPU
+with no TPU attached: pip install -e '.[tpu]'. For gpu:8xH100 and cpu:8 it compiles for as many simulated CPU
 devices, and what it says is an estimate. --search tries meshes, rematerialisation and microbatches, and names the
 fastest that fits. Roles without init_from have the shape that their section describes. The status is 1 where it
 doesn't fit.

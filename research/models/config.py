@@ -69,8 +69,10 @@ class ModelConfig:
       max_length: the longest sequence that it may be given.
       causal: else every token sees all of its document (an encoder).
       sliding_window: tokens that each token sees, itself included, in layer i: sliding_window[i % len]; 0 means all.
-      attention_bias, attention_out_bias, mlp_bias, head_bias: of the query, key and value maps, of attention's output
-        map, of the MLP's maps, and of the logits.
+      attention_bias: whether the query, key and value maps have biases.
+      attention_out_bias: whether attention's output map has a bias.
+      mlp_bias: whether the MLP's maps have biases.
+      head_bias: whether the logits have a bias.
       qk_norm: RMSNorm of queries and keys before RoPE: "head", over each head's dimensions; "full", over all heads'
         together (OLMo 2).
       attention_scale: of scores; 0 means head_dim^-0.5.

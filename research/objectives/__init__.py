@@ -157,6 +157,6 @@ def _find(kind: Any, field: str) -> ModuleType:
     if isinstance(kind, str) and kind.isidentifier() and importlib.util.find_spec(kind) is not None:
         return importlib.import_module(kind)  # of the user's own, beside the run
     raise InputError(
-        f"{field}: no module research/objectives/{kind}.py, and no {kind}.py where Python looks for modules."
+        f"{field}: no module research/objectives/{kind}.py, and no {kind}.py in the folder that this is run in."
         f"{did_you_mean(str(kind), known)}"
     )

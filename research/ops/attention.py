@@ -232,7 +232,7 @@ def _cudnn(
     except RuntimeError as error:  # no cuDNN here, or a limit of this GPU
         raise InputError(
             f"implementation='cudnn': {error} It needs an NVIDIA GPU and jax for CUDA "
-            "(pip install 'understudy[gpu]'). Or use 'auto' or 'reference'."
+            "(pip install -e '.[gpu]'). Or use 'auto' or 'reference'."
         ) from error
 
 

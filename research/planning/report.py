@@ -63,7 +63,7 @@ def _memory(config: Config, topology: Topology, plan: Plan) -> Iterator[str]:
         yield f"memory      DOESN'T FIT: the compiler {plan.compiler}. GiB a chip before temporaries: {kinds}"
     else:
         verdict = "fits" if plan.fits else f"DOESN'T FIT, by {plan.used / GIB - memory:.2f} GiB"
-        yield f"memory      {plan.used / GIB:.2f} of {memory:.1f} GiB a chip: {verdict}. {kinds}"
+        yield f"memory      {plan.used / GIB:.2f} of {memory:.1f} GiB a chip: {verdict}. {kinds}".rstrip()
     if not plan.fits:
         yield f"            {_advice(config, topology, plan)}"
 

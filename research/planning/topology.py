@@ -104,7 +104,7 @@ def _tpu(name: str, kind: str, slices: int, shape: str) -> Topology:
         text = str(error).splitlines()[0]
         if "not installed" in text or "libtpu" in text.lower():
             raise InputError(
-                f"--topology={name}: the TPU compiler isn't here ({text}). pip install 'understudy[tpu]'"
+                f"--topology={name}: the TPU compiler isn't here ({text}). pip install -e '.[tpu]'"
             ) from error
         raise InputError(f"--topology={name}: {text}. Give a shape that {kind} comes in, such as 4x4.") from error
     chip, count = chips.TPUS[kind], len(devices)

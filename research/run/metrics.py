@@ -234,8 +234,8 @@ def check_wandb(options: Mapping[str, Any]) -> None:
         import wandb
     except ImportError as error:
         raise InputError(
-            f"wandb: Weights & Biases is asked for but can't be imported ({error})."
-            " pip install 'understudy[wandb]', or set wandb to None."
+            f"log.wandb: Weights & Biases is asked for but can't be imported ({error})."
+            " pip install -e '.[wandb]', or leave log.wandb empty."
         ) from None
     known = set(inspect.signature(wandb.init).parameters) - {"id", "resume", "dir", "config"}
     for name in options:

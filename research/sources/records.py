@@ -147,7 +147,7 @@ def _import_datasets(entry: str) -> ModuleType:
     try:  # here, since it is an extra, and takes seconds to import
         import datasets
     except ImportError as e:
-        raise InputError(f"{entry!r} needs the package 'datasets': pip install 'understudy[datasets]'.") from e
+        raise InputError(f"{entry!r} needs the package 'datasets': pip install -e '.[datasets]'.") from e
     return datasets
 
 
@@ -235,7 +235,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Raw]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as e:
-        raise InputError(f"{file}: needs the package 'pyarrow': pip install 'understudy[datasets]'.") from e
+        raise InputError(f"{file}: needs the package 'pyarrow': pip install -e '.[datasets]'.") from e
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):

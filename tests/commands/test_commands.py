@@ -207,6 +207,24 @@ def test_commands_that_train_prepare_their_process(monkeypatch, capsys):
     assert set(commands.STEPS) < set(NAMES)
 
 
+def test_a_flag_that_is_a_field_says_how_fields_are_set(run):
+    status, _, err = run("train", "--config=experiments/sft.py:debug", "--steps=2")
+    assert (status, "by --config.FIELD=VALUE" in err, "Did you mean" in err) == (2, True, False)
+
+
+def test_a_value_that_is_no_number_is_named_in_words(run):
+    for flag, kind in (("steps", "whole number"), ("optimizer.learning_rate", "number")):
+        err = run("train", "--config=experiments/sft.py:debug", f"--config.{flag}=abc")[2]
+        assert err == f"error: --config.{flag}=abc: must be a {kind}.\n"
+
+
+def test_the_console_script_finds_modules_of_the_folder_that_it_is_run_in(tmp_path):
+    (tmp_path / "beside.py").write_text("")
+    code = "import sys; sys.path.pop(0); from research import cli; cli.console(); import beside"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
+
+
 def test_a_help_or_a_wrong_flag_imports_neither_jax_nor_numpy():
     code = "import sys; from research import cli; cli.main(sys.argv[1:]); sys.exit('jax' in sys.modules)"
     for name in NAMES:

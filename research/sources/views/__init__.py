@@ -97,8 +97,8 @@ def find(view: Mapping[str, Any], field: str) -> ModuleType:
         module = importlib.import_module(kind)
     else:
         raise InputError(
-            f"{field}.kind = {kind!r}: no module research/sources/views/{kind}.py, and no {kind}.py where Python looks "
-            f"for modules.{did_you_mean(kind, kinds)}"
+            f"{field}.kind = {kind!r}: no module research/sources/views/{kind}.py, and no {kind}.py in the "
+            f"folder that this is run in.{did_you_mean(kind, kinds)}"
         )
     if not hasattr(module, "make"):
         raise InputError(f"{field}.kind = {kind!r}: {module.__file__} has no function make(**options) -> View.")
