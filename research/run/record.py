@@ -100,8 +100,7 @@ def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int) ->
     for line in data_warnings(inputs.data.report, inputs.config.seq_len):
         writer.print(f"warning  {line}")
     if inputs.resumed:
-        end = ": all steps are done" if step >= inputs.config.steps else ""
-        writer.print(f"resumed  at step {step} of {inputs.config.steps}{end}")
+        writer.print(f"resumed  at step {step} of {inputs.config.steps}")
         for change in inputs.changes:
             writer.print(f"changed  {change}")
 
