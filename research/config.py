@@ -242,36 +242,8 @@ def check(config: Config, *, num_devices: int) -> None:
     Raises:
       InputError: naming the field, the value and the remedy.
     """
-    for field in ("steps", "batch_size", "seq_len", "microbatches", "max_bad_steps"):
-        _at_least(field, getattr(config, field), 1)
-    for field in ("checkpoint.every", "eval.every", "eval.batches", "eval.generate", "eval.show"):
-        section, name = field.split(".")
-        _at_least(field, getattr(getattr(config, section), name), 0)
-    _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
-    _at_least("log.every", config.log.every, 1)
-    _at_least("eval.max_new_tokens", config.eval.max_new_tokens, 1)
-    if not 0 <= config.seed <= MOST_SEED:
-        raise InputError(f"seed = {config.seed}: must be from 0 to {MOST_SEED}.")
-    if not 0 <= config.ema_decay < 1:
-        raise InputError(f"ema_decay = {config.ema_decay}: must be in [0, 1); 0 turns it off.")
-    if config.checkpoint.best_mode not in ("min", "max"):
-        raise InputError(f"checkpoint.best_mode = {config.checkpoint.best_mode!r}: must be 'min' or 'max'.")
-    if config.checkpoint.best_metric and not config.checkpoint.best_metric.startswith("eval/"):
-        raise InputError(
-            f"checkpoint.best_metric = {config.checkpoint.best_metric!r}: must be a metric of the evaluation, such as "
-            "'eval/loss', or '' for none."
-        )
-    if config.checkpoint.best_metric and config.checkpoint.every and config.checkpoint.every % (config.eval.every or 1):
-        raise InputError(
-            f"checkpoint.best_metric = {config.checkpoint.best_metric!r} needs an evaluation at every checkpoint, and "
-            f"checkpoint.every = {config.checkpoint.every} isn't a multiple of eval.every = {config.eval.every}. "
-            "Change either, or set checkpoint.best_metric to ''."
-        )
-    if config.checkpoint.best_metric and not config.eval.every:
-        raise InputError(
-            f"checkpoint.best_metric = {config.checkpoint.best_metric!r} needs evaluations, and eval.every = 0 turns "
-            "them off. Set eval.every, or checkpoint.best_metric=''."
-        )
+    _check_numbers(config)
+    _check_best_metric(config)
     shape = dict(zip(sharding.AXES, sharding.mesh_shape(dataclasses.asdict(config.mesh), num_devices), strict=True))
     _check_rules(config.rules)
     _check_roles(config)
@@ -346,6 +318,42 @@ def _check_roles(config: Config) -> None:
                     f"{where}.{field.name} = {value!r}: the role is the model of {owner!r} (of), but for its head "
                     "(num_labels). Leave it out."
                 )
+
+
+def _check_numbers(config: Config) -> None:
+    for field in ("steps", "batch_size", "seq_len", "microbatches", "max_bad_steps"):
+        _at_least(field, getattr(config, field), 1)
+    for field in ("checkpoint.every", "eval.every", "eval.batches", "eval.generate", "eval.show"):
+        section, name = field.split(".")
+        _at_least(field, getattr(getattr(config, section), name), 0)
+    _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    _at_least("log.every", config.log.every, 1)
+    _at_least("eval.max_new_tokens", config.eval.max_new_tokens, 1)
+    if not 0 <= config.seed <= MOST_SEED:
+        raise InputError(f"seed = {config.seed}: must be from 0 to {MOST_SEED}.")
+    if not 0 <= config.ema_decay < 1:
+        raise InputError(f"ema_decay = {config.ema_decay}: must be in [0, 1); 0 turns it off.")
+
+
+def _check_best_metric(config: Config) -> None:
+    if config.checkpoint.best_mode not in ("min", "max"):
+        raise InputError(f"checkpoint.best_mode = {config.checkpoint.best_mode!r}: must be 'min' or 'max'.")
+    if config.checkpoint.best_metric and not config.checkpoint.best_metric.startswith("eval/"):
+        raise InputError(
+            f"checkpoint.best_metric = {config.checkpoint.best_metric!r}: must be a metric of the evaluation, such as "
+            "'eval/loss', or '' for none."
+        )
+    if config.checkpoint.best_metric and config.checkpoint.every and config.checkpoint.every % (config.eval.every or 1):
+        raise InputError(
+            f"checkpoint.best_metric = {config.checkpoint.best_metric!r} needs an evaluation at every checkpoint, and "
+            f"checkpoint.every = {config.checkpoint.every} isn't a multiple of eval.every = {config.eval.every}. "
+            "Change either, or set checkpoint.best_metric to ''."
+        )
+    if config.checkpoint.best_metric and not config.eval.every:
+        raise InputError(
+            f"checkpoint.best_metric = {config.checkpoint.best_metric!r} needs evaluations, and eval.every = 0 turns "
+            "them off. Set eval.every, or checkpoint.best_metric=''."
+        )
 
 
 def _check_rules(rules: Mapping[str, Any]) -> None:

@@ -13,10 +13,11 @@ from research.config import Config
 from research.devices import distributed, startup
 from research.rollouts import experience as experience_lib
 from research.run import assemble, evaluation, record, resolve, resume
-from research.run.checkpoint import make_checkpointer
+from research.run.checkpoint import Checkpointer, make_checkpointer
 from research.run.loop import Loop, Preempted, stop_on_signals
 from research.run.window import Diverged, Window
 from research.sources.prefetch import Prefetch
+from research.train import TrainState
 
 
 def run(
@@ -51,12 +52,7 @@ def run(
     inputs = resolve.resolve(config, workdir, devices)
     config, tokenizer = inputs.config, inputs.data.tokenizer
     parts = assemble.assemble(
-        config,
-        inputs.terms,
-        inputs.mesh,
-        inputs.source.spec,
-        tokenizer.size,
-        stop_tokens=tokenizer.stop,
+        config, inputs.terms, inputs.mesh, inputs.source.spec, tokenizer.size, stop_tokens=tokenizer.stop
     )
     tasks = evaluation.load_tasks(config, parts.models["policy"], tokenizer)
     # Before any thread is there: while Grain is imported, etils turns what other threads import into stand-ins.
@@ -68,19 +64,11 @@ def run(
         rollout = parts.rollout and distributed.one_at_a_time(parts.rollout)
         experience = make_experience(batches, parts.batch, rollout)
         saver = stack.enter_context(contextlib.closing(make_checkpointer(config, workdir)))
-        if not inputs.resumed:
-            batches.start(inputs.source.init())
-        if inputs.resumed:
-            state, place = saver.restore(parts.state, experience.buffer)
-            frozen = assemble.resumed_frozen(config, parts, inputs.bases, inputs.mesh, workdir)
-        else:
-            state, frozen = assemble.initial(config, parts, inputs.bases, inputs.mesh)
-            place = experience.init()
+        state, frozen, place = begin(inputs, parts, experience, batches, saver)
         watch = stack.enter_context(distributed.watch(workdir, config.stall_seconds, (Preempted, Diverged)))
         record.begin(inputs, command, int(state.step))
         if not inputs.resumed:
-            partial = {role: frozen[role] for role in parts.roles.divided}
-            loading.note_frozen(workdir, partial, write=distributed.main())
+            loading.note_frozen(workdir, {role: frozen[role] for role in parts.roles.divided}, distributed.main())
         writer = stack.enter_context(record.open_writer(config, workdir, int(state.step)))
         record.describe(writer, inputs, parts, int(state.step))
         loop = Loop(
@@ -99,6 +87,23 @@ def run(
         startup.release_memory()
         loop.run(state, frozen, place)
     return record.finish(config, workdir)
+
+
+def begin(
+    inputs: resolve.Inputs,
+    parts: assemble.Parts,
+    experience: experience_lib.Experience,
+    batches: Prefetch,
+    saver: Checkpointer,
+) -> tuple[TrainState, dict[str, Any], experience_lib.Place]:
+    """The state, the frozen parameters and the place in the data: those of the newest checkpoint, or the first ones."""
+    config = inputs.config
+    if inputs.resumed:
+        state, place = saver.restore(parts.state, experience.buffer)
+        return state, assemble.resumed_frozen(config, parts, inputs.bases, inputs.mesh, inputs.workdir), place
+    batches.start(inputs.source.init())  # reads the first batches while parameters are read or drawn
+    state, frozen = assemble.initial(config, parts, inputs.bases, inputs.mesh)
+    return state, frozen, experience.init()
 
 
 __all__ = ["Diverged", "Preempted", "run"]
