@@ -409,5 +409,5 @@ def checksum(values: Tree) -> str:
         bits = [jax.lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize]) for x in leaves]
         return [jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32) for x in bits]
 
-    found = jax.device_get(sums(jax.tree.leaves(values)))
-    return hashlib.blake2b(str([int(x) for x in found]).encode(), digest_size=16).hexdigest()
+    totals = jax.device_get(sums(jax.tree.leaves(values)))
+    return hashlib.blake2b(str([int(x) for x in totals]).encode(), digest_size=16).hexdigest()

@@ -53,7 +53,7 @@ def read(f: Fields) -> dict[str, Any]:
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    values = {theirs: getattr(c, ours) for theirs, ours in _FIELDS.items()}
+    values = {key: getattr(c, field) for key, field in _FIELDS.items()}
     return values | {"hidden_act": common.write_activation(c, gated=False), "tie_word_embeddings": c.tie_embeddings}
 
 
@@ -68,15 +68,15 @@ def tensors(c: ModelConfig) -> list[Tensor]:
         Tensor(transform + "dense.weight", ("head_transform/dense/kernel",), "out D -> D out"),
         Tensor(transform + "dense.bias", ("head_transform/dense/bias",), "D -> D"),
     ]
-    for theirs, ours in (
+    for key, field in (
         ("bert.embeddings.LayerNorm", "embed_norm"),
         (transform + "LayerNorm", "head_transform/norm"),
         (layer + "attention.output.LayerNorm", "layers/attention_norm"),
         (layer + "output.LayerNorm", "layers/mlp_norm"),
     ):
-        all_tensors += [Tensor(f"{theirs}.weight", (f"{ours}/scale",), "D -> D")]
-        all_tensors += [Tensor(f"{theirs}.bias", (f"{ours}/bias",), "D -> D")]
-    for theirs, ours, kernel, bias in (
+        all_tensors += [Tensor(f"{key}.weight", (f"{field}/scale",), "D -> D")]
+        all_tensors += [Tensor(f"{key}.bias", (f"{field}/bias",), "D -> D")]
+    for key, field, kernel, bias in (
         ("attention.self.query", "attention/q", "(H h) D -> D H h", "(H h) -> H h"),
         ("attention.self.key", "attention/k", "(H h) D -> D H h", "(H h) -> H h"),
         ("attention.self.value", "attention/v", "(H h) D -> D H h", "(H h) -> H h"),
@@ -84,6 +84,6 @@ def tensors(c: ModelConfig) -> list[Tensor]:
         ("intermediate.dense", "mlp/up", "F D -> D F", "F -> F"),
         ("output.dense", "mlp/down", "D F -> F D", "D -> D"),
     ):
-        all_tensors += [Tensor(f"{layer}{theirs}.weight", (f"layers/{ours}/kernel",), kernel)]
-        all_tensors += [Tensor(f"{layer}{theirs}.bias", (f"layers/{ours}/bias",), bias)]
+        all_tensors += [Tensor(f"{layer}{key}.weight", (f"layers/{field}/kernel",), kernel)]
+        all_tensors += [Tensor(f"{layer}{key}.bias", (f"layers/{field}/bias",), bias)]
     return all_tensors

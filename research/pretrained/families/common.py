@@ -46,7 +46,7 @@ def read_decoder(f: Fields, *, tied: bool = False, eps: float = 1e-6) -> dict[st
 
 def write_decoder(c: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_decoder`."""
-    return {theirs: getattr(c, ours) for theirs, ours in _FIELDS.items()} | {
+    return {key: getattr(c, field) for key, field in _FIELDS.items()} | {
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.dim_per_head,
         "tie_word_embeddings": c.tie_embeddings,
@@ -76,7 +76,7 @@ def read_activation(f: Fields, name: str, *, gated: bool, default: str) -> str:
 def write_activation(c: ModelConfig, *, gated: bool) -> str:
     """The inverse of `read_activation`. A family that has no such activation gets another, by which save.choose tells
     that it can't hold the model."""
-    known = {ours: theirs for theirs, ours in reversed((_GATED if gated else _PLAIN).items())}
+    known = {field: key for key, field in reversed((_GATED if gated else _PLAIN).items())}
     return known.get(c.mlp, "silu" if gated else "gelu")
 
 
@@ -171,12 +171,12 @@ def read_windows(f: Fields, num_layers: int) -> tuple[int, ...]:
 
 
 def decoder_tensors(c: ModelConfig, norms: dict[str, str]) -> list[Tensor]:
-    """Llama's tensors. `norms`: ours -> theirs, of the norms in a layer."""
+    """Llama's tensors. `norms`: field -> key, of the norms in a layer."""
     layer = "model.layers.{layer}."
     tensors = [
         Tensor("model.embed_tokens.weight", ("embed",), "V D -> V D"),
         Tensor("model.norm.weight", ("final_norm/scale",), "D -> D"),
-        *(Tensor(f"{layer}{theirs}.weight", (f"layers/{ours}/scale",), "D -> D") for ours, theirs in norms.items()),
+        *(Tensor(f"{layer}{key}.weight", (f"layers/{field}/scale",), "D -> D") for field, key in norms.items()),
         *attention_tensors(c, layer + "self_attn."),
     ]
     if not c.num_experts:
@@ -216,11 +216,11 @@ def mlp_tensors(
 ) -> list[Tensor]:
     """A gated MLP, or each expert of a mixture where the prefix has an {expert}."""
     tensors = []
-    for ours, theirs in zip(("gate", "up", "down"), names, strict=True):
-        layout = "D F -> F D" if ours == "down" else "F D -> D F"
-        tensors.append(Tensor(f"{prefix}{theirs}.weight", (f"layers/mlp/{ours}/kernel",), layout))
+    for field, key in zip(("gate", "up", "down"), names, strict=True):
+        layout = "D F -> F D" if field == "down" else "F D -> D F"
+        tensors.append(Tensor(f"{prefix}{key}.weight", (f"layers/mlp/{field}/kernel",), layout))
         if c.mlp_bias:
             tensors.append(
-                Tensor(f"{prefix}{theirs}.bias", (f"layers/mlp/{ours}/bias",), "D -> D" if ours == "down" else "F -> F")
+                Tensor(f"{prefix}{key}.bias", (f"layers/mlp/{field}/bias",), "D -> D" if field == "down" else "F -> F")
             )
     return tensors

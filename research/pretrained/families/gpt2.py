@@ -41,7 +41,7 @@ def read(f: Fields) -> dict[str, Any]:
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    return {theirs: getattr(c, ours) for theirs, ours in _FIELDS.items()} | {
+    return {key: getattr(c, field) for key, field in _FIELDS.items()} | {
         "n_inner": c.d_ff,
         "activation_function": common.write_activation(c, gated=False),
         "scale_attn_weights": c.attention_scale != 1,
@@ -58,20 +58,20 @@ def tensors(c: ModelConfig) -> list[Tensor]:
         Tensor("transformer.wpe.weight", ("position_embed",), "P D -> P D"),
         *common.head_tensors(c),
     ]
-    for theirs, ours in (
+    for key, field in (
         ("transformer.ln_f", "final_norm"),
         (layer + "ln_1", "layers/attention_norm"),
         (layer + "ln_2", "layers/mlp_norm"),
     ):
-        all_tensors += [Tensor(f"{theirs}.weight", (f"{ours}/scale",), "D -> D")]
-        all_tensors += [Tensor(f"{theirs}.bias", (f"{ours}/bias",), "D -> D")]
+        all_tensors += [Tensor(f"{key}.weight", (f"{field}/scale",), "D -> D")]
+        all_tensors += [Tensor(f"{key}.bias", (f"{field}/bias",), "D -> D")]
     qkv = tuple(f"layers/attention/{name}/" for name in "qkv")
-    for theirs, ours, kernel, bias, axis in (
+    for key, field, kernel, bias, axis in (
         ("attn.c_attn", qkv, "D (part H h) -> D (part H) h", "(part H h) -> (part H) h", 1),
         ("attn.c_proj", ("layers/attention/o/",), "(H h) D -> H h D", "D -> D", 0),
         ("mlp.c_fc", ("layers/mlp/up/",), "D F -> D F", "F -> F", 0),
         ("mlp.c_proj", ("layers/mlp/down/",), "F D -> F D", "D -> D", 0),
     ):
-        all_tensors += [Tensor(f"{layer}{theirs}.weight", tuple(path + "kernel" for path in ours), kernel, axis)]
-        all_tensors += [Tensor(f"{layer}{theirs}.bias", tuple(path + "bias" for path in ours), bias)]
+        all_tensors += [Tensor(f"{layer}{key}.weight", tuple(path + "kernel" for path in field), kernel, axis)]
+        all_tensors += [Tensor(f"{layer}{key}.bias", tuple(path + "bias" for path in field), bias)]
     return all_tensors

@@ -43,7 +43,7 @@ def read(f: Fields) -> dict[str, Any]:
 def write(c: ModelConfig) -> dict[str, Any]:
     rope = common.write_rope(c)
     part = rope.pop("partial_rotary_factor", 1.0)
-    return {theirs: getattr(c, ours) for theirs, ours in _FIELDS.items()} | {
+    return {key: getattr(c, field) for key, field in _FIELDS.items()} | {
         **rope,
         "rotary_pct": part,
         "rotary_emb_base": c.rope_theta,
@@ -62,21 +62,21 @@ def tensors(c: ModelConfig) -> list[Tensor]:
         all_tensors += common.head_tensors(c)
     elif not c.tie_embeddings:
         all_tensors += [Tensor("embed_out.weight", ("head",), "V D -> D V")]
-    for theirs, ours in (
+    for key, field in (
         ("gpt_neox.final_layer_norm", "final_norm"),
         (layer + "input_layernorm", "layers/attention_norm"),
         (layer + "post_attention_layernorm", "layers/mlp_norm"),
     ):
-        all_tensors += [Tensor(f"{theirs}.weight", (f"{ours}/scale",), "D -> D")]
-        all_tensors += [Tensor(f"{theirs}.bias", (f"{ours}/bias",), "D -> D")]
+        all_tensors += [Tensor(f"{key}.weight", (f"{field}/scale",), "D -> D")]
+        all_tensors += [Tensor(f"{key}.bias", (f"{field}/bias",), "D -> D")]
     qkv = tuple(f"layers/attention/{name}/" for name in "qkv")
-    for theirs, ours, kernel, bias, axis in (
+    for key, field, kernel, bias, axis in (
         ("attention.query_key_value", qkv, "(H part h) D -> D (part H) h", "(H part h) -> (part H) h", 1),
         ("attention.dense", ("layers/attention/o/",), "D (H h) -> H h D", "D -> D", 0),
         ("mlp.dense_h_to_4h", ("layers/mlp/up/",), "F D -> D F", "F -> F", 0),
         ("mlp.dense_4h_to_h", ("layers/mlp/down/",), "D F -> F D", "D -> D", 0),
     ):
-        all_tensors += [Tensor(f"{layer}{theirs}.weight", tuple(path + "kernel" for path in ours), kernel, axis)]
-        if theirs.startswith("mlp") or c.attention_bias:
-            all_tensors += [Tensor(f"{layer}{theirs}.bias", tuple(path + "bias" for path in ours), bias)]
+        all_tensors += [Tensor(f"{layer}{key}.weight", tuple(path + "kernel" for path in field), kernel, axis)]
+        if key.startswith("mlp") or c.attention_bias:
+            all_tensors += [Tensor(f"{layer}{key}.bias", tuple(path + "bias" for path in field), bias)]
     return all_tensors
