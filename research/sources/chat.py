@@ -103,13 +103,17 @@ def _form(chat: ChatTemplate, role: str) -> str:
 
 
 def _writes(chat: ChatTemplate, role: str) -> bool | None:
-    """Whether a conversation's rendering holds what `role` says in it; None where the template refuses it."""
+    """Whether the rendering of a conversation, or of its beginning up to `role`, holds what `role` says in it; None
+    where the template refuses both."""
     roles = _ROLES if role == "system" else _ROLES[1:]
-    try:
-        messages = [{"role": each, "content": _HERE if each == role else "?"} for each in roles]
-        return _HERE in _render(chat, messages, False)
-    except InputError:
-        return None  # it wants content of another kind, or has no such role
+    messages = [{"role": each, "content": _HERE if each == role else "?"} for each in roles]
+    written = []
+    for part in (messages, messages[: roles.index(role) + 1]):
+        try:
+            written.append(_HERE in _render(chat, part, False))
+        except InputError:
+            continue  # it wants content of another kind, or has no such role
+    return any(written) if written else None
 
 
 def render_parts(

@@ -155,7 +155,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
 
 def test_wandb_missing_names_the_extra_and_touches_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match=r"understudy\[wandb\]"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[wandb\]'"):
         open_writer(tmp_path / "new", wandb={"project": "p"})
     assert not (tmp_path / "new").exists()
 
