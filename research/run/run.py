@@ -55,8 +55,6 @@ def run(
         config, inputs.terms, inputs.mesh, inputs.source.spec, tokenizer.size, stop_tokens=tokenizer.stop
     )
     tasks = evaluation.load_tasks(config, parts.models["policy"], tokenizer)
-    # Before any thread is there: while Grain is imported, etils turns what other threads import into stand-ins.
-    import grain  # noqa: F401  here, since it takes about a second, which commands that train nothing are spared
 
     with jax.set_mesh(inputs.mesh), contextlib.ExitStack() as stack:
         program = assemble.compile_step(parts, stack)

@@ -165,17 +165,15 @@ def make_source(
     spec = train[0][0].spec(batch_size)
     sizes = fields.sizes(spec)
 
-    @functools.cache
-    def order() -> Any:  # made for the first batch
-        parts = [len(each) for each, _ in train], [weight for _, weight in train]
-        return mixture.row_order(*parts, seed if shuffle else None)
+    parts = [len(each) for each, _ in train], [weight for _, weight in train]
+    order = mixture.row_order(*parts, seed if shuffle else None)
 
     def init() -> State:
         return {"row": 0}
 
     def next_batch(state: State) -> tuple[dict[str, np.ndarray], State]:
         first = state["row"]
-        drawn = np.array([order()[first + int(i)] for i in numbers])
+        drawn = np.array([order(first + int(i)) for i in numbers])
         part, row = drawn[:, 0], drawn[:, 1]
         batch = fields.empty(spec, len(drawn), sizes)
         for k in np.unique(part):

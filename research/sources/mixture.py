@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,31 +35,39 @@ def parse(field: str, path: str) -> tuple[list[str], list[float] | None]:
     return paths, None if None in weights else weights
 
 
-def row_order(sizes: Sequence[int], weights: Sequence[float], seed: int | None) -> Any:
+FEW_ROWS = 4096
+
+
+def row_order(sizes: Sequence[int], weights: Sequence[float], seed: int | None) -> Callable[[int], tuple[int, int]]:
     """The endless order in which rows are drawn from several parts: place in the run -> (part, row).
+
+    To be called before the process has threads: while Grain is imported, imports of other threads fail.
 
     Args:
       sizes: rows of each part. Each comes once in an epoch of its part.
       weights: parts are drawn in proportion to them.
       seed: of the order within each part, a new one each epoch; None keeps the rows' own.
-
-    Returns:
-      a grain.MapDataset.
     """
-    import grain  # here, since it takes about a second to import, and only batches need it
+    if len(sizes) == 1 and (seed is None or sizes[0] < FEW_ROWS):
+        rows = np.arange(sizes[0]) if seed is None else _epochs(0, sizes[0], seed)
+        return lambda place: (0, int(rows[place % len(rows)]))
+    import grain  # 0.2 s that one part of few rows does without
 
-    return grain.MapDataset.mix([_part_order(k, n, seed) for k, n in enumerate(sizes)], weights)
+    order = grain.MapDataset.mix([_part_order(grain, k, n, seed) for k, n in enumerate(sizes)], weights)
+    return lambda place: order[place]
 
 
-def _part_order(part: int, n_rows: int, seed: int | None) -> Any:
-    import grain
-
+def _part_order(grain: ModuleType, part: int, n_rows: int, seed: int | None) -> Any:
     order = grain.MapDataset.range(n_rows)
-    if seed is not None and n_rows < 4096:
-        # Grain's shuffle tries about 2^16 / n_rows numbers for each that it gives: 10 ms a row where there are two.
-        rng = np.random.default_rng([seed, part])
-        epochs = rng.permuted(np.tile(np.arange(n_rows), (2**16 // n_rows, 1)), axis=1)
-        order = grain.MapDataset.source(epochs.reshape(-1))
+    if seed is not None and n_rows < FEW_ROWS:
+        order = grain.MapDataset.source(_epochs(part, n_rows, seed))
     elif seed is not None:
         order = order.shuffle(seed=int(np.random.SeedSequence([seed, part]).generate_state(1)[0]))
     return order.repeat().map(lambda row: (part, row))
+
+
+def _epochs(part: int, n_rows: int, seed: int) -> np.ndarray:
+    """Rows of many epochs, each in an order of its own. Grain's shuffle tries about 2^16 / n_rows numbers for each that
+    it gives: 10 ms a row where there are two."""
+    rng = np.random.default_rng([seed, part])
+    return rng.permuted(np.tile(np.arange(n_rows), (2**16 // n_rows, 1)), axis=1).reshape(-1)
