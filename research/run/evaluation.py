@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from research import params
 from research.config import Config
@@ -16,6 +17,7 @@ from research.evals import generation, perplexity
 from research.evals import tasks as eval_tasks
 from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
+from research.objectives import Terms
 from research.run import metrics
 from research.run.assemble import Parts
 from research.run.resolve import Inputs
@@ -33,6 +35,7 @@ class Evaluation:
     Attributes:
       config: of the run.
       writer: where scores and samples go.
+      terms: of the objective.
       loss: (params, frozen, carry) -> scores of the held-out rows.
       answers: (policy's params, key) -> scores and samples of the held-out prompts; None where there are none.
       tasks: those of `eval.tasks`.
@@ -40,6 +43,7 @@ class Evaluation:
 
     config: Config
     writer: metrics.Writer
+    terms: Terms
     loss: Callable[..., dict[str, float]]
     answers: Callable[..., Any] | None
     tasks: list[eval_tasks.Evaluation]
@@ -49,7 +53,7 @@ class Evaluation:
         and shows some answers."""
         key = jax.random.PRNGKey(self.config.seed)
         trained = state.params if state.ema is None else state.ema
-        scores = self.loss(trained, frozen, state.carry)
+        scores = whole_loss(self.terms, self.loss(trained, frozen, state.carry))
         policy = params.join(trained.get("policy", {}), frozen.get("policy", {}))
         if self.answers is not None:
             judged, samples = self.answers(policy, key)
@@ -65,6 +69,18 @@ class Evaluation:
         scores = {f"eval/{name}": value for name, value in scores.items()}
         self.writer.write(step, scores)
         return scores
+
+
+def whole_loss(terms: Terms, scores: dict[str, float]) -> dict[str, float]:
+    """The scores with the weighted sum of the terms' losses over all batches as `loss`.
+
+    A mean of the batches' own sums would take a term's loss for 0 where a batch has no tokens of it.
+    """
+    if len(terms) < 2:
+        return scores
+    step = jnp.zeros((), jnp.int32)
+    losses = (float(term.coefficient(step)) * scores.get(f"{name}/loss", 0.0) for name, term in terms.items())
+    return {**scores, "loss": sum(losses)}
 
 
 def load_tasks(config: Config, model: Model, tokenizer: Tokenizer) -> list[eval_tasks.Evaluation]:
@@ -111,4 +127,4 @@ def make_evaluation(
             template=data.held_out_templates[: config.eval.generate],
             batch_size=min(len(records), ANSWERS_AT_ONCE),
         )
-    return Evaluation(config, writer, loss, answers, loaded)
+    return Evaluation(config, writer, parts.terms, loss, answers, loaded)
