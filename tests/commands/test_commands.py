@@ -321,3 +321,11 @@ def test_a_command_that_touches_devices_says_nothing_of_tpus(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_PLATFORMS", "TPU_", "XLA_FLAGS"))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_experiment_is_read_as_it_is_now(tmp_path):
+    file = tmp_path / "x.py"
+    for value in (1, 2):
+        file.write_text(f"number = {value}\n")
+        os.utime(file, (1_000_000, 1_000_000))
+        assert cli.load_module(str(file)).number == value
