@@ -323,7 +323,8 @@ def test_a_command_that_touches_devices_says_nothing_of_tpus(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_an_experiment_is_read_as_it_is_now(tmp_path):
+def test_an_experiment_is_read_as_it_is_now(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     file = tmp_path / "x.py"
     for value in (1, 2):
         file.write_text(f"number = {value}\n")
