@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from research.devices import distributed
 from research.errors import InputError
 from research.pretrained import checkpoints
 from research.pretrained.checkpoints import FOLDER, best_step, restore_params, steps
@@ -45,7 +46,14 @@ class Checkpointer:
 
     def prepare(self) -> None:
         """Imports Orbax and opens the folder, in the background. If that fails, it is tried again by the first use,
-        which has the error then."""
+        which has the error then.
+
+        Several processes open it at once: they wait for each other in a collective, and one that is made beside the
+        step's could be entered in another order by another process.
+        """
+        if distributed.several():
+            self._manager  # noqa: B018
+            return
 
         def work() -> None:
             with contextlib.suppress(Exception):
