@@ -13,7 +13,7 @@ from research import config as config_lib
 from research import params
 from research.devices import compilation, sharding
 from research.errors import InputError
-from research.files import read_json, write_json
+from research.files import fingerprint, read_json, write_json
 from research.models import transformer
 from research.models.config import ModelConfig
 from research.pretrained import checkpoints
@@ -86,6 +86,27 @@ def find(name: str, *, step: int | str | None = None, ema: bool = False) -> Foun
         read=lambda specs, placements: pretrained.load(found, specs, placements),
         origin=origin,
     )
+
+
+def source(name: str) -> dict[str, Any]:
+    """What the parameters of a model are read from, in a few words: equal as long as they are.
+
+    Args:
+      name: see `find`.
+
+    Returns:
+      of JSON types: "step", of a run's newest checkpoint, else None; "content", a hash (see files.fingerprint).
+
+    Raises:
+      InputError: there is no such model.
+    """
+    if steps := checkpoints.steps(os.path.expanduser(name)):
+        folder = Path(name).expanduser() / checkpoints.FOLDER / str(steps[-1])
+        return {"step": steps[-1], "content": fingerprint(folder, (p for p in folder.rglob("*") if p.is_file()))}
+    path = pretrained.find(name)
+    if path.is_file():
+        return {"step": None, "content": fingerprint(path, [path])}
+    return {"step": None, "content": fingerprint(path, [path / "config.json", *path.glob("*.safetensors")])}
 
 
 def _tokenizer(path: Path) -> tokenizers.Tokenizer:

@@ -37,6 +37,7 @@ class Inputs:
       rows: numbers of the rows of a global batch that this process holds.
       changes: what differs from what the run last ran with, where it goes on.
       data_identity: what the data is made of; see sources.identity.
+      frozen_sources: role -> what it is read from (loading.source), of those of which nothing is trained.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Inputs:
     rows: list[int]
     changes: list[resume.Change]
     data_identity: dict[str, Any]
+    frozen_sources: dict[str, Any]
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch -> global arrays."""
@@ -92,14 +94,25 @@ def resolve(config: Config, workdir: str, devices: Sequence[Any] | None = None) 
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
     data, terms = read_data(config, bases, tokenizers.load_tokenizer(workdir) if resumed else None)
     data_identity = identity.identity(data, config_lib.data_spec(config))
+    frozen_sources = {role: loading.source(name) for role, name in _frozen_names(config, terms).items()}
     if resumed:
         resume.check_data(workdir, before.get("data"), data_identity, changes)
+        resume.check_sources(workdir, before.get("frozen"), frozen_sources)
     _check_held_out(config, data)
     rows = sharding.local_rows(mesh, config.batch_size, sharding.make_rules(config.rules))
     source = dataset.make_source(
         data.train, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle, mine=rows
     )
-    return Inputs(config, workdir, resumed, mesh, bases, terms, data, source, rows, changes, data_identity)
+    return Inputs(
+        config, workdir, resumed, mesh, bases, terms, data, source, rows, changes, data_identity, frozen_sources
+    )
+
+
+def _frozen_names(config: Config, terms: Terms) -> dict[str, str]:
+    """Role -> the model that it is, of those of which nothing is trained."""
+    trained = {role for term in terms.values() for role in term.objective.trainable}
+    roles = {role: config_lib.model_section(config, role)[1].init_from for role in ("policy", *config.roles)}
+    return {role: name for role, name in roles.items() if name and role not in trained}
 
 
 def is_finished(config: Config, workdir: str) -> bool:

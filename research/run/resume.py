@@ -268,6 +268,30 @@ def check_data(workdir: str, before: Mapping[str, Any] | None, now: Mapping[str,
     )
 
 
+def check_sources(workdir: str, before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Refuses frozen roles whose parameters aren't those that the run began with, under the name that they had.
+
+    Args:
+      workdir: of the run.
+      before: role -> loading.source of what it was read from; None of a run that is from before this was kept.
+      now: the same as it is now.
+
+    Raises:
+      InputError: one differs.
+    """
+    for role, source in now.items():
+        old = (before or {}).get(role)
+        if old is None or old == source:
+            continue
+        what = f"it was at step {old['step']}, and is at {source['step']}" if old["step"] != source["step"] else ""
+        field = "model.init_from" if role == "policy" else f"roles.{role}.init_from"
+        raise InputError(
+            f"{field}: has other parameters under this name than when {workdir} began"
+            f"{f' ({what})' if what else ''}, and nothing of the role is trained. Put back what it was, or "
+            f"{_remedy(workdir)}"
+        )
+
+
 def _nameless(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What data is made of, wherever it lies."""
     parts = {part: [{**source, "name": ""} for source in identity[part]] for part in ("sources", "evaluated")}

@@ -1,4 +1,5 @@
 import json
+import math
 import types
 
 import jax
@@ -85,8 +86,12 @@ def test_several_tasks_in_a_table_and_in_files(run, data):
     [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (17, 20, 0.6396, 0.9476), (1, 2, 0.0945, 0.9055)],
 )
 def test_intervals_of_shares_stay_within_0_and_1(right, count, low, high):
-    """Values of R's prop.test(right, count, correct=FALSE)."""
-    assert evals.wilson(right, count) == pytest.approx((low, high), abs=1e-4)
+    """Values of scipy 1.17's binomtest(right, count).proportion_ci(method="wilson"); and what an interval is."""
+    interval = evals.wilson(right, count)
+    assert interval == pytest.approx((low, high), abs=1e-4)
+    for p in interval:  # its ends are the shares that lie 1.96 of their own standard errors from what was seen
+        if 0 < p < 1:
+            assert abs(right / count - p) / math.sqrt(p * (1 - p) / count) == pytest.approx(1.959964)
 
 
 def test_which_metrics_are_shares():

@@ -14,7 +14,7 @@ import runs
 from test_docs import ROOT
 from test_docs import load as load_script
 
-from research import config
+from research import config, files
 from research.errors import InputError
 from research.models.config import ModelConfig
 from research.rollouts import experience
@@ -303,6 +303,76 @@ def test_a_run_from_before_data_was_noted_goes_on_with_the_same_names_only(begun
     starts = json.loads((workdir / "config.json").read_text())["history"]
     assert [start["step"] for start in starts] == [0, 2]
     assert starts[0]["versions"] == before["versions"]
+
+
+# Frozen roles
+
+
+@pytest.fixture(scope="module")
+def taught(finished, tmp_path_factory):
+    """A folder with a teacher at step 2, and the workdir of a run that was distilled from it up to step 4."""
+    folder = tmp_path_factory.mktemp("taught")
+    shutil.copytree(finished / "w", folder / "teacher")
+    stop_at_two(folder / "teacher")
+    train(folder / "w", **distilled(finished, folder))
+    return folder
+
+
+def distilled(finished, folder):
+    role = {"teacher": {"init_from": str(folder / "teacher")}}
+    return {"data.path": str(finished / "good.jsonl"), "roles": role, "objective": {"terms": {"distill": 1.0}}}
+
+
+def test_a_teacher_that_is_as_it_was_goes_on(taught, finished, tmp_path):
+    shutil.copytree(taught / "w", tmp_path / "w")
+    stop_at_two(tmp_path / "w")
+    assert json.loads((tmp_path / "w/config.json").read_text())["frozen"]["teacher"]["step"] == 2
+    train(tmp_path / "w", **distilled(finished, taught))
+    runs.assert_same(taught / "w", tmp_path / "w")
+
+
+@pytest.mark.parametrize("fault", ["step", "bytes"])
+def test_a_teacher_that_isnt_what_it_was_is_refused(fault, taught, finished, tmp_path):
+    shutil.copytree(taught / "w", tmp_path / "w")
+    stop_at_two(tmp_path / "w")
+    says = r"roles.teacher.init_from: has other parameters under this name than when .*w began"
+    teacher = taught / "teacher/checkpoints"
+    if fault == "step":
+        shutil.copytree(finished / "w/checkpoints/4", teacher / "4")
+        says += r" \(it was at step 2, and is at 4\)"
+    else:
+        file = max(
+            (path for path in (teacher / "2/state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+        )
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    try:
+        with untouched(tmp_path / "w"), pytest.raises(InputError, match=says):
+            train(tmp_path / "w", **distilled(finished, taught))
+    finally:
+        shutil.rmtree(teacher)
+        shutil.copytree(finished / "w/checkpoints", teacher)
+        shutil.rmtree(teacher / "4")
+    record = json.loads((tmp_path / "w/config.json").read_text())
+    del record["frozen"]  # as of a run from before this was kept, which can't know
+    (tmp_path / "w/config.json").write_text(json.dumps(record))
+    train(tmp_path / "w", **distilled(finished, taught))
+
+
+def test_a_fingerprint_samples_big_files(tmp_path):
+    content = bytearray(np.random.default_rng(0).bytes(3 << 20))
+    (tmp_path / "x").write_bytes(content)
+    whole = files.fingerprint(tmp_path, [tmp_path / "x"])
+    for at in (0, len(content) // 2, len(content) - 1):
+        other = content.copy()
+        stretch = slice(max(0, at - len(content) // 256), at + 1)
+        other[stretch] = bytes(byte ^ 1 for byte in content[stretch])
+        (tmp_path / "x").write_bytes(other)
+        assert files.fingerprint(tmp_path, [tmp_path / "x"]) != whole
+    (tmp_path / "y").write_bytes(content)
+    assert files.fingerprint(tmp_path, [tmp_path / "y"]) != whole
+    (tmp_path / "x").write_bytes(content)
+    assert files.fingerprint(tmp_path, [tmp_path / "x"]) == whole
 
 
 # Rows
