@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import tokenizers
 
 from research.errors import InputError, did_you_mean
 from research.files import cache_root, read_json, write_bytes
-from research.sources import gguf_tokenizer
+from research.sources import gguf_tokenizer, special_tokens
 from research.sources.cache import cached, code_digest, digest
 from research.sources.chat import ChatTemplate, any_of, end_of_turn, make_template
 
@@ -37,7 +37,8 @@ _KNOWN_EOS = (
 # Beside tokenizer.json, a model's folder may hold these; `save` gives them back.
 _CONFIG, _GENERATION, _TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
 _SPECIAL, _OTHER_TEMPLATES = "special_tokens_map.json", "additional_chat_templates"
-_OTHER_FILES = (_SPECIAL, "added_tokens.json", "tokenizer.model", _GENERATION, _TEMPLATE)
+_ADDED = "added_tokens.json"
+_OTHER_FILES = (_SPECIAL, _ADDED, "tokenizer.model", _GENERATION, _TEMPLATE)
 # What a tokenizer without a tokenizer.json is made of.
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 # How vocabularies write a space before a word, and what texts are put after to be encoded without one.
@@ -168,6 +169,40 @@ class Tokenizer:
     def _specials(self) -> dict[str, int]:
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
+    def with_tokens(self, names: Sequence[str]) -> "Tokenizer":
+        """Returns a tokenizer that has a special token of each name.
+
+        Those that this one lacks get the ids from `size` on, in the order of `names`; what it has as an ordinary token
+        becomes special, so that no text yields it. This tokenizer stays as it is, and is returned where it has all.
+
+        Raises:
+          InputError: a name can't be a token's, or the vocabulary has unused ids, which new tokens would be given.
+        """
+        names = tuple(dict.fromkeys(names))
+        if all(name in self._specials for name in names):
+            return self
+        for name in names:
+            if not isinstance(name, str) or not name.strip():
+                raise InputError(
+                    f"tokenizer.added_tokens: {name!r} can't be a token's name. Use one such as '<|tool|>'."
+                )
+        content = json.loads(self.backend.to_str())
+        added = {token["content"]: token for token in content["added_tokens"]}
+        new = [name for name in names if self.backend.token_to_id(name) is None]
+        ids = {name: self.backend.token_to_id(name) for name in names} | _numbered(new, self.size)
+        added |= {
+            name: {**added.get(name, _NEW_TOKEN), "id": ids[name], "content": name, "special": True} for name in names
+        }
+        content["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        if any(backend.token_to_id(name) != ids[name] for name in names):
+            raise InputError(
+                f"tokenizer.added_tokens: {', '.join(new)} can't be added: the vocabulary of the tokenizer has unused "
+                f"ids below {self.size}. Use a tokenizer that has these tokens."
+            )
+        config, files = _note_added(self.files, {ids[name]: added[name] for name in names})
+        return _make(backend, self.eos, self.bos, config, files, self.stop)
+
     def spelled_special(self, text: str) -> str:
         """Returns the first special token that `text` spells, or ""."""
         spelled = self._special_pattern.search(text)
@@ -289,9 +324,7 @@ def _make(
     backend.no_padding()
     backend.encode_special_tokens = True  # plain text must not be able to forge an end of text or a turn
     size = 1 + max(backend.get_vocab().values())
-    is_bytes = size == 256 + len(SPECIALS) and all(
-        backend.token_to_id(char) == byte for byte, char in enumerate(_byte_chars())
-    )
+    is_bytes = _is_bytes(backend)
     files = dict(files or {})
     config = dict(
         config or {"bos_token": None if bos is None else backend.id_to_token(bos), "add_bos_token": bos is not None}
@@ -310,6 +343,53 @@ def _make(
     ends_turn = chat and end_of_turn(chat)
     stop = dict.fromkeys([eos, *ends, *([backend.token_to_id(ends_turn)] if ends_turn else [])])
     return Tokenizer(backend, size, eos, bos, is_bytes, template, tuple(stop), variables, files, named)
+
+
+def _is_bytes(backend: tokenizers.Tokenizer) -> bool:
+    """Whether it is the byte tokenizer, with the special tokens that it began with or more."""
+    added = backend.get_added_tokens_decoder().values()
+    if backend.get_vocab_size(with_added_tokens=False) != 256 or not all(token.special for token in added):
+        return False
+    named = [backend.token_to_id(name) for name in SPECIALS] == list(range(256, 256 + len(SPECIALS)))
+    return named and all(backend.token_to_id(char) == byte for byte, char in enumerate(_byte_chars()))
+
+
+def _numbered(names: Sequence[str], first: int) -> dict[str, int]:
+    return {name: first + i for i, name in enumerate(names)}
+
+
+_NEW_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def _note_added(
+    files: Mapping[str, bytes], added: Mapping[int, Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The tokenizer_config.json, and all files, with what transformers reads there of special tokens.
+
+    Args:
+      files: what lies beside the tokenizer.json.
+      added: id -> the token as a tokenizer.json has it.
+    """
+    files, names = dict(files), [token["content"] for token in added.values()]
+    config = json.loads(files[_CONFIG])
+    for name, field in special_tokens.CONFIG_FIELDS.items():
+        if name in names:
+            config.setdefault(field, name)
+    if "added_tokens_decoder" in config:
+        fields = (*_NEW_TOKEN, "content", "special")
+        told = {str(i): {field: token[field] for field in fields} for i, token in added.items()}
+        config["added_tokens_decoder"] = {**config["added_tokens_decoder"], **told}
+    if _ADDED in files:
+        known = json.loads(files[_ADDED])
+        files[_ADDED] = json.dumps({**known, **{token["content"]: i for i, token in added.items()}}, indent=1).encode()
+    special = json.loads(files.get(_SPECIAL, b"{}"))
+    for settings in (config, special) if _SPECIAL in files else (config,):
+        known = settings.get("additional_special_tokens") or []
+        seen = {_content(token) for token in (*known, *settings.values()) if _is_token(token)}
+        settings["additional_special_tokens"] = [*known, *(name for name in names if name not in seen)]
+    if _SPECIAL in files:
+        files[_SPECIAL] = json.dumps(special, indent=1, ensure_ascii=False).encode()
+    return config, files
 
 
 def _chat(backend: tokenizers.Tokenizer, template: str | None, variables: Mapping[str, str]) -> ChatTemplate | None:
