@@ -397,7 +397,7 @@ def model_config(config: Config, vocab_size: int, backend: str | None = None, ro
 
 # Fields that change neither the parameters' names nor their shapes: a config may set them against a checkpoint.
 _FREE = ("remat", "attention", "dtype", "init_std", "max_length", "rope_theta", "rope_scaling", "local_rope_theta")
-_FREE += ("sliding_window", "norm_eps", "attention_scale", "attention_scale_by_layer")
+_FREE += ("prefix", "sliding_window", "norm_eps", "attention_scale", "attention_scale_by_layer")
 _FREE += ("attention_softcap", "logit_softcap")
 
 

@@ -68,6 +68,9 @@ class ModelConfig:
         arXiv:2503.19786); 0: as the others.
       max_length: the longest sequence that it may be given.
       causal: else every token sees all of its document (an encoder).
+      prefix: a prefix LM (arXiv:1910.10683, section 3.2.1): the tokens of a document's prefix see each other whole, and
+        those that follow all before them. The batch field `prefix` says which are which, and without it the model is
+        causal. What is generated sees its prompt so.
       sliding_window: tokens that each token sees, itself included, in layer i: sliding_window[i % len]; 0 means all.
       attention_bias: whether the query, key and value maps have biases.
       attention_out_bias: whether attention's output map has a bias.
@@ -117,6 +120,7 @@ class ModelConfig:
     local_rope_theta: float = 0.0
     max_length: int = 2048
     causal: bool = True
+    prefix: bool = False
     sliding_window: tuple[int, ...] = (0,)
     attention_bias: bool = False
     attention_out_bias: bool = False
@@ -148,6 +152,7 @@ class ModelConfig:
             )
         if self.num_experts and self.mlp_bias:
             raise InputError("model.mlp_bias = True: experts have no biases. Set it to False.")
+        self._check_prefix()
         if not self.sliding_window or min(self.sliding_window) < 0:
             raise InputError(f"model.sliding_window = {self.sliding_window}: give sizes >= 0, 0 for full attention.")
 
@@ -157,6 +162,18 @@ class ModelConfig:
             kind = f"a classifier of {self.num_labels} classes" if self.num_labels else "an encoder"
             also = " (understudy label asks it for labels)" if self.num_labels else ""
             raise InputError(f"{name}: is {kind}, and doesn't predict the next token. Name a language model{also}.")
+
+    def _check_prefix(self) -> None:
+        if self.prefix and not self.causal:
+            raise InputError(
+                "model.prefix = True: what follows a prefix is causal, and model.causal = False. Set either to its "
+                "default."
+            )
+        if self.prefix and self.num_labels:
+            raise InputError(
+                f"model.prefix = True: is of language models, and model.num_labels = {self.num_labels} makes this a "
+                "classifier. Set either to its default."
+            )
 
     def _check_sizes_and_choices(self) -> None:
         for field in _SIZES:

@@ -106,7 +106,7 @@ FIELDS: dict[str, Rule] = {
     **_rules(
         _SAID,
         "model",
-        "norm_eps rope_theta local_rope_theta max_length sliding_window attention_scale "
+        "norm_eps rope_theta local_rope_theta max_length prefix sliding_window attention_scale "
         "attention_scale_by_layer attention_softcap logit_softcap dtype",
     ),
     **_rules(

@@ -262,6 +262,9 @@ def _check_document(document: views.Document, view: views.View, where: str) -> N
     for name, values in {"mask": document.mask, **document.fields}.items():
         if len(values) != n:
             raise InputError(f"{where}: gives {n} tokens and {len(values)} values of {name!r}. Give one for each.")
+    prefix = np.asarray(document.fields.get("prefix", ()), np.int32)
+    if not np.array_equal(prefix, np.sort(prefix != 0)[::-1]):
+        raise InputError(f"{where}: gives a 'prefix' that isn't 1 at the first tokens and 0 at all others. Mend it.")
 
 
 def _write(

@@ -218,6 +218,8 @@ def test_flops_count_matmuls_and_causal_attention():
         ({"head_dim": 7}, "model.head_dim = 7"),
         ({"dtype": "float16"}, "model.dtype"),
         ({"sliding_window": ()}, "sliding"),
+        ({"prefix": True, "causal": False}, "model.prefix = True: .* model.causal = False"),
+        ({"prefix": True, "num_labels": 2}, "model.prefix = True: .* model.num_labels = 2"),
     ],
 )
 def test_impossible_configs(changes, words):

@@ -218,6 +218,7 @@ def test_a_view_must_keep_its_promises(texts, tmp_path, monkeypatch, doubled):
         ("no_field", ('{"count": np.bincount(x)[x]}', "{}"), r"gives the fields \[\], and promised \['count'\]"),
         ("no_tokens", ("Document(x,", "Document(x[:0],"), "a document of no tokens"),
         ("nothing", ("for x in both", "for x in ()"), "leaves nothing of any document"),
+        ("no_prefix", ('"count"', '"prefix"'), "a 'prefix' that isn't 1 at the first tokens"),
         ("own_mask", ('("count",)', '("loss_mask",)'), "can't give the batch field 'loss_mask'"),
     ]:
         (tmp_path / f"{name}.py").write_text(DOUBLED.replace(*change))
