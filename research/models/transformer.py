@@ -37,7 +37,7 @@ class Model(NamedTuple):
     Attributes:
       specs: pytree of ParamSpec.
       hidden: (params, batch) -> [B, T, D], the last hidden states after the final norm, in the compute dtype. `batch`
-        holds tokens, segment_ids, positions, each [B, T] int32.
+        holds tokens, segment_ids, positions, each [B, T] int32; of a prefix LM `prefix` too: without it, it is causal.
       hidden_at: (params, batch, layers) -> (hidden, states): the residual stream [B, T, D] after each of the layers,
         which are numbered from 1; 0 is the embedding, and negative ones count from the end.
       attention_inputs: (params, state, batch, layer) -> queries [B, T, H, h], keys and values [B, T, K, h] of a layer,
@@ -96,10 +96,15 @@ def _layer(
     number: int | None,
     x: Float[Array, "B T D"],
     p: Params,
-    segment_ids: Int[Array, "B T"],
+    documents: tuple[Int[Array, "B T"], Int[Array, "B T"] | None],
     angles: tuple[Angles | None, Angles | None],
 ) -> Float[Array, "B T D"]:
-    """One layer of training. `p`: its parameters, or with a `number` a stack that it is taken from; see _Stack."""
+    """One layer of training.
+
+    Args:
+      p: its parameters, or with a `number` a stack that it is taken from; see _Stack.
+      documents: the batch's segment_ids and prefix.
+    """
     p = p if number is None else jax.tree.map(lambda w: w[number], p)
 
     def attend(y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -111,7 +116,8 @@ def _layer(
             q,
             k,
             v,
-            segment_ids,
+            documents[0],
+            prefix=documents[1],
             scale=c.scale,
             causal=c.causal,
             window=window,
@@ -132,13 +138,14 @@ class _Stack:
 
     Attributes:
       layers: params["layers"], which may lie in pieces (params.cut).
+      documents: the batch's segment_ids and prefix.
       angles: RoPE's, of layers without and with a window.
     """
 
     config: ModelConfig
     rules: Rules
     layers: Params
-    segment_ids: Int[Array, "B T"]
+    documents: tuple[Int[Array, "B T"], Int[Array, "B T"] | None]
     angles: tuple[Angles | None, Angles | None]
 
     def run(self, x: Float[Array, "B T D"], first: int, stop: int) -> Float[Array, "B T D"]:
@@ -181,7 +188,7 @@ class _Stack:
         layer = functools.partial(_layer, c, self.rules, c.sliding_window[i % len(c.sliding_window)], number)
         if c.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[c.remat], prevent_cse=not scanned)
-        return layer(x, p, self.segment_ids, self.angles)
+        return layer(x, p, self.documents, self.angles)
 
 
 def hidden(c: ModelConfig, rules: Rules, params: Params, batch: Batch) -> Float[Array, "B T D"]:
@@ -200,7 +207,8 @@ def hidden_at(
     numbers = [layer_number(c, layer) for layer in layers]
     segment_ids, positions = batch["segment_ids"], batch["positions"]
     angles = blocks.rotations(c, positions, blocks.document_lengths(segment_ids, positions))
-    stack = _Stack(c, rules, params["layers"], segment_ids, angles)
+    documents = (segment_ids, batch.get("prefix") if c.prefix else None)
+    stack = _Stack(c, rules, params["layers"], documents, angles)
     x = blocks.embed(c, rules, params, batch["tokens"], positions, batch.get("token_types"))
     states, first = {0: x}, 0
     for stop in sorted({*numbers, *(piece.stop for piece in params_lib.layer_pieces(params["layers"]))} - {0}):

@@ -5,6 +5,7 @@ key/value head (grouped-query attention, arXiv:2305.13245), h head dimension. K 
 the G query heads of a key/value head are rows of one matmul, [B, K, T * G, h] against [B, K, S, h].
 """
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from research.devices import sharding
 from research.errors import InputError, did_you_mean
 from research.ops.cpu import attention as cpu
-from research.ops.scores import NAME, Scores, to_heads, to_rows
+from research.ops.scores import NAME, Documents, Scores, to_heads, to_rows
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cpu", "cudnn", "splash")
 
@@ -30,6 +31,7 @@ def self_attention(
     segment_ids: Int[Array, "B T"],
     *,
     scale: float,
+    prefix: Int[Array, "B T"] | None = None,
     causal: bool = True,
     window: int = 0,
     softcap: float = 0.0,
@@ -51,9 +53,11 @@ def self_attention(
         be in reverse mode. Partitions over B and heads like any jax code.
       cudnn: flash attention of NVIDIA GPUs. float16 or bfloat16, h a multiple of 8 and at most 128 (256 from Hopper
         on), T even, no softcap. jax takes packed segments and windows only as a dense mask, [B, 1, T, T] in q.dtype,
-        which the backward pass doubles by a gradient that nobody reads; the causal half is still skipped.
-      splash: Pallas kernel for TPUs. Segments, windows, softcap. T is padded to a multiple of 128. XLA can't
-        partition it: under a mesh of more than one device (jax.set_mesh) it needs `spec`.
+        which the backward pass doubles by a gradient that nobody reads; the causal half is still skipped,
+        where there is no prefix.
+      splash: Pallas kernel for TPUs. Segments, windows, softcap. With a prefix it runs twice: within the prefixes, and
+        causally over all. T is padded to a multiple of 128. XLA can't partition it: under a mesh of more than one
+        device (jax.set_mesh) it needs `spec`.
       auto: by sharding.platform(). cpu: "cpu" for T > 64, where there is more than one block. tpu: "splash" for
         T >= 128. gpu: "cudnn" on CUDA devices of compute capability 8.0 and later. "reference" for shorter T, on
         other platforms, and where that kernel can't do what is asked by the limits above.
@@ -67,7 +71,9 @@ def self_attention(
       k, v: [B, T, K, h] in q's dtype; H is a multiple of K.
       segment_ids: [B, T] int32.
       scale: of the scores; usually h ** -0.5.
-      causal: a token doesn't see those after it.
+      prefix: 1 at the first tokens of each document that all of the document may see, 0 elsewhere: those of a prefix
+        see each other whole, and what follows is causal. None is no such tokens.
+      causal: a token doesn't see those after it, but for those of its document's prefix.
       window: a token sees those less than `window` away, itself included: t - window + 1 .. t under causal. 0 is off.
       softcap: scores become softcap * tanh(scores / softcap) before the mask (Gemma 2, arXiv:2408.00118). 0 is off.
       implementation: one of IMPLEMENTATIONS.
@@ -79,7 +85,8 @@ def self_attention(
       [B, T, H, h] in q.dtype.
 
     Raises:
-      InputError: an unknown implementation, one that can't do what is asked, or heads that don't group.
+      InputError: an unknown implementation, one that can't do what is asked, heads that don't group, or a prefix where
+        nothing is causal.
     """
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
@@ -87,25 +94,28 @@ def self_attention(
         )
     if q.shape[2] % k.shape[2]:
         raise InputError(f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} of k and v. Change either.")
+    if prefix is not None and not causal:
+        raise InputError("prefix: every token sees all of its document with causal=False. Leave either out.")
     if implementation == "auto":
         implementation = _choose(q, softcap, spec)
     elif reason := _why_not(implementation, q, softcap, spec):
         raise InputError(f"implementation={implementation!r}: {reason}. Or use 'auto' or 'reference'.")
 
     scores = Scores(scale, causal, window, softcap)
+    documents = Documents(segment_ids, None if prefix is None else prefix > 0)
     if implementation == "cpu":
-        return cpu.attention(scores, q, k, v, segment_ids)
+        return cpu.attention(scores, q, k, v, documents)
     if implementation == "splash":
-        return _splash(scores, q, k, v, segment_ids, spec, interpret)
+        return _splash(scores, q, k, v, documents, spec, interpret)
     if _time_parts(spec) == 1:
-        out = _masked(implementation, scores, q, k, v, scores.mask(segment_ids), causal)
+        out = _masked(implementation, scores, q, k, v, scores.mask(documents), scores.all_before(documents))
     else:
         B, T, heads, h = spec
         here, whole, keys = PartitionSpec(B, T), PartitionSpec(B), PartitionSpec(B, None, heads, h)
         local = functools.partial(_masked_locally, implementation, scores)
         specs = (spec, keys, keys, PartitionSpec(T), here, whole)
         local = jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)
-        out = local(q, k, v, jnp.arange(q.shape[1], dtype=jnp.int32), segment_ids, segment_ids)
+        out = local(q, k, v, jnp.arange(q.shape[1], dtype=jnp.int32), documents, documents)
     return checkpoint_name(out, NAME)
 
 
@@ -159,11 +169,11 @@ def _masked_locally(
     k: Float[Array, "B T K h"],
     v: Float[Array, "B T K h"],
     times: Int[Array, " t"],
-    queries: Int[Array, "B t"],
-    keys: Int[Array, "B T"],
+    queries: Documents,
+    keys: Documents,
 ) -> Float[Array, "B t H h"]:
-    """One device's part of the queries, against all keys; `queries` and `keys` are their segments."""
-    mask = scores.seen(queries, keys, times, jnp.arange(keys.shape[1], dtype=jnp.int32))
+    """One device's part of the queries, against all keys; `queries` and `keys` are their documents."""
+    mask = scores.seen(queries, keys, times, jnp.arange(k.shape[1], dtype=jnp.int32))
     return _masked(implementation, scores, q, k, v, mask, causal=False)
 
 
@@ -241,26 +251,36 @@ def _splash(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B T K h"],
     v: Float[Array, "B T K h"],
-    segment_ids: Int[Array, "B T"],
+    documents: Documents,
     spec: PartitionSpec | None,
     interpret: bool,
 ) -> Float[Array, "B T H h"]:
     mesh, parts = jax.sharding.get_abstract_mesh(), _time_parts(spec)
     H = q.shape[2] // (sharding.num_parts(spec[2]) if spec is not None else 1)
-    kernel = _splash_kernel(q.shape[1], H, parts, scores, interpret)
+    kinds = (scores,) if documents.prefix is None else (scores, dataclasses.replace(scores, causal=False))
+    kernels = tuple(_splash_kernel(q.shape[1], H, parts, kind, interpret) for kind in kinds)
     local = functools.partial(_splash_local, scale=scores.scale)
     if spec is not None and not mesh.empty:
         B, T, heads, h = spec
         keys = PartitionSpec(B, None, heads, h)
-        kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, T if parts > 1 else None)))
-        specs = (kernel_spec, spec, keys, keys, PartitionSpec(B, T), PartitionSpec(B))
+        cuts = (PartitionSpec(None, None if parts == 1 or _sees_all(kind) else T) for kind in kinds)
+        kernel_specs = tuple(
+            kernel.manual_sharding_spec(NamedSharding(mesh, cut)) for kernel, cut in zip(kernels, cuts, strict=True)
+        )
+        specs = (kernel_specs, spec, keys, keys, PartitionSpec(B, T), PartitionSpec(B))
         # The kernel's outputs don't say over which mesh axes they vary, so that can't be checked.
         local = jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)
-    return local(kernel, q, k, v, segment_ids, segment_ids)
+    return local(kernels, q, k, v, documents, documents)
+
+
+def _sees_all(scores: Scores) -> bool:
+    """Whether the mask hides nothing: all parts of T then have the same kernel, of a part's queries."""
+    return not (scores.causal or scores.window)
 
 
 def _splash_kernel(T: int, H: int, parts: int, scores: Scores, interpret: bool) -> Any:
-    """The kernel of H heads over a T that is cut into `parts`: it holds arrays about the mask, to be cut likewise."""
+    """The kernel of H heads over a T that is cut into `parts`: it holds arrays about the mask, to be cut likewise, but
+    where that hides nothing."""
     # Imported here: Pallas takes 0.3 s, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
@@ -272,7 +292,7 @@ def _splash_kernel(T: int, H: int, parts: int, scores: Scores, interpret: bool) 
         before = scores.window - 1
         mask = mask_lib.LocalMask(shape, (before, 0 if scores.causal else before), 0)
     else:
-        mask = mask_lib.CausalMask(shape) if scores.causal else mask_lib.FullMask(shape)
+        mask = mask_lib.CausalMask(shape) if scores.causal else mask_lib.FullMask((padded // parts, padded))
     return kernel_lib.make_splash_mha(
         mask_lib.MultiHeadMask([mask] * H),
         block_sizes=kernel_lib.BlockSizes(
@@ -286,27 +306,45 @@ def _splash_kernel(T: int, H: int, parts: int, scores: Scores, interpret: bool) 
         attn_logits_soft_cap=scores.softcap or None,
         residual_checkpoint_name=NAME,
         head_shards=1,
-        q_seq_shards=parts,
+        q_seq_shards=1 if _sees_all(scores) else parts,
         interpret=interpret,
     )
 
 
 def _splash_local(
+    kernels: tuple[Any, ...],
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    queries: Documents,
+    keys: Documents,
+    *,
+    scale: float,
+) -> Float[Array, "B T H h"]:
+    """`kernels`: one over whole documents, and with prefixes one within these, where every token sees all others."""
+    scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    out = _splash_call(kernels[0], scaled, k, v, queries.segments, keys.segments)
+    if queries.prefix is None:
+        return out
+    # What is in no prefix is a segment for itself, whose output isn't taken.
+    segments = (jnp.where(each.prefix, each.segments, -2) for each in (queries, keys))
+    within = _splash_call(kernels[1], scaled, k, v, *segments)
+    return jnp.where(queries.prefix[:, :, None, None], within, out)
+
+
+def _splash_call(
     kernel: Any,
     q: Float[Array, "B T H h"],
     k: Float[Array, "B S K h"],
     v: Float[Array, "B S K h"],
     q_segments: Int[Array, "B T"],
     k_segments: Int[Array, "B S"],
-    *,
-    scale: float,
 ) -> Float[Array, "B T H h"]:
     # Imported here, as above.
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
-    scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     # Padding is a segment that no token is in.
     ids = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128)), constant_values=-1) for x in (q_segments, k_segments))
-    heads_first = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128), (0, 0), (0, 0))).swapaxes(1, 2) for x in (scaled, k, v)]
+    heads_first = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v)]
     out = jax.vmap(kernel, in_axes=(0, 0, 0, 0))(*heads_first, SegmentIds(*ids))
     return out.swapaxes(1, 2)[:, : q.shape[1]]

@@ -6,6 +6,7 @@ key/value head, h head dimension, R = T G rows.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,22 @@ MASKED = -0.7 * float(np.finfo(np.float32).max)
 dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
+class Documents(NamedTuple):
+    """Which tokens belong together.
+
+    Attributes:
+      segments: int32, the same number in all tokens of a document.
+      prefix: True at the first tokens of a document that all of it may see; None for none.
+    """
+
+    segments: Int[Array, "B T"]
+    prefix: Bool[Array, "B T"] | None = None
+
+    def at(self, times: slice) -> "Documents":
+        """The tokens of some times."""
+        return Documents(self.segments[:, times], None if self.prefix is None else self.prefix[:, times])
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """How queries and keys become scores; see ops.attention.self_attention for each."""
@@ -28,24 +45,27 @@ class Scores:
     window: int = 0
     softcap: float = 0.0
 
-    def mask(
-        self, segment_ids: Int[Array, "B N"], t: slice = slice(None), s: slice = slice(None)
-    ) -> Bool[Array, "B T S"]:
+    def mask(self, documents: Documents, t: slice = slice(None), s: slice = slice(None)) -> Bool[Array, "B T S"]:
         """Whether queries at the times `t` see keys at `s`."""
-        index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-        return self.seen(segment_ids[:, t], segment_ids[:, s], index[t], index[s])
+        index = jnp.arange(documents.segments.shape[1], dtype=jnp.int32)
+        return self.seen(documents.at(t), documents.at(s), index[t], index[s])
 
     def seen(
-        self, queries: Int[Array, "B T"], keys: Int[Array, "B S"], t: Int[Array, " T"], s: Int[Array, " S"]
+        self, queries: Documents, keys: Documents, t: Int[Array, " T"], s: Int[Array, " S"]
     ) -> Bool[Array, "B T S"]:
-        """The same, of the segments of queries and keys that are at the times t and s."""
+        """The same, of the queries and keys that are at the times t and s."""
         ahead = (t[:, None] - s[None, :])[None]
-        mask = queries[:, :, None] == keys[:, None, :]
+        mask = queries.segments[:, :, None] == keys.segments[:, None, :]
         if self.causal:
-            mask &= ahead >= 0
+            before = ahead >= 0
+            mask &= before if keys.prefix is None else before | keys.prefix[:, None, :]
         if self.window:
             mask &= jnp.abs(ahead) < self.window
         return mask
+
+    def all_before(self, documents: Documents) -> bool:
+        """Whether no query sees a key after it."""
+        return self.causal and documents.prefix is None
 
     def __call__(
         self, q: Float[Array, "B K R h"], k: Float[Array, "B K S h"], mask: Bool[Array, "B T S"]

@@ -19,6 +19,10 @@ CASES = {
     "window": {"window": 20},
     "softcap": {"softcap": 0.7},
     "all": {"causal": False, "window": 70, "softcap": 0.7},
+    "bidirectional": {"causal": False},
+    "prefix": {"prefix": True},
+    "prefix_window": {"prefix": True, "window": 30},
+    "prefix_all": {"prefix": True, "window": 30, "softcap": 0.7},
 }
 
 
@@ -33,8 +37,25 @@ def make_inputs(B=2, T=150, H=4, K=2, h=8, dtype=jnp.float32):
     return q, k, v, jnp.asarray(segment_ids)
 
 
+def make_prefix(segment_ids):
+    """[B, T] int32: the first half of each document, of the last row the whole first and nothing of the second."""
+    prefix = np.zeros(segment_ids.shape, np.int32)
+    for row, segments in enumerate(np.asarray(segment_ids)):
+        for segment in (1, 2):
+            (times,) = np.nonzero(segments == segment)
+            share = 0.5 if row + 1 < len(prefix) else 2 - segment
+            prefix[row, times[: int(share * len(times))]] = 1
+    return jnp.asarray(prefix)
+
+
+def of_kind(options, segment_ids):
+    """Options of a case as self_attention takes them."""
+    return options | {"prefix": make_prefix(segment_ids)} if "prefix" in options else options
+
+
 def out_and_gradients(q, k, v, segment_ids, **options):
     """The output, and the gradients of a sum of it with fixed weights, all in float32."""
+    options = of_kind(options, segment_ids)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.bfloat16).astype(q.dtype)
 
     @jax.jit
@@ -51,7 +72,7 @@ def reference(case, B, T):
     return out_and_gradients(*make_inputs(B, T), implementation="reference", **CASES[case])
 
 
-def attention_by_loops(q, k, v, segment_ids, scale, causal, window, softcap):
+def attention_by_loops(q, k, v, segment_ids, scale, causal, window, softcap, prefix):
     q, k, v, segment_ids = (np.asarray(x, np.float64) for x in (q, k, v, segment_ids))
     B, T, H, _ = q.shape
     out = np.zeros_like(q)
@@ -59,7 +80,8 @@ def attention_by_loops(q, k, v, segment_ids, scale, causal, window, softcap):
         group = n // (H // k.shape[2])
         weights = {}
         for s in range(T):
-            if segment_ids[b, s] != segment_ids[b, t] or (causal and s > t) or (window and abs(s - t) >= window):
+            hidden = causal and s > t and not (prefix is not None and prefix[b, s])
+            if segment_ids[b, s] != segment_ids[b, t] or hidden or (window and abs(s - t) >= window):
                 continue
             score = scale * float(q[b, t, n] @ k[b, s, group])
             weights[s] = math.exp(softcap * math.tanh(score / softcap) if softcap else score)
@@ -68,19 +90,29 @@ def attention_by_loops(q, k, v, segment_ids, scale, causal, window, softcap):
 
 
 @pytest.mark.parametrize(
-    ("causal", "window", "softcap"), [(True, 0, 0.0), (True, 4, 0.0), (False, 0, 0.7), (False, 3, 0.0)]
+    ("causal", "window", "softcap", "prefix"),
+    [
+        (True, 0, 0.0, False),
+        (True, 4, 0.0, False),
+        (False, 0, 0.7, False),
+        (False, 3, 0.0, False),
+        (True, 0, 0.0, True),
+        (True, 3, 0.7, True),
+    ],
 )
-def test_reference_is_the_definition(causal, window, softcap):
+def test_reference_is_the_definition(causal, window, softcap, prefix):
     x = make_inputs(T=17)
-    out = self_attention(*x, scale=0.3, causal=causal, window=window, softcap=softcap, implementation="reference")
-    np.testing.assert_allclose(out, attention_by_loops(*x, 0.3, causal, window, softcap), atol=2e-6)
+    prefix = make_prefix(x[-1]) if prefix else None
+    options = {"scale": 0.3, "causal": causal, "window": window, "softcap": softcap, "prefix": prefix}
+    out = self_attention(*x, implementation="reference", **options)
+    np.testing.assert_allclose(out, attention_by_loops(*x, **options), atol=2e-6)
 
 
 @pytest.mark.parametrize(
     ("implementation", "case"),
     [("cpu", c) for c in CASES]
-    + [("xla", "causal"), ("xla", "window")]
-    + [("splash", "softcap"), ("splash", "window"), ("splash", "all")],
+    + [("xla", c) for c in ("causal", "window", "bidirectional", "prefix")]
+    + [("splash", c) for c in ("softcap", "window", "all", "prefix", "prefix_all")],
 )
 def test_implementations_agree_with_the_reference(implementation, case):
     x = make_inputs()  # T = 150 is 3 blocks of "cpu" and pads 2 of "splash"
@@ -110,11 +142,17 @@ def test_bfloat16_is_close_to_float32(implementation):
         np.testing.assert_allclose(a, b, atol=0.03, rtol=0.03)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", "splash"])
-def test_documents_never_see_each_other(implementation):
-    q, k, v, segment_ids = make_inputs()
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "prefix"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", "splash", "cudnn"])
+def test_documents_never_see_each_other(implementation, kind):
+    """All of one document is changed, its prefix too: the others' outputs are the same bit for bit."""
+    if implementation == "cudnn" and attention._capability() < 8:
+        pytest.skip("there is no GPU with cuDNN")
+    dtype = jnp.bfloat16 if implementation == "cudnn" else jnp.float32
+    q, k, v, segment_ids = make_inputs(dtype=dtype)
     second = (segment_ids == 2)[:, :, None, None]
-    f = jax.jit(functools.partial(self_attention, scale=0.3, implementation=implementation, interpret=True))
+    options = of_kind(CASES[kind], segment_ids)
+    f = jax.jit(functools.partial(self_attention, scale=0.3, implementation=implementation, interpret=True, **options))
     one = f(q, k, v, segment_ids)
     two = f(*(jnp.where(second, 9 * x, x) for x in (q, k, v)), segment_ids)
     changed = np.asarray((one != two).any(axis=(2, 3)))
@@ -122,20 +160,35 @@ def test_documents_never_see_each_other(implementation):
     assert np.isfinite(two).all()  # padding too
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", "splash"])
+def test_what_follows_a_prefix_is_causal_and_what_is_in_it_sees_it_whole(implementation):
+    """A token is changed: who is changed by it is all of its document for one of a prefix, else who follows."""
+    q, k, v, segment_ids = make_inputs()
+    prefix = make_prefix(segment_ids)
+    run = functools.partial(self_attention, scale=0.3, implementation=implementation, interpret=True, prefix=prefix)
+    f = jax.jit(run)
+    one = f(q, k, v, segment_ids)
+    for t in (20, 30):  # in the first row, whose first document has 50 tokens and a prefix of 25
+        two = f(q, k.at[0, t].multiply(9), v.at[0, t].multiply(9), segment_ids)
+        (changed,) = np.nonzero(np.asarray((one != two).any(axis=(2, 3)))[0])
+        np.testing.assert_array_equal(changed, np.arange(0 if t < 25 else t, 50))
+
+
+@pytest.mark.parametrize("kind", ["causal", "prefix"])
 @pytest.mark.parametrize("implementation", ["reference", "cpu", "splash"])
-def test_sharded_over_batch_and_heads_is_the_same(implementation):
+def test_sharded_over_batch_and_heads_is_the_same(implementation, kind):
     x = make_inputs(B=4, T=70)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     spec = P(("data", "fsdp"), None, "tensor", None)
     x = jax.device_put(x, tuple(NamedSharding(mesh, s) for s in (spec, spec, spec, P(("data", "fsdp")))))
     with jax.set_mesh(mesh):
-        got = out_and_gradients(*x, implementation=implementation, spec=spec, interpret=True)
-    for a, b in zip(got, reference("causal", 4, 70), strict=True):
+        got = out_and_gradients(*x, implementation=implementation, spec=spec, interpret=True, **CASES[kind])
+    for a, b in zip(got, reference(kind, 4, 70), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference", "xla", "splash"])
-@pytest.mark.parametrize("kind", ["causal", "window"])
+@pytest.mark.parametrize("kind", ["causal", "window", "bidirectional", "prefix", "prefix_window"])
 def test_sharded_over_time_is_the_same(implementation, kind):
     x = make_inputs(B=2, T=256)
     mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -191,9 +244,11 @@ def test_saving_by_name_spares_the_forward_pass():
     assert maxima(jax.checkpoint(loss)) > saved
 
 
-def test_cudnn_lowers_where_jax_has_cuda_and_else_says_what_to_install():
+@pytest.mark.parametrize("kind", ["causal", "prefix"])
+def test_cudnn_lowers_where_jax_has_cuda_and_else_says_what_to_install(kind):
     q, k, v, segment_ids = make_inputs(T=64, dtype=jnp.bfloat16)
-    f = jax.jit(functools.partial(self_attention, scale=0.3, window=8, implementation="cudnn"))
+    options = of_kind(CASES[kind], segment_ids)
+    f = jax.jit(functools.partial(self_attention, scale=0.3, window=8, implementation="cudnn", **options))
     try:
         lowered = f.trace(q, k, v, segment_ids).lower(lowering_platforms=("cuda",)).as_text()
     except InputError as error:
@@ -227,6 +282,12 @@ def test_limits_of_cudnn(shape, message):
             softcap=softcap,
             implementation="cudnn",
         )
+
+
+def test_a_prefix_where_every_token_sees_all_is_refused():
+    x = make_inputs(T=8)
+    with pytest.raises(InputError, match="prefix: every token sees all of its document with causal=False"):
+        self_attention(*x, scale=0.3, causal=False, prefix=make_prefix(x[-1]))
 
 
 def test_heads_must_group():

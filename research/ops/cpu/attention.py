@@ -11,9 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from research.ops.scores import NAME, Scores, dot, grouped, to_heads, to_rows
+from research.ops.scores import NAME, Documents, Scores, dot, grouped, to_heads, to_rows
 
 MIN_ROWS = 64  # of a block: smaller matrix products are slow
 
@@ -24,10 +24,10 @@ def attention(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B T K h"],
     v: Float[Array, "B T K h"],
-    segment_ids: Int[Array, "B T"],
+    documents: Documents,
 ) -> Float[Array, "B T H h"]:
     """See ops.attention.self_attention."""
-    return _forward(scores, q, k, v, segment_ids)[0]
+    return _forward(scores, q, k, v, documents)[0]
 
 
 # Both passes write each block's result over the queries that it came from. Nothing else would order the blocks, and
@@ -37,13 +37,13 @@ def attention(
 # then doesn't write it over its operand, and its older emitters (devices/compilation.py) vectorise no loop that does.
 
 
-def _forward(scores, q, k, v, segment_ids):
+def _forward(scores, q, k, v, documents):
     T, K, G = q.shape[1], k.shape[2], q.shape[2] // k.shape[2]
     queries, keys, values = to_rows(q, K), k.swapaxes(1, 2), v.swapaxes(1, 2)
     logsumexps = []
-    for t, s in _blocks(T, scores):
+    for t, s in _blocks(T, scores, documents):
         rows = slice(t.start * G, t.stop * G)
-        mask = scores.mask(segment_ids, t, s)
+        mask = scores.mask(documents, t, s)
         block = scores(queries[:, :, rows], keys[:, :, s], mask)
         top = block.max(axis=-1, keepdims=True)
         p = jnp.exp(grouped(block, G) - grouped(top, G)).reshape(block.shape)
@@ -53,18 +53,18 @@ def _forward(scores, q, k, v, segment_ids):
         logsumexps.append(top + jnp.log(total))
     out = checkpoint_name(to_heads(queries, T), NAME)
     logsumexp = checkpoint_name(jnp.concatenate(logsumexps, axis=2), NAME)
-    return out, (q, k, v, segment_ids, out, logsumexp)
+    return out, (q, k, v, documents, out, logsumexp)
 
 
 def _backward(scores, residuals, d_out):
-    q, k, v, segment_ids, out, logsumexp = residuals
+    q, k, v, documents, out, logsumexp = residuals
     T, K, G = q.shape[1], k.shape[2], q.shape[2] // k.shape[2]
     queries, keys, values, d_rows = to_rows(q, K), k.swapaxes(1, 2), v.swapaxes(1, 2), to_rows(d_out, K)
     delta = to_rows(dot("bthd,bthd->bth", d_out, out)[..., None], K)
     dk = dv = jnp.zeros(keys.swapaxes(2, 3).shape, jnp.float32)
-    for t, s in _blocks(T, scores):
+    for t, s in _blocks(T, scores, documents):
         rows = slice(t.start * G, t.stop * G)
-        mask = scores.mask(segment_ids, t, s)
+        mask = scores.mask(documents, t, s)
         block = scores(queries[:, :, rows], keys[:, :, s], mask)
         p = jnp.exp(grouped(block, G) - grouped(logsumexp[:, :, rows], G)).reshape(block.shape)
         dp = dot("bkrh,bksh->bkrs", d_rows[:, :, rows], values[:, :, s])
@@ -85,16 +85,17 @@ def _backward(scores, residuals, d_out):
 attention.defvjp(_forward, _backward)
 
 
-def _blocks(T: int, scores: Scores) -> list[tuple[slice, slice]]:
+def _blocks(T: int, scores: Scores, documents: Documents) -> list[tuple[slice, slice]]:
     """Blocks of query times, each with the key times that any of them sees.
 
-    At most 8 blocks, for each is compiled on its own, and 8 already skip 7/16 of the work.
+    At most 8 blocks, for each is compiled on its own, and 8 already skip 7/16 of the work. Where a prefix
+    may lie ahead, they skip nothing.
     """
     size = MIN_ROWS * -(-T // (8 * MIN_ROWS))
     blocks = []
     for start in range(0, T, size):
         stop = min(start + size, T)
         first = max(0, start - scores.window + 1) if scores.window else 0
-        last = stop if scores.causal else min(T, stop + scores.window - 1) if scores.window else T
+        last = stop if scores.all_before(documents) else min(T, stop + scores.window - 1) if scores.window else T
         blocks.append((slice(start, stop), slice(first, last)))
     return blocks
