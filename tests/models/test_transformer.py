@@ -70,6 +70,48 @@ def test_a_packed_document_is_as_if_alone_and_sees_no_future(variant):
     assert not np.allclose(other[:, 12:], row[:, 12:])
 
 
+def with_prefix(batch, lengths):
+    """The batch where so many first tokens of each document are its prefix."""
+    starts = jnp.asarray(lengths, jnp.int32)[batch["segment_ids"] - 1]
+    return {**batch, "prefix": (batch["positions"] < starts).astype(jnp.int32)}
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma"])
+def test_a_prefix_is_read_in_both_directions_and_the_rest_in_one(variant):
+    """With no prefix a document is as in the causal model, and all of it as in an encoder; packed it is as if alone."""
+    model, values = build(variant, prefix=True)
+    tokens = np.random.default_rng(0).integers(0, 64, (1, 20)).astype(np.int32)
+    batch = packed(tokens, [7, 13])
+    causal, encoder = (logits(build(variant, causal=c)[0], values, batch) for c in (True, False))
+    np.testing.assert_array_equal(logits(model, values, batch), causal)  # the field is missing
+    np.testing.assert_array_equal(logits(build(variant)[0], values, with_prefix(batch, [7, 5])), causal)  # or not read
+    mixed = logits(model, values, with_prefix(batch, [7, 0]))
+    np.testing.assert_allclose(mixed[:, :7], encoder[:, :7], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mixed[:, 7:], causal[:, 7:], rtol=1e-4, atol=1e-5)
+    row = logits(model, values, with_prefix(batch, [3, 5]))
+    alone = logits(model, values, with_prefix(packed(tokens[:, 7:], [13]), [5]))
+    np.testing.assert_allclose(row[:, 7:], alone, rtol=1e-4, atol=1e-5)
+    for t, first in ((16, 16), (9, 7)):  # after the prefix of the second document, and in it
+        changed = tokens.copy()
+        changed[0, t] = (changed[0, t] + 1) % 64
+        other = logits(model, values, with_prefix(packed(changed, [7, 13]), [3, 5]))
+        np.testing.assert_array_equal(np.asarray((other != row).any(axis=2))[0], np.arange(20) >= first)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_a_prefix_reaches_every_layer_whatever_is_recomputed(remat):
+    plain, values = build("llama", prefix=True, remat="none", attention="reference")
+    other, _ = build("llama", prefix=True, remat=remat, attention="cpu")
+    batch = with_prefix(packed(np.arange(20, dtype=np.int32)[None], [7, 13]), [3, 5])
+
+    def loss(model, values):
+        hidden, (state,) = model.hidden_at(values, batch, (2,))
+        return jnp.sum(jnp.sin(hidden)) + jnp.sum(jnp.sin(state))
+
+    one, two = (jax.grad(lambda v, m=m: loss(m, v))(values) for m in (plain, other))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), one, two)
+
+
 def shaken(values):
     """Values with noise, so that biases are no longer 0 nor scales 1."""
     leaves, structure = jax.tree.flatten(values)
