@@ -51,6 +51,16 @@ def read_json(
     return value
 
 
+def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
+    """A line of JSON. Half of a surrogate pair, which UTF-8 can't hold and JSON can, is written as its escape.
+
+    Args:
+      value: of JSON's types, or what `default` makes such of.
+      default: see json.dumps.
+    """
+    return json.dumps(value, ensure_ascii=False, default=default).encode(errors="backslashreplace") + b"\n"
+
+
 def write_json(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
     """Writes JSON and a newline. A kill leaves the old file or the new one."""
     write_text(path, json.dumps(value, indent=indent) + "\n")

@@ -175,7 +175,7 @@ def write_completions(
 def _to_json(prompt: Prompt, text: str, completion: Completion) -> bytes:
     record = {"prompt": prompt.record} if isinstance(prompt.record, str) else prompt.record
     added = {"completion": text, "tokens": completion.tokens, "logprob": sum(completion.logprobs)}
-    return json.dumps({**record, **added}, ensure_ascii=False).encode() + b"\n"
+    return files.json_line({**record, **added})
 
 
 def cut(completion: Completion, decode: Decode, stops: Sequence[str]) -> tuple[str, Completion]:

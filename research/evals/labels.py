@@ -239,7 +239,7 @@ def _line(record: dict[str, Any], probs: np.ndarray, fields: Mapping[str, str], 
     if record.get(column) is not None:
         labelled["gold"] = records.label(record, {"label": column}, names)
     labelled["probs"] = [round(float(p), 6) for p in probs / probs.sum()]
-    return json.dumps(labelled, ensure_ascii=False).encode() + b"\n"
+    return files.json_line(labelled)
 
 
 def _most_confident(share: float, lines: list[bytes]) -> list[bytes]:

@@ -33,9 +33,17 @@ def say_markers(where: str, records: Iterable[str | Mapping[str, Any]], tokenize
 
 
 def source_lines(report: Mapping[str, Any]) -> list[str]:
-    """A line for each source of a data report (dataset.Data.report) of which records spell special tokens."""
-    return [
-        f"{source['name']}: {describe_markers(source['markers'], source['records'], source['marker'])}"
-        for source in report["sources"]
-        if source["markers"]
-    ]
+    """Lines for each source of a data report (dataset.Data.report) of which records spell special tokens, or have a
+    weight."""
+    lines = []
+    for source in report["sources"]:
+        if source["markers"]:
+            marked = describe_markers(source["markers"], source["records"], source["marker"])
+            lines.append(f"{source['name']}: {marked}")
+        if source["weights"]:
+            lines.append(
+                f"{source['name']}: {source['weights']:,} of {source['records']:,} records have a column 'weight', "
+                "which isn't used: all count the same. Sources have weights (data.sources), and an assistant's message "
+                "may have one of 0 or 1."
+            )
+    return lines

@@ -206,6 +206,4 @@ def _line(where: str, raw: records.Raw, logprobs: np.ndarray, per_token: bool) -
 def _json(raw: records.Raw) -> bytes:
     if isinstance(raw, bytes):
         return raw.strip()
-    return json.dumps(
-        raw, ensure_ascii=False, default=lambda x: x.decode() if isinstance(x, bytes) else str(x)
-    ).encode()
+    return files.json_line(raw, default=lambda x: x.decode() if isinstance(x, bytes) else str(x)).rstrip()

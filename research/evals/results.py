@@ -165,11 +165,11 @@ def write(path: Path, model: str, command: Mapping[str, Any], results: Mapping[s
         },
     }
     lines = [
-        json.dumps({"evaluation": name, **sample}, ensure_ascii=False, default=str) + "\n"
+        files.json_line({"evaluation": name, **sample}, default=str)
         for name, (_, samples) in results.items()
         for sample in samples
     ]
-    files.write_text(path.with_suffix(".samples.jsonl"), "".join(lines))
+    files.write_bytes(path.with_suffix(".samples.jsonl"), b"".join(lines))
     files.write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 

@@ -187,6 +187,8 @@ def _exact_match(
             raise InputError(
                 "has a last turn of weight 0, and that is the answer to expect. Drop the one or the other."
             )
+        if records_lib.calls(turns[-1]):
+            raise InputError("has a last turn that calls tools, and no text is right there. Drop the record.")
         if verifier == "number" and last_number(turns[-1][1]) is None:
             raise InputError(f"has no number in its answer {turns[-1][1][:40]!r}. Mend it, or use another verifier.")
         return records_lib.canonical(record, fields)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from research.devices import chips
 from research.errors import InputError, did_you_mean
+from research.files import json_line
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -116,7 +117,7 @@ class Writer:
         if not self._active:
             return
         record = {"step": step, "time": round(time.time(), 3), "name": name, "text": text}
-        self._samples.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._samples.write(json_line(record).decode())
         if self._use_tensorboard:
             self._events().add_text(name, _verbatim(text), step)
         if self._wandb is not None:

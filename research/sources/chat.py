@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -19,13 +19,24 @@ import jinja2.sandbox
 
 from research.errors import InputError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # role, content and what else it has, as transformers hands it to a template
 
+# What a message may have that the model is to hear. Of a tool's answer, `name` and `tool_call_id` repeat its call's.
+HEARD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "name")
 _ROLES = ("system", "user", "assistant")
 # Marks in a rendered text. Unicode keeps these code points for use inside a program; texts are rid of them.
 _SPELLED, _SPELLED_END, _ANSWER, _ANSWER_END, _HERE = map(chr, range(0xFDD0, 0xFDD5))
 _NO_MARKS = dict.fromkeys(range(0xFDD0, 0xFDD5))
+_NOT_ASCII = re.compile(rf"[^\x00-\x7f{_SPELLED}-{_HERE}]")
 _NOW = datetime.datetime(2024, 7, 26)
+
+
+class Unheard(InputError):
+    """A conversation has something that the template doesn't write; `name` is that of the column or key."""
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
 
 
 class Part(NamedTuple):
@@ -55,6 +66,7 @@ class ChatTemplate(NamedTuple):
       marks_answers: it has {% generation %}.
       parts_of: the roles whose content it wants as a list of parts, [{"type": "text", "text": ...}], and not as text.
       deaf_to: the roles whose content it writes in neither form.
+      tools: what may be called in the conversation that is rendered, in JSON's types; None for nothing.
     """
 
     source: str
@@ -66,6 +78,7 @@ class ChatTemplate(NamedTuple):
     marks_answers: bool
     parts_of: frozenset[str] = frozenset()
     deaf_to: frozenset[str] = frozenset()
+    tools: Any = None
 
 
 def make_template(
@@ -121,39 +134,43 @@ def render_parts(
     messages: Sequence[Message],
     add_generation_prompt: bool = False,
     unlearned: Collection[int] = (),
+    tools: Any = None,
 ) -> list[Part]:
     """Renders a conversation.
 
     What the model is to say is what the template marks with {% generation %}, or, where it marks nothing: of each
-    assistant's turn, everything from where the model takes over in generation up to the token that ends the turn.
+    assistant's turn, everything from where the model takes over in generation up to the token that ends the turn, calls
+    of tools and thoughts included.
     Joined, the parts are what transformers' apply_chat_template renders; a part begins or ends only where supervision
     does, or where a message spells a special token.
 
     Args:
       chat: the template.
-      messages: with role and content.
+      messages: with role and content, and what else the template may write of them.
       add_generation_prompt: end with what comes before the model's answer.
       unlearned: numbers, from 0, of messages that the model is not to say, whoever says them.
+      tools: what may be called, a list of objects.
 
     Raises:
+      Unheard: the template leaves out the tools, or what a message has beside role and content.
       InputError: the template refuses the conversation, or fails; or the messages make it write a special token.
     """
-    messages = [{**message, "content": message["content"].translate(_NO_MARKS)} for message in messages]
-    marked = [
-        {**message, "content": chat.special.sub(rf"{_SPELLED}\g<0>{_SPELLED_END}", message["content"])}
-        for message in messages
-    ]
+    messages, tools = (_with_texts(chat, value, lambda text: text.translate(_NO_MARKS)) for value in (messages, tools))
+    spell = functools.partial(chat.special.sub, rf"{_SPELLED}\g<0>{_SPELLED_END}")
+    marked = _with_texts(chat, messages, spell)
+    plain, chat = chat._replace(tools=tools), chat._replace(tools=_with_texts(chat, tools, spell))
     text = _render(chat, marked, add_generation_prompt)
+    _refuse_unheard(chat, marked, text, add_generation_prompt)
     unread = [message["role"] for message in messages if message["role"] in chat.deaf_to - {"assistant"}]
     if unread:
         raise InputError(
             f"the model's chat template leaves out what a {unread[0]} message says, of {_describe(messages)}. Drop the "
             "message, mend the template, or use another: 'chat' or 'plain'."
         )
-    _refuse_forgery(chat, messages, text, add_generation_prompt)
+    _refuse_forgery(plain, messages, text, add_generation_prompt)
     if chat.marks_answers:
         text = _unmark(chat, marked, text, add_generation_prompt, unlearned)
-    else:
+    elif not add_generation_prompt:
         spans = _answers(chat, marked, text, add_generation_prompt)
         for start, end in reversed([span for i, span in spans.items() if i not in unlearned]):
             text = f"{text[:start]}{_ANSWER}{text[start:end]}{_ANSWER_END}{text[end:]}"
@@ -170,6 +187,67 @@ def render_parts(
                 if bare:
                     parts.append(Part(bare, is_spelled, supervised))
     return parts
+
+
+def _with_texts(chat: ChatTemplate, value: Any, change: Callable[[str], str]) -> Any:
+    """A value of JSON's types with its texts changed, but for roles, and names that hold no special token."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        names = {name: change(name) if chat.special.search(str(name)) else name for name in value}
+        return {
+            names[name]: each if name == "role" else _with_texts(chat, each, change) for name, each in value.items()
+        }
+    return [_with_texts(chat, each, change) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value of JSON's types."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from itertools.chain(map(str, value), *map(_texts, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from itertools.chain(*map(_texts, value))
+
+
+def _refuse_unheard(chat: ChatTemplate, messages: list[Message], text: str, prompting: bool) -> None:
+    """Raises Unheard where the template writes the same without the tools, or without what a message has beside its
+    content; unless it would write that elsewhere, as templates leave out thoughts before the last question."""
+    if chat.tools is not None and _try_render(chat._replace(tools=None), messages, prompting) == text:
+        raise _unheard("tools", messages)
+    for name in HEARD:
+        having = [message for message in messages if name in message and message["role"] != "tool"]
+        if having and not any(_is_heard(chat, message, name) for message in having):
+            raise _unheard(name, messages)
+    answers = [message for message in messages if message["role"] == "tool" and message.get("content")]
+    marked = [{**message, "content": _HERE} if message in answers else message for message in messages]
+    if answers and _HERE not in (_try_render(chat, marked, prompting) or _HERE):
+        raise _unheard("a message of the role 'tool'", messages)
+
+
+def _is_heard(chat: ChatTemplate, message: Message, name: str) -> bool:
+    """Whether the template writes what a message has under a name, in a conversation that ends with the message."""
+    before = [{"role": "user", "content": "?"}] if message["role"] == "assistant" else []
+    whole = {**message, "content": message.get("content") or ""}
+    rest = {key: value for key, value in whole.items() if key != name}
+    return _try_render(chat, [*before, whole], False) != _try_render(chat, [*before, rest], False)
+
+
+def _try_render(chat: ChatTemplate, messages: Sequence[Message], prompting: bool) -> str | None:
+    try:
+        return _render(chat, messages, prompting)
+    except InputError:
+        return None
+
+
+def _unheard(name: str, messages: Sequence[Message]) -> Unheard:
+    what = name if " " in name else repr(name)
+    return Unheard(
+        name,
+        f"has {what}, which the model's chat template leaves out of {_describe(messages)}: the model would never see "
+        f"it. Write what it says into the content, drop it or the record, or use a template that writes it.",
+    )
 
 
 def end_of_turn(chat: ChatTemplate) -> str | None:
@@ -202,11 +280,20 @@ def _answers(chat: ChatTemplate, messages: list[Message], text: str, prompting: 
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if message.keys() - {"role", "content"} and (span := _whole_turn(chat, messages[: i + 1], text)):
+            spans[i] = span
+            continue
         # The same with a mark for this one answer: what differs is the answer, however the template trims or cuts it.
-        other = _render(chat, [*messages[:i], {**message, "content": _HERE}, *messages[i + 1 :]], prompting)
+        marked = {"role": "assistant", "content": _HERE}  # in place of all that it says, calls of tools too
+        other = _render(chat, [*messages[:i], marked, *messages[i + 1 :]], prompting)
         head, mark, tail = other.partition(_HERE)
         start, end = len(head), len(text) - len(tail)
         if not (mark and start <= end and text.startswith(head) and text.endswith(tail)):
+            if any(name in message for name in HEARD):
+                raise InputError(
+                    f"it can't be told which part of what the model's chat template writes of {_describe(messages)} is "
+                    f"message {i + 1}. Mark the answers in the template with {{% generation %}}."
+                )
             start = _common(text, other)
             end = len(text) - _common(text[start:][::-1], other[start:][::-1])
         if start == end:
@@ -223,6 +310,16 @@ def _answers(chat: ChatTemplate, messages: list[Message], text: str, prompting: 
     return spans
 
 
+def _whole_turn(chat: ChatTemplate, messages: list[Message], text: str) -> tuple[int, int] | None:
+    """Where in `text`, the rendering of a conversation that begins with `messages`, the last of these is; None where
+    what is said later changes what is written of them."""
+    prompt, whole = _try_render(chat, messages[:-1], True), _try_render(chat, messages, False)
+    if prompt is None or whole is None or not (text.startswith(whole) and whole.startswith(prompt)):
+        return None
+    end = len(whole.rstrip())
+    return (len(prompt), end) if len(prompt) < end else None
+
+
 def _common(a: str, b: str) -> int:
     """How many characters both begin with."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -233,11 +330,11 @@ def _refuse_forgery(chat: ChatTemplate, messages: Sequence[Message], text: str, 
 
     The template must write the same special tokens when no beginning of one in a message is followed by its end.
     """
-    if not any(chat.beginning.search(message["content"]) for message in messages):
+    if not any(map(chat.beginning.search, _texts([messages, chat.tools]))):
         return
-    broken = [
-        {**message, "content": chat.beginning.sub(rf"\g<0>{_SPELLED}", message["content"])} for message in messages
-    ]
+    cut = functools.partial(chat.beginning.sub, rf"\g<0>{_SPELLED}")
+    broken = _with_texts(chat, messages, cut)
+    chat = chat._replace(tools=_with_texts(chat, chat.tools, cut))
     expected = chat.special.findall(_render(chat, broken, prompting))
     written = chat.special.findall(chat.spelled.sub(_SPELLED, text))
     if written != expected:
@@ -252,13 +349,13 @@ def _render(chat: ChatTemplate, messages: Sequence[Message], prompting: bool) ->
     template = _compile(chat.source)
     shown = [
         {**message, "content": [{"type": "text", "text": message["content"]}]}
-        if message["role"] in chat.parts_of
+        if message.get("content") and (message["role"] if message["role"] != "tool" else "user") in chat.parts_of
         else message
         for message in messages
     ]
     try:
         return template.render(
-            messages=shown, tools=None, documents=None, add_generation_prompt=prompting, **chat.variables
+            messages=shown, tools=chat.tools, documents=None, add_generation_prompt=prompting, **chat.variables
         )
     except Exception as e:  # a template is a program, and can fail in any way
         raise InputError(
@@ -269,7 +366,7 @@ def _render(chat: ChatTemplate, messages: Sequence[Message], prompting: bool) ->
 
 def _describe(messages: Sequence[Message]) -> str:
     roles = ", ".join(message["role"] for message in messages)
-    begins = messages[0]["content"].translate(_NO_MARKS)[:40] if messages else ""
+    begins = str(messages[0].get("content") or "").translate(_NO_MARKS)[:40] if messages else ""
     return f"the conversation ({roles}) that begins {begins!r}"
 
 
@@ -308,8 +405,9 @@ def _raise(message: str) -> None:
 def _to_json(
     x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Jinja's own escapes what HTML would read."""
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    """Jinja's own escapes what HTML would read; marks stay what they are."""
+    text = json.dumps(x, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _NOT_ASCII.sub(lambda character: json.dumps(character[0])[1:-1], text) if ensure_ascii else text
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:

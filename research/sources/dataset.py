@@ -298,8 +298,8 @@ def _make_tokenizer(
             room = _TOKENIZER_CHARS // len(train_on)
             for example in examples(*each):
                 if example.key >= limit and example.key not in held_out:
-                    yield from (text for _, text in example.turns)
-                    room -= sum(len(text) for _, text in example.turns)
+                    yield from (turn.text for turn in example.turns)
+                    room -= sum(len(turn.text) for turn in example.turns)
                 if room <= 0:
                     break
 

@@ -14,14 +14,15 @@ a text does so before the first text of an example alone.
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from research.errors import InputError
-from research.sources.chat import render_parts
-from research.sources.records import SHOWN, BadRecord, Turn, check, detect_format, speaker
+from research.sources.chat import HEARD, Unheard, render_parts
+from research.sources.records import SHOWN, TOOLS, BadRecord, Turn, check, detect_format, speaker
 from research.sources.tokenizers import Tokenizer
 
 TEMPLATES = ("auto", "model", "chat", "plain")
@@ -44,7 +45,7 @@ class Piece(NamedTuple):
 def split_key(turns: Sequence[Turn]) -> int:
     """Returns a 64-bit hash of a document, or of a conversation up to its first answer, in any format."""
     asked = itertools.takewhile(lambda turn: speaker(turn[0]) != "assistant", turns)
-    content = "\0".join(f"{role}\0{text.strip()}" for role, text in asked)
+    content = "\0".join(f"{turn[0]}\0{turn[1].strip()}" for turn in asked)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
 
 
@@ -103,7 +104,7 @@ def encode(
     pieces: list[list[Piece]] = []
     for i, turns in enumerate(examples):
         try:
-            pieces.append(_pieces(turns, tokenizer, template))
+            pieces.append(_pieces([Turn(*turn) for turn in turns], tokenizer, template))
             kept.append(i)
         except BadRecord as e:
             if refused is None:
@@ -121,7 +122,7 @@ def encode(
     lengths = lengths[lengths > 0]
     if examples[0][-1][0] == "user":
         mask[np.cumsum(lengths) - 1] = True  # where a label is read
-    elif template == "model" and any(role == "assistant" for i in kept for role, _ in examples[i]):
+    elif template == "model" and any(turn[0] == "assistant" for i in kept for turn in examples[i]):
         _check_learnable(tokens, mask, tokenizer, f"{where[0]} and what follows" if where else f"{len(kept)} examples")
     return tokens, mask, lengths
 
@@ -139,7 +140,7 @@ def render_prompt(record: Mapping[str, Any] | str, tokenizer: Tokenizer, templat
       InputError: the record has none of these, or they are faulty; or the model's chat template refuses them.
     """
     if isinstance(record, str):
-        turns = [("user", record)]
+        turns = [Turn("user", record)]
     elif "messages" in record:
         messages = record["messages"]
         if messages and messages[-1].get("role") != "assistant":
@@ -179,27 +180,59 @@ def _pieces(turns: Sequence[Turn], tokenizer: Tokenizer, template: str) -> list[
       template: "model", "chat" or "plain".
 
     Raises:
-      BadRecord: the chat template refuses the example.
+      BadRecord: the template refuses the example, or leaves out something that it has.
     """
-    prompting = turns[-1][0] == "user"
-    if template == "model" and turns[0][0] != "text":
-        messages = [{"role": speaker(role), "content": text} for role, text in turns]
-        shown = [i for i, (role, _) in enumerate(turns) if role == SHOWN]
-        try:
-            parts = render_parts(tokenizer.chat, messages, add_generation_prompt=prompting, unlearned=shown)
-        except InputError as e:
-            raise BadRecord("refused by the chat template", str(e)) from e
-        return [Piece(part.text, part.supervised and not prompting, not part.spelled) for part in parts]
+    prompting = turns[-1].role in ("user", "tool")
+    if template == "model" and turns[0].role != "text":
+        return _render_turns(turns, tokenizer, prompting)
+    _refuse_more(turns, template)
     pieces = _write_turns(turns, tokenizer, template)
     if prompting and template == "chat":
         pieces.append(_marker("assistant", tokenizer))
     return pieces
 
 
+def _render_turns(turns: Sequence[Turn], tokenizer: Tokenizer, prompting: bool) -> list[Piece]:
+    """A conversation as the model's own chat template writes it."""
+    tools = json.loads(turns[0].text) if turns[0].role == TOOLS else None
+    turns = turns[1:] if tools else turns
+    messages = [
+        {"role": speaker(turn.role), **({"content": turn.text} if turn.text else {}), **turn.more} for turn in turns
+    ]
+    shown = [i for i, turn in enumerate(turns) if turn.role == SHOWN]
+    try:
+        parts = render_parts(tokenizer.chat, messages, prompting, unlearned=shown, tools=tools)
+    except Unheard as e:
+        raise BadRecord(f"has {e.name}", str(e)) from e
+    except InputError as e:
+        raise BadRecord("refused by the chat template", str(e)) from e
+    try:
+        "".join(part.text for part in parts).encode()
+    except UnicodeEncodeError as e:  # of tools and the like, which aren't looked at before
+        raise BadRecord(
+            "invalid UTF-8", f"has a message or tool that is not valid UTF-8 ({e.reason}). Repair it."
+        ) from e
+    return [Piece(part.text, part.supervised and not prompting, not part.spelled) for part in parts]
+
+
+def _refuse_more(turns: Sequence[Turn], template: str) -> None:
+    """Raises BadRecord where turns have something that the templates of our own don't write."""
+    for turn in turns:
+        names = [TOOLS] if turn.role == TOOLS else [name for name in HEARD if name in turn.more]
+        name = "a message of the role 'tool'" if turn.role == "tool" else next(iter(names), "")
+        if name:
+            raise BadRecord(
+                f"has {name}",
+                f"has {name if ' ' in name else repr(name)}, which the template {template!r} doesn't write: the model "
+                "would never see it. Use a model whose chat template writes it, or write what it says into the "
+                "content, and drop it; or drop the record.",
+            )
+
+
 def _write_turns(turns: Sequence[Turn], tokenizer: Tokenizer, template: str) -> list[Piece]:
     document = turns[0][0] == "text"
     pieces = [] if tokenizer.bos is None else [Piece(tokenizer.bos, document)]
-    for role, text in turns:
+    for role, text, _ in turns:
         supervised = role in ("text", "assistant")
         if template == "chat" and not document:
             pieces.append(_marker(speaker(role), tokenizer))

@@ -1,7 +1,6 @@
 """Disjoint parts of a data set, drawn by chance: no record, and no prompt, is in two of them."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +75,8 @@ def write_parts(distinct: Sequence[Mapping[str, Any]], parts: Parts, folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {}
     for name, count in parts.items():
-        lines = [json.dumps(distinct[i], ensure_ascii=False) + "\n" for i in itertools.islice(order, count)]
+        lines = [files.json_line(distinct[i]) for i in itertools.islice(order, count)]
         path = folder / f"{name}.jsonl"
-        files.write_text(path, "".join(lines))
+        files.write_bytes(path, b"".join(lines))
         sizes[path] = len(lines)
     return sizes

@@ -14,29 +14,18 @@ from research.errors import InputError, did_you_mean
 from research.sources import folders, json_limits, reasoning, stdlib_text, tasks
 from research.sources.cache import code_digest
 
-# (role, text); a plain document is one turn of the role "text", and SHOWN is an assistant's turn that isn't learned.
-Turn = tuple[str, str]
-SHOWN = "assistant of weight 0"
+SHOWN = "assistant of weight 0"  # the role of an assistant's turn that isn't learned
+TOOLS = "tools"  # the role of a turn before all others, which says as JSON what may be called
+CALLS = ("tool_calls", "function_call")  # what an assistant's message may have in place of a text
 Raw = bytes | dict[str, Any]  # a line of JSON, or a record that its reader has parsed
 
 FORMATS = ("text", "prompt_response", "messages", "labelled")
 FIELDS = ("text", "prompt", "response", "messages", "label", "probs")
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 TXT_DOCUMENT_BYTES = 16 * 1024
-# What transformers hands to a chat template beside role and content, which here no template gets.
-_UNHEARD_COLUMNS = ("tools", "functions", "chat_template_kwargs")
-_UNHEARD_KEYS = (
-    "tool_calls",
-    "tool_call_id",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "images",
-    "audio",
-    "train",
-    "training",
-)
+# What other libraries hand to a chat template or take for a mask, and no template is given here.
+_UNHEARD_COLUMNS = ("functions", "chat_template_kwargs")
+_UNHEARD_KEYS = ("images", "audio", "train", "training")
 _BOM = b"\xef\xbb\xbf"
 _MOST_CLASSES = 10_000  # a greater number is an id, not a class
 
@@ -47,6 +36,20 @@ class BadRecord(InputError):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+class Turn(NamedTuple):
+    """A part of an example: what one role says. A plain document is one turn of the role "text".
+
+    Attributes:
+      role: one of ROLES, SHOWN, TOOLS or "text".
+      text: what it says; "" of a message that only calls tools, or of a tool that returned nothing.
+      more: what else the message has, for a chat template: tool_calls, name and the like; "content", where it is empty.
+    """
+
+    role: str
+    text: str
+    more: Mapping[str, Any] = {}
 
 
 class Classes(NamedTuple):
@@ -323,7 +326,7 @@ def detect_format(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
 
 
 def check(record: dict[str, Any], format: str, fields: Mapping[str, str]) -> list[Turn]:
-    """Returns the record's turns: [("text", document)], those of its conversation, or [("user", what has a label)].
+    """Returns the record's turns: a document, those of its conversation, or what the user says, which has a label.
 
     Args:
       record: column -> value.
@@ -332,24 +335,24 @@ def check(record: dict[str, Any], format: str, fields: Mapping[str, str]) -> lis
 
     Raises:
       BadRecord: a field is missing, of a wrong type or empty; a role is unknown or out of order; or there is something
-        that only a chat template could say, and none is given: tools, calls of them, thoughts.
+        that no template is given, such as images.
     """
     if format == "text":
-        return [("text", _text(record, "text", fields.get("text", "text")))]
-    if format != "labelled":
-        _refuse_unheard(record, _UNHEARD_COLUMNS, "")
+        return [Turn("text", _text(record, "text", fields.get("text", "text")))]
+    if format == "labelled":
+        return [Turn("user", _text(record, "text", fields.get("text", "text")))]
+    _refuse_unheard(record, _UNHEARD_COLUMNS, "")
     if format == "prompt_response":
         return [
-            ("user", _text(record, "prompt", fields.get("prompt", "prompt"))),
-            ("assistant", _text(record, "response", fields.get("response", "response"))),
+            *_tools(record),
+            Turn("user", _text(record, "prompt", fields.get("prompt", "prompt"))),
+            Turn("assistant", _text(record, "response", fields.get("response", "response"))),
         ]
-    if format == "labelled":
-        return [("user", _text(record, "text", fields.get("text", "text")))]
     column = fields.get("messages", "messages")
     messages = _field(record, "messages", column)
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRecord("wrong type", f"field {column!r} must be a list of objects with role and content.")
-    return _conversation(messages)
+    return [*_tools(record), *_conversation(messages)]
 
 
 def label(record: Mapping[str, Any], fields: Mapping[str, str], names: Sequence[str]) -> int | list[float]:
@@ -401,6 +404,25 @@ def canonical(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str,
     return {**record, **{name: record[column] for name, column in fields.items() if column in record}}
 
 
+def _tools(record: Mapping[str, Any]) -> list[Turn]:
+    """What a record says of the tools that may be called: a turn, or none. As text it is JSON, as columns have it."""
+    tools = record.get("tools")
+    if tools in (None, [], {}, ""):
+        return []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as e:
+            raise BadRecord("wrong type", f"field 'tools' is text that is no JSON ({e}). Write a list.") from e
+    _check_objects(tools, "field 'tools'")
+    return [Turn(TOOLS, json.dumps(tools, ensure_ascii=False, default=str))]
+
+
+def _check_objects(value: Any, name: str) -> None:
+    if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
+        raise BadRecord("wrong type", f"{name} must be a list of objects, but is {_kind(value)}. Mend it.")
+
+
 def _conversation(messages: list[dict[str, Any]]) -> list[Turn]:
     turns: list[Turn] = []
     for i, message in enumerate(messages, start=1):
@@ -409,12 +431,13 @@ def _conversation(messages: list[dict[str, Any]]) -> list[Turn]:
             raise BadRecord(
                 "unknown role", f"message {i} has role {role!r}.{did_you_mean(str(role), ROLES)} Rename it."
             )
-        before = speaker(turns[-1][0]) if turns else None
+        before = speaker(turns[-1].role) if turns else None
         allowed = {
             None: ("system", "user"),
             "system": ("user",),
             "user": ("assistant",),
-            "assistant": ("user",),
+            "assistant": ("tool", "user") if turns and calls(turns[-1]) else ("user",),
+            "tool": ("assistant", "tool"),
         }[before]
         if role not in allowed:
             after = f"follows {before!r}" if before else "comes first"
@@ -422,15 +445,33 @@ def _conversation(messages: list[dict[str, Any]]) -> list[Turn]:
                 "roles out of order",
                 f"message {i}, of role {role!r}, {after}; allowed there: {' or '.join(allowed)}. Mend it.",
             )
-        name = "response" if role == "assistant" else f"{role} message"
-        _refuse_unheard(message, _UNHEARD_KEYS, f"message {i} ")
-        turns.append((role if _weight(message, i) else SHOWN, _text(message, name, "content")))
-    if not turns or turns[-1][0] not in ("assistant", SHOWN):
+        turns.append(_turn(message, i))
+    if not turns or turns[-1].role not in ("assistant", SHOWN):
         raise BadRecord(
             "no assistant turn at the end",
             f"the conversation of {len(turns)} messages must end with an assistant turn. Add or drop one.",
         )
     return turns
+
+
+def _turn(message: dict[str, Any], number: int) -> Turn:
+    """A message of a known role, as what it says and what else it has."""
+    _refuse_unheard(message, _UNHEARD_KEYS, f"message {number} ")
+    role, content = message["role"], message.get("content")
+    known = ("role", "content", "weight", *_UNHEARD_KEYS)
+    more = {k: v for k, v in message.items() if k not in known and v not in (None, [], {}, "")}
+    if "tool_calls" in more:
+        _check_objects(more["tool_calls"], f"message {number}: tool_calls")
+    if content in (None, "") and (role == "tool" or (role == "assistant" and any(name in more for name in CALLS))):
+        text, more = "", more | {name: message[name] for name in ("content",) if name in message}
+    else:
+        text = _text(message, "response" if role == "assistant" else f"{role} message", "content")
+    return Turn(role if _weight(message, number) else SHOWN, text, more)
+
+
+def calls(turn: Turn) -> bool:
+    """Whether a turn calls tools."""
+    return any(name in turn.more for name in CALLS)
 
 
 def speaker(role: str) -> str:

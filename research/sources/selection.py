@@ -1,6 +1,5 @@
 """Completions that are worth learning from, as records of prompts and answers."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,8 +34,8 @@ def select(data: str, output: Path, *, ended: int = 0, verified: bool = False, k
     counts = ", ".join(f"{n} {reason}" for reason, n in dropped.items() if n)
     if not len(best):
         raise InputError(f"--data = {data}: nothing is left ({counts or 'it is empty'}).")
-    lines = [json.dumps(_answered(good[i]), ensure_ascii=False) + "\n" for i in sorted(best.tolist())]
-    files.write_text(output, "".join(lines))
+    lines = [files.json_line(_answered(good[i])) for i in sorted(best.tolist())]
+    files.write_bytes(output, b"".join(lines))
     return f"{len(best):,} records kept, dropped: {counts or 'none'}"
 
 

@@ -64,7 +64,7 @@ class Store:
       labels: [E, C] float32, the probability of each class; None where the examples have no labels.
       fields: further batch fields, which a view gives: name -> [N, ...], a value for each token.
       counts: "records" read, "duplicates" dropped, "bad": {reason: how many were skipped}, and "markers": of how many
-        records spell special tokens, with the first of these ("marker").
+        records spell special tokens, with the first of these ("marker"); "weights": how many have a weight.
       was_cached: nothing had to be tokenised.
       folder: where it lies; the name stands for all that it was made of.
       content: a hash of the tokens, and of what else there is of each.
@@ -110,7 +110,7 @@ def read_examples(
             if format == "labelled":
                 if classes.known:
                     label = records.label(record, fields, classes.names)
-                turns = [(role, classes.prompt.replace("{text}", text)) for role, text in turns]
+                turns = [turn._replace(text=classes.prompt.replace("{text}", turn.text)) for turn in turns]
         except BadRecord as e:
             if on_bad_record == "error":
                 raise InputError(f"{where}: {e} {_SKIP}") from e
@@ -292,13 +292,14 @@ def _write(
             row["key"] = np.fromiter((example.key for example in chunk), np.uint64, len(chunk))
             row["length"] = lengths
             row["supervised"] = np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
-            row["bytes"] = [sum(len(text.encode()) for _, text in example.turns) for example in chunk]
+            row["bytes"] = [sum(len(turn.text.encode()) for turn in example.turns) for example in chunk]
             rows.append(row)
             labels += [example.label for example in chunk if example.label is not None]
             spelled, first = formats.count_markers(
-                ([text for _, text in example.turns] for example in chunk), tokenizer
+                ([turn.text for turn in example.turns] for example in chunk), tokenizer
             )
             counts["markers"] += spelled
+            counts["weights"] += sum(example.record.get("weight") not in (None, 1) for example in chunk)
             marker = marker or first
             if not text:
                 mask_file.write(mask.tobytes())
@@ -316,7 +317,7 @@ def _write(
         "counts": {"records": counts["records"], "duplicates": counts["duplicates"], "bad": bad},
         "content": _content(partial),
     }
-    meta["counts"] |= {"markers": counts["markers"], "marker": marker}
+    meta["counts"] |= {"markers": counts["markers"], "marker": marker, "weights": counts["weights"]}
     (partial / "meta.json").write_text(json.dumps(meta, default=str))
     return True
 
@@ -354,7 +355,7 @@ def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
     chars = 0
     for example in examples:
         chunk.append(example)
-        chars += sum(len(text) for _, text in example.turns)
+        chars += sum(len(turn.text) for turn in example.turns)
         if len(chunk) >= _CHUNK_EXAMPLES or chars >= _CHUNK_CHARS:
             yield chunk
             chunk, chars = [], 0
@@ -367,7 +368,8 @@ def _least(samples: list[dict[str, Any]], chunk: list[Example], lengths: np.ndar
     new = [
         {"key": example.key, "length": int(length), "record": example.record}
         for example, length in zip(chunk, lengths, strict=True)
-        if example.turns[-1][0] != records.SHOWN  # an answer that nobody should learn is none to expect
+        # An answer that nobody should learn is none to expect, nor one that calls tools.
+        if example.turns[-1].role != records.SHOWN and not records.calls(example.turns[-1])
     ]
     ordered = sorted([*samples, *new], key=lambda sample: sample["key"])
     return [next(equal) for _, equal in itertools.groupby(ordered, key=lambda sample: sample["key"])][:SAMPLES]

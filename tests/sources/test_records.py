@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from research.errors import InputError
-from research.sources.records import TXT_DOCUMENT_BYTES, BadRecord, check, detect_format, locate, parse
+from research.sources.records import TXT_DOCUMENT_BYTES, BadRecord, Turn, check, detect_format, locate, parse
 from research.sources.store import read_examples
 
 PAIRS = [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(3)]
@@ -47,7 +47,7 @@ def test_parquet(tmp_path):
     pyarrow.parquet.write_table(pa.table({"messages": messages}), tmp_path / "a.parquet")
     ((where, record),) = read(tmp_path / "a.parquet")
     assert where.endswith("a.parquet: row 1")
-    assert check(record, "messages", {}) == [("user", "q"), ("assistant", "a")]
+    assert check(record, "messages", {}) == [Turn("user", "q"), Turn("assistant", "a")]
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(InputError, match=r"a\.parquet: not a parquet file"):
         read(tmp_path / "a.parquet")
@@ -190,7 +190,8 @@ def test_formats_are_detected_under_renamed_columns():
     assert detect_format({"messages": [], "prompt": ""}, {}) == "messages"
     fields = {"prompt": "question", "response": "answer"}
     assert detect_format({"question": "", "answer": "", "id": 1}, fields) == "prompt_response"
-    assert check({"question": "a", "answer": "b"}, "prompt_response", fields) == [("user", "a"), ("assistant", "b")]
+    turns = [Turn("user", "a"), Turn("assistant", "b")]
+    assert check({"question": "a", "answer": "b"}, "prompt_response", fields) == turns
     with pytest.raises(InputError, match=r"has the fields 'question', 'answer', but needs .*data.fields"):
         detect_format({"question": "", "answer": ""}, {})
 

@@ -111,6 +111,7 @@ def test_bad_records_are_named_or_counted(tmp_path):
         "duplicates": 0,
         "bad": {"invalid JSON": 1, "empty text": 2, "wrong type": 1},
         "markers": 0,
+        "weights": 0,
         "marker": "",
     }
     assert made.bytes.tolist() == [1, 1]

@@ -15,7 +15,7 @@ from research.files import read_json
 from research.sources import store as store_lib
 from research.sources.dataset import DataSpec, load
 from research.sources.formats import answer_decoder, encode, render_prompt, resolve_template
-from research.sources.records import SHOWN, BadRecord, check, locate, parse
+from research.sources.records import SHOWN, BadRecord, Turn, check, locate, parse
 from research.sources.store import open_store
 from research.sources.tokenizers import TokenizerSpec, load_pretrained, make_tokenizer
 
@@ -151,19 +151,23 @@ def test_a_chat_template_of_another_type_is_refused(tmp_path, template):
         ({"messages": [{**QUESTION, "images": ["x.png"]}, answer()]}, "has images"),
         ({"messages": [QUESTION, answer(train=False)]}, "has train"),
         ({"prompt": "q", "response": "a", "tools": [{"type": "function"}]}, "has tools"),
+        ({"messages": [{**QUESTION, "name": "Bob"}, answer()]}, "has name"),
+        ({"prompt": "q", "response": "a", "functions": [{"name": "f"}]}, "has functions"),
     ],
 )
-def test_what_no_template_is_given_is_refused_everywhere(tmp_path, record, reason):
+def test_what_no_template_of_ours_writes_is_refused_everywhere(tmp_path, record, reason):
     kind = "messages" if "messages" in record else "prompt_response"
     with pytest.raises(BadRecord) as e:
-        check(record, kind, {})
+        encode([check(record, kind, {})], BYTES, "auto")
     assert e.value.reason == reason
     path = write_lines(tmp_path / "x.jsonl", [record, {**record, "messages": [QUESTION, answer()], "tools": None}])
     with pytest.raises(InputError, match=rf"x\.jsonl:1: .*has '{reason[4:]}'"):
         open_file(path, format=kind)
     with pytest.raises(InputError, match=rf"x:1: .*has '{reason[4:]}'"):
         encode_records([("x:1", record)], BYTES, "chat", BYTES.size)
-    (prompt, _) = read_prompts(str(path))
+    if kind == "messages":  # which aren't a prompt's last answer
+        write_lines(path, [{**record, "messages": [*record["messages"], QUESTION]}])
+    prompt = read_prompts(str(path))[0]
     for system in (None, "be kind"):
         with pytest.raises(InputError, match=rf"x\.jsonl:1: .*has '{reason[4:]}'"):
             PromptEncoder(BYTES, "chat", system, 99, "")(prompt)
@@ -171,7 +175,7 @@ def test_what_no_template_is_given_is_refused_everywhere(tmp_path, record, reaso
 
 def test_empty_columns_of_other_records_are_nothing(tmp_path):
     record = {"messages": [QUESTION, answer(tool_calls=None, weight=None, train=True)], "tools": []}
-    assert check(record, "messages", {}) == [("user", "q"), ("assistant", "a")]
+    assert check(record, "messages", {}) == [Turn("user", "q"), Turn("assistant", "a")]
 
 
 MARKED = (
@@ -188,7 +192,7 @@ def test_a_weight_of_0_masks_an_answer(tmp_path, template, first):
     weights = (first, 1 - first)
     messages = [QUESTION, answer("one", weight=weights[0]), QUESTION, answer("two", weight=weights[1])]
     turns = check({"messages": messages}, "messages", {})
-    assert [role for role, _ in turns if role != "user"] == ["assistant" if w else SHOWN for w in weights]
+    assert [turn.role for turn in turns if turn.role != "user"] == ["assistant" if w else SHOWN for w in weights]
     tokens, mask, _ = encode([turns], tokenizer, name)
     all_learned = [("user", "q"), ("assistant", "one"), ("user", "q"), ("assistant", "two")]
     same, whole_mask, _ = encode([all_learned], tokenizer, name)
@@ -206,7 +210,7 @@ def test_other_weights_are_refused(weight):
 
 
 def test_nobody_learns_what_a_user_says():
-    assert check({"messages": [{**QUESTION, "weight": 0}, answer()]}, "messages", {})[0] == ("user", "q")
+    assert check({"messages": [{**QUESTION, "weight": 0}, answer()]}, "messages", {})[0] == Turn("user", "q")
     with pytest.raises(BadRecord, match="message 1, of role 'user', has weight 1; it must be 0"):
         check({"messages": [{**QUESTION, "weight": 1}, answer()]}, "messages", {})
 
@@ -228,7 +232,7 @@ def test_skip_skips_every_kind_of_bad_record(tmp_path):
         {"version": 1},
         *PAIRS,
         {"prompt": "7", "response": "r"},
-        {"prompt": "a", "response": "r", "tools": [1]},
+        {"prompt": "a", "response": "r", "tools": [{"name": "f"}]},
         {"prompt": "last", "response": "r"},
     ]
     path = write_lines(tmp_path / "x.jsonl", lines)
@@ -267,7 +271,7 @@ def test_byte_order_marks_of_data_are_dropped(tmp_path, name):
     content = codecs.BOM_UTF8 + text.encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     ((_, raw),) = locate(str(tmp_path / name), count=1, seed=0).read()
-    assert check(parse(raw), "text", {}) == [("text", "word")]
+    assert check(parse(raw), "text", {}) == [Turn("text", "word")]
     assert BYTES.decode(open_file(tmp_path / name).tokens) == "word"
 
 
