@@ -49,9 +49,10 @@ def span_mask(length: int, density: float, mean_span: float, rng: np.random.Gene
 
 def _segment_sizes(items: int, segments: int, rng: np.random.Generator) -> np.ndarray:
     """Parts `items` into segments of at least one, all partitions equally likely: [segments] int64."""
-    cuts = rng.choice(items - 1, segments - 1, replace=False, shuffle=False) if segments > 1 else np.zeros(0, np.int64)
-    cuts.sort()
-    return np.diff(cuts + 1, prepend=0, append=items)
+    edges = np.zeros(segments + 1, np.int64)
+    edges[1:-1] = np.sort(rng.choice(items - 1, segments - 1, replace=False, shuffle=False)) + 1 if segments > 1 else 0
+    edges[-1] = items
+    return edges[1:] - edges[:-1]
 
 
 def suffix_mask(length: int, density: float, rng: np.random.Generator) -> np.ndarray:

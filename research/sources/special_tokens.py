@@ -4,6 +4,7 @@ This is the one place that knows spellings. The functions that end in `names` gi
 those to add to it (Tokenizer.with_tokens); the others give ids, and an error where there are none.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -76,6 +77,12 @@ def sentinel_names(tokenizer: "Tokenizer", count: int) -> tuple[str, ...]:
     """The names of `count` sentinels, in the order of their numbers from 0: in the tokenizer's spelling, or ours."""
     spelling = next((form for form in _SENTINELS if _is_known(tokenizer, form.format(0))), SENTINEL)
     return tuple(spelling.format(i) for i in range(count))
+
+
+def sentinel_count(tokenizer: "Tokenizer") -> int:
+    """How many sentinels the tokenizer has, in the order of their numbers from 0."""
+    names = sentinel_names(tokenizer, tokenizer.size)
+    return sum(1 for _ in itertools.takewhile(lambda name: _is_known(tokenizer, name), names))
 
 
 def sentinels(tokenizer: "Tokenizer", count: int) -> list[int]:
