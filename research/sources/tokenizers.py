@@ -351,7 +351,7 @@ def _is_bytes(backend: tokenizers.Tokenizer) -> bool:
     if backend.get_vocab_size(with_added_tokens=False) != 256 or not all(token.special for token in added):
         return False
     named = [backend.token_to_id(name) for name in SPECIALS] == list(range(256, 256 + len(SPECIALS)))
-    return named and all(backend.token_to_id(char) == byte for byte, char in enumerate(_byte_chars()))
+    return named and all(backend.token_to_id(char) == byte for byte, char in enumerate(byte_chars()))
 
 
 def _numbered(names: Sequence[str], first: int) -> dict[str, int]:
@@ -421,8 +421,8 @@ def _find_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> tup
 
 
 @functools.cache
-def _byte_chars() -> list[str]:
-    """What byte-level tokenizers write for each byte: its character if it prints, else one above 255."""
+def byte_chars() -> list[str]:
+    """Returns what byte-level tokenizers write for each byte: its character if it prints, else one above 255."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     themselves = {ord(char) for char in alphabet if ord(char) < 256}
     others = iter(char for char in alphabet if ord(char) >= 256)
@@ -439,7 +439,7 @@ def _byte_level(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
 
 
 def _byte_tokenizer() -> Tokenizer:
-    backend = _byte_level(tokenizers.models.BPE({char: byte for byte, char in enumerate(_byte_chars())}, []))
+    backend = _byte_level(tokenizers.models.BPE({char: byte for byte, char in enumerate(byte_chars())}, []))
     backend.add_special_tokens(list(SPECIALS))
     return _make(backend, backend.token_to_id(EOS), backend.token_to_id(BOS))
 
