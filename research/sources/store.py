@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -180,11 +181,17 @@ def open_view(store: Store, view: Mapping[str, Any], field: str, seq_len: int, t
     """
     module = views.find(view, field)
     depends = seq_len if "seq_len" in inspect.signature(module.make).parameters else None
-    code = code_digest(module.__file__, views.__file__, __file__)
+    code = code_digest(module.__file__, views.__file__, __file__, *_helpers(module))
     folder = store.folder.with_name(digest([store.folder.name, json.dumps(view, sort_keys=True), depends, code]))
     seen = views.load(view, field, seq_len, tokenizer)
     was_cached = cached(folder, lambda partial: _write_view(partial, store, seen, f"{field}.kind = {view['kind']!r}"))
     return _read(folder, was_cached and store.was_cached)
+
+
+def _helpers(module: ModuleType) -> list[str]:
+    """The files in sources/ that a view takes names from: what they say decides what it shows."""
+    modules = {inspect.getmodule(value) for value in vars(module).values()} - {None}
+    return sorted(each.__file__ for each in modules if each.__name__.startswith("research.sources."))
 
 
 def _read(folder: Path, was_cached: bool) -> Store:
@@ -218,7 +225,10 @@ def _write_view(partial: Path, store: Store, view: views.View, where: str) -> No
         for i, (start, end) in enumerate(zip(ends - store.length, ends, strict=True)):
             tokens = store.tokens[start:end].astype(np.int32)
             mask = np.ones(len(tokens), bool) if store.mask is None else np.array(store.mask[start:end])
-            seen = view.documents(views.Document(tokens, mask), np.random.default_rng(int(store.key[i])))
+            try:
+                seen = view.documents(views.Document(tokens, mask), np.random.default_rng(int(store.key[i])))
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
             for n, document in enumerate(seen):
                 _check_document(document, view, where)
                 if store.labels is not None:  # a label is read at the last token, whichever that is

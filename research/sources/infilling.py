@@ -1,0 +1,105 @@
+"""A middle from what stands around it: in which order models read a prefix and a suffix, and how the middle ends.
+
+Forms, after <|bos|> where the tokenizer has it (Bavarian et al. 2022, arXiv:2207.14255), in our names for the tokens:
+  psm       <|fim_prefix|> PREFIX <|fim_suffix|> SUFFIX <|fim_middle|> MIDDLE
+  spm       <|fim_prefix|> <|fim_suffix|> SUFFIX <|fim_middle|> PREFIX MIDDLE, the paper's second variant
+  sentinel  PREFIX <|mask:0|> SUFFIX, and then <|mask:0|> MIDDLE <|mask:1|>: of models that were trained to denoise
+  left      PREFIX MIDDLE: of models that read from left to right, to compare with; they don't see the suffix
+Each part is tokenised by itself, so that a cut within a word gives the same tokens in training and at use. A tokenizer
+that puts a space before a text does so before a prefix alone.
+"""
+
+import dataclasses
+
+from research.errors import InputError, did_you_mean
+from research.sources import special_tokens
+from research.sources.special_tokens import FimTokens
+from research.sources.tokenizers import Tokenizer
+
+FORMS = ("psm", "spm", "sentinel", "left")
+
+
+def arrange(marks: FimTokens, prefix: list[int], middle: list[int], suffix: list[int], *, spm: bool) -> list[int]:
+    """The tokens of three parts in the form psm or spm, without those that begin and end a document."""
+    if spm:
+        return [marks.prefix, marks.suffix, *suffix, marks.middle, *prefix, *middle]
+    return [marks.prefix, *prefix, marks.suffix, *suffix, marks.middle, *middle]
+
+
+@dataclasses.dataclass(frozen=True)
+class Infilling:
+    """How one model is asked for a middle.
+
+    Attributes:
+      form: one of FORMS.
+      tokenizer: of the model.
+      stop: ids that end a middle.
+      marks: of psm and spm.
+      hole: of sentinel, the first of them.
+    """
+
+    form: str
+    tokenizer: Tokenizer
+    stop: tuple[int, ...]
+    marks: FimTokens | None = None
+    hole: int | None = None
+
+    @property
+    def extra(self) -> int:
+        """How many tokens an answer has beside those of the middle."""
+        return 0 if self.hole is None else 1
+
+    def prompt(self, prefix: str, suffix: str) -> list[int]:
+        """The ids that the model goes on from with what belongs between two texts."""
+        first = self.tokenizer.encode_stretches([prefix], special=False, first=True)[0]
+        last = self.tokenizer.encode_stretches([suffix], special=False, first=False)[0]
+        bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
+        if self.marks is not None:
+            return [*bos, *arrange(self.marks, first, [], last, spm=self.form == "spm")]
+        return [*bos, *first, *([] if self.hole is None else [self.hole, *last])]
+
+    def text(self, ids: list[int]) -> str:
+        """The text of an answer, which goes on with another: special tokens are left out."""
+        return self.tokenizer.decode_after(ids)
+
+
+def make_infilling(form: str, tokenizer: Tokenizer) -> Infilling:
+    """The way to ask for a middle in one form.
+
+    Args:
+      form: one of FORMS; or "auto", the first of psm and sentinel that the tokenizer has the tokens of.
+      tokenizer: of the model.
+
+    Raises:
+      InputError: there is no such form, or the tokenizer lacks its tokens.
+    """
+    if form not in ("auto", *FORMS):
+        raise InputError(f"form = {form}: is not known.{did_you_mean(form, ('auto', *FORMS))}")
+    form = _find_form(tokenizer) if form == "auto" else form
+    if form == "left":
+        return Infilling(form, tokenizer, tokenizer.stop)
+    try:
+        if form == "sentinel":
+            hole, end = special_tokens.sentinels(tokenizer, 2)
+            return Infilling(form, tokenizer, (*tokenizer.stop, end), hole=hole)
+        marks = special_tokens.fim_tokens(tokenizer)
+    except InputError as error:
+        raise InputError(f"form = {form}: {error}") from error
+    # A model that begins another part has ended the middle.
+    stop = dict.fromkeys([*tokenizer.stop, *(mark for mark in marks if mark is not None)])
+    return Infilling(form, tokenizer, tuple(stop), marks=marks)
+
+
+def _find_form(tokenizer: Tokenizer) -> str:
+    if _has(tokenizer, special_tokens.fim_names(tokenizer)):
+        return "psm"
+    if _has(tokenizer, special_tokens.sentinel_names(tokenizer, 2)):
+        return "sentinel"
+    raise InputError(
+        "form = auto: the tokenizer has neither tokens around a prefix, a suffix and a middle, nor sentinels, so that "
+        "the model hasn't learnt to fill in. Name a model that has, or the form left, which shows the prefix alone."
+    )
+
+
+def _has(tokenizer: Tokenizer, names: tuple[str, ...]) -> bool:
+    return all(tokenizer.backend.token_to_id(name) is not None for name in names)
