@@ -11,7 +11,7 @@ import numpy as np
 from research import config as config_lib
 from research.bench import measure
 from research.bench.types import Bench, Result, in_ms
-from research.sources import dataset, packing, tokenizers
+from research.sources import dataset, packing
 
 
 def data(bench: Bench) -> Iterator[Result]:
@@ -28,7 +28,7 @@ def data(bench: Bench) -> Iterator[Result]:
 
 def _prepare(config: config_lib.Config, kind: str) -> Result:
     """What the data takes with a kind of tokenizer."""
-    tokenizer = tokenizers.TokenizerSpec(kind=kind, vocab_size=config.tokenizer.vocab_size)
+    tokenizer = dataclasses.replace(config.tokenizer, kind=kind)
     with tempfile.TemporaryDirectory() as folder:
         spec = dataclasses.replace(config_lib.data_spec(config), cache_dir=folder)
         began = time.perf_counter()

@@ -90,7 +90,7 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
         roles={"teacher": config.roles["teacher"]},
         objective={"terms": {"next_token": 1.0}},
     )
-    inputs = resolve.resolve(plain, output)
+    inputs = resolve.resolve(plain, output, objective=config.objective)
     base, tokenizer, config = inputs.bases["teacher"], inputs.data.tokenizer, inputs.config
     rules = sharding.make_rules(config.rules)
     model = transformer.make_model(config_lib.model_config(config, tokenizer.size, role="teacher"), rules)

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +17,10 @@ import optax
 from research.errors import InputError, did_you_mean
 from research.objectives.terms import Coefficient, Term, Terms, naming_fields
 from research.objectives.types import Objective
+from research.sources import special_tokens
 from research.sources.tokenizers import Tokenizer
 
-__all__ = ["Coefficient", "Objective", "Term", "Terms", "load"]
+__all__ = ["Coefficient", "Objective", "Term", "Terms", "load", "needed_tokens"]
 
 _PARTS = ("classes", "terms", "types")  # modules of this package that are no objectives
 _FIELDS = ("objective", "weight", "sources")  # of a term, beside its objective's options
@@ -48,6 +49,20 @@ def load(spec: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[st
         if name != "terms" and name not in terms:
             raise InputError(f"objective.{name}: options for a term that isn't used.{did_you_mean(name, terms)}")
     return {name: _Entry.read(name, value, spec.get(name, {})).term(tokenizer) for name, value in terms.items()}
+
+
+def needed_tokens(spec: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The names of the special tokens that the objectives need, which the tokenizer may lack.
+
+    An objective that puts special tokens into a batch has a function special_tokens(tokenizer, **options) beside its
+    `make`; a run adds what its tokenizer lacks of them before there are tokens.
+
+    Args:
+      spec: see `load`, which has checked it.
+      tokenizer: of the run.
+    """
+    entries = [_Entry.read(name, value, spec.get(name, {})) for name, value in sorted(spec["terms"].items())]
+    return tuple(name for entry in entries for name in entry.needed_tokens(tokenizer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +99,17 @@ class _Entry:
         beside = self.inside is None or option in self.beside
         return f"objective.{self.name}.{option}" if beside else f"objective.terms.{self.name}.{option}"
 
+    def needed_tokens(self, tokenizer: Tokenizer) -> tuple[str, ...]:
+        """See the function of this name."""
+        module, parameters = self._make()
+        options = {**(self.inside or {}), **self.beside}
+        fields = {option: self.field_of(option) for option in (*parameters, *options) if option != "tokenizer"}
+        with naming_fields(fields):
+            return special_tokens.needed_by(module, tokenizer, options, {})
+
     def term(self, tokenizer: Tokenizer | None) -> Term:
         """Raises InputError for what `load` says."""
-        make, parameters = self._make()
+        module, parameters = self._make()
         options = {**(self.inside or {}), **self.beside}
         accepted = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name != "tokenizer"]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -96,7 +119,7 @@ class _Entry:
         fields = {option: self.field_of(option) for option in (*accepted, *options)}
         more = {"tokenizer": tokenizer} if "tokenizer" in parameters else {}
         with naming_fields(fields):
-            objective = make(**options, **more)
+            objective = module.make(**options, **more)
         return Term(objective, self._coefficient(), self._sources(), self.name, fields)
 
     def _check_known(self, options: Any, accepted: list[str]) -> None:
@@ -105,8 +128,8 @@ class _Entry:
                 known = (*accepted, *_FIELDS) if self.inside is not None else accepted
                 raise InputError(f"{self.field_of(option)}: no such option.{did_you_mean(option, known)}")
 
-    def _make(self) -> tuple[Callable[..., Objective], Mapping[str, inspect.Parameter]]:
-        """The module's `make`, and its parameters."""
+    def _make(self) -> tuple[ModuleType, Mapping[str, inspect.Parameter]]:
+        """The module, and the parameters of its `make`."""
         kind = self.fields.get("objective", self.name)
         field = f"objective.terms.{self.name}" + (f".objective = {kind!r}" if "objective" in self.fields else "")
         module = _find(kind, field)
@@ -119,7 +142,7 @@ class _Entry:
                     f"{field}: make in {module.__file__} has an option {reserved!r}, which is a field of every term "
                     f"({', '.join(_FIELDS)}). Give the option another name."
                 )
-        return module.make, parameters
+        return module, parameters
 
     def _coefficient(self) -> Coefficient:
         weight = self.fields.get("weight", 1.0)

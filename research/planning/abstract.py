@@ -15,6 +15,7 @@ from research.devices import sharding
 from research.errors import InputError
 from research.run import assemble, resolve
 from research.sources import fields, tokenizers
+from research.sources.tokenizers import TokenizerSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def describe(config: Config, devices: Any = None) -> Described:
 
 
 def find_vocab_size(config: Config, base: Any = None) -> int:
-    """The model's, or else the tokenizer's, which nothing is read for.
+    """The model's, or else the tokenizer's with its added tokens; no data is read.
 
     Args:
       config: of the run.
@@ -64,10 +65,12 @@ def find_vocab_size(config: Config, base: Any = None) -> int:
     """
     if config.model.vocab_size:
         return config.model.vocab_size
-    if config.tokenizer.kind == "bpe":
-        return config.tokenizer.vocab_size
-    tokenizer = resolve.given_tokenizer(config, base) or tokenizers.make_tokenizer(config.tokenizer, lambda: iter(()))
-    return tokenizer.size
+    trained = config.tokenizer.kind == "bpe"
+    spec = TokenizerSpec("byte") if trained else config.tokenizer  # both have the same special tokens
+    tokenizer = None if trained else resolve.given_tokenizer(config, base)
+    tokenizer = tokenizer or tokenizers.make_tokenizer(spec, lambda: iter(()))
+    size = resolve.with_special_tokens(config, tokenizer).size
+    return config.tokenizer.vocab_size + size - tokenizer.size if trained else size
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -67,13 +67,16 @@ class Inputs:
         return jax.make_array_from_callback((self.config.batch_size, *value.shape[1:]), placement, of_device)
 
 
-def resolve(config: Config, workdir: str, devices: Sequence[Any] | None = None) -> Inputs:
+def resolve(
+    config: Config, workdir: str, devices: Sequence[Any] | None = None, objective: Mapping[str, Any] | None = None
+) -> Inputs:
     """Finds and checks all that a run reads.
 
     Args:
       config: of the run.
       workdir: of the run, which may hold checkpoints of it.
       devices: to make the mesh of; by default all.
+      objective: the one whose special tokens the tokenizer is to have; by default the config's.
 
     Raises:
       InputError: something in the config can't work. Nothing has been written.
@@ -92,7 +95,8 @@ def resolve(config: Config, workdir: str, devices: Sequence[Any] | None = None) 
     if config.compilation_cache:
         compilation.use_compilation_cache(config.data.cache_dir)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
-    data, terms = read_data(config, bases, tokenizers.load_tokenizer(workdir) if resumed else None)
+    tokenizer = _resumed_tokenizer(config, workdir) if resumed else find_tokenizer(config, bases, objective)
+    data, terms = read_data(config, bases, tokenizer)
     data_identity = identity.identity(data, config_lib.data_spec(config))
     frozen_sources = {role: loading.source(name) for role, name in _frozen_names(config, terms).items()}
     if resumed:
@@ -177,21 +181,19 @@ def with_checkpoints(
 
 
 def read_data(
-    config: Config, bases: Mapping[str, loading.Found], tokenizer: tokenizers.Tokenizer | None = None
+    config: Config, bases: Mapping[str, loading.Found], tokenizer: tokenizers.Tokenizer
 ) -> tuple[dataset.Data, Terms]:
     """A run's data and the terms of its objective.
 
     Args:
       config: of the run.
       bases: role -> the model that it names.
-      tokenizer: that of a run to go on from; by default what the config asks for.
+      tokenizer: of the run.
 
     Raises:
       InputError: the data, the tokenizer, the objective and the models don't go together.
     """
     spec = config_lib.data_spec(config)
-    tokenizer = tokenizer or given_tokenizer(config, bases.get("policy"))
-    tokenizer = tokenizer or dataset.build_tokenizer(spec, config.tokenizer, config.seed)
     terms = objectives.load(config.objective, tokenizer)
     for term in terms.values():
         term.source_numbers(sorted(spec.sources))
@@ -199,6 +201,44 @@ def read_data(
     data = dataset.load(spec, config.tokenizer, tokenizer, seed=config.seed, teacher=teacher)
     _check_teachers(config, bases, terms, tokenizer)
     return data, terms
+
+
+def find_tokenizer(
+    config: Config, bases: Mapping[str, loading.Found], objective: Mapping[str, Any] | None = None
+) -> tokenizers.Tokenizer:
+    """The tokenizer of a new run, with the special tokens that its views and objectives need.
+
+    Args and errors: see `resolve` and `read_data`.
+    """
+    tokenizer = given_tokenizer(config, bases.get("policy"))
+    tokenizer = tokenizer or dataset.build_tokenizer(config_lib.data_spec(config), config.tokenizer, config.seed)
+    return with_special_tokens(config, tokenizer, objective)
+
+
+def with_special_tokens(
+    config: Config, tokenizer: tokenizers.Tokenizer, objective: Mapping[str, Any] | None = None
+) -> tokenizers.Tokenizer:
+    """The tokenizer with what it lacks of config.tokenizer.added_tokens, of what views need and of what objectives
+    need, in this order; views and objectives come by name."""
+    tokenizer = dataset.with_special_tokens(tokenizer, config.tokenizer, config_lib.data_spec(config))
+    return tokenizer.with_tokens(objectives.needed_tokens(objective or config.objective, tokenizer))
+
+
+def _resumed_tokenizer(config: Config, workdir: str) -> tokenizers.Tokenizer:
+    """The tokenizer of a run that goes on. Raises InputError where what the config asks for now needs further tokens.
+
+    Its model has no rows for them.
+    """
+    tokenizer = tokenizers.load_tokenizer(workdir)
+    lacks = with_special_tokens(config, tokenizer).size - tokenizer.size
+    if lacks:
+        names = with_special_tokens(config, tokenizer).backend
+        shown = ", ".join(names.id_to_token(tokenizer.size + i) for i in range(lacks))
+        raise InputError(
+            f"tokenizer: objective and data need the special tokens {shown}, and the run in {workdir} began without "
+            f"them. Start in a new --workdir, with model.init_from={workdir} to take the parameters along."
+        )
+    return tokenizer
 
 
 def given_tokenizer(config: Config, base: loading.Found | None) -> tokenizers.Tokenizer | None:

@@ -118,7 +118,7 @@ FIELDS: dict[str, Rule] = {
     **_rules(_HOW, "model", "remat attention"),
     **_rules(_START, "model", "init_from init_std"),
     "roles.NAME.of": _MODEL,
-    **_rules(_TOKENIZER, "tokenizer", "kind vocab_size eos_token"),
+    **_rules(_TOKENIZER, "tokenizer", "kind vocab_size eos_token added_tokens"),
     **_rules(
         _DATA,
         "data",

@@ -84,7 +84,7 @@ def load(
     entries, weights = spec_lib.entries(spec)
     train_on, eval_on = _located(spec, seed)
     if tokenizer is None:
-        tokenizer = _make_tokenizer(tokenizer_spec, train_on, eval_on, spec)
+        tokenizer = with_special_tokens(_make_tokenizer(tokenizer_spec, train_on, eval_on, spec), tokenizer_spec, spec)
     inputs = _same_classes([_open(*each, spec, tokenizer, teacher) for each in (*train_on, *eval_on)], spec)
     train_inputs, eval_inputs = inputs[: len(entries)], inputs[len(entries) :]
 
@@ -124,7 +124,13 @@ def build_tokenizer(spec: DataSpec, tokenizer_spec: TokenizerSpec, seed: int = 0
     Args and errors: see `load`.
     """
     spec_lib.check(spec)
-    return _make_tokenizer(tokenizer_spec, *_located(spec, seed), spec)
+    return with_special_tokens(_make_tokenizer(tokenizer_spec, *_located(spec, seed), spec), tokenizer_spec, spec)
+
+
+def with_special_tokens(tokenizer: Tokenizer, tokenizer_spec: TokenizerSpec, spec: DataSpec) -> Tokenizer:
+    """A tokenizer that has the special tokens that are asked for and those that the views of `spec` need."""
+    tokenizer = tokenizer.with_tokens(tokenizer_spec.added_tokens)
+    return tokenizer.with_tokens(spec_lib.needed_tokens(spec, tokenizer))
 
 
 def _located(spec: DataSpec, seed: int) -> tuple[list[tuple[Entry, Origin]], list[tuple[Entry, Origin]]]:

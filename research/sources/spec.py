@@ -191,6 +191,16 @@ def source_specs(data: DataSpec) -> dict[str, SourceSpec]:
     return specs
 
 
+def needed_tokens(data: DataSpec, tokenizer: Any) -> tuple[str, ...]:
+    """The names of the special tokens that the views of the sources need, which the tokenizer may lack."""
+    return tuple(
+        token
+        for name, source in source_specs(data).items()
+        if source.view
+        for token in views.needed_tokens(source.view, f"data.sources.{name}.view", data.seq_len, tokenizer)
+    )
+
+
 def _defaults(data: DataSpec, path: str) -> SourceSpec:
     return SourceSpec(path, **{option: getattr(data, option) for option in _INHERITED})
 

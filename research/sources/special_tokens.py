@@ -4,9 +4,11 @@ This is the one place that knows spellings. The functions that end in `names` gi
 those to add to it (Tokenizer.with_tokens); the others give ids, and an error where there are none.
 """
 
+import inspect
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from research.errors import InputError
 
@@ -112,6 +114,31 @@ def mode_names(tokenizer: "Tokenizer") -> tuple[str, ...]:
 def mode_tokens(tokenizer: "Tokenizer") -> ModeTokens:
     """The ids of UL2's mode tokens. Raises InputError where one is missing."""
     return ModeTokens(*_ids(tokenizer, mode_names(tokenizer), "mode tokens"))
+
+
+def needed_by(
+    module: ModuleType, tokenizer: "Tokenizer", options: Mapping[str, Any], of_run: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The names of the special tokens that a view or an objective needs; () where its module doesn't say.
+
+    Args:
+      module: that of its `make`. A function special_tokens(tokenizer, **options) -> names says what it needs; it is
+        given those of the options, or of their defaults in `make`, that it has parameters for.
+      tokenizer: of the run.
+      options: that the config sets.
+      of_run: name -> value, of the parameters of `make` that the run sets.
+    """
+    function = getattr(module, "special_tokens", None)
+    if function is None:
+        return ()
+    parameters = inspect.signature(module.make).parameters
+    values = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    values |= {name: value for name, value in of_run.items() if name in parameters} | dict(options)
+    accepted = inspect.signature(function).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        values = {name: value for name, value in values.items() if name in accepted}
+    values.pop("tokenizer", None)
+    return tuple(function(tokenizer, **values))
 
 
 def _first_known(tokenizer: "Tokenizer", groups: Sequence[tuple[str, ...]]) -> tuple[str, ...]:

@@ -58,11 +58,13 @@ class TokenizerSpec:
         or a .gguf file.
       vocab_size: of "bpe", special tokens included; less where the text has too few pairs to merge.
       eos_token: of a path, the token that ends a text; "" reads it from what lies beside it.
+      added_tokens: names of further special tokens, such as the markers of a chat template; their ids come last.
     """
 
     kind: str = "byte"
     vocab_size: int = 4096
     eos_token: str = ""
+    added_tokens: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -252,7 +254,7 @@ class Tokenizer:
 def make_tokenizer(
     spec: TokenizerSpec, texts: Callable[[], Iterator[str]], *, texts_id: str = "", cache_dir: str = ""
 ) -> Tokenizer:
-    """Returns the tokenizer that `spec` names, training it on `texts()` where it is "bpe".
+    """Returns the tokenizer that `spec` names, without its added tokens, training it on `texts()` where it is "bpe".
 
     A trained tokenizer is kept in the cache under `texts_id`, a name for what `texts` gives (default: a hash
     of the texts).

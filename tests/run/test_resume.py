@@ -119,7 +119,7 @@ def other_value(field, value):
         case float():
             return value + 0.25 if value < 0.7 else value - 0.25
         case tuple() | list():
-            return (*value, "x" if field in ("eval.tasks", "data.labels") else 1)
+            return (*value, "x" if field in ("eval.tasks", "data.labels", "tokenizer.added_tokens") else 1)
     return value + "x"
 
 

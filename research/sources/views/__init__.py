@@ -10,14 +10,15 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from research.errors import InputError, did_you_mean
-from research.sources import fields
+from research.sources import fields, special_tokens
 
 
 class Document(NamedTuple):
@@ -77,12 +78,33 @@ def load(view: Mapping[str, Any], field: str, seq_len: int, tokenizer: Any = Non
     try:
         result = module.make(**options, **{name: value for name, value in of_run.items() if name in parameters})
     except InputError as error:
-        raise InputError(f"{field}.{error}") from error
+        raise _named(field, allowed, error) from error
     for name in result.fields:
         row = fields.find(name)
         if row.group in _OF_SOURCES or row.axes[:1] != ("time",):
             raise InputError(f"{field}.kind = {view['kind']!r}: a view can't give the batch field {name!r}.")
     return result
+
+
+def needed_tokens(view: Mapping[str, Any], field: str, seq_len: int, tokenizer: Any) -> tuple[str, ...]:
+    """The names of the special tokens that a view needs, which the tokenizer may lack.
+
+    A view whose documents hold special tokens has a function special_tokens(tokenizer, **options) beside its `make`; a
+    run adds what its tokenizer lacks of them before there are tokens.
+
+    Args and errors: see `load`.
+    """
+    options = {option: value for option, value in view.items() if option != "kind"}
+    try:
+        return special_tokens.needed_by(find(view, field), tokenizer, options, {"seq_len": seq_len})
+    except InputError as error:
+        raise _named(field, options, error) from error
+
+
+def _named(field: str, options: Collection[str], error: InputError) -> InputError:
+    """The error of a view, with the config's field before it; it may begin with the name of one of the options."""
+    first = re.match(r"\w+", str(error))
+    return InputError(f"{field}{'.' if first and first[0] in options else ': '}{error}")
 
 
 def find(view: Mapping[str, Any], field: str) -> ModuleType:
