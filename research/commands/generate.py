@@ -1,7 +1,8 @@
-"""Lets a model write: an answer, a conversation, or completions of a file of prompts.
+"""Lets a model write: an answer, a conversation, completions of a file of prompts, or what is missing in a text.
 
-Completions go to stdout, all else to stderr. With --output, a killed run leaves OUTPUT.partial, and the same command
-goes on from there.
+A model that was trained to fill in (docs/data.md, the views fim and denoise) writes what belongs between --prefix and
+--suffix. Completions go to stdout, all else to stderr. With --output, a killed run leaves OUTPUT.partial, and the same
+command goes on from there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,18 @@ COMMAND = cli.Command(
         cli.STEP,
         cli.EMA,
         Flag("prompt", "answer this, or continue it under the template plain; it is written as it comes"),
+        Flag("prefix", "fill in what belongs between this and --suffix", shown="nothing, if there is a suffix"),
+        Flag("suffix", "fill in what belongs between --prefix and this", shown="nothing, if there is a prefix"),
+        Flag(
+            "form",
+            "how a prefix and a suffix are shown: psm, spm or sentinel",
+            shown="psm, or sentinel where the tokenizer has those alone",
+            metavar="FORM",
+            parse=cli.one_of("psm", "spm", "sentinel"),
+        ),
         Flag(
             "data",
-            'answer prompts: .txt, one a line, or .jsonl with "prompt" or "messages"',
+            'answer prompts: .txt, one a line, or .jsonl with "prompt", "messages", or "prefix" and "suffix"',
             metavar="FILE",
             parse=cli.path,
         ),
@@ -54,12 +64,13 @@ COMMAND = cli.Command(
         'understudy generate --model=runs/sft --prompt="What is 2 + 2?"',
         "understudy generate --model=runs/sft --data=prompts.jsonl --output=completions.jsonl",
         "understudy generate --model=runs/sft --interactive",
+        'understudy generate --model=runs/fim --prefix="def add(a, b):" --suffix="    return total"',
     ),
     renamed={"checkpoint": "model", "prompts": "data"},
     resumable=True,
 )
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-_DECIDING = ("model", "step", "ema", "system", "max_new_tokens", *_SAMPLING, "stop", "seed")
+_DECIDING = ("model", "step", "ema", "system", "form", "max_new_tokens", *_SAMPLING, "stop", "seed")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,7 +85,8 @@ def _generate(args: SimpleNamespace) -> None:
     from research.devices import compilation
     from research.evals import completions, conversation, prompts
 
-    questions = prompts.read_prompts(args.data) if args.data else [prompts.Prompt("--prompt", args.prompt)]
+    questions = prompts.read_prompts(args.data) if args.data else [prompts.Prompt(*_asked(args))]
+    form = _form(args, [prompts.is_gap(question) for question in questions])
     compilation.use_compilation_cache()
     responder = completions.make_responder(
         loading.load_model(args.model, step=args.step, ema=args.ema),
@@ -84,6 +96,7 @@ def _generate(args: SimpleNamespace) -> None:
         system=args.system,
         stops=args.stop,
         seed=args.seed,
+        form=form,
     )
 
     def reply(messages: list[dict[str, str]], turn: int) -> Iterator[str]:
@@ -104,12 +117,42 @@ def _generate(args: SimpleNamespace) -> None:
         print()
 
 
+def _asked(args: SimpleNamespace) -> tuple[str, str | dict[str, str]]:
+    """Where the one prompt of the command line is, and what it says; of a conversation nothing yet."""
+    if args.prefix or args.suffix:
+        return "--prefix and --suffix", {"prefix": args.prefix or "", "suffix": args.suffix or ""}
+    return "--prompt", args.prompt or ""
+
+
+def _form(args: SimpleNamespace, gaps: Sequence[bool]) -> str:
+    """How prefixes and suffixes are shown, "" where there are none; `gaps` says of each prompt whether it has them.
+
+    Raises:
+      InputError: some have, or a flag is of the other kind.
+    """
+    if any(gaps) and not all(gaps):
+        raise InputError(
+            f"--data = {args.data}: has records with a prefix and a suffix, and others. Put each kind into a file."
+        )
+    if not any(gaps):
+        if args.form:
+            raise InputError(f"--form = {args.form}: is of a prefix and a suffix, and there are none. Leave it out.")
+        return ""
+    for name in ("template", "system"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name}: is of prompts, and a middle is filled in without. Leave it out.")
+    return args.form or "auto"
+
+
 def _check(args: SimpleNamespace) -> None:
     """Raises InputError where flags don't go together."""
     asked = [f"--{name}" for name in ("prompt", "data", "interactive") if getattr(args, name)]
-    if len(asked) != 1:
-        said = " and ".join(asked) if asked else "no prompt"
-        raise InputError(f"{said} given: use one of --prompt=TEXT, --data=FILE and --interactive.")
+    gap = [f"--{name}" for name in ("prefix", "suffix") if getattr(args, name)]
+    if len(asked) + bool(gap) != 1:
+        said = " and ".join(asked + gap) if asked or gap else "no prompt"
+        raise InputError(
+            f"{said} given: use one of --prompt=TEXT, --data=FILE, --interactive, and --prefix=TEXT with --suffix=TEXT."
+        )
     if args.interactive and args.output:
         raise InputError(f"--output = {args.output}: a conversation isn't written to a file. Leave it out.")
     if "" in args.stop:

@@ -15,11 +15,11 @@ import jax
 
 from research import files
 from research.evals.markers import say_markers
-from research.evals.prompts import Prompt, PromptEncoder
+from research.evals.prompts import GapEncoder, Prompt, PromptEncoder
 from research.loading import LoadedModel
 from research.models.generation import BATCHES_AT_ONCE, Completion, generate_batches, make_generate, make_stream
 from research.models.sampling import SamplingConfig, longest_prompt
-from research.sources.formats import answer_decoder
+from research.sources.infilling import make_infilling
 
 Decode = Callable[[list[int]], str]
 
@@ -38,7 +38,7 @@ class Responder:
 
     loaded: LoadedModel
     sampling: SamplingConfig
-    encode: PromptEncoder
+    encode: PromptEncoder | GapEncoder
     stops: tuple[str, ...]
     key: jax.Array
 
@@ -57,7 +57,7 @@ class Responder:
 
     @functools.cached_property
     def decode(self) -> Decode:
-        return answer_decoder(self.loaded.tokenizer, self.encode.template)
+        return self.encode.decode
 
     @functools.cached_property
     def _streaming(self) -> tuple[Callable[..., Any], Any]:
@@ -114,6 +114,7 @@ def make_responder(
     system: str | None = None,
     stops: Sequence[str] = (),
     seed: int = 0,
+    form: str = "",
 ) -> Responder:
     """Prepares a model to answer prompts.
 
@@ -125,17 +126,25 @@ def make_responder(
       system: see PromptEncoder.
       stops: texts that end an answer.
       seed: of the draws.
+      form: of sources.infilling, where prompts have a prefix and a suffix; "" for the others.
 
     Raises:
-      InputError: the sampling can't work, or leaves no room for a prompt.
+      InputError: the sampling can't work, or leaves no room for a prompt; or the model can't fill in.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     if max_new_tokens is None:
         max_new_tokens = min(256, model.config.max_length // 2)
-    config = SamplingConfig(max_new_tokens=max_new_tokens, stop_tokens=tokenizer.stop, **sampling)
-    longest = longest_prompt(model, config)
     room = f"model.max_length = {model.config.max_length} less --max_new_tokens={max_new_tokens}"
-    encoder = PromptEncoder(tokenizer, template or loaded.template, system, longest, room)
+    infilling, stop = None, tokenizer.stop
+    if form:
+        infilling = make_infilling(form, tokenizer)
+        stop, max_new_tokens = infilling.stop, max_new_tokens + infilling.extra
+    config = SamplingConfig(max_new_tokens=max_new_tokens, stop_tokens=stop, **sampling)
+    longest = longest_prompt(model, config)
+    if infilling:
+        encoder = GapEncoder(infilling, longest, room)
+    else:
+        encoder = PromptEncoder(tokenizer, template or loaded.template, system, longest, room)
     return Responder(loaded, config, encoder, tuple(stops), jax.random.key(seed))
 
 

@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from research.errors import InputError
-from research.sources.formats import render_prompt
+from research.sources.formats import answer_decoder, render_prompt
+from research.sources.infilling import Infilling
 from research.sources.tokenizers import Tokenizer
 
 
 class Prompt(NamedTuple):
-    """What the user gave, and where: a text, {"prompt": text} or {"messages": [...]}."""
+    """Where the user gave what: a text, {"prompt": text}, {"messages": [...]}, or {"prefix": text, "suffix": text}."""
 
     where: str
     record: str | Mapping[str, Any]
@@ -46,12 +47,46 @@ class PromptEncoder:
             ids = render_prompt(_with_system(prompt.record, self.system), self.tokenizer, self.template)
         except InputError as error:
             raise InputError(f"{prompt.where}: {error}") from error
-        if len(ids) > self.longest:
-            raise InputError(
-                f"{prompt.where}: is {len(ids)} tokens long, and there is room for {self.longest} ({self.room}). "
-                "Shorten the one, or lower the other."
-            )
+        _check_length(prompt, ids, self.longest, self.room)
         return ids
+
+    @property
+    def decode(self) -> Callable[[list[int]], str]:
+        """Token ids of an answer -> its text."""
+        return answer_decoder(self.tokenizer, self.template)
+
+
+@dataclasses.dataclass(frozen=True)
+class GapEncoder:
+    """Turns what stands around a gap into tokens; `longest` and `room` are PromptEncoder's."""
+
+    infilling: Infilling
+    longest: int
+    room: str
+
+    def __call__(self, prompt: Prompt) -> list[int]:
+        """Returns token ids. Raises InputError where there are too many."""
+        ids = self.infilling.prompt(prompt.record["prefix"], prompt.record["suffix"])
+        _check_length(prompt, ids, self.longest, self.room)
+        return ids
+
+    @property
+    def decode(self) -> Callable[[list[int]], str]:
+        """Token ids of an answer -> the text of the middle."""
+        return self.infilling.text
+
+
+def is_gap(prompt: Prompt) -> bool:
+    """Whether the model is to fill in what belongs between two texts."""
+    return not isinstance(prompt.record, str) and not {"prompt", "messages"} & prompt.record.keys()
+
+
+def _check_length(prompt: Prompt, ids: list[int], longest: int, room: str) -> None:
+    if len(ids) > longest:
+        raise InputError(
+            f"{prompt.where}: is {len(ids)} tokens long, and there is room for {longest} ({room}). Shorten the one, or "
+            "lower the other."
+        )
 
 
 def read_prompts(path: str) -> list[Prompt]:
@@ -84,8 +119,14 @@ def _record(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: is no JSON ({error}). Write one object a line.") from error
-    if not isinstance(record, dict) or not {"prompt", "messages"} & record.keys():
-        raise InputError(f'{where}: is no object with "prompt" or "messages". Add the one or the other.')
+    if not isinstance(record, dict) or not {"prompt", "messages", "prefix", "suffix"} & record.keys():
+        raise InputError(
+            f'{where}: is no object with "prompt" or "messages", or "prefix" and "suffix". Add what it is to be.'
+        )
+    if not {"prompt", "messages"} & record.keys():
+        for name in ("prefix", "suffix"):
+            if not isinstance(record.get(name), str):
+                raise InputError(f'{where}: "{name}" must be text, beside "prefix" or "suffix". Write "" for none.')
     messages = record.get("messages", [])
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise InputError(f'{where}: "messages" is no list of objects with "role" and "content". Write it as one.')

@@ -3,7 +3,8 @@
 Forms, after <|bos|> where the tokenizer has it (Bavarian et al. 2022, arXiv:2207.14255), in our names for the tokens:
   psm       <|fim_prefix|> PREFIX <|fim_suffix|> SUFFIX <|fim_middle|> MIDDLE
   spm       <|fim_prefix|> <|fim_suffix|> SUFFIX <|fim_middle|> PREFIX MIDDLE, the paper's second variant
-  sentinel  PREFIX <|mask:0|> SUFFIX, and then <|mask:0|> MIDDLE <|mask:1|>: of models that were trained to denoise
+  sentinel  PREFIX <|mask:0|> SUFFIX, and then <|mask:0|> MIDDLE <|mask:1|>: of models that were trained to denoise;
+            where the tokenizer has UL2's mode tokens, that of short spans comes first
   left      PREFIX MIDDLE: of models that read from left to right, to compare with; they don't see the suffix
 Each part is tokenised by itself, so that a cut within a word gives the same tokens in training and at use. A tokenizer
 that puts a space before a text does so before a prefix alone.
@@ -36,6 +37,7 @@ class Infilling:
       stop: ids that end a middle.
       marks: of psm and spm.
       hole: of sentinel, the first of them.
+      mode: of sentinel, what comes before the prefix.
     """
 
     form: str
@@ -43,6 +45,7 @@ class Infilling:
     stop: tuple[int, ...]
     marks: FimTokens | None = None
     hole: int | None = None
+    mode: tuple[int, ...] = ()
 
     @property
     def extra(self) -> int:
@@ -56,10 +59,13 @@ class Infilling:
         bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         if self.marks is not None:
             return [*bos, *arrange(self.marks, first, [], last, spm=self.form == "spm")]
-        return [*bos, *first, *([] if self.hole is None else [self.hole, *last])]
+        return [*bos, *self.mode, *first, *([] if self.hole is None else [self.hole, *last])]
 
     def text(self, ids: list[int]) -> str:
-        """The text of an answer, which goes on with another: special tokens are left out."""
+        """The text of an answer; of what follows its first sentinel, what comes before the next."""
+        if self.hole is not None and self.hole in ids:
+            ids = ids[ids.index(self.hole) + 1 :]
+            ids = ids[: ids.index(self.hole)] if self.hole in ids else ids
         return self.tokenizer.decode_after(ids)
 
 
@@ -81,7 +87,7 @@ def make_infilling(form: str, tokenizer: Tokenizer) -> Infilling:
     try:
         if form == "sentinel":
             hole, end = special_tokens.sentinels(tokenizer, 2)
-            return Infilling(form, tokenizer, (*tokenizer.stop, end), hole=hole)
+            return Infilling(form, tokenizer, (*tokenizer.stop, end), hole=hole, mode=_mode(tokenizer))
         marks = special_tokens.fim_tokens(tokenizer)
     except InputError as error:
         raise InputError(f"form = {form}: {error}") from error
@@ -99,6 +105,11 @@ def _find_form(tokenizer: Tokenizer) -> str:
         "form = auto: the tokenizer has neither tokens around a prefix, a suffix and a middle, nor sentinels, so that "
         "the model hasn't learnt to fill in. Name a model that has, or the form left, which shows the prefix alone."
     )
+
+
+def _mode(tokenizer: Tokenizer) -> tuple[int, ...]:
+    names = special_tokens.mode_names(tokenizer)
+    return (special_tokens.mode_tokens(tokenizer).regular,) if _has(tokenizer, names) else ()
 
 
 def _has(tokenizer: Tokenizer, names: tuple[str, ...]) -> bool:

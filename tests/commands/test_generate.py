@@ -17,6 +17,7 @@ from research.models.config import ModelConfig
 from research.models.generation import Completion
 from research.models.transformer import Model
 from research.ops.head import Head
+from research.sources import infilling
 from research.sources.formats import render_prompt
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
@@ -137,7 +138,7 @@ def test_bad_flags(run, flags, message):
         ("", "is empty. Write one prompt a line"),
         ('{"prompt": "a"}\n\n', ":2: is an empty line"),
         ('{"prompt": "a"}\n{"prompt"\n', ":2: is no JSON"),
-        ('{"text": "a"}\n', ':1: is no object with "prompt" or "messages"'),
+        ('{"text": "a"}\n', ':1: is no object with "prompt" or "messages", or "prefix" and "suffix"'),
         ("[]\n", ":1: is no object"),
         ('{"messages": "a"}\n', ':1: "messages" is no list'),
         ('{"messages": [{"role": "robot", "content": "a"}]}\n', ":1: message 1 has role 'robot'"),
@@ -149,6 +150,86 @@ def test_a_faulty_line_is_named(run, tmp_path, content, message):
     file = tmp_path / "prompts.jsonl"
     file.write_text(content)
     status, stdout, stderr = run(f"--data={file}")
+    assert (status, stdout) == (2, "")
+    assert message in stderr
+
+
+@pytest.fixture
+def filled(run, monkeypatch):
+    """The command, on a model that fills in ANSWER; and the prompts that it was given."""
+    tokenizer = TOKENIZER.with_tokens(
+        ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|mask:0|>", "<|mask:1|>"]
+    )
+    ids, V = TOKENIZER.encode(ANSWER), tokenizer.size
+    table = jnp.full(V, tokenizer.eos, jnp.int32)
+    for first in ("<|fim_middle|>", "<|mask:0|>"):
+        table = table.at[tokenizer.special(first)].set(ids[0])
+    table = table.at[ord("s")].set(tokenizer.special("<|mask:0|>")).at[ord("p")].set(ids[0])
+    table = table.at[jnp.array(ids)].set(jnp.array([*ids[1:], tokenizer.special("<|mask:1|>")]))
+    model = run.loaded.model
+    run.loaded.model = model._replace(
+        config=ModelConfig(vocab_size=V, max_length=64),
+        unembed=lambda params: Head(jnp.eye(V), None, 0.0),
+        decode=lambda params, tokens, positions, mask, cache, index: (9 * jax.nn.one_hot(params[tokens], V), cache),
+    )
+    run.loaded.params, run.loaded.tokenizer = table, tokenizer
+    run.prompts = []
+    real = infilling.Infilling.prompt
+    spy = lambda self, *texts: run.prompts.append(real(self, *texts)) or run.prompts[-1]  # noqa: E731
+    monkeypatch.setattr(infilling.Infilling, "prompt", spy)
+    return run
+
+
+def test_a_middle_is_filled_in(filled):
+    """It ends with the end of the text, a sentinel, or another part; each form shows the parts in its order."""
+    prefix, suffix, middle = (TOKENIZER.size + i for i in range(3))
+    hole = TOKENIZER.size + 3
+    asked = {
+        (): [prefix, *b"p", suffix, *b"s", middle],
+        ("--form=psm",): [prefix, *b"p", suffix, *b"s", middle],
+        ("--form=spm",): [prefix, suffix, *b"s", middle, *b"p"],
+        ("--form=sentinel",): [*b"p", hole, *b"s"],
+    }
+    for flags, ids in asked.items():
+        # Without room for more than the answer, and the sentinel that it begins with.
+        assert filled("--prefix=p", "--suffix=s", "--max_new_tokens=6", *flags) == (0, ANSWER + "\n", "")
+        assert filled.prompts[-1] == [TOKENIZER.bos, *ids]
+    assert filled("--suffix=s", "--stop=☕")[:2] == (0, "é\n")
+    assert filled.prompts[-1] == [TOKENIZER.bos, prefix, suffix, *b"s", middle]
+
+
+def test_middles_of_a_file(filled, tmp_path):
+    gaps, output = tmp_path / "gaps.jsonl", tmp_path / "out.jsonl"
+    records = [{"prefix": "p", "suffix": "s", "id": 3}, {"prefix": "", "suffix": ""}]
+    gaps.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert filled(f"--data={gaps}")[:2] == (0, f"{ANSWER}\n{ANSWER}\n")
+    assert filled(f"--data={gaps}", f"--output={output}")[0] == 0
+    first = json.loads(output.read_text().splitlines()[0])
+    assert first.pop("logprob") < 0
+    assert first.pop("tokens")[: len(ANSWER.encode())] == TOKENIZER.encode(ANSWER)
+    assert first == {**records[0], "completion": ANSWER}
+    gaps.write_text(json.dumps(records[0]) + '\n{"prompt": "a"}\n')
+    assert "has records with a prefix and a suffix, and others" in filled(f"--data={gaps}")[2]
+    gaps.write_text('{"prefix": "a"}\n')
+    assert 'gaps.jsonl:1: "suffix" must be text' in filled(f"--data={gaps}")[2]
+    gaps.write_text(json.dumps({"prefix": "a" * 60, "suffix": ""}))
+    assert "gaps.jsonl:1: is 64 tokens long, and there is room for 32" in filled(f"--data={gaps}")[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prefix=a", "--prompt=b"], "error: --prompt and --prefix given: use one of"),
+        (["--prefix=a", "--suffix=b", "--template=plain"], "error: --template: is of prompts"),
+        (["--suffix=b", "--system=x"], "error: --system: is of prompts"),
+        (["--prompt=a", "--form=psm"], "error: --form = psm: is of a prefix and a suffix, and there are none"),
+        (["--prefix=a", "--form=psn"], "error: --form = psn: no such choice. Did you mean 'psm'?"),
+        (["--prefix=a"], "error: form = auto: the tokenizer has neither tokens around a prefix"),
+        (["--prefix=a", "--form=spm"], "error: form = spm: tokenizer: has 0 of the 3 tokens of fill-in-the-middle"),
+    ],
+)
+def test_what_cannot_be_filled_in_is_refused(run, flags, message):
+    status, stdout, stderr = run(*flags)
     assert (status, stdout) == (2, "")
     assert message in stderr
 
