@@ -235,7 +235,7 @@ def test_a_wrong_option_is_named(tmp_path, byte, options, message):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
         load(spec(path, {"kind": "fim", **options}), TokenizerSpec(), byte)
-    with pytest.raises(InputError, match=r"view.kind = 'fim': data.seq_len = 8 leaves no room"):
+    with pytest.raises(InputError, match=r"view: data.seq_len = 8 leaves no room"):
         load(spec(path, {"kind": "fim"}, seq_len=8), TokenizerSpec(), byte)
 
 

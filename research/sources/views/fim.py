@@ -10,7 +10,7 @@ It is a view of plain text. Conversations are refused: a middle of theirs would 
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def make(
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise InputError(f"draws = {draws!r}: must be a whole number of at least 1.")
     if seq_len < _LEAST_ROW:
-        raise InputError(f"kind = 'fim': data.seq_len = {seq_len} leaves no room. Set it to {_LEAST_ROW} at least.")
+        raise InputError(f"data.seq_len = {seq_len} leaves no room for a middle. Set it to {_LEAST_ROW} at least.")
     if tokenizer is None:
         return View(lambda document, rng: [document])
     if split == "character" and not _keeps_spaces(tokenizer):
@@ -69,7 +69,7 @@ def make(
     return View(_Fim(float(rate), float(spm_rate), split, draws, seq_len, tokenizer, marks).documents)
 
 
-def special_tokens(tokenizer: Tokenizer, **options: Any) -> tuple[str, ...]:
+def special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
     """Names of the special tokens that the view writes; a run adds those that the tokenizer lacks."""
     return fim_names(tokenizer)
 
