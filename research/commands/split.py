@@ -27,7 +27,13 @@ COMMAND = cli.Command(
         Flag("parts", "the files, and how many records each gets", metavar="NAME:COUNT,...", required=True),
         Flag("fields", 'columns of other names: \'{"text": "headline"}\'', {}, "none", "JSON", cli.names_by_name),
         Flag("seed", "of which record goes where, and of generated records", 0, metavar="N", parse=cli.seed),
-        Flag("examples", "how many records to generate, for each tasks:", 10_000, metavar="N", parse=cli.whole(1)),
+        Flag(
+            "examples",
+            "how many records to generate, for each tasks: or grammar:",
+            10_000,
+            metavar="N",
+            parse=cli.whole(1),
+        ),
     ),
     examples=("understudy split --data=tasks:reverse --output=data/reverse --parts=train:1000,test",),
 )

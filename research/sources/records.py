@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from research.errors import InputError, did_you_mean
-from research.sources import folders, json_limits, reasoning, stdlib_text, tasks
+from research.sources import folders, grammar, json_limits, reasoning, stdlib_text, tasks
 from research.sources.cache import code_digest
 
 SHOWN = "assistant of weight 0"  # the role of an assistant's turn that isn't learned
@@ -92,8 +92,8 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
 
     Args:
       entry: a file, folder or glob of files (jsonl, jsonl.gz, json, parquet, txt); a folder written by
-        `datasets.save_to_disk`; hf:NAME[:CONFIG][:SPLIT]; tasks:NAME[/LEVEL]; reasoning_gym:NAME;
-        builtin:python_docs or builtin:python_topics.
+        `datasets.save_to_disk`; hf:NAME[:CONFIG][:SPLIT]; tasks:NAME[/LEVEL]; grammar:NAME[/SIZE];
+        reasoning_gym:NAME; builtin:python_docs or builtin:python_topics.
       count, seed: how many records to generate, and from which seed, where the entry names a generator.
 
     Raises:
@@ -102,6 +102,8 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
     scheme, _, rest = entry.partition(":")
     if scheme == "tasks":
         return _generated(entry, tasks, lambda: tasks.records(rest, count, seed), [count, seed])
+    if scheme == "grammar":
+        return _generated(entry, grammar, lambda: grammar.records(rest, count, seed), [count, seed])
     if scheme == "reasoning_gym":
         return _generated(entry, reasoning, lambda: reasoning.records(rest, count, seed), [count, seed])
     if scheme == "builtin":

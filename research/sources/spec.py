@@ -41,7 +41,7 @@ class DataSection:
       labels: names of the classes in their order, where a label is a name.
       num_classes: C; 0 is as many as the data and `labels` have.
       prompt: what a classifier reads, with {text} where the text goes.
-      examples: how many records to generate, for tasks: and reasoning_gym:.
+      examples: how many records to generate, for tasks:, grammar: and reasoning_gym:.
       max_records: read at most so many records of each entry; 0 reads all.
       annotations: a folder that understudy annotate made of the same data; batches then hold what a teacher says.
       cache_dir: where tokens are kept; "" is $UNDERSTUDY_CACHE, else ~/.cache/understudy.
