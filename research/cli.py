@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from research import commands
 from research.devices import startup
-from research.errors import MOST_SEED, Exit, InputError, did_you_mean, explain_flag_error
+from research.errors import MOST_SEED, Exit, InputError, check_field, did_you_mean, explain_flag_error
 
 _MODULES = "research.commands"
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -276,11 +276,17 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
     from ml_collections import config_flags
 
     argv = [_found_experiment(flag) for flag in argv]
+    for flag in argv:
+        check_field(flag)
+    files = [flag for flag in argv if flag.partition("=")[0] == "--config"]
+    if len(files) > 1:
+        raise InputError(f"{' '.join(files)}: names {len(files)} experiments. Give one.")
+    ordered = files + [flag for flag in argv if flag not in files]  # config_flags wants the experiment first
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=["", *argv])
     try:
+        config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=["", *ordered])
         with quick_imports():
-            rest = values(["understudy", *argv])[1:]
+            rest = values(["understudy", *ordered])[1:]
             values.config.to_dict()  # raises what went wrong with its file
     except Exception as error:
         raise InputError(explain_flag_error(error, argv)) from error
@@ -290,8 +296,23 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
     path, _, variants = holder.config_filename.partition(":")
     finish = getattr(load_module(path), "finish", None)
     if finish is not None:
-        finish(values.config, variants, holder.override_values)
+        _finish(finish, values.config, variants, holder.override_values)
     return Experiment(holder.config_filename, values.config, holder.override_values, tuple(argv))
+
+
+def _finish(finish: Callable[..., None], config: Any, variants: str, overrides: Mapping[str, Any]) -> None:
+    """Calls an experiment's `finish`. Raises InputError where an override left out a field that it reads."""
+    try:
+        finish(config, variants, overrides)
+    except AttributeError as error:
+        whole = [name for name, value in overrides.items() if hasattr(value, "items")]
+        if not whole or not isinstance(error.args[0], KeyError):
+            raise
+        field = error.args[0].args[0]
+        raise InputError(
+            f"--config.{whole[0]}: takes the place of the whole section, and lacks the field {field}, which the "
+            f"experiment reads. Set one field, --config.{whole[0]}.FIELD=VALUE, or write them all."
+        ) from error
 
 
 def load_module(path: str) -> ModuleType:

@@ -329,6 +329,11 @@ def _check_numbers(config: Config) -> None:
     _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     _at_least("log.every", config.log.every, 1)
     _at_least("eval.max_new_tokens", config.eval.max_new_tokens, 1)
+    _at_least("stall_seconds", config.stall_seconds, 0)
+    for chip, price in config.plan.prices.items():
+        if chip not in PlanConfig().prices:
+            raise InputError(f"plan.prices.{chip}: no such chip.{did_you_mean(chip, PlanConfig().prices)}")
+        _at_least(f"plan.prices.{chip}", price, 0)
     if not 0 <= config.seed <= MOST_SEED:
         raise InputError(f"seed = {config.seed}: must be from 0 to {MOST_SEED}.")
     if not 0 <= config.ema_decay < 1:
@@ -455,39 +460,65 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     for name, value in values.items():
         if name not in hints:
             raise InputError(f"{prefix}{name}: no such field.{did_you_mean(name, _names(cls))}")
-        fields[name] = _convert(hints[name], value, f"{prefix}{name}")
+        fields[name] = convert(hints[name], value, f"{prefix}{name}")
     return cls(**_at_home(fields))
 
 
-def _convert(hint: Any, value: Any, field: str) -> Any:
+def convert(hint: Any, value: Any, field: str) -> Any:
+    """A value of a config as the type that its field is to have.
+
+    Raises:
+      InputError: it is of another type, or a number that isn't finite.
+    """
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, field)
     kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if kind is Mapping and isinstance(value, Mapping) and dataclasses.is_dataclass(args[1]):
-        return {name: _convert(args[1], section, f"{field}.{name}") for name, section in value.items()}
-    if kind is types.UnionType:
-        kinds = tuple(typing.get_origin(option) or option for option in args)
-        if not isinstance(value, kinds):
-            raise InputError(f"{field} = {value!r}: must be a {' or a '.join(k.__name__ for k in kinds)}.")
-        return dict(value) if isinstance(value, Mapping) else value
+    if kind is Any:
+        return value
+    if kind is Mapping and isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise InputError(f"{field}: has the name {name!r}, and names are texts. Write it in quotes.")
+        return {name: convert(args[1], section, f"{field}.{name}") for name, section in value.items()}
+    if kind in (types.UnionType, typing.Union):
+        fitting = [option for option in args if _fits(option, value)]
+        if not fitting:
+            kinds = " or ".join("None" if option is type(None) else _kind(option).__name__ for option in args)
+            raise InputError(f"{field} = {value!r}: must be of type {kinds}, and is {type(value).__name__}.")
+        return convert(fitting[0], value, field)
     if kind is tuple:
         value = tuple(value) if isinstance(value, list | tuple) else (value,)
-        return tuple(_convert(args[0], v, field) for v in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    wrong = isinstance(value, bool) and kind is not bool  # a bool is an int to Python
-    if isinstance(kind, type) and (wrong or not isinstance(value, kind)):
+        return tuple(convert(args[0], v, field) for v in value)
+    if isinstance(kind, type) and not _fits(kind, value):
         raise InputError(f"{field} = {value!r}: must be of type {kind.__name__}, and is {type(value).__name__}.")
+    if kind is float and not math.isfinite(value):
+        raise InputError(f"{field} = {value}: must be a finite number.")
+    if kind is float:
+        return float(value)
     if kind is int and not -(2**31) <= value <= MOST_SEED:
         shown = "a number of very many digits" if value.bit_length() > 200 else value
         raise InputError(f"{field} = {shown}: is out of the range of 32 bits.")
-    return dict(value) if isinstance(value, Mapping) else value
+    return value
+
+
+def _kind(hint: Any) -> Any:
+    return typing.get_origin(hint) or hint
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of a type; a bool is an int to Python, and not here, and an int is a float."""
+    kind = _kind(hint)
+    if isinstance(value, bool) and kind is not bool:
+        return kind is Any
+    if kind is Any or not isinstance(kind, type):
+        return True
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def _at_least(field: str, value: int, least: int) -> None:
+def _at_least(field: str, value: float, least: int) -> None:
     if value < least:
         raise InputError(f"{field} = {value}: must be at least {least}.")

@@ -11,6 +11,20 @@ from pathlib import Path
 MOST_SEED = 2**32 - 1
 
 
+# Fields of a config that are mappings: what isn't in them can't be set by its name.
+MAPPINGS = (
+    "rules",
+    "trainable",
+    "roles",
+    "data.fields",
+    "data.sources",
+    "objective",
+    "objective.terms",
+    "optimizer.groups",
+    "plan.prices",
+)
+
+
 class Exit(enum.IntEnum):
     """The exit statuses of every command. After PREEMPTED and LOST, the same command goes on from where it stopped."""
 
@@ -47,22 +61,67 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> str:
     if config and not path.is_file():
         there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         return f"--config={config}: there is no file {str(path)!r}.{did_you_mean(str(path), there)}"
-    inner = re.search(r"InputError: (.*)", text)
-    if inner:
+    if inner := re.search(r"InputError: (.*)", text):
         return inner[1]
-    if isinstance(error, AttributeError | KeyError) and (key := re.match(r"\W*(\w+)", text)):
-        for flag in argv:
-            if re.match(rf"--config\.(.*\.)?{key[1]}(\.|=|$)", flag):
-                near = re.search(r'Did you mean "(\w+)"', text)
-                hint = (
-                    f"Did you mean {near[1]!r}?"
-                    if near
-                    else ("docs/configs.md lists the fields; in an objective, what the experiment sets can be changed.")
-                )
-                return f"{flag}: no such field {key[1]!r}. {hint}"
-    number = re.match(r"flag (--config\..*): (invalid literal for int|could not convert string to float)", text)
-    if number:
-        return f"{number[1]}: must be a {'whole ' if 'int' in number[2] else ''}number."
-    if not isinstance(error, InputError) and not type(error).__module__.startswith("absl"):
+    if isinstance(error, InputError):
+        return text
+    if line := _explain_field(error, text, argv) or _explain_value(text, argv):
+        return line
+    if "Traceback" in text or not type(error).__module__.startswith("absl"):
         return "".join(traceback.format_exception(error)).strip()
     return text
+
+
+def check_field(flag: str) -> None:
+    """Raises InputError where a flag of the config isn't --config.FIELD=VALUE."""
+    field, equals, value = flag.removeprefix("--no").removeprefix("--").partition("=")
+    names = field.split(".")[1:]
+    if not all(name.isidentifier() for name in names) or (not names and not flag.startswith("--config")):
+        part = " A part of a tuple or a mapping is set with the whole." if {"[", "{"} & set(field) else ""
+        raise InputError(f"{flag}: isn't of the form --config.FIELD=VALUE, such as --config.model.num_layers=2.{part}")
+    if "\0" in value:
+        raise InputError(f"--{field} = {value!r}: holds a zero byte. Leave it out.")
+    if equals and flag.startswith("--no"):
+        raise InputError(f"{flag}: is False without a value. Write --{field}={value}.")
+    if not equals and not flag.startswith("--no"):
+        raise InputError(f"{flag}: has no value. Write {flag}=VALUE.")
+
+
+def _explain_field(error: Exception, text: str, argv: Sequence[str]) -> str:
+    """What is wrong with a field that isn't there; "" where it's something else."""
+    if lookup := re.search(r"Attribute <class '(\w+)'>.* Attempting to lookup: ([\w.]+)", text):
+        flag = next((flag for flag in argv if flag.startswith(f"--config.{lookup[2]}")), f"--config.{lookup[2]}")
+        return f"{flag}: what is before the last dot is one value ({lookup[1]}), and has no fields. Set it as a whole."
+    key = re.match(r"\W*(\w+)", text) if isinstance(error, AttributeError | KeyError) else None
+    if unknown := re.match(r"Unknown command line flag '(no(config\.[\w.]+))'", text):
+        return (
+            f"--{unknown[1]}: sets a field to False, and {unknown[2]} isn't True or False. Write --{unknown[2]}=VALUE."
+        )
+    for flag in argv if key else ():
+        if place := re.match(rf"--(?:no)?config\.(?:(.*)\.)?{key[1]}(\.|=|$)", flag):
+            if place[1] in MAPPINGS or f"{place[1]}".startswith("objective."):
+                return (
+                    f"{flag}: {place[1]} has no {key[1]!r} yet. It is a mapping, which takes a new name when it is "
+                    f'written whole: --config.{place[1]}="{{..., {key[1]!r}: ...}}".'
+                )
+            near = re.search(r'Did you mean "(\w+)"', text)
+            hint = f"Did you mean {near[1]!r}?" if near else "docs/configs.md lists the fields."
+            return f"{flag}: no such field {key[1]!r}. {hint}"
+    return ""
+
+
+def _explain_value(text: str, argv: Sequence[str]) -> str:
+    """What is wrong with a value; "" where it's something else."""
+    flag = next((flag for flag in argv if text.startswith(f"flag {flag}: ")), None)
+    if flag is None:
+        return ""
+    reason = text.removeprefix(f"flag {flag}: ")
+    for sign, wanted in (
+        ("ConfigDict", "must be a mapping as Python writes it: \"{'name': 1}\". One field is set by .NAME=VALUE"),
+        ("Non-boolean", "must be True or False"),
+        ("invalid literal for int", "must be a whole number"),
+        ("could not convert string to float", "must be a number"),
+    ):
+        if sign in reason:
+            return f"{flag}: {wanted}."
+    return f"{flag}: {reason}"

@@ -25,6 +25,8 @@ REMAT = {  # of ModelConfig.remat: what the backward pass keeps
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
 }
 _SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff", "max_length")
+_NOT_NEGATIVE = ("head_dim", "num_experts", "norm_eps", "rotary_dim", "local_rope_theta", "attention_scale")
+_NOT_NEGATIVE += ("attention_softcap", "logit_softcap", "token_types", "num_labels", "init_std")
 _CHOICES = {
     "mlp": tuple(ACTIVATIONS),
     "block": ("pre", "post", "sandwich", "parallel", "residual"),
@@ -179,6 +181,11 @@ class ModelConfig:
         for field in _SIZES:
             if getattr(self, field) < 1:
                 raise InputError(f"model.{field} = {getattr(self, field)}: must be at least 1.")
+        for field in _NOT_NEGATIVE:
+            if getattr(self, field) < 0:
+                raise InputError(f"model.{field} = {getattr(self, field)}: must be 0 or more.")
+        if self.rope_theta <= 0:
+            raise InputError(f"model.rope_theta = {self.rope_theta}: must be above 0.")
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if value not in choices:

@@ -152,11 +152,11 @@ class Distill:
         """From the teacher's likeliest tokens, which come with the batch."""
         stored = (batch[name] for name in CACHED_FIELDS)
         options = {"kind": self.kind, "tail": self.tail, "vocab_size": self.vocab_size, **self.mixture}
-        return divergences.topk_divergence(forward.hidden(), forward.token_head(), *stored, weights, **options)
+        return divergences.topk_divergence(forward.hidden(), forward.next_token_head(), *stored, weights, **options)
 
     def from_teacher(self, forward: Forward, role: str, weights: Float[Array, "B T"]) -> divergences.Divergence:
         """From a teacher that reads the same tokens."""
-        student, teacher = forward.token_head(), forward.token_head(role)
+        student, teacher = forward.next_token_head(), forward.next_token_head(role)
         size = self.vocab_size or min(student.size, teacher.size)
         options = {"kind": self.kind, "vocab_size": size, **self.mixture}
         return divergences.divergence(forward.hidden(), student, forward.hidden(role), teacher, weights, **options)
@@ -173,9 +173,9 @@ class Distill:
         hidden = jnp.take_along_axis(parallel_forward.hidden(role), jnp.maximum(at, 0)[:, :, None], axis=1)
         return divergences.uld(
             forward.hidden(),
-            forward.token_head(),
+            forward.next_token_head(),
             hidden,
-            forward.token_head(role),
+            forward.next_token_head(role),
             weights,
             temperature=self.mixture["temperature"],
             teacher_temperature=self.teacher_temperature,

@@ -6,6 +6,7 @@ loss that begins with an option's name is shown with the name of the term's fiel
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -128,13 +129,31 @@ class Forward:
         Raises:
           InputError: its head gives classes.
         """
-        where, labels = "model" if role == "policy" else f"roles.{role}", self.models[role].config.num_labels
+        where, labels = _section(role), self.models[role].config.num_labels
         if labels:
             raise InputError(
                 f"{where}.num_labels = {labels}: the head gives classes, and the objective is about tokens. Set it to "
                 "0, or learn classes (objective.terms.classify)."
             )
         return self.head(role)
+
+    def next_token_head(self, role: str = "policy") -> Any:
+        """The unembedding of `role`, which predicts the next token.
+
+        Raises:
+          InputError: its head gives classes; or it reads in both directions, and so the token that it is to predict.
+        """
+        if not self.models[role].config.causal:
+            raise InputError(
+                f"{_section(role)}.causal = False: the model reads in both directions, and so the token that it is to "
+                "predict. Use a causal model, or an objective for encoders, such as classify."
+            )
+        return self.token_head(role)
+
+
+def _section(role: str) -> str:
+    """Where the config describes a role's model."""
+    return "model" if role == "policy" else f"roles.{role}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,9 +221,17 @@ def next_token_targets(
 def token_loss(
     forward: Forward, targets: Int[Array, "B T"], weights: Float[Array, "B T"], *, z_loss: float, label_smoothing: float
 ) -> LossOut:
-    """Weighted sum of the policy's cross-entropy, with `nll` (no smoothing, no z-loss) and `accuracy` as metrics."""
+    """Weighted sum of the policy's cross-entropy, with `nll` (no smoothing, no z-loss) and `accuracy` as metrics.
+
+    Raises:
+      InputError: the policy doesn't predict the next token; or label_smoothing or z_loss is out of its range.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise InputError(f"label_smoothing = {label_smoothing}: must be in [0, 1).")
+    if not 0 <= z_loss < math.inf:
+        raise InputError(f"z_loss = {z_loss}: must be 0 or more, and finite.")
     out = cross_entropy(
-        forward.hidden(), forward.token_head(), targets, weights, z_loss=z_loss, label_smoothing=label_smoothing
+        forward.hidden(), forward.next_token_head(), targets, weights, z_loss=z_loss, label_smoothing=label_smoothing
     )
     metrics = {"nll": (out.nll_sum, out.weight_sum), "accuracy": (out.correct_sum, out.weight_sum)}
     if z_loss:

@@ -43,6 +43,14 @@ class RolloutSpec:
             raise InputError(f"rollout.share = {self.share}: must be in [0, 1].")
         if self.slots < 0:
             raise InputError(f"rollout.slots = {self.slots}: must be at least 0, which decodes all rows at once.")
+        try:
+            self.sampling(())
+        except InputError as error:
+            raise InputError(str(error).replace("sampling.", "rollout.", 1)) from error
+
+    def sampling(self, stop_tokens: tuple[int, ...]) -> SamplingConfig:
+        """How the tokens of an answer are chosen."""
+        return SamplingConfig(self.max_new_tokens, self.temperature, self.top_k, self.top_p, stop_tokens=stop_tokens)
 
 
 def make_rollout(
@@ -69,17 +77,7 @@ def make_rollout(
             f"rollout.max_new_tokens = {spec.max_new_tokens} leaves no room for a prompt in seq_len = {seq_len}. Lower "
             "the one or raise the other."
         )
-    generate = make_generate(
-        model,
-        SamplingConfig(
-            max_new_tokens=spec.max_new_tokens,
-            temperature=spec.temperature,
-            top_k=spec.top_k,
-            top_p=spec.top_p,
-            stop_tokens=stop_tokens,
-        ),
-        vocab_size,
-    )
+    generate = make_generate(model, spec.sampling(stop_tokens), vocab_size)
 
     def rollout(params: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         choose_key, sample_key = jax.random.split(key)

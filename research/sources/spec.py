@@ -231,6 +231,11 @@ def check(data: DataSpec) -> None:
         raise InputError(f"data.eval_fraction: {data.eval_fraction} is not a part of the data. Use 0 <= fraction < 1.")
     if data.num_classes < len(data.labels) and data.num_classes:
         raise InputError(f"data.num_classes: {data.num_classes} is fewer than data.labels names, {len(data.labels)}.")
+    for i, label in enumerate(data.labels):
+        if label in data.labels[:i]:
+            raise InputError(
+                f"data.labels = {data.labels}: {label!r} is there twice. Give each class a name of its own."
+            )
     if data.sources:
         if data.path:
             raise InputError(

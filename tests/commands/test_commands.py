@@ -1,5 +1,6 @@
 """What holds for every command: help, errors of flags, exit statuses, and that a command is one file."""
 
+import dataclasses
 import importlib
 import io
 import os
@@ -7,15 +8,17 @@ import re
 import shlex
 import subprocess
 import sys
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from research import cli, commands
+from research import cli, commands, config
 from research.bench import names as bench_names
 from research.bench import parts
 from research.devices import startup
-from research.errors import Exit, InputError
+from research.errors import MAPPINGS, Exit, InputError
 from research.evals.scoring import BATCH_TOKENS
 from research.sources.formats import TEMPLATES
 
@@ -330,3 +333,71 @@ def test_an_experiment_is_read_as_it_is_now(tmp_path, monkeypatch):
         file.write_text(f"number = {value}\n")
         os.utime(file, (1_000_000, 1_000_000))
         assert cli.load_module(str(file)).number == value
+
+
+SFT = "--config=experiments/sft.py:debug"
+# Overrides of the config that can't be -> what their error says.
+ODD_OVERRIDES = {
+    "--config.rules.embed=tensor": "rules has no 'embed' yet. It is a mapping, which takes a new name when it is",
+    "--config.roles.teacher.init_from=x": "--config.roles=\"{..., 'teacher': ...}\"",
+    "--config.objective.sft.alpha=1": "objective.sft has no 'alpha' yet. It is a mapping",
+    "--config.rules.{}=3": "isn't of the form --config.FIELD=VALUE",
+    "--config.=3": "isn't of the form --config.FIELD=VALUE",
+    "--config.steps.=3": "isn't of the form --config.FIELD=VALUE",
+    "--config..steps=3": "isn't of the form --config.FIELD=VALUE",
+    "--config.steps[0]=3": "A part of a tuple or a mapping is set with the whole",
+    "--config.\0=3": "isn't of the form --config.FIELD=VALUE",
+    "--config.data.path=\0": "holds a zero byte",
+    "--config.steps": "--config.steps: has no value. Write --config.steps=VALUE.",
+    "--config.steps.x=3": "what is before the last dot is one value (int), and has no fields",
+    "--config.objective.terms.sft.weight=2": "is one value (float), and has no fields",
+    "--config.a.b.c.d=1": "no such field 'a'",
+    "--config.__class__=3": "no such field '__class__'",
+    "--config.model=3": "must be a mapping as Python writes it",
+    "--config.data.fields={'a':": "must be a mapping as Python writes it",
+    "--config.model={}": "takes the place of the whole section, and lacks the field 'init_from'",
+    "--config.data.pack=2": "must be True or False",
+    "--noconfig": "isn't of the form --config.FIELD=VALUE",
+    "--noconfig.steps": "config.steps isn't True or False",
+    "--noconfig.data.pack=3": "is False without a value. Write --config.data.pack=3",
+    "--config=experiments/pretrain.py": "names 2 experiments. Give one",
+    "--config.optimizer.b1=nan": "optimizer.b1 = nan: must be a finite number",
+    "--config.rules={3: 'x'}": "rules: has the name 3, and names are texts",
+    "--config.data.fields={'prompt': 3}": "data.fields.prompt = 3: must be of type str",
+    "--config.data.labels=('a', 'a')": "data.labels = ('a', 'a'): 'a' is there twice",
+    "--config.plan.prices={'v9': 1.0}": "plan.prices.v9: no such chip",
+    "--config.stall_seconds=-1": "stall_seconds = -1: must be at least 0",
+    "--config.model.norm_eps=-1.0": "model.norm_eps = -1.0: must be 0 or more",
+    "--config.model.rope_theta=0.0": "model.rope_theta = 0.0: must be above 0",
+    "--config.rollout.top_p=2.0": "rollout.top_p = 2.0: must be in (0, 1]",
+    "--config.objective={'terms': 3}": "objective.terms = 3: must be a mapping",
+    "--config.objective={'terms': {'sft': {'z_loss': 'a'}}}": "objective.terms.sft.z_loss = 'a': must be of type float",
+    "--config.objective={'terms': {'sft': {'label_smoothing': 2}}}": "objective.terms.sft.label_smoothing = 2: must",
+    "--config.objective={'terms': {'distill': {'teachers': 3}}}": "teachers = 3: must be of type Mapping or None",
+}
+
+
+@pytest.mark.parametrize("override", ODD_OVERRIDES)
+def test_odd_overrides_of_the_config_are_one_line(override, run, tmp_path):
+    status, out, err = run("train", SFT, override, f"--workdir={tmp_path / 'run'}")
+    assert (status, out) == (2, "")
+    assert ODD_OVERRIDES[override] in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_overrides_may_come_before_the_experiment():
+    args = load("train").COMMAND.parse(["--config.steps=7", "--noconfig.data.pack", SFT])
+    assert (args.experiment.config.steps, args.experiment.config.data.pack) == (7, False)
+
+
+def test_the_mappings_of_the_config_are_known():
+    """Those of the dataclasses, and the terms in the objective."""
+
+    def mappings(section, prefix=""):
+        for name, hint in typing.get_type_hints(section).items():
+            if dataclasses.is_dataclass(hint):
+                yield from mappings(hint, f"{prefix}{name}.")
+            elif Mapping in {typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))}:
+                yield f"{prefix}{name}"
+
+    assert {*mappings(config.Config), "objective.terms"} == set(MAPPINGS)
