@@ -294,7 +294,7 @@ def load_model(
     ema: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     needs_tokenizer: bool = True,
-    any_kind: bool = False,
+    check: Callable[[ModelConfig, str], None] | None = ModelConfig.check_language_model,
 ) -> LoadedModel:
     """Reads a model to run it; kernels are held in the compute dtype.
 
@@ -302,14 +302,15 @@ def load_model(
       name, step, ema: see `find`.
       mesh: to lay the parameters out on; by default one device.
       needs_tokenizer: else the model may come without one.
-      any_kind: it may be a classifier or an encoder too; else it must predict the next token.
+      check: (config, name) -> raises InputError where it is of a kind that won't do, before its parameters are read;
+        by default where it doesn't predict the next token. None takes any.
 
     Raises:
       InputError: there is no such model, it can't be read, it is of another kind, or its tokenizer doesn't fit it.
     """
     found = find(name, step=step, ema=ema)
-    if not any_kind:
-        found.config.check_language_model(name)
+    if check is not None:
+        check(found.config, name)
     mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
     model = transformer.make_model(found.config, found.rules)
     tokenizer = found.tokenizer() if needs_tokenizer or found.has_tokenizer else None

@@ -131,7 +131,38 @@ CASES = {
     "negative seed": ([SFT, c("seed", -1)], ["seed = -1", "from 0 to 4294967295"]),
     "seed of 67 bits": ([SFT, c("seed", 10**20)], ["seed = 100000000000000000000", "32 bits"]),
     "number of many digits": ([SFT, c("data.examples", "9" * 500)], ["data.examples", "32 bits"]),
-    "classifier that is to learn tokens": ([SFT, c("model.num_labels", 2)], ["model.num_labels = 2", "classify"]),
+    "classifier that is to learn tokens": (
+        [SFT, c("model.num_labels", 2), c("eval.generate", 0)],
+        ["model.num_labels = 2", "classify"],
+    ),
+    "encoder that is to learn the next token": (
+        [SFT, c("model.causal", False), c("objective", "{'terms': {'next_token': 1.0}}"), c("eval.generate", 0)],
+        ["model.causal = False", "reads in both directions", "Use a causal model"],
+    ),
+    "encoder that is to learn answers": (
+        [SFT, c("model.causal", False), c("eval.generate", 0)],
+        ["model.causal = False", "reads in both directions"],
+    ),
+    "encoder that is to be a student": (
+        [
+            *(SFT, c("model.causal", False), c("objective", "{'terms': {'distill': 1.0}}"), c("eval.generate", 0)),
+            c("roles", "{'teacher': {'init_from': 'RUN'}}"),
+        ],
+        ["model.causal = False", "reads in both directions"],
+    ),
+    "teacher with a head of classes": (
+        [
+            SFT,
+            c("objective", "{'terms': {'distill': 1.0}}"),
+            c("roles", "{'teacher': {'of': 'policy', 'num_labels': 4}}"),
+        ],
+        ["roles.teacher.num_labels = 4", "classes"],
+    ),
+    "encoder that is to answer": ([SFT, c("model.causal", False)], ["eval.generate = ", "an encoder", "Set it to 0"]),
+    "classifier that is to answer": (
+        [SFT, c("model.num_labels", 2), c("eval.generate", 0), c("rollout.share", 0.5), c("data.pack", False)],
+        ["rollout.share = 0.5: the policy is a classifier of 2 classes", "Set it to 0"],
+    ),
     "nothing to fine-tune": ([FINETUNE], ["--config.model.init_from: is missing"]),
     "nothing to fine-tune, in the debug form": ([FINETUNE + ":debug"], ["--config.model.init_from: is missing"]),
     "init_from a model of another shape": (

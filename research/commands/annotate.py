@@ -75,15 +75,19 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
       InputError: an argument or the config is at fault, the disk has no room, or `output` holds something else.
     """
     from research import config as config_lib  # late: see above
-    from research import params
+    from research import loading, params
     from research.devices import sharding
     from research.evals.teacher_annotations import Teacher
     from research.models import transformer
-    from research.run import resolve
+    from research.run import record, resolve
     from research.sources import dataset
 
     if "teacher" not in config.roles:
         raise InputError('--teacher: names no model, and the config has no roles = {"teacher": {"init_from": ...}}.')
+    if config.roles["teacher"].of:
+        raise InputError(f"roles.teacher.of = {config.roles['teacher'].of!r}: isn't a model of its own. Use --teacher.")
+    if name := config.roles["teacher"].init_from:  # before the data is tokenised
+        loading.find(name).config.check_language_model(f"roles.teacher = {name}")
     plain = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, annotations=""),
@@ -96,7 +100,6 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
     model = transformer.make_model(config_lib.model_config(config, tokenizer.size, role="teacher"), rules)
     if not 0 < k <= tokenizer.size:
         raise InputError(f"--k={k}: must be in 1..{tokenizer.size}, the size of the tokenizer.")
-    model.config.check_language_model(f"roles.teacher = {base.name}")
     specs = transformer.in_compute_dtype(model)
     teacher = Teacher(
         name=base.name,
@@ -111,6 +114,9 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
         rows=config.batch_size // config.microbatches,
         seq_len=config.seq_len,
     )
+    record.describe_data(functools.partial(print, file=sys.stderr), inputs.data.report)
+    for line in record.data_warnings(inputs.data.report, config.seq_len):
+        print(f"warning  {line}", file=sys.stderr)
     settings = dataset.settings(config_lib.data_spec(config), tokenizer, config.seed)
     total = teacher.annotate(inputs.data, settings, Path(output))
     print(f"{total:,} tokens annotated: --config.data.annotations={output}", file=sys.stderr)

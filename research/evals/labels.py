@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,10 +74,7 @@ class Reading:
 
 def find_records(data: str) -> records.Origin:
     """Finds the records to label. Raises InputError where there are none."""
-    try:
-        return records.locate(data, count=10_000, seed=0)
-    except InputError as error:
-        raise InputError(f"--data: {error}") from error
+    return records.locate_flag(data, count=10_000)
 
 
 def open_classifiers(names: Sequence[str], origin: records.Origin, reading: Reading) -> list[Classifier]:
@@ -93,29 +91,30 @@ def open_classifiers(names: Sequence[str], origin: records.Origin, reading: Read
 
 
 def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Classifier:
-    loaded = loading.load_model(name, step=reading.step, ema=reading.ema, any_kind=True)
     record = files.read_json(Path(name) / "config.json", {}).get("config", {})
     is_run = "objective" in record
     run = config_lib.parse(record) if is_run else config_lib.Config()
     words = reading.words or _trained_words(run)
-    if not words and not loaded.model.config.num_labels:
-        raise InputError(
-            f"--model = {name}: is a language model, and no classifier. Name a word for each class in --words."
-        )
-    if words and not _trained_words(run):
-        loaded.model.config.check_language_model(f"--model = {name}")
+    check = ModelConfig.check_language_model if words else _check_classifier
+    if _trained_words(run):  # it labels by words, whatever it reads
+        check = None
+    loaded = loading.load_model(name, step=reading.step, ema=reading.ema, check=check)
     label_tokens = classes.label_tokens(words, loaded.tokenizer, "--words") if words else None
     fields = dict(run.data.fields) if reading.fields is None else dict(reading.fields)
-    store = open_store(
-        origin,
-        loaded.tokenizer,
-        format="labelled",
-        fields=fields,
-        template=loaded.template,
-        on_bad_record="error",
-        classes=records.Classes((), reading.prompt or run.data.prompt, known=False),
-        cache_dir=run.data.cache_dir,
-    )
+    names = tuple(run.data.labels) or tuple(word.strip() for word in words)
+    try:
+        store = open_store(
+            origin,
+            loaded.tokenizer,
+            format="labelled",
+            fields=fields,
+            template=loaded.template,
+            on_bad_record="error",
+            classes=records.Classes((), reading.prompt or run.data.prompt, known=False),
+            cache_dir=run.data.cache_dir,
+        )
+    except records.BadRecord as error:
+        raise error.at("", fields="--fields") from error
     if store.counts["markers"]:
         line = describe_markers(store.counts["markers"], store.counts["records"], store.counts["marker"])
         print(f"--data, read by {name}: {line}", file=sys.stderr)
@@ -125,9 +124,18 @@ def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Cla
         probs=functools.partial(_make_probs(loaded.model.config, label_tokens), loaded.params),
         store=store,
         seq_len=run.seq_len if is_run else min(512, loaded.model.config.max_length),
-        names=tuple(run.data.labels) or tuple(word.strip() for word in words),
+        names=names,
         fields=fields,
     )
+
+
+def _check_classifier(config: ModelConfig, name: str) -> None:
+    """Raises InputError, calling the model `name`, where it has no head for classes."""
+    if not config.num_labels:
+        raise InputError(
+            f"{name}: is {config.kind}, and no classifier. Name a classifier, or of a language model a word for each "
+            "class in --words."
+        )
 
 
 def _trained_words(run: config_lib.Config) -> tuple[str, ...]:
@@ -177,6 +185,7 @@ def write_labels(
       InputError: probabilities are no numbers, or OUTPUT.partial is the work of another command.
     """
     total = min(len(classifiers[0].store.length), max_records or sys.maxsize)
+    _check_true_classes(classifiers[0], origin, total)
     decides = {
         "weights": [classifier.weights for classifier in classifiers],
         "tokens": [hashlib.blake2b(c.store.tokens.tobytes(), digest_size=16).hexdigest() for c in classifiers],
@@ -232,9 +241,25 @@ def _probabilities(classifier: Classifier, numbers: range) -> np.ndarray:
     return result
 
 
+def _label_column(fields: Mapping[str, str]) -> str:
+    return fields.get("label", "label")
+
+
+def _check_true_classes(classifier: Classifier, origin: records.Origin, total: int) -> None:
+    """Raises InputError where a record names its true class, and there is no such one."""
+    column = _label_column(classifier.fields)
+    for where, raw in itertools.islice(origin.read(), total):
+        record = records.parse(raw)
+        try:
+            if record.get(column) is not None:
+                records.label(record, {"label": column}, classifier.names)
+        except records.BadRecord as error:
+            raise error.at(where) from error
+
+
 def _line(record: dict[str, Any], probs: np.ndarray, fields: Mapping[str, str], names: Sequence[str]) -> bytes:
     """The record with its probabilities, and its true class where it is known."""
-    column = fields.get("label", "label")
+    column = _label_column(fields)
     labelled = {k: v for k, v in record.items() if k not in (column, "probs")}
     if record.get(column) is not None:
         labelled["gold"] = records.label(record, {"label": column}, names)

@@ -41,10 +41,7 @@ def find_records(data: str) -> records.Origin:
     Raises:
       InputError: there are no such records, or they are generated.
     """
-    try:
-        origin = records.locate(data, count=0, seed=0)
-    except InputError as error:
-        raise InputError(f"--data: {error}") from error
+    origin = records.locate_flag(data)
     if origin.generated:
         raise InputError(f"--data = {data}: is generated. Give a file.")
     return origin

@@ -91,7 +91,7 @@ def load(
     try:
         if tokenizer is None and kind != "perplexity":
             raise InputError("needs text, and the model has no tokenizer.")
-        items = _read(entry, _whole(options, "limit", limit, 0))
+        items = _read(spec, entry, _whole(options, "limit", limit, 0))
         say_markers(f"task {spec}", (record for _, record in items), tokenizer)
         name = options.get("name") or _name(entry)
         if kind == "perplexity":
@@ -140,8 +140,9 @@ def _whole(options: Mapping[str, str], name: str, default: int, least: int = 1) 
     return int(value)
 
 
-def _read(entry: str, limit: int) -> list[tuple[str, dict[str, Any]]]:
+def _read(spec: str, entry: str, limit: int) -> list[tuple[str, dict[str, Any]]]:
     origin = records_lib.locate(entry, count=limit or _GENERATED_RECORDS, seed=_GENERATED_SEED)
+    records_lib.say_files(f"task {spec}", origin)
     items = []
     for where, raw in itertools.islice(origin.read(), limit or None):
         try:

@@ -17,7 +17,6 @@ import tqdm
 from research import files, params
 from research.devices import sharding
 from research.errors import InputError
-from research.evals import markers
 from research.models.transformer import Model
 from research.ops import divergences
 from research.sources import annotations, packing
@@ -80,8 +79,6 @@ class Teacher:
         Raises:
           InputError: the disk has no room, or `output` holds something else.
         """
-        for line in markers.source_lines(data.report):
-            print(line, file=sys.stderr)
         jobs = plan(data, output, self.on)
         _check_room(output, jobs, self.k, self.vocab_size)
         with jax.set_mesh(self.mesh):

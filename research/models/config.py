@@ -158,12 +158,20 @@ class ModelConfig:
         if not self.sliding_window or min(self.sliding_window) < 0:
             raise InputError(f"model.sliding_window = {self.sliding_window}: give sizes >= 0, 0 for full attention.")
 
+    @property
+    def kind(self) -> str:
+        """What sort of model it is, in words."""
+        if self.num_labels:
+            return f"a classifier of {self.num_labels} classes"
+        return "a language model" if self.causal else "an encoder, which reads in both directions"
+
     def check_language_model(self, name: str) -> None:
         """Raises InputError, calling the model `name`, where it doesn't predict the next token."""
         if self.num_labels or not self.causal:
-            kind = f"a classifier of {self.num_labels} classes" if self.num_labels else "an encoder"
             also = " (understudy label asks it for labels)" if self.num_labels else ""
-            raise InputError(f"{name}: is {kind}, and doesn't predict the next token. Name a language model{also}.")
+            raise InputError(
+                f"{name}: is {self.kind}, and doesn't predict the next token. Name a language model{also}."
+            )
 
     def _check_prefix(self) -> None:
         if self.prefix and not self.causal:

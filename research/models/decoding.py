@@ -77,8 +77,7 @@ def decode(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """See Model.decode."""
     if not c.causal or c.num_labels:
-        kind = "a classifier" if c.num_labels else "an encoder, which reads in both directions"
-        raise InputError(f"model: is {kind}, and can't generate. Use a causal language model.")
+        raise InputError(f"model: is {c.kind}, and can't generate. Use a causal language model.")
     rules = {**rules, "time": None}  # there is one token at a time
     angles = blocks.rotations(c, positions, jnp.max(positions, axis=1, keepdims=True) + 1)
     T, S = mask.shape[1:]

@@ -97,6 +97,7 @@ def assemble(
     models = make_models(config, terms, vocab_size, rules)
     _check_reads(config, terms, models, batch)
     _check_classes(config, models["policy"], batch)
+    _check_answers(config, models["policy"])
     term_specs = {name: tree for name, term in terms.items() if (tree := term.specs(models))}
     roles = roles_lib.make_roles(config, _trained_roles(terms), models, term_specs)
     optimizer = _make_optimizer(config, roles)
@@ -329,6 +330,16 @@ def _check_reads(config: Config, terms: Terms, models: Mapping[str, Any], batch:
     read |= {models[role].of for role in read}  # whose trunk they share
     if unread := [role for role in config.roles if role not in read]:
         raise InputError(f"roles.{unread[0]}: no term of the objective reads it. Leave it out, or add the term.")
+
+
+def _check_answers(config: Config, policy: transformer.Model) -> None:
+    """Raises InputError where the policy is to write answers, and can't."""
+    generate = config.eval.generate if config.eval.every else 0
+    for field, value in (("rollout.share", config.rollout.share), ("eval.generate", generate)):
+        if value and (policy.config.num_labels or not policy.config.causal):
+            raise InputError(
+                f"{field} = {value}: the policy is {policy.config.kind}, and can't write answers. Set it to 0."
+            )
 
 
 def _check_classes(config: Config, policy: transformer.Model, batch: Batch) -> None:

@@ -4,7 +4,7 @@ import importlib.metadata
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int) ->
     writer.print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
     for line in startup.describe():
         writer.print(line)
-    _describe_data(writer, inputs.data.report)
+    describe_data(writer.print, inputs.data.report)
     for line in data_warnings(inputs.data.report, inputs.config.seq_len):
         writer.print(f"warning  {line}")
     if inputs.resumed:
@@ -106,7 +106,13 @@ def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int) ->
             writer.print(f"changed  {change}")
 
 
-def _describe_data(writer: metrics.Writer, report: dict[str, Any]) -> None:
+def describe_data(say: Callable[[str], None], report: dict[str, Any]) -> None:
+    """Says what was read, and from which files, what was left out, and how many examples there are.
+
+    Args:
+      say: prints a line.
+      report: of sources.dataset.Data.
+    """
     several = len(report["sources"]) > 1
     for source in report["sources"]:
         share = ""
@@ -115,13 +121,13 @@ def _describe_data(writer: metrics.Writer, report: dict[str, Any]) -> None:
         bad = "".join(f", {n:,} skipped: {reason}" for reason, n in source["bad"].items())
         twice = f", {source['duplicates']:,} duplicates dropped" if source["duplicates"] else ""
         files = f" in {source['files']}" if source["files"] else ""
-        writer.print(f"data     {source['name']}: {source['records']:,} records{files}{twice}{bad}{share}")
+        say(f"data     {source['name']}: {source['records']:,} records{files}{twice}{bad}{share}")
     for line in markers.source_lines(report):
-        writer.print(f"data     {line}")
+        say(f"data     {line}")
     for part in ("train", "held_out"):
         counts = report[part]
         faults = {k: n for k, n in counts.items() if k.startswith(("too_long", "nothing_supervised")) and n}
-        writer.print(
+        say(
             f"data     {part.replace('_', '-')}: {counts['examples']:,} examples, {counts['tokens']:,} tokens "
             f"({counts['supervised_tokens']:,} supervised) in {counts['rows']:,} rows, packing efficiency "
             f"{counts['packing_efficiency']:.1%}" + "".join(f", {n:,} {k.replace('_', ' ')}" for k, n in faults.items())

@@ -108,7 +108,7 @@ def encode(
             kept.append(i)
         except BadRecord as e:
             if refused is None:
-                raise BadRecord(e.reason, f"{where[i]}: {e}" if where else str(e)) from e
+                raise e.at(where[i] if where else "") from e
             refused[i] = e
     if not kept:
         return np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.int64)
@@ -116,7 +116,7 @@ def encode(
     empty = [kept[i] for i in np.flatnonzero(lengths == 0)]
     no_token = BadRecord("no token", "the text has no token under this tokenizer. Drop the record.")
     if empty and refused is None:
-        raise BadRecord(no_token.reason, f"{where[empty[0]]}: {no_token}" if where else str(no_token))
+        raise no_token.at(where[empty[0]] if where else "")
     if refused is not None:
         refused |= dict.fromkeys(empty, no_token)
     lengths = lengths[lengths > 0]

@@ -42,18 +42,15 @@ def read_distinct(entries: Sequence[str], fields: Mapping[str, str], *, examples
     Raises:
       InputError: an entry can't be found, or a record is at fault.
     """
-    try:
-        origins = [records.locate(entry, count=examples, seed=seed) for entry in entries]
-    except InputError as error:
-        raise InputError(f"--data: {error}") from error
+    origins = [records.locate_flag(entry, count=examples, seed=seed) for entry in entries]
     distinct: dict[Any, dict] = {}
     for where, raw in itertools.chain.from_iterable(origin.read() for origin in origins):
         try:
             record = records.canonical(records.parse(raw), fields)
             kind = "text" if "text" in record else records.detect_format(record, {})
             turns = records.check(record, kind, {})
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
+        except records.BadRecord as error:
+            raise error.at(where, fields="--fields") from error
         distinct.setdefault(formats.split_key(turns), record)
     return list(distinct.values())
 

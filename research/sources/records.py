@@ -31,11 +31,40 @@ _MOST_CLASSES = 10_000  # a greater number is an id, not a class
 
 
 class BadRecord(InputError):
-    """A record that can't be used. `reason` is short, and the same for all with that fault: it is counted."""
+    """A record that can't be used.
 
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
+    Attributes:
+      reason: short, and the same for all with that fault: it is counted.
+      fault: what is wrong.
+      remedy: what to do about it in the data; "" where `fault` says it.
+      option: the name of a setting that would help, and what to do there, with %s in the place of its spelling.
+      place: file and line, or the like; "" where it isn't known yet.
+    """
+
+    def __init__(
+        self, reason: str, fault: str, remedy: str = "", option: tuple[str, str] = ("", ""), place: str = "", **settings
+    ):
+        self.reason, self.fault, self.remedy, self.option, self.place = reason, fault, remedy, option, place
+        name, advice = option
+        advice = advice.replace("%s", settings[name]) if name in settings else remedy
+        parts = (f"{place}: {fault}" if place else fault, advice, settings.get("skip", ""))
+        super().__init__(" ".join(part for part in parts if part))
+
+    def at(self, place: str, **settings: str) -> "BadRecord":
+        """The same with its place, where one is given, and with advice that fits who reads the record.
+
+        Args:
+          place: file and line.
+          settings: option -> how it is spelt there: fields="--fields"; in `skip` what to do to read on.
+        """
+        return BadRecord(self.reason, self.fault, self.remedy, self.option, place or self.place, **settings)
+
+
+CONFIG_SETTINGS = {
+    "fields": "data.fields",
+    "labels": "data.labels",
+    "skip": "Or set data.on_bad_record='skip'.",
+}
 
 
 class Turn(NamedTuple):
@@ -117,6 +146,28 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
     if scheme == "hf":
         return _hub(entry, rest)
     return _files(entry)
+
+
+def locate_flag(entry: str, *, count: int = 0, seed: int = 0) -> Origin:
+    """Finds what --data of a command names, and says on stderr which files a folder or glob held.
+
+    Args: see `locate`.
+
+    Raises:
+      InputError: see `locate`; it begins with --data.
+    """
+    try:
+        origin = locate(entry, count=count, seed=seed)
+    except InputError as error:
+        raise InputError(f"--data: {error}") from error
+    say_files("--data", origin)
+    return origin
+
+
+def say_files(where: str, origin: Origin) -> None:
+    """Says on stderr which files an entry held, where it may be several; `where` is what names the entry."""
+    if origin.summary:
+        print(f"{where}: {origin.name} holds {origin.summary}", file=sys.stderr)
 
 
 def _generated(name: str, module: ModuleType, records: Callable[[], Iterator[dict]], identity: list[Any]) -> Origin:
@@ -321,9 +372,10 @@ def detect_format(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
         return "text"
     raise BadRecord(
         "unknown format",
-        f"has the fields {', '.join(map(repr, record)) or 'none'}, but needs 'text', or 'prompt' and "
-        f"'response', or 'messages'. Name its columns, as in "
-        f"data.fields={{'prompt': 'question', 'response': 'answer'}}.",
+        f"has the fields {', '.join(map(repr, record)) or 'none'}, but needs 'text', or 'prompt' and 'response', or "
+        "'messages'.",
+        "Rename its columns.",
+        ("fields", 'Name its columns, as in %s={"prompt": "question", "response": "answer"}.'),
     )
 
 
@@ -375,8 +427,8 @@ def label(record: Mapping[str, Any], fields: Mapping[str, str], names: Sequence[
     if len(present) != 1:
         raise BadRecord(
             "no label" if not present else "two labels",
-            f"has {'neither' if not present else 'both'} of 'label' and 'probs'. Name the column in data.fields: "
-            "{'label': ...} or {'probs': ...}.",
+            f"has {'neither' if not present else 'both'} of 'label' and 'probs'.",
+            option=("fields", 'Name the column in %s: {"label": ...} or {"probs": ...}.'),
         )
     (name,) = present
     value = _field(record, name, columns[name])
@@ -397,8 +449,12 @@ def label(record: Mapping[str, Any], fields: Mapping[str, str], names: Sequence[
         return list(names).index(value)
     if isinstance(value, int) and 0 <= value < (len(names) or _MOST_CLASSES):
         return value
-    hint = f"one of data.labels = {tuple(names)}" if names else "a number from 0 on; name the classes in data.labels"
-    raise BadRecord("unknown label", f"field {columns[name]!r} is {value!r:.80}, and must be {hint}.")
+    seen = f"field {columns[name]!r} is {value!r:.80}, and"
+    if names:
+        advice = ("labels", f"Mend it, or %s = {tuple(names)}.")
+        raise BadRecord("unknown label", f"{seen} none of the classes {', '.join(names)}.", "Mend it.", advice)
+    advice = ("labels", "Name the classes in %s.")
+    raise BadRecord("unknown label", f"{seen} must be the number of a class, from 0 on.", "Mend it.", advice)
 
 
 def canonical(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
@@ -509,8 +565,9 @@ def _weight(message: Mapping[str, Any], number: int) -> bool:
 def _field(record: Mapping[str, Any], name: str, column: str) -> Any:
     if column not in record:
         hint = did_you_mean(column, map(str, record)) if record else " It is empty."
-        setting = f" Name the column in data.fields: {{{name!r}: ...}}." if name in FIELDS else ""
-        raise BadRecord("missing field", f"has no field {column!r}.{hint}{setting}")
+        advice = ("fields", f'Name the column in %s: {{"{name}": ...}}.') if name in FIELDS else ("", "")
+        remedy = "Rename the column." if name in FIELDS else "Add it."
+        raise BadRecord("missing field", f"has no field {column!r}.{hint}", remedy, advice)
     return record[column]
 
 

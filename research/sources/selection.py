@@ -41,10 +41,7 @@ def select(data: str, output: Path, *, ended: int = 0, verified: bool = False, k
 
 def _read(data: str, ended: int, verified: bool) -> tuple[Sequence[dict[str, Any]], Counter[str]]:
     """The records without a fault, and how many have which."""
-    try:
-        origin = records.locate(data, count=0, seed=0)
-    except InputError as error:
-        raise InputError(f"--data: {error}") from error
+    origin = records.locate_flag(data)
     good: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for where, raw in origin.read():

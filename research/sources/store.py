@@ -20,7 +20,7 @@ from research.errors import InputError
 from research.sources import chat, formats, json_limits, records, tokenizers, views
 from research.sources import fields as table
 from research.sources.cache import cached, code_digest, digest
-from research.sources.records import NUMBERED, BadRecord, Classes, Origin, Turn
+from research.sources.records import CONFIG_SETTINGS, NUMBERED, BadRecord, Classes, Origin, Turn
 from research.sources.tokenizers import Tokenizer
 
 # A hash of all that decides what examples hold, beside their files, the options and the tokenizer's own.
@@ -34,7 +34,6 @@ READING = digest(
     ]
 )
 SAMPLES = 256  # raw records kept beside the tokens
-_SKIP = "Or set data.on_bad_record='skip'."
 _CHUNK_EXAMPLES, _CHUNK_CHARS = 1024, 4_000_000
 _EXAMPLE = np.dtype([("key", "<u8"), ("length", "<i8"), ("supervised", "<i8"), ("bytes", "<i8")])
 
@@ -114,7 +113,7 @@ def read_examples(
                 turns = [turn._replace(text=classes.prompt.replace("{text}", turn.text)) for turn in turns]
         except BadRecord as e:
             if on_bad_record == "error":
-                raise InputError(f"{where}: {e} {_SKIP}") from e
+                raise e.at(where, **CONFIG_SETTINGS) from e
             counts[f"bad: {e.reason}"] += 1
             continue
         any_good = True
@@ -341,7 +340,7 @@ def _encode(
     try:
         tokens, mask, lengths = formats.encode(turns, tokenizer, template, where, refused if skip else None)
     except BadRecord as e:
-        raise InputError(f"{e} {_SKIP}") from e
+        raise e.at("", **CONFIG_SETTINGS) from e
     counts.update(f"bad: {error.reason}" for error in refused.values())
     return tokens, mask, lengths, [example for i, example in enumerate(chunk) if i not in refused]
 

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import pytest
 
 from research import cli, commands, config
@@ -401,3 +402,100 @@ def test_the_mappings_of_the_config_are_known():
                 yield f"{prefix}{name}"
 
     assert {*mappings(config.Config), "objective.terms"} == set(MAPPINGS)
+
+
+@pytest.fixture
+def data_folder(tmp_path):
+    """A folder with two files of records, one that is none, and a stale copy that isn't to be seen."""
+    folder = tmp_path / "data"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "notes.csv", ".ipynb_checkpoints/a.jsonl"):
+        (folder / name).write_text('{"headline": "a", "completion": "b", "tokens": [1], "logprob": -1.0}\n')
+    return folder
+
+
+@pytest.mark.parametrize("name", ["score", "label", "split", "filter"])
+def test_which_files_a_folder_held_is_said(name, data_folder, tmp_path, capsys):
+    model = [] if name in ("split", "filter") else [f"--model={tmp_path / 'none'}"]
+    parts = ["--parts=x:1", '--fields={"text": "headline"}'] if name == "split" else []
+    cli.main([name, *model, f"--data={data_folder}", f"--output={tmp_path / 'out'}", *parts])
+    assert f"--data: {data_folder} holds 2 .jsonl files, left out: 1 .csv\n" in capsys.readouterr().err
+
+
+GOLDEN = Path(__file__).parents[1] / "golden/hf_tiny"
+WRONG_KINDS = {"llama_seqcls": "a classifier of 2 classes", "bert_mlm": "an encoder, which reads in both directions"}
+TEXTS = '{"text": "a b"}\n'
+# Command lines that need a model that predicts the next token; MODEL, DATA and OUT stand for paths.
+NEXT_TOKEN = {
+    "generate": ["generate", "--model=MODEL", "--prompt=a"],
+    "generate from a file": ["generate", "--model=MODEL", "--data=DATA", "--output=OUT"],
+    "score": ["score", "--model=MODEL", "--data=DATA", "--output=OUT"],
+    "perplexity": ["evaluate", "--model=MODEL", "--task=perplexity:DATA"],
+    "choice": ["evaluate", "--model=MODEL", "--task=choice:DATA"],
+    "exact_match": ["evaluate", "--model=MODEL", "--task=exact_match:DATA"],
+    "lm_eval": ["evaluate", "--model=MODEL", "--lm_eval=arc_easy"],
+    "label by words": ["label", "--model=MODEL", "--data=DATA", "--output=OUT", "--words=x,y"],
+    "annotate": ["annotate", SFT, "--teacher=MODEL", "--output=OUT"],
+}
+
+
+@pytest.mark.parametrize("model", WRONG_KINDS)
+@pytest.mark.parametrize("case", NEXT_TOKEN)
+def test_models_of_another_kind_are_refused(case, model, tmp_path, capsys, monkeypatch):
+    """Before their parameters are read, or anything is written."""
+    monkeypatch.setattr("research.evals.lm_eval_adapter.import_lm_eval", lambda: None)
+    monkeypatch.setattr("research.pretrained.load.load", lambda *args: pytest.fail("the parameters were read"))
+    monkeypatch.setattr("research.devices.compilation.use_compilation_cache", lambda *args: None)
+    (tmp_path / "x.jsonl").write_text(TEXTS.replace("text", "prompt") if case.startswith("generate") else TEXTS)
+    paths = {"MODEL": GOLDEN / model, "DATA": tmp_path / "x.jsonl", "OUT": tmp_path / "out"}
+    argv = NEXT_TOKEN[case]
+    for name, path in paths.items():
+        argv = [flag.replace(name, str(path)) for flag in argv]
+    assert cli.main(argv) == Exit.BAD_INPUT
+    err = capsys.readouterr().err
+    assert f"{GOLDEN / model}: is {WRONG_KINDS[model]}, and doesn't predict the next token. Name a language" in err
+    assert ("(understudy label asks it for labels)" in err) == (model == "llama_seqcls")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["llama", "bert_mlm"])
+def test_what_is_no_classifier_labels_by_words_alone(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("research.devices.compilation.use_compilation_cache", lambda *args: None)
+    (tmp_path / "x.jsonl").write_text(TEXTS)
+    flags = [f"--model={GOLDEN / model}", f"--data={tmp_path / 'x.jsonl'}", f"--output={tmp_path / 'out'}"]
+    assert cli.main(["label", *flags]) == Exit.BAD_INPUT
+    kind = WRONG_KINDS.get(model, "a language model")
+    assert f"{GOLDEN / model}: is {kind}, and no classifier." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "--model=MODEL", "--prompt=a"],
+        ["score", "--model=MODEL", "--data=DATA", "--output=OUT"],
+        ["evaluate", "--model=MODEL", "--task=perplexity:DATA"],
+        ["label", "--model=MODEL", "--data=DATA", "--output=OUT", "--words=x,y"],
+        ["annotate", SFT, "--teacher=MODEL", "--output=OUT"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_commands_keep_compiled_programs(argv, tmp_path, capsys, monkeypatch):
+    """Where training keeps them, so that a second start reads them."""
+    options = (
+        "compilation_cache_dir",
+        "persistent_cache_min_compile_time_secs",
+        "persistent_cache_min_entry_size_bytes",
+    )
+    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in options}
+    (tmp_path / "x.jsonl").write_text(TEXTS)
+    paths = {"MODEL": GOLDEN / "llama", "DATA": tmp_path / "x.jsonl", "OUT": tmp_path / "out"}
+    for name, path in paths.items():
+        argv = [flag.replace(name, str(path)) for flag in argv]
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert cli.main(argv) == Exit.BAD_INPUT  # the model has no tokenizer
+        assert jax.config.jax_compilation_cache_dir == str(Path(os.environ["UNDERSTUDY_CACHE"]) / "xla")
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.2
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -85,7 +85,7 @@ def restored(workdir):
 def test_a_probe_changes_the_head_alone(language_model, classifier):
     before, after = restored(language_model), restored(classifier)
     assert after["params"]["policy"].keys() == {"head"}
-    body = dict(loading.load_model(str(classifier), any_kind=True).params)
+    body = dict(loading.load_model(str(classifier), check=None).params)
     head = body.pop("head")
     jax.tree.map(np.testing.assert_array_equal, body, before["params"]["policy"])
     np.testing.assert_array_equal(head, after["params"]["policy"]["head"])
@@ -112,7 +112,7 @@ def labelled(folder, data, classifier):
 def test_probabilities_are_those_of_each_text_alone(labelled, classifier):
     assert [(r["id"], r["text"], r["gold"]) for r in labelled] == [(i, t, i % 3) for i, t in enumerate(TEXTS)]
     assert all("label" not in record for record in labelled)
-    loaded = loading.load_model(str(classifier), any_kind=True)
+    loaded = loading.load_model(str(classifier), check=None)
     for record in labelled[::17]:
         ids = loaded.tokenizer.encode(record["text"] + "?")
         ids = ids if loaded.tokenizer.bos is None else [loaded.tokenizer.bos, *ids]
@@ -179,12 +179,21 @@ def test_a_language_model_labels_by_words(folder, data, language_model):
 def test_what_is_wrong_is_named(folder, data, classifier, language_model, capsys):
     output = folder / "no.jsonl"
     shutil.copy(data, folder / "bad.jsonl")
+    (folder / "headline.jsonl").write_text('{"headline": "a"}\n')
+    (folder / "classes.jsonl").write_text('{"text": "a", "label": "red"}\n{"text": "b", "label": "pink"}\n')
     with open(folder / "bad.jsonl", "a") as file:
         file.write('{"text": 3}\n')
     for flags, words in {
         (f"--model={language_model}", f"--data={data}"): ["is a language model", "--words"],
         (f"--model={classifier}", "--data=none.jsonl"): ["--data", "none.jsonl"],
         (f"--model={classifier}", f"--data={folder / 'bad.jsonl'}"): ["bad.jsonl:61"],
+        (f"--model={classifier}", f"--data={folder / 'headline.jsonl'}"): [
+            "headline.jsonl:1: has no field 'text'.",
+            'Name the column in --fields: {"text": ...}.\n',
+        ],
+        (f"--model={classifier}", f"--data={folder / 'classes.jsonl'}"): [
+            "classes.jsonl:2: field 'label' is 'pink', and none of the classes red, green, blue. Mend it.\n"
+        ],
         (f"--model={classifier}", f"--data={data}", "--step=best"): ["no best checkpoint"],
         (f"--model={classifier}", f"--data={data}", "--step=99"): ["99"],
         (f"--model={classifier}", f"--data={data}", "--keep=0"): ["--keep"],
@@ -192,6 +201,7 @@ def test_what_is_wrong_is_named(folder, data, classifier, language_model, capsys
         assert label.main([*flags, f"--output={output}"]) == 2
         error = capsys.readouterr().err
         assert "Traceback" not in error
+        assert "data." not in error.replace(str(data), "")  # a field of the config, which the command doesn't have
         for word in words:
             assert word in error
     assert not output.exists()

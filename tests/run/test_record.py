@@ -23,7 +23,7 @@ def test_skipped_and_rendered_records_are_said(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     spec = DataSpec(path=str(tmp_path / "x.jsonl"), seq_len=64, on_bad_record="skip")
     printer = Printer()
-    record._describe_data(printer, load(spec, TokenizerSpec()).report)
+    record.describe_data(printer.print, load(spec, TokenizerSpec()).report)
     first, second = printer.lines[:2]
     assert first.endswith("x.jsonl: 22 records, 1 skipped: unknown format, 1 skipped: has tools")
     assert second.endswith(

@@ -5,7 +5,16 @@ from collections import Counter
 import pytest
 
 from research.errors import InputError
-from research.sources.records import TXT_DOCUMENT_BYTES, BadRecord, Turn, check, detect_format, locate, parse
+from research.sources.records import (
+    CONFIG_SETTINGS,
+    TXT_DOCUMENT_BYTES,
+    BadRecord,
+    Turn,
+    check,
+    detect_format,
+    locate,
+    parse,
+)
 from research.sources.store import read_examples
 
 PAIRS = [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(3)]
@@ -153,7 +162,7 @@ def conversation(*roles):
             "text",
             {"txet": "a"},
             "missing field",
-            "no field 'text'. Did you mean 'txet'? Name the column in data",
+            "no field 'text'. Did you mean 'txet'? Name the column in data.fields: {",
         ),
         ("text", {"text": " \n"}, "empty text", "is an empty text"),
         ("text", {"text": None}, "wrong type", "must be text, but is null"),
@@ -182,7 +191,8 @@ def test_bad_records(format, record, reason, message):
     with pytest.raises(BadRecord) as e:
         check(record, format, {})
     assert e.value.reason == reason
-    assert message in str(e.value)
+    assert message in str(e.value.at("", **CONFIG_SETTINGS))
+    assert "data." not in str(e.value)  # not every command has the config's fields
 
 
 def test_formats_are_detected_under_renamed_columns():
@@ -192,8 +202,12 @@ def test_formats_are_detected_under_renamed_columns():
     assert detect_format({"question": "", "answer": "", "id": 1}, fields) == "prompt_response"
     turns = [Turn("user", "a"), Turn("assistant", "b")]
     assert check({"question": "a", "answer": "b"}, "prompt_response", fields) == turns
-    with pytest.raises(InputError, match=r"has the fields 'question', 'answer', but needs .*data.fields"):
+    with pytest.raises(BadRecord, match=r"has the fields 'question', 'answer', but needs .* Rename its columns.") as e:
         detect_format({"question": "", "answer": ""}, {})
+    said = {name: str(e.value.at("x:1", fields=name)) for name in ("data.fields", "--fields")}
+    for name, text in said.items():
+        assert text.startswith("x:1: has the fields 'question', 'answer', but needs ")
+        assert text.endswith(f'Name its columns, as in {name}={{"prompt": "question", "response": "answer"}}.')
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
