@@ -14,6 +14,7 @@ that is less), batch_size (default: 64).
 
 import decimal
 import itertools
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
 from research.sources import records as records_lib
 from research.sources import tasks as generated
+from research.sources.cache import digest
 from research.sources.formats import TEMPLATES
 from research.sources.tokenizers import Tokenizer
 
@@ -109,6 +111,21 @@ def load(
         return Evaluation(name, _exact_match(items, options, model, tokenizer, template))
     except InputError as error:
         raise InputError(f"task {spec}: {error}") from error
+
+
+def identity(spec: str) -> dict[str, Any]:
+    """What the records of a task are, in a few words: {"records": how many, "content": a hash}.
+
+    Raises:
+      InputError: the task, its file or a record is at fault.
+    """
+    _, options, entry = parse(spec)
+    try:
+        items = _read(entry, _whole(options, "limit", 0, 0))
+    except InputError as error:
+        raise InputError(f"task {spec}: {error}") from error
+    content = digest(json.dumps(record, sort_keys=True, default=str) for _, record in items)
+    return {"records": len(items), "content": content}
 
 
 def parse(spec: str) -> tuple[str, dict[str, str], str]:

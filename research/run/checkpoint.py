@@ -16,6 +16,7 @@ import jax
 
 from research.devices import distributed
 from research.errors import InputError
+from research.params import path_name
 from research.pretrained import checkpoints
 from research.pretrained.checkpoints import FOLDER, best_step, restore_params, steps
 from research.rollouts.experience import Place
@@ -160,9 +161,9 @@ class Checkpointer:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except ValueError as error:  # the structures differ: another optimizer, or an average that wasn't there
             raise InputError(
-                f"{folder}: was saved with another optimizer, objective, ema_decay or trainable than the config's: "
-                f"{str(error)[:300]}\n"
-                "Start in a new --workdir, with model.init_from to take the parameters along."
+                f"{folder}: was saved with another optimizer, objective, ema_decay or trainable than the config's"
+                f"{_difference(tree, there)}. Set what the run began with, or start in a new --workdir, with "
+                "model.init_from to take the parameters along."
             ) from error
         except Exception as error:
             raise checkpoints.damaged(Path(folder / "state"), error) from error
@@ -179,6 +180,14 @@ class Checkpointer:
             self._preparing.join()
         if self._opened is not None:
             self._opened.close()
+
+
+def _difference(saved: Any, wanted: Any) -> str:
+    """The first array that only one of two states has, for a message; "" where they have the same."""
+    names = [{path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)} for state in (saved, wanted)]
+    lacking, foreign = min(names[1] - names[0], default=""), min(names[0] - names[1], default="")
+    parts = [f"it lacks {lacking}" if lacking else "", f"it has {foreign}" if foreign else ""]
+    return f" ({', and '.join(filter(None, parts))})" if any(parts) else ""
 
 
 def _source(run: Mapping[str, Any]) -> dict[str, Any]:

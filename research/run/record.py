@@ -38,7 +38,7 @@ def begin(inputs: Inputs, command: str, step: int) -> None:
     about = _about(inputs, command)
     history = _history(resume.read_record(inputs.workdir)) if inputs.resumed else []
     began = {"step": step, "changed": [str(change) for change in inputs.changes]} | {k: about[k] for k in _OF_A_START}
-    kept = {"data": inputs.data_identity, "frozen": inputs.frozen_sources}
+    kept = {"data": inputs.data_identity, "tasks": inputs.tasks, "frozen": inputs.frozen_sources}
     write_json(folder / resume.RECORD, about | kept | {"history": [*history, began]})
     (folder / "done.json").unlink(missing_ok=True)
     if not inputs.resumed:

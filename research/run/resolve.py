@@ -15,6 +15,7 @@ from research import loading, objectives
 from research.config import Config
 from research.devices import compilation, sharding
 from research.errors import InputError
+from research.evals import tasks as eval_tasks
 from research.objectives import Terms
 from research.run import checkpoint, metrics, resume
 from research.sources import annotations, dataset, fields, identity, tokenizers
@@ -37,6 +38,7 @@ class Inputs:
       rows: numbers of the rows of a global batch that this process holds.
       changes: what differs from what the run last ran with, where it goes on.
       data_identity: what the data is made of; see sources.identity.
+      tasks: task of eval.tasks -> what its records are (evals.tasks.identity).
       frozen_sources: role -> what it is read from (loading.source), of those of which nothing is trained.
     """
 
@@ -51,6 +53,7 @@ class Inputs:
     rows: list[int]
     changes: list[resume.Change]
     data_identity: dict[str, Any]
+    tasks: dict[str, Any]
     frozen_sources: dict[str, Any]
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -98,17 +101,19 @@ def resolve(
     tokenizer = _resumed_tokenizer(config, workdir) if resumed else find_tokenizer(config, bases, objective)
     data, terms = read_data(config, bases, tokenizer)
     data_identity = identity.identity(data, config_lib.data_spec(config))
+    tasks = {spec: eval_tasks.identity(spec) for spec in config.eval.tasks}
     frozen_sources = {role: loading.source(name) for role, name in _frozen_names(config, terms).items()}
     if resumed:
         resume.check_data(workdir, before.get("data"), data_identity, changes)
         resume.check_sources(workdir, before.get("frozen"), frozen_sources)
+        changes += resume.task_changes(before.get("tasks"), tasks)
     _check_held_out(config, data)
     rows = sharding.local_rows(mesh, config.batch_size, sharding.make_rules(config.rules))
     source = dataset.make_source(
         data.train, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle, mine=rows
     )
     return Inputs(
-        config, workdir, resumed, mesh, bases, terms, data, source, rows, changes, data_identity, frozen_sources
+        config, workdir, resumed, mesh, bases, terms, data, source, rows, changes, data_identity, tasks, frozen_sources
     )
 
 

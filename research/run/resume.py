@@ -68,7 +68,8 @@ class Change:
     def rule(self) -> Rule:
         """What becomes of it."""
         rule = rule_of(self.field)
-        switched = rule.switch and bool(self.before) != bool(self.now)
+        known = None not in (self.before, self.now)  # else it is inherited, and the checkpoint says whether it fits
+        switched = rule.switch and known and bool(self.before) != bool(self.now)
         return dataclasses.replace(rule, effect=Effect.REFUSED) if switched else rule
 
 
@@ -127,13 +128,13 @@ FIELDS: dict[str, Rule] = {
     ),
     "data.cache_dir": _FREE,
     **_rules(_SAID, "rollout", "share max_new_tokens temperature top_k top_p slots"),
-    **_rules(_STATE, "optimizer", "name scale_by_parameter factor_min_size mu_dtype"),
+    **_rules(_STATE, "optimizer", "name scale_by_parameter factor_min_size mu_dtype groups"),
     **_rules(_SWITCH, "optimizer", "weight_decay clip_norm"),
     **_rules(
         _SAID,
         "optimizer",
         "learning_rate schedule warmup_steps start_ratio end_ratio decay_fraction decay_shape timescale cycles b1 b2 "
-        "eps momentum nesterov muon_scaling groups",
+        "eps momentum nesterov muon_scaling",
     ),
     **_rules(_FREE, "checkpoint", "every keep_last"),
     **_rules(_SAID, "checkpoint", "best_metric best_mode"),
@@ -145,7 +146,9 @@ FIELDS: dict[str, Rule] = {
 
 
 def rule_of(field: str) -> Rule:
-    """What becomes of a change of a field, or of what is in a mapping that has a rule; a role is as the policy.
+    """What becomes of a change of a field, or of what is in a mapping that has a rule.
+
+    A role is as the policy, and what a group of the optimizer sets is as what all parameters have.
 
     Raises:
       KeyError: there is no rule.
@@ -153,6 +156,8 @@ def rule_of(field: str) -> Rule:
     parts = field.split(".")
     if parts[0] == "roles" and len(parts) > 2:
         parts = ["roles", "NAME", "of"] if parts[2] == "of" else ["model", *parts[2:]]
+    if parts[:2] == ["optimizer", "groups"] and ".".join(["optimizer", *parts[3:]]) in FIELDS:
+        parts = ["optimizer", *parts[3:]]
     for size in range(len(parts), 0, -1):
         if rule := FIELDS.get(".".join(parts[:size])):
             return rule
@@ -229,6 +234,23 @@ def check(workdir: str, before: Config, now: Config) -> list[Change]:
             f"{_names(refused)}: can't change in {workdir}, where the run goes on: {'; '.join(reasons)}. Set what the "
             f"run began with, or {_remedy(workdir)}"
         )
+    return found
+
+
+def task_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[Change]:
+    """The tasks of `eval.tasks` whose records are others than they were, under the same name.
+
+    Args:
+      before: task -> evals.tasks.identity of when the run was last started; None of a run that didn't keep it.
+      now: the same as it is now.
+    """
+    found = []
+    for name, task in now.items():
+        old = (before or {}).get(name, task)
+        if old != task:
+            other = "" if old["records"] != task["records"] else ", but others"
+            counts = f"{old['records']:,} records", f"{task['records']:,} records{other}"
+            found.append(Change(f"eval.tasks.{name}", *counts))
     return found
 
 

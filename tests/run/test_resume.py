@@ -144,7 +144,7 @@ def test_a_change_of_each_field_is_said_refused_or_free(field):
     assert before != now
     old, new, rule = config.parse(defaults), config.parse(values), resume.FIELDS[field]
     if rule.effect == Effect.REFUSED:
-        with pytest.raises(InputError, match=f"^{field} = .*can't change in w, .* with model.init_from=w"):
+        with pytest.raises(InputError, match=rf"^{field}(\.head)? = .*can't change in w, .* with model.init_from=w"):
             resume.check("w", old, new)
         return
     said = resume.check("w", old, new)
@@ -239,6 +239,11 @@ def test_what_is_free_changes_and_says_nothing(field, value, begun, finished, ca
         ("trainable", "head", r"trainable = '' -> 'head'"),
         ("optimizer.name", "sgd", r"optimizer.name = 'adamw' -> 'sgd': .* state in the checkpoint is of another kind"),
         ("optimizer.mu_dtype", "bfloat16", r"optimizer.mu_dtype = "),
+        (
+            "optimizer.groups",
+            {"e": {"match": "policy/embed", "learning_rate": 0.1}},
+            r"optimizer.groups.e = None -> .*kind",
+        ),
         ("ema_decay", 0.0, r"ema_decay = 0.5 -> 0.0: .* moving average"),
         ("optimizer.weight_decay", 0.0, r"optimizer.weight_decay = 0.1 -> 0.0"),
         ("data.pack", True, r"data: isn't what .* began with \(data.pack = False -> True\): \d+ rows -> \d+;"),
@@ -303,6 +308,22 @@ def test_a_run_from_before_data_was_noted_goes_on_with_the_same_names_only(begun
     starts = json.loads((workdir / "config.json").read_text())["history"]
     assert [start["step"] for start in starts] == [0, 2]
     assert starts[0]["versions"] == before["versions"]
+
+
+def test_a_task_with_other_records_is_said(begun, tmp_path, capfd):
+    workdir, options = begun
+    file = tmp_path / "t.jsonl"
+    task = f"perplexity,name=t:{file}"
+    options |= {"eval.tasks": (task,), "eval.every": 1}
+    file.write_text('{"text": "one"}\n')
+    train(workdir, **options, steps=2 + 1)
+    first = capfd.readouterr().err
+    assert f"changed  eval.tasks: [] -> [{task!r}]" in first
+    file.write_text('{"text": "two"}\n')
+    train(workdir, **options, steps=4)
+    err = capfd.readouterr().err
+    assert f"changed  eval.tasks.{task}: '1 records' -> '1 records, but others'" in err
+    assert "step 3/4  eval" in err, "measured anew before it goes on"
 
 
 # Frozen roles
@@ -406,6 +427,26 @@ def test_every_row_is_read_once_an_epoch_though_the_batch_changes(size, tmp_path
     assert len(first) == 8
     assert collections.Counter(first + rest) == collections.Counter(dict.fromkeys(whole[:40], 1))
     assert first + rest == whole[:40]
+
+
+def test_an_option_of_a_group_is_as_that_of_all():
+    plain = {"optimizer": {"groups": {"e": {"match": "policy/embed", "learning_rate": 0.1, "clip_norm": 1.0}}}}
+    of = lambda **options: config.parse({"optimizer": {"groups": {"e": plain["optimizer"]["groups"]["e"] | options}}})  # noqa: E731
+    (change,) = resume.check("w", config.parse(plain), of(learning_rate=0.2))
+    assert str(change) == "optimizer.groups.e.learning_rate: 0.1 -> 0.2"
+    for options in ({"match": "policy/head"}, {"clip_norm": 0.0}):
+        with pytest.raises(
+            InputError, match=r"optimizer\.groups\.e\.\w+ = .*: the optimizer's state in the checkpoint"
+        ):
+            resume.check("w", config.parse(plain), of(**options))
+
+
+def test_a_state_of_another_kind_is_said_in_one_line():
+    state = {"opt_state": [{"count": 0}], "carry": {}}
+    assert checkpoint._difference(state, state) == ""
+    other = {"opt_state": [{}, {"count": 0}], "carry": {}}
+    assert checkpoint._difference(state, other) == " (it lacks opt_state/1/count, and it has opt_state/0/count)"
+    assert checkpoint._difference(state, {**state, "carry": {"x": 0}}) == " (it lacks carry/x)"
 
 
 def test_a_place_in_steps_is_read_with_the_batch_size_of_its_run():
