@@ -222,10 +222,16 @@ class EvalStep:
     sources: tuple[str, ...] = ()
 
     def __call__(
-        self, params: Params, frozen: Params, batch: Batch, key: jax.Array, carry: Carry | None = None
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        key: jax.Array,
+        carry: Carry | None = None,
+        first: jax.Array | int = 0,
     ) -> Metrics:
-        """`carry` is that of the TrainState; it may be left out where no term has one."""
-        inputs = Inputs(key, jnp.zeros((), jnp.int32), terms_lib.row_numbers(batch), carry or {})
+        """`carry` is that of the TrainState; it may be left out where no term has one. `first`: see Context."""
+        inputs = Inputs(key, jnp.zeros((), jnp.int32), terms_lib.row_numbers(batch), carry or {}, first=first)
         forward = Forward(self.models, params_lib.join(params, frozen), batch, terms_lib.hidden_states(self.terms))
         outs = terms_lib.losses(self.terms, forward, inputs, self.sources)
         return terms_lib.metrics(self.terms, outs, inputs.step) | terms_lib.source_tokens(batch, self.sources)

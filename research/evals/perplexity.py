@@ -27,6 +27,7 @@ def make_perplexity(
     use_loss_mask: bool,
     view: Callable[[Batch], Batch] = lambda batch: batch,
     put: Callable[[Batch], Batch] = lambda batch: batch,
+    with_bytes: bool = True,
 ) -> Callable[..., dict[str, float]]:
     """Returns evaluate(params, frozen, carry) -> metric -> mean over all of `batches`.
 
@@ -36,13 +37,16 @@ def make_perplexity(
       bits_per_byte: nll summed, in bits, over the bytes of text that the supervised targets stand for; it compares
         models across tokenizers. With one term only. An end-of-text token costs bits and stands for no byte.
 
+    All draws are of one key, by the row's number in the data: the same in each evaluation, and for any size of batches.
+
     Args:
-      eval_step: (params, frozen, batch, key, carry) -> name -> (sum, weight), jitted; see train.EvalStep.
+      eval_step: (params, frozen, batch, key, carry, first) -> name -> (sum, weight), jitted; see train.EvalStep.
       batches: this process's rows of each held-out batch, as a Source gives them.
       token_bytes: [V] int32, UTF-8 bytes of each token.
       use_loss_mask: supervise the tokens of `loss_mask`, as the objective does; else all tokens.
       view: batch -> the batch in which only what the objective counts is no padding, for bits_per_byte.
       put: takes a batch to the devices, for the global batch there.
+      with_bytes: give bits_per_byte; see Objective.bits_per_byte.
 
     Raises:
       InputError: there is no batch or, when called, no supervised token.
@@ -55,11 +59,11 @@ def make_perplexity(
     bits_and_bytes = jax.jit(functools.partial(_bits_and_bytes, token_bytes, use_loss_mask, view))
 
     def evaluate(params: Any, frozen: Any, carry: Any = None) -> dict[str, float]:
-        parts = []
-        for i, batch in enumerate(batches):
-            batch = put(batch)
-            out = eval_step(params, frozen, batch, jax.random.fold_in(jax.random.key(0), i), carry)
-            if "nll" in out:
+        parts, first = [], 0
+        for batch in map(put, batches):
+            out = eval_step(params, frozen, batch, jax.random.key(0), carry, np.int32(first))
+            first += len(batch["tokens"])
+            if with_bytes and "nll" in out:
                 out = out | {"bits_per_byte": bits_and_bytes(out["nll"][0], batch)}
             parts.append(out)
         result = means(parts)

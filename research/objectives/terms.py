@@ -101,6 +101,7 @@ class Inputs(NamedTuple):
       rows: the number of each of the batch's rows in the whole batch.
       carry: what each term remembers of the steps before.
       gathered: term -> what its objective gathered of the whole batch; None where the batch is whole.
+      first: see Context.
     """
 
     key: jax.Array
@@ -108,6 +109,7 @@ class Inputs(NamedTuple):
     rows: Int[Array, " B"]
     carry: Carry
     gathered: Mapping[str, Any] | None = None
+    first: Int[Array, ""] | int = 0
 
 
 def row_numbers(batch: Batch) -> Int[Array, " B"]:
@@ -160,6 +162,7 @@ def losses(terms: Terms, forward: Forward, inputs: Inputs, sources: Sequence[str
             params=own.get(name, ()),
             carry=inputs.carry.get(name, ()),
             gathered=gathered.get(name, ()),
+            first=inputs.first,
         )
         with naming_fields(term.options):
             out = term.objective.loss(forward, term.view(forward.batch, sources), context)

@@ -51,6 +51,7 @@ class Context(NamedTuple):
       params: the term's own parameters (see Objective.params); () without any.
       carry: what the term remembers (see Objective.init_carry); () without one.
       gathered: what Objective.gather says of all rows of the whole batch, in order; () without it.
+      first: in evaluations, how many rows of the held-out data came before the batch; else 0.
     """
 
     key: jax.Array
@@ -59,13 +60,15 @@ class Context(NamedTuple):
     params: Any = ()
     carry: Any = ()
     gathered: Any = ()
+    first: Int[Array, ""] | int = 0
 
     def row_keys(self) -> jax.Array:
-        """A random key for each row: draws are the same for any number of microbatches, devices and processes.
+        """A random key for each row: draws are the same for any number of microbatches, devices and processes. In
+        evaluations a row has the same each time, and whatever the size of the batches.
 
         For example: jax.vmap(lambda key: jax.random.bernoulli(key, 0.15, (T,)))(context.row_keys()).
         """
-        return jax.vmap(jax.random.fold_in, (None, 0))(self.key, self.rows)
+        return jax.vmap(jax.random.fold_in, (None, 0))(self.key, self.rows + self.first)
 
 
 class Forward:
@@ -182,6 +185,7 @@ class Objective:
         loss in context.params; None for none.
       annotations: what those of data.annotations must have been made with, where it reads some.
       gather: (forward, batch) -> pytree of arrays [B, ...]; None for an objective without it.
+      bits_per_byte: whether bits per byte are made of its `nll`: it is of each supervised token, given those before.
       init_carry: (shapes and dtypes of the batch) -> the first carry; None for an objective without one.
       update: (carry, statistics summed over the batch) -> the next carry, of the same shapes and dtypes.
     """
@@ -195,6 +199,7 @@ class Objective:
     params: Callable[[Mapping[str, Any]], Any] | None = None
     annotations: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gather: Callable[[Forward, Batch], Any] | None = None
+    bits_per_byte: bool = True
     init_carry: Callable[[Mapping[str, jax.ShapeDtypeStruct]], Any] | None = None
     update: Callable[[Any, Any], Any] | None = None
 

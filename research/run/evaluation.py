@@ -114,6 +114,7 @@ def make_evaluation(
         use_loss_mask=any("loss_mask" in term.objective.fields for term in parts.terms.values()),
         view=functools.partial(first.view, names=sorted(config.data.sources)),
         put=inputs.put,
+        with_bytes=first.objective.bits_per_byte,
     )
     records = data.held_out_records[: config.eval.generate]
     answers = None
