@@ -170,7 +170,7 @@ def render_parts(
     _refuse_forgery(plain, messages, text, add_generation_prompt)
     if chat.marks_answers:
         text = _unmark(chat, marked, text, add_generation_prompt, unlearned)
-    elif not add_generation_prompt:
+    else:
         spans = _answers(chat, marked, text, add_generation_prompt)
         for start, end in reversed([span for i, span in spans.items() if i not in unlearned]):
             text = f"{text[:start]}{_ANSWER}{text[start:end]}{_ANSWER_END}{text[end:]}"

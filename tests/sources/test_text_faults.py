@@ -5,7 +5,7 @@ import gzip
 import json
 
 import pytest
-from text_cases import CHATML, INST, PARTS, make_folder
+from text_cases import CHATML, INST, PARTS, TEXTS, make_folder
 
 from research.errors import InputError
 from research.evals.markers import say_markers
@@ -328,3 +328,16 @@ def test_policy_and_teacher_read_the_same_records(tmp_path):
     spec = DataSpec(path=str(path), seq_len=64, on_bad_record="skip", cache_dir=str(tmp_path / "cache"))
     with pytest.raises(InputError, match=r"data\.path: '.*x\.jsonl' has records that the chat template of the policy"):
         load(spec, TokenizerSpec(), BYTES, teacher=teacher)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "with prefix"])
+def test_a_prompt_begins_as_in_training_where_no_token_parts_the_turns(tmp_path, kind):
+    bare = "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
+    bare += "{{ 'assistant' if add_generation_prompt else '</s>' }}"
+    tokenizer = make_folder(tmp_path, kind, bare)
+    for i in range(0, 80, 4):
+        texts = zip(["user", "assistant"] * 2, TEXTS[i : i + 4], strict=True)
+        said = [{"role": role, "content": text} for role, text in texts]
+        tokens, _, _ = encode([check({"messages": said}, "messages", {})], tokenizer, "model")
+        prompt = render_prompt({"messages": said[:3]}, tokenizer, "model")
+        assert tokens[: len(prompt)].tolist() == prompt
