@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def make_perplexity(
       eval_step: (params, frozen, batch, key, carry, first) -> name -> (sum, weight), jitted; see train.EvalStep.
       batches: this process's rows of each held-out batch, as a Source gives them.
       token_bytes: [V] int32, UTF-8 bytes of each token.
-      use_loss_mask: supervise the tokens of `loss_mask`, as the objective does; else all tokens.
+      use_loss_mask: supervise the tokens of `loss_mask`, as the objective does; else all tokens but those of a prefix.
       view: batch -> the batch in which only what the objective counts is no padding, for bits_per_byte.
       put: takes a batch to the devices, for the global batch there.
       with_bytes: give bits_per_byte; see Objective.bits_per_byte.
@@ -85,14 +86,16 @@ def _bits_and_bytes(
 ) -> tuple[jax.Array, jax.Array]:
     """Bits of a batch's supervised targets, and the bytes of text that they stand for."""
     batch = view(batch)
-    targets, weights = next_token_targets(batch, batch["loss_mask"] if use_loss_mask else None)
+    targets, weights = next_token_targets(
+        batch, batch["loss_mask"] if use_loss_mask else 1 - batch["prefix"] if "prefix" in batch else None
+    )
     sizes = jnp.asarray(token_bytes, jnp.float32)[targets]
     return nll_sum / math.log(2), jnp.sum(sizes * weights)
 
 
 def _perplexities(metrics: Mapping[str, float]) -> dict[str, float]:
-    """exp of each `nll`, under the same name with `perplexity` for `nll`."""
-    nll = {name: value for name, value in metrics.items() if name.split("/")[-1] == "nll"}
+    """exp of each `nll` or `..._nll`, under the same name with `perplexity` for `nll`."""
+    nll = {name: value for name, value in metrics.items() if re.search(r"(^|[/_])nll$", name)}
     return {name.removesuffix("nll") + "perplexity": _exp(value) for name, value in nll.items()}
 
 

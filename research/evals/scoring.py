@@ -2,6 +2,9 @@
 
 A sequence of n tokens is n - 1 predictions. What is longer than the model's max_length goes through it in windows: each
 token is predicted once, from at most max_length tokens before it, and the last window reaches back to be full.
+
+To a prefix LM all that stands before the first scored token is a prefix, so that an answer has the log-probabilities
+that it had when it was generated.
 """
 
 import collections
@@ -307,7 +310,10 @@ def _compute(
         if len(windows) - done <= rows // 8 * shards:
             rows //= 8  # the last few; only two sizes, since each is compiled
         taken = windows[done : done + rows * shards]
-        waiting.append((taken, compute(params, _batch(examples, taken, rows * shards, length))))
+        batch = _batch(examples, taken, rows * shards, length)
+        if model.config.prefix:
+            batch["prefix"] = _prefixes(examples, taken, batch["segment_ids"])
+        waiting.append((taken, compute(params, batch)))
         done += len(taken)
         if len(waiting) > _IN_FLIGHT:
             yield read()
@@ -327,6 +333,15 @@ def _batch(examples: Sequence[Example], windows: Sequence[_Window], rows: int, l
         batch["targets"][row, : stop - start] = tokens[start + 1 : stop + 1]
         batch["weights"][row, first - 1 - start : stop - start] = mask[first : stop + 1]
     return batch
+
+
+def _prefixes(examples: Sequence[Example], windows: Sequence[_Window], segment_ids: np.ndarray) -> np.ndarray:
+    """The batch field `prefix` of the windows: what stands before an example's first scored token is its prompt, as
+    decoding shows it to a prefix LM. Text, which is scored whole, has none."""
+    first = np.zeros((len(segment_ids), 1), np.int32)
+    for row, (i, start, _, _) in enumerate(windows):
+        first[row] = np.argmax(examples[i].mask) - start
+    return (np.arange(segment_ids.shape[1])[None] < first) & (segment_ids > 0).astype(np.int32)
 
 
 def ratio_of_sums(sums: np.ndarray, weights: np.ndarray) -> tuple[float, float | None]:

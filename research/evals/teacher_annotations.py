@@ -116,7 +116,8 @@ class Teacher:
     def _top_k(self, batch: Mapping[str, np.ndarray]) -> divergences.TopK:
         """The likeliest tokens after each token of a batch."""
         rows = sharding.named(self.mesh, ("batch", "time"), self.rules)
-        fields = {name: jax.device_put(batch[name], rows) for name in ("tokens", "segment_ids", "positions")}
+        names = [name for name in ("tokens", "segment_ids", "positions", "prefix") if name in batch]
+        fields = {name: jax.device_put(batch[name], rows) for name in names}
         return self._predict(self.weights, fields)
 
     @functools.cached_property
@@ -256,7 +257,8 @@ def _batches(
     """Yields (addresses of the tokens, their places in the flat batch, the batch) of packed rows."""
     order, splits = packing.rows_of(segments[:, 1], seq_len)
     start, length = segments[order].T
-    rows = Rows((store,), start, length, splits, seq_len)
+    extra = {name: values.shape[1:] for name, values in store.fields.items()}
+    rows = Rows((store,), start, length, splits, seq_len, extra=extra)
     for first in range(0, len(rows), batch_size):
         index = np.arange(first, first + batch_size)
         batch = rows.batch(np.where(index < len(rows), index, -1))

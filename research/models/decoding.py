@@ -82,6 +82,8 @@ def decode(
     angles = blocks.rotations(c, positions, jnp.max(positions, axis=1, keepdims=True) + 1)
     T, S = mask.shape[1:]
     age = index + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
+    if c.prefix:  # a prompt's token may see a later one, in a window that reaches as far that way
+        age = jnp.abs(age)
     step = _Step(c, rules, angles, mask, age, index)
     x, extended = blocks.embed(c, rules, params, tokens, positions), []
     for i, (p, entries) in enumerate(zip(params["layers"], cache, strict=True)):
@@ -99,7 +101,7 @@ class _Step:
     Attributes:
       angles: RoPE's, of layers without and with a window.
       mask: which cached entries each token may see, before windows.
-      age: how many entries each cached one lies before the token's own.
+      age: how many entries each cached one lies before the token's own; of a prefix LM, or after it.
       index: of the entry that the first token writes.
     """
 

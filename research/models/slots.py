@@ -246,11 +246,15 @@ class Decoder:
         index: Int[Array, ""] | int,
         size: int,
     ) -> tuple[Float[Array, "R size D"], Cache]:
-        """Puts tokens index to index + size of prompts into the cache; returns their hidden states too."""
+        """Puts tokens index to index + size of prompts into the cache; returns their hidden states too.
+
+        A prefix LM sees each prompt whole, which must then be one piece.
+        """
         first = (prompts.shape[1] - lengths)[:, None, None]
         t, s = index + jnp.arange(size)[None, :, None], jnp.arange(cache_size(cache))[None, None, :]
         # Padding sees itself: a softmax over nothing would put NaN into the cache.
-        mask = ((first <= s) & (s <= t)) | (s == t)
+        last = jnp.where(first <= t, prompts.shape[1] - 1, t) if self.model.config.prefix else t
+        mask = ((first <= s) & (s <= last)) | (s == t)
         positions = jnp.maximum(t - first, 0)[:, :, 0]
         tokens = jax.lax.dynamic_slice_in_dim(prompts, index, size, axis=1)
         return self.model.decode(params, tokens, positions, mask, cache, index)
@@ -260,8 +264,9 @@ class Decoder:
     ) -> tuple[Float[Array, "R D"], Cache]:
         """The prompts' last hidden states and their cache. Pieces that are padding in all rows are left out."""
         R, P = prompts.shape
-        # LongRoPE has to see all of a prompt to choose its factors.
-        size = P if P % _PIECE or self.model.config.rope_scaling.kind == "longrope" else _PIECE
+        c = self.model.config
+        # A prefix LM's prompts see themselves whole, and LongRoPE has to see all of one to choose its factors.
+        size = P if P % _PIECE or c.prefix or c.rope_scaling.kind == "longrope" else _PIECE
         piece = functools.partial(self._read, params, prompts, lengths, size=size)
         cache = self.model.init_cache(R, P)
         hidden = jax.eval_shape(piece, cache, 0)[0]

@@ -124,7 +124,7 @@ class Distill:
         Divergence and entropy of K cached tokens are those of a distribution over these and the rest, and less than
         those over all tokens: the metrics are called divergence_topK and teacher_entropy_topK.
         """
-        _, weights = next_token_targets(batch, batch["loss_mask"] if self.supervised else None)
+        _, weights = next_token_targets(batch, batch["loss_mask"] if self.supervised else forward.unseen(batch))
         parallel_forward = forward.on(_teacher_batch(batch)) if self.kind == "uld" else None
         if self.kind == "uld":
             weights = jnp.where(batch["teacher_at"] < 0, 0.0, weights)

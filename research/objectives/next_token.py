@@ -4,7 +4,7 @@ from research.objectives.types import Batch, Context, Forward, LossOut, Objectiv
 
 
 def make(z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
-    """Cross-entropy of each token given those before it in its document.
+    """Cross-entropy of each token given those before it in its document; not of a prefix that the model sees whole.
 
     Args:
       z_loss: weight of logsumexp(logits)^2, which keeps logits near zero (PaLM, arXiv:2204.02311, section 5).
@@ -12,7 +12,7 @@ def make(z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
     """
 
     def loss(forward: Forward, batch: Batch, context: Context) -> LossOut:
-        targets, weights = next_token_targets(batch)
+        targets, weights = next_token_targets(batch, forward.unseen(batch))
         return token_loss(forward, targets, weights, z_loss=z_loss, label_smoothing=label_smoothing)
 
     return Objective(loss=loss)

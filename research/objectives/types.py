@@ -105,6 +105,13 @@ class Forward:
         """The same models on another batch, such as one with masked tokens. Keep it: its passes are its own."""
         return Forward(self.models, self._own, batch, self.states)
 
+    def unseen(self, batch: Batch) -> Float[Array, "B T"] | None:
+        """1 at the tokens that no model sees before it is to predict them: all but those of a prefix, where one of the
+        models is a prefix LM. None where that is all of them."""
+        if "prefix" not in batch or not any(model.config.prefix for model in self.models.values()):
+            return None
+        return 1.0 - batch["prefix"].astype(jnp.float32)
+
     def hidden(self, role: str = "policy") -> Float[Array, "B T D"]:
         """Last hidden states of `role` on the batch, in its compute dtype."""
         role = self._trunks.get(role, role)
@@ -178,6 +185,7 @@ class Objective:
       fields: the batch fields it reads; checked against the source before anything compiles.
       trainable: roles whose parameters get gradients.
       frozen: roles that are read only.
+      gives: the batch fields that it makes for passes of its own (Forward.on), such as "prefix".
       own_tokens: those of them that read the fields of sources.parallel, made by their own tokenizer; all others read
         `tokens`.
       states: role -> the layers whose hidden states it reads with Forward.hidden_at.
@@ -194,6 +202,7 @@ class Objective:
     fields: tuple[str, ...] = ("tokens", "segment_ids", "positions")
     trainable: tuple[str, ...] = ("policy",)
     frozen: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
     own_tokens: tuple[str, ...] = ()
     states: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     params: Callable[[Mapping[str, Any]], Any] | None = None

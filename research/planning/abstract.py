@@ -14,7 +14,8 @@ from research.config import Config
 from research.devices import sharding
 from research.errors import InputError
 from research.run import assemble, resolve
-from research.sources import fields, tokenizers
+from research.sources import fields, tokenizers, views
+from research.sources import spec as spec_lib
 from research.sources.tokenizers import TokenizerSpec
 
 
@@ -74,12 +75,17 @@ def find_vocab_size(config: Config, base: Any = None) -> int:
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """The fields of a global batch: those of any text, what the objective's terms read, and of several sources which.
+    """The fields of a global batch: those of any text, what the objective's terms read, what views give, and of several
+    sources which.
 
     Raises:
       InputError: it depends on the data, which isn't read: of labels, how many classes there are.
     """
     read = {name for term in objectives.load(config.objective).values() for name in term.objective.fields}
+    spec = config_lib.data_spec(config)
+    for entry in (*spec_lib.entries(spec)[0], *spec_lib.eval_entries(spec)):
+        if entry.options.view:
+            read |= set(views.load(entry.options.view, f"data.sources.{entry.name}.view", config.seq_len).fields)
     if len(config.data.sources) > 1:
         read |= set(fields.group("source"))
     names = fields.read_with(read)

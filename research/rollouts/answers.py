@@ -111,6 +111,8 @@ def _answered(batch: Batch, mine: Bool[Array, " B"], length: Int[Array, " B"], a
     }
     if "source" in batch:  # an answer is of its prompt's source, and may be longer than the data's
         fields["source"] = jnp.where(real, batch["source"][:, :1], 0)
+    if "prefix" in batch:  # the prompt was shown whole to a prefix LM
+        fields["prefix"] = (since < 0).astype(jnp.int32)
     return {**batch, **{name: jnp.where(here, value, batch[name]) for name, value in fields.items()}}
 
 

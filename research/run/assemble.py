@@ -98,6 +98,7 @@ def assemble(
     _check_reads(config, terms, models, batch)
     _check_classes(config, models["policy"], batch)
     _check_answers(config, models["policy"])
+    _check_prefixes(terms, models, batch)
     term_specs = {name: tree for name, term in terms.items() if (tree := term.specs(models))}
     roles = roles_lib.make_roles(config, _trained_roles(terms), models, term_specs)
     optimizer = _make_optimizer(config, roles)
@@ -339,6 +340,20 @@ def _check_answers(config: Config, policy: transformer.Model) -> None:
         if value and (policy.config.num_labels or not policy.config.causal):
             raise InputError(
                 f"{field} = {value}: the policy is {policy.config.kind}, and can't write answers. Set it to 0."
+            )
+
+
+def _check_prefixes(terms: Terms, models: Mapping[str, Any], batch: Batch) -> None:
+    """Raises InputError where a prefix LM would never be shown a prefix, and yet decode with one."""
+    own_tokens = {role for term in terms.values() for role in term.objective.own_tokens}
+    there = "prefix" in batch or any("prefix" in term.objective.gives for term in terms.values())
+    for role, model in models.items():
+        if model.config.prefix and (role in own_tokens or not there):
+            where = "model" if role == "policy" else f"roles.{role}"
+            raise InputError(
+                f"{where}.prefix = True: nothing says what a document's prefix is, so that the model would read from "
+                "left to right here, and show prompts to itself whole when it generates. Train with the objective "
+                "prefix_lm, or give the data a view that marks prefixes: data.sources.NAME.view = {'kind': 'prompt'}."
             )
 
 

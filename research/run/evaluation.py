@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from research.evals import generation, perplexity
 from research.evals import tasks as eval_tasks
 from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
-from research.objectives import Terms
+from research.objectives import Term, Terms
 from research.run import metrics
 from research.run.assemble import Parts
 from research.run.resolve import Inputs
@@ -96,6 +96,12 @@ def load_tasks(config: Config, model: Model, tokenizer: Tokenizer) -> list[eval_
     return loaded
 
 
+def _counted(term: Term, sources: Sequence[str], prefix: bool, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch in which only what a term counts is no padding; without the prefixes where no model reads them."""
+    batch = term.view(batch, sources)
+    return batch if prefix else {name: value for name, value in batch.items() if name != "prefix"}
+
+
 def make_evaluation(
     inputs: Inputs, parts: Parts, loaded: list[eval_tasks.Evaluation], writer: metrics.Writer
 ) -> Evaluation | None:
@@ -112,7 +118,9 @@ def make_evaluation(
         batches,
         tokenizer.token_bytes(),
         use_loss_mask=any("loss_mask" in term.objective.fields for term in parts.terms.values()),
-        view=functools.partial(first.view, names=sorted(config.data.sources)),
+        view=functools.partial(
+            _counted, first, sorted(config.data.sources), any(model.config.prefix for model in parts.models.values())
+        ),
         put=inputs.put,
         with_bytes=first.objective.bits_per_byte,
     )

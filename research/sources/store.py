@@ -274,6 +274,10 @@ def _check_document(document: views.Document, view: views.View, where: str) -> N
     prefix = np.asarray(document.fields.get("prefix", ()), np.int32)
     if not np.array_equal(prefix, np.sort(prefix != 0)[::-1]):
         raise InputError(f"{where}: gives a 'prefix' that isn't 1 at the first tokens and 0 at all others. Mend it.")
+    if np.any(prefix & document.mask[: len(prefix)]):
+        raise InputError(
+            f"{where}: has tokens of a 'prefix', which all of it sees, predicted. Set their mask to False."
+        )
 
 
 def _write(

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -12,6 +13,8 @@ from research.errors import InputError
 from research.evals import scoring
 from research.evals.scoring import Example
 from research.models.config import ModelConfig
+from research.models.generation import generate_batches, make_generate
+from research.models.sampling import SamplingConfig
 from research.models.transformer import make_model
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
@@ -92,6 +95,27 @@ def test_sharded_is_the_same(values, cases):
     for found, likelihood, (logprobs, greedy) in zip(scored, likelihoods, expected, strict=True):
         np.testing.assert_allclose(found, logprobs, atol=1e-5)
         assert likelihood == (pytest.approx(logprobs.sum(), abs=1e-4), greedy)
+
+
+def test_a_prefix_lm_gives_an_answer_the_log_probabilities_that_it_had_when_generated(values):
+    """What stands before the first scored token is a prefix; plain text, scored whole, has none."""
+    model = make_model(dataclasses.replace(MODEL.config, prefix=True))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, V, n).tolist() for n in (5, 1, 12, 20)]
+    generate = make_generate(model, SamplingConfig(max_new_tokens=8, temperature=1.0))
+    answers = generate_batches(generate, values, prompts, jax.random.key(0), batch_size=2)
+    whole = [np.array(prompt + answer.tokens, np.int32) for prompt, answer in zip(prompts, answers, strict=True)]
+    examples = [
+        Example(tokens, np.arange(len(tokens)) >= len(prompt)) for tokens, prompt in zip(whole, prompts, strict=True)
+    ]
+    for scored, answer in zip(scoring.make_token_scorer(model)(values, examples), answers, strict=True):
+        np.testing.assert_allclose(scored, answer.logprobs, atol=1e-4)
+    likelihoods = scoring.make_loglikelihood(model)(values, examples)
+    np.testing.assert_allclose([x.logprob for x in likelihoods], [sum(x.logprobs) for x in answers], atol=1e-3)
+    texts = [Example(tokens, np.ones(len(tokens), bool)) for tokens in whole]
+    both = (scoring.make_token_scorer(one)(values, texts) for one in (model, MODEL))
+    for ours, causal in zip(*both, strict=True):
+        np.testing.assert_array_equal(ours, causal)
 
 
 @pytest.mark.parametrize("compute", [scoring.token_logprobs, scoring.row_likelihoods])

@@ -31,13 +31,14 @@ def tiny():
     return _model(num_layers=1)
 
 
-def _logits(model, params, documents):
+def _logits(model, params, documents, prompts=PROMPTS):
     """Of all positions, with no cache: [B, T, V], T the greatest length. What comes after a document means nothing."""
     rows = np.zeros((len(documents), max(map(len, documents))), np.int32)
     for row, ids in zip(rows, documents, strict=True):
         row[: len(ids)] = ids
     positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
     batch = {"tokens": rows, "segment_ids": np.ones_like(rows), "positions": positions}
+    batch["prefix"] = (positions < [[len(prompt)] for prompt in prompts]).astype(np.int32)  # of a prefix LM alone
 
     @jax.jit
     def forward(params):
@@ -60,6 +61,8 @@ def _completions(model, params, config, prompts=PROMPTS, seed=0, **kwargs):
         {},
         {"sliding_window": (4, 0), "attention_softcap": 2.0, "logit_softcap": 3.0, "tie_embeddings": False},
         {"norm": "layernorm", "mlp": "gelu", "qk_norm": "head", "embed_scale": True, "attention_bias": True},
+        {"prefix": True},
+        {"prefix": True, "sliding_window": (4, 0)},
     ],
 )
 def test_greedy_is_the_argmax_of_full_forward_passes(changes):
@@ -132,8 +135,21 @@ def test_decoding_ends_when_all_rows_have(tiny, slots, passes):
     assert len(seen) == passes
 
 
+def test_a_prompt_is_shown_whole_to_a_prefix_lm():
+    """Its answers are others than those of the causal model with the same parameters, but after one token."""
+    (model, params), (causal, _) = _model(prefix=True), _model()
+    whole, left = (_completions(m, params, SamplingConfig(max_new_tokens=4)) for m in (model, causal))
+    differ = [not np.allclose(a.logprobs[0], b.logprobs[0], atol=1e-3) for a, b in zip(whole, left, strict=True)]
+    assert differ == [len(prompt) > 1 for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize(
-    ("changes", "temperature"), [({"sliding_window": (4, 0)}, 0.0), ({"positions": "learned", "mlp": "gelu"}, 1.0)]
+    ("changes", "temperature"),
+    [
+        ({"sliding_window": (4, 0)}, 0.0),
+        ({"positions": "learned", "mlp": "gelu"}, 1.0),
+        ({"prefix": True, "sliding_window": (4, 0)}, 0.0),
+    ],
 )
 def test_rows_that_take_turns_get_the_same(changes, temperature, monkeypatch):
     """Prompts of several pieces, two slots refilled together, a cache that is shifted, a row without a prompt."""

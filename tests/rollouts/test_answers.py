@@ -34,7 +34,8 @@ def make_batch():
         mask[row, prompt : prompt + 4] = 1
     positions = np.where(segments > 0, np.arange(T, dtype=np.int32)[None], 0)
     source = np.where(segments > 0, np.array([[1], [0], [1], [0]], np.int32), 0)
-    return {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": mask, "source": source}
+    batch = {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_mask": mask, "source": source}
+    return batch | {"prefix": segments}  # all of each, which an answer is to change
 
 
 @functools.cache
@@ -63,6 +64,7 @@ def test_an_answer_is_what_generate_gives_for_the_prompt():
             "segment_ids": [1] * end,
             "positions": list(range(end)),
             "source": [1 - row] * end,
+            "prefix": [1] * prompt + [0] * (end - prompt),
         }.items():
             np.testing.assert_array_equal(after[name][row], want + [0] * (T - end))
         np.testing.assert_array_equal(after["tokens"][row, end:], 0)
