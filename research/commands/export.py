@@ -60,6 +60,12 @@ def _export(args: SimpleNamespace) -> None:
         dtype=args.dtype,
         max_shard_bytes=int(args.max_shard_gb * 1e9),
     )
+    if model.config.prefix:
+        print(
+            f"{args.model}: is a prefix LM. transformers reads prompts from left to right, so that it gives other text "
+            "there; read here, the export is a prefix LM again (prefix_lm in its config.json)",
+            file=sys.stderr,
+        )
     if not model.has_tokenizer:
         print(f"{args.model}: comes without a tokenizer, and so does the export", file=sys.stderr)
     if not_finite:

@@ -24,7 +24,7 @@ from research.errors import InputError
 from research.models.config import ModelConfig
 from research.pretrained import families
 from research.pretrained.readers import Entry, gguf_entries, open_gguf, open_safetensors
-from research.pretrained.types import Fields, Tensor, letters, places, stored_shape
+from research.pretrained.types import PREFIX, Fields, Tensor, letters, places, stored_shape
 
 Params = Any
 
@@ -149,7 +149,8 @@ def _read_config(values: dict[str, Any], where: str) -> tuple[ModuleType, ModelC
             f"{', '.join(family.ARCHITECTURES)} are read."
         )
     fields = Fields(values, where)
-    config = make_config(family.read(fields), where)
+    prefix = fields.take_flag(PREFIX, False)
+    config = make_config({**family.read(fields), "prefix": prefix}, where)
     fields.finish()
     return family, config
 

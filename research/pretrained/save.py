@@ -18,7 +18,7 @@ from research.errors import InputError
 from research.models.config import ModelConfig
 from research.pretrained import families
 from research.pretrained.load import make_config
-from research.pretrained.types import Fields, Tensor, letters, places
+from research.pretrained.types import PREFIX, Fields, Tensor, letters, places
 
 Params = Any
 
@@ -27,7 +27,7 @@ _NOT_EXPORTED = ("init_std", "remat", "attention", "dtype")
 
 
 def choose(c: ModelConfig, origin: dict[str, Any]) -> tuple[ModuleType, dict[str, Any]]:
-    """The family that can hold a model, and its config.json.
+    """The family that can hold a model, and its config.json, which of a prefix LM says so to us alone.
 
     Args:
       c: what the model computes.
@@ -36,6 +36,12 @@ def choose(c: ModelConfig, origin: dict[str, Any]) -> tuple[ModuleType, dict[str
     Raises:
       InputError: no family can.
     """
+    causal = dataclasses.replace(c, prefix=False)
+    family, written = _choose(causal, {name: value for name, value in origin.items() if name != PREFIX})
+    return family, {**written, PREFIX: True} if c.prefix else written
+
+
+def _choose(c: ModelConfig, origin: dict[str, Any]) -> tuple[ModuleType, dict[str, Any]]:
     if origin:
         family = families.load(origin["model_type"], "the checkpoint that the run began with")
         if _same(_read(family, origin), c):

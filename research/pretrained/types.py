@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from research.errors import InputError
 from research.models.config import ModelConfig
 
+PREFIX = "prefix_lm"  # a field of ours in config.json: ModelConfig.prefix, which transformers has no counterpart of
+
 
 class Tensor(NamedTuple):
     """A tensor of a checkpoint, and the parameters of ours that it holds.

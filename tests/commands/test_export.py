@@ -14,6 +14,7 @@ import transformers
 
 from research import config, loading
 from research.commands import export
+from research.errors import InputError
 from research.run import checkpoint, run
 
 LLAMA = Path(goldens.__file__).parent / "golden/hf_tiny/llama"
@@ -82,6 +83,22 @@ def test_a_trained_model_is_exported_and_read_back(trained, tmp_path, capfd):
         tmp_path / "out/model.safetensors"
     ).stat().st_mode & 0o777
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_causal_model_becomes_a_prefix_lm_and_stays_one_when_exported(trained, tmp_path, capfd):
+    began, _, data = trained
+    model = {"init_from": str(began), "prefix": True}
+    run.run(configure("", data, model=model, objective={"terms": {"prefix_lm": 1.0}}), str(tmp_path / "run"))
+    assert loading.find(str(tmp_path / "run")).config.prefix
+    capfd.readouterr()
+    assert main(f"--model={tmp_path / 'run'}", f"--output={tmp_path / 'out'}") == 0
+    assert "is a prefix LM. transformers reads prompts from left to right" in capfd.readouterr().err
+    assert loading.find(str(tmp_path / "out")).config.prefix
+    assert not loading.find(str(began)).config.prefix
+    same(parameters(tmp_path / "out"), parameters(tmp_path / "run"))
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").prefix_lm  # which no model there reads
+    with pytest.raises(InputError, match=r"model\.prefix = True: nothing says what a document's prefix is"):
+        run.run(configure(tmp_path / "out", data), str(tmp_path / "next"))
 
 
 def test_transformers_reads_the_config_and_the_tokenizer(trained, tmp_path):
