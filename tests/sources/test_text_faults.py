@@ -332,8 +332,8 @@ def test_policy_and_teacher_read_the_same_records(tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "with prefix"])
 def test_a_prompt_begins_as_in_training_where_no_token_parts_the_turns(tmp_path, kind):
-    bare = "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
-    bare += "{{ 'assistant' if add_generation_prompt else '</s>' }}"
+    bare = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    bare += "{{ '[assistant]' if add_generation_prompt else '</s>' }}"
     tokenizer = make_folder(tmp_path, kind, bare)
     for i in range(0, 80, 4):
         texts = zip(["user", "assistant"] * 2, TEXTS[i : i + 4], strict=True)
