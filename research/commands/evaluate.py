@@ -6,9 +6,12 @@ A task is KIND[,OPTION=VALUE...]:DATA, and --task may come several times:
   choice:x.jsonl                               {"question", "choices": [...], "answer": text, number from 0, or letter}
   exact_match,verifier=number:x.jsonl          prompt + response or question + answer, or messages
   exact_match,max_new_tokens=16:tasks:reverse  generated, each with its verifier
+  infill,span=1:x.jsonl                        {"prefix", "middle", "suffix"}, or text, of which words are left out
 
-Options of all: name, template, limit. Of exact_match: verifier (task: that of the record's task, else exact; exact;
-number: the last number; contains), max_new_tokens, batch_size.
+Options of all: name, limit. Of all but infill: template. Of exact_match: verifier (task: that of the record's task,
+else exact; exact; number: the last number; contains), max_new_tokens, batch_size. Of infill: form (auto, psm, spm,
+sentinel, left: the prefix alone, mask: of encoders), max_new_tokens, batch_size; of texts: span (words left out, N or
+MIN-MAX), context (the most words shown on either side).
 
 --lm_eval=TASK,TASK runs tasks of EleutherAI's lm-evaluation-harness (pip install -e '.[lm-eval]').
 """
@@ -52,6 +55,7 @@ COMMAND = cli.Command(
     examples=(
         "understudy evaluate --model=runs/sft --task=exact_match,max_new_tokens=16:tasks:reverse --max_records=64",
         "understudy evaluate --model=runs/sft --task=choice:arc.jsonl --task=perplexity:x.txt --output=results.json",
+        "understudy evaluate --model=runs/fim --task=infill,span=1,name=word:x.txt --task=infill,span=5:x.txt",
     ),
     renamed={"checkpoint": "model", "limit": "max_records", "tasks": "task"},
 )

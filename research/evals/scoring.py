@@ -272,7 +272,7 @@ def _windows(examples: Sequence[Example], max_length: int) -> Iterator[_Window]:
                 yield _Window(i, max(0, stop - max_length), first, stop)
 
 
-def _padded_length(length: int, max_length: int) -> int:
+def padded_length(length: int, max_length: int) -> int:
     """The next of 32, 48, 64, 96, 128, ...: few shapes are compiled, and at most a third is padding."""
     size = _LEAST_LENGTH
     while size < length:
@@ -305,7 +305,7 @@ def _compute(
 
     done, shards = 0, sharding.axis_parts("batch", model.rules)
     while done < len(windows):
-        length = _padded_length(windows[done].stop - windows[done].start, max_length)
+        length = padded_length(windows[done].stop - windows[done].start, max_length)
         rows = max(1, batch_tokens // length)
         if len(windows) - done <= rows // 8 * shards:
             rows //= 8  # the last few; only two sizes, since each is compiled

@@ -6,13 +6,17 @@ A task is written KIND[,OPTION=VALUE...]:DATA, where DATA is an entry as in data
   choice:x.jsonl                               question, choices, answer; see multiple_choice.py
   exact_match,verifier=number:x.jsonl          prompt + response or question + answer, or messages; see generation.py
   exact_match,max_new_tokens=16:tasks:reverse  generated, with its verifier
+  infill,span=1:x.jsonl                        prefix, middle and suffix, or text; see infill.py
 
-Options of all: name (in results; default: that of the file), template (default: the model's), limit (the first so many
-records). Of exact_match: verifier (see VERIFIERS), max_new_tokens (default: 256, or half of the model's max_length if
-that is less), batch_size (default: 64).
+Options of all: name (in results; default: that of the file), limit (the first so many records). Of all but infill:
+template (default: the model's). Of exact_match: verifier (see VERIFIERS), max_new_tokens (default: 256, or half of the
+model's max_length if that is less), batch_size (default: 64). Of infill: form (see infill.py), max_new_tokens (default:
+8 more than the longest middle has), batch_size (default: 64), and of records with text: span (how many words are
+missing: N, or MIN-MAX; default: 1-8) and context (the most words that are shown on either side; default: 64).
 """
 
 import decimal
+import functools
 import itertools
 import json
 import re
@@ -24,7 +28,8 @@ import jax
 import numpy as np
 
 from research.errors import InputError, did_you_mean
-from research.evals.generation import Sample, make_generation
+from research.evals import infill
+from research.evals.generation import make_generation
 from research.evals.markers import say_markers
 from research.evals.multiple_choice import make_multiple_choice, read_question
 from research.evals.perplexity import make_record_perplexity
@@ -39,6 +44,7 @@ from research.sources.tokenizers import Tokenizer
 
 Record = Mapping[str, Any]
 Metrics = dict[str, float]
+Answer = Callable[[Any, jax.Array], tuple[Metrics, list[Any]]]  # (params, key) -> (metrics, samples)
 
 _GENERATED_RECORDS = 1000
 _GENERATED_SEED = 0x5EED  # none that training is likely to draw from
@@ -47,6 +53,7 @@ _OPTIONS = {
     "perplexity": _COMMON,
     "choice": _COMMON,
     "exact_match": (*_COMMON, "verifier", "max_new_tokens", "batch_size"),
+    "infill": ("name", "limit", "form", "max_new_tokens", "batch_size", "span", "context"),
 }
 # Digits with or without commas between thousands, a fraction, an exponent; a sign, but not the minus of 7-3.
 _NUMBER = re.compile(r"(?:(?<![\w)])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?")
@@ -62,7 +69,7 @@ class Evaluation(NamedTuple):
     """
 
     name: str
-    evaluate: Callable[[Any, jax.Array], tuple[Metrics, list[Any]]]
+    evaluate: Answer
 
 
 def load(
@@ -89,7 +96,8 @@ def load(
     """
     kind, options, entry = parse(spec)
     template = options.get("template", template)
-    model.config.check_language_model(f"task {spec}: the model")
+    if kind != "infill":
+        model.config.check_language_model(f"task {spec}: the model")
     try:
         if tokenizer is None and kind != "perplexity":
             raise InputError("needs text, and the model has no tokenizer.")
@@ -108,6 +116,8 @@ def load(
                 model, tokenizer, records, template=template, batch_tokens=batch_tokens, where=where
             )
             return Evaluation(name, lambda params, key: measure(params))
+        if kind == "infill":
+            return Evaluation(name, _infill(items, options, model, tokenizer))
         return Evaluation(name, _exact_match(items, options, model, tokenizer, template))
     except InputError as error:
         raise InputError(f"task {spec}: {error}") from error
@@ -144,7 +154,7 @@ def parse(spec: str) -> tuple[str, dict[str, str], str]:
         if not equals or not value:
             raise InputError(f"task {spec}: option {name!r} has no value. Write {name}=VALUE.")
         options[name] = value
-    for name, known in (("template", TEMPLATES), ("verifier", VERIFIERS)):
+    for name, known in (("template", TEMPLATES), ("verifier", VERIFIERS), ("form", infill.FORMS)):
         if name in options and options[name] not in known:
             raise InputError(f"task {spec}: {name}={options[name]} isn't known.{did_you_mean(options[name], known)}")
     return kind, options, entry
@@ -192,9 +202,7 @@ def _each(items: list[tuple[str, Record]], read: Callable[[Record], Record]) -> 
     return made
 
 
-def _exact_match(
-    items, options, model, tokenizer, template
-) -> Callable[[Any, jax.Array], tuple[Metrics, list[Sample]]]:
+def _exact_match(items, options, model, tokenizer, template) -> Answer:
     verifier = options.get("verifier", "task")
 
     def read(record: Record) -> Record:
@@ -228,19 +236,48 @@ def _exact_match(
         where=[place for place, _ in items],
     )
 
-    def evaluate(params: Any, key: jax.Array) -> tuple[Metrics, list[Sample]]:
-        metrics, samples = answer(params, key)
-        judged = defaultdict(list)
-        for sample in samples:
-            judged["exact_match"].append(sample.correct)
-            judged[f"exact_match/{sample.task}"].append(sample.correct)
-        for name, values in judged.items():
-            _, error = ratio_of_sums(np.array(values, np.float64), np.ones(len(values)))
-            if name in metrics and error is not None:
-                metrics[f"{name}_stderr"] = error
-        return metrics, samples
+    return functools.partial(_with_errors, answer)
 
-    return evaluate
+
+def _with_errors(answer: Answer, params: Any, key: jax.Array) -> tuple[Metrics, list[Any]]:
+    """What `answer` gives, with the standard errors of the shares of right samples."""
+    metrics, samples = answer(params, key)
+    judged = defaultdict(list)
+    for sample in samples:
+        judged["exact_match"].append(sample.correct)
+        judged[f"exact_match/{getattr(sample, 'task', '')}"].append(sample.correct)
+    for name, values in judged.items():
+        _, error = ratio_of_sums(np.array(values, np.float64), np.ones(len(values)))
+        if name in metrics and error is not None:
+            metrics[f"{name}_stderr"] = error
+    return metrics, samples
+
+
+def _infill(items: list[tuple[str, Record]], options: Mapping[str, str], model: Model, tokenizer: Tokenizer) -> Answer:
+    for name in ("span", "context"):
+        if name in options and not any(infill.is_text(record) for _, record in items):
+            raise InputError(f"{name}={options[name]}: is of records with text, and these have a middle. Leave it out.")
+    drawn = _span(options.get("span")), _whole(options, "context", infill.CONTEXT)
+    answer = infill.make_infill(
+        model,
+        tokenizer,
+        *infill.read_gaps(items, *drawn),
+        form=options.get("form", "auto"),
+        max_new_tokens=_whole(options, "max_new_tokens", 0) if "max_new_tokens" in options else None,
+        batch_size=_whole(options, "batch_size", 64),
+    )
+    return functools.partial(_with_errors, answer)
+
+
+def _span(text: str | None) -> tuple[int, int]:
+    """The fewest and the most words of "N" or "MIN-MAX"."""
+    if text is None:
+        return infill.SPAN
+    least, dash, most = text.partition("-")
+    most = most if dash else least
+    if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+        raise InputError(f"span={text}: must be a number of words, at least 1, or two of them, as in 1-8.")
+    return int(least), int(most)
 
 
 def _renamed(record: Record) -> dict[str, str]:

@@ -142,10 +142,10 @@ def test_the_logits_of_a_batch_are_never_held(compute):
 
 def test_few_shapes_are_compiled():
     rng = np.random.default_rng(0)
-    lengths = {scoring._padded_length(int(n), 2048) for n in rng.integers(1, 2049, 5000)}
+    lengths = {scoring.padded_length(int(n), 2048) for n in rng.integers(1, 2049, 5000)}
     assert lengths == {32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048}
-    assert all(scoring._padded_length(n, 2048) >= n for n in range(1, 2049))
-    assert scoring._padded_length(1000, 1000) == 1000
+    assert all(scoring.padded_length(n, 2048) >= n for n in range(1, 2049))
+    assert scoring.padded_length(1000, 1000) == 1000
 
 
 def test_records_become_what_training_sees():
