@@ -83,9 +83,11 @@ def test_train_step_in_turn_with_a_peer(lines, monkeypatch, tmp_path):
     if "by signal" in sft.get("profile_error", ""):
         assert sft["profile_error"] in said
         pytest.skip(f"this jax aborts a process that reads a profile: {sft['profile_error']}")
-    scopes = {each["scope"] for each in sft["costliest"]}
+    scopes = [each["scope"] for each in sft["costliest"]]
     ranked = profiling.read(tmp_path / "sft", most=1000)
-    assert {"layers/attention (backward)", "layers/mlp (backward)"} <= scopes
+    # Some compilers join a product with what the optimizer makes of it: "optimizer/layers/mlp (backward)".
+    for part in ("layers/attention (backward)", "layers/mlp (backward)"):
+        assert any(scope.endswith(part) for scope in scopes), scopes
     # Of so small a step, whether this is among the ten costliest is chance.
     assert "layers/mlp" in {each["scope"] for each in ranked}
     assert [each["scope"] for each in sft["costliest"]] == [each["scope"] for each in ranked[:10]]

@@ -250,8 +250,9 @@ def three_steps(microbatches=1, mesh=None, **options):
 def same(one, two):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, (one[0].params, one[0].carry), (two[0].params, two[0].carry))
+    # The loss began near 1 and is near 0 after three steps: what rounding left of the parameters shows in it.
     for name in ("loss", "agreement", "grad_norm"):
-        np.testing.assert_allclose(*(m[name][0] / m[name][1] for _, m in (one, two)), rtol=1e-3)
+        np.testing.assert_allclose(*(m[name][0] / m[name][1] for _, m in (one, two)), rtol=1e-3, atol=5e-4)
 
 
 @pytest.mark.slow
