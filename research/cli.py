@@ -159,7 +159,7 @@ class Command:
         """
         known = {flag.name: flag for flag in self.flags}
         values = {flag.name: [] if flag.many else flag.default for flag in self.flags}
-        config = []
+        config, given = [], {}
         for name, value in self._pairs(argv):
             if self.experiment and re.fullmatch(r"(no)?config(\..*)?", name):
                 config.append(f"--{name}" if value is None else f"--{name}={value}")
@@ -170,10 +170,12 @@ class Command:
             parsed = _parse_value(flag, name, value)
             if flag.many:
                 values[flag.name].append(parsed)
+            elif not flag.switch and given.setdefault(flag.name, value) != value:
+                raise InputError(f"--{name} = {value}: was {given[name]} before, and can be one. Leave one out.")
             else:
                 values[flag.name] = parsed
         missing = [flag.name for flag in self.flags if flag.required and not values[flag.name]]
-        if self.experiment and not any(flag.partition("=")[0] == "--config" for flag in config):
+        if self.experiment and not any(flag.startswith("--config=") and flag != "--config=" for flag in config):
             missing.insert(0, "config")
         if missing:
             names = ", ".join(f"--{name}" for name in missing)
@@ -287,6 +289,8 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
         config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=["", *ordered])
         with quick_imports():
             rest = values(["understudy", *ordered])[1:]
+            if not hasattr(values.config, "to_dict"):
+                raise InputError(f"{files[0]}: get_config() gives no ConfigDict. Begin with experiments/base.py.")
             values.config.to_dict()  # raises what went wrong with its file
     except Exception as error:
         raise InputError(explain_flag_error(error, argv)) from error
@@ -447,6 +451,8 @@ def mesh(text: str) -> dict[str, int]:
         axis, _, size = part.partition("=")
         if not size.removeprefix("-").isdecimal():
             raise ValueError(f"{part!r} is not of the form AXIS=SIZE. Write data=4,tensor=2.")
+        if axis in sizes:
+            raise ValueError(f"{axis} is there twice. Leave one out.")
         sizes[axis] = int(size)
     return sizes
 

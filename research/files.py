@@ -158,8 +158,19 @@ def check_output(path: str | Path, *, overwrite: bool = False, flag: str = "--ou
     path = Path(path)
     if path.exists() and not overwrite:
         raise InputError(f"{flag} = {path}: is there already. Remove it, or name another.")
+    if path.is_dir():
+        raise InputError(f"{flag} = {path}: is a folder. Name a file in it.")
     if not path.parent.is_dir():
         raise InputError(f"{flag} = {path}: there is no folder {str(path.parent)!r}. Make it first.")
+
+
+def check_folder(path: str | Path, flag: str) -> None:
+    """Raises InputError where there can't be a folder: a file is in the way, or no one may write there."""
+    there = next(each for each in (Path(path).absolute(), *Path(path).absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise InputError(f"{flag} = {path}: {there} is a file. Name a folder.")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{flag} = {path}: {there} can't be written to. Name another folder.")
 
 
 def partial_path(path: Path) -> Path:

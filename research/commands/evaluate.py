@@ -68,6 +68,9 @@ def main(argv: Sequence[str]) -> int:
 def _evaluate(args: SimpleNamespace) -> None:
     if not args.task and not args.lm_eval:
         raise InputError("--task: is missing. Give --task=KIND:DATA, or --lm_eval=TASK.")
+    for name in ("include_path", "num_fewshot"):
+        if getattr(args, name) is not None and not args.lm_eval:
+            raise InputError(f"--{name} = {getattr(args, name)}: is of --lm_eval, which isn't given. Leave it out.")
     if args.output and (not args.output.endswith(".json") or not Path(args.output).parent.is_dir()):
         raise InputError(f"--output = {args.output}: must be a .json in a folder that exists. Name another file.")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from research import cli
+from research import cli, files
 from research.cli import Flag
 
 COMMAND = cli.Command(
@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _filter(args: SimpleNamespace) -> None:
+    files.check_output(args.output, overwrite=True)
     from research.sources import selection  # late: numpy and the readers of records take 0.2 s
 
     line = selection.select(args.data, Path(args.output), ended=args.ended, verified=args.verified, keep=args.keep)

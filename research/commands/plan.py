@@ -10,7 +10,7 @@ doesn't fit.
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from research import cli
+from research import cli, files
 from research.cli import Flag
 
 COMMAND = cli.Command(
@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _plan(args: SimpleNamespace) -> int:
+    if args.output:
+        files.check_output(args.output, overwrite=True)
     from research.planning import (
         plan,  # late: jax and the models take 1 s, which --help and a wrong flag needn't wait for
     )

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from research import cli
+from research import cli, files
 from research.cli import Flag
 from research.errors import Exit, InputError
 
@@ -68,6 +68,9 @@ def _study(args: SimpleNamespace) -> int | None:
     alone = ("dry_run", "only", "submit", "report")
     if sum(bool(getattr(args, name)) for name in alone) > 1:
         raise InputError("--dry_run, --only, --submit and --report: give one of them.")
+
+    if args.workdir:
+        files.check_folder(args.workdir, "--workdir")
 
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     from research.run import run

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from research import cli
+from research import cli, files
 from research.cli import Flag
 from research.commands import study
 from research.devices import startup
@@ -41,6 +41,8 @@ def _train(args: SimpleNamespace, argv: Sequence[str]) -> int:
         from research.devices import distributed
         from research.run import run
 
+    if args.workdir:
+        files.check_folder(args.workdir, "--workdir")
     try:
         distributed.start(args.coordinator, args.num_processes, args.process_id)
     except distributed.Unreachable as error:

@@ -83,6 +83,9 @@ def open_classifiers(names: Sequence[str], origin: records.Origin, reading: Read
     Raises:
       InputError: a model can't be read or is no classifier, or a record is at fault.
     """
+    records.check_columns(reading.fields or {})
+    if reading.prompt is not None and "{text}" not in reading.prompt:
+        raise InputError(f"--prompt = {reading.prompt}: has no {{text}}, which stands for what is to be classified.")
     classifiers: list[Classifier] = []
     for name in names:
         classifiers.append(_open_classifier(name, origin, reading))

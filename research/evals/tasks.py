@@ -153,6 +153,8 @@ def parse(spec: str) -> tuple[str, dict[str, str], str]:
             raise InputError(f"task {spec}: {kind} has no option {name!r}.{did_you_mean(name, _OPTIONS[kind])}")
         if not equals or not value:
             raise InputError(f"task {spec}: option {name!r} has no value. Write {name}=VALUE.")
+        if name in options:
+            raise InputError(f"task {spec}: option {name!r} is there twice. Leave one out.")
         options[name] = value
     for name, known in (("template", TEMPLATES), ("verifier", VERIFIERS), ("form", infill.FORMS)):
         if name in options and options[name] not in known:

@@ -66,6 +66,8 @@ def find(name: str) -> Topology:
     if not match:
         raise InputError(f"--topology={name}: isn't of the form KIND:SHAPE, such as v5e:16x16, gpu:8xH100 or cpu:8.")
     slices, kind, shape = int(match[1] or 1), match[2], match[3]
+    if not slices or not all(int(size) for size in re.findall(r"\d+", shape)):
+        raise InputError(f"--topology={name}: has no device. Name sizes of at least 1.")
     if kind in ("cpu", "gpu"):
         return _simulated(name, kind, slices, shape)
     kinds = [kind for kind in chips.planned() if kind in chips.TPUS]

@@ -1,6 +1,7 @@
 """Disjoint parts of a data set, drawn by chance: no record, and no prompt, is in two of them."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ def read_parts(text: str) -> dict[str, int | None]:
         name, colon, count = entry.partition(":")
         if not name or name in parts or (colon and not (count.isdecimal() and int(count))):
             raise ValueError(f"{entry!r} isn't NAME:COUNT with a name of its own.")
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"{name!r} is no name of a file in --output. Use letters, digits, '_', '-' and '.'.")
         parts[name] = int(count) if colon else None
     if list(parts.values()).count(None) > 1:
         raise ValueError("only one part can get the rest. Give the others a number.")
@@ -42,6 +45,7 @@ def read_distinct(entries: Sequence[str], fields: Mapping[str, str], *, examples
     Raises:
       InputError: an entry can't be found, or a record is at fault.
     """
+    records.check_columns(fields)
     origins = [records.locate_flag(entry, count=examples, seed=seed) for entry in entries]
     distinct: dict[Any, dict] = {}
     for where, raw in itertools.chain.from_iterable(origin.read() for origin in origins):

@@ -164,6 +164,13 @@ def locate_flag(entry: str, *, count: int = 0, seed: int = 0) -> Origin:
     return origin
 
 
+def check_columns(fields: Mapping[str, str]) -> None:
+    """Raises InputError where --fields names a field that no record has."""
+    for name in fields:
+        if name not in FIELDS:
+            raise InputError(f"--fields: there is no field {name!r} to rename a column to.{did_you_mean(name, FIELDS)}")
+
+
 def say_files(where: str, origin: Origin) -> None:
     """Says on stderr which files an entry held, where it may be several; `where` is what names the entry."""
     if origin.summary:

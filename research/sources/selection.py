@@ -1,5 +1,6 @@
 """Completions that are worth learning from, as records of prompts and answers."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,12 +52,28 @@ def _read(data: str, ended: int, verified: bool) -> tuple[Sequence[dict[str, Any
             raise InputError(f"{where}: {error}") from error
         if not set(_ADDED) <= record.keys():
             raise InputError(f"{where}: has no completion. Give what `understudy generate --output` wrote.")
+        _check_types(where, record)
         fault = _fault(where, record, ended, verified)
         if fault:
             dropped[fault] += 1
         else:
             good.append(record)
     return good, dropped
+
+
+def _check_types(where: str, record: Mapping[str, Any]) -> None:
+    """Raises InputError where a completion isn't as `understudy generate` writes it."""
+    messages = record.get("messages", [{}])
+    for name, fits in (
+        ("completion", isinstance(record["completion"], str)),
+        ("tokens", (isinstance(record["tokens"], list) and bool(record["tokens"])) or not record["completion"]),
+        ("logprob", type(record["logprob"]) in (int, float) and math.isfinite(record["logprob"])),
+        ("response", isinstance(record.get("response", ""), str)),
+        ("messages", isinstance(messages, list) and bool(messages) and all(isinstance(m, dict) for m in messages)),
+    ):
+        if not fits:
+            shown = f"{record[name]!r:.40}"
+            raise InputError(f"{where}: {name} = {shown}: isn't what `understudy generate --output` writes. Mend it.")
 
 
 def _fault(where: str, record: Mapping[str, Any], ended: int, verified: bool) -> str:

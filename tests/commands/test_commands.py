@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -499,3 +500,63 @@ def test_commands_keep_compiled_programs(argv, tmp_path, capsys, monkeypatch):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+GOOD_COMPLETION = {"prompt": "a", "completion": "b", "tokens": [1], "logprob": -1.0}
+# Mistaken command lines -> what their error says. DATA holds a text, FOLDER is there, and so is the file FILE.
+MISTAKES = {
+    "split --data=DATA --output=FOLDER/s --parts=../x:1": "'../x' is no name of a file in --output",
+    "split --data=DATA --output=FOLDER/s --parts=a/b:1": "'a/b' is no name of a file in --output",
+    'split --data=DATA --output=FOLDER/s --parts=a:1 --fields={"txt":"a"}': "--fields: there is no field 'txt'",
+    'label --model=m --words=a,b --data=DATA --output=FOLDER/o --fields={"txt":"a"}': "Did you mean 'text'?",
+    "label --model=m --words=a,b --data=DATA --output=FOLDER/o --prompt=x": "--prompt = x: has no {text}",
+    "filter --data=DATA --output=FOLDER": "is a folder. Name a file in it.",
+    "filter --data=DATA --output=FOLDER/none/o": "there is no folder",
+    "evaluate --model=m --task=perplexity:DATA --num_fewshot=3": "--num_fewshot = 3: is of --lm_eval, which isn't given",
+    "evaluate --model=m --task=perplexity:DATA --include_path=.": "--include_path = .: is of --lm_eval",
+    "evaluate --model=m --task=perplexity,limit=1,limit=2:DATA": "option 'limit' is there twice",
+    "score --model=a --model=b --data=DATA --output=FOLDER/o": "--model = b: was a before, and can be one",
+    "score --model=m --data=DATA --output=FOLDER/o --mesh=data=1,data=2": "data is there twice",
+    "train --config=experiments/sft.py:debug --workdir=FILE": "is a file. Name a folder",
+    "train --config=experiments/sft.py:debug --workdir=FILE/x": "is a file. Name a folder",
+    "study --config=experiments/weak_to_strong.py:debug --workdir=FILE": "is a file. Name a folder",
+    "train --config=FILE": "get_config() gives no ConfigDict",
+    "train --config=": "--config: is missing",
+    "plan --config=experiments/sft.py:debug --topology=cpu:0": "--topology=cpu:0: has no device",
+    "plan --config=experiments/sft.py:debug --topology=0*v5e:2x2": "--topology=0*v5e:2x2: has no device",
+    "plan --config=experiments/sft.py:debug --topology=cpu:1 --output=FOLDER": "is a folder. Name a file in it.",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_mistaken_command_lines_are_one_line(line, tmp_path, run):
+    (tmp_path / "x.jsonl").write_text(TEXTS)
+    (tmp_path / "file.py").write_text("def get_config():\n    return 3\n")
+    paths = {"DATA": tmp_path / "x.jsonl", "FILE": tmp_path / "file.py", "FOLDER": tmp_path}
+    argv = line.split()
+    for name, path in paths.items():
+        argv = [word.replace(name, str(path)) for word in argv]
+    status, out, err = run(*argv)
+    assert (status, out) == (2, "")
+    assert MISTAKES[line] in err
+    assert {path.name for path in tmp_path.iterdir()} <= {"x.jsonl", "file.py", "__pycache__"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("completion", 3),
+        ("tokens", []),
+        ("tokens", 3),
+        ("logprob", "a"),
+        ("logprob", float("nan")),
+        ("messages", []),
+        ("messages", "abc"),
+        ("response", 4),
+    ],
+)
+def test_completions_that_generate_would_not_write_are_named(field, value, tmp_path, run):
+    lines = [GOOD_COMPLETION, {**GOOD_COMPLETION, field: value}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, _, err = run("filter", f"--data={tmp_path / 'x.jsonl'}", f"--output={tmp_path / 'o'}")
+    assert (status, f"x.jsonl:2: {field} = {value!r}: isn't what" in err) == (2, True)
