@@ -512,7 +512,7 @@ MISTAKES = {
     "label --model=m --words=a,b --data=DATA --output=FOLDER/o --prompt=x": "--prompt = x: has no {text}",
     "filter --data=DATA --output=FOLDER": "is a folder. Name a file in it.",
     "filter --data=DATA --output=FOLDER/none/o": "there is no folder",
-    "evaluate --model=m --task=perplexity:DATA --num_fewshot=3": "--num_fewshot = 3: is of --lm_eval, which isn't given",
+    "evaluate --model=m --task=perplexity:DATA --num_fewshot=3": "--num_fewshot = 3: is of --lm_eval",
     "evaluate --model=m --task=perplexity:DATA --include_path=.": "--include_path = .: is of --lm_eval",
     "evaluate --model=m --task=perplexity,limit=1,limit=2:DATA": "option 'limit' is there twice",
     "score --model=a --model=b --data=DATA --output=FOLDER/o": "--model = b: was a before, and can be one",
