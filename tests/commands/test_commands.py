@@ -515,6 +515,7 @@ MISTAKES = {
     "evaluate --model=m --task=perplexity:DATA --num_fewshot=3": "--num_fewshot = 3: is of --lm_eval",
     "evaluate --model=m --task=perplexity:DATA --include_path=.": "--include_path = .: is of --lm_eval",
     "evaluate --model=m --task=perplexity,limit=1,limit=2:DATA": "option 'limit' is there twice",
+    "evaluate --model= --task=choice:DATA": "--model: is missing",
     "score --model=a --model=b --data=DATA --output=FOLDER/o": "--model = b: was a before, and can be one",
     "score --model=m --data=DATA --output=FOLDER/o --mesh=data=1,data=2": "data is there twice",
     "train --config=experiments/sft.py:debug --workdir=FILE": "is a file. Name a folder",

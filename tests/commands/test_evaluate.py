@@ -118,7 +118,6 @@ def test_which_metrics_are_shares():
         (["--task=choice:x.jsonl", "--output=no/x.json"], "--output = no/x.json: must be a .json in a folder"),
         (["--task=choice:x.jsonl", "--output=x.txt"], "--output = x.txt: must be a .json"),
         (["--task=choice:x.jsonl", "--mesh=data=3"], "mesh: data=3"),
-        (["--model=", "--task=choice:x.jsonl"], "--model: is missing"),
     ],
 )
 def test_bad_flags(run, flags, message):
