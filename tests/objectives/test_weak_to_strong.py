@@ -236,7 +236,8 @@ def begin(terms, optimizer, values=CLASSIFIES):
 
 def three_steps(microbatches=1, mesh=None, **options):
     terms, optimizer, step = stepper(microbatches, **options)
-    values, batches = CLASSIFIES, [make_batch(seed) for seed in range(3)]
+    # Classes are told apart: where all are about as likely, rounding decides on which side of a threshold a row is.
+    values, batches = {**CLASSIFIES, "head": 30 * CLASSIFIES["head"]}, [make_batch(seed) for seed in range(3)]
     if mesh is not None:
         step = jax.jit(step.__wrapped__)  # traced anew, under the mesh
         values = jax.device_put(values, params.shardings(CLASSIFIER.specs, mesh))
@@ -250,9 +251,8 @@ def three_steps(microbatches=1, mesh=None, **options):
 def same(one, two):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, (one[0].params, one[0].carry), (two[0].params, two[0].carry))
-    # The loss began near 1 and is near 0 after three steps: what rounding left of the parameters shows in it.
     for name in ("loss", "agreement", "grad_norm"):
-        np.testing.assert_allclose(*(m[name][0] / m[name][1] for _, m in (one, two)), rtol=1e-3, atol=5e-4)
+        np.testing.assert_allclose(*(m[name][0] / m[name][1] for _, m in (one, two)), rtol=1e-3)
 
 
 @pytest.mark.slow
