@@ -131,7 +131,7 @@ def identity(spec: str) -> dict[str, Any]:
     """
     _, options, entry = parse(spec)
     try:
-        items = _read(entry, _whole(options, "limit", 0, 0))
+        items = _read(spec, entry, _whole(options, "limit", 0, 0))
     except InputError as error:
         raise InputError(f"task {spec}: {error}") from error
     content = digest(json.dumps(record, sort_keys=True, default=str) for _, record in items)

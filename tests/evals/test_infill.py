@@ -212,3 +212,10 @@ def test_a_model_that_cannot_fill_in_is_refused(tmp_path):
             tasks.load(f"infill,form={form}:{path}", model, PLAIN, "auto")
     with pytest.raises(InputError, match="max_new_tokens: form=mask fills as many"):
         tasks.load(f"infill,max_new_tokens=3:{path}", table_model(causal=False), TOKENIZER, "auto")
+
+
+def test_a_runs_record_says_which_gaps_it_was_measured_by(tmp_path):
+    path = write(tmp_path / "x.jsonl", *GAPS)
+    whole, less = (tasks.identity(f"infill{limit}:{path}") for limit in ("", ",limit=2"))
+    assert (whole["records"], less["records"]) == (3, 2)
+    assert whole["content"] != less["content"]
