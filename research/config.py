@@ -16,6 +16,7 @@ from typing import Any
 from research import optim
 from research.devices import sharding
 from research.errors import MOST_SEED, InputError, did_you_mean
+from research.models import added_rows
 from research.models.config import ModelConfig
 from research.rollouts.answers import RolloutSpec
 from research.sources import spec
@@ -118,11 +119,14 @@ class ModelSection(ModelConfig):
         on CPU.
       init_from: the model to start from: a run's workdir, a folder as transformers saves it, a hub name (NAME/MODEL or
         NAME/MODEL@REVISION) or a .gguf file. It then decides all fields that are left at their defaults.
+      new_rows: how tokens begin that the run adds to the tokenizer of init_from: as the "mean" of the model's other
+        embeddings, or "random", with their mean and spread.
     """
 
     vocab_size: int = 0
     dtype: str = "auto"
     init_from: str = ""
+    new_rows: str = "mean"
 
     def __post_init__(self) -> None:
         """Leaves the checks to the ModelConfig that comes of it, once a checkpoint and the tokenizer have their say."""
@@ -301,8 +305,11 @@ def _check_roles(config: Config) -> None:
             raise InputError(f"trainable.{role}: no such role.{did_you_mean(role, names)}")
         if not isinstance(pattern, str):
             raise InputError(f"trainable.{role} = {pattern!r}: must be a regular expression on names.")
+    added_rows.check(config.model.new_rows, "model.new_rows")
     for role, section in config.roles.items():
         owner, where = section.of, f"roles.{role}"
+        if section.new_rows != RoleSection.new_rows:
+            raise InputError(f"{where}.new_rows = {section.new_rows!r}: only the policy's tokens grow. Leave it out.")
         if role in _RESERVED_ROLES or not re.fullmatch(r"[\w-]+", role):
             raise InputError(
                 f"{where}: {role!r} is {_RESERVED_ROLES.get(role, 'no name of a role')}. Use another name."
@@ -420,7 +427,7 @@ def with_architecture(config: Config, base: ModelConfig, name: str, role: str = 
     """
     (where, section), values = model_section(config, role), {}
     for field in dataclasses.fields(ModelSection):
-        if field.name in ("dtype", "remat", "attention", "init_from"):  # of this run, not of the checkpoint
+        if field.name in ("dtype", "remat", "attention", "init_from", "new_rows"):  # of this run, not of the checkpoint
             continue
         value, stored = getattr(section, field.name), getattr(base, field.name)
         untouched = value == field.default
@@ -437,6 +444,19 @@ def with_architecture(config: Config, base: ModelConfig, name: str, role: str = 
     if role == "policy":
         return dataclasses.replace(config, model=section)
     return dataclasses.replace(config, roles={**config.roles, role: section})
+
+
+def with_added_rows(config: Config, rows: int, first: int, stop: int) -> Config:
+    """The config of a run that adds tokens to the model that its policy begins with.
+
+    Args:
+      config: with that model's architecture.
+      rows: of that model's embedding.
+      first, stop: sizes of the tokenizer before and after; tokens from `first` to `stop` - 1 are new.
+    """
+    size = added_rows.grown_size(rows, stop)
+    model = dataclasses.replace(config.model, vocab_size=size, added_from=first, added_rows=stop - first)
+    return dataclasses.replace(config, model=model)
 
 
 def data_spec(config: Config) -> DataSpec:

@@ -1,6 +1,7 @@
 """Models by name, wherever they come from: a run of ours, a Hugging Face folder or hub name, a .gguf file."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +15,14 @@ from research import params
 from research.devices import compilation, sharding
 from research.errors import InputError
 from research.files import fingerprint, read_json, write_json
-from research.models import transformer
+from research.models import added_rows, transformer
 from research.models.config import ModelConfig
 from research.pretrained import checkpoints
 from research.pretrained import load as pretrained
 from research.sources import tokenizers
 
 FROZEN = "frozen.json"  # in a workdir: role -> params.fingerprint of what isn't trained of it
+_SHOWN = 4  # a message lists at most so many tokens
 ORIGIN = "origin.json"  # in a workdir: the config.json and dtypes of the checkpoint that the run began with
 
 
@@ -122,16 +124,18 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
     config = config_lib.parse(read_json(record)["config"])
     tokenizer = tokenizers.load_tokenizer(workdir)
     c, rules = config_lib.model_config(config, tokenizer.size), sharding.make_rules(config.rules)
-    start = Start("policy", transformer.make_model(c, rules), config.seed, config.model.init_from)
+    start = Start(
+        "policy", transformer.make_model(c, rules), config.seed, config.model.init_from, config.model.new_rows
+    )
     origin = Path(workdir) / ORIGIN
     return Found(
         name=workdir,
-        config=c,
+        config=added_rows.whole(c),
         rules=rules,
         tokenizer=lambda: tokenizer,
         has_tokenizer=True,
         template=config.data.template,
-        read=lambda specs, placements: read_run(workdir, start, specs, placements, step=step, ema=ema),
+        read=lambda specs, placements: _read_whole(workdir, start, specs, placements, step=step, ema=ema),
         origin=read_json(origin, {}),
     )
 
@@ -145,17 +149,20 @@ class Start:
       model: what it computes.
       seed: of the run.
       base: the model that its parameters are read from, or that one's name; "" for random ones.
+      new_rows: how the rows of added tokens begin; see models.added_rows.
     """
 
     role: str
     model: transformer.Model
     seed: int
     base: Found | str
+    new_rows: str = "mean"
 
     def read(self, specs: Any, placements: Any) -> Any:
         """The initial parameters, each in its spec's dtype.
 
-        A classifier made of a language model takes all but the head from it.
+        A classifier made of a language model takes all but the head from it. Tokens that the model has beyond those of
+        the other begin as `new_rows` says.
 
         Args:
           specs: of the model, its layers in one stack.
@@ -167,21 +174,45 @@ class Start:
         base = find(self.base) if isinstance(self.base, str) and self.base else self.base
         if not base:
             return self.draw(specs, placements)
+        if self.model.config.added_rows:
+            return self._read_with_new_rows(base, specs, placements)
+        return self._read_body(base, specs, placements)
+
+    def _read_body(self, base: Found, specs: Any, placements: Any) -> Any:
+        """What the other model has of the parameters; a head that it hasn't is drawn."""
         if self.model.config.num_labels == base.config.num_labels:
             return base.read(specs, placements)
         head = {name: spec for name, spec in specs.items() if name in transformer.HEAD}
-        c = dataclasses.replace(self.model.config, num_labels=0, head_bias=base.config.head_bias)
+        c = dataclasses.replace(base.config, num_labels=0)
         body = params.overlay(transformer.make_model(c).specs, {k: v for k, v in specs.items() if k not in head})
         mesh = jax.tree.leaves(placements)[0].mesh
         values = base.read(body, params.shardings(body, mesh, base.rules))
         fresh = self.draw(head, {name: placements[name] for name in head})
         return {name: fresh[name] if name in fresh else values[name] for name in specs}
 
+    def _read_with_new_rows(self, base: Found, specs: Any, placements: Any) -> Any:
+        """The same, where tokens were added to the other model's."""
+        c, mesh = self.model.config, jax.tree.leaves(placements)[0].mesh
+        fewer = added_rows.before(c, specs, base.config.vocab_size)
+        grown = {name: spec for name, spec in fewer.items() if name in added_rows.grown_names(c)}
+        where = {name: placements[name] for name in fewer} | params.shardings(grown, mesh, base.rules)
+        values = self._read_body(base, fewer, where)
+        noise = self.draw(*_placed(added_rows.noise_specs(c), mesh)) if self.new_rows == "random" else {}
+        names = [name for name in specs if name in grown or name not in fewer]
+        to = {name: placements[name] for name in names}
+        grow = jax.jit(functools.partial(added_rows.grow, c), out_shardings=to)
+        return values | grow({name: values[name] for name in grown}, noise)
+
     def draw(self, specs: Any, placements: Any) -> Any:
         """Random parameters: those of a whole run with this seed, whatever else it has."""
         options = compilation.compiler_options(jax.tree.leaves(placements)[0].mesh)
         draw = lambda key: params.init({self.role: specs}, key)[self.role]  # noqa: E731
         return jax.jit(draw, out_shardings=placements, compiler_options=options)(initial_keys(self.seed)[0])
+
+
+def _placed(specs: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """Specs, and placements for them."""
+    return specs, params.shardings(specs, mesh)
 
 
 def initial_keys(seed: int) -> jax.Array:
@@ -224,6 +255,23 @@ def read_run(
     )
     own = checkpoints.restore_params(workdir, {start.role: like}, step=step, ema=ema)[0][start.role]
     return jax.jit(params.put, donate_argnums=0, out_shardings=placements)(values, own)
+
+
+def _read_whole(workdir: str, start: Start, specs: Any, placements: Any, **which: Any) -> Any:
+    """The parameters of a run's policy with all rows of embedding and head in one matrix.
+
+    Args: see `read_run`; the specs are those of added_rows.whole(start.model.config).
+    """
+    c, rules = start.model.config, start.model.rules
+    if not c.added_rows:
+        return read_run(workdir, start, specs, placements, **which)
+    apart = added_rows.apart(c, specs)
+    where = params.shardings(apart, jax.tree.leaves(placements)[0].mesh, rules) | placements
+    values = read_run(workdir, start, apart, where, **which)
+    to = {name: placements[name] for name in added_rows.grown_names(c)}
+    joined = jax.jit(functools.partial(added_rows.join, c), out_shardings=to)
+    parts = {name: values[name] for name in apart if name in to or name not in specs}
+    return {name: values[name] for name in specs} | joined(parts)
 
 
 def read_untrained(workdir: str, start: Start, specs: Any, placements: Any) -> Any:
@@ -340,6 +388,13 @@ def check_reads(field: str, found: Found, tokenizer: tokenizers.Tokenizer) -> No
     theirs, ours = found.tokenizer().backend.get_vocab(), tokenizer.backend.get_vocab()
     if theirs == ours:
         return None
+    if theirs.items() < ours.items() and min(i for token, i in ours.items() if token not in theirs) >= len(theirs):
+        added = sorted(ours.keys() - theirs.keys(), key=ours.get)
+        some = ", ".join(added[:_SHOWN]) + (f" and {len(added) - _SHOWN} more" if len(added) > _SHOWN else "")
+        raise InputError(
+            f"{field}.init_from = {found.name}: doesn't know {some}, which the policy's tokenizer has beyond its own: "
+            "they would be noise to it. Name a model that was trained with them, such as a run that added them."
+        )
     token, _ = min(ours.items() - theirs.items() or theirs.items() - ours.items(), key=lambda item: item[1])
     known = f"{token!r} is {ours.get(token, 'unknown')} to the policy and {theirs.get(token, 'unknown')} to it"
     raise InputError(

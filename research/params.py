@@ -385,7 +385,7 @@ def muon_dimensions(specs: Tree) -> Tree:
     AdamW's update instead: scales, biases, embeddings and heads."""
 
     def one(spec: ParamSpec) -> Any:
-        if not spec.contracts or {"vocab", "labels", "positions", "token_types"} & set(spec.axes):
+        if not spec.contracts or {"vocab", "added_tokens", "labels", "positions", "token_types"} & set(spec.axes):
             return None
         inputs = tuple(i for i, axis in enumerate(spec.axes) if axis in spec.contracts)
         stacked = ("layers",) if spec.axes[-1] == "experts" else ("layers", "experts")

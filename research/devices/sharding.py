@@ -51,6 +51,7 @@ RULES = Rules(
         "time": "sequence",
         "embed": "fsdp",
         "vocab": "tensor",
+        "added_tokens": None,
         "heads": "tensor",
         "kv_heads": "tensor",
         "mlp": "tensor",

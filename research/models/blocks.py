@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from research.devices import sharding
 from research.devices.sharding import Rules
+from research.models import added_rows
 from research.models.config import ACTIVATIONS, ModelConfig
 from research.models.specs import Params
 from research.ops import moe
@@ -173,7 +174,7 @@ def embed(
     token_types: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
     """The input of the first layer. Without `token_types` all tokens are of the first type."""
-    x = params["embed"].astype(c.dtype)[tokens]
+    x = added_rows.look_up(c, params, tokens)
     if c.embed_scale:
         x = x * jnp.asarray(c.d_model**0.5, x.dtype)
     if c.positions == "learned":

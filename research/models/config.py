@@ -90,6 +90,9 @@ class ModelConfig:
       token_types: kinds of segment with an embedding each (BERT): the batch field `token_types`, [B, T] int32, says
         which; without it all tokens are of the first.
       head_transform: a dense layer, the MLP's activation and a norm before the logits (BERT's masked-LM head).
+      added_rows: the rows of so many tokens in embedding and head are parameters of their own, embed_added, head_added
+        and head_bias_added. A run sets it where it adds tokens to a model.
+      added_from: the first of these tokens.
       num_labels: the head gives so many logits and not V: a classifier or reward model. 0 is a language model.
       init_std: standard deviation of the initial kernels and embeddings.
       remat: what the backward pass recomputes in each layer: "none" keeps all activations, "full" only the layer's
@@ -138,6 +141,8 @@ class ModelConfig:
     embed_norm: bool = False
     token_types: int = 0
     head_transform: bool = False
+    added_rows: int = 0
+    added_from: int = 0
     num_labels: int = 0
     init_std: float = 0.02
     remat: str = "dots"
@@ -155,8 +160,20 @@ class ModelConfig:
         if self.num_experts and self.mlp_bias:
             raise InputError("model.mlp_bias = True: experts have no biases. Set it to False.")
         self._check_prefix()
+        self._check_added_rows()
         if not self.sliding_window or min(self.sliding_window) < 0:
             raise InputError(f"model.sliding_window = {self.sliding_window}: give sizes >= 0, 0 for full attention.")
+
+    def _check_added_rows(self) -> None:
+        if self.added_rows < 0 or self.added_from < 0 or self.added_from + self.added_rows > self.vocab_size:
+            raise InputError(
+                f"model.added_rows = {self.added_rows} from model.added_from = {self.added_from} on: aren't among the "
+                f"{self.vocab_size} of the vocabulary. Change either."
+            )
+        if self.added_from and not self.added_rows:
+            raise InputError(
+                f"model.added_from = {self.added_from}: has no effect while model.added_rows = 0. Set that too."
+            )
 
     @property
     def kind(self) -> str:

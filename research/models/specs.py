@@ -1,6 +1,7 @@
 """The parameters of a model: a ParamSpec for each array, with the logical axes beside its shape.
 
-Axes: L layers, D model, H query heads, K key/value heads, h head dimension, F feed-forward, E experts, V vocabulary.
+Axes: L layers, D model, H query heads, K key/value heads, h head dimension, F feed-forward, E experts, V vocabulary,
+n added tokens.
 """
 
 from typing import Any
@@ -68,6 +69,8 @@ def _mlp(c: ModelConfig) -> Specs:
 def _embeddings(c: ModelConfig) -> Specs:
     D, V, P, N = c.d_model, c.vocab_size, c.max_length, c.token_types
     specs: Specs = {"embed": ParamSpec((V, D), ("vocab", "embed"), _normal(c), ("vocab",))}
+    if n := c.added_rows:
+        specs["embed_added"] = ParamSpec((n, D), ("added_tokens", "embed"), _normal(c), ("added_tokens",))
     if c.positions == "learned":
         specs["position_embed"] = ParamSpec((P, D), ("positions", "embed"), _normal(c), ("positions",))
     if c.token_types:
@@ -91,6 +94,11 @@ def _head(c: ModelConfig) -> Specs:
         specs["head"] = ParamSpec((D, columns), ("embed", axis), _normal(c), ("embed",))
     if c.head_bias:
         specs["head_bias"] = ParamSpec((columns,), (axis,), jax.nn.initializers.zeros)
+    if (n := c.added_rows) and not c.num_labels:
+        if not c.tie_embeddings:
+            specs["head_added"] = ParamSpec((D, n), ("embed", "added_tokens"), _normal(c), ("embed",))
+        if c.head_bias:
+            specs["head_bias_added"] = ParamSpec((n,), ("added_tokens",), jax.nn.initializers.zeros)
     return specs
 
 

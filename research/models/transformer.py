@@ -18,7 +18,7 @@ from research import params as params_lib
 from research.devices import sharding
 from research.devices.sharding import Rules
 from research.errors import InputError
-from research.models import blocks, decoding
+from research.models import added_rows, blocks, decoding
 from research.models.config import REMAT, ModelConfig
 from research.models.decoding import Cache
 from research.models.specs import Params, make_specs
@@ -28,7 +28,8 @@ from research.ops.rope import Angles
 
 Batch = Mapping[str, jax.Array]
 
-HEAD = ("head", "head_bias")  # the parameters that follow the last hidden states; a head that is tied has none
+# The parameters that follow the last hidden states; a head that is tied has none but the bias.
+HEAD = ("head", "head_bias", "head_added", "head_bias_added")
 
 
 class Model(NamedTuple):
@@ -247,7 +248,13 @@ def attention_inputs(
 def unembed(c: ModelConfig, rules: Rules, params: Params) -> Head:
     """The kernel that turns hidden states into logits, its bias and soft-cap."""
     tied = "head" not in params
-    return Head(params["embed" if tied else "head"], params.get("head_bias"), c.logit_softcap, tied, rules)
+    kernel, bias = params["embed" if tied else "head"], params.get("head_bias")
+    if not c.added_rows or c.num_labels:
+        return Head(kernel, bias, c.logit_softcap, tied, rules)
+    if c.head_bias:
+        bias = added_rows.put(c, bias, params["head_bias_added"], axis=0)
+    added = params["embed_added" if tied else "head_added"]
+    return Head(kernel, bias, c.logit_softcap, tied, rules, added, c.added_from)
 
 
 def flops_per_token(c: ModelConfig, length: int) -> float:

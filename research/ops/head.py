@@ -25,8 +25,8 @@ from research.ops.chunks import Chunks, chunk_size, time_parts
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("stored", "bias"),
-    meta_fields=("softcap", "by_token", "rules"),
+    data_fields=("stored", "bias", "added"),
+    meta_fields=("softcap", "by_token", "rules", "added_from"),
 )
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -39,6 +39,9 @@ class Head:
       by_token: `stored` is an embedding that the model shares with its head. Loops carry it as it is: XLA would write
         out its transpose.
       rules: logical axis -> mesh axes: how the mesh in context cuts hidden states and kernel. None where there is none.
+      added: the kernel of n tokens that stands in the place of theirs in `stored`, whose axes it has; None for none. It
+        takes their gradient, so that it may be trained where `stored` isn't.
+      added_from: the first of these tokens.
     """
 
     stored: Float[Array, "D V"] | Float[Array, "V D"]
@@ -46,16 +49,26 @@ class Head:
     softcap: float
     by_token: bool = False
     rules: Rules | None = None
+    added: Float[Array, "D n"] | Float[Array, "n D"] | None = None
+    added_from: int = 0
 
     @property
     def kernel(self) -> Float[Array, "D V"]:
-        """[D, V], whichever way it is stored."""
-        return self.stored.T if self.by_token else self.stored
+        """[D, V], whichever way it is stored, with the added tokens in their place."""
+        kernel = self.stored.T if self.by_token else self.stored
+        if self.added is None:
+            return kernel
+        return self._with_added(kernel, self.added.T if self.by_token else self.added)
 
     @property
     def size(self) -> int:
         """V."""
         return self.stored.shape[self.axes.index("v")]
+
+    @property
+    def added_to(self) -> int:
+        """The token after the last of `added`."""
+        return self.added_from + (0 if self.added is None else self.added.shape[self.axes.index("v")])
 
     @property
     def axes(self) -> str:
@@ -72,6 +85,10 @@ class Head:
         head = self if columns is None else self.columns(columns)
         kernel, dtype = head.stored.astype(hidden.dtype), accumulator(hidden)
         logits = jnp.einsum(f"...d,{head.axes}->...v", hidden, kernel, preferred_element_type=dtype)
+        if head.added is not None:
+            kernel = head.added.astype(hidden.dtype)
+            own = jnp.einsum(f"...d,{head.axes}->...v", hidden, kernel, preferred_element_type=dtype)
+            logits = head._with_added(logits, own)
         if head.bias is not None:
             logits += head.bias.astype(dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
         return head.softcap * jnp.tanh(logits / head.softcap) if head.softcap else logits
@@ -80,49 +97,98 @@ class Head:
         """From the gradient by `logits` to that by what the soft-cap and the bias get, hidden @ kernel."""
         return g * (1 - jnp.square(logits / self.softcap)) if self.softcap else g
 
-    def columns(self, columns: Int[Array, " C"] | slice) -> "Head":
+    def columns(self, columns: Int[Array, " C"]) -> "Head":
         """The head of some tokens alone."""
-        at = (columns, slice(None)) if self.by_token else (slice(None), columns)
-        bias = None if self.bias is None else self.bias[columns]
-        return dataclasses.replace(self, stored=self.stored[at], bias=bias)
+        stored, bias = self._at(self.stored, columns), None if self.bias is None else self.bias[columns]
+        if self.added is not None:
+            own = (columns >= self.added_from) & (columns < self.added_to)
+            added = self._at(self.added, jnp.clip(columns - self.added_from, 0, self.added_to - self.added_from - 1))
+            stored = jnp.where(own[:, None] if self.by_token else own[None], added.astype(stored.dtype), stored)
+        return dataclasses.replace(self, stored=stored, bias=bias, added=None, added_from=0)
 
     def first(self, size: int) -> "Head":
         """The head of the first `size` tokens."""
-        return self if self.size == size else self.columns(slice(size))
+        if self.size == size:
+            return self
+        own = max(size - self.added_from, 0)
+        added = None if self.added is None or not own else self._at(self.added, slice(own))
+        bias = None if self.bias is None else self.bias[:size]
+        return dataclasses.replace(self, stored=self._at(self.stored, slice(size)), bias=bias, added=added)
+
+    def _at(self, kernel: Array, tokens: Any) -> Array:
+        return kernel[tokens] if self.by_token else kernel[:, tokens]
+
+    def _with_added(self, x: Float[Array, "*n V"], own: Float[Array, "*n A"]) -> Float[Array, "*n V"]:
+        """`x` with what is of the added tokens in their place, as a choice of each element: V may be sharded."""
+        around = (self.added_from, self.size - self.added_to)
+        return jnp.where(self._is_added(x), jnp.pad(own, [(0, 0)] * (x.ndim - 1) + [around]), x)
+
+    def _is_added(self, x: Float[Array, "*n V"]) -> Array:
+        tokens = jnp.arange(self.size).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (tokens >= self.added_from) & (tokens < self.added_to)
 
     def gathered(self, dtype: Any) -> "Head":
         """The kernel in `dtype` and with all of D on each device: gathered here once, and not in every chunk."""
-        stored = self.stored.astype(dtype)
-        return dataclasses.replace(self, stored=constrain(stored, self._kernel_axes(), self.rules))
+        stored = constrain(self.stored.astype(dtype), self._kernel_axes(), self.rules)
+        added = None if self.added is None else constrain(self.added.astype(dtype), (None, None), self.rules)
+        return dataclasses.replace(self, stored=stored, added=added)
 
     def token_shards(self, hidden: Float[Array, "B T D"]) -> tuple[int, int]:
         """Into how many parts the mesh in context cuts B and T; 1 where it can't evenly."""
         parts = sharding.axis_parts("batch", self.rules)
         return 1 if hidden.shape[0] % parts else parts, time_parts(hidden.shape[1], self.rules)
 
-    def kernel_gradient(
-        self, hidden: Float[Array, "B t D"], g: Float[Array, "B t V"], shards: tuple[int, int]
-    ) -> Float[Array, "..."]:
-        """The gradient of `stored`, from a chunk and the gradient by its logits.
+    def gradients(
+        self, hidden: Float[Array, "B t D"], g: Float[Array, "B t V"], wanted: "_Wanted", shards: tuple[int, int]
+    ) -> tuple[Float[Array, "B t D"] | None, tuple[Array | None, Array | None]]:
+        """What a chunk adds to the gradients, each None where it isn't wanted.
+
+        Args:
+          hidden: of the chunk.
+          g: the gradient by hidden @ kernel, in the dtype of `hidden`.
+          wanted: which gradients.
+          shards: see `token_shards`.
 
         Returns:
-          An array in the shape of `stored`. Where tokens are sharded, [rows, times, ...]: a sum for each shard, which
-          stays where it is. Chunks add up so, and devices talk once at the end.
+          The gradient by `hidden`; and those by `stored` and `added`, in their shapes. Where tokens are sharded, these
+          are [rows, times, ...]: a sum for each shard, which stays where it is. Chunks add up so, and devices talk once
+          at the end.
         """
+        own, dtype = None, accumulator(hidden)
+        if self.added is not None:
+            own, g = g[..., self.added_from : self.added_to], jnp.where(self._is_added(g), 0, g)
+        g_hidden = None
+        if wanted.hidden:
+            back = functools.partial(jnp.einsum, f"btv,{self.axes}->btd", preferred_element_type=dtype)
+            g_hidden = back(g, self.stored) if own is None else back(g, self.stored) + back(own, self.added)
+            g_hidden = g_hidden.astype(hidden.dtype)
+        stored = self._kernel_gradient(hidden, g, shards, self._kernel_axes()) if wanted.kernel else None
+        added = self._kernel_gradient(hidden, own, shards, (None, None)) if wanted.added else None
+        return g_hidden, (stored, added)
+
+    def _kernel_gradient(
+        self, hidden: Float[Array, "B t D"], g: Float[Array, "B t C"], shards: tuple[int, int], axes: tuple
+    ) -> Float[Array, "..."]:
+        """The gradient by the kernel of some tokens, whose logical axes are `axes`."""
         dtype = accumulator(hidden)
         if shards == (1, 1):
             return jnp.einsum(f"btd,btv->{self.axes}", hidden, g, preferred_element_type=dtype)
         rows, times = shards
         hidden, g = (x.reshape(rows, x.shape[0] // rows, times, x.shape[1] // times, x.shape[2]) for x in (hidden, g))
         gradient = jnp.einsum(f"abctd,abctv->ac{self.axes}", hidden, g, preferred_element_type=dtype)
-        return constrain(gradient, ("batch", "time", *self._kernel_axes()), self.rules)
+        return constrain(gradient, ("batch", "time", *axes), self.rules)
 
-    def zero_gradient(self, shards: tuple[int, int], dtype: Any) -> Float[Array, "..."]:
-        """Zeros in the shape of `kernel_gradient`."""
+    def zero_gradients(
+        self, wanted: "_Wanted", shards: tuple[int, int], dtype: Any
+    ) -> tuple[Array | None, Array | None]:
+        """Zeros in the shapes of the gradients by `stored` and `added`; see `gradients`."""
+        stored = self._zeros(self.stored, shards, dtype, self._kernel_axes()) if wanted.kernel else None
+        return stored, self._zeros(self.added, shards, dtype, (None, None)) if wanted.added else None
+
+    def _zeros(self, kernel: Array, shards: tuple[int, int], dtype: Any, axes: tuple) -> Array:
         if shards == (1, 1):
-            return jnp.zeros(self.stored.shape, dtype)
-        zeros = jnp.zeros((*shards, *self.stored.shape), dtype)
-        return constrain(zeros, ("batch", "time", *self._kernel_axes()), self.rules)
+            return jnp.zeros(kernel.shape, dtype)
+        return constrain(jnp.zeros((*shards, *kernel.shape), dtype), ("batch", "time", *axes), self.rules)
 
     def _kernel_axes(self) -> tuple[str | None, ...]:
         """Of `stored` within a loop over chunks."""
@@ -217,7 +283,7 @@ def detached_values(
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=(), meta_fields=("hidden", "kernel", "bias")
+    jax.tree_util.register_dataclass, data_fields=(), meta_fields=("hidden", "kernel", "bias", "added")
 )  # static, so that it may stand among the residuals of a backward pass
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
@@ -226,6 +292,7 @@ class _Wanted:
     hidden: bool
     kernel: bool
     bias: bool
+    added: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,22 +315,24 @@ class _Scan:
         """Returns values and details [B, T, ...] and, where `wanted`, the gradients of sum(weights * values) by hidden
         and head, None for each that isn't."""
         chunks = Chunks(hidden.shape[1], self.chunk, time_parts(hidden.shape[1], head.rules))
-        shards, zeros = head.token_shards(hidden), (None, None)
+        shards, zeros = head.token_shards(hidden), ((None, None), None)
         if wanted is not None:
-            kernel = head.zero_gradient(shards, accumulator(hidden)) if wanted.kernel else None
-            zeros = kernel, jnp.zeros(head.bias.shape, accumulator(hidden)) if wanted.bias else None
+            kernels = head.zero_gradients(wanted, shards, accumulator(hidden))
+            zeros = kernels, jnp.zeros(head.bias.shape, accumulator(hidden)) if wanted.bias else None
         body = functools.partial(self._body, head.gathered(hidden.dtype), shared, wanted, shards)
         sums, (out, g_hidden) = jax.lax.scan(body, zeros, jax.tree.map(chunks.split, (hidden, weights, extras)))
         values, details = jax.tree.map(chunks.join, out)
         if wanted is None:
             return values, details, None, None
-        kernel, bias = sums
-        if kernel is not None:
-            kernel = (kernel if shards == (1, 1) else jnp.sum(kernel, axis=(0, 1))).astype(head.stored.dtype)
+        (stored, added), bias = sums
+        if stored is not None:
+            stored = _over_shards(stored, shards).astype(head.stored.dtype)
+        if added is not None:
+            added = _over_shards(added, shards).astype(head.added.dtype)
         if bias is not None:
             bias = bias.astype(head.bias.dtype)
         g_hidden = None if g_hidden is None else chunks.join(g_hidden)
-        return values, details, g_hidden, dataclasses.replace(head, stored=kernel, bias=bias)
+        return values, details, g_hidden, dataclasses.replace(head, stored=stored, bias=bias, added=added)
 
     def _body(self, head: Head, shared: tuple, wanted: _Wanted | None, shards: tuple[int, int], sums, x):
         """One chunk: adds to the gradients by kernel and bias, and returns what is wanted of its tokens."""
@@ -282,13 +351,13 @@ class _Scan:
             g = jnp.where(present[:, :, None], g, 0)
         g = head.logits_gradient(logits, g)
         g_bias = jnp.sum(g, axis=(0, 1)) if wanted.bias else None
-        g = g.astype(hidden.dtype)
-        g_hidden = None
-        if wanted.hidden:
-            g_hidden = jnp.einsum(f"btv,{head.axes}->btd", g, head.stored, preferred_element_type=logits.dtype)
-            g_hidden = g_hidden.astype(hidden.dtype)
-        g_kernel = head.kernel_gradient(hidden, g, shards) if wanted.kernel else None
-        return jax.tree.map(jnp.add, sums, (g_kernel, g_bias)), ((values, details), g_hidden)
+        g_hidden, g_kernels = head.gradients(hidden, g.astype(hidden.dtype), wanted, shards)
+        return jax.tree.map(jnp.add, sums, (g_kernels, g_bias)), ((values, details), g_hidden)
+
+
+def _over_shards(gradient: Float[Array, "..."], shards: tuple[int, int]) -> Float[Array, "..."]:
+    """The sum of what Head.gradients keeps for each shard."""
+    return gradient if shards == (1, 1) else jnp.sum(gradient, axis=(0, 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -341,7 +410,8 @@ _token_values.defvjp(_token_values_forward, _token_values_backward, symbolic_zer
 
 def _wanted(hidden: Any, head: Head) -> _Wanted:
     """From the arguments that jax gives to a forward pass, each of which knows whether it is differentiated."""
-    return _Wanted(hidden.perturbed, head.stored.perturbed, head.bias is not None and head.bias.perturbed)
+    bias, added = (x is not None and x.perturbed for x in (head.bias, head.added))
+    return _Wanted(hidden.perturbed, head.stored.perturbed, bias, added)
 
 
 def accumulator(x: Float[Array, "..."]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from research import config as config_lib
-from research import objectives
+from research import loading, objectives
 from research.config import Config
 from research.devices import sharding
 from research.errors import InputError
@@ -54,24 +54,29 @@ def describe(config: Config, devices: Any = None) -> Described:
     config, bases = resolve.with_checkpoints(config, None, described=True)
     config_lib.check(config, num_devices=len(devices))
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
-    return Described(config, mesh, find_vocab_size(config, bases.get("policy")))
+    config, vocab_size = _with_vocabulary(config, bases.get("policy"))
+    return Described(config, mesh, vocab_size)
 
 
-def find_vocab_size(config: Config, base: Any = None) -> int:
-    """The model's, or else the tokenizer's with its added tokens; no data is read.
+def _with_vocabulary(config: Config, base: loading.Found | None) -> tuple[Config, int]:
+    """The config with rows for what the run adds to a model's tokens; and V of a model that is there, or else the size
+    of the tokenizer with its added tokens. No data is read.
 
     Args:
       config: of the run.
       base: the checkpoint that model.init_from names; None where it names none.
     """
-    if config.model.vocab_size:
-        return config.model.vocab_size
     trained = config.tokenizer.kind == "bpe"
-    spec = TokenizerSpec("byte") if trained else config.tokenizer  # both have the same special tokens
-    tokenizer = None if trained else resolve.given_tokenizer(config, base)
-    tokenizer = tokenizer or tokenizers.make_tokenizer(spec, lambda: iter(()))
-    size = resolve.with_special_tokens(config, tokenizer).size
-    return config.tokenizer.vocab_size + size - tokenizer.size if trained else size
+    bytes_only = tokenizers.make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))
+    needed = resolve.with_special_tokens(config, bytes_only).size - bytes_only.size
+    if config.model.vocab_size and not (base and needed):
+        return config, config.model.vocab_size
+    if trained:  # it isn't there yet, and has the same special tokens as bytes have
+        return config, config.tokenizer.vocab_size + needed
+    before = resolve.given_tokenizer(config, base) or tokenizers.make_tokenizer(config.tokenizer, lambda: iter(()))
+    tokenizer = resolve.with_special_tokens(config, before)
+    config = resolve.with_added_rows(config, base, before, tokenizer)
+    return config, config.model.vocab_size or tokenizer.size
 
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

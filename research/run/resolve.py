@@ -98,7 +98,10 @@ def resolve(
     if config.compilation_cache:
         compilation.use_compilation_cache(config.data.cache_dir)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
-    tokenizer = _resumed_tokenizer(config, workdir) if resumed else find_tokenizer(config, bases, objective)
+    if resumed:
+        tokenizer = _resumed_tokenizer(config, workdir)
+    else:
+        config, tokenizer = with_tokenizer(config, bases, objective)
     data, terms = read_data(config, bases, tokenizer)
     data_identity = identity.identity(data, config_lib.data_spec(config))
     tasks = {spec: eval_tasks.identity(spec) for spec in config.eval.tasks}
@@ -208,16 +211,41 @@ def read_data(
     return data, terms
 
 
-def find_tokenizer(
+def with_tokenizer(
     config: Config, bases: Mapping[str, loading.Found], objective: Mapping[str, Any] | None = None
-) -> tokenizers.Tokenizer:
-    """The tokenizer of a new run, with the special tokens that its views and objectives need.
+) -> tuple[Config, tokenizers.Tokenizer]:
+    """The tokenizer of a new run, with the special tokens that its views and objectives need; and the config, in which
+    the model that the policy begins with has rows for those that were added.
 
     Args and errors: see `resolve` and `read_data`.
     """
-    tokenizer = given_tokenizer(config, bases.get("policy"))
-    tokenizer = tokenizer or dataset.build_tokenizer(config_lib.data_spec(config), config.tokenizer, config.seed)
-    return with_special_tokens(config, tokenizer, objective)
+    base = bases.get("policy")
+    before = given_tokenizer(config, base)
+    before = before or dataset.build_tokenizer(config_lib.data_spec(config), config.tokenizer, config.seed)
+    tokenizer = with_special_tokens(config, before, objective)
+    return with_added_rows(config, base, before, tokenizer), tokenizer
+
+
+def with_added_rows(
+    config: Config, base: loading.Found | None, before: tokenizers.Tokenizer, tokenizer: tokenizers.Tokenizer
+) -> Config:
+    """The config in which the model that the policy begins with has rows for added tokens.
+
+    Args:
+      config: of the run.
+      base: that model; None where the policy begins with random parameters, which are of all tokens.
+      before: the tokenizer without the added tokens.
+      tokenizer: with them.
+
+    Raises:
+      InputError: model.new_rows is set, and no token is added to a model.
+    """
+    if base is not None and tokenizer.size > before.size:
+        return config_lib.with_added_rows(config, base.config.vocab_size, before.size, tokenizer.size)
+    if config.model.new_rows != config_lib.ModelSection.new_rows:
+        why = "no token is added to its tokenizer" if base is not None else "model.init_from = ''"
+        raise InputError(f"model.new_rows = {config.model.new_rows!r}: has no effect, since {why}. Leave it out.")
+    return config
 
 
 def with_special_tokens(

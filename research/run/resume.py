@@ -102,7 +102,8 @@ FIELDS: dict[str, Rule] = {
         "model",
         "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff mlp num_experts experts_per_token "
         "normalize_router block norm norm_offset positions rotary_dim causal attention_bias attention_out_bias "
-        "mlp_bias head_bias qk_norm tie_embeddings embed_scale embed_norm token_types head_transform num_labels",
+        "mlp_bias head_bias qk_norm tie_embeddings embed_scale embed_norm token_types head_transform num_labels "
+        "added_rows added_from",
     ),
     **_rules(
         _SAID,
@@ -117,7 +118,7 @@ FIELDS: dict[str, Rule] = {
         "short_factors long_factors",
     ),
     **_rules(_HOW, "model", "remat attention"),
-    **_rules(_START, "model", "init_from init_std"),
+    **_rules(_START, "model", "init_from init_std new_rows"),
     "roles.NAME.of": _MODEL,
     **_rules(_TOKENIZER, "tokenizer", "kind vocab_size eos_token added_tokens"),
     **_rules(

@@ -118,7 +118,7 @@ def make_start(
 ) -> loading.Start:
     """Where a role begins: the model that its section names, or random parameters."""
     _, section = config_lib.model_section(config, role)
-    return loading.Start(role, model, config.seed, bases.get(role, section.init_from))
+    return loading.Start(role, model, config.seed, bases.get(role, section.init_from), section.new_rows)
 
 
 def _own_specs(config: Config, role: str, model: transformer.Model) -> Tree:

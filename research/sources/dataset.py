@@ -119,12 +119,13 @@ def load(
 
 
 def build_tokenizer(spec: DataSpec, tokenizer_spec: TokenizerSpec, seed: int = 0) -> Tokenizer:
-    """The tokenizer that `load` makes where it is handed none. A BPE learns from the texts to train on.
+    """The tokenizer that `load` makes where it is handed none, before special tokens are added. A BPE learns from the
+    texts to train on.
 
     Args and errors: see `load`.
     """
     spec_lib.check(spec)
-    return with_special_tokens(_make_tokenizer(tokenizer_spec, *_located(spec, seed), spec), tokenizer_spec, spec)
+    return _make_tokenizer(tokenizer_spec, *_located(spec, seed), spec)
 
 
 def with_special_tokens(tokenizer: Tokenizer, tokenizer_spec: TokenizerSpec, spec: DataSpec) -> Tokenizer:

@@ -1,10 +1,13 @@
 """The scan over the head as a new loss would use it, and logits with everything that a head may have."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.devices import sharding
 from research.ops.head import Head, detached_values, differentiated, token_values, weighted_sum
 
 B, T, D, V = 2, 7, 4, 24
@@ -119,4 +122,68 @@ def test_a_frozen_head_has_no_gradient_in_its_shape(arrays, name, form):
     assert (D, V) in set(products(trained.jaxpr))
     shapes = set(products(frozen(loss, arrays, form).jaxpr))
     assert (B, 3, D) in shapes, "the gradient by hidden states isn't there either"
+    assert not {(D, V), (V, D)} & shapes
+
+
+N, FIRST = 3, 5  # added tokens, and the first of them
+
+
+def with_added(kernel, bias, added, by_token=False, rules=None):
+    turn = lambda x: x.T if by_token else x  # noqa: E731
+    return Head(turn(kernel), bias, 3.0, by_token, rules, turn(added), FIRST)
+
+
+def put(kernel, added):
+    return kernel.at[:, FIRST : FIRST + N].set(added)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_added_tokens_stand_in_their_place(arrays, by_token):
+    hidden, kernel, bias, _ = arrays
+    added = jax.random.normal(jax.random.key(1), (D, N))
+    whole, head = whole_logits(hidden, put(kernel, added), bias), with_added(kernel, bias, added, by_token)
+    close(head.kernel, put(kernel, added))
+    close(head.logits(hidden), whole)
+    columns = jnp.array([6, 0, 23, 5, 8])
+    close(head.logits(hidden, columns), whole[:, :, columns])
+    for size in (4, 5, 6, 8, 9, V):
+        close(head.first(size).logits(hidden), whole[:, :, :size])
+        close(head.first(size).kernel, head.kernel[:, :size])
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_added_tokens_have_their_gradients(arrays, by_token, sharded):
+    hidden, kernel, bias, weights = arrays
+    added, power = jax.random.normal(jax.random.key(1), (D, N)), jnp.ones((B, T))
+
+    def ours(hidden, kernel, bias, added, weights):
+        head = with_added(kernel, bias, added, by_token, sharding.RULES if sharded else None)
+        total, *_ = weighted_sum(sum_of_squares, hidden, head, weights, power, chunk=3)
+        return total + jnp.sum(token_values(sum_of_squares, hidden, head, power, chunk=3))
+
+    def theirs(hidden, kernel, bias, added, weights):
+        p = jax.nn.softmax(whole_logits(hidden, put(kernel, added), bias))
+        return jnp.sum((weights + 1) * jnp.sum(p**2, axis=-1))
+
+    args = hidden, kernel, bias, added, weights
+    expected = jax.value_and_grad(theirs, (0, 1, 2, 3, 4))(*args)
+    assert not expected[1][1][:, FIRST : FIRST + N].any()
+    mesh = sharding.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
+    with jax.set_mesh(mesh) if sharded else contextlib.nullcontext():
+        close(jax.jit(jax.value_and_grad(ours, (0, 1, 2, 3, 4)))(*args), expected)
+
+
+@pytest.mark.parametrize("name", ["weighted_sum", "token_values"])
+def test_added_tokens_trained_alone_leave_no_gradient_of_the_others(arrays, name):
+    hidden, kernel, bias, weights = arrays
+
+    def loss(scale, added):
+        head, power = with_added(kernel, bias, added), jnp.ones((B, T))
+        if name == "weighted_sum":
+            return weighted_sum(sum_of_squares, scale * hidden, head, weights, power, chunk=3)[0]
+        return jnp.sum(token_values(sum_of_squares, scale * hidden, head, power, chunk=3))
+
+    shapes = set(products(jax.make_jaxpr(jax.grad(loss, (0, 1)))(1.0, jnp.ones((D, N))).jaxpr))
+    assert {(D, N), (B, 3, D)} <= shapes
     assert not {(D, V), (V, D)} & shapes

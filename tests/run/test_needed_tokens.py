@@ -101,9 +101,9 @@ def test_an_error_of_what_says_the_tokens_names_the_field(values, tmp_path):
 
 def test_a_bpe_of_the_runs_text_is_trained_without_them(values, tmp_path):
     values["tokenizer"] = {**values["tokenizer"], "kind": "bpe", "vocab_size": 270}
-    whole = resolve.find_tokenizer(config.parse(values), {})
+    whole = resolve.with_tokenizer(config.parse(values), {})[1]
     values["objective"] = {"terms": {"next_token": 1.0}}
-    fewer = resolve.find_tokenizer(config.parse(values), {})
+    fewer = resolve.with_tokenizer(config.parse(values), {})[1]
     assert (whole.size - fewer.size, whole.special("<|tool|>")) == (2, fewer.special("<|tool|>"))
     assert whole.encode("copy 12 12") == fewer.encode("copy 12 12")
 
