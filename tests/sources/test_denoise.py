@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from research.errors import InputError
 from research.sources import corruption, special_tokens, views
+from research.sources.dataset import DataSpec, load
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 from research.sources.views import Document, denoise
 
@@ -215,11 +217,48 @@ def test_a_tokenizer_without_bos():
     assert seen.mask.sum() > 1
 
 
-def test_conversations_and_labels_are_refused():
-    seeing, _ = view(64)
-    asked = document("ab")
-    with pytest.raises(InputError, match="is a view of plain text"):
-        seeing.documents(asked._replace(mask=np.array([False, False, True, True])), np.random.default_rng(0))
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def spec(path, **options):
+    view = {"kind": "denoise", **options.pop("view", {})}
+    return DataSpec("", sources={"one": {"path": path, "view": view}}, **{"seq_len": 48, "eval_fraction": 0} | options)
+
+
+def test_batches_hold_what_the_view_shows_with_its_prefix(tmp_path):
+    """The tokenizer has the sentinels, every text comes back from the rows, and the cache knows length and options."""
+    texts = [f"{i:03} " + "words and more, " * (i % 6) for i in range(30)]
+    path = write(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    data = load(spec(path), TokenizerSpec())
+    rows, tokenizer = data.train[0][0], data.tokenizer
+    batch = rows.batch(np.arange(len(rows)))
+    marks = special_tokens.sentinels(tokenizer, special_tokens.sentinel_count(tokenizer))
+    assert len(marks) == 2
+    real = batch["segment_ids"] > 0
+    np.testing.assert_array_equal(batch["prefix"][real], 1 - batch["loss_mask"][real])
+    assert not batch["prefix"][~real].any()
+    pieces = Counter()
+    for row, segments in enumerate(batch["segment_ids"]):
+        for number in range(1, segments.max() + 1):
+            tokens, prefix = batch["tokens"][row, segments == number], batch["prefix"][row, segments == number]
+            assert (tokens[0], tokens[-1]) == (tokenizer.bos, tokenizer.eos)
+            text = corruption.restored(tokens[1 : prefix.sum()], tokens[prefix.sum() : -1], marks)
+            pieces[tokenizer.decode(text.tolist())] += 1
+    length = denoise._longest(denoise.Denoiser(), 48, tokenizer)
+    assert pieces == Counter(text[i : i + length] for text in texts for i in range(0, len(text), length))
+    assert load(spec(path), TokenizerSpec()).report["sources"][0]["was_cached"]
+    for other in ({"seq_len": 40}, {"view": {"draws": 2}}):
+        assert not load(spec(path, **other), TokenizerSpec()).report["sources"][0]["was_cached"]
+
+
+def test_conversations_and_labels_are_refused(tmp_path):
+    pairs = write(tmp_path / "p.jsonl", [{"prompt": "ask", "response": "reply"}])
+    labelled = write(tmp_path / "l.jsonl", [{"text": "a text", "label": i} for i in range(2)])
+    for path, format in ((pairs, "auto"), (labelled, "labelled")):
+        with pytest.raises(InputError, match=r"data.sources.one.view.kind = 'denoise': is a view of plain text"):
+            load(spec(path, format=format), TokenizerSpec())
 
 
 @pytest.mark.parametrize(
