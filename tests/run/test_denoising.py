@@ -1,0 +1,40 @@
+"""A prefix LM that denoises one source and reads another from left to right, in one run that can be stopped."""
+
+import shutil
+
+from runs import assert_same, load
+
+from research import config
+from research.run import checkpoint, run
+from research.sources import special_tokens
+from research.sources.tokenizers import load_tokenizer
+
+
+def test_a_run_that_denoises_one_source_and_continues_another(tmp_path):
+    values = config.to_dict(load("sft", steps=2, **{"eval.generate": 0, "data.path": "builtin:python_docs"}))
+    docs = {"path": "builtin:python_docs", "max_records": 12}
+    sources = {"hidden": docs | {"view": {"kind": "denoise", "mixture": "ul2r", "draws": 2}}, "plain": docs}
+    terms = {
+        "prefix_lm": {"split": "given", "sources": ["hidden"], "weight": 0.5},
+        "next_token": {"sources": ["plain"]},
+    }
+    values["data"] |= {"path": "", "max_records": 0, "sources": sources}
+    values["model"] |= {"prefix": True}
+    values |= {"objective": {"terms": terms}}
+    values["checkpoint"] |= {"every": 1, "keep_last": 2}
+    final = run.run(config.parse(values), str(tmp_path / "whole"))
+    for part in ("train", "eval"):
+        assert final[f"{part}/prefix_lm/loss"] > 0
+        assert final[f"{part}/next_token/loss"] > 0
+        assert 0.05 < final[f"{part}/prefix_lm/prefix_share"] < 0.95
+        assert min(final[f"{part}/tokens/{name}"] for name in sources) > 0
+    tokenizer = load_tokenizer(tmp_path / "whole")
+    special_tokens.mode_tokens(tokenizer)
+    assert special_tokens.sentinel_count(tokenizer) > 10
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / checkpoint.FOLDER / "2")
+    (tmp_path / "cut/done.json").unlink()
+    again = run.run(config.parse(values), str(tmp_path / "cut"))
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    assert again["eval/loss"] == final["eval/loss"]
