@@ -79,7 +79,8 @@ def with_objective(config: Config, name: str) -> Config:
     model = config.model
     if "label_probs" in term.fields and not model.num_labels:
         model = dataclasses.replace(model, num_labels=config.data.num_classes or len(config.data.labels) or 2)
-    return dataclasses.replace(config, objective=spec, roles=roles, model=model)
+    quiet = dataclasses.replace(config.eval, generate=0)  # nothing is evaluated, and a classifier can't answer
+    return dataclasses.replace(config, objective=spec, roles=roles, model=model, eval=quiet)
 
 
 def model_flops(models: Mapping[str, transformer.Model], tokens: int, length: int) -> float:

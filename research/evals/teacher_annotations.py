@@ -77,8 +77,14 @@ class Teacher:
           output: a folder: a new one, or what an earlier call with the same arguments left.
 
         Raises:
-          InputError: the disk has no room, or `output` holds something else.
+          InputError: the disk has no room, `output` holds something else, or the teacher is a prefix LM and the data
+            doesn't say what a prefix is.
         """
+        if self.model.config.prefix and "prefix" not in data.train[0][0].extra:
+            raise InputError(
+                f"roles.teacher = {self.name}: is a prefix LM, and nothing says what a document's prefix is. Give the "
+                "data a view that marks prefixes: data.sources.NAME.view = {'kind': 'prompt'}."
+            )
         jobs = plan(data, output, self.on)
         _check_room(output, jobs, self.k, self.vocab_size)
         with jax.set_mesh(self.mesh):
@@ -108,6 +114,7 @@ class Teacher:
             "on": self.on,
             "vocab_size": self.vocab_size,
             "dtype": self.model.config.dtype,
+            **({"prefix": True} if self.model.config.prefix else {}),
             "rows": self.rows,
             "settings": dict(settings),
             "stores": stores,

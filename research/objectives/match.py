@@ -128,6 +128,7 @@ class Attention:
                 weights,
                 heads=self.heads or math.gcd(student[i].shape[2], other[i].shape[2]),
                 causal=all(model.config.causal for model in models),
+                prefix=batch.get("prefix") if all(model.config.prefix for model in models) else None,
                 rules=models[0].rules,
             )
         return total

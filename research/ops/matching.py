@@ -56,15 +56,16 @@ def relation_divergence(
     *,
     heads: int,
     causal: bool = True,
+    prefix: Int[Array, "B T"] | None = None,
     rules: Rules | None = None,
 ) -> Float[Array, ""]:
     """Weighted sum over tokens of KL(teacher's || student's relation), averaged over relation heads.
 
-    The relation of a token is the softmax over the tokens of its document (with `causal`, up to itself) of a b /
-    sqrt(d): attention itself where a are the queries and b the keys (but for sliding windows, soft-caps and scales of
-    their own, which are left out), and for a = b the query, key or value relations of MiniLM (arXiv:2002.10957, eq. 7;
-    arXiv:2012.15828, eq. 5). For it the vectors of all heads are joined and cut anew into `heads`, so that models of
-    any widths can be compared. The teacher takes no gradient.
+    The relation of a token is the softmax over the tokens of its document (with `causal`, up to itself, and those of
+    the prefix) of a b / sqrt(d): attention itself where a are the queries and b the keys (but for sliding windows,
+    soft-caps and scales of their own, which are left out), and for a = b the query, key or value relations of MiniLM
+    (arXiv:2002.10957, eq. 7; arXiv:2012.15828, eq. 5). For it the vectors of all heads are joined and cut anew into
+    `heads`, so that models of any widths can be compared. The teacher takes no gradient.
 
     No array with both times is held beyond a chunk of queries, in the backward pass neither.
 
@@ -73,6 +74,7 @@ def relation_divergence(
       segment_ids: [B, T] int32, 0 at padding.
       weights: [B, T] float32.
       heads: relation heads; divides H h of either model.
+      prefix: with `causal`, 1 at the first tokens of a document that all of it may see; None for none.
       rules: how the mesh in context cuts the tokens; None where it doesn't.
 
     Raises:
@@ -89,7 +91,8 @@ def relation_divergence(
         a, c, segments, weights, times = x
         seen = segments[:, :, None] == segment_ids[:, None, :]
         if causal:
-            seen &= times[:, :, None] >= jnp.arange(T, dtype=jnp.int32)[None, None, :]
+            before = times[:, :, None] >= jnp.arange(T, dtype=jnp.int32)[None, None, :]
+            seen &= before if prefix is None else before | (prefix[:, None, :] > 0)
         log_q, log_p = (_relation(u, v, seen) for u, v in ((a, b), (c, d)))
         kl = jnp.sum(jnp.where(seen[:, None], jnp.exp(log_p) * (log_p - log_q), 0), axis=-1)
         return total + jnp.sum(weights.astype(dtype) * jnp.mean(kl, axis=1)), None

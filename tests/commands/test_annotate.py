@@ -15,6 +15,7 @@ from research import config, loading
 from research.commands import annotate
 from research.errors import InputError
 from research.evals import teacher_annotations
+from research.models import transformer
 from research.ops import divergences
 from research.run import metrics, run
 from research.sources import annotations, dataset
@@ -102,6 +103,28 @@ def test_every_token_has_what_the_teacher_says_alone(folder, on, tmp_path):
             np.testing.assert_allclose(batch["teacher_rest"][here][there], rest[there], rtol=1e-3, atol=1e-5)
         assert np.isneginf(batch["teacher_log_probs"][~wanted]).all()
         assert not batch["teacher_rest"][~wanted].any()
+
+
+def test_a_prefix_lm_reads_prompts_whole(folder, tmp_path):
+    """What it says isn't what it says as a causal model; data without prefixes are refused."""
+    roles = {"teacher": {"init_from": str(folder / "teacher"), "prefix": True}}
+    view = {"path": "", "sources": {"one": {"path": f"{folder}/pairs.jsonl", "view": {"kind": "prompt"}}}}
+    with pytest.raises(InputError, match="is a prefix LM, and nothing says what a document's prefix is"):
+        annotate.annotate(setup(folder, roles=roles), str(tmp_path / "out"), k=3)
+    annotate.annotate(setup(folder, roles=roles, data=view), str(tmp_path / "out"), k=3)
+    c = setup(folder, data={**view, "annotations": str(tmp_path / "out")})
+    teacher = loading.load_model(str(folder / "teacher"))
+    found = dataset.load(config.data_spec(c), c.tokenizer, teacher.tokenizer, seed=9)
+    batch = found.train[0][0].batch(np.arange(4))
+    wanted = (batch["segment_ids"] > 0) & (batch["teacher_log_probs"][:, :, 0] > -np.inf)
+    assert wanted.sum() > 10
+    for prefix in (True, False):
+        model = transformer.make_model(dataclasses.replace(teacher.model.config, prefix=prefix))
+        names = ("tokens", "segment_ids", "positions", "prefix")
+        hidden = model.hidden(teacher.params, {name: batch[name] for name in names})
+        out = divergences.top_k(hidden, model.unembed(teacher.params), 3, vocab_size=teacher.tokenizer.size)
+        same = np.allclose(batch["teacher_log_probs"][wanted], np.asarray(out.log_probs)[wanted], rtol=1e-4, atol=1e-5)
+        assert same == prefix
 
 
 def files(path):

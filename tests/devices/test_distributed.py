@@ -20,7 +20,7 @@ STEPS = 24
 slow = pytest.mark.slow
 
 
-def start(workdir, processes, devices, mesh, steps=STEPS):
+def start(workdir, processes, devices, mesh, steps=STEPS, config="experiments/sft.py:debug"):
     """Popen objects of the processes of a run; their output goes to WORKDIR.N.log."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -28,7 +28,7 @@ def start(workdir, processes, devices, mesh, steps=STEPS):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_", "PJRT_"))}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     env["XLA_FLAGS"] = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"  # compiles in half the time
-    command = [sys.executable, "-m", "research.main", "--config=experiments/sft.py:debug", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "research.main", f"--config={config}", f"--workdir={workdir}"]
     options = {"steps": steps, "log.every": 1, "eval.every": 0, "checkpoint.every": 4, "checkpoint.best_metric": ""}
     options |= {f"mesh.{axis}": size for axis, size in mesh.items()}
     command += [f"--config.{name}={value}" for name, value in options.items()]
@@ -95,6 +95,32 @@ def test_several_processes_have_the_losses_of_one(processes, mesh, alone, tmp_pa
     assert finish(start(workdir, processes, 2, mesh)) == [0] * processes, log(workdir, processes - 1)
     same(losses(workdir), alone)
     assert json.loads((workdir / "done.json").read_text())["step"] == STEPS
+
+
+PREFIX_LM = """
+from experiments import sft
+
+def get_config(arg=""):
+    config = sft.get_config(arg)
+    config.objective = {"terms": {"prefix_lm": 1.0}}
+    config.model.prefix = True
+    return config
+"""
+
+
+@slow
+def test_several_processes_split_the_same_documents_at_the_same_places(tmp_path):
+    """The share of prefixes of each step is a sum over all that was drawn."""
+    (tmp_path / "prefix.py").write_text(PREFIX_LM)
+    shares = []
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        run = start(workdir, processes, 2, {"data": 2 * processes}, 6, f"{tmp_path}/prefix.py:debug")
+        assert finish(run) == [0] * processes, log(workdir, processes - 1)
+        records = metrics.read_metrics(str(workdir))
+        shares.append([r["train/prefix_share"] for r in records if "train/prefix_share" in r])
+    assert len(set(shares[0])) == 6
+    assert shares[0] == shares[1]
 
 
 @slow

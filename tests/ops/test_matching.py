@@ -37,7 +37,7 @@ def test_garbage_where_the_weight_is_0_changes_nothing(kind):
     assert not clean[1][1].any()  # the teacher's
 
 
-def _relations_one_by_one(student, teacher, segments, weights, heads, causal):
+def _relations_one_by_one(student, teacher, segments, weights, heads, causal, prefix):
     """By plain loops in float64."""
 
     def join(pair):
@@ -49,7 +49,8 @@ def _relations_one_by_one(student, teacher, segments, weights, heads, causal):
     total = 0.0
     for i in range(len(segments)):
         for t in range(segments.shape[1]):
-            seen = (segments[i] == segments[i, t]) & (not causal or np.arange(segments.shape[1]) <= t)
+            seen = (np.arange(segments.shape[1]) <= t) | (not causal) | (False if prefix is None else prefix[i] > 0)
+            seen &= segments[i] == segments[i, t]
             for head in range(heads):
                 q, p = (
                     np.exp(x - np.logaddexp.reduce(x))
@@ -59,8 +60,14 @@ def _relations_one_by_one(student, teacher, segments, weights, heads, causal):
     return total
 
 
-@pytest.mark.parametrize(("causal", "chunk"), [(True, 2**24), (True, 40), (False, 40)])
-def test_relations_are_those_of_plain_loops(causal, chunk, monkeypatch):
+PREFIX = np.array([[1, 1, 0, 0, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0]], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("causal", "prefix", "chunk"),
+    [(True, None, 2**24), (True, None, 40), (False, None, 40), (True, PREFIX, 2**24), (True, PREFIX, 40)],
+)
+def test_relations_are_those_of_plain_loops(causal, prefix, chunk, monkeypatch):
     monkeypatch.setattr(matching, "_CHUNK_ELEMENTS", chunk)  # of 7 queries: all at once, or one at a time
     keys = jax.random.split(jax.random.key(1), 4)
     shapes = (2, 7, 4, 6), (2, 7, 2, 6), (2, 7, 2, 10), (2, 7, 1, 10)  # with fewer keys than queries
@@ -69,10 +76,10 @@ def test_relations_are_those_of_plain_loops(causal, chunk, monkeypatch):
     weights = jnp.array([[1.0, 1, 0.5, 1, 1, 1, 0], [1, 1, 1, 0, 1, 1, 1]])
 
     def f(a, b):
-        return relation_divergence((a, b), (c, d), segments, weights, heads=2, causal=causal)
+        return relation_divergence((a, b), (c, d), segments, weights, heads=2, causal=causal, prefix=prefix)
 
     value, gradient = jax.jit(jax.value_and_grad(f, (0, 1)))(a, b)
-    plain = _relations_one_by_one((a, b), (c, d), np.asarray(segments), weights, 2, causal)
+    plain = _relations_one_by_one((a, b), (c, d), np.asarray(segments), weights, 2, causal, prefix)
     np.testing.assert_allclose(value, plain, rtol=1e-5)
     ones = jax.tree.map(lambda x: jax.random.normal(keys[0], x.shape), (a, b))
     step = 1e-3

@@ -78,6 +78,37 @@ def test_reverse_keeps_beginning_and_end_and_what_is_supervised(tmp_path, texts)
     assert data.tokenizer.decode(batch["tokens"][0, here], skip_special=False) == "ylper<|eos|>"
 
 
+def test_prompts_are_prefixes_and_texts_have_none(tmp_path, texts):
+    pairs = write(tmp_path / "p.jsonl", [{"prompt": "ask", "response": "reply"}] * 3)
+    sources = {
+        "pairs": {"path": pairs, "view": {"kind": "prompt"}},
+        "texts": {"path": texts, "view": {"kind": "prompt"}},
+    }
+    source = make_source(
+        load(DataSpec("", sources=sources, seq_len=64, eval_fraction=0), BYTE).train, batch_size=8, seed=0
+    )
+    batch, _ = source.next(source.init())
+    np.testing.assert_array_equal(batch["prefix"], (batch["segment_ids"] > 0) & (batch["loss_mask"] == 0))
+    pair = (batch["segment_ids"] > 0) & (batch["source"] == 0)
+    assert 0.4 < batch["prefix"][pair].mean() < 0.8
+    assert not batch["prefix"][~pair].any()
+
+
+def test_a_prefix_is_in_plans_and_is_not_predicted(texts, tmp_path, monkeypatch):
+    values = {"seq_len": 64, "batch_size": 4, "objective": {"terms": {"next_token": 1.0}}}
+    values["data"] = {"sources": {"one": {"path": texts, "view": {"kind": "prompt"}}}}
+    assert abstract.batch_spec(config_lib.parse(values))["prefix"] == jax.ShapeDtypeStruct((4, 64), np.int32)
+    (tmp_path / "seen.py").write_text(
+        "import numpy as np\nfrom research.sources.views import Document, View\n\ndef make():\n"
+        "    def documents(document, rng):\n"
+        "        return [document._replace(fields={'prefix': np.arange(len(document.tokens)) < 2})]\n"
+        "    return View(documents, ('prefix',))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="tokens of a 'prefix', which all of it sees, predicted"):
+        load(spec(texts, {"kind": "seen"}), BYTE)
+
+
 def test_a_view_leaves_labels_at_the_last_token(tmp_path):
     path = write(tmp_path / "l.jsonl", [{"text": "x" * n, "label": n % 2} for n in range(30, 50)])
     data = load(spec(path, {"kind": "truncate", "tokens": 8, "keep": "last"}, format="labelled"), BYTE)
