@@ -1,9 +1,9 @@
 """Small generated programs, each word of which stands in two places: what is missing can be known by the rest.
 
-    def pola(ki, suva):
-        return ki - suva
+    def pola(k, s):
+        return k - s
 
-    assert pola(705, 2) == 705 - 2
+    assert pola(75, 2) == 75 - 2
 
 Read from left to right, a word is a guess where it first comes and a copy after that. With a part taken out, it is a
 copy wherever the word stands elsewhere. So these texts tell models that see what follows a hole from those that don't.
@@ -12,6 +12,7 @@ Nothing is downloaded.
 
 import random
 import re
+import string
 from collections.abc import Iterator
 
 from research.errors import InputError, did_you_mean
@@ -29,7 +30,7 @@ def records(name: str, count: int, seed: int) -> Iterator[dict[str, str]]:
     """Yields `count` records of a grammar, fixed by name and seed; the first n don't depend on `count`.
 
     A record has `text`, a program, and the same in three parts, `prefix`, `middle` and `suffix`. The middle is
-    determined by the other two: what it holds of a word, the word stands elsewhere whole.
+    not blank, and is determined by the other two: what it holds of a word, the word stands elsewhere whole.
 
     Args:
       name: "functions", whose middles are cut out between any two places; or "functions/N", with middles of N
@@ -44,7 +45,8 @@ def records(name: str, count: int, seed: int) -> Iterator[dict[str, str]]:
         rng = random.Random(f"{base}/{seed}/{number}")  # a string seeds alike in every process
         parts = _write(base, rng)
         text = "".join(part for _, part in parts)
-        start, stop = next(hole for hole in _holes(len(text), size, rng) if is_determined(parts, *hole))
+        holes = _holes(len(text), size, rng)
+        start, stop = next(hole for hole in holes if text[slice(*hole)].strip() and is_determined(parts, *hole))
         yield {"text": text, "prefix": text[:start], "middle": text[start:stop], "suffix": text[stop:]}
 
 
@@ -82,9 +84,9 @@ def _parse(name: str) -> tuple[str, int]:
 def _write(base: str, rng: random.Random) -> list[tuple[str, str]]:
     """The parts of a program; see `is_determined`."""
     words = {
-        "f": _name(rng, 2),
-        "a": _name(rng, 1),
-        "b": _name(rng, 1),
+        "f": "".join(rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.randint(1, 2))),
+        "a": rng.choice(string.ascii_lowercase),
+        "b": rng.choice(string.ascii_lowercase),
         "op": rng.choice(_OPERATORS),
         "x": _number(rng),
         "y": _number(rng),
@@ -92,14 +94,9 @@ def _write(base: str, rng: random.Random) -> list[tuple[str, str]]:
     return [(part, words[part]) if part in words else ("", part) for part in PARTS[base]]
 
 
-def _name(rng: random.Random, least: int) -> str:
-    """A word of `least` syllables, or of one more."""
-    return "".join(rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.randint(least, least + 1)))
-
-
 def _number(rng: random.Random) -> str:
-    """A number of one to three digits, each length as often."""
-    digits = rng.randint(1, 3)
+    """A number of one or two digits, each as often."""
+    digits = rng.randint(1, 2)
     return str(rng.randrange(10 ** (digits - 1), 10**digits))
 
 
