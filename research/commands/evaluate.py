@@ -3,6 +3,7 @@
 A task is KIND[,OPTION=VALUE...]:DATA, and --task may come several times:
 
   perplexity:x.jsonl                           text, prompt + response, messages or tokens
+  pseudo_perplexity:x.jsonl                    the same, of a model that reads both ways, such as BERT
   choice:x.jsonl                               {"question", "choices": [...], "answer": text, number from 0, or letter}
   exact_match,verifier=number:x.jsonl          prompt + response or question + answer, or messages
   exact_match,max_new_tokens=16:tasks:reverse  generated, each with its verifier
@@ -16,9 +17,11 @@ MIN-MAX), context (the most words shown on either side).
 --lm_eval=TASK,TASK runs tasks of EleutherAI's lm-evaluation-harness (pip install -e '.[lm-eval]').
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from research import cli
 from research.cli import Flag
@@ -86,7 +89,13 @@ def _evaluate(args: SimpleNamespace) -> None:
     if args.lm_eval:
         lm_eval_adapter.import_lm_eval()
     compilation.use_compilation_cache()
-    loaded = loading.load_model(args.model, step=args.step, ema=args.ema, mesh=sharding.make_mesh(args.mesh))
+    loaded = loading.load_model(
+        args.model,
+        step=args.step,
+        ema=args.ema,
+        mesh=sharding.make_mesh(args.mesh),
+        check=functools.partial(_check_kind, args),
+    )
     common = {"limit": args.max_records, "batch_tokens": args.batch_tokens}
     with jax.set_mesh(loaded.mesh):
         measured = results.evaluate_tasks(loaded, args.task, template=args.template or loaded.template, **common)
@@ -97,3 +106,13 @@ def _evaluate(args: SimpleNamespace) -> None:
     print(results.table(measured))
     if args.output:
         results.write(Path(args.output), args.model, vars(args), measured)
+
+
+def _check_kind(args: SimpleNamespace, config: Any, name: str) -> None:
+    """Raises InputError where the model is of another kind than a task's."""
+    from research.evals import tasks  # late, as above
+
+    for spec in args.task:
+        tasks.check_kind(spec, config, f"--task={spec}: {name}")
+    if args.lm_eval:
+        config.check_language_model(name)

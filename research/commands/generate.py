@@ -1,13 +1,16 @@
 """Lets a model write: an answer, a conversation, completions of a file of prompts, or what is missing in a text.
 
 A model that was trained to fill in (docs/data.md, the views fim and denoise) writes what belongs between --prefix and
---suffix. Completions go to stdout, all else to stderr. With --output, a killed run leaves OUTPUT.partial, and the same
-command goes on from there.
+--suffix. One that was trained on masked tokens, such as BERT, gives the likeliest tokens for each [MASK] of --fill or
+--data. Completions go to stdout, all else to stderr. With --output, a killed run leaves OUTPUT.partial, and the
+same command goes on from there.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from research import cli, files
 from research.cli import Flag
@@ -23,6 +26,7 @@ COMMAND = cli.Command(
         Flag("prompt", "answer this, or continue it under the template plain; it is written as it comes"),
         Flag("prefix", "fill in what belongs between this and --suffix", shown="nothing, if there is a suffix"),
         Flag("suffix", "fill in what belongs between --prefix and this", shown="nothing, if there is a prefix"),
+        Flag("fill", "show the likeliest tokens for each [MASK] in this text; several are filled in each by itself"),
         Flag(
             "form",
             "how a prefix and a suffix are shown: psm, spm or sentinel",
@@ -32,7 +36,8 @@ COMMAND = cli.Command(
         ),
         Flag(
             "data",
-            'answer prompts: .txt, one a line, or .jsonl with "prompt", "messages", or "prefix" and "suffix"',
+            'answer prompts, or fill in texts: .txt, one a line, or .jsonl with "prompt", "messages", or "prefix" and '
+            '"suffix"',
             metavar="FILE",
             parse=cli.path,
         ),
@@ -53,7 +58,14 @@ COMMAND = cli.Command(
             parse=cli.whole(),
         ),
         Flag("temperature", "divides the logits; 0 is greedy", 0.0, metavar="X", parse=cli.number),
-        Flag("top_k", "draw from the K likeliest; 0 is off", 0, metavar="K", parse=cli.whole()),
+        Flag(
+            "top_k",
+            "draw from the K likeliest; for a [MASK], show these",
+            0,
+            "all of them, and 5 for a [MASK]",
+            metavar="K",
+            parse=cli.whole(),
+        ),
         Flag("top_p", "draw from the likeliest with this mass; 1 is off", 1.0, metavar="X", parse=cli.number),
         Flag("min_p", "draw from those X times as likely as the likeliest", 0.0, metavar="X", parse=cli.number),
         Flag("stop", "end before this text", many=True),
@@ -65,11 +77,15 @@ COMMAND = cli.Command(
         "understudy generate --model=runs/sft --data=prompts.jsonl --output=completions.jsonl",
         "understudy generate --model=runs/sft --interactive",
         'understudy generate --model=runs/fim --prefix="def add(a, b):" --suffix="    return total"',
+        'understudy generate --model=runs/bert --fill="Paris is the [MASK] of France."',
     ),
     renamed={"checkpoint": "model", "prompts": "data"},
     resumable=True,
 )
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_OF_PROMPTS = ("system", "template", "form", "max_new_tokens", "temperature", "top_p", "min_p", "stop", "seed")
+_OF_MASKS = ("model", "step", "ema", "top_k")
+_MASK_CANDIDATES = 5
 _DECIDING = ("model", "step", "ema", "system", "form", "max_new_tokens", *_SAMPLING, "stop", "seed")
 
 
@@ -88,8 +104,13 @@ def _generate(args: SimpleNamespace) -> None:
     questions = prompts.read_prompts(args.data) if args.data else [prompts.Prompt(*_asked(args))]
     form = _form(args, [prompts.is_gap(question) for question in questions])
     compilation.use_compilation_cache()
+    check = functools.partial(_check_kind, args)
+    loaded = loading.load_model(args.model, step=args.step, ema=args.ema, check=check)
+    if not loaded.model.config.causal:
+        _fill(args, loaded, questions)
+        return
     responder = completions.make_responder(
-        loading.load_model(args.model, step=args.step, ema=args.ema),
+        loaded,
         {name: getattr(args, name) for name in _SAMPLING},
         max_new_tokens=args.max_new_tokens,
         template=args.template,
@@ -117,8 +138,40 @@ def _generate(args: SimpleNamespace) -> None:
         print()
 
 
+def _check_kind(args: SimpleNamespace, config: Any, name: str) -> None:
+    """Raises InputError where a model can't do what is asked, or a flag has no effect with it."""
+    if args.fill:
+        config.check_masked_language_model(name)
+    elif config.causal or config.num_labels:
+        config.check_language_model(name)
+    elif not args.data:
+        raise InputError(
+            f"{name}: is {config.kind}, and doesn't predict the next token. Name a language model, or use --fill=TEXT "
+            "or --data with [MASK] in the texts."
+        )
+    for flag in COMMAND.flags if not config.causal else ():
+        if flag.name in _OF_PROMPTS and getattr(args, flag.name) != ([] if flag.many else flag.default):
+            raise InputError(f"--{flag.name}: is of answers, and a [MASK] is filled in without. Leave it out.")
+
+
+def _fill(args: SimpleNamespace, loaded: Any, texts: Sequence[Any]) -> None:
+    """Shows or writes the likeliest tokens for the masks of texts."""
+    from research.evals import fill  # late, as above
+
+    filler = fill.Filler(loaded, args.top_k or _MASK_CANDIDATES)
+    if args.output:
+        flags = {name: getattr(args, name) for name in _OF_MASKS}
+        fill.write_fills(filler, texts, Path(args.output), args.batch_size, flags)
+        return
+    for filled in filler.fill(texts, args.batch_size):
+        for text, masks in filled:
+            print(fill.table(text, masks), flush=True)
+
+
 def _asked(args: SimpleNamespace) -> tuple[str, str | dict[str, str]]:
     """Where the one prompt of the command line is, and what it says; of a conversation nothing yet."""
+    if args.fill:
+        return "--fill", args.fill
     if args.prefix or args.suffix:
         return "--prefix and --suffix", {"prefix": args.prefix or "", "suffix": args.suffix or ""}
     return "--prompt", args.prompt or ""
@@ -146,12 +199,13 @@ def _form(args: SimpleNamespace, gaps: Sequence[bool]) -> str:
 
 def _check(args: SimpleNamespace) -> None:
     """Raises InputError where flags don't go together."""
-    asked = [f"--{name}" for name in ("prompt", "data", "interactive") if getattr(args, name)]
+    asked = [f"--{name}" for name in ("prompt", "fill", "data", "interactive") if getattr(args, name)]
     gap = [f"--{name}" for name in ("prefix", "suffix") if getattr(args, name)]
     if len(asked) + bool(gap) != 1:
         said = " and ".join(asked + gap) if asked or gap else "no prompt"
         raise InputError(
-            f"{said} given: use one of --prompt=TEXT, --data=FILE, --interactive, and --prefix=TEXT with --suffix=TEXT."
+            f"{said} given: use one of --prompt=TEXT, --fill=TEXT, --data=FILE, --interactive, and --prefix=TEXT with "
+            "--suffix=TEXT."
         )
     if args.interactive and args.output:
         raise InputError(f"--output = {args.output}: a conversation isn't written to a file. Leave it out.")

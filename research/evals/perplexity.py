@@ -96,7 +96,7 @@ def _bits_and_bytes(
 def _perplexities(metrics: Mapping[str, float]) -> dict[str, float]:
     """exp of each `nll` or `..._nll`, under the same name with `perplexity` for `nll`."""
     nll = {name: value for name, value in metrics.items() if re.search(r"(^|[/_])nll$", name)}
-    return {name.removesuffix("nll") + "perplexity": _exp(value) for name, value in nll.items()}
+    return {name.removesuffix("nll") + "perplexity": exp(value) for name, value in nll.items()}
 
 
 class TextSample(NamedTuple):
@@ -147,7 +147,7 @@ def make_record_perplexity(
     def evaluate(params: Any) -> tuple[dict[str, float], list[TextSample]]:
         nats = -np.array([score.logprob for score in loglikelihood(params, examples)])
         loss, error = ratio_of_sums(nats, counts)
-        ratios = {"loss": (loss, error), "perplexity": (_exp(loss), None if error is None else _exp(loss) * error)}
+        ratios = {"loss": (loss, error), "perplexity": (exp(loss), None if error is None else exp(loss) * error)}
         if sizes is not None and sizes.sum():
             ratios["bits_per_byte"] = ratio_of_sums(nats / math.log(2), sizes)
         metrics = {name: value for name, (value, _) in ratios.items()}
@@ -168,5 +168,6 @@ def _scored_bytes(examples: Sequence[Example], tokenizer: Tokenizer, vocab_size:
     return np.array([token_bytes[tokens[1:][mask[1:]]].sum() for tokens, mask in examples])
 
 
-def _exp(x: float) -> float:
+def exp(x: float) -> float:
+    """e^x; infinity where it is no float."""
     return math.exp(x) if x < 700 else math.inf  # math.exp raises where the result is no float

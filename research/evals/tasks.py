@@ -3,6 +3,7 @@
 A task is written KIND[,OPTION=VALUE...]:DATA, where DATA is an entry as in data.path (a .jsonl file, ...):
 
   perplexity:x.jsonl                           text, prompt + response, messages or tokens; see perplexity.py
+  pseudo_perplexity:x.jsonl                    the same, of a model that reads both ways; see pseudo_perplexity.py
   choice:x.jsonl                               question, choices, answer; see multiple_choice.py
   exact_match,verifier=number:x.jsonl          prompt + response or question + answer, or messages; see generation.py
   exact_match,max_new_tokens=16:tasks:reverse  generated, with its verifier
@@ -33,7 +34,9 @@ from research.evals.generation import make_generation
 from research.evals.markers import say_markers
 from research.evals.multiple_choice import make_multiple_choice, read_question
 from research.evals.perplexity import make_record_perplexity
+from research.evals.pseudo_perplexity import make_pseudo_perplexity
 from research.evals.scoring import BATCH_TOKENS, ratio_of_sums
+from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
 from research.sources import records as records_lib
@@ -51,6 +54,7 @@ _GENERATED_SEED = 0x5EED  # none that training is likely to draw from
 _COMMON = ("name", "template", "limit")
 _OPTIONS = {
     "perplexity": _COMMON,
+    "pseudo_perplexity": _COMMON,
     "choice": _COMMON,
     "exact_match": (*_COMMON, "verifier", "max_new_tokens", "batch_size"),
     "infill": ("name", "limit", "form", "max_new_tokens", "batch_size", "span", "context"),
@@ -96,16 +100,16 @@ def load(
     """
     kind, options, entry = parse(spec)
     template = options.get("template", template)
-    if kind != "infill":
-        model.config.check_language_model(f"task {spec}: the model")
+    check_kind(spec, model.config, f"task {spec}: the model")
     try:
         if tokenizer is None and kind != "perplexity":
             raise InputError("needs text, and the model has no tokenizer.")
         items = _read(spec, entry, _whole(options, "limit", limit, 0))
         say_markers(f"task {spec}", (record for _, record in items), tokenizer)
         name = options.get("name") or _name(entry)
-        if kind == "perplexity":
-            measure = make_record_perplexity(model, tokenizer, items, template=template, batch_tokens=batch_tokens)
+        if kind in ("perplexity", "pseudo_perplexity"):
+            make = make_record_perplexity if kind == "perplexity" else make_pseudo_perplexity
+            measure = make(model, tokenizer, items, template=template, batch_tokens=batch_tokens)
             return Evaluation(name, lambda params, key: measure(params))
         if kind == "choice":
             records, where = (
@@ -121,6 +125,15 @@ def load(
         return Evaluation(name, _exact_match(items, options, model, tokenizer, template))
     except InputError as error:
         raise InputError(f"task {spec}: {error}") from error
+
+
+def check_kind(spec: str, config: ModelConfig, name: str) -> None:
+    """Raises InputError, calling the model `name`, where a task is of another kind of models."""
+    kind = parse(spec)[0]
+    if kind == "pseudo_perplexity":
+        config.check_masked_language_model(name)
+    elif kind != "infill":  # which asks each kind in its own form
+        config.check_language_model(name)
 
 
 def identity(spec: str) -> dict[str, Any]:

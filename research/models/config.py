@@ -190,6 +190,14 @@ class ModelConfig:
                 f"{name}: is {self.kind}, and doesn't predict the next token. Name a language model{also}."
             )
 
+    def check_masked_language_model(self, name: str) -> None:
+        """Raises InputError, calling the model `name`, where it doesn't tell masked tokens from both sides."""
+        if self.num_labels or self.causal:
+            what = "has no head for tokens" if self.num_labels else "doesn't see what follows a masked token"
+            raise InputError(
+                f"{name}: is {self.kind}, and {what}. Name a model that was trained on masked tokens, such as BERT."
+            )
+
     def _check_prefix(self) -> None:
         if self.prefix and not self.causal:
             raise InputError(

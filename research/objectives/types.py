@@ -156,7 +156,7 @@ class Forward:
         if not self.models[role].config.causal:
             raise InputError(
                 f"{_section(role)}.causal = False: the model reads in both directions, and so the token that it is to "
-                "predict. Use a causal model, or an objective for encoders, such as classify."
+                "predict. Use a causal model, or an objective for encoders, such as masked."
             )
         return self.token_head(role)
 

@@ -23,7 +23,7 @@ MODEL = make_model(
 def run(monkeypatch, capsys):
     """Flags -> status, stdout, stderr."""
 
-    def load(name, *, step, ema, mesh):
+    def load(name, *, step, ema, mesh, check):
         values = jax.device_put(
             params.init(MODEL.specs, jax.random.key(0)), params.shardings(MODEL.specs, mesh, sharding.RULES)
         )

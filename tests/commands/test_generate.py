@@ -44,7 +44,7 @@ def run(monkeypatch, capsys, tmp_path):
         decode=lambda params, tokens, positions, mask, cache, index: (9 * jax.nn.one_hot(params[tokens], V), cache),
     )
     loaded = types.SimpleNamespace(model=model, params=table, tokenizer=TOKENIZER, template="chat")
-    monkeypatch.setattr("research.loading.load_model", lambda workdir, *, step, ema: loaded)
+    monkeypatch.setattr("research.loading.load_model", lambda workdir, *, step, ema, check: loaded)
 
     def command(*flags):
         status = generate.main(["--model=x", *flags])

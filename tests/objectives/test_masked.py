@@ -12,13 +12,13 @@ import optax
 import pytest
 import text_cases
 from contexts import context
+from encoders import CONFIG, MASK, TOKENIZER
 from test_train import close
 
 from research import loading, objectives, params, train
 from research.devices import sharding
 from research.errors import InputError
 from research.evals.perplexity import make_perplexity
-from research.models.config import ModelConfig
 from research.models.transformer import make_model
 from research.objectives import masked
 from research.objectives.masked import Noise
@@ -31,11 +31,6 @@ from research.sources.words import ordinary_tokens, word_tables
 
 ROWS, LENGTH = 8, 32
 BERT = Path(goldens.__file__).parent / "golden/hf_tiny/bert_mlm"
-TOKENIZER = make_tokenizer(TokenizerSpec("byte"), lambda: iter(())).with_tokens(["<|mask|>"])
-MASK = TOKENIZER.special("<|mask|>")
-CONFIG = ModelConfig(
-    vocab_size=TOKENIZER.size, num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, d_ff=16, causal=False
-)
 MODEL = make_model(CONFIG)
 INITIAL = params.init(MODEL.specs, jax.random.key(0))
 WORDS = "the quick brown fox, jumps over a lazy dog's naïve tail in 1999 — (日本) or so"
