@@ -20,6 +20,7 @@ from research.run.resolve import Inputs
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "understudy")
 _OF_A_START = ("command", "started", "versions")  # what the history says of each start of a run
+_SHOWN = 4  # a line lists at most so many tokens
 _WARNED = 0.05  # of a part of the data: what is lost of it beyond this gets a line of its own
 
 
@@ -95,6 +96,8 @@ def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int) ->
     )
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     writer.print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
+    if model.added_rows:
+        writer.print(f"added    {_added_tokens(inputs, parts)}")
     for line in startup.describe():
         writer.print(line)
     describe_data(writer.print, inputs.data.report)
@@ -104,6 +107,17 @@ def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int) ->
         writer.print(f"resumed  at step {step} of {inputs.config.steps}")
         for change in inputs.changes:
             writer.print(f"changed  {change}")
+
+
+def _added_tokens(inputs: Inputs, parts: Parts) -> str:
+    """Says which tokens have rows of their own, where these lie, and whether they are trained."""
+    c, backend = parts.models["policy"].config, inputs.data.tokenizer.backend
+    tokens = [str(backend.id_to_token(c.added_from + i)) for i in range(c.added_rows)]
+    shown = " ".join(tokens[:_SHOWN]) + (f" and {len(tokens) - _SHOWN} more" if len(tokens) > _SHOWN else "")
+    trained = set(parts.state.params["policy"])
+    rows = {name: name in trained for name in parts.models["policy"].specs if name.endswith("_added")}
+    fate = ", ".join(f"{name} {'is' if is_trained else 'is not'} trained" for name, is_trained in rows.items())
+    return f"{c.added_rows} tokens from {c.added_from} on: {shown}; {fate}"
 
 
 def describe_data(say: Callable[[str], None], report: dict[str, Any]) -> None:

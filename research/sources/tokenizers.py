@@ -360,6 +360,7 @@ def _numbered(names: Sequence[str], first: int) -> dict[str, int]:
     return {name: first + i for i, name in enumerate(names)}
 
 
+_OTHERS = ("additional_special_tokens", "extra_special_tokens")  # of transformers 4 and 5
 _NEW_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
@@ -386,9 +387,10 @@ def _note_added(
         files[_ADDED] = json.dumps({**known, **{token["content"]: i for i, token in added.items()}}, indent=1).encode()
     special = json.loads(files.get(_SPECIAL, b"{}"))
     for settings in (config, special) if _SPECIAL in files else (config,):
-        known = settings.get("additional_special_tokens") or []
+        field = next((f for f in _OTHERS if isinstance(settings.get(f), list)), _OTHERS[0])
+        known = settings.get(field, [])
         seen = {_content(token) for token in (*known, *settings.values()) if _is_token(token)}
-        settings["additional_special_tokens"] = [*known, *(name for name in names if name not in seen)]
+        settings[field] = [*known, *(name for name in names if name not in seen)]
     if _SPECIAL in files:
         files[_SPECIAL] = json.dumps(special, indent=1, ensure_ascii=False).encode()
     return config, files

@@ -107,6 +107,13 @@ def test_random_rows_have_the_spread_of_the_others():
     np.testing.assert_allclose(new.std(axis=0), old["embed"].std(axis=0), rtol=0.1)
 
 
+def test_muon_leaves_added_rows_to_adamw_and_they_decay():
+    specs = make_model(ModelConfig(vocab_size=V, added_from=FIRST, added_rows=N, **SMALL, **KINDS["bias"])).specs
+    names = ("embed_added", "head_added", "head_bias_added")
+    assert [params.muon_dimensions(specs)[name] for name in names] == [None, None, None]
+    assert [params.decay_mask(specs)[name] for name in names] == [True, True, False]
+
+
 def test_sizes():
     assert [added_rows.grown_size(rows, 261) for rows in (300, 261, 260)] == [300, 261, 384]
 

@@ -1,12 +1,14 @@
 """Tokens that a run adds to a model: its vocabulary grows, the new rows train, alone too, and are exported."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import runs
 import safetensors.numpy
+import tokenizers as hf
 
 from research import config, loading, params
 from research.commands import export
@@ -140,6 +142,48 @@ def test_a_padded_vocabulary_has_room_and_new_rows_a_rate_of_their_own(fields, t
     assert changed == {"model.embed_tokens.weight": [261, 262], "lm_head.weight": [261, 262]}
     head = before["lm_head.weight"][:261].mean(axis=0)
     np.testing.assert_allclose(np.abs(after["lm_head.weight"][261:263] - head), 0.1, rtol=0.15)  # AdamW's first step
+
+
+def test_an_encoder_with_a_bias_of_its_head_grows(tmp_path):
+    """BERT, whose vocabulary of 80 is full, gets a mask token and learns to fill it in."""
+    words = {"[UNK]": 0, "</s>": 1, **{f"{i}": 2 + i for i in range(78)}}
+    backend = hf.Tokenizer(hf.models.WordLevel(words, "[UNK]"))
+    backend.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    base = Path(runs.__file__).parent / "golden/hf_tiny/bert_mlm"
+    fields = {"tokenizer": {"kind": str(tmp_path / "tokenizer.json")}, "objective": {"terms": {"masked": 1.0}}}
+    run(config_of(str(base), **fields, steps=1), str(tmp_path / "w"), devices=ONE)
+    export.main([f"--model={tmp_path / 'w'}", f"--output={tmp_path / 'out'}"])
+    assert load_tokenizer(tmp_path / "out").special("<|mask|>") == 80
+    before, after = tensors(base), tensors(tmp_path / "out")
+    assert after["cls.predictions.bias"].shape == (128,)
+    rate = 0.011
+    for name in ("cls.predictions.bias", "bert.embeddings.word_embeddings.weight"):
+        mean = np.broadcast_to(before[name].mean(axis=0), after[name][80:].shape)
+        np.testing.assert_allclose(after[name][81:], mean[1:], atol=rate)
+        assert 1e-5 < np.abs(after[name][80] - mean[0]).max() < rate
+    assert loading.find(str(tmp_path / "out")).config.vocab_size == 128
+
+
+def test_a_run_says_which_tokens_it_adds_and_whether_they_are_trained(full, tmp_path, capfd):
+    c = config_of(str(full / "base"), trainable="embed|layers/.*", steps=1)
+    run(c, str(tmp_path / "w"), devices=ONE)
+    said = "added    2 tokens from 261 on: <|tool|> <|mask|>; embed_added is not trained"
+    assert said in capfd.readouterr().err
+
+
+def test_roles_share_the_policys_rows(full, tmp_path):
+    """A value head reads the policy's trunk, and a reference its frozen part: both know the added tokens."""
+    fields = {
+        "roles": {"value": {"of": "policy", "num_labels": 1}, "reference": {"of": "policy"}},
+        "objective": {"terms": {"two_roles": 1.0}, "two_roles": {"reference": True}},
+        "trainable": "embed_added|layers/0/mlp/.*",
+    }
+    run(config_of(str(full / "base"), **fields, steps=1), str(tmp_path / "a"), devices=ONE)
+    run(config_of(str(full / "base"), **fields), str(tmp_path / "a"), devices=ONE)
+    names = set(runs.parameters(tmp_path / "a"))
+    assert any("value" in name and "head" in name for name in names)
+    assert not any("embed'" in name or "head_added" in name for name in names)
 
 
 def test_a_mesh_changes_nothing(full):

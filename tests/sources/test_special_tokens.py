@@ -78,6 +78,9 @@ def test_what_lies_beside_a_tokenizer_speaks_of_added_tokens(tmp_path):
     assert json.loads(after.files["tokenizer_config.json"])["mask_token"] == "<|mask|>"
     assert json.loads(after.files["tokenizer_config.json"])["additional_special_tokens"] == ["<|tool|>"]
     assert after.variables["mask_token"] == "<|mask|>"
+    more = folder(tmp_path, WORDS, config={"extra_special_tokens": ["a"]}).with_tokens(["<|tool|>"])
+    assert json.loads(more.files["tokenizer_config.json"])["extra_special_tokens"] == ["a", "<|tool|>"]
+    assert "additional_special_tokens" not in json.loads(more.files["tokenizer_config.json"])
 
 
 def test_tokens_that_cannot_be_added(tmp_path):
