@@ -394,7 +394,9 @@ def model_config(config: Config, vocab_size: int, backend: str | None = None, ro
     where, section = model_section(config, role)
     if isinstance(section, RoleSection) and section.of:
         owner = model_config(config, vocab_size, backend, section.of)
-        return dataclasses.replace(owner, num_labels=section.num_labels or owner.num_labels)
+        labels = section.num_labels or owner.num_labels
+        # A head of its own reads what the owner's trunk makes, whichever way that reads.
+        return dataclasses.replace(owner, num_labels=labels, prefix=owner.prefix and not labels)
     if section.vocab_size and section.vocab_size < vocab_size:
         raise InputError(
             f"{where}.vocab_size = {section.vocab_size} is smaller than the tokenizer, which has {vocab_size} "

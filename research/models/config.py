@@ -207,7 +207,7 @@ class ModelConfig:
         if self.prefix and self.num_labels:
             raise InputError(
                 f"model.prefix = True: is of language models, and model.num_labels = {self.num_labels} makes this a "
-                "classifier. Set either to its default."
+                "classifier, which can't begin with a prefix LM either. Set either to its default."
             )
 
     def _check_sizes_and_choices(self) -> None:

@@ -281,3 +281,10 @@ def test_frozen_kernels_are_held_in_the_compute_dtype_or_as_asked():
 def test_what_can_not_be_is_named(case, words):
     with pytest.raises(InputError, match=words):
         parts_of(case)
+
+
+def test_a_head_on_a_prefix_lm_reads_its_trunk():
+    """A reference of one is one; a value head isn't, and no classifier either, which would be refused."""
+    values = {"model": {"prefix": True}, "roles": {"value": {"of": "policy", "num_labels": 1}, "ref": {"of": "policy"}}}
+    models = {role: config.model_config(config.parse(values), 256, role=role) for role in ("value", "ref")}
+    assert [(c.prefix, c.num_labels) for c in models.values()] == [(False, 1), (True, 0)]
