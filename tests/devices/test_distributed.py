@@ -123,6 +123,33 @@ def test_several_processes_split_the_same_documents_at_the_same_places(tmp_path)
     assert shares[0] == shares[1]
 
 
+ENCODER = """
+from experiments import sft
+
+
+def get_config(arg=""):
+    config = sft.get_config("debug")
+    config.objective = {"terms": {"masked": {"whole_word": True}}}
+    config.model.causal = False
+    config.eval.generate = 0
+    return config
+"""
+
+
+@slow
+def test_several_processes_mask_the_same_tokens(tmp_path):
+    (tmp_path / "encoder.py").write_text(ENCODER)
+    found = []
+    for processes, devices, mesh in ((1, 1, {}), (2, 2, {"data": 2, "sequence": 2})):
+        workdir = tmp_path / str(processes)
+        begun = start(workdir, processes, devices, mesh, steps=4, config=str(tmp_path / "encoder.py"))
+        assert finish(begun) == [0] * processes, log(workdir, 0)
+        records = [r for r in metrics.read_metrics(str(workdir)) if "train/nll" in r]
+        found.append([(r["step"], r["train/nll"], r["train/chosen"]) for r in records])
+    assert len(found[0]) == 4
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+
+
 @slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_who_name_it_and_one_process_goes_on(killed, alone, tmp_path):
