@@ -141,20 +141,18 @@ def make(
     denoisers = _denoisers(options)
     if numbering not in NUMBERINGS:
         raise InputError(f"numbering = {numbering!r}: is not known.{did_you_mean(str(numbering), NUMBERINGS)}")
+    if numbering != "named" and not any(each.sentinels(_SHORTEST) for each in denoisers):
+        raise InputError(f"numbering = {numbering!r}: the form {denoisers[0].form!r} has no sentinels. Leave it out.")
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise InputError(f"draws = {draws!r}: must be a whole number of at least 1.")
     lengths = tuple(_longest(each, seq_len, tokenizer) for each in denoisers)
     if tokenizer is None:
         return View(lambda document, rng: [document], ("prefix",))
-    modes = mode_tokens(tokenizer)._asdict() if any(each.mode for each in denoisers) else {}
-    first = [] if tokenizer.bos is None else [tokenizer.bos]
     denoising = _Denoising(
         denoisers,
         shares=tuple(itertools.accumulate(each.weight for each in denoisers)),
         lengths=lengths,
-        starts=tuple(
-            np.array([*first, *([modes[MODES[each.mode]]] if each.mode else [])], np.int32) for each in denoisers
-        ),
+        starts=tuple(_start(each, tokenizer) for each in denoisers),
         sentinels=_sentinels(tokenizer, _needed(denoisers, seq_len, tokenizer), numbering),
         draws=draws,
         bos=tokenizer.bos,
@@ -170,22 +168,31 @@ def special_tokens(tokenizer: Tokenizer, seq_len: int, **options: Any) -> tuple[
     return (*sentinel_names(tokenizer, _needed(denoisers, seq_len, tokenizer)), *modes)
 
 
+def _start(denoiser: Denoiser, tokenizer: Tokenizer) -> np.ndarray:
+    """The ids before the inputs: bos, if the tokenizer has one, and the mode token, if the denoiser has one."""
+    first = [] if tokenizer.bos is None else [tokenizer.bos]
+    mode = [getattr(mode_tokens(tokenizer), MODES[denoiser.mode])] if denoiser.mode else []
+    return np.array([*first, *mode], np.int32)
+
+
 def _denoisers(options: Mapping[str, Any]) -> tuple[Denoiser, ...]:
     """The denoisers that the options of `make` name. Raises InputError where they can't be used."""
     mixture, modes = options.get("mixture", ""), options.get("modes")
     alone = {name: options[name] for name in ("form", "density", "mean_span") if options.get(name) is not None}
-    if mixture and alone:
+    if mixture != "" and alone:
         raise InputError(f"{next(iter(alone))}: the denoisers of mixture have their own. Leave one of the two out.")
+    if modes is not None and not isinstance(modes, bool):
+        raise InputError(f"modes = {modes!r}: must be True or False.")
     if modes is not None and not (isinstance(mixture, str) and mixture):
         raise InputError("modes: is of mixture='ul2' and 'ul2r'. Of a list, each denoiser says its `mode`.")
-    if not mixture:
+    if mixture == "":
         return (_denoiser(alone, ""),)
     if isinstance(mixture, str):
         if mixture not in MIXTURES:
             raise InputError(f"mixture = {mixture!r}: is not known.{did_you_mean(mixture, MIXTURES)}")
         plain = tuple(dataclasses.replace(each, mode="") for each in MIXTURES[mixture])
         return plain if modes is False else MIXTURES[mixture]
-    if not isinstance(mixture, Sequence) or not all(isinstance(each, Mapping) for each in mixture):
+    if not isinstance(mixture, Sequence) or not mixture or not all(isinstance(each, Mapping) for each in mixture):
         raise InputError(f"mixture = {mixture!r}: must be one of {', '.join(MIXTURES)}, or a list of denoisers.")
     return tuple(_denoiser(each, f"mixture: the denoiser {dict(each)}: ") for each in mixture)
 
@@ -197,7 +204,7 @@ def _denoiser(options: Mapping[str, Any], where: str) -> Denoiser:
         if name not in known:
             raise InputError(f"{where}{name}: no such option.{did_you_mean(name, known)}")
     form = options.get("form", "spans")
-    if form not in FORMS:
+    if form not in [*FORMS]:
         raise InputError(f"{where}form = {form!r}: is not known.{did_you_mean(str(form), FORMS)}")
     for name in {"deshuffle": ("density", "mean_span"), "prefix": ("mean_span",)}.get(form, ()):
         if name in options:
