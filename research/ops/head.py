@@ -119,13 +119,17 @@ class Head:
         return kernel[tokens] if self.by_token else kernel[:, tokens]
 
     def _with_added(self, x: Float[Array, "*n V"], own: Float[Array, "*n A"]) -> Float[Array, "*n V"]:
-        """`x` with what is of the added tokens in their place, as a choice of each element: V may be sharded."""
-        around = (self.added_from, self.size - self.added_to)
-        return jnp.where(self._is_added(x), jnp.pad(own, [(0, 0)] * (x.ndim - 1) + [around]), x)
+        """`x` with what is of the added tokens in their place.
 
-    def _is_added(self, x: Float[Array, "*n V"]) -> Array:
+        Where V is whole on each device it is written into `x`, where it is sharded each element is chosen: devices then
+        needn't talk.
+        """
+        if sharding.axis_parts("vocab", self.rules) == 1:
+            return jax.lax.dynamic_update_slice_in_dim(x, own.astype(x.dtype), self.added_from, axis=-1)
+        around = (self.added_from, self.size - self.added_to)
         tokens = jnp.arange(self.size).reshape((1,) * (x.ndim - 1) + (-1,))
-        return (tokens >= self.added_from) & (tokens < self.added_to)
+        is_added = (tokens >= self.added_from) & (tokens < self.added_to)
+        return jnp.where(is_added, jnp.pad(own.astype(x.dtype), [(0, 0)] * (x.ndim - 1) + [around]), x)
 
     def gathered(self, dtype: Any) -> "Head":
         """The kernel in `dtype` and with all of D on each device: gathered here once, and not in every chunk."""
@@ -156,7 +160,8 @@ class Head:
         """
         own, dtype = None, accumulator(hidden)
         if self.added is not None:
-            own, g = g[..., self.added_from : self.added_to], jnp.where(self._is_added(g), 0, g)
+            own = g[..., self.added_from : self.added_to]
+            g = self._with_added(g, jnp.zeros_like(own))
         g_hidden = None
         if wanted.hidden:
             back = functools.partial(jnp.einsum, f"btv,{self.axes}->btd", preferred_element_type=dtype)
