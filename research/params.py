@@ -31,6 +31,7 @@ class ParamSpec:
       init: (key, shape, dtype) -> array.
       contracts: the axes that are summed over where the parameter is applied (an embedding table contracts "vocab",
         being applied to one-hot tokens). Empty for scales and biases, which neither decay nor get Muon's update.
+      density: parameters of the model that each number stands for, where kernels are quantised (ops/quantized.py).
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class ParamSpec:
     init: Initializer
     contracts: tuple[str, ...] = ()
     dtype: Any = jnp.float32
+    density: float = 1.0
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), f"{self.shape} has other dimensions than {self.axes}"
@@ -396,8 +398,8 @@ def muon_dimensions(specs: Tree) -> Tree:
 
 
 def count(specs: Tree) -> int:
-    """Number of parameters."""
-    return sum(math.prod(s.shape) for s in jax.tree.leaves(specs, is_leaf=is_spec))
+    """Number of parameters; of a quantised kernel as many as of the kernel itself."""
+    return sum(int(s.density * math.prod(s.shape)) for s in jax.tree.leaves(specs, is_leaf=is_spec))
 
 
 def checksum(values: Tree) -> str:

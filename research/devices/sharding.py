@@ -62,6 +62,7 @@ RULES = Rules(
         "token_types": None,
         "experts": "expert",
         "labels": None,
+        "block": None,
     }
 )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from research.devices import sharding
@@ -15,8 +16,7 @@ from research.devices.sharding import Rules
 from research.models import added_rows
 from research.models.config import ACTIVATIONS, ModelConfig
 from research.models.specs import Params
-from research.ops import moe
-from research.ops.cpu import matmul
+from research.ops import moe, quantized
 from research.ops.rope import Angles, RopeScaling, rope, rope_angles
 
 
@@ -28,8 +28,7 @@ def linear(p: Params, x: Float[Array, "..."], contract: int = 1) -> Float[Array,
       x: floating; the product has its dtype.
       contract: the number of axes of *in.
     """
-    kernel = p["kernel"].astype(x.dtype)
-    y = matmul.matmul(x, kernel, contract)
+    y = checkpoint_name(quantized.product(x, p["kernel"], contract), "linear")
     if "bias" in p:
         bias = p["bias"].astype(x.dtype)
         y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -125,8 +124,11 @@ def _mixture(c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"]) 
     logits = linear(p["router"], x.astype(jnp.float32))
     routes = moe.route(logits.reshape(B * T, -1), c.experts_per_token, c.normalize_router)
     weights, experts = (y.reshape(B, T, -1) for y in routes)
-    kernels = {name: q["kernel"] for name, q in p.items() if name != "router"}
-    axes = {name: ("experts", *(("mlp", "embed") if name == "down" else ("embed", "mlp"))) for name in kernels}
+    kernels = {name: quantized.with_whole_scales(q["kernel"]) for name, q in p.items() if name != "router"}
+    axes = {
+        name: quantized.logical_axes(w, ("experts", *(("mlp", "embed") if name == "down" else ("embed", "mlp"))))
+        for name, w in kernels.items()
+    }
     expert = functools.partial(_expert, c)
     return moe.sharded_mixture(x, weights, experts, c.num_experts, kernels, expert, kernels=axes, rules=rules)
 

@@ -17,6 +17,7 @@ from research.errors import InputError
 from research.models import blocks
 from research.models.config import ModelConfig
 from research.models.specs import Params, make_specs
+from research.ops import quantized
 from research.ops.attention import cached_attention
 from research.ops.rope import Angles
 
@@ -34,9 +35,10 @@ def init_cache(c: ModelConfig, rules: Rules, batch_size: int, length: int) -> Ca
 
 
 def unstack(c: ModelConfig, params: Params) -> Params:
-    """See Model.unstack. Kernels are cast to the compute dtype here, once, and those that read the same are joined."""
+    """See Model.unstack. Kernels are dequantised and cast to the compute dtype here, once, and those that read the
+    same are joined."""
     specs = make_specs(c)
-    layers = (params_lib.layer(params["layers"], i) for i in range(c.num_layers))
+    layers = (quantized.read_all(params_lib.layer(params["layers"], i), jnp.float32) for i in range(c.num_layers))
     rest = {name: values for name, values in params.items() if name != "layers"}
     return {
         **_in_compute_dtype(c, rest, {name: specs[name] for name in rest}),

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from research.devices import sharding
+from research.ops import quantized
 
 Linear = Callable[[Float[Array, "M I"], Float[Array, "E I O"]], Float[Array, "M O"]]
 
@@ -67,7 +68,7 @@ def mixture(
     sizes = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
 
     def linear(y: Float[Array, "M I"], kernel: Float[Array, "E I O"]) -> Float[Array, "M O"]:
-        return checkpoint_name(jax.lax.ragged_dot(y, kernel.astype(y.dtype), sizes), "linear")
+        return checkpoint_name(quantized.product_by_expert(y, kernel, sizes), "linear")
 
     y = apply(linear, x[order // k])
     weights = jnp.where(here, weights.reshape(-1), 0)[order].astype(y.dtype)
@@ -96,7 +97,7 @@ def sharded_mixture(
       x: [B, T, D].
       weights, experts: [B, T, k], of `route`.
       num_experts: E.
-      params: pytree of kernels [E, in, out].
+      params: pytree of kernels [E, in, out], which may be quantised, without groups of scales.
       apply: (params, linear, x [M, D]) -> [M, D], see `mixture`.
       kernels: as `params`, the logical axes of each kernel.
       rules: logical axis -> mesh axes.

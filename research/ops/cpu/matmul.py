@@ -22,8 +22,14 @@ def matmul(
       x, kernel: floating, of one dtype.
       contract: the number of axes of *in.
     """
-    y = _cpu(contract, x, kernel) if sharding.platform() == "cpu" else jnp.tensordot(x, kernel, axes=contract)
-    return checkpoint_name(y, "linear")
+    return checkpoint_name(product(x, kernel, contract), "linear")
+
+
+def product(
+    x: Float[Array, "*rows_in"], kernel: Float[Array, "*in_out"], contract: int = 1
+) -> Float[Array, "*rows_out"]:
+    """The same for a part of a sum, which has no name."""
+    return _cpu(contract, x, kernel) if sharding.platform() == "cpu" else jnp.tensordot(x, kernel, axes=contract)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
