@@ -179,7 +179,7 @@ def shown(default):
 # The experiments that the pages show.
 
 
-@pytest.mark.parametrize("page", ["experiments.md", "distillation.md", "weak_to_strong.md"])
+@pytest.mark.parametrize("page", ["experiments.md", "distillation.md", "weak_to_strong.md", "self_supervision.md"])
 def test_experiments_as_shown_are_valid(page):
     blocks = re.findall(r'^```python\n(""".*?)^```', (ROOT / "docs" / page).read_text(), re.M | re.S)
     assert blocks

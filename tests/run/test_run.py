@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, STUDIES, assert_same, load, parameters, values_of
 
+from experiments import denoise
 from research import config, loading, objectives, optim
 from research.devices import compilation, sharding
 from research.run import assemble, checkpoint, metrics, run
+from research.sources import special_tokens
+from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 from research.studies import study
 
 
@@ -62,10 +65,11 @@ def test_study_adds_up_at_full_size(name, tmp_path):
         assert len({stage.id for stage in plan.stages}) == len(plan.stages) > 6
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *(f"denoise:{way}" for way in denoise.WAYS)])
 @pytest.mark.parametrize("mesh", [{"data": 1}, {"fsdp": 8, "tensor": 4}])
 def test_experiment_traces_at_full_size(name, mesh):
-    c = load(name, "", **{f"mesh.{axis}": size for axis, size in mesh.items()})
+    name, _, arg = name.partition(":")
+    c = load(name, arg, **{f"mesh.{axis}": size for axis, size in mesh.items()})
     devices = int(np.prod(list(mesh.values())))
     c = config.parse({**config.to_dict(c), "batch_size": 32 * c.microbatches})
     config.check(c, num_devices=devices)
@@ -75,9 +79,12 @@ def test_experiment_traces_at_full_size(name, mesh):
     if c.model.num_labels:
         shape = (c.batch_size, c.seq_len, c.model.num_labels)
         fields["label_probs"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if any(source.get("view", {}).get("kind") == "denoise" for source in c.data.sources.values()):
+        fields["prefix"] = fields["tokens"]
+    tokenizer = make_tokenizer(TokenizerSpec("byte"), lambda: iter(())).with_tokens([special_tokens.MASK])
     abstract = sharding.make_abstract_mesh(mesh, devices)
     with jax.sharding.use_abstract_mesh(abstract):
-        parts = assemble.assemble(c, objectives.load(c.objective), abstract, fields, vocab_size=300)
+        parts = assemble.assemble(c, objectives.load(c.objective, tokenizer), abstract, fields, vocab_size=300)
         state, out = jax.eval_shape(parts.step, parts.state, {}, parts.batch)
     assert out["loss"][0].shape == ()
     jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), state, parts.state)
