@@ -3,8 +3,9 @@
 Forms, after <|bos|> where the tokenizer has it (Bavarian et al. 2022, arXiv:2207.14255), in our names for the tokens:
   psm       <|fim_prefix|> PREFIX <|fim_suffix|> SUFFIX <|fim_middle|> MIDDLE
   spm       <|fim_prefix|> <|fim_suffix|> SUFFIX <|fim_middle|> PREFIX MIDDLE, the paper's second variant
-  sentinel  PREFIX <|mask:0|> SUFFIX, and then <|mask:0|> MIDDLE <|mask:1|>: of models that were trained to denoise;
-            where the tokenizer has UL2's mode tokens, that of short spans comes first
+  sentinel  PREFIX <|mask:0|> SUFFIX <|mask:1|>, and then <|mask:0|> MIDDLE <|mask:1|>: of models that were trained to
+            denoise. What they were shown ends with a hidden span, as T5's texts do, and so does this. Where the
+            tokenizer has UL2's mode tokens, that of short spans comes first
   left      PREFIX MIDDLE: of models that read from left to right, to compare with; they don't see the suffix
 Each part is tokenised by itself, so that a cut within a word gives the same tokens in training and at use. A tokenizer
 that puts a space before a text does so before a prefix alone.
@@ -36,7 +37,7 @@ class Infilling:
       tokenizer: of the model.
       stop: ids that end a middle.
       marks: of psm and spm.
-      hole: of sentinel, the first of them.
+      holes: of sentinel, that of the middle and the next one.
       mode: of sentinel, what comes before the prefix.
     """
 
@@ -44,13 +45,13 @@ class Infilling:
     tokenizer: Tokenizer
     stop: tuple[int, ...]
     marks: FimTokens | None = None
-    hole: int | None = None
+    holes: tuple[int, ...] = ()
     mode: tuple[int, ...] = ()
 
     @property
     def extra(self) -> int:
         """How many tokens an answer has beside those of the middle."""
-        return 0 if self.hole is None else 1
+        return 1 if self.holes else 0
 
     def prompt(self, prefix: str, suffix: str) -> list[int]:
         """The ids that the model goes on from with what belongs between two texts."""
@@ -59,14 +60,16 @@ class Infilling:
         bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         if self.marks is not None:
             return [*bos, *arrange(self.marks, first, [], last, spm=self.form == "spm")]
-        return [*bos, *self.mode, *first, *([] if self.hole is None else [self.hole, *last])]
+        if not self.holes:
+            return [*bos, *first]
+        hole, after = self.holes
+        return [*bos, *self.mode, *first, hole, *([*last, after] if last else [])]
 
     def text(self, ids: list[int]) -> str:
-        """The text of an answer; of what follows its first sentinel, what comes before the next."""
-        if self.hole is not None and self.hole in ids:
-            ids = ids[ids.index(self.hole) + 1 :]
-            ids = ids[: ids.index(self.hole)] if self.hole in ids else ids
-        return self.tokenizer.decode_after(ids)
+        """The text of an answer without what ends it: of one with a sentinel, what follows that."""
+        if self.holes and self.holes[0] in ids:
+            ids = ids[ids.index(self.holes[0]) + 1 :]
+        return self.tokenizer.decode_after([i for i in ids if i not in self.stop])  # which some don't call special
 
 
 def make_infilling(form: str, tokenizer: Tokenizer) -> Infilling:
@@ -86,8 +89,8 @@ def make_infilling(form: str, tokenizer: Tokenizer) -> Infilling:
         return Infilling(form, tokenizer, tokenizer.stop)
     try:
         if form == "sentinel":
-            hole, end = special_tokens.sentinels(tokenizer, 2)
-            return Infilling(form, tokenizer, (*tokenizer.stop, end), hole=hole, mode=_mode(tokenizer))
+            holes = tuple(special_tokens.sentinels(tokenizer, 2))
+            return Infilling(form, tokenizer, (*tokenizer.stop, holes[1]), holes=holes, mode=_mode(tokenizer))
         marks = special_tokens.fim_tokens(tokenizer)
     except InputError as error:
         raise InputError(f"form = {form}: {error}") from error

@@ -164,8 +164,8 @@ def filled(run, monkeypatch):
     table = jnp.full(V, tokenizer.eos, jnp.int32)
     for first in ("<|fim_middle|>", "<|mask:0|>"):
         table = table.at[tokenizer.special(first)].set(ids[0])
-    table = table.at[ord("s")].set(tokenizer.special("<|mask:0|>")).at[ord("p")].set(ids[0])
-    table = table.at[jnp.array(ids)].set(jnp.array([*ids[1:], tokenizer.special("<|mask:1|>")]))
+    table = table.at[tokenizer.special("<|mask:1|>")].set(tokenizer.special("<|mask:0|>")).at[ord("p")].set(ids[0])
+    table = table.at[jnp.array(ids)].set(jnp.array([*ids[1:], tokenizer.eos]))
     model = run.loaded.model
     run.loaded.model = model._replace(
         config=ModelConfig(vocab_size=V, max_length=64),
@@ -183,17 +183,20 @@ def filled(run, monkeypatch):
 def test_a_middle_is_filled_in(filled):
     """It ends with the end of the text, a sentinel, or another part; each form shows the parts in its order."""
     prefix, suffix, middle = (TOKENIZER.size + i for i in range(3))
-    hole = TOKENIZER.size + 3
+    hole, end = (TOKENIZER.size + i for i in (3, 4))
     asked = {
         (): [prefix, *b"p", suffix, *b"s", middle],
         ("--form=psm",): [prefix, *b"p", suffix, *b"s", middle],
         ("--form=spm",): [prefix, suffix, *b"s", middle, *b"p"],
-        ("--form=sentinel",): [*b"p", hole, *b"s"],
+        ("--form=sentinel",): [*b"p", hole, *b"s", end],
     }
     for flags, ids in asked.items():
+        last = end if "--form=sentinel" in flags else TOKENIZER.eos
+        filled.loaded.params = filled.loaded.params.at[ANSWER.encode()[-1]].set(last)
         # Without room for more than the answer, and the sentinel that it begins with.
         assert filled("--prefix=p", "--suffix=s", "--max_new_tokens=6", *flags) == (0, ANSWER + "\n", "")
         assert filled.prompts[-1] == [TOKENIZER.bos, *ids]
+    filled.loaded.params = filled.loaded.params.at[ANSWER.encode()[-1]].set(TOKENIZER.eos)
     assert filled("--suffix=s", "--stop=☕")[:2] == (0, "é\n")
     assert filled.prompts[-1] == [TOKENIZER.bos, prefix, suffix, *b"s", middle]
 
@@ -206,8 +209,7 @@ def test_middles_of_a_file(filled, tmp_path):
     assert filled(f"--data={gaps}", f"--output={output}")[0] == 0
     first = json.loads(output.read_text().splitlines()[0])
     assert first.pop("logprob") < 0
-    assert first.pop("tokens")[: len(ANSWER.encode())] == TOKENIZER.encode(ANSWER)
-    assert first == {**records[0], "completion": ANSWER}
+    assert first == {**records[0], "completion": ANSWER, "tokens": [*TOKENIZER.encode(ANSWER), TOKENIZER.eos]}
     gaps.write_text(json.dumps(records[0]) + '\n{"prompt": "a"}\n')
     assert "has records with a prefix and a suffix, and others" in filled(f"--data={gaps}")[2]
     gaps.write_text('{"prefix": "a"}\n')

@@ -283,9 +283,12 @@ def test_forms_by_what_a_tokenizer_has(byte):
     assert make_infilling("auto", byte).form == "psm"
     asked = make_infilling("auto", sentinels)
     hole, end = (sentinels.special(f"<extra_id_{i}>") for i in range(2))
-    assert asked.prompt("ab", "c") == [plain.bos, *b"ab", hole, *b"c"]
+    assert asked.prompt("ab", "c") == [plain.bos, *b"ab", hole, *b"c", end]
+    assert asked.prompt("ab", "") == [plain.bos, *b"ab", hole]
+    modes = sentinels.with_tokens(["[R]", "[X]", "[S]"])
+    assert make_infilling("sentinel", modes).prompt("ab", "")[:2] == [plain.bos, modes.special("[R]")]
     assert (asked.form, asked.extra, asked.stop) == ("sentinel", 1, (plain.eos, end))
-    assert asked.text([hole, *b"xy"]) == "xy"
+    assert asked.text([hole, *b"xy", end]) == "xy"
     assert make_infilling("left", plain).prompt("ab", "c") == [plain.bos, *b"ab"]
     for form, message in [
         ("auto", "neither tokens around a prefix, a suffix and a middle, nor sentinels"),
@@ -295,3 +298,19 @@ def test_forms_by_what_a_tokenizer_has(byte):
     ]:
         with pytest.raises(InputError, match=message):
             make_infilling(form, plain)
+
+
+def test_marks_that_a_vocabulary_does_not_call_special_are_no_text(tmp_path):
+    """As Qwen's."""
+    folder = tmp_path / "tokenizer"
+    make("gpt2", tmp_path).save(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = token["special"] and not token["content"].startswith("<|fim")
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = text_cases.load_pretrained(folder)
+    infilling = make_infilling("psm", tokenizer)
+    marks = fim_tokens(tokenizer)
+    assert tokenizer.decode([marks.suffix]) == "<|fim_suffix|>"
+    assert infilling.text([*tokenizer.encode("x = 1"), marks.suffix]) == "x = 1"
+    assert see("Cat", tokenizer, rate=1) == see("Cat", make("gpt2", tmp_path), rate=1)
