@@ -16,7 +16,7 @@ from typing import Any
 from research import optim
 from research.devices import sharding
 from research.errors import MOST_SEED, InputError, did_you_mean
-from research.models import added_rows
+from research.models import adapters, added_rows
 from research.models.config import ModelConfig
 from research.rollouts.answers import RolloutSpec
 from research.sources import spec
@@ -138,9 +138,11 @@ class RoleSection(ModelSection):
 
     Attributes:
       of: the role whose trunk this one shares; "" for a model of its own.
+      adapter: whether it has that role's adapter too; without it, it is what the adapter was put to.
     """
 
     of: str = ""
+    adapter: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +168,8 @@ class Config:
         "head", "layers/.*|final_norm/.*" or "layers/3/.*", which is one layer, counted from 0; "" is all. For several
         roles a mapping: {"policy": "head", "value": ""}. The others take no gradient and no optimizer state, and aren't
         in checkpoints: they are read where the run began.
+      adapter: how the policy is changed without changing all of it: {"kind": "lora", "rank": 16}; {} trains what
+        `trainable` says. docs/adaptation.md describes the kinds.
       frozen_dtype: in which the kernels of what isn't trained are held: "auto" is the compute dtype of their model;
         "float32" or "bfloat16".
       roles: further models that the objective reads, such as {"teacher": {"init_from": NAME}}: each a section like
@@ -197,6 +201,7 @@ class Config:
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: ModelSection = ModelSection()
     trainable: str | Mapping[str, Any] = ""
+    adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     frozen_dtype: str = "auto"
     roles: Mapping[str, RoleSection] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerSpec = TokenizerSpec(kind="auto")
@@ -300,6 +305,11 @@ def _check_roles(config: Config) -> None:
     if config.frozen_dtype not in FROZEN_DTYPES:
         known = did_you_mean(config.frozen_dtype, FROZEN_DTYPES)
         raise InputError(f"frozen_dtype = {config.frozen_dtype!r}: no such choice.{known}")
+    if adapters.load(config.adapter) and trainable_pattern(config, "policy"):
+        raise InputError(
+            f"trainable = {config.trainable!r}: the adapter says what of the policy is trained. Leave it out; what is "
+            "trained besides is adapter.also."
+        )
     for role, pattern in {} if isinstance(config.trainable, str) else config.trainable.items():
         if role not in names:
             raise InputError(f"trainable.{role}: no such role.{did_you_mean(role, names)}")
@@ -314,13 +324,17 @@ def _check_roles(config: Config) -> None:
             raise InputError(
                 f"{where}: {role!r} is {_RESERVED_ROLES.get(role, 'no name of a role')}. Use another name."
             )
+        if not section.adapter and not (owner == "policy" and config.adapter):
+            raise InputError(
+                f"{where}.adapter = False: is for a role of the policy (of) that has an adapter. Leave it out."
+            )
         if not owner:
             continue
         if owner not in names or owner == role or (owner in config.roles and config.roles[owner].of):
             raise InputError(f"{where}.of = {owner!r}: must be a role with a model of its own, such as 'policy'.")
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
-            if field.name not in ("of", "num_labels") and value != field.default:
+            if field.name not in ("of", "num_labels", "adapter") and value != field.default:
                 raise InputError(
                     f"{where}.{field.name} = {value!r}: the role is the model of {owner!r} (of), but for its head "
                     "(num_labels). Leave it out."

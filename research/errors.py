@@ -15,6 +15,7 @@ MOST_SEED = 2**32 - 1
 MAPPINGS = (
     "rules",
     "trainable",
+    "adapter",
     "roles",
     "data.fields",
     "data.sources",

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research import config as config_lib
@@ -15,7 +17,7 @@ from research import params
 from research.devices import compilation, sharding
 from research.errors import InputError
 from research.files import fingerprint, read_json, write_json
-from research.models import added_rows, transformer
+from research.models import adapters, added_rows, kernels, transformer
 from research.models.config import ModelConfig
 from research.pretrained import checkpoints
 from research.pretrained import load as pretrained
@@ -124,9 +126,8 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
     config = config_lib.parse(read_json(record)["config"])
     tokenizer = tokenizers.load_tokenizer(workdir)
     c, rules = config_lib.model_config(config, tokenizer.size), sharding.make_rules(config.rules)
-    start = Start(
-        "policy", transformer.make_model(c, rules), config.seed, config.model.init_from, config.model.new_rows
-    )
+    model = transformer.make_model(c, rules, adapters.load(config.adapter))
+    start = Start("policy", model, config.seed, config.model.init_from, config.model.new_rows)
     origin = Path(workdir) / ORIGIN
     return Found(
         name=workdir,
@@ -174,9 +175,26 @@ class Start:
         base = find(self.base) if isinstance(self.base, str) and self.base else self.base
         if not base:
             return self.draw(specs, placements)
+        if self.model.adapter is None or self.model.of:
+            return self._read_model(base, specs, placements)
+        return self._read_with_adapter(base, specs, placements)
+
+    def _read_model(self, base: Found, specs: Any, placements: Any) -> Any:
+        """The parameters of the model, without an adapter's."""
         if self.model.config.added_rows:
             return self._read_with_new_rows(base, specs, placements)
         return self._read_body(base, specs, placements)
+
+    def _read_with_adapter(self, base: Found, specs: Any, placements: Any) -> Any:
+        """The same with those of the adapter, which are drawn, and begin as it says."""
+        own = params.like(transformer.make_specs(self.model.config), specs)
+        (model, added), (where, beside) = params.split(specs, own), params.split(placements, own)
+        exact = params.held_in(model, jnp.float32) if self.model.adapter.init else model
+        values = params.join(self._read_model(base, exact, where), self._draw(added, beside))
+        if self.model.adapter.init is None:
+            return values
+        finish = functools.partial(adapted, self.model, specs)
+        return jax.jit(finish, donate_argnums=0, out_shardings=placements)(values, initial_keys(self.seed)[0])
 
     def _read_body(self, base: Found, specs: Any, placements: Any) -> Any:
         """What the other model has of the parameters; a head that it hasn't is drawn."""
@@ -187,7 +205,7 @@ class Start:
         body = params.overlay(transformer.make_model(c).specs, {k: v for k, v in specs.items() if k not in head})
         mesh = jax.tree.leaves(placements)[0].mesh
         values = base.read(body, params.shardings(body, mesh, base.rules))
-        fresh = self.draw(head, {name: placements[name] for name in head})
+        fresh = self._draw(head, {name: placements[name] for name in head})
         return {name: fresh[name] if name in fresh else values[name] for name in specs}
 
     def _read_with_new_rows(self, base: Found, specs: Any, placements: Any) -> Any:
@@ -197,7 +215,7 @@ class Start:
         grown = {name: spec for name, spec in fewer.items() if name in added_rows.grown_names(c)}
         where = {name: placements[name] for name in fewer} | params.shardings(grown, mesh, base.rules)
         values = self._read_body(base, fewer, where)
-        noise = self.draw(*_placed(added_rows.noise_specs(c), mesh)) if self.new_rows == "random" else {}
+        noise = self._draw(*_placed(added_rows.noise_specs(c), mesh)) if self.new_rows == "random" else {}
         names = [name for name in specs if name in grown or name not in fewer]
         to = {name: placements[name] for name in names}
         grow = jax.jit(functools.partial(added_rows.grow, c), out_shardings=to)
@@ -205,9 +223,33 @@ class Start:
 
     def draw(self, specs: Any, placements: Any) -> Any:
         """Random parameters: those of a whole run with this seed, whatever else it has."""
+        return self._jitted(lambda key: adapted(self.model, specs, self._initial(specs, key), key), placements)
+
+    def _draw(self, specs: Any, placements: Any) -> Any:
+        """The same of some of the parameters, as they are before an adapter's `init`."""
+        return self._jitted(lambda key: self._initial(specs, key), placements)
+
+    def _initial(self, specs: Any, key: jax.Array) -> Any:
+        return params.init({self.role: specs}, key)[self.role]
+
+    def _jitted(self, draw: Callable[[jax.Array], Any], placements: Any) -> Any:
         options = compilation.compiler_options(jax.tree.leaves(placements)[0].mesh)
-        draw = lambda key: params.init({self.role: specs}, key)[self.role]  # noqa: E731
         return jax.jit(draw, out_shardings=placements, compiler_options=options)(initial_keys(self.seed)[0])
+
+
+def adapted(model: transformer.Model, specs: Any, values: Any, key: jax.Array) -> Any:
+    """A model's parameters and those of its adapter as they begin, from those that were read or drawn.
+
+    Args:
+      model: with an adapter or without.
+      specs: of the result, for its dtypes.
+      values: as they were read or drawn.
+      key: of the run's initial parameters.
+    """
+    if model.adapter is None or model.of or model.adapter.init is None:
+        return values
+    begun = model.adapter.init(values, jax.random.fold_in(key, np.uint32(zlib.crc32(b"adapter"))))
+    return jax.tree.map(lambda x, spec: x.astype(spec.dtype), begun, specs)
 
 
 def _placed(specs: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
@@ -258,20 +300,40 @@ def read_run(
 
 
 def _read_whole(workdir: str, start: Start, specs: Any, placements: Any, **which: Any) -> Any:
-    """The parameters of a run's policy with all rows of embedding and head in one matrix.
+    """The parameters of a run's policy with all rows of embedding and head in one matrix, and its adapter merged.
 
     Args: see `read_run`; the specs are those of added_rows.whole(start.model.config).
     """
     c, rules = start.model.config, start.model.rules
     if not c.added_rows:
-        return read_run(workdir, start, specs, placements, **which)
+        return _read_merged(workdir, start, specs, placements, **which)
     apart = added_rows.apart(c, specs)
     where = params.shardings(apart, jax.tree.leaves(placements)[0].mesh, rules) | placements
-    values = read_run(workdir, start, apart, where, **which)
+    values = _read_merged(workdir, start, apart, where, **which)
     to = {name: placements[name] for name in added_rows.grown_names(c)}
     joined = jax.jit(functools.partial(added_rows.join, c), out_shardings=to)
     parts = {name: values[name] for name in apart if name in to or name not in specs}
     return {name: values[name] for name in specs} | joined(parts)
+
+
+def _read_merged(workdir: str, start: Start, specs: Any, placements: Any, **which: Any) -> Any:
+    """The parameters of a run's policy with its adapter merged.
+
+    Args: see `read_run`; the specs are those of the model alone.
+    """
+    if start.model.adapter is None:
+        return read_run(workdir, start, specs, placements, **which)
+    whole = start.model.adapter.specs(params.held_in(specs, jnp.float32))
+    where = params.shardings(whole, jax.tree.leaves(placements)[0].mesh, start.model.rules)
+    values = read_run(workdir, start, whole, params.overlay(where, placements), **which)
+    return jax.jit(functools.partial(_merge, specs), donate_argnums=0, out_shardings=placements)(
+        *params.split(values, params.like(specs, values))
+    )
+
+
+def _merge(specs: Any, values: Any, added: Any) -> Any:
+    """A model's parameters, in the dtypes of the specs, with those of its adapter merged."""
+    return jax.tree.map(lambda x, spec: x.astype(spec.dtype), kernels.merge(params.join(values, added)), specs)
 
 
 def read_untrained(workdir: str, start: Start, specs: Any, placements: Any) -> Any:

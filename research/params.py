@@ -32,6 +32,8 @@ class ParamSpec:
       contracts: the axes that are summed over where the parameter is applied (an embedding table contracts "vocab",
         being applied to one-hot tokens). Empty for scales and biases, which neither decay nor get Muon's update.
       density: parameters of the model that each number stands for, where kernels are quantised (ops/quantized.py).
+      decays: whether weight decay applies to one that contracts.
+      padding: of a stack of layers, how many numbers of each are 0 and stay so; () for none.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +42,8 @@ class ParamSpec:
     contracts: tuple[str, ...] = ()
     dtype: Any = jnp.float32
     density: float = 1.0
+    decays: bool = True
+    padding: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), f"{self.shape} has other dimensions than {self.axes}"
@@ -98,8 +102,8 @@ def abstract(specs: Tree, placements: Tree) -> Tree:
 
 
 def decay_mask(specs: Tree) -> Tree:
-    """True where weight decay applies: everything that contracts, hence not norms and biases."""
-    return tree_map(lambda s: bool(s.contracts), specs)
+    """True where weight decay applies: what contracts, hence not norms and biases, but for what is spared."""
+    return tree_map(lambda s: bool(s.contracts) and s.decays, specs)
 
 
 def matching(specs: Tree, pattern: str, field: str = "trainable", prefix: str = "") -> Tree:
@@ -180,6 +184,13 @@ def overlay(base: Tree, own: Tree) -> Tree:
     return {**base, **{name: overlay(base[name], part) if name in base else part for name, part in own.items()}}
 
 
+def like(part: Tree, tree: Tree) -> Tree:
+    """True for the leaves of `tree` that `part` has too."""
+    if not isinstance(tree, Mapping):
+        return True
+    return {name: like(part[name], below) if name in part else False for name, below in tree.items()}
+
+
 class Piece(NamedTuple):
     """Layers `first` to `stop` - 1 of a model, counted from 0, and their parameters, stacked."""
 
@@ -252,7 +263,7 @@ def put(values: Tree, own: Tree) -> Tree:
         return overlay(values, own)
     layers = values["layers"]
     for first, stop, piece in layer_pieces(own["layers"]):
-        part, _ = split(layers, _like(piece, layers))
+        part, _ = split(layers, like(piece, layers))
         layers = overlay(layers, jax.tree.map(lambda w, p, a=first, b=stop: w.at[a:b].set(p), part, piece))
     return {**overlay(values, {name: part for name, part in own.items() if name != "layers"}), "layers": layers}
 
@@ -307,8 +318,12 @@ def _layers_of(name: str, whole: int) -> range:
 
 def _cut_range(pieces: list[Piece], first: int, stop: int) -> Tree:
     """The specs of layers that lie in one of the pieces."""
-    specs = _piece_around(pieces, first, stop).values
-    return tree_map(lambda spec: dataclasses.replace(spec, shape=(stop - first, *spec.shape[1:])), specs)
+    piece = _piece_around(pieces, first, stop)
+    at = slice(first - piece.first, stop - piece.first)
+    return tree_map(
+        lambda spec: dataclasses.replace(spec, shape=(stop - first, *spec.shape[1:]), padding=spec.padding[at]),
+        piece.values,
+    )
 
 
 def _piece_around(pieces: list[Piece], first: int, stop: int) -> Piece:
@@ -331,13 +346,6 @@ def _without_piece(name: str) -> str:
 def _of_layer(name: str, layer: int) -> str:
     """The name of a stack of layers -> that of one of them."""
     return re.sub(r"(^|/)layers/", rf"\g<1>layers/{layer}/", name, count=1)
-
-
-def _like(part: Tree, tree: Tree) -> Tree:
-    """True for the leaves of `tree` that `part` has too."""
-    if not isinstance(tree, Mapping):
-        return True
-    return {name: _like(part[name], below) if name in part else False for name, below in tree.items()}
 
 
 def _masks(specs: Tree, pattern: str, field: str, prefix: str) -> dict[tuple, list[bool]]:
@@ -398,8 +406,9 @@ def muon_dimensions(specs: Tree) -> Tree:
 
 
 def count(specs: Tree) -> int:
-    """Number of parameters; of a quantised kernel as many as of the kernel itself."""
-    return sum(int(s.density * math.prod(s.shape)) for s in jax.tree.leaves(specs, is_leaf=is_spec))
+    """Number of parameters without padding; of a quantised kernel as many as of the kernel itself."""
+    leaves = jax.tree.leaves(specs, is_leaf=is_spec)
+    return sum(int(s.density * math.prod(s.shape)) - sum(s.padding) for s in leaves)
 
 
 def checksum(values: Tree) -> str:

@@ -1,12 +1,14 @@
 """The train step: pure, jitted once, the same for every objective."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from research import params as params_lib
@@ -100,13 +102,16 @@ class TrainStep:
         grads, outs = self.gradients(state.params, frozen, batch, inputs)
         return self.update(state, grads, outs, batch)
 
-    def forward(self, params: Params, frozen: Params, batch: Batch) -> Forward:
+    def forward(self, params: Params, frozen: Params, batch: Batch, inputs: Inputs) -> Forward:
         """The models on a batch, or on a part of it."""
-        return Forward(self.models, params_lib.join(params, frozen), batch, terms_lib.hidden_states(self.terms))
+        key = jax.random.fold_in(inputs.key, np.uint32(zlib.crc32(b"dropout")))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, inputs.rows)
+        whole, states = params_lib.join(params, frozen), terms_lib.hidden_states(self.terms)
+        return Forward(self.models, whole, batch, states, keys)
 
     def losses(self, params: Params, frozen: Params, batch: Batch, inputs: Inputs) -> dict[str, LossOut]:
         """What each term makes of the batch, or of a part of it."""
-        return terms_lib.losses(self.terms, self.forward(params, frozen, batch), inputs, self.sources)
+        return terms_lib.losses(self.terms, self.forward(params, frozen, batch, inputs), inputs, self.sources)
 
     def objective(
         self, params: Params, frozen: Params, batch: Batch, inputs: Inputs, weights: Weights | None = None
@@ -123,7 +128,7 @@ class TrainStep:
         if self.microbatches == 1:
             return gradient(params, frozen, batch, inputs)
         parts = jax.tree.map(lambda x: _split(x, self.microbatches), (batch, inputs.rows))
-        inputs = inputs._replace(gathered=self.gathered(params, frozen, parts))
+        inputs = inputs._replace(gathered=self.gathered(params, frozen, parts, inputs))
         weights = self.weights(params, frozen, parts, inputs)
 
         def add(grads: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, dict[str, LossOut]]:
@@ -134,11 +139,15 @@ class TrainStep:
         grads, outs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
         return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), outs)
 
-    def gathered(self, params: Params, frozen: Params, parts: tuple[Batch, jax.Array]) -> dict[str, Any]:
+    def gathered(
+        self, params: Params, frozen: Params, parts: tuple[Batch, jax.Array], inputs: Inputs
+    ) -> dict[str, Any]:
         """What the terms gather of the whole batch, by row, from its parts. Costs nothing where none gathers."""
 
         def gather(_: None, part: tuple[Batch, jax.Array]) -> tuple[None, dict[str, Any]]:
-            return None, terms_lib.gather(self.terms, self.forward(params, frozen, part[0]), self.sources)
+            batch, rows = part
+            forward = self.forward(params, frozen, batch, inputs._replace(rows=rows))
+            return None, terms_lib.gather(self.terms, forward, self.sources)
 
         _, values = jax.lax.scan(gather, None, parts)
         return jax.tree.map(_join, values)

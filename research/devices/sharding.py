@@ -63,6 +63,7 @@ RULES = Rules(
         "experts": "expert",
         "labels": None,
         "block": None,
+        "rank": None,
     }
 )
 

@@ -8,31 +8,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from research.devices import sharding
 from research.devices.sharding import Rules
-from research.models import added_rows
+from research.models import added_rows, kernels
 from research.models.config import ACTIVATIONS, ModelConfig
+from research.models.kernels import linear, linears
 from research.models.specs import Params
-from research.ops import moe, quantized
+from research.ops import moe
 from research.ops.rope import Angles, RopeScaling, rope, rope_angles
-
-
-def linear(p: Params, x: Float[Array, "..."], contract: int = 1) -> Float[Array, "..."]:
-    """x [..., *in] times kernel [*in, *out], plus the bias if there is one.
-
-    Args:
-      p: kernel, and bias [*out] if there is one.
-      x: floating; the product has its dtype.
-      contract: the number of axes of *in.
-    """
-    y = checkpoint_name(quantized.product(x, p["kernel"], contract), "linear")
-    if "bias" in p:
-        bias = p["bias"].astype(x.dtype)
-        y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-    return y
 
 
 def norm(c: ModelConfig, p: Params, x: Float[Array, "*n"], center: bool | None = None) -> Float[Array, "*n"]:
@@ -78,7 +63,7 @@ def project_qkv(
         y = linear(p["qkv"], x)
         q, k, v = y[..., :-2, :].reshape(*x.shape[:2], c.num_heads, c.dim_per_head), y[..., -2, :], y[..., -1, :]
     else:
-        q, k, v = linear(p["q"], x), linear(p["k"], x), linear(p["v"], x)
+        q, k, v = linears([p["q"], p["k"], p["v"]], x)
     if c.qk_norm != "none":
         q, k = norm(c, p["q_norm"], q, center=False), norm(c, p["k_norm"], k, center=False)
     if angles is not None:
@@ -109,7 +94,7 @@ def mlp(c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"]) -> Fl
         both = linear(p["up_gate"], x)
         up, gate = both[..., 0, :], both[..., 1, :]
     else:
-        up, gate = linear(p["up"], x), linear(p["gate"], x) if c.gated else None
+        up, gate = linears([p["up"], p["gate"]], x) if c.gated else (linear(p["up"], x), None)
     y = sharding.constrain(_activate(c, up, gate), ("batch", "time", "mlp"), rules)
     return linear(p["down"], y)
 
@@ -124,20 +109,20 @@ def _mixture(c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"]) 
     logits = linear(p["router"], x.astype(jnp.float32))
     routes = moe.route(logits.reshape(B * T, -1), c.experts_per_token, c.normalize_router)
     weights, experts = (y.reshape(B, T, -1) for y in routes)
-    kernels = {name: quantized.with_whole_scales(q["kernel"]) for name, q in p.items() if name != "router"}
+    maps = {name: kernels.for_experts(q) for name, q in p.items() if name != "router"}
     axes = {
-        name: quantized.logical_axes(w, ("experts", *(("mlp", "embed") if name == "down" else ("embed", "mlp"))))
-        for name, w in kernels.items()
+        name: kernels.expert_axes(q, *(("mlp", "embed") if name == "down" else ("embed", "mlp")))
+        for name, q in maps.items()
     }
     expert = functools.partial(_expert, c)
-    return moe.sharded_mixture(x, weights, experts, c.num_experts, kernels, expert, kernels=axes, rules=rules)
+    return moe.sharded_mixture(x, weights, experts, c.num_experts, maps, expert, kernels=axes, rules=rules)
 
 
-def _expert(c: ModelConfig, kernels: Params, dot: Callable, x: Float[Array, "n D"]) -> Float[Array, "n D"]:
+def _expert(c: ModelConfig, maps: Params, dot: Callable, x: Float[Array, "n D"]) -> Float[Array, "n D"]:
     """`dot` multiplies tokens, each by the kernel of its expert."""
-    up = dot(x, kernels["up"])
-    gate = dot(x, kernels["gate"]) if c.gated else None
-    return dot(_activate(c, up, gate), kernels["down"])
+    up = kernels.expert_linear(maps["up"], dot, x)
+    gate = kernels.expert_linear(maps["gate"], dot, x) if c.gated else None
+    return kernels.expert_linear(maps["down"], dot, _activate(c, up, gate))
 
 
 def block(
@@ -177,6 +162,8 @@ def embed(
 ) -> Float[Array, "B T D"]:
     """The input of the first layer. Without `token_types` all tokens are of the first type."""
     x = added_rows.look_up(c, params, tokens)
+    if "embed_lora" in params:
+        x = x + kernels.look_up(params["embed_lora"], tokens, x.dtype)
     if c.embed_scale:
         x = x * jnp.asarray(c.d_model**0.5, x.dtype)
     if c.positions == "learned":

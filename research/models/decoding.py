@@ -14,7 +14,7 @@ from research import params as params_lib
 from research.devices import sharding
 from research.devices.sharding import Rules
 from research.errors import InputError
-from research.models import blocks
+from research.models import blocks, kernels
 from research.models.config import ModelConfig
 from research.models.specs import Params, make_specs
 from research.ops import quantized
@@ -35,19 +35,23 @@ def init_cache(c: ModelConfig, rules: Rules, batch_size: int, length: int) -> Ca
 
 
 def unstack(c: ModelConfig, params: Params) -> Params:
-    """See Model.unstack. Kernels are dequantised and cast to the compute dtype here, once, and those that read the
-    same are joined."""
+    """See Model.unstack. Kernels are dequantised, merged with what an adapter puts beside them and cast to the compute
+    dtype here, once, and those that read the same are joined."""
     specs = make_specs(c)
-    layers = (quantized.read_all(params_lib.layer(params["layers"], i), jnp.float32) for i in range(c.num_layers))
+    layers = (params_lib.layer(params["layers"], i) for i in range(c.num_layers))
+    layers = (kernels.merge(quantized.read_all(layer, jnp.float32)) for layer in layers)
     rest = {name: values for name, values in params.items() if name != "layers"}
     return {
-        **_in_compute_dtype(c, rest, {name: specs[name] for name in rest}),
+        **_in_compute_dtype(c, kernels.merge(rest), specs),
         "layers": tuple(_join(c, _in_compute_dtype(c, layer, specs["layers"])) for layer in layers),
     }
 
 
 def _in_compute_dtype(c: ModelConfig, values: Params, specs: Params) -> Params:
-    return jax.tree.map(lambda w, s: w.astype(c.dtype) if s.contracts else w, values, specs)
+    """The kernels in the compute dtype; what an adapter has added stays as it is."""
+    if not isinstance(values, dict):
+        return values.astype(c.dtype) if getattr(specs, "contracts", ()) else values
+    return {name: _in_compute_dtype(c, part, specs.get(name, {})) for name, part in values.items()}
 
 
 def _join(c: ModelConfig, p: Params) -> Params:

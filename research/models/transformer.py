@@ -18,7 +18,8 @@ from research import params as params_lib
 from research.devices import sharding
 from research.devices.sharding import Rules
 from research.errors import InputError
-from research.models import added_rows, blocks, decoding
+from research.models import added_rows, blocks, decoding, kernels
+from research.models.adapters.types import Adapter
 from research.models.config import REMAT, ModelConfig
 from research.models.decoding import Cache
 from research.models.specs import Params, make_specs
@@ -39,6 +40,7 @@ class Model(NamedTuple):
       specs: pytree of ParamSpec.
       hidden: (params, batch) -> [B, T, D], the last hidden states after the final norm, in the compute dtype. `batch`
         holds tokens, segment_ids, positions, each [B, T] int32; of a prefix LM `prefix` too: without it, it is causal.
+        With `dropout_keys`, uint32 [B, 2], an adapter leaves out a part of its inputs.
       hidden_at: (params, batch, layers) -> (hidden, states): the residual stream [B, T, D] after each of the layers,
         which are numbered from 1; 0 is the embedding, and negative ones count from the end.
       attention_inputs: (params, state, batch, layer) -> queries [B, T, H, h], keys and values [B, T, K, h] of a layer,
@@ -52,6 +54,7 @@ class Model(NamedTuple):
         Writes the keys and values of the T tokens at cache[:, :, index : index + T]; `mask` says which of the S cached
         entries each token may see (sliding windows are applied on top, by cache index).
       of: the role whose parameters it shares, but for those that it has itself; "" for none.
+      adapter: what is trained beside its kernels, and in its specs; None for none.
     """
 
     config: ModelConfig
@@ -65,14 +68,20 @@ class Model(NamedTuple):
     unstack: Callable[[Params], Params]
     decode: Callable[..., tuple[jax.Array, Cache]]
     of: str = ""
+    adapter: Adapter | None = None
 
 
-def make_model(config: ModelConfig, rules: Rules = sharding.RULES) -> Model:
-    """Returns the model's functions; `rules` maps logical axes to the mesh."""
+def make_model(config: ModelConfig, rules: Rules = sharding.RULES, adapter: Adapter | None = None) -> Model:
+    """Returns the model's functions; `rules` maps logical axes to the mesh.
+
+    Raises:
+      InputError: the adapter doesn't fit the model.
+    """
     rules = sharding.make_rules(rules)
+    specs = make_specs(config)
     return Model(
         config=config,
-        specs=make_specs(config),
+        specs=adapter.specs(specs) if adapter else specs,
         hidden=functools.partial(hidden, config, rules),
         hidden_at=functools.partial(hidden_at, config, rules),
         attention_inputs=functools.partial(attention_inputs, config),
@@ -81,6 +90,7 @@ def make_model(config: ModelConfig, rules: Rules = sharding.RULES) -> Model:
         init_cache=functools.partial(decoding.init_cache, config, rules),
         unstack=functools.partial(decoding.unstack, config),
         decode=functools.partial(decoding.decode, config, rules),
+        adapter=adapter,
     )
 
 
@@ -141,6 +151,7 @@ class _Stack:
       layers: params["layers"], which may lie in pieces (params.cut).
       documents: the batch's segment_ids and prefix.
       angles: RoPE's, of layers without and with a window.
+      dropout_keys: uint32 [B, 2]; None where nothing is left out.
     """
 
     config: ModelConfig
@@ -148,6 +159,7 @@ class _Stack:
     layers: Params
     documents: tuple[Int[Array, "B T"], Int[Array, "B T"] | None]
     angles: tuple[Angles | None, Angles | None]
+    dropout_keys: Array | None
 
     def run(self, x: Float[Array, "B T D"], first: int, stop: int) -> Float[Array, "B T D"]:
         """Layers `first` to `stop` - 1, counted from 0, which lie in one piece."""
@@ -168,8 +180,10 @@ class _Stack:
 
     def _cut(self, first: int, stop: int) -> Params:
         """Layers `first` to `stop` - 1, stacked."""
-        layers = params_lib.layer_range(self.layers, first, stop)
-        return blocks.with_divisors(self.config, layers, jnp.arange(first, stop))
+        layers, numbers = params_lib.layer_range(self.layers, first, stop), jnp.arange(first, stop)
+        if self.dropout_keys is not None:
+            layers = kernels.with_dropout_keys(layers, self.dropout_keys, numbers)
+        return blocks.with_divisors(self.config, layers, numbers)
 
     def _unrolled(
         self, x: Float[Array, "B T D"], stack: Params, first: int = 0, scanned: bool = False
@@ -209,7 +223,7 @@ def hidden_at(
     segment_ids, positions = batch["segment_ids"], batch["positions"]
     angles = blocks.rotations(c, positions, blocks.document_lengths(segment_ids, positions))
     documents = (segment_ids, batch.get("prefix") if c.prefix else None)
-    stack = _Stack(c, rules, params["layers"], documents, angles)
+    stack = _Stack(c, rules, params["layers"], documents, angles, batch.get("dropout_keys"))
     x = blocks.embed(c, rules, params, batch["tokens"], positions, batch.get("token_types"))
     states, first = {0: x}, 0
     for stop in sorted({*numbers, *(piece.stop for piece in params_lib.layer_pieces(params["layers"]))} - {0}):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from research import params as params_lib
 from research.errors import InputError
+from research.models import kernels
 from research.models.transformer import HEAD
 from research.ops.losses import cross_entropy
 
@@ -80,6 +81,8 @@ class Forward:
       params: role -> its own parameters.
       batch: the batch.
       states: role -> the layers that `hidden_at` will be asked for.
+      dropout_keys: uint32 [B, 2], a key for each row, in training: adapters of trained roles then leave out a part of
+        their inputs. References and evaluations have none.
     """
 
     def __init__(
@@ -88,12 +91,13 @@ class Forward:
         params: Mapping[str, Any],
         batch: Batch,
         states: Mapping[str, tuple[int, ...]] | None = None,
+        dropout_keys: jax.Array | None = None,
     ):
-        self.models, self.batch, self._own = models, batch, params
+        self.models, self.batch, self._own, self._dropout_keys = models, batch, params, dropout_keys
         owners = {role: model.of for role, model in models.items() if model.of}
-        whole = {role: params_lib.overlay(params[owner], params.get(role, {})) for role, owner in owners.items()}
+        whole = {role: self._whole(role, owner) for role, owner in owners.items()}
         self.params = {**params, **whole}
-        self._trunks = {role: owner for role, owner in owners.items() if params.get(role, {}).keys() <= set(HEAD)}
+        self._trunks = {role: owner for role, owner in owners.items() if self._shares_passes(role, owner)}
         self.states: dict[str, tuple[int, ...]] = {}
         for role, layers in (states or {}).items():
             trunk = self._trunks.get(role, role)
@@ -103,7 +107,25 @@ class Forward:
 
     def on(self, batch: Batch) -> "Forward":
         """The same models on another batch, such as one with masked tokens. Keep it: its passes are its own."""
-        return Forward(self.models, self._own, batch, self.states)
+        return Forward(self.models, self._own, batch, self.states, self._dropout_keys)
+
+    def _whole(self, role: str, owner: str) -> Any:
+        """The parameters of a role that shares those of another: with that one's adapter, or without."""
+        shared = self._own[owner]
+        if self.models[owner].adapter is not None and self.models[role].adapter is None:
+            shared = kernels.bare(shared)
+        return params_lib.overlay(shared, self._own.get(role, {}))
+
+    def _shares_passes(self, role: str, owner: str) -> bool:
+        same = (self.models[owner].adapter is None) == (self.models[role].adapter is None)
+        return same and self._own.get(role, {}).keys() <= set(HEAD)
+
+    def _seen(self, role: str) -> Batch:
+        """The batch as a role's pass gets it."""
+        model = self.models[role]
+        if self._dropout_keys is None or model.of or model.adapter is None or not model.adapter.dropout:
+            return self.batch
+        return {**self.batch, "dropout_keys": self._dropout_keys}
 
     def unseen(self, batch: Batch) -> Float[Array, "B T"] | None:
         """1 at the tokens that no model sees before it is to predict them: all but those of a prefix, where one of the
@@ -118,10 +140,10 @@ class Forward:
         if role not in self._hidden:
             model, layers = self.models[role], self.states.get(role, ())
             if layers:
-                self._hidden[role], states = model.hidden_at(self.params[role], self.batch, layers)
+                self._hidden[role], states = model.hidden_at(self.params[role], self._seen(role), layers)
                 self._at[role] = dict(zip(layers, states, strict=True))
             else:
-                self._hidden[role] = model.hidden(self.params[role], self.batch)
+                self._hidden[role] = model.hidden(self.params[role], self._seen(role))
         return self._hidden[role]
 
     def hidden_at(self, layer: int, role: str = "policy") -> Float[Array, "B T D"]:

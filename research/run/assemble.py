@@ -18,7 +18,7 @@ from research import loading, optim, params, train
 from research.config import Config
 from research.devices import compilation, distributed, sharding
 from research.errors import InputError, did_you_mean
-from research.models import transformer
+from research.models import adapters, transformer
 from research.objectives.terms import Terms, init_carry
 from research.rollouts.answers import make_rollout
 from research.run import roles as roles_lib
@@ -177,16 +177,17 @@ def make_models(
 ) -> dict[str, transformer.Model]:
     """The model of each role. One that reads tokens of its own has its own vocabulary."""
     reads_own = {role for term in terms.values() for role in term.objective.own_tokens}
-    models = {
-        role: transformer.make_model(
-            config_lib.model_config(config, 1 if role in reads_own else vocab_size, role=role), rules
-        )
+    adapter = adapters.load(config.adapter)
+    configs = {
+        role: config_lib.model_config(config, 1 if role in reads_own else vocab_size, role=role)
         for role in ("policy", *config.roles)
     }
-    return {
-        role: model._replace(of=config.roles[role].of) if role in config.roles else model
-        for role, model in models.items()
-    }
+    with adapters.naming_fields():
+        models = {"policy": transformer.make_model(configs["policy"], rules, adapter)}
+    for role, section in config.roles.items():
+        shared = adapter if section.of == "policy" and (section.adapter or adapter.changes_base) else None
+        models[role] = transformer.make_model(configs[role], rules, shared)._replace(of=section.of)
+    return models
 
 
 def compile_step(parts: Parts, stack: contextlib.ExitStack) -> Callable[[], Any]:

@@ -95,6 +95,7 @@ FIELDS: dict[str, Rule] = {
     "seed": _SEED,
     "seq_len": _ROWS,
     "trainable": _TRAINED,
+    "adapter": _TRAINED,
     "ema_decay": _AVERAGE,
     **_rules(_HOW, "mesh", "data fsdp expert sequence tensor"),
     **_rules(
@@ -120,6 +121,7 @@ FIELDS: dict[str, Rule] = {
     **_rules(_HOW, "model", "remat attention"),
     **_rules(_START, "model", "init_from init_std new_rows"),
     "roles.NAME.of": _MODEL,
+    "roles.NAME.adapter": _MODEL,
     **_rules(_TOKENIZER, "tokenizer", "kind vocab_size eos_token added_tokens"),
     **_rules(
         _DATA,
@@ -156,7 +158,7 @@ def rule_of(field: str) -> Rule:
     """
     parts = field.split(".")
     if parts[0] == "roles" and len(parts) > 2:
-        parts = ["roles", "NAME", "of"] if parts[2] == "of" else ["model", *parts[2:]]
+        parts = ["roles", "NAME", parts[2]] if parts[2] in ("of", "adapter") else ["model", *parts[2:]]
     if parts[:2] == ["optimizer", "groups"] and ".".join(["optimizer", *parts[3:]]) in FIELDS:
         parts = ["optimizer", *parts[3:]]
     for size in range(len(parts), 0, -1):

@@ -11,7 +11,7 @@ from research import config as config_lib
 from research import loading, params
 from research.config import Config
 from research.errors import InputError
-from research.models import transformer
+from research.models import kernels, transformer
 
 Tree = Any  # a pytree
 
@@ -53,7 +53,10 @@ class Roles:
 
     def draw(self, key: jax.Array) -> dict[str, Tree]:
         """Random parameters of all roles, as `arrange` takes them."""
-        return params.init({**self.whole, **self._terms()}, key)
+        values = params.init({**self.whole, **self._terms()}, key)
+        return values | {
+            role: loading.adapted(self.models[role], specs, values[role], key) for role, specs in self.whole.items()
+        }
 
     def draw_terms(self, key: jax.Array) -> dict[str, Tree]:
         """Random parameters of the terms."""
@@ -70,7 +73,9 @@ class Roles:
                 frozen[role] = _cast(rest, self.frozen[role])
         for role in self.references:
             if self.models[role].of in trained:
-                frozen[role] = _cast(trained[self.models[role].of], self.frozen[role])
+                owner = trained[self.models[role].of]
+                own = owner if self.models[role].adapter else kernels.bare(owner)
+                frozen[role] = _cast(own, self.frozen[role])
         return trained, frozen
 
     def _terms(self) -> dict[str, Tree]:
@@ -91,6 +96,8 @@ def make_roles(
     Raises:
       InputError: `trainable` or a group of the optimizer matches nothing, or a role can't be what it is to be.
     """
+    if config.adapter and "policy" not in trained:
+        raise InputError("adapter: the objective doesn't train the policy, which would have it. Leave it out.")
     roles = Roles(models, {}, {}, {}, {}, {})
     for role, model in models.items():
         own = _own_specs(config, role, model)
@@ -102,7 +109,8 @@ def make_roles(
     for role, model in models.items():
         if model.of and role not in roles.whole:
             _check_reference(roles, role)
-            roles.frozen[role] = params.held_in(roles.trained[model.of], frozen_dtype(config, model))
+            own = roles.trained[model.of] if model.adapter else kernels.bare(roles.trained[model.of])
+            roles.frozen[role] = params.held_in(own, frozen_dtype(config, model))
     if terms:
         roles.trained["objectives"] = dict(terms)
     return roles
@@ -136,13 +144,14 @@ def _divide(config: Config, roles: Roles, role: str, own: Tree) -> None:
             f"roles.{role}.of = {roles.models[role].of!r}: the objective trains it, and it has no parameters of its "
             f"own. Give it a head: roles.{role}.num_labels."
         )
-    field = "trainable" if isinstance(config.trainable, str) else f"trainable.{role}"
-    pattern, cut = config_lib.trainable_pattern(config, role), own
+    patterns, cut = _patterns(config, roles, role), own
     if not roles.models[role].of:
-        cut = params.cut(cut, pattern, field)
+        for field, pattern in patterns.items():
+            cut = params.cut(cut, pattern, field)
         for name, group in config.optimizer.groups.items():
             cut = params.cut(cut, group["match"], f"optimizer.groups.{name}.match", prefix=f"{role}/")
-    mask = params.matching(cut, pattern, field)
+    masks = [params.matching(cut, pattern, field) for field, pattern in patterns.items()]
+    mask = jax.tree.map(lambda *each: any(each), *masks)
     trained, rest = params.split(cut, mask)
     rest = params.held_in(rest, frozen_dtype(config, roles.models[role]))
     names = {
@@ -155,6 +164,14 @@ def _divide(config: Config, roles: Roles, role: str, own: Tree) -> None:
     roles.cut[role], roles.masks[role], roles.trained[role] = cut, mask, trained
     if rest:
         roles.frozen[role] = rest
+
+
+def _patterns(config: Config, roles: Roles, role: str) -> dict[str, str]:
+    """What is trained of a role: a field of the config -> the regular expression that it stands for."""
+    if roles.models[role].adapter and not roles.models[role].of:
+        return dict(roles.models[role].adapter.trained)
+    field = "trainable" if isinstance(config.trainable, str) else f"trainable.{role}"
+    return {field: config_lib.trainable_pattern(config, role)}
 
 
 def _check_reference(roles: Roles, role: str) -> None:

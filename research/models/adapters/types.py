@@ -1,0 +1,33 @@
+"""What an adapter is: parameters beside those of a model, and which parameters it trains."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+
+from research.models.specs import Params, Specs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """A way to change a model without changing all of it. See `adapters.load`.
+
+    Attributes:
+      specs: specs of a model -> the same with those of the adapter beside them. Raises InputError where the options
+        don't fit the model.
+      trained: what is trained: a field of the config -> the regular expression on whole names that it stands for, see
+        params.matching. A parameter is trained where one of them matches.
+      init: (parameters of the model and the adapter as they are drawn or read, key) -> the same as they begin; None
+        where they begin as they are. It gets kernels in float32, and depends on nothing else, so that a run that goes
+        on has the same.
+      changes_base: whether `init` changes parameters of the model itself.
+      dropout: the share of the inputs of the adapter that training leaves out.
+      kind: the module that made it.
+    """
+
+    specs: Callable[[Specs], Specs]
+    trained: Mapping[str, str]
+    init: Callable[[Params, jax.Array], Params] | None = None
+    changes_base: bool = False
+    dropout: float = 0.0
+    kind: str = ""

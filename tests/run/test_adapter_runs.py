@@ -1,0 +1,127 @@
+"""Runs with an adapter: what they train, save and load, and that cuts of a run change nothing."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from research import config, loading, objectives, params
+from research.devices import sharding
+from research.errors import InputError
+from research.models import kernels
+from research.run import assemble, checkpoint, metrics
+from research.run.run import run
+
+MODEL = {"num_layers": 2, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 16, "vocab_size": 264}
+MODEL |= {"tie_embeddings": False}
+LORA = {"kind": "lora", "rank": 2, "alpha": 4.0}
+CASES = {
+    "lora": {"adapter": LORA},
+    "lora with dropout": {
+        "adapter": {**LORA, "dropout": 0.3, "targets": "q|k|v|up|embed", "exclude": "layers/0/.*/up"}
+    },
+}
+
+
+def config_of(case, **fields):
+    values = {
+        "steps": 4,
+        "batch_size": 4,
+        "seq_len": 32,
+        "model": MODEL,
+        "data": {"path": "tasks:copy", "examples": 40},
+        "objective": {"terms": {"next_token": 1.0}},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
+        "checkpoint": {"every": 2, "keep_last": 9},
+        "eval": {"every": 0},
+        "log": {"every": 1, "tensorboard": False},
+        **case,
+        **fields,
+    }
+    return config.parse(values)
+
+
+def parts_of(case, **fields):
+    c = config_of(case, **fields)
+    config.check(c, num_devices=1)
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    batch = {name: jax.ShapeDtypeStruct((4, 32), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
+    return assemble.assemble(c, objectives.load(c.objective), mesh, batch, 264)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Name of a case -> the workdir of its run on one device."""
+    done = {}
+
+    def workdir(name):
+        if name not in done:
+            done[name] = tmp_path_factory.mktemp("run") / "whole"
+            run(config_of(CASES[name]), str(done[name]), devices=jax.devices()[:1])
+        return done[name]
+
+    return workdir
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_a_run_and_the_rest_are_the_whole(name, finished, tmp_path):
+    shutil.copytree(finished(name), tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / checkpoint.FOLDER / "4")
+    run(config_of(CASES[name]), str(tmp_path / "half"), devices=jax.devices()[:1])
+    runs.assert_same(finished(name), tmp_path / "half")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_microbatches_and_a_mesh_change_nothing(name, finished, tmp_path):
+    whole = runs.parameters(finished(name))
+    run(config_of(CASES[name], microbatches=2), str(tmp_path / "cut"), devices=jax.devices()[:1])
+    mesh = {"data": 2, "fsdp": 2, "tensor": 1}
+    run(config_of(CASES[name], mesh=mesh), str(tmp_path / "sharded"), devices=jax.devices()[:4])
+    for other in ("cut", "sharded"):
+        values = runs.parameters(tmp_path / other)
+        assert values.keys() == whole.keys()
+        for key in whole:
+            if key.startswith("['params']"):
+                np.testing.assert_allclose(values[key], whole[key], rtol=1e-3, atol=1e-4, err_msg=f"{other} {key}")
+
+
+def test_a_checkpoint_holds_the_adapter_alone(finished):
+    names = {name for name in runs.parameters(finished("lora")) if name.startswith("['params']")}
+    assert names
+    assert all(name.endswith(("['lora']['a']", "['lora']['b']")) for name in names)
+
+
+def test_a_run_is_loaded_with_its_adapter_merged(finished):
+    loaded = loading.load_model(str(finished("lora")))
+    parts = parts_of(CASES["lora"])
+    start = loading.Start("policy", parts.models["policy"], 0, "")
+    specs = parts.models["policy"].specs
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    values = loading.read_run(str(finished("lora")), start, specs, params.shardings(specs, mesh))
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.tile(jnp.arange(12), (2, 1))}
+    with jax.set_mesh(mesh):
+        ours = loaded.model.hidden(loaded.params, batch)
+        apart = parts.models["policy"].hidden(values, batch)
+        base = parts.models["policy"].hidden(kernels.bare(values), batch)
+    np.testing.assert_allclose(ours, apart, atol=1e-5)
+    assert np.abs(apart - base).max() > 1e-3
+
+
+def test_a_loss_falls(finished):
+    losses = [r["train/loss"] for r in metrics.read_metrics(str(finished("lora"))) if "train/loss" in r]
+    assert losses[-1] < losses[0]
+
+
+def test_what_cannot_be_honoured_is_refused():
+    with pytest.raises(InputError, match=r"trainable = 'head': the adapter says"):
+        parts_of({"adapter": LORA, "trainable": "head"})
+    with pytest.raises(InputError, match=r"adapter.targets = 'q\|w': 'w' matches none .* layers/attention/q"):
+        parts_of({"adapter": {**LORA, "targets": "q|w"}})
+    with pytest.raises(InputError, match=r"adapter.also = 'heed': matches none of the parameters"):
+        parts_of({"adapter": {**LORA, "also": "heed"}})
+    with pytest.raises(InputError, match=r"adapter.rank = 17: is more than layers/attention/q can have"):
+        parts_of({"adapter": {**LORA, "rank": 17}})
