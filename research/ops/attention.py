@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -19,9 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 from research.devices import sharding
 from research.errors import InputError, did_you_mean
 from research.ops.cpu import attention as cpu
-from research.ops.scores import NAME, Documents, Scores, to_heads, to_rows
+from research.ops.scores import NAME, Documents, Memory, Scores, to_heads, to_rows
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cpu", "cudnn", "splash")
+WITH_MEMORY = ("reference", "cpu")  # those that take a Memory
 
 
 def self_attention(
@@ -32,6 +34,7 @@ def self_attention(
     *,
     scale: float,
     prefix: Int[Array, "B T"] | None = None,
+    memory: Memory | None = None,
     causal: bool = True,
     window: int = 0,
     softcap: float = 0.0,
@@ -60,7 +63,8 @@ def self_attention(
         device (jax.set_mesh) it needs `spec`.
       auto: by sharding.platform(). cpu: "cpu" for T > 64, where there is more than one block. tpu: "splash" for
         T >= 128. gpu: "cudnn" on CUDA devices of compute capability 8.0 and later. "reference" for shorter T, on
-        other platforms, and where that kernel can't do what is asked by the limits above.
+        other platforms, and where that kernel can't do what is asked by the limits above. With a memory,
+        "cpu" stands for the kernel of another platform, and the log says so.
 
     Where `spec` cuts T (sequence parallelism), each device has the queries of its part of T, and gathers the keys and
     values of all of it: with grouped queries they are small beside the rest, and the causal mask can be skipped over by
@@ -73,6 +77,7 @@ def self_attention(
       scale: of the scores; usually h ** -0.5.
       prefix: 1 at the first tokens of each document that all of the document may see, 0 elsewhere: those of a prefix
         see each other whole, and what follows is causal. None is no such tokens.
+      memory: further keys and values, which every query sees; "reference" and "cpu" alone have it. None for none.
       causal: a token doesn't see those after it, but for those of its document's prefix.
       window: a token sees those less than `window` away, itself included: t - window + 1 .. t under causal. 0 is off.
       softcap: scores become softcap * tanh(scores / softcap) before the mask (Gemma 2, arXiv:2408.00118). 0 is off.
@@ -97,25 +102,26 @@ def self_attention(
     if prefix is not None and not causal:
         raise InputError("prefix: every token sees all of its document with causal=False. Leave either out.")
     if implementation == "auto":
-        implementation = _choose(q, softcap, spec)
-    elif reason := _why_not(implementation, q, softcap, spec):
+        implementation = _choose(q, softcap, spec, memory is not None)
+    elif reason := _why_not(implementation, q, softcap, spec, memory is not None):
         raise InputError(f"implementation={implementation!r}: {reason}. Or use 'auto' or 'reference'.")
 
     scores = Scores(scale, causal, window, softcap)
     documents = Documents(segment_ids, None if prefix is None else prefix > 0)
     if implementation == "cpu":
-        return cpu.attention(scores, q, k, v, documents)
+        return cpu.attention(scores, q, k, v, documents, memory)
     if implementation == "splash":
         return _splash(scores, q, k, v, documents, spec, interpret)
     if _time_parts(spec) == 1:
-        out = _masked(implementation, scores, q, k, v, scores.mask(documents), scores.all_before(documents))
+        mask, causal = scores.mask(documents), scores.all_before(documents)
+        out = _masked(implementation, scores, q, k, v, mask, causal, memory)
     else:
         B, T, heads, h = spec
         here, whole, keys = PartitionSpec(B, T), PartitionSpec(B), PartitionSpec(B, None, heads, h)
         local = functools.partial(_masked_locally, implementation, scores)
-        specs = (spec, keys, keys, PartitionSpec(T), here, whole)
+        specs = (spec, keys, keys, PartitionSpec(T), here, whole, PartitionSpec(None, heads, h))
         local = jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)
-        out = local(q, k, v, jnp.arange(q.shape[1], dtype=jnp.int32), documents, documents)
+        out = local(q, k, v, jnp.arange(q.shape[1], dtype=jnp.int32), documents, documents, memory)
     return checkpoint_name(out, NAME)
 
 
@@ -127,6 +133,7 @@ def cached_attention(
     *,
     scale: float,
     softcap: float,
+    memory: Memory | None = None,
 ) -> Float[Array, "B T H h"]:
     """Attention of a few queries over cached keys and values: the reference arithmetic under any mask.
 
@@ -134,14 +141,23 @@ def cached_attention(
       q: [B, T, H, h].
       k, v: [B, K, S, h] in q's dtype: as the products want them, for a cache is read far oftener than written.
       mask: [B, T, S] bool, True where a query sees a key. A query that sees none gets a finite, meaningless output.
-      scale, softcap: see self_attention.
+      scale, softcap, memory: see self_attention.
 
     Returns:
       [B, T, H, h] in q.dtype.
     """
-    s = Scores(scale, softcap=softcap)(to_rows(q, k.shape[1]), k, mask)
+    score, rows = Scores(scale, softcap=softcap), to_rows(q, k.shape[1])
+    s = score(rows, k, mask)
+    if memory is None:
+        p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+        return to_heads(jnp.einsum("bkrs,bksh->bkrh", p, v), q.shape[1])
+    # The scores are joined, and not the keys, since that would copy the whole cache.
+    P = memory.keys.shape[0]
+    keys, values = memory.rows(q.shape[0])
+    s = jnp.concatenate([score(rows, keys, jnp.ones((*mask.shape[:2], P), bool)), s], axis=-1)
     p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-    return to_heads(jnp.einsum("bkrs,bksh->bkrh", p, v), q.shape[1])
+    out = jnp.einsum("bkrp,bkph->bkrh", p[..., :P], values) + jnp.einsum("bkrs,bksh->bkrh", p[..., P:], v)
+    return to_heads(out, q.shape[1])
 
 
 def _masked(
@@ -152,11 +168,12 @@ def _masked(
     v: Float[Array, "B S K h"],
     mask: Bool[Array, "B T S"],
     causal: bool,
+    memory: Memory | None = None,
 ) -> Float[Array, "B T H h"]:
     """The implementations that take a mask; `causal` says that it hides all keys after a query."""
     if implementation == "reference":
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return cached_attention(q, k, v, mask, scale=scores.scale, softcap=scores.softcap)
+        return cached_attention(q, k, v, mask, scale=scores.scale, softcap=scores.softcap, memory=memory)
     if implementation == "xla":
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scores.scale, implementation="xla")
     return _cudnn(q, k, v, mask, scores.scale, causal)
@@ -171,13 +188,14 @@ def _masked_locally(
     times: Int[Array, " t"],
     queries: Documents,
     keys: Documents,
+    memory: Memory | None,
 ) -> Float[Array, "B t H h"]:
     """One device's part of the queries, against all keys; `queries` and `keys` are their documents."""
     mask = scores.seen(queries, keys, times, jnp.arange(k.shape[1], dtype=jnp.int32))
-    return _masked(implementation, scores, q, k, v, mask, causal=False)
+    return _masked(implementation, scores, q, k, v, mask, False, memory)
 
 
-def _choose(q: Float[Array, "B T H h"], softcap: float, spec: PartitionSpec | None) -> str:
+def _choose(q: Float[Array, "B T H h"], softcap: float, spec: PartitionSpec | None, memory: bool = False) -> str:
     """The rule of "auto" (see self_attention)."""
     platform, T, h = sharding.platform(), q.shape[1], q.shape[3]
     kernel = "reference"
@@ -187,7 +205,20 @@ def _choose(q: Float[Array, "B T H h"], softcap: float, spec: PartitionSpec | No
         kernel = "splash"
     elif platform == "gpu" and _capability() >= (8.0 if h <= 128 else 9.0):
         kernel = "cudnn"
-    return "reference" if _why_not(kernel, q, softcap, spec) else kernel
+    if memory and kernel not in WITH_MEMORY:
+        other = "cpu" if T > cpu.MIN_ROWS and not _why_not("cpu", q, softcap, spec, memory) else "reference"
+        _note_instead(kernel, other)
+        return other
+    return "reference" if _why_not(kernel, q, softcap, spec, memory) else kernel
+
+
+@functools.cache  # once a process
+def _note_instead(kernel: str, other: str) -> None:
+    logging.warning(
+        "Attention is %r in place of %r, which has no keys that all queries see (a prefix), and is slower.",
+        other,
+        kernel,
+    )
 
 
 def _capability() -> float:
@@ -196,9 +227,13 @@ def _capability() -> float:
     return float(value) if re.fullmatch(r"\d+\.\d+", value) else 0.0
 
 
-def _why_not(implementation: str, q: Float[Array, "B T H h"], softcap: float, spec: PartitionSpec | None) -> str:
+def _why_not(
+    implementation: str, q: Float[Array, "B T H h"], softcap: float, spec: PartitionSpec | None, memory: bool
+) -> str:
     """Why `implementation` can't do what is asked, naming the argument; "" if it can."""
     T, h = q.shape[1], q.shape[3]
+    if memory and implementation not in WITH_MEMORY:
+        return "it has no keys that all queries see (a prefix). Use 'cpu'"
     if implementation in ("xla", "cudnn") and softcap:
         return f"it has no softcap, and softcap={softcap}. Use 'cpu' or 'splash'"
     if implementation == "cudnn":

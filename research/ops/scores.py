@@ -1,7 +1,7 @@
 """What the implementations of attention share: which keys a query sees, and scores under that mask.
 
 Axes: B batch, T query time, S key time, H query heads, K key/value heads, G = H / K query heads that share a
-key/value head, h head dimension, R = T G rows.
+key/value head, h head dimension, R = T G rows, P entries of a memory.
 """
 
 import dataclasses
@@ -18,6 +18,21 @@ NAME = "attention"  # what rematerialisation policies know results by
 MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+class Memory(NamedTuple):
+    """Keys and values that every query sees, of whatever document and wherever it is, such as those of prefix tuning.
+
+    Attributes:
+      keys, values: in the dtype of the queries.
+    """
+
+    keys: Float[Array, "P K h"]
+    values: Float[Array, "P K h"]
+
+    def rows(self, batch_size: int) -> tuple[Float[Array, "B K P h"], Float[Array, "B K P h"]]:
+        """Keys and values for each row of a batch, heads first."""
+        return tuple(jnp.broadcast_to(x.swapaxes(0, 1)[None], (batch_size, *x.swapaxes(0, 1).shape)) for x in self)
 
 
 class Documents(NamedTuple):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from research.errors import InputError
 from research.ops import attention
 from research.ops.attention import cached_attention, self_attention
+from research.ops.scores import Memory
 
 CASES = {
     "causal": {},
@@ -120,6 +121,67 @@ def test_implementations_agree_with_the_reference(implementation, case):
     got = out_and_gradients(*x, implementation=implementation, interpret=True, **options)
     for a, b in zip(got, reference(case, 2, 150), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+MEMORY_CASES = ("causal", "window", "softcap", "bidirectional", "prefix")
+
+
+def with_memory(q, k, v, segment_ids, memory, **options):
+    """The output, and the gradients by q, k, v and the memory of a sum of it with fixed weights."""
+    options = of_kind(options, segment_ids)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), q.dtype)
+    f = functools.partial(self_attention, scale=0.3, **options)
+    out, vjp = jax.vjp(lambda q, k, v, memory: f(q, k, v, segment_ids, memory=memory), q, k, v, memory)
+    return [np.asarray(x, np.float32) for x in (out, *jax.tree.leaves(vjp(weights)))]
+
+
+def make_memory(size=3, dtype=jnp.float32):
+    rng = np.random.default_rng(2)
+    return Memory(*(jnp.asarray(rng.normal(size=(size, 2, 8)), dtype) for _ in range(2)))
+
+
+@pytest.mark.parametrize("case", MEMORY_CASES)
+def test_every_query_sees_the_memory_and_blocks_agree_with_the_reference(case):
+    q, k, v, segment_ids = make_inputs(B=1, T=130)
+    memory = make_memory()
+    expected = with_memory(q, k, v, segment_ids, memory, implementation="reference", **CASES[case])
+    got = with_memory(q, k, v, segment_ids, memory, implementation="cpu", **CASES[case])
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    other = Memory(memory.keys, memory.values.at[1].add(1.0))
+    f = functools.partial(self_attention, scale=0.3, implementation="reference", **of_kind(CASES[case], segment_ids))
+    moved = f(q, k, v, segment_ids, memory=other) - f(q, k, v, segment_ids, memory=memory)
+    assert np.all(np.abs(moved) > 0)
+
+
+def test_a_memory_is_as_if_its_keys_came_before_the_document():
+    """One document without a window: the memory's keys put in front of it are seen in the same way."""
+    q, k, v, _ = make_inputs(B=2, T=12)
+    memory, ones = make_memory(), jnp.ones((2, 12), jnp.int32)
+    out = self_attention(q, k, v, ones, scale=0.3, memory=memory, implementation="reference")
+    k, v = (jnp.concatenate([jnp.broadcast_to(m, (2, *m.shape)), x], 1) for m, x in zip(memory, (k, v), strict=True))
+    q = jnp.pad(q, ((0, 0), (3, 0), (0, 0), (0, 0)))
+    longer = self_attention(q, k, v, jnp.ones((2, 15), jnp.int32), scale=0.3, implementation="reference")
+    np.testing.assert_allclose(out, longer[:, 3:], atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cudnn", "splash"])
+def test_kernels_without_a_memory_refuse_one(implementation):
+    with pytest.raises(InputError, match="all queries see"):
+        self_attention(*make_inputs(T=8), scale=0.3, memory=make_memory(), implementation=implementation)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu", "cpu"])
+def test_auto_takes_blocks_with_a_memory_and_says_so(monkeypatch, platform):
+    monkeypatch.setattr(attention.sharding, "platform", lambda: platform)
+    monkeypatch.setattr(attention, "_capability", lambda: 9.0)
+    attention._note_instead.cache_clear()
+    lines = []
+    monkeypatch.setattr(attention.logging, "warning", lambda line, *values: lines.append(line % values))
+    q = jnp.zeros((1, 256, 2, 8))
+    assert attention._choose(q, 0.0, None, True) == "cpu"
+    assert attention._choose(q[:, :8], 0.0, None, True) == "reference"
+    assert ["in place of" in line for line in lines] == ([] if platform == "cpu" else [True, True])
 
 
 @pytest.mark.parametrize(("T", "heads"), [(1, (3, 3)), (64, (6, 1)), (600, (2, 1))])
