@@ -248,7 +248,7 @@ def adapted(model: transformer.Model, specs: Any, values: Any, key: jax.Array) -
     """
     if model.adapter is None or model.of or model.adapter.init is None:
         return values
-    begun = model.adapter.init(values, jax.random.fold_in(key, np.uint32(zlib.crc32(b"adapter"))))
+    begun = model.adapter.init(values, jax.random.fold_in(key, np.uint32(zlib.crc32(b"adapter"))), model)
     return jax.tree.map(lambda x, spec: x.astype(spec.dtype), begun, specs)
 
 

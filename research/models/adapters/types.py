@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -17,9 +18,9 @@ class Adapter:
         don't fit the model.
       trained: what is trained: a field of the config -> the regular expression on whole names that it stands for, see
         params.matching. A parameter is trained where one of them matches.
-      init: (parameters of the model and the adapter as they are drawn or read, key) -> the same as they begin; None
-        where they begin as they are. It gets kernels in float32, and depends on nothing else, so that a run that goes
-        on has the same.
+      init: (parameters of the model and the adapter as they are drawn or read, key, the Model) -> the same as they
+        begin; None where they begin as they are. It gets kernels in float32, and depends on nothing else, so that a run
+        that goes on has the same.
       changes_base: whether `init` changes parameters of the model itself.
       dropout: the share of the inputs of the adapter that training leaves out.
       kind: the module that made it.
@@ -27,7 +28,7 @@ class Adapter:
 
     specs: Callable[[Specs], Specs]
     trained: Mapping[str, str]
-    init: Callable[[Params, jax.Array], Params] | None = None
+    init: Callable[[Params, jax.Array, Any], Params] | None = None
     changes_base: bool = False
     dropout: float = 0.0
     kind: str = ""
