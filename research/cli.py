@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
-from research import commands
+from research import commands, files
 from research.devices import startup
 from research.errors import MOST_SEED, Exit, InputError, check_field, did_you_mean, explain_flag_error
 
@@ -31,6 +31,7 @@ _CONFIG_HELP = (
     "an experiment, NAME or experiments/NAME.py[:VARIANT,...]; --config.FIELD=VALUE overrides a field of its config"
 )
 _WIDTH = 100
+_READ = ("data", "model", "teacher")  # flags that name what is read
 _DISK_ERRORS = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
@@ -47,6 +48,8 @@ class Flag:
       parse: text -> value; raises ValueError with what the value must be.
       required: whether it must be given.
       many: whether it may come several times; its value is then a list.
+      empty: whether its value may be the empty text.
+      of: flags without all of which it has no effect.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Flag:
     parse: Callable[[str], Any] = str
     required: bool = False
     many: bool = False
+    empty: bool = False
+    of: tuple[str, ...] = ()
 
     @property
     def switch(self) -> bool:
@@ -152,10 +157,11 @@ class Command:
         return finish(lambda: work(self.parse(argv)), resumable=resumable)
 
     def parse(self, argv: Sequence[str]) -> SimpleNamespace:
-        """Flags -> values by name; the experiment's in `experiment`.
+        """Flags -> values by name; in `given` the texts of those that are given; the experiment's in `experiment`.
 
         Raises:
-          InputError: a flag isn't known, has no value or one that can't work, or a required one isn't given.
+          InputError: a flag isn't known, has no value, one that can't work or no effect, or a required one isn't given;
+            or the output would take the place of an input.
         """
         known = {flag.name: flag for flag in self.flags}
         values = {flag.name: [] if flag.many else flag.default for flag in self.flags}
@@ -169,10 +175,12 @@ class Command:
                 raise self._unknown(name, value)
             parsed = _parse_value(flag, name, value)
             if flag.many:
+                given[flag.name] = value
                 values[flag.name].append(parsed)
-            elif not flag.switch and given.setdefault(flag.name, value) != value:
+            elif not flag.switch and given.get(flag.name, value) != value:
                 raise InputError(f"--{name} = {value}: was {given[name]} before, and can be one. Leave one out.")
             else:
+                given[flag.name] = value
                 values[flag.name] = parsed
         missing = [flag.name for flag in self.flags if flag.required and not values[flag.name]]
         if self.experiment and not any(flag.startswith("--config=") and flag != "--config=" for flag in config):
@@ -180,9 +188,17 @@ class Command:
         if missing:
             names = ", ".join(f"--{name}" for name in missing)
             raise InputError(f"{names}: {'is' if len(missing) == 1 else 'are'} missing. Example: {self.examples[0]}")
-        args = SimpleNamespace(**values)
+        for flag in self.flags:
+            if flag.name in given and flag.of and not any(values[other] for other in flag.of):
+                others = " and ".join(f"--{other}" for other in flag.of)
+                verb = "is" if len(flag.of) == 1 else "are"
+                raise InputError(
+                    f"--{flag.name} = {given[flag.name]}: is of {others}, which {verb}n't given. Leave it out."
+                )
+        args = SimpleNamespace(**values, given=given)
         if self.experiment:
             args.experiment = read_experiment(config)
+        _check_output(args)
         return args
 
     def _pairs(self, argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -249,6 +265,15 @@ def _prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _check_output(args: SimpleNamespace) -> None:
+    """Raises InputError where --output would be written over what the other flags name to be read."""
+    if not getattr(args, "output", None):
+        return
+    read = [getattr(args, name, None) or () for name in _READ]
+    inputs = [each for value in read for each in ((value,) if isinstance(value, str) else value)]
+    files.check_apart(args.output, [*inputs, *([args.experiment.path] if hasattr(args, "experiment") else [])])
+
+
 def _parse_value(flag: Flag, name: str, value: str | None) -> Any:
     if flag.switch:
         texts = {None: True, "true": True, "True": True, "1": True, "false": False, "False": False, "0": False}
@@ -257,6 +282,8 @@ def _parse_value(flag: Flag, name: str, value: str | None) -> Any:
         return texts[value] != (name != flag.name)
     if value is None:
         raise InputError(f"--{name}: has no value. Write {flag.spelling}.")
+    if not value and not flag.empty and (flag.many or not flag.required):
+        raise InputError(f"--{name}: is empty. Write {flag.spelling}, or leave it out.")
     if not value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise InputError(f"--{name} = {value!r}: isn't text in the encoding of this terminal. Write it in UTF-8.")
     try:
@@ -280,17 +307,17 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
     argv = [_found_experiment(flag) for flag in argv]
     for flag in argv:
         check_field(flag)
-    files = [flag for flag in argv if flag.partition("=")[0] == "--config"]
-    if len(files) > 1:
-        raise InputError(f"{' '.join(files)}: names {len(files)} experiments. Give one.")
-    ordered = files + [flag for flag in argv if flag not in files]  # config_flags wants the experiment first
+    named = [flag for flag in argv if flag.partition("=")[0] == "--config"]
+    if len(named) > 1:
+        raise InputError(f"{' '.join(named)}: names {len(named)} experiments. Give one.")
+    ordered = named + [flag for flag in argv if flag not in named]  # config_flags wants the experiment first
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=["", *ordered])
         with quick_imports():
             rest = values(["understudy", *ordered])[1:]
             if not hasattr(values.config, "to_dict"):
-                raise InputError(f"{files[0]}: get_config() gives no ConfigDict. Begin with experiments/base.py.")
+                raise InputError(f"{named[0]}: get_config() gives no ConfigDict. Begin with experiments/base.py.")
             values.config.to_dict()  # raises what went wrong with its file
     except Exception as error:
         raise InputError(explain_flag_error(error, argv)) from error

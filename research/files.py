@@ -1,6 +1,7 @@
 """Files that are whole or absent, whoever is killed while writing: JSON, texts, folders, outputs that grow by lines."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -162,6 +163,32 @@ def check_output(path: str | Path, *, overwrite: bool = False, flag: str = "--ou
         raise InputError(f"{flag} = {path}: is a folder. Name a file in it.")
     if not path.parent.is_dir():
         raise InputError(f"{flag} = {path}: there is no folder {str(path.parent)!r}. Make it first.")
+
+
+def check_apart(output: str | Path, inputs: Iterable[str | Path], flag: str = "--output") -> None:
+    """Refuses an output that would take the place of something that is read.
+
+    Args:
+      output: the file or folder to be written.
+      inputs: files, folders, and patterns such as DIR/*.jsonl; names of what isn't on the disk are passed over.
+      flag: what names the output.
+
+    Raises:
+      InputError: the output, or what it is called until it is complete, is one of the inputs, or it is there already in
+        a folder of data.
+    """
+    path = Path(output)
+    written = [each for each in (path, partial_path(path)) if each.is_file()]
+    for entry in inputs:
+        for read in map(Path, (entry, *glob.glob(str(entry), recursive=True))):
+            same = any(read.samefile(each) for each in written) if read.is_file() else False
+            if same or (read.is_dir() and path.is_file() and _is_data_of(read, path)):
+                raise InputError(f"{flag} = {output}: is read by this command, as {entry}. Name another file.")
+
+
+def _is_data_of(folder: Path, file: Path) -> bool:
+    """Whether a file lies in a folder that is no model's, which has a config.json, but one of data."""
+    return not (folder / "config.json").exists() and file.resolve().is_relative_to(folder.resolve())
 
 
 def check_folder(path: str | Path, flag: str) -> None:

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from research import cli
 from research.bench.names import PARTS, PEERS
 from research.cli import Flag
-from research.errors import did_you_mean
+from research.errors import InputError, did_you_mean
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -37,6 +37,8 @@ def _peers(text: str) -> tuple[str, ...]:
 
 
 def _known(text: str, known: Sequence[str], message: str) -> tuple[str, ...]:
+    if not cli.words(text):
+        raise ValueError(f"names none. Give some of {', '.join(known)}.")
     for word in cli.words(text):
         if word not in known:
             raise ValueError(f"{message} as {word!r}.{did_you_mean(word, known)}")
@@ -77,6 +79,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _benchmark(args: SimpleNamespace) -> int:
+    for name, part in {"objectives": "train", "profile": "train", "decode_batch": "decode"}.items():
+        if name in args.given and part not in args.only:
+            raise InputError(
+                f"--{name} = {args.given[name]}: is of the part {part}, and --only leaves it out. Leave it out."
+            )
     if args.against:  # before jax begins: the peer needs room on the device too
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

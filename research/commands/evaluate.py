@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from research import cli
+from research import cli, files
 from research.cli import Flag
 from research.errors import InputError
 
@@ -36,13 +36,20 @@ COMMAND = cli.Command(
         cli.EMA,
         Flag("task", "a task, as above", metavar="KIND:DATA", many=True),
         Flag("lm_eval", "tasks, groups or tags of lm-evaluation-harness", (), "none", "TASK,...", cli.words),
-        Flag("include_path", "of --lm_eval: a folder with more task files (.yaml)", metavar="DIR", parse=cli.path),
+        Flag(
+            "include_path",
+            "of --lm_eval: a folder with more task files (.yaml)",
+            metavar="DIR",
+            parse=cli.path,
+            of=("lm_eval",),
+        ),
         Flag(
             "num_fewshot",
             "of --lm_eval: examples before each question",
             shown="the task's own",
             metavar="N",
             parse=cli.whole(0),
+            of=("lm_eval",),
         ),
         Flag("max_records", "only the first N records of each task; 0 takes all", 0, metavar="N", parse=cli.whole(0)),
         Flag(
@@ -71,9 +78,6 @@ def main(argv: Sequence[str]) -> int:
 def _evaluate(args: SimpleNamespace) -> None:
     if not args.task and not args.lm_eval:
         raise InputError("--task: is missing. Give --task=KIND:DATA, or --lm_eval=TASK.")
-    for name in ("include_path", "num_fewshot"):
-        if getattr(args, name) is not None and not args.lm_eval:
-            raise InputError(f"--{name} = {getattr(args, name)}: is of --lm_eval, which isn't given. Leave it out.")
     if args.output and (not args.output.endswith(".json") or not Path(args.output).parent.is_dir()):
         raise InputError(f"--output = {args.output}: must be a .json in a folder that exists. Name another file.")
 
@@ -84,8 +88,9 @@ def _evaluate(args: SimpleNamespace) -> None:
     from research.devices import compilation, sharding
     from research.evals import lm_eval_adapter, results, tasks
 
-    for spec in args.task:
-        tasks.parse(spec)
+    data = [tasks.parse(spec)[2] for spec in args.task]
+    for output in (Path(args.output), Path(args.output).with_suffix(".samples.jsonl")) if args.output else ():
+        files.check_apart(output, data)
     if args.lm_eval:
         lm_eval_adapter.import_lm_eval()
     compilation.use_compilation_cache()
@@ -105,7 +110,12 @@ def _evaluate(args: SimpleNamespace) -> None:
             measured |= results.evaluate_harness(loaded, harness, template=args.template or "plain", **common)
     print(results.table(measured))
     if args.output:
-        results.write(Path(args.output), args.model, vars(args), measured)
+        results.write(
+            Path(args.output),
+            args.model,
+            {name: getattr(args, name) for name in vars(args) if name != "given"},
+            measured,
+        )
 
 
 def _check_kind(args: SimpleNamespace, config: Any, name: str) -> None:

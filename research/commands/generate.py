@@ -24,8 +24,18 @@ COMMAND = cli.Command(
         cli.STEP,
         cli.EMA,
         Flag("prompt", "answer this, or continue it under the template plain; it is written as it comes"),
-        Flag("prefix", "fill in what belongs between this and --suffix", shown="nothing, if there is a suffix"),
-        Flag("suffix", "fill in what belongs between --prefix and this", shown="nothing, if there is a prefix"),
+        Flag(
+            "prefix",
+            "fill in what belongs between this and --suffix",
+            shown="nothing, if there is a suffix",
+            empty=True,
+        ),
+        Flag(
+            "suffix",
+            "fill in what belongs between --prefix and this",
+            shown="nothing, if there is a prefix",
+            empty=True,
+        ),
         Flag("fill", "show the likeliest tokens for each [MASK] in this text; several are filled in each by itself"),
         Flag(
             "form",
@@ -70,7 +80,14 @@ COMMAND = cli.Command(
         Flag("min_p", "draw from those X times as likely as the likeliest", 0.0, metavar="X", parse=cli.number),
         Flag("stop", "end before this text", many=True),
         cli.SEED,
-        Flag("batch_size", "how many prompts of a file are decoded at once", 16, metavar="N", parse=cli.whole(1)),
+        Flag(
+            "batch_size",
+            "how many prompts of a file are decoded at once",
+            16,
+            metavar="N",
+            parse=cli.whole(1),
+            of=("data",),
+        ),
     ),
     examples=(
         'understudy generate --model=runs/sft --prompt="What is 2 + 2?"',
@@ -82,7 +99,8 @@ COMMAND = cli.Command(
     renamed={"checkpoint": "model", "prompts": "data"},
     resumable=True,
 )
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # of draws -> what turns each off
+_SAMPLING = ("temperature", *_FILTERS)
 _OF_PROMPTS = ("system", "template", "form", "max_new_tokens", "temperature", "top_p", "min_p", "stop", "seed")
 _OF_MASKS = ("model", "step", "ema", "top_k")
 _MASK_CANDIDATES = 5
@@ -149,9 +167,15 @@ def _check_kind(args: SimpleNamespace, config: Any, name: str) -> None:
             f"{name}: is {config.kind}, and doesn't predict the next token. Name a language model, or use --fill=TEXT "
             "or --data with [MASK] in the texts."
         )
-    for flag in COMMAND.flags if not config.causal else ():
-        if flag.name in _OF_PROMPTS and getattr(args, flag.name) != ([] if flag.many else flag.default):
-            raise InputError(f"--{flag.name}: is of answers, and a [MASK] is filled in without. Leave it out.")
+    for flag in _OF_PROMPTS if not config.causal else ():
+        if flag in args.given:
+            raise InputError(f"--{flag}: is of answers, and a [MASK] is filled in without. Leave it out.")
+    for flag, off in _FILTERS.items() if config.causal and not args.temperature else ():
+        if getattr(args, flag) != off:
+            raise InputError(
+                f"--{flag} = {args.given[flag]}: nothing is drawn without a temperature. Give one, such as "
+                "--temperature=1, or leave it out."
+            )
 
 
 def _fill(args: SimpleNamespace, loaded: Any, texts: Sequence[Any]) -> None:
@@ -209,7 +233,5 @@ def _check(args: SimpleNamespace) -> None:
         )
     if args.interactive and args.output:
         raise InputError(f"--output = {args.output}: a conversation isn't written to a file. Leave it out.")
-    if "" in args.stop:
-        raise InputError("--stop: an empty text would end everything before it begins. Leave it out.")
     if args.output:
         files.check_output(args.output, overwrite=True)

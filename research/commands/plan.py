@@ -25,6 +25,7 @@ COMMAND = cli.Command(
             8,
             metavar="N",
             parse=cli.whole(1),
+            of=("search",),
         ),
         Flag("output", "also write the figures there, as JSON", "", metavar="FILE", parse=cli.path),
     ),

@@ -47,6 +47,7 @@ def _split(args: SimpleNamespace) -> None:
     from research.sources import partition  # late: numpy and the readers of records take 0.2 s
 
     parts = cli.value("parts", args.parts, partition.read_parts)
+    partition.check_parts(parts, Path(args.output), args.data)
     distinct = partition.read_distinct(args.data, args.fields, examples=args.examples, seed=args.seed)
     for path, count in partition.write_parts(distinct, parts, Path(args.output), args.seed).items():
         print(f"{count:,} records: {path}", file=sys.stderr)

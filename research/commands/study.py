@@ -68,6 +68,12 @@ def _study(args: SimpleNamespace) -> int | None:
     alone = ("dry_run", "only", "submit", "report")
     if sum(bool(getattr(args, name)) for name in alone) > 1:
         raise InputError("--dry_run, --only, --submit and --report: give one of them.")
+    other = next((name for name in alone if getattr(args, name)), "")
+    for name in ("keep_going", "jobs"):
+        if getattr(args, name) and other:
+            raise InputError(
+                f"--{name}: is of a study whose stages run here one after the other, and not of --{other}."
+            )
 
     if args.workdir:
         files.check_folder(args.workdir, "--workdir")

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,10 @@ def open_classifiers(names: Sequence[str], origin: records.Origin, reading: Read
     records.check_columns(reading.fields or {})
     if reading.prompt is not None and "{text}" not in reading.prompt:
         raise InputError(f"--prompt = {reading.prompt}: has no {{text}}, which stands for what is to be classified.")
+    places = [os.path.realpath(name) for name in names]
+    for i, name in enumerate(names):
+        if places[i] in places[:i]:
+            raise InputError(f"--model = {','.join(names)}: {name} is there twice, which wouldn't change its labels.")
     classifiers: list[Classifier] = []
     for name in names:
         classifiers.append(_open_classifier(name, origin, reading))

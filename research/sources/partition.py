@@ -59,6 +59,12 @@ def read_distinct(entries: Sequence[str], fields: Mapping[str, str], *, examples
     return list(distinct.values())
 
 
+def check_parts(parts: Parts, folder: Path, data: Sequence[str]) -> None:
+    """Raises InputError where a file that `write_parts` writes is one of the data."""
+    for name in parts:
+        files.check_apart(folder / f"{name}.jsonl", data)
+
+
 def write_parts(distinct: Sequence[Mapping[str, Any]], parts: Parts, folder: Path, seed: int) -> dict[Path, int]:
     """Writes FOLDER/NAME.jsonl for each part, and returns how many records each file got.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from research import cli, commands, config
+from research import cli, commands, config, files
 from research.bench import names as bench_names
 from research.bench import parts
 from research.devices import startup
@@ -529,6 +529,28 @@ MISTAKES = {
     "plan --config=experiments/sft.py:debug --topology=cpu:0": "--topology=cpu:0: has no device",
     "plan --config=experiments/sft.py:debug --topology=0*v5e:2x2": "--topology=0*v5e:2x2: has no device",
     "plan --config=experiments/sft.py:debug --topology=cpu:1 --output=FOLDER": "is a folder. Name a file in it.",
+    "plan --config=experiments/sft.py:debug --topology=cpu:1 --max_compiles=4": "--max_compiles = 4: is of --search",
+    "plan --config=FILE --topology=cpu:1 --output=FILE": "get_config() gives no ConfigDict",
+    "train --config=experiments/sft.py:debug --workdir=": "--workdir: is empty. Write --workdir=DIR",
+    "report --workdir=": "--workdir: is empty",
+    "generate --model=m --prompt=a --batch_size=16": "--batch_size = 16: is of --data",
+    "generate --model=m --fill=a --batch_size=16": "--batch_size = 16: is of --data",
+    "generate --model=m --data=DATA --output=DATA": "is read by this command",
+    "generate --model=m --data=FOLDER/./x.jsonl --output=DATA": "is read by this command",
+    "generate --model=m --prompt=a --stop=": "--stop: is empty",
+    "filter --data=DATA --output=DATA": "is read by this command",
+    "label --model=m --words=a,b --data=DATA --output=DATA --overwrite": "is read by this command",
+    "label --model=m --words=a,b --data=FOLDER/*.jsonl --output=DATA --overwrite": "is read by this command",
+    "label --model=m --words=a,b --data=FOLDER --output=DATA --overwrite": "is read by this command",
+    "label --model=m,./m --words=a,b --data=DATA --output=FOLDER/o": "./m is there twice",
+    "score --model=m --data=DATA --output=DATA": "is read by this command",
+    "split --data=DATA --output=FOLDER --parts=x:1,y": "is read by this command",
+    "benchmark --config=experiments/sft.py:debug --only=": "--only: is empty",
+    "benchmark --config=experiments/sft.py:debug --only=,": "names none. Give some of train",
+    "benchmark --config=experiments/sft.py:debug --only=decode --objectives=sft": "is of the part train",
+    "benchmark --config=experiments/sft.py:debug --only=train --decode_batch=1": "is of the part decode",
+    "benchmark --config=experiments/sft.py:debug --only=data --profile=FOLDER/p": "is of the part train",
+    "study --config=experiments/weak_to_strong.py:debug --jobs=2 --dry_run": "--jobs: is of a study whose",
 }
 
 
@@ -564,3 +586,32 @@ def test_completions_that_generate_would_not_write_are_named(field, value, tmp_p
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     status, _, err = run("filter", f"--data={tmp_path / 'x.jsonl'}", f"--output={tmp_path / 'o'}")
     assert (status, f"x.jsonl:2: {field} = {value!r}: isn't what" in err) == (2, True)
+
+
+def test_an_output_is_never_an_input(tmp_path, run):
+    results, samples = tmp_path / "x.json", tmp_path / "x.samples.jsonl"
+    for path in (results, samples):
+        path.write_text('[{"text": "a"}]\n')
+        status, _, err = run("evaluate", "--model=m", f"--task=perplexity:{path}", f"--output={results}")
+        assert (status, f"{path}: is read by this command" in err) == (2, True)
+    (tmp_path / "link.jsonl").symlink_to(samples)
+    status, _, err = run("filter", f"--data={samples}", f"--output={tmp_path / 'link.jsonl'}")
+    assert (status, "is read by this command" in err) == (2, True)
+    (tmp_path / "mine.py").write_text("from experiments.sft import *")
+    experiment = f"--config={tmp_path / 'mine.py'}:debug"
+    status, _, err = run("plan", experiment, "--topology=cpu:1", f"--output={tmp_path / 'mine.py'}")
+    assert (status, "is read by this command" in err) == (2, True)
+    assert (tmp_path / "mine.py").read_text() == "from experiments.sft import *"
+
+
+def test_an_output_may_lie_in_a_models_folder_and_beside_data(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "data").mkdir()
+    for name in ("run/config.json", "run/completions.jsonl", "data/a.jsonl", "data/b.jsonl.partial"):
+        (tmp_path / name).write_text("{}\n")
+    files.check_apart(tmp_path / "run/completions.jsonl", [tmp_path / "run"])
+    files.check_apart(tmp_path / "data/b.jsonl", [tmp_path / "data"])  # begun, and not yet read
+    with pytest.raises(InputError, match="is read by this command"):
+        files.check_apart(tmp_path / "data/a.jsonl", [tmp_path / "data"])
+    with pytest.raises(InputError, match="is read by this command"):
+        files.check_apart(tmp_path / "data/b.jsonl", [tmp_path / "data/b.jsonl.partial"])

@@ -44,7 +44,12 @@ def run(monkeypatch, capsys, tmp_path):
         decode=lambda params, tokens, positions, mask, cache, index: (9 * jax.nn.one_hot(params[tokens], V), cache),
     )
     loaded = types.SimpleNamespace(model=model, params=table, tokenizer=TOKENIZER, template="chat")
-    monkeypatch.setattr("research.loading.load_model", lambda workdir, *, step, ema, check: loaded)
+
+    def load_model(workdir, *, step, ema, check):
+        check(model.config, workdir)
+        return loaded
+
+    monkeypatch.setattr("research.loading.load_model", load_model)
 
     def command(*flags):
         status = generate.main(["--model=x", *flags])
@@ -109,14 +114,14 @@ def test_a_file_of_prompts_goes_to_stdout_or_to_json_lines(run, tmp_path):
     ("flags", "message"),
     [
         ([], "error: no prompt given: use one of --prompt=TEXT"),
-        (["--prompt="], "error: no prompt given"),
+        (["--prompt="], "error: --prompt: is empty"),
         (["--prompt=a", "--interactive"], "error: --prompt and --interactive given"),
         (["--prompt=a", "--temprature=1"], "error: --temprature: no such flag. Did you mean '--temperature'?"),
         (["--prompt=a", "--top_p=2"], "error: sampling.top_p = 2.0: must be in (0, 1]"),
         (["--prompt=a", "--max_new_tokens=0"], "error: sampling.max_new_tokens = 0"),
         (["--prompt=a", "--max_new_tokens=64"], "error: sampling.max_new_tokens = 64: leaves no room"),
         (["--prompt=" + "a" * 40], "error: --prompt: is 43 tokens long, and there is room for 32"),
-        (["--prompt=a", "--stop="], "error: --stop: an empty text"),
+        (["--prompt=a", "--stop="], "error: --stop: is empty"),
         (
             ["--prompt=a", "--output=no/such/folder/x.jsonl"],
             "error: --output = no/such/folder/x.jsonl: there is no folder 'no/such/folder'",
@@ -308,9 +313,15 @@ def test_a_system_message_comes_first_where_there_is_none(run, asked, monkeypatc
     assert run("--interactive", "--system=S")[0] == 0
     messages = {"messages": [system, user]}
     assert [record for record, _ in asked] == [messages, messages, {"messages": [own, user]}, messages]
-    assert run("--prompt=U", "--system=")[2] == (
-        "error: --prompt: field 'content' is an empty system message. Fill or drop the record.\n"
-    )
+    assert run("--prompt=U", "--system=")[2] == ("error: --system: is empty. Write --system=TEXT, or leave it out.\n")
+
+
+def test_filters_of_draws_without_a_temperature_are_refused(run, asked):
+    flags = ["--top_k=5", "--top_p=0.9", "--min_p=0.1"]
+    for flag in flags:
+        assert f"{flag.replace('=', ' = ')}: nothing is drawn without a temperature" in run("--prompt=U", flag)[2]
+    assert run("--prompt=U", "--temperature=0.5", *flags)[0] == 0
+    assert run("--prompt=U", "--top_k=0", "--top_p=1", "--min_p=0")[0] == 0
 
 
 def test_the_models_template_and_its_stop_tokens(run, asked):
