@@ -117,7 +117,7 @@ def test_a_file_of_prompts_goes_to_stdout_or_to_json_lines(run, tmp_path):
         (["--prompt="], "error: --prompt: is empty"),
         (["--prompt=a", "--interactive"], "error: --prompt and --interactive given"),
         (["--prompt=a", "--temprature=1"], "error: --temprature: no such flag. Did you mean '--temperature'?"),
-        (["--prompt=a", "--top_p=2"], "error: sampling.top_p = 2.0: must be in (0, 1]"),
+        (["--prompt=a", "--temperature=1", "--top_p=2"], "error: sampling.top_p = 2.0: must be in (0, 1]"),
         (["--prompt=a", "--max_new_tokens=0"], "error: sampling.max_new_tokens = 0"),
         (["--prompt=a", "--max_new_tokens=64"], "error: sampling.max_new_tokens = 64: leaves no room"),
         (["--prompt=" + "a" * 40], "error: --prompt: is 43 tokens long, and there is room for 32"),
