@@ -6,10 +6,7 @@ the dataclasses below. Every error names the field as it is spelt on the command
 
 import dataclasses
 import math
-import os
 import re
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +16,7 @@ from research.errors import MOST_SEED, InputError, did_you_mean
 from research.models import adapters, added_rows
 from research.models.config import ModelConfig
 from research.rollouts.answers import RolloutSpec
-from research.sources import spec
+from research.sources import options, spec
 from research.sources.spec import DataSection, DataSpec
 from research.sources.tokenizers import TokenizerSpec
 
@@ -229,15 +226,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     Raises:
       InputError: an unknown field (the nearest is named) or a value of another type.
     """
-    return _build(Config, values, "")
-
-
-_PATHS = {"init_from", "annotations", "cache_dir"}  # fields that name a file or folder; data.path is read by sources/
-
-
-def _at_home(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A section, with the home folder in the place of ~ where a field names a file."""
-    return {k: os.path.expanduser(v) if k in _PATHS and isinstance(v, str) else v for k, v in values.items()}
+    return options.build(Config, values, "")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -483,76 +472,7 @@ def data_spec(config: Config) -> DataSpec:
 
 def _values(section: Any, cls: type) -> dict[str, Any]:
     """The values of those fields that `cls` has too."""
-    return {name: getattr(section, name) for name in _names(cls)}
-
-
-def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
-    """A dataclass from a mapping; nested dataclasses from nested mappings; lists (of JSON) become tuples."""
-    prefix = f"{path}." if path else ""
-    if not isinstance(values, Mapping):
-        raise InputError(f"{path} = {values!r}: is a section with the fields {', '.join(_names(cls))}.")
-    hints = typing.get_type_hints(cls)
-    fields = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise InputError(f"{prefix}{name}: no such field.{did_you_mean(name, _names(cls))}")
-        fields[name] = convert(hints[name], value, f"{prefix}{name}")
-    return cls(**_at_home(fields))
-
-
-def convert(hint: Any, value: Any, field: str) -> Any:
-    """A value of a config as the type that its field is to have.
-
-    Raises:
-      InputError: it is of another type, or a number that isn't finite.
-    """
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _build(hint, value, field)
-    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if kind is Any:
-        return value
-    if kind is Mapping and isinstance(value, Mapping):
-        for name in value:
-            if not isinstance(name, str):
-                raise InputError(f"{field}: has the name {name!r}, and names are texts. Write it in quotes.")
-        return {name: convert(args[1], section, f"{field}.{name}") for name, section in value.items()}
-    if kind in (types.UnionType, typing.Union):
-        fitting = [option for option in args if _fits(option, value)]
-        if not fitting:
-            kinds = " or ".join("None" if option is type(None) else _kind(option).__name__ for option in args)
-            raise InputError(f"{field} = {value!r}: must be of type {kinds}, and is {type(value).__name__}.")
-        return convert(fitting[0], value, field)
-    if kind is tuple:
-        value = tuple(value) if isinstance(value, list | tuple) else (value,)
-        return tuple(convert(args[0], v, field) for v in value)
-    if isinstance(kind, type) and not _fits(kind, value):
-        raise InputError(f"{field} = {value!r}: must be of type {kind.__name__}, and is {type(value).__name__}.")
-    if kind is float and not math.isfinite(value):
-        raise InputError(f"{field} = {value}: must be a finite number.")
-    if kind is float:
-        return float(value)
-    if kind is int and not -(2**31) <= value <= MOST_SEED:
-        shown = "a number of very many digits" if value.bit_length() > 200 else value
-        raise InputError(f"{field} = {shown}: is out of the range of 32 bits.")
-    return value
-
-
-def _kind(hint: Any) -> Any:
-    return typing.get_origin(hint) or hint
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of a type; a bool is an int to Python, and not here, and an int is a float."""
-    kind = _kind(hint)
-    if isinstance(value, bool) and kind is not bool:
-        return kind is Any
-    if kind is Any or not isinstance(kind, type):
-        return True
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _names(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
+    return {name: getattr(section, name) for name in options.names(cls)}
 
 
 def _at_least(field: str, value: float, least: int) -> None:

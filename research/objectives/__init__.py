@@ -7,18 +7,17 @@ import importlib.util
 import inspect
 import math
 import pkgutil
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
-from research import config
 from research.errors import InputError, did_you_mean
 from research.objectives.terms import Coefficient, Term, Terms, naming_fields
 from research.objectives.types import Objective
+from research.sources import options as types
 from research.sources import special_tokens
 from research.sources.tokenizers import Tokenizer
 
@@ -121,9 +120,7 @@ class _Entry:
         elif "tokenizer" in options:
             self._check_known({"tokenizer"}, accepted)
         fields = {option: self.field_of(option) for option in (*accepted, *options)}
-        hints = _hints(module.make)
-        for option, value in options.items():
-            config.convert(hints.get(option, Any), value, fields[option])  # of another type, it is an error
+        types.check(module.make, options, fields)
         more = {"tokenizer": tokenizer} if "tokenizer" in parameters else {}
         with naming_fields(fields):
             objective = module.make(**options, **more)
@@ -172,14 +169,6 @@ class _Entry:
         if not isinstance(sources, list | tuple) or not all(isinstance(source, str) for source in sources):
             raise InputError(f"objective.terms.{self.name}.sources = {sources!r}: is a list of names of data.sources.")
         return tuple(sources)
-
-
-def _hints(make: Callable[..., Objective]) -> dict[str, Any]:
-    """The types of an objective's options; empty where its author has written none that can be read."""
-    try:
-        return typing.get_type_hints(make)
-    except (NameError, TypeError):
-        return {}
 
 
 def _check_number(field: str, weight: Any) -> None:

@@ -86,6 +86,7 @@ def load(
     if tokenizer is None:
         tokenizer = with_special_tokens(_make_tokenizer(tokenizer_spec, train_on, eval_on, spec), tokenizer_spec, spec)
     inputs = _same_classes([_open(*each, spec, tokenizer, teacher) for each in (*train_on, *eval_on)], spec)
+    inputs = _with_prefixes(inputs)
     train_inputs, eval_inputs = inputs[: len(entries)], inputs[len(entries) :]
 
     to_train, to_eval, limit = _split(train_inputs, eval_inputs, spec.eval_fraction)
@@ -268,6 +269,12 @@ def _same_classes(inputs: list[_Input], spec: DataSpec) -> list[_Input]:
     """The inputs with labels over the same number of classes."""
     labelled = [each.store.labels is not None for each in inputs]
     if not any(labelled):
+        for name in ("num_classes", "labels"):
+            if value := getattr(spec, name):
+                raise InputError(
+                    f"data.{name} = {value!r}: has no effect, since the data has no labels. Leave it out, or set "
+                    "data.format to 'labelled'."
+                )
         return inputs
     if not all(labelled):
         raise InputError(
@@ -282,6 +289,27 @@ def _same_classes(inputs: list[_Input], spec: DataSpec) -> list[_Input]:
         return dataclasses.replace(store, labels=np.pad(store.labels, ((0, 0), (0, C - store.labels.shape[1]))))
 
     return [each._replace(store=padded(each.store)) for each in inputs]
+
+
+def _with_prefixes(inputs: list[_Input]) -> list[_Input]:
+    """Where a view gives prefixes to one source, the prompts of the others are theirs: a batch has the field or not."""
+    if not any("prefix" in each.store.fields for each in inputs):
+        return inputs
+    return [
+        each
+        if "prefix" in each.store.fields or each.store.mask is None
+        else each._replace(store=_with_prompts(each.store))
+        for each in inputs
+    ]
+
+
+def _with_prompts(store: Store) -> Store:
+    """The store, with what stands before the first token to be predicted of each example as its prefix."""
+    prefix = np.zeros(len(store.tokens), bool)
+    ends = np.cumsum(store.length)
+    for start, end in zip(ends - store.length, ends, strict=True):
+        prefix[start : start + int(np.argmax(store.mask[start:end]))] = True
+    return dataclasses.replace(store, fields={**store.fields, "prefix": prefix})
 
 
 def _make_tokenizer(

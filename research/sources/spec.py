@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import re
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 from research.errors import InputError, did_you_mean
 from research.sources import mixture, views
 from research.sources.formats import TEMPLATES
+from research.sources.options import convert
 from research.sources.records import FIELDS, FORMATS, Classes
 
 _CHOICES = {"format": ("auto", *FORMATS), "template": TEMPLATES, "on_bad_record": ("error", "skip")}
@@ -169,7 +171,7 @@ def source_specs(data: DataSpec) -> dict[str, SourceSpec]:
     Raises:
       InputError: a field is unknown (the nearest is named) or its value is of another type.
     """
-    known = {f.name: f for f in dataclasses.fields(SourceSpec)}
+    hints = typing.get_type_hints(SourceSpec)
     specs = {}
     for name, values in sorted(data.sources.items()):
         field = f"data.sources.{name}"
@@ -178,15 +180,13 @@ def source_specs(data: DataSpec) -> dict[str, SourceSpec]:
         if not isinstance(values, Mapping):
             raise InputError(f'{field} = {values!r}: is a mapping, such as {{"path": "a.jsonl", "weight": 0.5}}.')
         for option in values:
-            if option not in known:
-                raise InputError(f"{field}.{option}: no such field.{did_you_mean(option, known)}")
+            if option not in hints:
+                raise InputError(f"{field}.{option}: no such field.{did_you_mean(option, hints)}")
         if not values.get("path"):
             raise InputError(f'{field}.path: is missing. Name a file, or tasks:NAME, as in {{"path": "a.jsonl"}}.')
         inherited = {option: getattr(data, option) for option in _INHERITED}
         default = SourceSpec("", **inherited)
-        read = {
-            option: _typed(f"{field}.{option}", value, getattr(default, option)) for option, value in values.items()
-        }
+        read = {option: convert(hints[option], value, f"{field}.{option}") for option, value in values.items()}
         specs[name] = dataclasses.replace(default, **read)
     return specs
 
@@ -203,15 +203,6 @@ def needed_tokens(data: DataSpec, tokenizer: Any) -> tuple[str, ...]:
 
 def _defaults(data: DataSpec, path: str) -> SourceSpec:
     return SourceSpec(path, **{option: getattr(data, option) for option in _INHERITED})
-
-
-def _typed(field: str, value: Any, default: Any) -> Any:
-    kind = Mapping if isinstance(default, Mapping) else type(default)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise InputError(f"{field} = {value!r}: must be of type {kind.__name__}, and is {type(value).__name__}.")
-    return dict(value) if kind is Mapping else value
 
 
 def check(data: DataSpec) -> None:

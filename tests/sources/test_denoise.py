@@ -281,7 +281,7 @@ def test_conversations_and_labels_are_refused(tmp_path):
         ({"mixture": "ul2", "density": 0.5}, r"view.density: the denoisers of mixture have their own"),
         ({"mixture": 3}, r"view.mixture = 3: must be"),
         ({"mixture": []}, r"view.mixture = \[\]: must be"),
-        ({"mixture": "ul2", "modes": "no"}, r"view.modes = 'no': must be True or False"),
+        ({"mixture": "ul2", "modes": "no"}, r"view.modes = 'no': must be of type bool or None"),
         ({"modes": True}, r"view.modes: is of mixture='ul2'"),
         ({"mixture": [{"mode": "R"}], "modes": True}, r"view.modes: is of mixture='ul2'"),
         ({"mixture": [{"mode": "T"}]}, r"view.mixture: the denoiser .* mode = 'T': is not known"),

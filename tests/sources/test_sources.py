@@ -222,3 +222,34 @@ def test_a_term_may_name_sources_that_are_there(names):
     assert ("tokens/other" in traced(names, {"sources": ["only"]})) == (len(names) == 2)
     with pytest.raises(InputError, match=r"objective.terms.sft.sources: the data has no source 'onyl'. Did you mean"):
         traced(names, {"sources": ["onyl"]})
+
+
+def test_prompts_beside_a_view_with_prefixes_are_prefixes_too(paths):
+    sources = {
+        "pairs": {"path": paths[0]},
+        "texts": {"path": paths[1]},
+        "noise": {"path": paths[1], "view": {"kind": "denoise"}},
+    }
+    data = load(DataSpec("", sources=sources, seq_len=64, eval_fraction=0.2), BYTE)
+    for rows in (data.train[0][0], data.held_out):
+        batch = rows.batch(np.arange(len(rows)))
+        assert {0, 1, 2} == set(batch["source"][batch["segment_ids"] > 0])
+        for number, name in enumerate(("noise", "pairs", "texts")):
+            here = (batch["source"] == number) & (batch["segment_ids"] > 0)
+            want = np.zeros_like(batch["loss_mask"]) if name == "texts" else 1 - batch["loss_mask"]
+            np.testing.assert_array_equal(batch["prefix"][here], want[here])
+    without = load(DataSpec("", sources={"pairs": sources["pairs"]}, seq_len=64), BYTE).train[0][0]
+    assert "prefix" not in without.batch(np.arange(1))  # the objective finds its own
+
+
+def test_a_number_of_classes_without_labels_is_refused(paths):
+    for path in paths:
+        with pytest.raises(InputError, match=r"data.num_classes = 3: has no effect, since the data has no labels"):
+            load(DataSpec(path, seq_len=64, num_classes=3), BYTE)
+    with pytest.raises(InputError, match=r"data.labels = .*: has no effect, since the data has no labels"):
+        load(DataSpec(paths[1], seq_len=64, labels=("a", "b")), BYTE)
+
+
+def test_columns_of_a_source_are_texts(paths):
+    with pytest.raises(InputError, match=r"data.sources.a.fields.text = 3: must be of type str, and is int"):
+        load(DataSpec("", sources={"a": {"path": paths[0], "fields": {"text": 3}}}), BYTE)

@@ -236,6 +236,13 @@ def test_resumed_with_a_view_is_uninterrupted(texts, doubled):
         ({"kind": "truncate", "tokens": 1}, "data.sources.one.view.tokens = 1: must be a whole number of at least 2"),
         ({"kind": "truncate", "tokens": 9, "keep": "frist"}, "data.sources.one.view.keep = 'frist'.*'first'"),
         ({"kind": "json"}, "json.*has no function make"),
+        ({"kind": "truncate", "tokens": True}, "data.sources.one.view.tokens = True: must be of type int, and is bool"),
+        ({"kind": "truncate", "tokens": "9"}, "data.sources.one.view.tokens = '9': must be of type int, and is str"),
+        ({"kind": "truncate", "tokens": 9, "keep": 1}, "data.sources.one.view.keep = 1: must be of type str"),
+        ({"kind": "fim", "rate": float("nan")}, "data.sources.one.view.rate = nan: must be a finite number"),
+        ({"kind": "fim", "draws": 2.0}, "data.sources.one.view.draws = 2.0: must be of type int, and is float"),
+        ({"kind": "denoise", "density": "0.5"}, "data.sources.one.view.density = '0.5': must be of type float or None"),
+        ({"kind": "denoise", "mixture": ["ul2"]}, "data.sources.one.view.mixture = 'ul2': must be of type Mapping"),
     ],
 )
 def test_what_is_wrong_with_a_view_is_named(texts, view, message):

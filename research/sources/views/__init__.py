@@ -19,6 +19,7 @@ import numpy as np
 
 from research.errors import InputError, did_you_mean
 from research.sources import fields, special_tokens
+from research.sources import options as types
 
 
 class Document(NamedTuple):
@@ -75,6 +76,7 @@ def load(view: Mapping[str, Any], field: str, seq_len: int, tokenizer: Any = Non
     for name, parameter in parameters.items():
         if name in allowed and parameter.default is parameter.empty and name not in options:
             raise InputError(f"{field}.{name}: is missing. The view {view['kind']!r} needs it.")
+    types.check(module.make, options, {option: f"{field}.{option}" for option in options})
     try:
         result = module.make(**options, **{name: value for name, value in of_run.items() if name in parameters})
     except InputError as error:

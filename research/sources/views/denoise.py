@@ -87,7 +87,7 @@ class Denoiser:
 
 
 # UL2: its table 1, in equal parts, as its ul2_objective mixes them where no rates are given. UL2R: its section 2.3,
-# where extreme means "a mean length of 32 OR a corruption rate of up to 50%".
+# where extreme means "a mean length of 32 OR a corruption rate of up to 50%"; a half of X each is Levanter's reading.
 MIXTURES = {
     "ul2": (
         Denoiser("spans", 0.15, 3.0, "R"),

@@ -18,7 +18,7 @@ def make(tokens: int, keep: str = "first") -> View:
     Raises:
       InputError: an option can't be used.
     """
-    if not isinstance(tokens, int) or tokens < 2:
+    if tokens < 2:
         raise InputError(f"tokens = {tokens!r}: must be a whole number of at least 2, which leaves one to predict.")
     if keep not in KEEP:
         raise InputError(f"keep = {keep!r}: is not known.{did_you_mean(str(keep), KEEP)}")

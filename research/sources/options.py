@@ -1,0 +1,111 @@
+"""Values of a config as the types that they are to have: its sections, and the options of objectives and views."""
+
+import dataclasses
+import math
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from research.errors import MOST_SEED, InputError, did_you_mean
+
+_PATHS = {"init_from", "annotations", "cache_dir"}  # fields that name a file or folder; data.path is read by sources/
+
+
+def build(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    """A dataclass from a mapping; nested dataclasses from nested mappings; lists (of JSON) become tuples."""
+    prefix = f"{path}." if path else ""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path} = {values!r}: is a section with the fields {', '.join(names(cls))}.")
+    hints = typing.get_type_hints(cls)
+    fields = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise InputError(f"{prefix}{name}: no such field.{did_you_mean(name, names(cls))}")
+        fields[name] = convert(hints[name], value, f"{prefix}{name}")
+    return cls(**_at_home(fields))
+
+
+def convert(hint: Any, value: Any, field: str) -> Any:
+    """A value of a config as the type that its field is to have.
+
+    Raises:
+      InputError: it is of another type, or a number that isn't finite.
+    """
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else build(hint, value, field)
+    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Any:
+        return value
+    if kind is Mapping and isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise InputError(f"{field}: has the name {name!r}, and names are texts. Write it in quotes.")
+        return {name: convert(args[1], section, f"{field}.{name}") for name, section in value.items()}
+    if kind in (types.UnionType, typing.Union):
+        fitting = [option for option in args if _fits(option, value)]
+        if not fitting:
+            kinds = " or ".join("None" if option is type(None) else _kind(option).__name__ for option in args)
+            raise InputError(f"{field} = {value!r}: must be of type {kinds}, and is {type(value).__name__}.")
+        return convert(fitting[0], value, field)
+    if kind is tuple:
+        value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        return tuple(convert(args[0], v, field) for v in value)
+    if kind is Sequence and _fits(kind, value):
+        return tuple(convert(args[0], v, field) for v in value)
+    if isinstance(kind, type) and not _fits(kind, value):
+        raise InputError(f"{field} = {value!r}: must be of type {kind.__name__}, and is {type(value).__name__}.")
+    if kind is float and not math.isfinite(value):
+        raise InputError(f"{field} = {value}: must be a finite number.")
+    if kind is float:
+        return float(value)
+    if kind is int and not -(2**31) <= value <= MOST_SEED:
+        shown = "a number of very many digits" if value.bit_length() > 200 else value
+        raise InputError(f"{field} = {shown}: is out of the range of 32 bits.")
+    return value
+
+
+def check(make: Callable[..., Any], values: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+    """Checks that options are of the types that a function `make` gives to its parameters.
+
+    Args:
+      make: of an objective or a view; where its author has written no types that can be read, any will do.
+      values: of the options that the config sets.
+      fields: option -> the config's field for it.
+
+    Raises:
+      InputError: one is of another type.
+    """
+    try:
+        hints = typing.get_type_hints(make)
+    except (NameError, TypeError):
+        hints = {}
+    for option, value in values.items():
+        convert(hints.get(option, Any), value, fields[option])
+
+
+def names(cls: type) -> list[str]:
+    """Of the fields of a dataclass."""
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _at_home(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A section, with the home folder in the place of ~ where a field names a file."""
+    return {k: os.path.expanduser(v) if k in _PATHS and isinstance(v, str) else v for k, v in values.items()}
+
+
+def _kind(hint: Any) -> Any:
+    return typing.get_origin(hint) or hint
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of a type; a bool is an int to Python, and not here, and an int is a float."""
+    kind = _kind(hint)
+    if isinstance(value, bool) and kind is not bool:
+        return kind is Any
+    if kind is Any or not isinstance(kind, type):
+        return True
+    if kind is Sequence and isinstance(value, str):  # a text is a sequence to Python, and not here
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
