@@ -15,6 +15,7 @@ from research.devices import sharding
 from research.errors import MOST_SEED, InputError, did_you_mean
 from research.models import adapters, added_rows
 from research.models.config import ModelConfig
+from research.ops import quantized
 from research.rollouts.answers import RolloutSpec
 from research.sources import options, spec
 from research.sources.spec import DataSection, DataSpec
@@ -168,7 +169,8 @@ class Config:
       adapter: how the policy is changed without changing all of it: {"kind": "lora", "rank": 16}; {} trains what
         `trainable` says. docs/adaptation.md describes the kinds.
       frozen_dtype: in which the kernels of what isn't trained are held: "auto" is the compute dtype of their model;
-        "float32" or "bfloat16".
+        "float32" or "bfloat16"; "int8" or "nf4" (4 bits) for those of the layers' linear maps, and "auto" for the
+        others. docs/adaptation.md describes them.
       roles: further models that the objective reads, such as {"teacher": {"init_from": NAME}}: each a section like
         `model`. Those that the objective trains are in the run's checkpoints; the others are frozen. A role may be the
         policy's own trunk: {"of": "policy"} is the policy as it began, and shares what isn't trained of it (see
@@ -212,7 +214,7 @@ class Config:
     plan: PlanConfig = PlanConfig()
 
 
-FROZEN_DTYPES = ("auto", "float32", "bfloat16")
+FROZEN_DTYPES = ("auto", "float32", "bfloat16", *quantized.KINDS)
 
 
 def defaults() -> dict[str, Any]:

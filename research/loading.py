@@ -19,6 +19,7 @@ from research.errors import InputError
 from research.files import fingerprint, read_json, write_json
 from research.models import adapters, added_rows, kernels, transformer
 from research.models.config import ModelConfig
+from research.ops import quantized
 from research.pretrained import checkpoints
 from research.pretrained import load as pretrained
 from research.sources import tokenizers
@@ -126,8 +127,8 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
     config = config_lib.parse(read_json(record)["config"])
     tokenizer = tokenizers.load_tokenizer(workdir)
     c, rules = config_lib.model_config(config, tokenizer.size), sharding.make_rules(config.rules)
-    model = transformer.make_model(c, rules, adapters.load(config.adapter))
-    start = Start("policy", model, config.seed, config.model.init_from, config.model.new_rows)
+    model, base = transformer.make_model(c, rules, adapters.load(config.adapter)), config.model.init_from
+    start = Start("policy", model, config.seed, base, config.model.new_rows, config.frozen_dtype)
     origin = Path(workdir) / ORIGIN
     return Found(
         name=workdir,
@@ -136,7 +137,7 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
         tokenizer=lambda: tokenizer,
         has_tokenizer=True,
         template=config.data.template,
-        read=lambda specs, placements: _read_whole(workdir, start, specs, placements, step=step, ema=ema),
+        read=lambda specs, placements: _read_held(workdir, start, specs, placements, step=step, ema=ema),
         origin=read_json(origin, {}),
     )
 
@@ -151,6 +152,7 @@ class Start:
       seed: of the run.
       base: the model that its parameters are read from, or that one's name; "" for random ones.
       new_rows: how the rows of added tokens begin; see models.added_rows.
+      frozen_dtype: of the run's config.
     """
 
     role: str
@@ -158,9 +160,10 @@ class Start:
     seed: int
     base: Found | str
     new_rows: str = "mean"
+    frozen_dtype: str = "auto"
 
     def read(self, specs: Any, placements: Any) -> Any:
-        """The initial parameters, each in its spec's dtype.
+        """The initial parameters, each in its spec's dtype; kernels whose specs are quantised are as they are read.
 
         A classifier made of a language model takes all but the head from it. Tokens that the model has beyond those of
         the other begin as `new_rows` says.
@@ -189,8 +192,10 @@ class Start:
         """The same with those of the adapter, which are drawn, and begin as it says."""
         own = params.like(transformer.make_specs(self.model.config), specs)
         (model, added), (where, beside) = params.split(specs, own), params.split(placements, own)
-        exact = params.held_in(model, jnp.float32) if self.model.adapter.init else model
-        values = params.join(self._read_model(base, exact, where), self._draw(added, beside))
+        if self.model.adapter.init:
+            model = params.held_in(quantized.float_specs(model), jnp.float32)
+            where = params.shardings(model, jax.tree.leaves(where)[0].mesh, self.model.rules)
+        values = params.join(self._read_model(base, model, where), self._draw(added, beside))
         if self.model.adapter.init is None:
             return values
         finish = functools.partial(adapted, self.model, specs)
@@ -230,11 +235,23 @@ class Start:
         return self._jitted(lambda key: self._initial(specs, key), placements)
 
     def _initial(self, specs: Any, key: jax.Array) -> Any:
-        return params.init({self.role: specs}, key)[self.role]
+        return params.init({self.role: quantized.float_specs(specs)}, key)[self.role]
 
     def _jitted(self, draw: Callable[[jax.Array], Any], placements: Any) -> Any:
         options = compilation.compiler_options(jax.tree.leaves(placements)[0].mesh)
         return jax.jit(draw, out_shardings=placements, compiler_options=options)(initial_keys(self.seed)[0])
+
+    def held(self, specs: Any) -> Any:
+        """The specs of parameters as the run holds them where it doesn't train them."""
+        return quantized.held_in(specs, self.frozen_dtype) if self.frozen_dtype in quantized.KINDS else specs
+
+    def fingerprint(self, values: Any) -> dict[str, tuple[float, float]]:
+        """params.fingerprint of parameters, as the run holds them where it doesn't train them."""
+        if self.frozen_dtype in quantized.KINDS:
+            specs = self.held({name: self.model.specs[name] for name in values})
+            where = params.shardings(specs, jax.tree.leaves(values)[0].sharding.mesh, self.model.rules)
+            values = jax.jit(lambda values: quantized.hold(values, specs), out_shardings=where)(values)
+        return params.fingerprint(values)
 
 
 def adapted(model: transformer.Model, specs: Any, values: Any, key: jax.Array) -> Any:
@@ -242,14 +259,14 @@ def adapted(model: transformer.Model, specs: Any, values: Any, key: jax.Array) -
 
     Args:
       model: with an adapter or without.
-      specs: of the result, for its dtypes.
+      specs: of the result, for its dtypes; some kernels may be quantised, which those of `values` aren't yet.
       values: as they were read or drawn.
       key: of the run's initial parameters.
     """
     if model.adapter is None or model.of or model.adapter.init is None:
-        return values
+        return quantized.hold(values, specs)
     begun = model.adapter.init(values, jax.random.fold_in(key, np.uint32(zlib.crc32(b"adapter"))), model)
-    return jax.tree.map(lambda x, spec: x.astype(spec.dtype), begun, specs)
+    return quantized.hold(begun, specs)
 
 
 def _placed(specs: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
@@ -278,16 +295,19 @@ def read_run(
       InputError: there is no such checkpoint, it has parameters of other shapes, or what the run began with is gone or
         has changed.
     """
+    mesh, held = jax.tree.leaves(placements)[0].mesh, start.held(specs)
+    plain = functools.partial(_dequantized, specs)
     roles = checkpoints.parameter_names(workdir, step=step, ema=ema)
     if roles and start.role not in roles:  # nothing of it is trained
-        return start.read(specs, placements)
+        values = start.read(held, params.shardings(held, mesh, start.model.rules))
+        return values if held == specs else jax.jit(plain, out_shardings=placements)(values)
     names = roles.get(start.role, {})
     trained = params.named(specs, names)
     marks = _marks(workdir, start.role)
     if trained == specs or marks is None:
         like = params.abstract(specs, placements)
         return checkpoints.restore_params(workdir, {start.role: like}, step=step, ema=ema)[0][start.role]
-    values = start.read(specs, placements)
+    values = start.read(held, params.shardings(held, mesh, start.model.rules))
     check_unchanged(workdir, start, marks, values)
     where = {params.path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(placements)}
     like = jax.tree_util.tree_map_with_path(
@@ -296,7 +316,31 @@ def read_run(
         is_leaf=params.is_spec,
     )
     own = checkpoints.restore_params(workdir, {start.role: like}, step=step, ema=ema)[0][start.role]
-    return jax.jit(params.put, donate_argnums=0, out_shardings=placements)(values, own)
+    put = lambda values, own: params.put(plain(values), own)  # noqa: E731
+    donated = 0 if held == specs else ()  # quantised kernels have no room for others
+    return jax.jit(put, donate_argnums=donated, out_shardings=placements)(values, own)
+
+
+def _dequantized(specs: Any, values: Any) -> Any:
+    """Parameters as their specs say, of which none is quantised."""
+    return quantized.hold(quantized.read_all(values, jnp.float32), specs)
+
+
+def _read_held(workdir: str, start: Start, specs: Any, placements: Any, **which: Any) -> Any:
+    """The parameters of a run's policy, as `_read_whole` gives them, where some of the specs may be quantised: of a
+    checkpoint that holds all of them one kernel is read at a time."""
+    if not quantized.any_in(specs):
+        return _read_whole(workdir, start, specs, placements, **which)
+    names = checkpoints.parameter_names(workdir, **which).get(start.role, {})
+    whole = not start.model.config.added_rows and params.named(specs, names) == specs
+    mesh, rules = jax.tree.leaves(placements)[0].mesh, start.model.rules
+    values = []
+    for part in quantized.kernel_by_kernel(specs) if whole else [specs]:
+        plain = quantized.float_specs(part)
+        read = _read_whole(workdir, start, plain, params.shardings(plain, mesh, rules), **which)
+        hold = jax.jit(lambda x, part=part: quantized.hold(x, part), out_shardings=params.shardings(part, mesh, rules))
+        values.append(hold(read))
+    return params.join(*values)
 
 
 def _read_whole(workdir: str, start: Start, specs: Any, placements: Any, **which: Any) -> Any:
@@ -375,7 +419,7 @@ def check_unchanged(workdir: str, start: Start, marks: Mapping[str, Any], values
       marks: params.fingerprint of them when the run began.
       values: the parameters that are read now.
     """
-    now = params.fingerprint(values)
+    now = start.fingerprint(values)
     for name, (total, norm) in marks.items():
         if max(abs(now[name][0] - total), abs(now[name][1] - norm)) > 1e-4 * norm + 1e-6:
             source = f"{start.base}" if isinstance(start.base, str) else start.base.name

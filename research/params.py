@@ -179,14 +179,14 @@ def join(*trees: Tree) -> Tree:
 
 def overlay(base: Tree, own: Tree) -> Tree:
     """`base` with the leaves of `own` in the place of those of the same name."""
-    if not isinstance(own, Mapping):
+    if not isinstance(own, Mapping) or not isinstance(base, Mapping):
         return own
     return {**base, **{name: overlay(base[name], part) if name in base else part for name, part in own.items()}}
 
 
 def like(part: Tree, tree: Tree) -> Tree:
     """True for the leaves of `tree` that `part` has too."""
-    if not isinstance(tree, Mapping):
+    if not (isinstance(tree, Mapping) and isinstance(part, Mapping)):
         return True
     return {name: like(part[name], below) if name in part else False for name, below in tree.items()}
 
@@ -279,6 +279,8 @@ def fingerprint(values: Tree) -> dict[str, tuple[float, float]]:
     """
 
     def one(path: tuple, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if x.dtype == jnp.uint8:  # around 0, so that the sum of many is as exact as their norm
+            x = x.astype(jnp.float32) - 127.5
         x = x.astype(jnp.bfloat16).astype(jnp.float32)
         axes = tuple(range("layers" in path_name(path).split("/"), x.ndim))
         return jnp.sum(x, axes), jnp.sqrt(jnp.sum(jnp.square(x), axes))

@@ -134,11 +134,13 @@ def make_abstract_mesh(sizes: Mapping[str, int], num_devices: int) -> AbstractMe
 def partition(axes: Sequence[str | None], rules: Mapping[str, Any]) -> PartitionSpec:
     """Logical axes -> PartitionSpec. An axis missing from `rules` is a KeyError: a typo in a model.
 
+    An axis "a+b" is cut by what cuts a and b.
+
     Raises:
       InputError: rules cut two axes of the array by the same mesh axis.
     """
     cut: dict[str, str] = {}  # mesh axis -> the logical axis that it cuts
-    for axis in filter(None, axes):
+    for axis in (name for joined in filter(None, axes) for name in joined.split("+")):
         for over in mesh_axes(rules[axis]):
             if over in cut:
                 raise InputError(
@@ -147,7 +149,13 @@ def partition(axes: Sequence[str | None], rules: Mapping[str, Any]) -> Partition
                     "of them by another mesh axis, or by None."
                 )
             cut[over] = axis
-    return PartitionSpec(*(None if axis is None else rules[axis] for axis in axes))
+    return PartitionSpec(*(_cut_by(axis, rules) for axis in axes))
+
+
+def _cut_by(axis: str | None, rules: Mapping[str, Any]) -> Axes:
+    if axis is None or "+" not in axis:
+        return None if axis is None else rules[axis]
+    return tuple(over for name in axis.split("+") for over in mesh_axes(rules[name])) or None
 
 
 def named(

@@ -7,8 +7,8 @@ numbers, and a block's numbers are multiples of the largest of them:
     scales are in 8 bits too (double quantisation): multiples of the largest of a group of them along another axis,
     which `top` holds. In the shape of `top` that axis is as many times shorter as a group has scales.
   {"int8": int8 [*lead, m, b], "scale": float32 [*lead, m]}.
-Blocks lie within a device, whatever the mesh, and no layer shares a number with another: a layer is cut from a stack as
-of any other kernel. All that reads kernels takes them through `read`, `product` or `product_by_expert`, so that one
+A block lies within a device, whatever the mesh, and no layer shares a number with another: a layer is cut from a stack
+as of any other kernel. All that reads kernels takes them through `read`, `product` or `product_by_expert`, so that one
 kernel is dequantised at a time, for the backward pass anew.
 
 Axes: M tokens, I and O what goes into and out of a product, E experts.
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from research import params
 from research.errors import InputError
 from research.ops.cpu import matmul
 from research.params import ParamSpec
@@ -74,7 +75,7 @@ class _Undrawn:
 
 
 def specs(kernel: ParamSpec, kind: str, name: str) -> dict[str, ParamSpec]:
-    """The specs of a kernel [*lead, n] that is held quantised, sharded as it was.
+    """The specs of a kernel [*lead, n] that is held quantised, and cut into as many parts by the mesh as it was.
 
     Args:
       kernel: its last axis is cut into blocks.
@@ -91,8 +92,8 @@ def specs(kernel: ParamSpec, kind: str, name: str) -> dict[str, ParamSpec]:
             f"frozen_dtype = {kind!r}: the last axis of {name} has {size} numbers, which can't be cut into blocks of "
             f"an even number from {_LEAST} to {BLOCK}. Set it to 'bfloat16'."
         )
-    shape, axes = (*kernel.shape[:-1], size // block), kernel.axes
-    undrawn = _Undrawn(kernel)
+    shape, axes = (*kernel.shape[:-1], size // block), _axes(kernel.axes)
+    undrawn = _Undrawn(dataclasses.replace(kernel, dtype=jnp.float32))
     each = 2 if nf4 else 1
     values = ParamSpec((*shape, block // each), (*axes, "block"), undrawn, (), jnp.uint8 if nf4 else jnp.int8, each)
     scale = ParamSpec(shape, axes, undrawn, (), jnp.uint8 if nf4 else jnp.float32, 0)
@@ -102,6 +103,12 @@ def specs(kernel: ParamSpec, kind: str, name: str) -> dict[str, ParamSpec]:
     tops = tuple(n // group if j == -i else n for j, n in enumerate(shape))
     along = tuple("block" if j == -i else axis for j, axis in enumerate(axes))
     return {kind: values, "scale": scale, "top": ParamSpec(tops, along, undrawn, (), jnp.float32, 0)}
+
+
+def _axes(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Of a kernel's rows of blocks, from those of the kernel. What cuts "embed", the last axis of maps back to the
+    residual stream, cuts the axis before it: D may not be so many whole blocks on each device."""
+    return (*axes[:-2], f"{axes[-2]}+embed", "block") if axes[-1] == "embed" else axes
 
 
 def _group(size: int) -> int:
@@ -147,6 +154,21 @@ def float_specs(tree: Tree) -> Tree:
     return _map(one, tree)
 
 
+def kernel_by_kernel(tree: Tree) -> list[Tree]:
+    """Nested dicts that make up `tree`: all that isn't quantised in one, then one for each quantised kernel."""
+    if not isinstance(tree, Mapping):
+        return [tree]
+    rest, kernels = {}, []
+    for name, part in tree.items():
+        if kind_of(part):
+            kernels.append({name: part})
+            continue
+        first, *others = kernel_by_kernel(part)
+        rest |= {name: first} if first or not isinstance(part, Mapping) else {}
+        kernels += [{name: other} for other in others]
+    return [rest, *kernels]
+
+
 def shape(kernel: Mapping[str, Any]) -> tuple[int, ...]:
     """Of the kernel [*lead, n] that a quantised one, or its specs, stands for."""
     kind = kind_of(kernel)
@@ -161,8 +183,8 @@ def hold(values: Tree, like: Tree) -> Tree:
       values: nested dicts of arrays; kernels may lack the axes of stacks.
       like: the specs.
     """
-    if isinstance(like, ParamSpec):
-        return values.astype(like.dtype)
+    if not isinstance(like, Mapping):
+        return jax.tree.map(lambda spec, x: x.astype(spec.dtype), like, values, is_leaf=params.is_spec)
     if kind_of(like):
         return values if kind_of(values) else quantize(values, like)
     return {name: hold(values[name], part) for name, part in like.items()}
@@ -248,7 +270,7 @@ def with_whole_scales(kernel: Kernel) -> Kernel:
 def logical_axes(kernel: Kernel, axes: tuple[str, ...]) -> Any:
     """The logical axes of a kernel without groups of scales, in its form; `axes` are those of the array."""
     kind = kind_of(kernel)
-    return {kind: (*axes, "block"), "scale": axes} if kind else axes
+    return {kind: (*_axes(axes), "block"), "scale": _axes(axes)} if kind else axes
 
 
 def product(x: Float[Array, "*rows_in"], kernel: Kernel, contract: int = 1) -> Float[Array, "*rows_out"]:

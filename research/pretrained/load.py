@@ -22,6 +22,7 @@ from research import files
 from research import params as params_lib
 from research.errors import InputError
 from research.models.config import ModelConfig
+from research.ops import quantized
 from research.pretrained import families
 from research.pretrained.readers import Entry, gguf_entries, open_gguf, open_safetensors
 from research.pretrained.types import PREFIX, Fields, Tensor, letters, places, stored_shape
@@ -250,18 +251,28 @@ def load(checkpoint: Pretrained, specs: Params, placements: Params) -> Params:
     """Reads the parameters, tensor by tensor, each device's part straight to that device.
 
     The host holds no more than the tensors on their way (128 MB, or one if it is larger; twice, where their axes are
-    turned), whatever the model's size.
+    turned), whatever the model's size. Kernels whose specs are quantised are quantised one by one as they come.
 
     Args:
       checkpoint: of `open_pretrained`.
       specs: of a model with its config; give their shapes and dtypes.
       placements: a NamedSharding for each.
     """
-    flat = jax.tree_util.tree_leaves_with_path(specs, is_leaf=params_lib.is_spec)
-    by_path = {params_lib.path_name(path): spec for path, spec in flat}
-    shardings = {params_lib.path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(placements)}
-    arrays = _Loader(checkpoint, by_path, shardings).run()
-    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[params_lib.path_name(path)], placements)
+    arrays = _Loader(checkpoint, _by_path(specs), _by_path(placements)).run()
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: arrays[params_lib.path_name(path)], placements, is_leaf=_is_parameter
+    )
+
+
+def _is_parameter(x: Any) -> bool:
+    """Whether a node of a tree of specs, placements or arrays is one parameter of the model."""
+    return not isinstance(x, Mapping) or quantized.kind_of(x) is not None
+
+
+def _by_path(tree: Params) -> dict[str, Any]:
+    """Parameters by name; a quantised kernel is one."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_parameter)
+    return {params_lib.path_name(path): leaf for path, leaf in leaves}
 
 
 class _Part(NamedTuple):
@@ -277,14 +288,14 @@ class _Loader:
     """Reads a checkpoint. Threads read and turn tensors, one puts them into their stacks.
 
     Attributes:
-      specs, shardings: by the path of the parameter.
+      specs, shardings: by the path of the parameter; of a quantised kernel those of its arrays.
       arrays: what has been read, by path.
     """
 
     checkpoint: Pretrained
-    specs: dict[str, params_lib.ParamSpec]
-    shardings: dict[str, NamedSharding]
-    arrays: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    specs: dict[str, Any]
+    shardings: dict[str, Any]
+    arrays: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self) -> dict[str, jax.Array]:
         c, entries = self.checkpoint.config, self.checkpoint.entries
@@ -306,23 +317,58 @@ class _Loader:
         return self.arrays
 
     def _place(self, tensor: Tensor, name: str, at: tuple[int, ...]) -> list[_Part]:
-        shapes = [self.specs[path].shape[len(at) :] for path in tensor.paths]
+        shapes = [_shape(self.specs[path])[len(at) :] for path in tensor.paths]
         values = _split(self.checkpoint.entries[name].read(), tensor, self.checkpoint.config, shapes)
         return [
-            _Part(path, _put(x, self.shardings[path], skip=len(at)), at)
+            _Part(path, _put(x, _whole(self.shardings[path]), skip=len(at)), at)
             for path, x in zip(tensor.paths, values, strict=True)
         ]
 
     def _keep(self, parts: list[_Part]) -> None:
         for path, x, at in parts:
             spec, sharding = self.specs[path], self.shardings[path]
-            if at:
-                if path not in self.arrays:
-                    self.arrays[path] = _zeros(spec.shape, spec.dtype, sharding)()
-                self.arrays[path] = _write(sharding)(self.arrays[path], x, at)
+            if quantized.kind_of(spec):
+                self._quantize(path, x, at)
+            elif at:
+                self.arrays[path] = self._put_at(self.arrays.get(path), spec, sharding, x, at)
             else:
                 self.arrays[path] = x if x.dtype == spec.dtype else _cast(spec.dtype, sharding)(x)
-            self.arrays[path].block_until_ready()
+            jax.block_until_ready(self.arrays[path])
+
+    def _quantize(self, path: str, x: jax.Array, at: tuple[int, ...]) -> None:
+        """Puts a layer's or expert's kernel, which the devices hold as it was read, into its stacks."""
+        specs, shardings = self.specs[path], self.shardings[path]
+        kernel, stacks = (
+            _quantize(tuple(specs.items()), tuple(shardings.items()), len(at))(x),
+            self.arrays.get(path, {}),
+        )
+        self.arrays[path] = {
+            name: self._put_at(stacks.get(name), spec, shardings[name], kernel[name], at)
+            for name, spec in specs.items()
+        }
+
+    def _put_at(
+        self,
+        stack: jax.Array | None,
+        spec: params_lib.ParamSpec,
+        sharding: NamedSharding,
+        x: jax.Array,
+        at: tuple[int, ...],
+    ) -> jax.Array:
+        stack = _zeros(spec.shape, spec.dtype, sharding)() if stack is None else stack
+        return _write(sharding)(stack, x, at)
+
+
+def _shape(spec: Any) -> tuple[int, ...]:
+    return quantized.shape(spec) if quantized.kind_of(spec) else spec.shape
+
+
+def _whole(placement: Any) -> NamedSharding:
+    """Where a kernel lies before it is quantised: as its numbers will, but for the axis within a block."""
+    kind = quantized.kind_of(placement)
+    if kind is None:
+        return placement
+    return NamedSharding(placement[kind].mesh, PartitionSpec(*placement[kind].spec[:-1]))
 
 
 def _bytes(entry: Entry) -> int:
@@ -363,6 +409,15 @@ def _aligned(x: np.ndarray) -> np.ndarray:
 @functools.cache
 def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Callable[[], jax.Array]:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _quantize(
+    specs: tuple[tuple[str, params_lib.ParamSpec], ...], shardings: tuple[tuple[str, NamedSharding], ...], skip: int
+) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """Quantises one layer's kernel; `skip`: leading axes of the stacks that it will be put into."""
+    where = {name: NamedSharding(s.mesh, PartitionSpec(*s.spec[skip:])) for name, s in shardings}
+    return jax.jit(functools.partial(quantized.quantize, like=dict(specs)), out_shardings=where)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from research import config as config_lib
 from research.config import Config
 from research.errors import InputError
 from research.files import read_json
+from research.ops import quantized
 
 RECORD = "config.json"  # in a workdir: what it ran with
 _SHOWN = 6  # a message lists at most so many changes
@@ -43,15 +44,18 @@ class Rule:
       effect: of most changes.
       why: it is refused, as a clause that follows a colon.
       switch: a change from 0 to another number, or back, is refused.
+      apart: a change to or from one of these values is refused.
     """
 
     effect: Effect
     why: str = ""
     switch: bool = False
+    apart: tuple[str, ...] = ()
 
     def text(self) -> str:
         """For a table."""
-        return f"{self.effect.value}; to or from 0 refused" if self.switch else self.effect.value
+        refused = ("0",) if self.switch else self.apart
+        return f"{self.effect.value}; to or from {' or '.join(refused)} refused" if refused else self.effect.value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Change:
         rule = rule_of(self.field)
         known = None not in (self.before, self.now)  # else it is inherited, and the checkpoint says whether it fits
         switched = rule.switch and known and bool(self.before) != bool(self.now)
-        return dataclasses.replace(rule, effect=Effect.REFUSED) if switched else rule
+        apart = self.before in rule.apart or self.now in rule.apart
+        return dataclasses.replace(rule, effect=Effect.REFUSED) if switched or apart else rule
 
 
 def _rules(rule: Rule, section: str, names: str) -> dict[str, Rule]:
@@ -86,10 +91,12 @@ _TOKENIZER = Rule(Effect.REFUSED, "the parameters are of the tokens that the run
 _TRAINED = Rule(Effect.REFUSED, "the checkpoint holds what was trained, and its optimizer's state")
 _STATE = Rule(Effect.REFUSED, "the optimizer's state in the checkpoint is of another kind")
 _AVERAGE = Rule(Effect.SAID, "the checkpoint has a moving average, or has none", switch=True)
+_HELD = Rule(Effect.SAID, "what is trained was trained beside the kernels as they were held", apart=quantized.KINDS)
 _SWITCH = Rule(Effect.SAID, "the optimizer's state in the checkpoint is of another kind", switch=True)
 
 FIELDS: dict[str, Rule] = {
-    **_rules(_SAID, "", "steps batch_size frozen_dtype roles objective"),
+    **_rules(_SAID, "", "steps batch_size roles objective"),
+    "frozen_dtype": _HELD,
     **_rules(_HOW, "", "microbatches rules"),
     **_rules(_FREE, "", "max_bad_steps stall_seconds compilation_cache"),
     "seed": _SEED,

@@ -12,6 +12,7 @@ from research import loading, params
 from research.config import Config
 from research.errors import InputError
 from research.models import kernels, transformer
+from research.ops import quantized
 
 Tree = Any  # a pytree
 
@@ -53,7 +54,7 @@ class Roles:
 
     def draw(self, key: jax.Array) -> dict[str, Tree]:
         """Random parameters of all roles, as `arrange` takes them."""
-        values = params.init({**self.whole, **self._terms()}, key)
+        values = params.init({**quantized.float_specs(self.whole), **self._terms()}, key)
         return values | {
             role: loading.adapted(self.models[role], specs, values[role], key) for role, specs in self.whole.items()
         }
@@ -70,12 +71,12 @@ class Roles:
         for role in self.cut.keys() & values.keys():
             trained[role], rest = params.split(params.in_pieces(values[role], self.cut[role]), self.masks[role])
             if role in self.frozen:
-                frozen[role] = _cast(rest, self.frozen[role])
+                frozen[role] = quantized.hold(rest, self.frozen[role])
         for role in self.references:
             if self.models[role].of in trained:
                 owner = trained[self.models[role].of]
                 own = owner if self.models[role].adapter else kernels.bare(owner)
-                frozen[role] = _cast(own, self.frozen[role])
+                frozen[role] = quantized.hold(own, self.frozen[role])
         return trained, frozen
 
     def _terms(self) -> dict[str, Tree]:
@@ -104,21 +105,32 @@ def make_roles(
         if role in trained:
             _divide(config, roles, role, own)
         elif own:
-            roles.frozen[role] = params.held_in(own, frozen_dtype(config, model))
+            roles.frozen[role] = held(config, model, own)
             roles.whole[role] = roles.frozen[role]
     for role, model in models.items():
         if model.of and role not in roles.whole:
             _check_reference(roles, role)
             own = roles.trained[model.of] if model.adapter else kernels.bare(roles.trained[model.of])
-            roles.frozen[role] = params.held_in(own, frozen_dtype(config, model))
+            roles.frozen[role] = params.held_in(own, float_dtype(config, model))
     if terms:
         roles.trained["objectives"] = dict(terms)
     return roles
 
 
-def frozen_dtype(config: Config, model: transformer.Model) -> Any:
-    """In which the kernels of what isn't trained are held."""
-    return jnp.dtype(model.config.dtype if config.frozen_dtype == "auto" else config.frozen_dtype)
+def held(config: Config, model: transformer.Model, specs: Tree) -> Tree:
+    """The specs of what isn't trained of a model, as config.frozen_dtype has it.
+
+    Raises:
+      InputError: a kernel can't be held so.
+    """
+    specs = params.held_in(specs, float_dtype(config, model))
+    return quantized.held_in(specs, config.frozen_dtype) if config.frozen_dtype in quantized.KINDS else specs
+
+
+def float_dtype(config: Config, model: transformer.Model) -> Any:
+    """In which kernels that aren't trained are held where they aren't quantised, as the copy that a reference has."""
+    auto = config.frozen_dtype in ("auto", *quantized.KINDS)
+    return jnp.dtype(model.config.dtype if auto else config.frozen_dtype)
 
 
 def make_start(
@@ -126,7 +138,8 @@ def make_start(
 ) -> loading.Start:
     """Where a role begins: the model that its section names, or random parameters."""
     _, section = config_lib.model_section(config, role)
-    return loading.Start(role, model, config.seed, bases.get(role, section.init_from), section.new_rows)
+    base = bases.get(role, section.init_from)
+    return loading.Start(role, model, config.seed, base, section.new_rows, config.frozen_dtype)
 
 
 def _own_specs(config: Config, role: str, model: transformer.Model) -> Tree:
@@ -153,13 +166,13 @@ def _divide(config: Config, roles: Roles, role: str, own: Tree) -> None:
     masks = [params.matching(cut, pattern, field) for field, pattern in patterns.items()]
     mask = jax.tree.map(lambda *each: any(each), *masks)
     trained, rest = params.split(cut, mask)
-    rest = params.held_in(rest, frozen_dtype(config, roles.models[role]))
+    rest = held(config, roles.models[role], rest)
     names = {
         params.whole_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trained, is_leaf=params.is_spec)
     }
-    held = params.held_in(own, frozen_dtype(config, roles.models[role]))
+    frozen = held(config, roles.models[role], own)
     roles.whole[role] = jax.tree_util.tree_map_with_path(
-        lambda path, spec, kept: spec if params.path_name(path) in names else kept, own, held, is_leaf=params.is_spec
+        lambda path, spec, kept: spec if params.path_name(path) in names else kept, own, frozen, is_leaf=params.is_spec
     )
     roles.cut[role], roles.masks[role], roles.trained[role] = cut, mask, trained
     if rest:
@@ -186,7 +199,3 @@ def _check_reference(roles: Roles, role: str) -> None:
             f"{section} itself, and follow it. Freeze a part (trainable), or name a model to hold a second time: "
             f"roles.{role}.init_from."
         )
-
-
-def _cast(values: Tree, specs: Tree) -> Tree:
-    return jax.tree.map(lambda x, spec: x.astype(spec.dtype), values, specs)

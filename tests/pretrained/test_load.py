@@ -21,6 +21,7 @@ from research.errors import InputError
 from research.models import transformer
 from research.models.config import ModelConfig
 from research.models.specs import make_specs
+from research.ops import quantized
 from research.pretrained import export, load, save
 from research.pretrained.families import llama
 
@@ -111,6 +112,11 @@ def test_the_host_holds_few_tensors_at_once(tmp_path, monkeypatch):
     again, most = peak(lambda: load.load(found, model.specs, params.shardings(model.specs, one_device())))
     assert most < size / 3
     jax.tree.map(np.testing.assert_array_equal, again, values)
+    held = quantized.held_in(model.specs, "nf4")
+    again, most = peak(lambda: load.load(found, held, params.shardings(held, one_device())))
+    assert most < size / 3
+    assert sum(x.nbytes for x in jax.tree.leaves(again["layers"])) < size / 6
+    jax.tree.map(np.testing.assert_array_equal, again, quantized.hold(values, held))
 
 
 # What may be wrong with a folder. Each case spoils a copy of a checkpoint.
@@ -356,3 +362,14 @@ def test_a_family_without_a_head_of_its_own_refuses_one(part, tmp_path):
     with_tensors(folder, lambda tensors: tensors.update({name: tensors[original] + 1}))
     with pytest.raises(InputError, match=rf"'{name}' has other values than '{original}'"):
         load.open_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("kind", quantized.KINDS)
+@pytest.mark.parametrize("name", ["hf_tiny/llama", "hf_tiny/mixtral"])
+def test_kernels_are_quantised_as_they_are_read_the_same_on_a_mesh(name, kind):
+    found, exact = read(name, one_device())
+    specs = quantized.held_in(make_specs(found.config), kind)
+    alone, parts = (load.load(found, specs, params.shardings(specs, mesh)) for mesh in (one_device(), four_devices()))
+    jax.tree.map(np.testing.assert_array_equal, parts, alone)
+    jax.tree.map(np.testing.assert_array_equal, alone, quantized.hold(exact, specs))
+    assert jax.tree.map(lambda x: x.sharding, parts) == params.shardings(specs, four_devices())
