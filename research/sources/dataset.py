@@ -130,9 +130,11 @@ def build_tokenizer(spec: DataSpec, tokenizer_spec: TokenizerSpec, seed: int = 0
 
 
 def with_special_tokens(tokenizer: Tokenizer, tokenizer_spec: TokenizerSpec, spec: DataSpec) -> Tokenizer:
-    """A tokenizer that has the special tokens that are asked for and those that the views of `spec` need."""
+    """A tokenizer that has the special tokens that are asked for and those that the views of `spec` need, and notes of
+    the views what is to be known of them wherever the model is used."""
     tokenizer = tokenizer.with_tokens(tokenizer_spec.added_tokens)
-    return tokenizer.with_tokens(spec_lib.needed_tokens(spec, tokenizer))
+    tokenizer = tokenizer.with_tokens(spec_lib.needed_tokens(spec, tokenizer))
+    return tokenizer.with_variables(spec_lib.noted_tokens(spec, tokenizer))
 
 
 def _located(spec: DataSpec, seed: int) -> tuple[list[tuple[Entry, Origin]], list[tuple[Entry, Origin]]]:

@@ -89,7 +89,8 @@ def make_infilling(form: str, tokenizer: Tokenizer) -> Infilling:
         return Infilling(form, tokenizer, tokenizer.stop)
     try:
         if form == "sentinel":
-            holes = tuple(special_tokens.sentinels(tokenizer, 2))
+            special_tokens.sentinels(tokenizer, 2)  # raises where there are fewer
+            holes = tuple(special_tokens.ordered_sentinels(tokenizer)[:2])
             return Infilling(form, tokenizer, (*tokenizer.stop, holes[1]), holes=holes, mode=_mode(tokenizer))
         marks = special_tokens.fim_tokens(tokenizer)
     except InputError as error:

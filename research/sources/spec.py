@@ -201,6 +201,24 @@ def needed_tokens(data: DataSpec, tokenizer: Any) -> tuple[str, ...]:
     )
 
 
+def noted_tokens(data: DataSpec, tokenizer: Any) -> dict[str, str]:
+    """The tokens that the views of the sources want to be named in a tokenizer_config.json: field -> token.
+
+    Raises:
+      InputError: two views want a field to name different ones.
+    """
+    noted: dict[str, str] = {}
+    for name, source in source_specs(data).items():
+        field = f"data.sources.{name}.view"
+        for variable, token in views.noted_tokens(source.view, field, tokenizer).items() if source.view else ():
+            if noted.setdefault(variable, token) != token:
+                raise InputError(
+                    f"{field}: makes {token} the {variable}, and another source {noted[variable]}. A model has one: "
+                    "give both views the same numbering."
+                )
+    return noted
+
+
 def _defaults(data: DataSpec, path: str) -> SourceSpec:
     return SourceSpec(path, **{option: getattr(data, option) for option in _INHERITED})
 

@@ -33,6 +33,7 @@ _MODES = (  # UL2's modes R, X and S
     ("[R]", "[X]", "[S]"),  # its paper
     ("<|nlu|>", "<|nlg|>", "<|s2s|>"),  # what we add
 )
+FIRST_SENTINEL = "first_sentinel_token"  # in a tokenizer_config.json, as the view denoise counts
 CONFIG_FIELDS = {MASK: "mask_token"}  # what a tokenizer_config.json calls a token that we add
 
 
@@ -91,6 +92,21 @@ def sentinels(tokenizer: "Tokenizer", count: int) -> list[int]:
     """The ids of `count` sentinels, which stand for spans, in the order of their numbers from 0 (Raffel et al. 2020,
     arXiv:1910.10683). Raises InputError, which says how many there are, where there are fewer."""
     return _ids(tokenizer, sentinel_names(tokenizer, count), "sentinels")
+
+
+def ordered_sentinels(tokenizer: "Tokenizer", numbering: str = "") -> list[int]:
+    """The ids of all sentinels, in the order of their use.
+
+    Args:
+      tokenizer: that has them.
+      numbering: "named", by the numbers in their names; "down" or "up", by ids. "" is as the tokenizer says: it notes
+        the first one where a model was trained (the variable FIRST_SENTINEL), and else by their names.
+    """
+    named = sentinels(tokenizer, sentinel_count(tokenizer))
+    if not numbering:
+        first = tokenizer.backend.token_to_id(tokenizer.variables.get(FIRST_SENTINEL, ""))
+        numbering = "named" if first not in named[1:] else "up" if first == min(named) else "down"
+    return named if numbering == "named" else sorted(named, reverse=numbering == "down")
 
 
 def fim_names(tokenizer: "Tokenizer") -> tuple[str, ...]:

@@ -205,6 +205,13 @@ class Tokenizer:
         config, files = _note_added(self.files, {ids[name]: added[name] for name in names})
         return _make(backend, self.eos, self.bos, config, files, self.stop)
 
+    def with_variables(self, values: Mapping[str, str]) -> "Tokenizer":
+        """Returns a tokenizer whose tokenizer_config.json names tokens, such as {"mask_token": "<mask>"}."""
+        if all(self.variables.get(name) == token for name, token in values.items()):
+            return self
+        config = {**json.loads(self.files[_CONFIG]), **values}
+        return _make(self.backend, self.eos, self.bos, config, self.files, self.stop)
+
     def spelled_special(self, text: str) -> str:
         """Returns the first special token that `text` spells, or ""."""
         spelled = self._special_pattern.search(text)

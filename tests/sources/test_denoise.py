@@ -1,5 +1,6 @@
 """The view `denoise`: what a text becomes, that it fits and comes back, UL2's mixtures, and what is refused."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -10,8 +11,9 @@ import pytest
 
 from research.errors import InputError
 from research.sources import corruption, special_tokens, views
-from research.sources.dataset import DataSpec, load
-from research.sources.tokenizers import TokenizerSpec, make_tokenizer
+from research.sources.dataset import DataSpec, load, with_special_tokens
+from research.sources.infilling import make_infilling
+from research.sources.tokenizers import TokenizerSpec, load_tokenizer, make_tokenizer
 from research.sources.views import Document, denoise
 
 BYTE = make_tokenizer(TokenizerSpec(), lambda: iter(()))
@@ -206,6 +208,31 @@ def test_the_order_of_sentinels():
         inputs, targets = parts(seen)
         assert [int(i) - first for i in inputs if i >= first] == want
         assert [int(i) - first for i in targets if i >= first] == want
+
+
+@pytest.mark.parametrize(
+    ("numbering", "t5", "ours"), [("named", (9, 8), (0, 1)), ("down", (9, 8), (9, 8)), ("up", (0, 1), (0, 1))]
+)
+def test_who_asks_for_a_middle_begins_with_the_same_sentinel(tmp_path, numbering, t5, ours):
+    texts = DataSpec("", sources={"a": {"path": "x", "view": {"kind": "denoise", "numbering": numbering}}}, seq_len=40)
+    for form, order, want in (("<extra_id_{}>", reversed(range(10)), t5), ("<|mask:{}|>", range(10), ours)):
+        before = BYTE.with_tokens([form.format(i) for i in order])
+        after = with_special_tokens(before, TokenizerSpec(), texts)
+        assert after.size == before.size
+        after.save(tmp_path)
+        holes = make_infilling("sentinel", load_tokenizer(tmp_path)).holes
+        assert tuple(hole - BYTE.size for hole in holes) == want
+
+
+def test_a_model_has_one_first_sentinel():
+    up, down = ({"path": "x", "view": {"kind": "denoise", "numbering": each}} for each in ("up", "down"))
+    other = {"path": "x", "view": {"kind": "denoise", "form": "prefix"}}  # it has none
+    for sources, fails in (({"a": up, "b": down}, True), ({"a": down, "b": down, "c": other}, False)):
+        spec = DataSpec("", sources=sources, seq_len=40)
+        with (
+            pytest.raises(InputError, match="give both views the same numbering") if fails else contextlib.nullcontext()
+        ):
+            with_special_tokens(BYTE, TokenizerSpec(), spec)
 
 
 def test_a_tokenizer_without_bos():

@@ -103,6 +103,14 @@ def needed_tokens(view: Mapping[str, Any], field: str, seq_len: int, tokenizer: 
         raise _named(field, options, error) from error
 
 
+def noted_tokens(view: Mapping[str, Any], field: str, tokenizer: Any) -> dict[str, str]:
+    """What a view wants a tokenizer_config.json to say: field -> token. Its module may have a function
+    noted_tokens(tokenizer, **options) for it, beside `make`. Args: see `load`."""
+    function = getattr(find(view, field), "noted_tokens", None)
+    options = {option: value for option, value in view.items() if option != "kind"}
+    return {} if function is None else function(tokenizer, **options)
+
+
 def _named(field: str, options: Collection[str], error: InputError) -> InputError:
     """The error of a view, with the config's field before it; it may begin with the name of one of the options."""
     first = re.match(r"\w+", str(error))

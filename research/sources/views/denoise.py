@@ -18,7 +18,14 @@ import numpy as np
 
 from research.errors import InputError, did_you_mean
 from research.sources import corruption
-from research.sources.special_tokens import mode_names, mode_tokens, sentinel_count, sentinel_names, sentinels
+from research.sources.special_tokens import (
+    FIRST_SENTINEL,
+    mode_names,
+    mode_tokens,
+    ordered_sentinels,
+    sentinel_count,
+    sentinel_names,
+)
 from research.sources.tokenizers import Tokenizer
 from research.sources.views import Document, View
 
@@ -168,6 +175,13 @@ def special_tokens(tokenizer: Tokenizer, seq_len: int, **options: Any) -> tuple[
     return (*sentinel_names(tokenizer, _needed(denoisers, seq_len, tokenizer)), *modes)
 
 
+def noted_tokens(tokenizer: Tokenizer, numbering: str = "named", **options: Any) -> dict[str, str]:
+    """The first sentinel, so that whoever asks the model to fill in begins with it too."""
+    if not any(each.sentinels(_SHORTEST) for each in _denoisers(options)):
+        return {}
+    return {FIRST_SENTINEL: tokenizer.backend.id_to_token(ordered_sentinels(tokenizer, numbering)[0])}
+
+
 def _start(denoiser: Denoiser, tokenizer: Tokenizer) -> np.ndarray:
     """The ids before the inputs: bos, if the tokenizer has one, and the mode token, if the denoiser has one."""
     first = [] if tokenizer.bos is None else [tokenizer.bos]
@@ -252,8 +266,7 @@ def _sentinels(tokenizer: Tokenizer, needed: int, numbering: str) -> np.ndarray:
             f"{there} sentinels. Name more in tokenizer.added_tokens, raise mean_span, lower density or data.seq_len, "
             "or set form='single'."
         )
-    ids = np.array(sentinels(tokenizer, there), np.int32)
-    return ids if numbering == "named" else np.sort(ids)[:: 1 if numbering == "up" else -1]
+    return np.array(ordered_sentinels(tokenizer, numbering), np.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
