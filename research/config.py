@@ -167,7 +167,8 @@ class Config:
         roles a mapping: {"policy": "head", "value": ""}. The others take no gradient and no optimizer state, and aren't
         in checkpoints: they are read where the run began.
       adapter: how the policy is changed without changing all of it: {"kind": "lora", "rank": 16}; {} trains what
-        `trainable` says. docs/adaptation.md describes the kinds.
+        `trainable` says; {"init_from": DIR} goes on with an adapter of PEFT or of a run. docs/adaptation.md describes
+        the kinds.
       frozen_dtype: in which the kernels of what isn't trained are held: "auto" is the compute dtype of their model;
         "float32" or "bfloat16"; "int8" or "nf4" (4 bits) for those of the layers' linear maps, and "auto" for the
         others. docs/adaptation.md describes them.
@@ -296,7 +297,8 @@ def _check_roles(config: Config) -> None:
     if config.frozen_dtype not in FROZEN_DTYPES:
         known = did_you_mean(config.frozen_dtype, FROZEN_DTYPES)
         raise InputError(f"frozen_dtype = {config.frozen_dtype!r}: no such choice.{known}")
-    if adapters.load(config.adapter) and trainable_pattern(config, "policy"):
+    unread = "init_from" in config.adapter and "kind" not in config.adapter  # what it begins with says the options
+    if (unread or adapters.load(config.adapter)) and trainable_pattern(config, "policy"):
         raise InputError(
             f"trainable = {config.trainable!r}: the adapter says what of the policy is trained. Leave it out; what is "
             "trained besides is adapter.also."

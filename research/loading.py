@@ -20,7 +20,7 @@ from research.files import fingerprint, read_json, write_json
 from research.models import adapters, added_rows, kernels, transformer
 from research.models.config import ModelConfig
 from research.ops import quantized
-from research.pretrained import checkpoints
+from research.pretrained import checkpoints, peft, save
 from research.pretrained import load as pretrained
 from research.sources import tokenizers
 
@@ -128,7 +128,8 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
     tokenizer = tokenizers.load_tokenizer(workdir)
     c, rules = config_lib.model_config(config, tokenizer.size), sharding.make_rules(config.rules)
     model, base = transformer.make_model(c, rules, adapters.load(config.adapter)), config.model.init_from
-    start = Start("policy", model, config.seed, base, config.model.new_rows, config.frozen_dtype)
+    saved = config.adapter.get("init_from", "")
+    start = Start("policy", model, config.seed, base, config.model.new_rows, config.frozen_dtype, saved)
     origin = Path(workdir) / ORIGIN
     return Found(
         name=workdir,
@@ -153,6 +154,7 @@ class Start:
       base: the model that its parameters are read from, or that one's name; "" for random ones.
       new_rows: how the rows of added tokens begin; see models.added_rows.
       frozen_dtype: of the run's config.
+      saved: where the parameters of the model's adapter are read from, see `open_adapter`; "" where they are drawn.
     """
 
     role: str
@@ -161,6 +163,7 @@ class Start:
     base: Found | str
     new_rows: str = "mean"
     frozen_dtype: str = "auto"
+    saved: str = ""
 
     def read(self, specs: Any, placements: Any) -> Any:
         """The initial parameters, each in its spec's dtype; kernels whose specs are quantised are as they are read.
@@ -196,10 +199,11 @@ class Start:
             model = params.held_in(quantized.float_specs(model), jnp.float32)
             where = params.shardings(model, jax.tree.leaves(where)[0].mesh, self.model.rules)
         values = params.join(self._read_model(base, model, where), self._draw(added, beside))
-        if self.model.adapter.init is None:
-            return values
-        finish = functools.partial(adapted, self.model, specs)
-        return jax.jit(finish, donate_argnums=0, out_shardings=placements)(values, initial_keys(self.seed)[0])
+        if self.model.adapter.init is not None:
+            finish = functools.partial(adapted, self.model, specs)
+            begin = jax.jit(finish, donate_argnums=0, out_shardings=placements)
+            values = begin(values, initial_keys(self.seed)[0])
+        return open_adapter(self.saved, base).fill(values) if self.saved else values
 
     def _read_body(self, base: Found, specs: Any, placements: Any) -> Any:
         """What the other model has of the parameters; a head that it hasn't is drawn."""
@@ -428,6 +432,126 @@ def check_unchanged(workdir: str, start: Start, marks: Mapping[str, Any], values
                 f"{source or f'the seed {start.seed}'}, and has other values there than when the run began. Restore "
                 "what it began with, or start in a new --workdir."
             )
+
+
+def open_adapter(name: str, base: Found) -> "peft.Saved | RunAdapter":
+    """An adapter that has been trained; its parameters haven't been read.
+
+    Args:
+      name: a folder that PEFT or an export wrote, or the workdir of a run with an adapter.
+      base: the model that it is for.
+
+    Raises:
+      InputError: there is no such adapter, its kind isn't offered here, or it is for another model.
+    """
+    name = os.path.expanduser(name)
+    if checkpoints.steps(name):
+        return RunAdapter.open(name)
+    if not peft.is_folder(name):
+        raise InputError(
+            f"{name}: is no adapter: neither a folder with adapter_config.json nor a run's workdir with a checkpoint. "
+            "Name the folder that PEFT or understudy export wrote."
+        )
+    family, _ = save.choose(base.config, base.origin.get("config", {}))
+    return peft.understand(peft.open_folder(name), family, base.config)
+
+
+def adapter_options(name: str, base: Found, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `adapter` of a run whose adapter goes on from a trained one.
+
+    Args:
+      name, base: see `open_adapter`.
+      own: what the config says; what isn't of the parameters themselves may differ.
+
+    Raises:
+      InputError: the config says another thing than the adapter, or see `open_adapter`.
+    """
+    options = open_adapter(name, base).options
+    defaults = adapters.defaults(options["kind"])
+    for option, value in own.items():
+        there = options.get(option, defaults.get(option))
+        if option in ("init_from", "dropout", "decay") or value == there:
+            continue
+        if option == "also":
+            options["also"] = "|".join(filter(None, (there, value)))
+            continue
+        raise InputError(f"adapter.{option} = {value!r}: {name}, which it begins with, has {there!r}. Leave it out.")
+    free = {option: own[option] for option in ("dropout", "decay") if option in own}
+    return {**options, **free, "init_from": name}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunAdapter:
+    """The adapter of a run.
+
+    Attributes:
+      workdir: of the run.
+      config: of the run.
+      model: what it trains, with its adapter.
+    """
+
+    workdir: str
+    config: config_lib.Config
+    model: transformer.Model
+
+    @classmethod
+    def open(cls, workdir: str) -> "RunAdapter":
+        """Raises InputError where the run has no adapter."""
+        config = config_lib.parse(read_json(Path(workdir) / "config.json")["config"])
+        if not config.adapter:
+            raise InputError(f"{workdir}: is a run without an adapter. Name it as the --model.")
+        c = config_lib.model_config(config, tokenizers.load_tokenizer(workdir).size)
+        if c.added_rows:
+            raise InputError(
+                f"{workdir}: added tokens to its model, and its adapter belongs to the model with them. Name it as the "
+                "--model, or write the whole model (understudy export --merge)."
+            )
+        rules = sharding.make_rules(config.rules)
+        return cls(workdir, config, transformer.make_model(c, rules, adapters.load(config.adapter)))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """{"kind": ..., option: value}."""
+        return {option: value for option, value in self.config.adapter.items() if option != "init_from"}
+
+    def fill(self, values: Any) -> Any:
+        """Parameters of a model and the adapter, with those that the run has trained in their place.
+
+        Raises:
+          InputError: the model isn't the one that the run began with.
+        """
+        there = dict(params.named_leaves(values))
+        for name, spec in params.named_leaves(self.model.specs):
+            if name in there and there[name].shape != spec.shape:
+                raise InputError(
+                    f"{self.workdir}: was made for another model: {name} is {list(spec.shape)} there, and "
+                    f"{list(there[name].shape)} in this one. It began with {self.config.model.init_from!r}."
+                )
+        marks = {name: mark for name, mark in (_marks(self.workdir, "policy") or {}).items()}
+        now = params.fingerprint(values)
+        for name, (total, norm) in marks.items():
+            if name in now and max(abs(now[name][0] - total), abs(now[name][1] - norm)) > 1e-3 * norm + 1e-6:
+                raise InputError(
+                    f"{self.workdir}: was made for another model: {name} has other values there. It began with "
+                    f"{self.config.model.init_from!r}."
+                )
+        where = {name: x.sharding for name, x in there.items()}
+        return params.put(values, self.read(where))
+
+    def read(self, where: Mapping[str, Any], *, step: int | None = None, ema: bool = False) -> Any:
+        """What the run has trained, whose layers may lie in pieces.
+
+        Args:
+          where: name of a parameter, without pieces -> its sharding.
+          step, ema: see `find`.
+        """
+        names = checkpoints.parameter_names(self.workdir, step=step, ema=ema)["policy"]
+        like = jax.tree_util.tree_map_with_path(
+            lambda path, s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where[params.whole_name(path)]),
+            params.named(self.model.specs, names),
+            is_leaf=params.is_spec,
+        )
+        return checkpoints.restore_params(self.workdir, {"policy": like}, step=step, ema=ema)[0]["policy"]
 
 
 class LoadedModel(NamedTuple):

@@ -63,6 +63,12 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
+def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
+    """(path_name, leaf) of all leaves of nested dicts: arrays or ParamSpecs."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_spec)
+    return [(path_name(path), leaf) for path, leaf in leaves]
+
+
 def init(specs: Tree, key: jax.Array) -> Tree:
     """Initial values, drawn in float32. Each parameter's key depends on its path alone, so that adding one changes no
     other."""

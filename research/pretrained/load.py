@@ -318,7 +318,7 @@ class _Loader:
 
     def _place(self, tensor: Tensor, name: str, at: tuple[int, ...]) -> list[_Part]:
         shapes = [_shape(self.specs[path])[len(at) :] for path in tensor.paths]
-        values = _split(self.checkpoint.entries[name].read(), tensor, self.checkpoint.config, shapes)
+        values = split(self.checkpoint.entries[name].read(), tensor, self.checkpoint.config, shapes)
         return [
             _Part(path, _put(x, _whole(self.shardings[path]), skip=len(at)), at)
             for path, x in zip(tensor.paths, values, strict=True)
@@ -375,7 +375,7 @@ def _bytes(entry: Entry) -> int:
     return math.prod(entry.shape) * entry.dtype.itemsize
 
 
-def _split(x: np.ndarray, tensor: Tensor, c: ModelConfig, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+def split(x: np.ndarray, tensor: Tensor, c: ModelConfig, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
     """A tensor of a checkpoint as the parameters that it holds, views of it where that can be."""
     x = einops.rearrange(x, tensor.layout, **letters(tensor, c))
     ends = np.cumsum([shape[tensor.axis] for shape in shapes])[:-1]

@@ -59,6 +59,17 @@ def open_safetensors(folder: Path) -> dict[str, Entry]:
     return entries
 
 
+def open_file(file: Path) -> dict[str, Entry]:
+    """Name -> entry, of all tensors of a safetensors file.
+
+    Raises:
+      InputError: there is no such file, or it is cut short or damaged.
+    """
+    if not file.is_file():
+        raise InputError(f"{file}: there is no such file. Copy it, as safetensors.")
+    return _header(file)
+
+
 def _shards(index: Path) -> list[Path]:
     """The files that an index names, all of which are there."""
     names = files.read_json(index, remedy="Copy it anew.").get("weight_map")

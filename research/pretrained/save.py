@@ -131,7 +131,7 @@ def save(
     not_finite: list[str] = []
     for tensor, name, at in _tensors(family, c):
         parts = [np.asarray(flat[path][at] if at else flat[path]) for path in tensor.paths]
-        x = _join(parts, tensor, c)
+        x = join(parts, tensor, c)
         with np.errstate(over="ignore"):
             written = np.ascontiguousarray(x.astype(dtype(name)))
         if not np.isfinite(written).all():
@@ -195,8 +195,8 @@ def _tensors(family: ModuleType, c: ModelConfig) -> Iterator[tuple[Tensor, str, 
     return ((tensor, name, at) for tensor in family.tensors(c) for name, at in places(tensor, c))
 
 
-def _join(parts: list[np.ndarray], tensor: Tensor, c: ModelConfig) -> np.ndarray:
-    """The tensor of a checkpoint that holds these parameters: the inverse of load._split."""
+def join(parts: list[np.ndarray], tensor: Tensor, c: ModelConfig) -> np.ndarray:
+    """The tensor of a checkpoint that holds these parameters: the inverse of load.split."""
     stored, ours = tensor.layout.split(" -> ")
     x = np.concatenate(parts, axis=tensor.axis) if len(parts) > 1 else parts[0]
     return einops.rearrange(x, f"{ours} -> {stored}", **letters(tensor, c))

@@ -185,7 +185,21 @@ def with_checkpoints(
             raise InputError(
                 f"{where}.init_from = '': names no model. Give a workdir, a folder, a hub name or a .gguf."
             )
-    return config, bases
+    return _with_adapter(config, bases.get("policy")), bases
+
+
+def _with_adapter(config: Config, base: loading.Found | None) -> Config:
+    """The config with the options of the adapter that the policy's begins with."""
+    name = config.adapter.get("init_from", "")
+    if not name:
+        return config
+    if not config.model.init_from or not isinstance(name, str):
+        raise InputError(
+            f"adapter.init_from = {name!r}: is the folder or workdir of an adapter for the model that model.init_from "
+            f"= {config.model.init_from!r} names. Name both."
+        )
+    options = loading.adapter_options(name, base or loading.find(config.model.init_from), config.adapter)
+    return dataclasses.replace(config, adapter=options)
 
 
 def read_data(

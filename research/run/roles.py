@@ -139,7 +139,8 @@ def make_start(
     """Where a role begins: the model that its section names, or random parameters."""
     _, section = config_lib.model_section(config, role)
     base = bases.get(role, section.init_from)
-    return loading.Start(role, model, config.seed, base, section.new_rows, config.frozen_dtype)
+    saved = config.adapter.get("init_from", "") if role == "policy" else ""
+    return loading.Start(role, model, config.seed, base, section.new_rows, config.frozen_dtype, saved)
 
 
 def _own_specs(config: Config, role: str, model: transformer.Model) -> Tree:

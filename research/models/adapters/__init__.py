@@ -29,7 +29,8 @@ def load(spec: Mapping[str, Any], field: str = "adapter") -> Adapter | None:
     """The adapter that a config names; None for {}.
 
     Args:
-      spec: {"kind": NAME, option: value, ...}: research/models/adapters/NAME.py, and the options of its `make`.
+      spec: {"kind": NAME, option: value, ...}: research/models/adapters/NAME.py, and the options of its `make`;
+        init_from, which says where its parameters are read from, is no matter here.
       field: where the config says it, for errors.
 
     Raises:
@@ -38,16 +39,28 @@ def load(spec: Mapping[str, Any], field: str = "adapter") -> Adapter | None:
     if not spec:
         return None
     module = _find(spec.get("kind"), field)
-    options = {option: value for option, value in spec.items() if option != "kind"}
+    options = {option: value for option, value in spec.items() if option not in ("kind", "init_from")}
     allowed = inspect.signature(module.make).parameters
     hints = typing.get_type_hints(module.make)
     for option, value in options.items():
         if option not in allowed:
-            raise InputError(f"{field}.{option}: no such option.{did_you_mean(option, [*allowed, 'kind'])}")
+            raise InputError(
+                f"{field}.{option}: no such option.{did_you_mean(option, [*allowed, 'kind', 'init_from'])}"
+            )
         _check_type(f"{field}.{option}", value, hints.get(option, Any))
     with naming_fields(field):
         adapter = module.make(**options)
     return dataclasses.replace(adapter, kind=spec["kind"])
+
+
+def defaults(kind: str, field: str = "adapter") -> dict[str, Any]:
+    """The defaults of a kind's options.
+
+    Raises:
+      InputError: there is no such kind.
+    """
+    options = inspect.signature(_find(kind, field).make).parameters
+    return {name: option.default for name, option in options.items() if option.default is not option.empty}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,457 @@
+"""Reads a folder of PEFT: the options of an adapter of ours, and its parameters."""
+
+import collections
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from research import files, params
+from research.errors import InputError
+from research.models.config import ModelConfig
+from research.pretrained.peft import modules as modules_lib
+from research.pretrained.peft.modules import Module
+from research.pretrained.readers import Entry, open_file
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "understudy_base"  # in the metadata of TENSORS: params.fingerprint of the kernels that an adapter was made for
+Params = Any
+Leaves = dict[str, dict[tuple[int, ...], np.ndarray]]  # name of a parameter -> (layer,) or () -> its values
+
+_PREFIX = "base_model.model."
+_MERGE = "Merge it into its base in PEFT (merge_and_unload), and read the whole model."
+_NOT_OFFERED = {
+    "LOHA": "products of two low-rank matrices, element by element, are no kind here",
+    "LOKR": "Kronecker products are no kind here",
+    "ADALORA": "its ranks change while it is trained, which a compiled step can't",
+}
+# Fields that say nothing of what is computed, or that the tensors say already.
+_HARMLESS = re.compile(
+    "auto_mapping|base_model_name_or_path|revision|peft_version|peft_type|task_type|inference_mode|megatron_core|"
+    "target_modules|exclude_modules|layers_to_transform|layers_pattern|modules_to_save|bias|fan_in_fan_out|loftq_config|"
+    "qalora_group_size|ensure_weight_tying|projection_prng_key|save_projection|d_initial|init_weights|init_ia3_weights|"
+    "runtime_config"
+)
+_INITS = {True: "default", False: "default", "gaussian": "default", "orthogonal": "default", "eva": "default"}
+_INITS |= {"pissa": "pissa", "olora": "olora"}
+
+
+class Folder(NamedTuple):
+    """A folder of PEFT whose tensors haven't been read.
+
+    Attributes:
+      where: its path.
+      config: its adapter_config.json.
+      entries: its tensors, by their names.
+      base: the fingerprint of what it was made for; empty where the folder has none.
+    """
+
+    where: Path
+    config: dict[str, Any]
+    entries: dict[str, Entry]
+    base: dict[str, tuple[float, float]]
+
+
+def is_folder(name: str | Path) -> bool:
+    """Whether PEFT wrote this folder."""
+    return (Path(name).expanduser() / CONFIG).is_file()
+
+
+def open_folder(name: str | Path) -> Folder:
+    """Opens a folder.
+
+    Raises:
+      InputError: it is no folder of PEFT, or damaged.
+    """
+    where = Path(name).expanduser()
+    if not is_folder(where):
+        raise InputError(f"{name}: holds no {CONFIG}. Name a folder that PEFT's save_pretrained or an export wrote.")
+    if not (where / TENSORS).is_file():
+        raise InputError(f"{where}: lacks {TENSORS}. Save it anew in PEFT, with safe_serialization=True.")
+    entries = open_file(where / TENSORS)
+    with safetensors.safe_open(where / TENSORS, framework="numpy") as file:
+        base = json.loads((file.metadata() or {}).get(BASE, "{}"))
+    return Folder(where, files.read_json(where / CONFIG), entries, {name: tuple(mark) for name, mark in base.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """An adapter as a folder has it.
+
+    Attributes:
+      folder: where it is.
+      options: of an adapter of ours: {"kind": ..., option: value}.
+      leaves: () -> its parameters, by our names.
+      copies: parameters of the model that the folder has copies of.
+    """
+
+    folder: Folder
+    options: dict[str, Any]
+    leaves: Callable[[], Leaves]
+    copies: Leaves
+
+    def fill(self, values: Params) -> Params:
+        """Parameters of a model and the adapter, with those of the folder in their place.
+
+        Args:
+          values: nested dicts of arrays; those that it lacks are left out.
+
+        Raises:
+          InputError: the model isn't the one that the adapter was made for.
+        """
+        self._check_base(values)
+        leaves = self.leaves()
+
+        def one(path: tuple, x: jax.Array) -> jax.Array:
+            parts = leaves.get(params.path_name(path))
+            return x if parts is None else _put(x, parts)
+
+        return jax.tree_util.tree_map_with_path(one, values)
+
+    def _check_base(self, values: Params) -> None:
+        """Raises InputError where kernels aren't those that the folder's adapter was made for."""
+        flat = {params.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(values)}
+        for name, parts in self.copies.items():
+            if name in flat and not all(_close(flat[name][at], x) for at, x in parts.items()):
+                raise self._other_base(name)
+        names = {re.sub(r"(^|/)layers/\d+/", r"\1layers/", name) for name in self.folder.base}
+        own = {name: flat[name] for name in names if name in flat and jnp.issubdtype(flat[name].dtype, jnp.floating)}
+        if not own:
+            return
+        now = params.fingerprint(own)
+        for name, (total, norm) in self.folder.base.items():
+            if name in now and max(abs(now[name][0] - total), abs(now[name][1] - norm)) > 1e-3 * norm + 1e-6:
+                raise self._other_base(name)
+
+    def _other_base(self, name: str) -> InputError:
+        return InputError(
+            f"{self.folder.where}: was made for another model: {name} has other values there. Its {CONFIG} names "
+            f"{self.folder.config.get('base_model_name_or_path')!r}."
+        )
+
+
+def _close(a: jax.Array, b: np.ndarray) -> bool:
+    """Whether values are the same up to the rounding of bfloat16."""
+    return a.shape == b.shape and bool(np.allclose(np.asarray(a, np.float32), b, rtol=1e-2, atol=1e-6))
+
+
+def _put(x: jax.Array, parts: dict[tuple[int, ...], np.ndarray]) -> jax.Array:
+    """An array with parts in their places; a layer of a lower rank than others is filled up with zeros."""
+    if () in parts:
+        whole = parts[()]
+    else:
+        shape = x.shape[1:]
+        filled = {
+            at[0]: np.pad(part, [(0, n - m) for n, m in zip(shape, part.shape, strict=True)])
+            for at, part in parts.items()
+        }
+        if len(filled) < x.shape[0]:
+            at = np.array(sorted(filled))
+            return x.at[at].set(jnp.asarray(np.stack([filled[i] for i in sorted(filled)]), x.dtype))
+        whole = np.stack([filled[i] for i in sorted(filled)])
+    whole = np.asarray(whole, x.dtype)
+    return jax.make_array_from_callback(x.shape, x.sharding, lambda index: whole[index])
+
+
+def understand(folder: Folder, family: ModuleType, c: ModelConfig) -> Saved:
+    """What a folder means for a model.
+
+    Args:
+      folder: of `open_folder`.
+      family: of the model's tensors in transformers.
+      c: what the model computes.
+
+    Raises:
+      InputError: the folder's kind or an option of it isn't offered here, or it is for another model.
+    """
+    kind = folder.config.get("peft_type")
+    if kind not in _KINDS:
+        reason = _NOT_OFFERED.get(kind, f"only {', '.join(_KINDS)} are read")
+        raise InputError(f"{folder.where / CONFIG}: peft_type = {kind!r}: {reason}. {_MERGE}")
+    return _KINDS[kind](_Reader(folder, family, c)).saved()
+
+
+def _refuse(where: Any, field: str, value: Any, reason: str = "isn't offered here") -> InputError:
+    return InputError(f"{where}: {field} = {str(value)[:60]!r}: {reason}. {_MERGE}")
+
+
+class _Reader:
+    """Finds what a folder's tensors are in a model.
+
+    Attributes:
+      folder, family, c: see `understand`.
+      parts: name of a module -> the end of a tensor's name -> the tensor, for what an adapter adds.
+      whole: name of a parameter of transformers -> its tensor, for what is saved besides.
+      shared: what stands for all modules.
+    """
+
+    def __init__(self, folder: Folder, family: ModuleType, c: ModelConfig):
+        self.folder, self.family, self.c = folder, family, c
+        self.where = folder.where / CONFIG
+        self.parts: dict[str, dict[str, Entry]] = collections.defaultdict(dict)
+        self.whole: dict[str, Entry] = {}
+        self.shared: dict[str, Entry] = {}
+        self._left = dict(folder.config)
+        for name, entry in folder.entries.items():
+            added = re.fullmatch(r"base_model\.model\.(.+)\.((?:lora|ia3|vera)_\w+)(?:\.weight)?", name)
+            if added:
+                self.parts[added[1]][added[2]] = entry
+            elif name.startswith(_PREFIX):
+                self.whole[re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", name.removeprefix(_PREFIX))] = entry
+            else:
+                self.shared[name.removeprefix("base_model.")] = entry
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """The value of a field of the config."""
+        value = self._left.pop(name, None)
+        return default if value is None else value
+
+    def finish(self) -> None:
+        """Raises InputError where a field was set that isn't understood."""
+        for name, value in self._left.items():
+            if not _HARMLESS.fullmatch(name) and value not in (None, False, {}, []):
+                raise _refuse(self.where, name, value)
+
+    def modules(self) -> list[tuple[Module, int | None, dict[str, Entry]]]:
+        """(module, layer, its tensors) of all that the adapter changes; the embedding has no layer.
+
+        Raises:
+          InputError: the model has no such module.
+        """
+        known = {
+            name: (module, at[0] if at else None)
+            for module in modules_lib.modules(self.family, self.c)
+            for name, at in module.places
+        }
+        for name in self.parts:
+            if name not in known:
+                some = ", ".join(list(dict.fromkeys(module.name for module, _ in known.values())))
+                raise InputError(
+                    f"{self.folder.where}: changes {name}, and the model has {some} ({self.c.num_layers} layers). It "
+                    f"was made for {self.folder.config.get('base_model_name_or_path')!r}: name that model. Experts and "
+                    "heads are changed whole or by an adapter of ours alone."
+                )
+        return [(*known[name], entries) for name, entries in self.parts.items()]
+
+    def read(self, module: Module, layer: int | None, ending: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor beside a module, in float32.
+
+        Raises:
+          InputError: it is missing, or has another shape; 0 stands for any number.
+        """
+        name = module.tensor.name.format(layer=layer).removesuffix(".weight")
+        entry = self.parts[name].get(ending)
+        if entry is None:
+            raise InputError(f"{self.folder.where}: lacks {ending} of {name}. Save it anew.")
+        if len(entry.shape) != len(shape) or any(n and n != m for n, m in zip(shape, entry.shape, strict=True)):
+            wanted = " x ".join(str(n) if n else "r" for n in shape)
+            raise InputError(
+                f"{self.folder.where}: {ending} of {name} is {' x '.join(map(str, entry.shape))}, and the model asks "
+                f"for {wanted}. It was made for {self.folder.config.get('base_model_name_or_path')!r}: name that model."
+            )
+        return np.asarray(entry.read(), np.float32)
+
+    def make(self, options: dict[str, Any], leaves: Callable[[], Leaves]) -> Saved:
+        """The adapter: what its kind says, and what the folder has of the model itself.
+
+        Raises:
+          InputError: the model has no such parameter, or it has another shape.
+        """
+        targets = [module.tensor.name for module, _, _ in self.modules()]
+        besides, copies = self._of_model(targets)
+        names = [
+            path if not at or len(parts) == self.c.num_layers else path.replace("layers/", f"layers/{at[0]}/", 1)
+            for path, parts in besides.items()
+            for at in parts
+        ]
+        options |= {"also": "|".join(dict.fromkeys(names))} if names else {}
+        return Saved(self.folder, options, lambda: {**leaves(), **besides}, copies)
+
+    def _of_model(self, targets: list[str]) -> tuple[Leaves, Leaves]:
+        """Parameters of the model that the folder has: those that were trained, and an embedding that only stands
+        beside what is added to it. `targets` are the tensors that something is added to."""
+        known = modules_lib.parameter_places(self.family, self.c)
+        trained: Leaves = collections.defaultdict(dict)
+        copies: Leaves = collections.defaultdict(dict)
+        for name, entry in self.whole.items():
+            if name not in known:
+                raise InputError(f"{self.folder.where}: holds {name}, and the model has no such tensor. {_MERGE}")
+            tensor, at = known[name]
+            for path, x in modules_lib.split(entry.read(), name, tensor, self.c, self.folder.where):
+                (copies if tensor.name in targets else trained)[path][at] = np.asarray(x, np.float32)
+        return dict(trained), dict(copies)
+
+
+def _map_name(path: str, layers: list[int], c: ModelConfig) -> str:
+    """An expression for a map of ours at some layers; of the embedding, which has none, its name."""
+    rest = path.removeprefix("layers/")
+    if rest == path or len(layers) == c.num_layers:
+        return rest
+    return f"layers/({'|'.join(map(str, layers))})/{rest}"
+
+
+def _at(layer: int | None) -> tuple[int, ...]:
+    return () if layer is None else (layer,)
+
+
+def _targets(places: Mapping[str, list[int]], c: ModelConfig) -> str:
+    """The option `targets`: name of a map -> its layers."""
+    return "|".join(_map_name(path, sorted(layers), c) for path, layers in places.items())
+
+
+class _Lora:
+    """LoRA and DoRA: arXiv:2106.09685, arXiv:2402.09353."""
+
+    def __init__(self, reader: _Reader):
+        self.reader = reader
+
+    def saved(self) -> Saved:
+        reader = self.reader
+        rank, alpha = reader.take("r", 8), reader.take("lora_alpha", 8)
+        alphas, ranks = reader.take("alpha_pattern", {}), reader.take("rank_pattern", {})
+        del ranks  # the tensors' shapes say them
+        init = reader.take("init_lora_weights", True)
+        if init not in _INITS:
+            raise _refuse(
+                reader.where, "init_lora_weights", init, "changed the base in a way that can't be done again from it"
+            )
+        options = {"kind": "lora", "rank": rank, "alpha": float(alpha)}
+        options |= {name: True for name in ("rslora", "dora") if reader.take(f"use_{name}", False)}
+        options |= {"init": _INITS[init]} if _INITS[init] != "default" else {}
+        options |= {"dropout": float(dropout)} if (dropout := reader.take("lora_dropout", 0.0)) else {}
+        reader.finish()
+        places: dict[str, list[int]] = collections.defaultdict(list)
+        rank_pattern, alpha_pattern = {}, {}
+        for module, layer, entries in reader.modules():
+            own_rank = entries[_ending("A", module)].shape[0] if _ending("A", module) in entries else rank
+            name = module.tensor.name.format(layer=layer).removesuffix(".weight")
+            own_alpha = float(alphas.get(_pattern_key(alphas, name), alpha))
+            for path in module.paths:
+                places[path].append(0 if layer is None else layer)
+                key = path if layer is None else path.replace("layers/", f"layers/{layer}/", 1)
+                if own_rank != rank:
+                    rank_pattern[key] = own_rank
+                if own_alpha != alpha:
+                    alpha_pattern[key] = own_alpha
+        options["targets"] = _targets(places, reader.c)
+        options |= {"rank_pattern": rank_pattern} if rank_pattern else {}
+        options |= {"alpha_pattern": alpha_pattern} if alpha_pattern else {}
+        return reader.make(options, functools.partial(self.leaves, "dora" in options))
+
+    def leaves(self, dora: bool) -> Leaves:
+        """The parameters, by our names."""
+        leaves: Leaves = collections.defaultdict(dict)
+        for module, layer, _ in self.reader.modules():
+            at = _at(layer)
+            a = module.read_inputs(self.reader.read(module, layer, _ending("A", module), (0, module.ins)))
+            rows = module.read_outputs(self.reader.read(module, layer, _ending("B", module), (module.outs, 0)))
+            for path, b in zip(module.paths, rows, strict=True):
+                place = "embed_lora" if path == "embed" else f"{path}/lora"
+                leaves[f"{place}/a"][at], leaves[f"{place}/b"][at] = a, b
+            if dora:
+                sizes = self.reader.read(module, layer, "lora_magnitude_vector", (module.outs,))
+                for path, x in zip(module.paths, module.read_outputs(sizes[:, None]), strict=True):
+                    leaves[f"{path}/lora/magnitude"][at] = x[0]
+        return leaves
+
+
+def _ending(letter: str, module: Module) -> str:
+    return f"lora_embedding_{letter}" if module.paths == ("embed",) else f"lora_{letter}"
+
+
+def _pattern_key(patterns: Mapping[str, Any], name: str) -> str:
+    """The key of PEFT's rank_pattern or alpha_pattern for a module: the first that the end of its name matches."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), name)
+
+
+class _Ia3:
+    """(IA)^3: arXiv:2205.05638."""
+
+    def __init__(self, reader: _Reader):
+        self.reader = reader
+
+    def saved(self) -> Saved:
+        reader = self.reader
+        feedforward = reader.take("feedforward_modules", [])
+        reader.finish()
+        places: dict[str, list[int]] = collections.defaultdict(list)
+        inputs: dict[str, None] = {}
+        for module, layer, _ in reader.modules():
+            for path in module.paths:
+                places[path].append(0 if layer is None else layer)
+                if _is_target(feedforward, module.name):
+                    inputs[path.removeprefix("layers/")] = None
+        options = {"kind": "ia3", "targets": _targets(places, reader.c), "inputs": "|".join(inputs)}
+        return reader.make(options, functools.partial(self.leaves, list(inputs)))
+
+    def leaves(self, inputs: list[str]) -> Leaves:
+        """The parameters, by our names."""
+        leaves: Leaves = collections.defaultdict(dict)
+        for module, layer, entries in self.reader.modules():
+            at, of_inputs = _at(layer), module.paths[0].removeprefix("layers/") in inputs
+            size = module.ins if of_inputs else module.outs
+            shape = entries["ia3_l"].shape if "ia3_l" in entries else ()
+            x = self.reader.read(module, layer, "ia3_l", (1, size) if shape[:1] == (1,) else (size, 1)).reshape(1, size)
+            parts = [module.read_inputs(x)[..., 0]] * len(module.paths) if of_inputs else module.read_outputs(x.T)
+            for path, part in zip(module.paths, parts, strict=True):
+                leaves[f"{path}/ia3/{'in' if of_inputs else 'out'}"][at] = part if of_inputs else part[0]
+        return leaves
+
+
+def _is_target(targets: Any, name: str) -> bool:
+    """Whether PEFT's target_modules or feedforward_modules name a module."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+class _Vera:
+    """VeRA: arXiv:2310.11454."""
+
+    def __init__(self, reader: _Reader):
+        self.reader = reader
+
+    def saved(self) -> Saved:
+        reader = self.reader
+        options = {"kind": "vera", "rank": reader.take("r", 256)}
+        options |= {"dropout": float(dropout)} if (dropout := reader.take("vera_dropout", 0.0)) else {}
+        reader.finish()
+        if not {"vera_A", "vera_B"} <= reader.shared.keys():
+            raise _refuse(
+                reader.where,
+                "save_projection",
+                False,
+                "the random matrices aren't in the folder, and torch draws others",
+            )
+        places: dict[str, list[int]] = collections.defaultdict(list)
+        for module, layer, _ in reader.modules():
+            if len(module.paths) > 1:
+                raise _refuse(reader.where, "target_modules", module.name, "holds several maps of ours")
+            places[module.paths[0]].append(layer)
+        options["targets"] = _targets(places, reader.c)
+        return reader.make(options, functools.partial(self.leaves, options["rank"]))
+
+    def leaves(self, rank: int) -> Leaves:
+        """The parameters, by our names."""
+        leaves: Leaves = collections.defaultdict(dict)
+        ins = outs = 0
+        for module, layer, _ in self.reader.modules():
+            path, ins, outs = module.paths[0], max(ins, module.ins), max(outs, module.outs)
+            leaves[f"{path}/vera/d"][_at(layer)] = self.reader.read(module, layer, "vera_lambda_d", (rank,))
+            out = self.reader.read(module, layer, "vera_lambda_b", (module.outs,))
+            leaves[f"{path}/vera/out"][_at(layer)] = module.read_outputs(out[:, None])[0][0]
+        a, b = (np.asarray(self.reader.shared[name].read(), np.float32) for name in ("vera_A", "vera_B"))
+        leaves["vera/a"][()], leaves["vera/b"][()] = a[:, :ins].T, b[:outs].T
+        return leaves
+
+
+_KINDS = {"LORA": _Lora, "IA3": _Ia3, "VERA": _Vera}

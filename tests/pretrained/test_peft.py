@@ -1,0 +1,116 @@
+"""Adapters of PEFT: what is read of its folders computes what PEFT computes, and what is written is what was read."""
+
+import json
+from pathlib import Path
+
+import goldens
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from research import loading, params
+from research.devices import sharding
+from research.errors import InputError
+from research.models import adapters, transformer
+from research.pretrained import families, peft
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = goldens.load("peft")
+READ = ("lora_qv", "lora_all_rslora", "lora_all_bias_head", "lora_embed", "lora_rank_pattern")
+
+
+def model_with(name, base="llama"):
+    """(the model with a golden adapter, its parameters, what was read)."""
+    found = loading.find(str(GOLDEN / "hf_tiny" / base))
+    saved = loading.open_adapter(str(GOLDEN / "peft_adapters" / name), found)
+    model = transformer.make_model(found.config, found.rules, adapters.load(saved.options))
+    where = params.shardings(model.specs, sharding.make_mesh({}, jax.devices()[:1]))
+    start = loading.Start("policy", model, 0, found, saved=str(GOLDEN / "peft_adapters" / name))
+    return model, start.read(model.specs, where), saved
+
+
+def logits_of(model, values, case):
+    """Of a golden case's tokens, which are padded on the right."""
+    mask = case.inputs["attention_mask"]
+    batch = {
+        "tokens": case.inputs["input_ids"].astype(np.int32),
+        "segment_ids": mask.astype(np.int32),
+        "positions": np.maximum(np.cumsum(mask, 1) - 1, 0).astype(np.int32),
+    }
+    hidden = model.hidden(values, batch)
+    return np.asarray(model.unembed(values).logits(hidden)), mask.astype(bool)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_folder_computes_what_peft_computes(name):
+    case = CASES[name]
+    model, values, _ = model_with(name)
+    logits, there = logits_of(model, values, case)
+    np.testing.assert_allclose(logits[there], case.outputs["logits"][there], atol=1e-4)
+
+
+def written(tmp_path, model, values, saved, found):
+    """The tensors of a folder written of a model's parameters and its adapter's."""
+    kept = params.split(values, params.like(transformer.make_specs(model.config), values))
+    leaves = peft.leaves_of(kept[1], model.specs)
+    leaves |= {name: parts for name, parts in peft.leaves_of(kept[0], model.specs).items() if name in saved.leaves()}
+    family = families.load("llama", "a test")
+    rslora = saved.options.get("rslora", False)
+    trained = peft.Trained(saved.options["kind"], rslora, leaves, {}, found, {})
+    peft.write(tmp_path / "written", family, model.config, trained)
+    return safetensors.numpy.load_file(tmp_path / "written" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_folder_that_was_read_is_written_with_the_same_tensors(name, tmp_path):
+    model, values, saved = model_with(name)
+    tensors = written(tmp_path, model, values, saved, "base")
+    there = safetensors.numpy.load_file(GOLDEN / "peft_adapters" / name / "adapter_model.safetensors")
+    there = {key: x for key, x in there.items() if "embed_tokens.base_layer" not in key}  # a copy of the model's
+    assert tensors.keys() == there.keys()
+    for key, x in there.items():
+        np.testing.assert_array_equal(tensors[key], x, key)
+    config = json.loads((tmp_path / "written" / "adapter_config.json").read_text())
+    before = json.loads((GOLDEN / "peft_adapters" / name / "adapter_config.json").read_text())
+    for field in ("r", "lora_alpha", "use_rslora", "use_dora", "modules_to_save", "task_type", "feedforward_modules"):
+        assert (config.get(field) or None) == (before.get(field) or None), field
+    assert sorted(config["target_modules"]) == sorted(before["target_modules"])
+
+
+def test_folders_that_are_not_read_say_why():
+    with pytest.raises(InputError, match=r"'LOHA': products of two low-rank matrices.*Merge it into its base in PEFT"):
+        model_with("loha")
+    found = loading.find(str(GOLDEN / "hf_tiny" / "llama"))
+    with pytest.raises(InputError, match=r"neither a folder with adapter_config.json nor a run"):
+        loading.open_adapter(str(GOLDEN), found)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"changes model.layers.0.self_attn.q_proj, and .*made for 'hf_tiny/llama'"):
+        model_with("lora_qv", base="gpt2")
+    with pytest.raises(InputError, match=r"lora_B of .*q_proj is 32 x 4, and the model asks for 64 x r"):
+        model_with("lora_qv", base="qwen3")
+    found = loading.find(str(GOLDEN / "hf_tiny" / "llama"))
+    saved = loading.open_adapter(str(GOLDEN / "peft_adapters" / "lora_embed"), found)
+    _, values, _ = model_with("lora_embed")
+    with pytest.raises(InputError, match=r"was made for another model: embed has other values"):
+        saved.fill({**values, "embed": values["embed"] + 1})
+
+
+def test_options_come_from_the_folder_and_others_are_refused():
+    found = loading.find(str(GOLDEN / "hf_tiny" / "llama"))
+    folder = str(GOLDEN / "peft_adapters" / "lora_rank_pattern")
+    options = loading.adapter_options(folder, found, {"init_from": folder, "dropout": 0.1, "kind": "lora"})
+    assert options == {
+        "kind": "lora",
+        "rank": 2,
+        "alpha": 4.0,
+        "targets": "attention/q|attention/v",
+        "rank_pattern": {"layers/1/attention/q": 5},
+        "alpha_pattern": {"layers/1/attention/q": 15.0},
+        "dropout": 0.1,
+        "init_from": folder,
+    }
+    with pytest.raises(InputError, match=r"adapter.rank = 4: .*lora_rank_pattern, which it begins with, has 2. Leave"):
+        loading.adapter_options(folder, found, {"rank": 4})
