@@ -58,8 +58,6 @@ def make(
         raise InputError(f"share = {share}: nothing would be learned. Use a larger one, such as 0.15.")
     if mask + random > 1 + 1e-9:
         raise InputError(f"random = {random}: with mask = {mask} it is more than all that is chosen. Lower either.")
-    if not isinstance(whole_word, bool):
-        raise InputError(f"whole_word = {whole_word!r}: is True or False.")
     noise = None
     if tokenizer is not None:
         tables = word_tables(tokenizer) if whole_word else None

@@ -335,7 +335,7 @@ def test_the_loss_of_bert():
         "token_types": given["token_type_ids"],
     }
     batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), batch)
-    loaded = loading.load_model(str(BERT), any_kind=True, needs_tokenizer=False)
+    loaded = loading.load_model(str(BERT), check=None, needs_tokenizer=False)
     forward = forward_of(batch, loaded.model, loaded.params)
     weights = jnp.asarray(at < labels.shape[1], jnp.float32)
     out = masked.loss_at(forward, jnp.asarray(labels, jnp.int32), jnp.asarray(at), weights)
@@ -351,7 +351,7 @@ def test_the_loss_of_bert():
         ({"share": 0.0}, "objective.terms.masked.share = 0.0: nothing would be learned"),
         ({"share": 15}, "objective.terms.masked.share = 15: is a share"),
         ({"mask": 0.8, "random": 0.3}, "objective.terms.masked.random = 0.3: with mask = 0.8"),
-        ({"whole_word": "yes"}, "objective.terms.masked.whole_word = 'yes': is True or False"),
+        ({"whole_word": "yes"}, "objective.terms.masked.whole_word = 'yes': must be of type bool, and is str."),
         ({"whole_words": True}, "objective.terms.masked.whole_words: no such option. Did you mean 'whole_word'"),
     ],
 )
