@@ -303,6 +303,11 @@ def _check_roles(config: Config) -> None:
             f"trainable = {config.trainable!r}: the adapter says what of the policy is trained. Leave it out; what is "
             "trained besides is adapter.also."
         )
+    if config.adapter.get("init") == "loftq" and config.frozen_dtype not in quantized.KINDS:
+        raise InputError(
+            f"adapter.init = 'loftq': makes up for what quantising loses, and frozen_dtype = {config.frozen_dtype!r}. "
+            "Set that to 'nf4' or 'int8', or choose another init."
+        )
     for role, pattern in {} if isinstance(config.trainable, str) else config.trainable.items():
         if role not in names:
             raise InputError(f"trainable.{role}: no such role.{did_you_mean(role, names)}")

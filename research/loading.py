@@ -19,6 +19,7 @@ from research.errors import InputError
 from research.files import fingerprint, read_json, write_json
 from research.models import adapters, added_rows, kernels, transformer
 from research.models.config import ModelConfig
+from research.models.specs import make_specs
 from research.ops import quantized
 from research.pretrained import checkpoints, peft, save
 from research.pretrained import load as pretrained
@@ -133,7 +134,7 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
     origin = Path(workdir) / ORIGIN
     return Found(
         name=workdir,
-        config=added_rows.whole(c),
+        config=added_rows.whole(model.adapter.grown(c) if model.adapter and model.adapter.grown else c),
         rules=rules,
         tokenizer=lambda: tokenizer,
         has_tokenizer=True,
@@ -193,7 +194,7 @@ class Start:
 
     def _read_with_adapter(self, base: Found, specs: Any, placements: Any) -> Any:
         """The same with those of the adapter, which are drawn, and begin as it says."""
-        own = params.like(transformer.make_specs(self.model.config), specs)
+        own = params.like(make_specs(self.model.config), specs)
         (model, added), (where, beside) = params.split(specs, own), params.split(placements, own)
         if self.model.adapter.init:
             model = params.held_in(quantized.float_specs(model), jnp.float32)
@@ -269,7 +270,8 @@ def adapted(model: transformer.Model, specs: Any, values: Any, key: jax.Array) -
     """
     if model.adapter is None or model.of or model.adapter.init is None:
         return quantized.hold(values, specs)
-    begun = model.adapter.init(values, jax.random.fold_in(key, np.uint32(zlib.crc32(b"adapter"))), model)
+    key = jax.random.fold_in(key, np.uint32(zlib.crc32(b"adapter")))
+    begun = model.adapter.init(values, key, model._replace(specs=specs))
     return quantized.hold(begun, specs)
 
 
@@ -371,17 +373,21 @@ def _read_merged(workdir: str, start: Start, specs: Any, placements: Any, **whic
     """
     if start.model.adapter is None:
         return read_run(workdir, start, specs, placements, **which)
-    whole = start.model.adapter.specs(params.held_in(specs, jnp.float32))
+    names = make_specs(start.model.config)
+    whole = start.model.adapter.specs(params.held_in(params.named(specs, names), jnp.float32))
     where = params.shardings(whole, jax.tree.leaves(placements)[0].mesh, start.model.rules)
     values = read_run(workdir, start, whole, params.overlay(where, placements), **which)
     return jax.jit(functools.partial(_merge, specs), donate_argnums=0, out_shardings=placements)(
-        *params.split(values, params.like(specs, values))
+        *params.split(values, params.like(names, values))
     )
 
 
 def _merge(specs: Any, values: Any, added: Any) -> Any:
-    """A model's parameters, in the dtypes of the specs, with those of its adapter merged."""
-    return jax.tree.map(lambda x, spec: x.astype(spec.dtype), kernels.merge(params.join(values, added)), specs)
+    """A model's parameters, in the dtypes of the specs, with those of its adapter merged. Biases that only some of the
+    layers' maps have are 0 in the others."""
+    merged = kernels.merge(params.join(values, added))
+    zeros = params.tree_map(lambda spec: jnp.zeros(spec.shape, spec.dtype), specs)
+    return jax.tree.map(lambda x, spec: x.astype(spec.dtype), params.overlay(zeros, merged), specs)
 
 
 def read_untrained(workdir: str, start: Start, specs: Any, placements: Any) -> Any:

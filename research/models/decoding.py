@@ -38,9 +38,11 @@ def unstack(c: ModelConfig, params: Params) -> Params:
     """See Model.unstack. Kernels are dequantised, merged with what an adapter puts beside them and cast to the compute
     dtype here, once, and those that read the same are joined."""
     specs = make_specs(c)
-    layers = (params_lib.layer(params["layers"], i) for i in range(c.num_layers))
+    layers = (
+        kernels.with_shared(params_lib.layer(params["layers"], i), params.get("vera")) for i in range(c.num_layers)
+    )
     layers = (kernels.merge(quantized.read_all(layer, jnp.float32)) for layer in layers)
-    rest = {name: values for name, values in params.items() if name != "layers"}
+    rest = {name: values for name, values in params.items() if name not in ("layers", "vera")}
     return {
         **_in_compute_dtype(c, kernels.merge(rest), specs),
         "layers": tuple(_join(c, _in_compute_dtype(c, layer, specs["layers"])) for layer in layers),

@@ -109,14 +109,17 @@ def _layer(
     p: Params,
     documents: tuple[Int[Array, "B T"], Int[Array, "B T"] | None],
     angles: tuple[Angles | None, Angles | None],
+    shared: Params | None,
 ) -> Float[Array, "B T D"]:
     """One layer of training.
 
     Args:
       p: its parameters, or with a `number` a stack that it is taken from; see _Stack.
       documents: the batch's segment_ids and prefix.
+      shared: see _Stack.
     """
     p = p if number is None else jax.tree.map(lambda w: w[number], p)
+    p = kernels.with_shared(p, shared)
 
     def attend(y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         q, k, v = blocks.project_qkv(c, p["attention"], y, angles[1] if window else angles[0])
@@ -152,6 +155,7 @@ class _Stack:
       documents: the batch's segment_ids and prefix.
       angles: RoPE's, of layers without and with a window.
       dropout_keys: uint32 [B, 2]; None where nothing is left out.
+      shared: what VeRA's maps of all layers read (kernels.with_shared); None without it.
     """
 
     config: ModelConfig
@@ -160,6 +164,7 @@ class _Stack:
     documents: tuple[Int[Array, "B T"], Int[Array, "B T"] | None]
     angles: tuple[Angles | None, Angles | None]
     dropout_keys: Array | None
+    shared: Params | None
 
     def run(self, x: Float[Array, "B T D"], first: int, stop: int) -> Float[Array, "B T D"]:
         """Layers `first` to `stop` - 1, counted from 0, which lie in one piece."""
@@ -203,7 +208,7 @@ class _Stack:
         layer = functools.partial(_layer, c, self.rules, c.sliding_window[i % len(c.sliding_window)], number)
         if c.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[c.remat], prevent_cse=not scanned)
-        return layer(x, p, self.documents, self.angles)
+        return layer(x, p, self.documents, self.angles, self.shared)
 
 
 def hidden(c: ModelConfig, rules: Rules, params: Params, batch: Batch) -> Float[Array, "B T D"]:
@@ -223,7 +228,7 @@ def hidden_at(
     segment_ids, positions = batch["segment_ids"], batch["positions"]
     angles = blocks.rotations(c, positions, blocks.document_lengths(segment_ids, positions))
     documents = (segment_ids, batch.get("prefix") if c.prefix else None)
-    stack = _Stack(c, rules, params["layers"], documents, angles, batch.get("dropout_keys"))
+    stack = _Stack(c, rules, params["layers"], documents, angles, batch.get("dropout_keys"), params.get("vera"))
     x = blocks.embed(c, rules, params, batch["tokens"], positions, batch.get("token_types"))
     states, first = {0: x}, 0
     for stop in sorted({*numbers, *(piece.stop for piece in params_lib.layer_pieces(params["layers"]))} - {0}):
@@ -249,7 +254,8 @@ def attention_inputs(
     i = layer_number(c, layer) - 1
     if i < 0:
         raise InputError(f"layer {layer}: is the embedding, which has no attention. The first layer is 1.")
-    p = blocks.with_divisors(c, params_lib.layer(params["layers"], i), i)
+    p = kernels.with_shared(params_lib.layer(params["layers"], i), params.get("vera"))
+    p = blocks.with_divisors(c, p, i)
     if c.block in ("pre", "sandwich", "parallel"):
         x = blocks.norm(c, p["attention_norm"], x)
     positions = batch["positions"]

@@ -48,6 +48,9 @@ def load(spec: Mapping[str, Any], field: str = "adapter") -> Adapter | None:
                 f"{field}.{option}: no such option.{did_you_mean(option, [*allowed, 'kind', 'init_from'])}"
             )
         _check_type(f"{field}.{option}", value, hints.get(option, Any))
+    for option, parameter in allowed.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise InputError(f"{field}.{option}: is missing. The adapter {spec['kind']!r} needs it.")
     with naming_fields(field):
         adapter = module.make(**options)
     return dataclasses.replace(adapter, kind=spec["kind"])

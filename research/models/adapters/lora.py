@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.errors import InputError, did_you_mean
+from research.models.adapters import starts
 from research.models.adapters import targets as targets_lib
 from research.models.adapters.targets import Target
-from research.models.adapters.types import Adapter
+from research.models.adapters.types import Adapter, also_trained
 from research.models.specs import Specs
 from research.params import Initializer, ParamSpec
 
-INITS = ("default", "gaussian")
+INITS = ("default", "gaussian", *starts.KINDS)
+BIASES = ("none", "all", "lora_only")
 
 
 def make(
@@ -27,6 +29,8 @@ def make(
     rank_pattern: Mapping = {},
     alpha_pattern: Mapping = {},
     rslora: bool = False,
+    dora: bool = False,
+    bias: str = "none",
     init: str = "default",
     decay: bool = False,
     also: str = "",
@@ -42,7 +46,10 @@ def make(
       exclude: an expression for those of them that have none.
       rank_pattern, alpha_pattern: expression -> rank or alpha of the maps that it matches.
       rslora: the scale is alpha / sqrt(r) (arXiv:2312.03732).
-      init: "default": A uniform in +-1 / sqrt(inputs), "gaussian": A normal with a deviation of 1 / r; B is 0.
+      dora: each column of the sum is scaled to a magnitude that is trained too (arXiv:2402.09353).
+      bias: which biases are trained: "none", "all", or "lora_only", those of the targets.
+      init: "default": A uniform in +-1 / sqrt(inputs), "gaussian": A normal with a deviation of 1 / r; B is 0. The
+        others are starts.KINDS.
       decay: whether weight decay applies to A and B.
       also: an expression on whole names of parameters that are trained besides, such as "head" or ".*norm/.*".
 
@@ -53,20 +60,34 @@ def make(
         raise InputError(f"rank = {rank}: must be at least 1.")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout = {dropout}: must be in [0, 1).")
-    if init not in INITS:
-        raise InputError(f"init = {init!r}: no such choice.{did_you_mean(init, INITS)}")
+    for option, value, choices in (("init", init, INITS), ("bias", bias, BIASES)):
+        if value not in choices:
+            raise InputError(f"{option} = {value!r}: no such choice.{did_you_mean(value, choices)}")
+    if init == "orthogonal" and (rank % 2 or rank_pattern):
+        raise InputError("init = 'orthogonal': wants one even rank for all maps. Change rank and rank_pattern.")
     for pattern, value in rank_pattern.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"rank_pattern[{pattern!r}] = {value!r}: must be a whole number, at least 1.")
     for pattern, value in alpha_pattern.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"alpha_pattern[{pattern!r}] = {value!r}: must be a number.")
-    lora = Lora(rank, alpha, dropout, targets, exclude, rank_pattern, alpha_pattern, rslora, init, decay)
-    trained = {"adapter.targets": LEAVES} | ({"adapter.also": also} if also else {})
-    return Adapter(lora.specs, trained, dropout=dropout)
+    lora = Lora(rank, alpha, dropout, targets, exclude, rank_pattern, alpha_pattern, rslora, dora, init, decay)
+    trained = {"adapter.targets": LEAVES} | _trained_biases(bias, targets, exclude) | also_trained(also)
+    begin = starts.Begin(init, dora) if dora or init in starts.KINDS else None
+    changes_base = init in starts.CHANGE_BASE
+    return Adapter(lora.specs, trained, begin, changes_base, dropout=dropout)
 
 
-LEAVES = r"(.*/)?(embed_)?lora/[ab]"  # the names of what is trained
+LEAVES = r"(.*/)?(embed_)?lora/(a|b|magnitude)"  # the names of what is trained
+
+
+def _trained_biases(bias: str, targets: str, exclude: str) -> dict[str, str]:
+    """What the option `bias` adds to Adapter.trained."""
+    if bias == "none":
+        return {}
+    maps = r"(attention|mlp)/\w+" if targets == targets_lib.ALL else targets
+    but = f"(?!(.*/)?({exclude})/bias)" if exclude else ""
+    return {"adapter.bias": ".*bias" if bias == "all" else f"{but}(.*/)?({maps})/bias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +102,7 @@ class Lora:
     rank_pattern: Mapping[str, Any]
     alpha_pattern: Mapping[str, Any]
     rslora: bool
+    dora: bool
     init: str
     decay: bool
 
@@ -111,6 +133,12 @@ class Lora:
     def found(self, specs: Specs) -> list[Target]:
         """The maps that have a low-rank part."""
         targets = targets_lib.find(specs, self.targets, self.exclude, embed=True)
+        for target in targets:
+            other = target.path == ("embed",) or "experts" in target.kernel.axes[: target.num_lead]
+            if self.dora and (other or not all(target.chosen)):
+                raise InputError(f"dora = True: isn't there for {target.name}, or for some layers of it. Leave it out.")
+            if self.init in starts.KINDS and other:
+                raise InputError(f"init = {self.init!r}: isn't there for {target.name}. Leave it out (exclude).")
         if "head" not in specs and any(target.path == ("embed",) for target in targets):
             raise InputError(
                 f"targets = {self.targets!r}: the embedding is the head too (model.tie_embeddings), and a low-rank "
@@ -153,6 +181,10 @@ class Lora:
             0.0 if r == 0 else alpha / (r**0.5 if self.rslora else r) for r, alpha in zip(ranks, alphas, strict=True)
         ]
         low = {"a": a, "b": b, "scale": constant(target, scales)}
+        if self.dora:
+            axes = (*range(lead), *range(ins.stop, len(kernel.shape)))
+            shape, names = tuple(kernel.shape[i] for i in axes), tuple(kernel.axes[i] for i in axes)
+            low["magnitude"] = ParamSpec(shape, names, jax.nn.initializers.ones)
         return low | ({"dropout": constant(target, [self.dropout] * len(ranks))} if self.dropout and not embed else {})
 
     @staticmethod

@@ -108,6 +108,16 @@ def find(specs: Specs, pattern: str, exclude: str = "", *, embed: bool = False) 
     return targets
 
 
+def check_whole(targets: list[Target], pattern: str) -> None:
+    """Raises InputError where only some layers of a map are meant, for kinds that are in all or in none."""
+    for target in targets:
+        if not all(target.chosen):
+            raise InputError(
+                f"targets = {pattern!r}: names some layers of {target.name}, and this kind is in all or in none. Name "
+                "all, or use lora."
+            )
+
+
 def by_pattern(targets: list[Target], patterns: Mapping[str, Any], default: Any, field: str) -> dict[str, list[Any]]:
     """Name of a target -> for each of its layers the value of the last pattern that matches, or the default.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from research.models.config import ModelConfig
 from research.models.specs import Params, Specs
 
 
@@ -20,8 +21,10 @@ class Adapter:
         params.matching. A parameter is trained where one of them matches.
       init: (parameters of the model and the adapter as they are drawn or read, key, the Model) -> the same as they
         begin; None where they begin as they are. It gets kernels in float32, and depends on nothing else, so that a run
-        that goes on has the same.
+        that goes on has the same. The Model's specs are those that the result is held in.
       changes_base: whether `init` changes parameters of the model itself.
+      grown: (config of a model) -> that of the model that it becomes when the adapter is merged; None where it is the
+        same.
       dropout: the share of the inputs of the adapter that training leaves out.
       kind: the module that made it.
     """
@@ -30,5 +33,11 @@ class Adapter:
     trained: Mapping[str, str]
     init: Callable[[Params, jax.Array, Any], Params] | None = None
     changes_base: bool = False
+    grown: Callable[[ModelConfig], ModelConfig] | None = None
     dropout: float = 0.0
     kind: str = ""
+
+
+def also_trained(pattern: str) -> dict[str, str]:
+    """What the option `also` adds to Adapter.trained; "" adds nothing."""
+    return {"adapter.also": pattern} if pattern else {}
