@@ -182,8 +182,8 @@ def merged(p: Params, lead: int = 0) -> Params:
         kernel = total
     if "vera" in p:
         d, out, a, b = (p["vera"][name] for name in ("d", "out", "a", "b"))
-        a = a.reshape(-1, a.shape[-1]) * jnp.expand_dims(d, -2)
-        total = jnp.matmul(a, b.reshape(b.shape[0], -1), precision="highest").reshape(kernel.shape)
+        a, b = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
+        total = jnp.einsum("ir,...r,ro->...io", a, d, b, precision="highest").reshape(kernel.shape)
         kernel = kernel + total * _of_outputs(out, total, lead)
     if "in" in p.get("ia3", {}):
         scales = p["ia3"]["in"]
