@@ -17,7 +17,7 @@ from research.errors import InputError
 from research.models import adapters, kernels, transformer
 from research.models.config import ModelConfig
 
-GOLDENS = goldens.load("lora")
+GOLDENS = goldens.load("peft")
 FOLDER = goldens.pathlib.Path(__file__).parents[1] / "golden"
 QV, ALL = "q|v", "all"
 OPTIONS = {
