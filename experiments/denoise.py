@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import base
+from research.errors import InputError
 from research.studies import compare_report
 
 finish = base.finish
@@ -47,6 +48,10 @@ METRICS = ("eval/text/loss", "eval/middle/exact_match", "eval/character/exact_ma
 
 def get_config(arg: str = ""):
     chosen = base.variants(arg, *WAYS, "grammar", "compare")
+    ways = [way for way in WAYS if way in chosen]
+    if len(ways) > 1 or (ways and "compare" in chosen):
+        clash = ",".join([*ways, *chosen & {"compare"}])
+        raise InputError(f"--config=...:{clash}: a run has one way to learn, and compare has all. Leave one.")
     config = base.get_config()
     config.steps = 400
     config.batch_size = 8
@@ -67,7 +72,7 @@ def get_config(arg: str = ""):
         config.optimizer.learning_rate = 6e-3
         config.eval.every = 500
     limit = 8 if "debug" in chosen else 256
-    _set_way(config, next((way for way in WAYS if way in chosen), "next_token"), limit)
+    _set_way(config, ways[0] if ways else "next_token", limit)
     if "debug" in chosen:
         base.debug(config)
     if "compare" in chosen:

@@ -121,7 +121,8 @@ def _record(line: str, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: is no JSON ({error}). Write one object a line.") from error
     if not isinstance(record, dict) or not {"prompt", "messages", "prefix", "suffix"} & record.keys():
         raise InputError(
-            f'{where}: is no object with "prompt" or "messages", or "prefix" and "suffix". Add what it is to be.'
+            f'{where}: is no object with "prompt" or "messages", or "prefix" and "suffix". Name what it has so; a text '
+            "with [MASK] in it is a prompt too."
         )
     if not {"prompt", "messages"} & record.keys():
         for name in ("prefix", "suffix"):

@@ -18,7 +18,7 @@ from research.errors import InputError, did_you_mean
 from research.objectives.terms import Coefficient, Term, Terms, naming_fields
 from research.objectives.types import Objective
 from research.sources import options as types
-from research.sources import special_tokens
+from research.sources import special_tokens, stand_in
 from research.sources.tokenizers import Tokenizer
 
 __all__ = ["Coefficient", "Objective", "Term", "Terms", "load", "needed_tokens"]
@@ -38,7 +38,7 @@ def load(spec: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[st
           sources: the names of the sources of data whose tokens it counts, by default all;
           and the options of the module's `make`, which may also lie beside the terms: {"terms": ..., name: {options}}.
       tokenizer: of the run, for those whose `make` has a parameter `tokenizer`. None where it isn't known yet, and
-        options are only to be checked.
+        options are only to be checked; a `make` whose parameter has no default is then given a stand-in.
 
     Raises:
       InputError: an unknown objective or option, or no term at all.
@@ -121,8 +121,10 @@ class _Entry:
             self._check_known({"tokenizer"}, accepted)
         fields = {option: self.field_of(option) for option in (*accepted, *options)}
         types.check(module.make, options, fields)
-        more = {"tokenizer": tokenizer} if "tokenizer" in parameters else {}
         with naming_fields(fields):
+            more = {}
+            if "tokenizer" in parameters:
+                more["tokenizer"] = tokenizer or stand_in.tokenizer(module, options, {})
             objective = module.make(**options, **more)
         return Term(objective, self._coefficient(), self._sources(), self.name, fields)
 

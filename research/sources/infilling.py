@@ -87,14 +87,18 @@ def make_infilling(form: str, tokenizer: Tokenizer) -> Infilling:
     form = _find_form(tokenizer) if form == "auto" else form
     if form == "left":
         return Infilling(form, tokenizer, tokenizer.stop)
-    try:
-        if form == "sentinel":
-            special_tokens.sentinels(tokenizer, 2)  # raises where there are fewer
-            holes = tuple(special_tokens.ordered_sentinels(tokenizer)[:2])
-            return Infilling(form, tokenizer, (*tokenizer.stop, holes[1]), holes=holes, mode=_mode(tokenizer))
-        marks = special_tokens.fim_tokens(tokenizer)
-    except InputError as error:
-        raise InputError(f"form = {form}: {error}") from error
+    sentinel = form == "sentinel"
+    names = special_tokens.sentinel_names(tokenizer, 2) if sentinel else special_tokens.fim_names(tokenizer)
+    missing = [name for name in names if not _has(tokenizer, (name,))]
+    if missing:
+        raise InputError(
+            f"form = {form}: the tokenizer has no {' '.join(missing)}, so that the model hasn't learnt to fill in so. "
+            "Leave the form out, or name a model that has."
+        )
+    if sentinel:
+        holes = tuple(special_tokens.ordered_sentinels(tokenizer)[:2])
+        return Infilling(form, tokenizer, (*tokenizer.stop, holes[1]), holes=holes, mode=_mode(tokenizer))
+    marks = special_tokens.fim_tokens(tokenizer)
     # A model that begins another part has ended the middle.
     stop = dict.fromkeys([*tokenizer.stop, *(mark for mark in marks if mark is not None)])
     return Infilling(form, tokenizer, tuple(stop), marks=marks)
@@ -107,7 +111,8 @@ def _find_form(tokenizer: Tokenizer) -> str:
         return "sentinel"
     raise InputError(
         "form = auto: the tokenizer has neither tokens around a prefix, a suffix and a middle, nor sentinels, so that "
-        "the model hasn't learnt to fill in. Name a model that has, or the form left, which shows the prefix alone."
+        "the model hasn't learnt to fill in. Name a model that has; or, in the task infill, form=left, which shows the "
+        "prefix alone."
     )
 
 

@@ -232,7 +232,7 @@ def test_middles_of_a_file(filled, tmp_path):
         (["--prompt=a", "--form=psm"], "error: --form = psm: is of a prefix and a suffix, and there are none"),
         (["--prefix=a", "--form=psn"], "error: --form = psn: no such choice. Did you mean 'psm'?"),
         (["--prefix=a"], "error: form = auto: the tokenizer has neither tokens around a prefix"),
-        (["--prefix=a", "--form=spm"], "error: form = spm: tokenizer: has 0 of the 3 tokens of fill-in-the-middle"),
+        (["--prefix=a", "--form=spm"], "error: form = spm: the tokenizer has no <|fim_prefix|>"),
     ],
 )
 def test_what_cannot_be_filled_in_is_refused(run, flags, message):

@@ -16,6 +16,7 @@ from research.objectives import distill, terms
 from research.objectives.types import Forward, LossOut, Objective, next_token_targets
 from research.rollouts.experience import Place
 from research.run import checkpoint
+from research.sources import tokenizers
 
 ROWS, LENGTH, D = 8, 24, SMALL.config.d_model
 RATE = lambda step: jnp.asarray(0.1)  # noqa: E731
@@ -283,6 +284,22 @@ def test_a_make_with_an_option_of_a_reserved_name_is_an_error_for_its_author(tmp
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=r"heavy\.py has an option 'weight', which is a field of every term"):
         objectives.load({"terms": {"heavy": 1.0}})
+
+
+def test_a_make_that_needs_a_tokenizer_is_checked_with_a_stand_in(tmp_path, monkeypatch):
+    lines = (
+        "def special_tokens(tokenizer, name):",
+        "    return (name,)",
+        "def make(tokenizer, name='<|gap|>'):",
+        "    return tokenizer.special(name)",
+    )
+    (tmp_path / "gaps.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    byte = tokenizers.make_tokenizer(tokenizers.TokenizerSpec(), lambda: iter(()))
+    stood_in = objectives.load({"terms": {"gaps": {"name": "<|hole|>"}}})["gaps"].objective
+    assert stood_in == byte.size  # the first free id
+    ours = byte.with_tokens(["<|tool|>", "<|hole|>"])
+    assert objectives.load({"terms": {"gaps": {"name": "<|hole|>"}}}, ours)["gaps"].objective == byte.size + 1
 
 
 SOURCES = ("code", "prose", "maths")

@@ -50,4 +50,4 @@ def test_a_run_with_fim_is_measured_and_fills_in(tmp_path, capsys):
     assert generate.main([f"--model={workdir}", *flags]) == 0
     assert capsys.readouterr().out.endswith("\n")
     assert generate.main([f"--model={workdir}", *flags, "--form=sentinel"]) == 2
-    assert "form = sentinel: tokenizer: has 0 of the 2 sentinels" in capsys.readouterr().err
+    assert "form = sentinel: the tokenizer has no <|mask:0|> <|mask:1|>" in capsys.readouterr().err

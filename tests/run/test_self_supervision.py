@@ -9,6 +9,7 @@ from runs import load, values_of
 
 from experiments import denoise
 from research import config
+from research.errors import InputError
 from research.run import resolve, run
 from research.sources import special_tokens
 from research.studies import study
@@ -43,6 +44,12 @@ def test_the_study_compares_all_ways_on_the_same_texts_and_tokens(tmp_path):
         tuple(getattr(each.model, name) for name in ("num_layers", "d_model", "num_heads", "d_ff")) for each in configs
     }
     assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("variants", ["mlm,span", "compare,fim"])
+def test_two_ways_in_one_run_are_refused(variants):
+    with pytest.raises(InputError, match=f"--config=...:.*{variants.split(',')[1]}.*: a run has one way to learn"):
+        denoise.get_config(variants)
 
 
 @pytest.mark.slow

@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from research.sources import fields, views
+from research.errors import InputError
+from research.sources import dataset, fields, views
 from research.sources.spec import SourceSpec
+from research.sources.tokenizers import TokenizerSpec
 
 PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text()
 
@@ -33,6 +36,20 @@ def test_every_field_of_a_source_and_every_view_is_described():
     assert set(table("Named sources")) == {field.name for field in dataclasses.fields(SourceSpec)}
     kinds = {module.name for module in pkgutil.iter_modules(views.__path__)}
     assert set(re.findall(r'^\| `\{"kind": "(\w+)"', PAGE, re.M)) == kinds
+
+
+def test_the_view_with_tokens_of_its_own_works_and_its_options_are_checked_first(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(\"\"\"Some tokens.*?)```", PAGE, re.S)
+    (tmp_path / "memory_as_shown.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
+    options = {"kind": "memory_as_shown", "count": 3}
+    spec = dataset.DataSpec("", sources={"a": {"path": str(tmp_path / "a.jsonl"), "view": options}}, eval_fraction=0)
+    data = dataset.load(spec, TokenizerSpec())
+    (row,) = data.train[0][0].batch(np.array([0]))["tokens"]
+    assert data.tokenizer.decode(row[:5], skip_special=False) == "<|memory 0|><|memory 1|><|memory 2|><|bos|>a"
+    with pytest.raises(InputError, match=r"view.cuont: no such option. Did you mean 'count'"):
+        views.load({"kind": "memory_as_shown", "cuont": 3}, "view", 16)
 
 
 def test_the_view_of_the_page_works(tmp_path, monkeypatch):

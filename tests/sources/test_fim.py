@@ -292,8 +292,8 @@ def test_forms_by_what_a_tokenizer_has(byte):
     assert make_infilling("left", plain).prompt("ab", "c") == [plain.bos, *b"ab"]
     for form, message in [
         ("auto", "neither tokens around a prefix, a suffix and a middle, nor sentinels"),
-        ("psm", "form = psm: tokenizer: has 0 of the 3"),
-        ("sentinel", "form = sentinel: tokenizer: has 0 of the 2"),
+        ("psm", "form = psm: the tokenizer has no <|fim_prefix|>"),
+        ("sentinel", "form = sentinel: the tokenizer has no <|mask:0|> <|mask:1|>, "),
         ("spn", r"form = spn: is not known. Did you mean 'spm'\?"),
     ]:
         with pytest.raises(InputError, match=message):

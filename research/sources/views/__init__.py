@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.errors import InputError, did_you_mean
-from research.sources import fields, special_tokens
+from research.sources import fields, special_tokens, stand_in
 from research.sources import options as types
 
 
@@ -60,7 +60,8 @@ def load(view: Mapping[str, Any], field: str, seq_len: int, tokenizer: Any = Non
         with a parameter `seq_len` or `tokenizer` is given the run's.
       field: where the config says it, for errors.
       seq_len: T.
-      tokenizer: a sources.tokenizers.Tokenizer; None where it isn't known yet, and options are only to be checked.
+      tokenizer: a sources.tokenizers.Tokenizer; None where it isn't known yet, and options are only to be checked. A
+        `make` whose parameter has no default is then given a stand-in.
 
     Raises:
       InputError: there is no such view or option, or a value can't be used.
@@ -78,6 +79,8 @@ def load(view: Mapping[str, Any], field: str, seq_len: int, tokenizer: Any = Non
             raise InputError(f"{field}.{name}: is missing. The view {view['kind']!r} needs it.")
     types.check(module.make, options, {option: f"{field}.{option}" for option in options})
     try:
+        if tokenizer is None and "tokenizer" in parameters:
+            of_run["tokenizer"] = stand_in.tokenizer(module, options, {"seq_len": seq_len})
         result = module.make(**options, **{name: value for name, value in of_run.items() if name in parameters})
     except InputError as error:
         raise _named(field, allowed, error) from error
