@@ -269,11 +269,27 @@ def check(config: Config, *, num_devices: int) -> None:
             f"seq_len = {config.seq_len} is longer than model.max_length = {model.max_length}. Raise the one or "
             "lower the other."
         )
+    if adapter := adapters.load(config.adapter):
+        _check_ahead(config, adapter, model.max_length)
     spec.check(data_spec(config))
     optim.make_schedule(config.optimizer, config.steps)
     if config.rollout.share and config.data.pack:
         raise InputError(
             f"rollout.share = {config.rollout.share}: the policy answers one prompt a row. Set data.pack = False."
+        )
+
+
+def _check_ahead(config: Config, adapter: adapters.Adapter, max_length: int) -> None:
+    """Raises InputError where what an adapter puts in front of documents leaves these no room."""
+    if config.seq_len - adapter.virtual_tokens < 2:
+        raise InputError(
+            f"adapter.tokens = {adapter.virtual_tokens}: count in seq_len = {config.seq_len}, and leave less than two "
+            "tokens of a document. Lower the one or raise the other."
+        )
+    if config.seq_len + adapter.prefix > max_length:
+        raise InputError(
+            f"adapter.tokens = {adapter.prefix}: positions begin after them, and seq_len = {config.seq_len} more are "
+            f"beyond model.max_length = {max_length}. Lower either."
         )
 
 

@@ -17,7 +17,8 @@ from research import params
 from research.devices import compilation, sharding
 from research.errors import InputError
 from research.files import fingerprint, read_json, write_json
-from research.models import adapters, added_rows, kernels, transformer
+from research.models import adapters, added_rows, kernels, transformer, virtual
+from research.models.adapters import Adapter
 from research.models.config import ModelConfig
 from research.models.specs import make_specs
 from research.ops import quantized
@@ -41,6 +42,8 @@ class Found(NamedTuple):
       template: how prompts are put to it.
       read: (specs, placements) -> parameters, in the specs' dtypes.
       origin: what an export writes again: {"config", "generation", "dtypes"}; empty for a model that began with us.
+      adapter: what stands in front of its documents (Adapter.merged), whose parameters `read` gives where the specs
+        have them; None for nothing.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Found(NamedTuple):
     template: str
     read: Callable[[Any, Any], Any]
     origin: dict[str, Any]
+    adapter: Adapter | None = None
 
 
 def find(name: str, *, step: int | str | None = None, ema: bool = False) -> Found:
@@ -128,7 +132,8 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
     config = config_lib.parse(read_json(record)["config"])
     tokenizer = tokenizers.load_tokenizer(workdir)
     c, rules = config_lib.model_config(config, tokenizer.size), sharding.make_rules(config.rules)
-    model, base = transformer.make_model(c, rules, adapters.load(config.adapter)), config.model.init_from
+    adapter, base = adapters.load(config.adapter, tokenizer=tokenizer), config.model.init_from
+    model = transformer.make_model(c, rules, adapter)
     saved = config.adapter.get("init_from", "")
     start = Start("policy", model, config.seed, base, config.model.new_rows, config.frozen_dtype, saved)
     origin = Path(workdir) / ORIGIN
@@ -141,6 +146,7 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
         template=config.data.template,
         read=lambda specs, placements: _read_held(workdir, start, specs, placements, step=step, ema=ema),
         origin=read_json(origin, {}),
+        adapter=model.adapter.merged if model.adapter else None,
     )
 
 
@@ -369,23 +375,29 @@ def _read_whole(workdir: str, start: Start, specs: Any, placements: Any, **which
 def _read_merged(workdir: str, start: Start, specs: Any, placements: Any, **which: Any) -> Any:
     """The parameters of a run's policy with its adapter merged.
 
-    Args: see `read_run`; the specs are those of the model alone.
+    Args: see `read_run`; the specs are those of the model alone, with those of Adapter.merged.
     """
-    if start.model.adapter is None:
+    adapter, model = start.model.adapter, kernels.bare(specs)
+    if adapter is None:
         return read_run(workdir, start, specs, placements, **which)
     names = make_specs(start.model.config)
-    whole = start.model.adapter.specs(params.held_in(params.named(specs, names), jnp.float32))
+    if adapter.merged is not None and model == specs:
+        raise InputError(
+            f"{workdir}: its adapter ({adapter.kind}) puts something in front of every document, which can't be merged "
+            "into a model. Use the run itself to generate, score and evaluate."
+        )
+    whole = adapter.specs(params.held_in(params.named(specs, names), jnp.float32))
     where = params.shardings(whole, jax.tree.leaves(placements)[0].mesh, start.model.rules)
-    values = read_run(workdir, start, whole, params.overlay(where, placements), **which)
+    values = read_run(workdir, start, whole, params.overlay(where, kernels.bare(placements)), **which)
     return jax.jit(functools.partial(_merge, specs), donate_argnums=0, out_shardings=placements)(
         *params.split(values, params.like(names, values))
     )
 
 
 def _merge(specs: Any, values: Any, added: Any) -> Any:
-    """A model's parameters, in the dtypes of the specs, with those of its adapter merged. Biases that only some of the
-    layers' maps have are 0 in the others."""
-    merged = kernels.merge(params.join(values, added))
+    """A model's parameters, in the dtypes of the specs, with those of its adapter merged, or `realized`. Biases that
+    only some of the layers' maps have are 0 in the others."""
+    merged = virtual.realized(kernels.merge(params.join(values, added)))
     zeros = params.tree_map(lambda spec: jnp.zeros(spec.shape, spec.dtype), specs)
     return jax.tree.map(lambda x, spec: x.astype(spec.dtype), params.overlay(zeros, merged), specs)
 
@@ -596,7 +608,7 @@ def load_model(
     if check is not None:
         check(found.config, name)
     mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
-    model = transformer.make_model(found.config, found.rules)
+    model = transformer.make_model(found.config, found.rules, found.adapter)
     tokenizer = found.tokenizer() if needs_tokenizer or found.has_tokenizer else None
     if tokenizer is not None:
         check_vocabulary(name, tokenizer, found.config)

@@ -117,6 +117,7 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
     record.describe_data(functools.partial(print, file=sys.stderr), inputs.data.report)
     for line in record.data_warnings(inputs.data.report, config.seq_len):
         print(f"warning  {line}", file=sys.stderr)
-    settings = dataset.settings(config_lib.data_spec(config), tokenizer, config.seed)
+    virtual = len(resolve.virtual_ids(config, tokenizer.size))
+    settings = dataset.settings(config_lib.data_spec(config), tokenizer, config.seed, virtual)
     total = teacher.annotate(inputs.data, settings, Path(output))
     print(f"{total:,} tokens annotated: --config.data.annotations={output}", file=sys.stderr)

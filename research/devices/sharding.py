@@ -64,6 +64,7 @@ RULES = Rules(
         "labels": None,
         "block": None,
         "rank": None,
+        "virtual_tokens": None,
     }
 )
 

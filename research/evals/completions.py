@@ -133,8 +133,8 @@ def make_responder(
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     if max_new_tokens is None:
-        max_new_tokens = min(256, model.config.max_length // 2)
-    room = f"model.max_length = {model.config.max_length} less --max_new_tokens={max_new_tokens}"
+        max_new_tokens = min(256, model.max_length // 2)
+    room = f"model.max_length = {model.max_length} less --max_new_tokens={max_new_tokens}"
     infilling, stop = None, tokenizer.stop
     if form:
         infilling = make_infilling(form, tokenizer)

@@ -18,6 +18,7 @@ from research.errors import InputError
 from research.evals.prompts import Prompt
 from research.evals.scoring import padded_length
 from research.loading import LoadedModel
+from research.models import virtual
 from research.models.transformer import Model
 from research.objectives.masked import take
 from research.ops.head import Comparison, detached_values
@@ -76,7 +77,7 @@ class Filler:
         text = record if isinstance(record, str) else record.get("prompt")
         if not isinstance(text, str):
             raise InputError(f'{prompt.where}: is no text. Give one with {MARK} in it, as "prompt" in a .jsonl.')
-        mask, longest = mask_token(self.tokenizer), self.loaded.model.config.max_length
+        mask, longest = mask_token(self.tokenizer), self.loaded.model.max_length
         first, *others = re.split("|".join(map(re.escape, (MARK, self.tokenizer.backend.id_to_token(mask)))), text)
         if not others:
             raise InputError(f"{prompt.where}: has no {MARK}. Write it where a token is missing.")
@@ -115,7 +116,7 @@ class Filler:
         """
         ids = [self.encode(prompt) for prompt in prompts] if ids is None else ids
         mask, size = mask_token(self.tokenizer), min(batch_size, len(prompts))
-        length = padded_length(max(map(len, ids)), self.loaded.model.config.max_length)
+        length = padded_length(max(map(len, ids)), self.loaded.model.max_length)
         most = max(tokens.count(mask) for tokens in ids)
         likeliest = jax.jit(functools.partial(likeliest_tokens, self.loaded.model, self.tokenizer.size, self.count))
         for start in range(done, len(ids), size):
@@ -154,7 +155,8 @@ def likeliest_tokens(
         return Comparison(jax.lax.top_k(jax.nn.softmax(logits), count))
 
     hidden = take(
-        model.hidden(params, {name: batch[name] for name in ("tokens", "segment_ids", "positions")}), batch["at"]
+        virtual.hidden(model, params, {name: batch[name] for name in ("tokens", "segment_ids", "positions")}),
+        batch["at"],
     )
     probabilities, tokens = detached_values(compare, hidden, model.unembed(params).first(size))
     return probabilities, tokens

@@ -74,7 +74,7 @@ def make_generation(
     if not fitting:
         raise InputError(
             f"eval: none of {len(records)} prompts fits into {longest} tokens (model.max_length = "
-            f"{model.config.max_length} less sampling.max_new_tokens = {config.max_new_tokens}). Lower the number of "
+            f"{model.max_length} less sampling.max_new_tokens = {config.max_new_tokens}). Lower the number of "
             "new tokens, or generate nothing."
         )
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 from research.devices import distributed, sharding
 from research.errors import InputError, did_you_mean
 from research.evals.scoring import padded_length
+from research.models import virtual
 from research.models.generation import Generate, generate_batches, make_generate
 from research.models.sampling import SamplingConfig, longest_prompt, next_logits
 from research.models.transformer import Model, Params
@@ -160,18 +161,18 @@ def make_infill(
     if form == "mask":
         if max_new_tokens is not None:
             raise InputError("max_new_tokens: form=mask fills as many as the middle has. Leave it out.")
-        filler, room = _Masking.make(model, tokenizer, batch_size), model.config.max_length
+        filler, room = _Masking.make(model, tokenizer, batch_size), model.max_length
     else:
         if max_new_tokens is None:
             longest = max(len(_middle(gap, tokenizer)) for gap in gaps)
-            max_new_tokens = min(longest + _SPARE, model.config.max_length // 2)
+            max_new_tokens = min(longest + _SPARE, model.max_length // 2)
         filler = _Generating.make(model, tokenizer, form, max_new_tokens, batch_size)
         room = filler.longest
     prompts = [filler.prompt(gap) for gap in gaps]
     fitting = [(gap, prompt) for gap, prompt in zip(gaps, prompts, strict=True) if len(prompt) <= room]
     if not fitting:
         raise InputError(
-            f"none of {len(gaps)} gaps fits into {room} tokens, which model.max_length = {model.config.max_length} "
+            f"none of {len(gaps)} gaps fits into {room} tokens, which model.max_length = {model.max_length} "
             "leaves. Give shorter texts, or lower context or max_new_tokens."
         )
 
@@ -272,7 +273,7 @@ class _Masking:
     def make(model: Model, tokenizer: Tokenizer, batch_size: int) -> "_Masking":
         likeliest = jax.jit(functools.partial(_likeliest, model, tokenizer.size))
         mask = special_tokens.mask_token(tokenizer)
-        return _Masking(tokenizer, mask, distributed.one_at_a_time(likeliest), batch_size, model.config.max_length)
+        return _Masking(tokenizer, mask, distributed.one_at_a_time(likeliest), batch_size, model.max_length)
 
     def prompt(self, gap: Gap) -> list[int]:
         first = self.tokenizer.encode_stretches([gap.prefix], special=False, first=True)[0]
@@ -302,7 +303,7 @@ def _likeliest(
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     batch = {"tokens": tokens, "positions": places, "segment_ids": (places < lengths[:, None]).astype(jnp.int32)}
     batch = {name: sharding.constrain(x, ("batch", "time"), model.rules) for name, x in batch.items()}
-    hidden, head = model.hidden(params, batch), model.unembed(params)
+    hidden, head = virtual.hidden(model, params, batch), model.unembed(params)
     # A place after the other: the logits of all at once would be [B, T, V].
     ids = jax.lax.map(lambda x: argmax(next_logits(head, x, vocab_size)), hidden.swapaxes(0, 1))
     return sharding.replicate(ids.swapaxes(0, 1))

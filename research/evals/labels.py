@@ -107,6 +107,11 @@ def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Cla
     if _trained_words(run):  # it labels by words, whatever it reads
         check = None
     loaded = loading.load_model(name, step=reading.step, ema=reading.ema, check=check)
+    if loaded.model.virtual_tokens:
+        raise InputError(
+            f"{name}: has virtual tokens in front of documents (adapter.kind), and labels are made without. Take "
+            "another model."
+        )
     label_tokens = classes.label_tokens(words, loaded.tokenizer, "--words") if words else None
     fields = dict(run.data.fields) if reading.fields is None else dict(reading.fields)
     names = tuple(run.data.labels) or tuple(word.strip() for word in words)
@@ -131,7 +136,7 @@ def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Cla
         weights=params.checksum(loaded.params),
         probs=functools.partial(_make_probs(loaded.model.config, label_tokens), loaded.params),
         store=store,
-        seq_len=run.seq_len if is_run else min(512, loaded.model.config.max_length),
+        seq_len=run.seq_len if is_run else min(512, loaded.model.max_length),
         names=names,
         fields=fields,
     )

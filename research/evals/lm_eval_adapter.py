@@ -92,7 +92,7 @@ class _Adapter:
 
     @property
     def max_length(self) -> int:
-        return self._methods.model.config.max_length
+        return self._methods.model.max_length
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         return self._methods.template
@@ -146,7 +146,7 @@ class _Methods:
     def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         """Likelihoods of continuations after their contexts, which lose their beginning where both are too long."""
         examples = [encode_pair(self.tokenizer, *pair, special=self.special) for pair in pairs]
-        return self._score([keep_end(example, self.model.config.max_length) for example in examples])
+        return self._score([keep_end(example, self.model.max_length) for example in examples])
 
     def score_texts(self, texts: Sequence[str]) -> list[Likelihood]:
         """Likelihoods of whole texts, however long."""
@@ -170,7 +170,7 @@ class _Methods:
         return [texts[i] for i in range(len(requests))]
 
     def _answers(self, contexts: Sequence[str], options: Mapping[str, Any], bar: tqdm.tqdm) -> list[str]:
-        config, until = _sampling(options, self.tokenizer, self.model.config.max_length)
+        config, until = _sampling(options, self.tokenizer, self.model.max_length)
         longest = longest_prompt(self.model, config)
         before = bar.n
         completions = generate_batches(

@@ -117,7 +117,7 @@ def make_multiple_choice(
         for place, question in zip(places, questions, strict=True)
         for choice in question.choices
     ]
-    examples = [keep_end(example, model.config.max_length) for example in whole]
+    examples = [keep_end(example, model.max_length) for example in whole]
     starts = np.cumsum([0] + [len(q.choices) for q in questions])
     truncated = [
         any(len(examples[i].tokens) < len(whole[i].tokens) for i in range(start, stop))

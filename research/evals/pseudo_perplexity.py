@@ -13,6 +13,7 @@ from research.devices import distributed, sharding
 from research.errors import InputError
 from research.evals.perplexity import TextSample, exp
 from research.evals.scoring import BATCH_TOKENS, Example, Record, encode_records, padded_length, ratio_of_sums
+from research.models import virtual
 from research.models.transformer import Model
 from research.objectives.masked import take
 from research.ops.losses import log_probs
@@ -91,7 +92,7 @@ def masked_log_probs(model: Model, params: Any, batch: Mapping[str, jax.Array]) 
     at, targets = batch["at"][:, None], batch["targets"][:, None]
     names = ("tokens", "segment_ids", "positions")
     batch = {name: sharding.constrain(batch[name], ("batch", "time"), model.rules) for name in names}
-    hidden = sharding.constrain(take(model.hidden(params, batch), at), ("batch", None, None), model.rules)
+    hidden = sharding.constrain(take(virtual.hidden(model, params, batch), at), ("batch", None, None), model.rules)
     return sharding.replicate(log_probs(hidden, model.unembed(params), targets).target[:, 0])
 
 
@@ -121,7 +122,7 @@ def _compute(
     Yields:
       (rows, log-probabilities) of one batch after the other; those beyond the rows are of padding.
     """
-    max_length = model.config.max_length
+    max_length = model.max_length
     rows = sorted(_rows(examples, max_length), key=lambda row: row.start - row.stop)
     shards, done = sharding.axis_parts("batch", model.rules), 0
     waiting: collections.deque = collections.deque()  # the devices get the next batch before the last one is read

@@ -130,11 +130,11 @@ class RecordScorer:
         return lengths, {name: value.hexdigest() for name, value in hashes.items()}
 
     def _examples(self, items: list[tuple[str, dict[str, Any]]]) -> Iterator[Example]:
-        config = self.loaded.model.config
-        examples = encode_records(items, self.loaded.tokenizer, self.template, config.vocab_size)
+        model = self.loaded.model
+        examples = encode_records(items, self.loaded.tokenizer, self.template, model.config.vocab_size)
         for (where, _), example in zip(items, examples, strict=True):
-            if len(example.tokens) > config.max_length + 1 and self.on_long != "split":
-                yield _shorten(where, example, config.max_length, self.on_long)
+            if len(example.tokens) > model.max_length + 1 and self.on_long != "split":
+                yield _shorten(where, example, model.max_length, self.on_long)
             else:
                 yield example
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from research.devices import distributed, sharding
 from research.errors import InputError
+from research.models import virtual
 from research.models.transformer import Model
 from research.ops.chunks import chunk_bytes, chunk_tokens
 from research.ops.head import Head
@@ -183,7 +184,7 @@ def keep_end(example: Example, max_length: int) -> Example:
 def token_logprobs(model: Model, params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
     """log p of the `targets` of a batch, [B, T] float32 on every device; see `_batch` for what it holds."""
     batch = _constrain(batch, model.rules)
-    out = log_probs(model.hidden(params, batch), model.unembed(params), batch["targets"]).target
+    out = log_probs(virtual.hidden(model, params, batch), model.unembed(params), batch["targets"]).target
     return sharding.replicate(out)
 
 
@@ -191,7 +192,7 @@ def row_likelihoods(model: Model, params: Params, batch: Mapping[str, jax.Array]
     """Of each row of a batch, the sum of log p over its weighted targets, [B] float32, and whether all of these are the
     likeliest, [B] bool; on every device."""
     batch = _constrain(batch, model.rules)
-    hidden, head = model.hidden(params, batch), model.unembed(params)
+    hidden, head = virtual.hidden(model, params, batch), model.unembed(params)
     chunk = _chunk(hidden.shape[0], head)
 
     def one(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -293,7 +294,7 @@ def _compute(
     Yields:
       (windows, results) of one batch after the other. Row i of the results is of windows[i]; rows beyond are padding.
     """
-    max_length = model.config.max_length
+    max_length = model.max_length
     windows = sorted(_windows(examples, max_length), key=lambda window: window.start - window.stop)
     waiting: collections.deque = collections.deque()  # the devices get the next batch before the last one is read
 

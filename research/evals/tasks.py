@@ -234,7 +234,7 @@ def _exact_match(items, options, model, tokenizer, template) -> Answer:
             raise InputError(f"has no number in its answer {turns[-1][1][:40]!r}. Mend it, or use another verifier.")
         return records_lib.canonical(record, fields)
 
-    default = min(256, model.config.max_length // 2)
+    default = min(256, model.max_length // 2)
     sampling = SamplingConfig(
         max_new_tokens=_whole(options, "max_new_tokens", default),
         stop_tokens=tokenizer.stop,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from research.devices import sharding
 from research.devices.sharding import Rules
-from research.models import added_rows, kernels
+from research.models import added_rows, kernels, virtual
 from research.models.config import ACTIVATIONS, ModelConfig
 from research.models.kernels import linear, linears
 from research.models.specs import Params
@@ -160,12 +160,14 @@ def embed(
     positions: Int[Array, "B T"],
     token_types: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """The input of the first layer. Without `token_types` all tokens are of the first type."""
+    """The input of the first layer. Without `token_types` all tokens are of the first type. Virtual tokens have the
+    rows of params["prompt"], `realized` (models.virtual)."""
     x = added_rows.look_up(c, params, tokens)
     if "embed_lora" in params:
         x = x + kernels.look_up(params["embed_lora"], tokens, x.dtype)
     if c.embed_scale:
         x = x * jnp.asarray(c.d_model**0.5, x.dtype)
+    x = virtual.put_rows(params, c.vocab_size, tokens, x)
     if c.positions == "learned":
         x = x + params["position_embed"].astype(c.dtype)[positions]
     if c.token_types:

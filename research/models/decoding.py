@@ -14,7 +14,7 @@ from research import params as params_lib
 from research.devices import sharding
 from research.devices.sharding import Rules
 from research.errors import InputError
-from research.models import blocks, kernels
+from research.models import blocks, kernels, virtual
 from research.models.config import ModelConfig
 from research.models.specs import Params, make_specs
 from research.ops import quantized
@@ -37,7 +37,7 @@ def init_cache(c: ModelConfig, rules: Rules, batch_size: int, length: int) -> Ca
 def unstack(c: ModelConfig, params: Params) -> Params:
     """See Model.unstack. Kernels are dequantised, merged with what an adapter puts beside them and cast to the compute
     dtype here, once, and those that read the same are joined."""
-    specs = make_specs(c)
+    specs, params = make_specs(c), virtual.realized(params)
     layers = (
         kernels.with_shared(params_lib.layer(params["layers"], i), params.get("vera")) for i in range(c.num_layers)
     )
@@ -87,6 +87,7 @@ def decode(
     if not c.causal or c.num_labels:
         raise InputError(f"model: is {c.kind}, and can't generate. Use a causal language model.")
     rules = {**rules, "time": None}  # there is one token at a time
+    positions = positions + virtual.prefix_size(params)
     angles = blocks.rotations(c, positions, jnp.max(positions, axis=1, keepdims=True) + 1)
     T, S = mask.shape[1:]
     age = index + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
@@ -132,7 +133,8 @@ class _Step:
             nonlocal entries
             q, k, v = blocks.project_qkv(c, p["attention"], y, angles)
             entries = tuple(self._write(old, new) for old, new in zip(entries, (k, v), strict=True))
-            y = cached_attention(q, *entries, mask, scale=c.scale, softcap=c.attention_softcap)
+            memory = virtual.memory(p["attention"], q.dtype, self.rules)
+            y = cached_attention(q, *entries, mask, scale=c.scale, softcap=c.attention_softcap, memory=memory)
             return blocks.linear(p["attention"]["o"], y, contract=2)
 
         x = blocks.block(c, self.rules, p, x, attend)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from research.errors import InputError
+from research.models import virtual
 from research.models.sampling import SamplingConfig, longest_prompt
 from research.models.slots import Decoder, Generated, Queue
 from research.models.transformer import Model
@@ -50,7 +51,7 @@ def make_generate(model: Model, config: SamplingConfig, vocab_size: int | None =
 
     Raises:
       InputError: `vocab_size` or a stop token is beyond the vocabulary, or there is no room for a prompt; when
-        called, P + N > model.config.max_length, or `slots` is below 1.
+        called, P + N > model.max_length, or `slots` is below 1.
     """
     decoder = Decoder(model, config, model.config.vocab_size if vocab_size is None else vocab_size)
     return jax.jit(decoder.generate, static_argnames="slots")
@@ -71,7 +72,7 @@ def make_stream(
 
     def stream(params: Params, prompt: Sequence[int], key: jax.Array) -> Iterator[list[int]]:
         prompts, lengths = pad_prompts([prompt], bucket=bucket, longest=longest_prompt(model, config))
-        queue = Queue(prompts, lengths, limit, jax.random.fold_in(key, 0)[None])
+        queue = Queue(*virtual.ahead(model, prompts, lengths), limit, jax.random.fold_in(key, 0)[None])
         slots, sent = begin(params, queue), 0
         while True:
             tokens, count, done = jax.device_get((slots.out.tokens[0], slots.count[0], slots.done[0]))

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from research.models import virtual
 from research.models.specs import Params
 from research.ops import quantized
 from research.ops.cpu import matmul
@@ -251,10 +252,11 @@ def with_shared(params: Params, shared: Params | None) -> Params:
 
 
 def bare(params: Params) -> Params:
-    """A model's parameters, or specs, without what adapters put beside its kernels."""
+    """A model's parameters, or specs, without what adapters put beside its kernels, and before documents."""
     if not isinstance(params, dict):
         return params
-    parts = {name: bare(part) for name, part in params.items() if name.removeprefix("embed_") not in ADDED}
+    names = (*ADDED, *virtual.PARTS)
+    parts = {name: bare(part) for name, part in params.items() if name.removeprefix("embed_") not in names}
     return {name: part for name, part in parts.items() if not isinstance(part, dict) or part}
 
 

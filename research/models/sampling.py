@@ -56,7 +56,7 @@ class SamplingConfig:
 
 def longest_prompt(model: Model, config: SamplingConfig) -> int:
     """The most tokens that a prompt may have, if there is to be room for sampling.max_new_tokens."""
-    return model.config.max_length - config.max_new_tokens
+    return model.max_length - config.max_new_tokens
 
 
 def filter_logits(logits: Float[Array, "B V"], config: SamplingConfig) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from research.devices import sharding
 from research.errors import InputError
+from research.models import virtual
 from research.models.decoding import Cache
 from research.models.sampling import SamplingConfig, choose_tokens, longest_prompt, next_logits
 from research.models.transformer import Model
@@ -46,7 +47,7 @@ class Queue(NamedTuple):
     """The rows to continue.
 
     Attributes:
-      prompts: int32, padded on the left.
+      prompts: int32, padded on the left; virtual tokens (models.virtual) come first in each.
       lengths: int32, tokens of each prompt; a row of length 0 gets nothing.
       limits: int32, the most new tokens of each row.
       keys: random key of each row.
@@ -114,7 +115,7 @@ class Decoder:
         if longest_prompt(self.model, self.config) < 1:
             raise InputError(
                 f"sampling.max_new_tokens = {self.config.max_new_tokens}: leaves no room for a prompt in "
-                f"model.max_length = {c.max_length}. Lower it."
+                f"model.max_length = {self.model.max_length}. Lower it."
             )
 
     def generate(
@@ -135,14 +136,15 @@ class Decoder:
         if longest_prompt(self.model, self.config) < P:
             raise InputError(
                 f"prompts padded to {P} tokens and sampling.max_new_tokens = {self.config.max_new_tokens} make more "
-                f"than model.max_length = {self.model.config.max_length}. Lower sampling.max_new_tokens, or shorten "
+                f"than model.max_length = {self.model.max_length}. Lower sampling.max_new_tokens, or shorten "
                 "the prompts."
             )
         rows = jnp.arange(B) if rows is None else rows
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
         N = jnp.full(B, self.config.max_new_tokens, jnp.int32)
         limits = N if limits is None else jnp.minimum(N, limits)
-        queue = Queue(prompts, jnp.where(limits > 0, lengths, 0), limits, keys)
+        prompts, lengths = virtual.ahead(self.model, prompts, jnp.where(limits > 0, lengths, 0))
+        queue = Queue(prompts, lengths, limits, keys)
         params = self.model.unstack(params)
         if slots is None or slots >= B:
             out = self.extend(params, queue, self.begin(params, queue)).out

@@ -18,7 +18,7 @@ from research import params as params_lib
 from research.devices import sharding
 from research.devices.sharding import Rules
 from research.errors import InputError
-from research.models import added_rows, blocks, decoding, kernels
+from research.models import added_rows, blocks, decoding, kernels, virtual
 from research.models.adapters.types import Adapter
 from research.models.config import REMAT, ModelConfig
 from research.models.decoding import Cache
@@ -69,6 +69,16 @@ class Model(NamedTuple):
     decode: Callable[..., tuple[jax.Array, Cache]]
     of: str = ""
     adapter: Adapter | None = None
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many tokens stand before every document, with ids from config.vocab_size on; see models.virtual."""
+        return self.adapter.virtual_tokens if self.adapter else 0
+
+    @property
+    def max_length(self) -> int:
+        """The longest document that it may be given: config.max_length less what its adapter puts before each."""
+        return self.config.max_length - (self.adapter.virtual_tokens + self.adapter.prefix if self.adapter else 0)
 
 
 def make_model(config: ModelConfig, rules: Rules = sharding.RULES, adapter: Adapter | None = None) -> Model:
@@ -136,6 +146,7 @@ def _layer(
             causal=c.causal,
             window=window,
             softcap=c.attention_softcap,
+            memory=virtual.memory(p["attention"], q.dtype, rules),
             implementation=c.attention,
             spec=sharding.partition(("batch", "time", "heads", "head_dim"), rules),
         )
@@ -225,7 +236,8 @@ def hidden_at(
     layers ends (params.cut), so that no array of all of them is made.
     """
     numbers = [layer_number(c, layer) for layer in layers]
-    segment_ids, positions = batch["segment_ids"], batch["positions"]
+    params = virtual.realized(params)
+    segment_ids, positions = batch["segment_ids"], batch["positions"] + virtual.prefix_size(params)
     angles = blocks.rotations(c, positions, blocks.document_lengths(segment_ids, positions))
     documents = (segment_ids, batch.get("prefix") if c.prefix else None)
     stack = _Stack(c, rules, params["layers"], documents, angles, batch.get("dropout_keys"), params.get("vera"))
@@ -254,6 +266,11 @@ def attention_inputs(
     i = layer_number(c, layer) - 1
     if i < 0:
         raise InputError(f"layer {layer}: is the embedding, which has no attention. The first layer is 1.")
+    if virtual.prefix_size(virtual.realized(params)):
+        raise InputError(
+            f"layer {layer}: attention can't be compared where each query sees a prefix too. Compare hidden states, or "
+            "use another adapter."
+        )
     p = kernels.with_shared(params_lib.layer(params["layers"], i), params.get("vera"))
     p = blocks.with_divisors(c, p, i)
     if c.block in ("pre", "sandwich", "parallel"):

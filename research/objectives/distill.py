@@ -125,6 +125,10 @@ class Distill:
         those over all tokens: the metrics are called divergence_topK and teacher_entropy_topK.
         """
         _, weights = next_token_targets(batch, batch["loss_mask"] if self.supervised else forward.unseen(batch))
+        if self.tail is not None and "virtual" in batch:  # no annotation is of a virtual token
+            weights = weights * (1.0 - batch["virtual"].astype(jnp.float32))
+        elif self.kind != "uld" and (seen := forward.seen_by_all(self.teachers)) is not None:
+            weights = weights * seen
         parallel_forward = forward.on(_teacher_batch(batch)) if self.kind == "uld" else None
         if self.kind == "uld":
             weights = jnp.where(batch["teacher_at"] < 0, 0.0, weights)

@@ -175,6 +175,8 @@ class Match:
             _, weights = next_token_targets(batch, batch["loss_mask"])
         else:
             weights = (batch["segment_ids"] > 0).astype(jnp.float32)
+        if (seen := forward.seen_by_all([self.teacher])) is not None:
+            weights = weights * seen
         weight, total, metrics = jnp.sum(weights), jnp.zeros(()), {}
         for pair in self.hidden.layers:
             value = self.hidden.loss(forward, self.teacher, pair, context.params, weights)

@@ -7,7 +7,7 @@ loss that begins with an option's name is shown with the name of the term's fiel
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from research import params as params_lib
 from research.errors import InputError
-from research.models import kernels
+from research.models import kernels, virtual
 from research.models.transformer import HEAD
 from research.ops.losses import cross_entropy
 
@@ -122,10 +122,19 @@ class Forward:
 
     def _seen(self, role: str) -> Batch:
         """The batch as a role's pass gets it."""
-        model = self.models[role]
+        model, batch = self.models[role], self.batch
+        if "virtual" in batch and not model.virtual_tokens:
+            batch = virtual.without(batch, self.models["policy"].virtual_tokens)
         if self._dropout_keys is None or model.of or model.adapter is None or not model.adapter.dropout:
-            return self.batch
-        return {**self.batch, "dropout_keys": self._dropout_keys}
+            return batch
+        return {**batch, "dropout_keys": self._dropout_keys}
+
+    def seen_by_all(self, roles: Iterable[str]) -> Float[Array, "B T"] | None:
+        """1 at the places that are no padding to any of these roles: not at virtual tokens, where one lacks them. None
+        where that is all places."""
+        if "virtual" not in self.batch or all(self.models[role].virtual_tokens for role in roles):
+            return None
+        return 1.0 - self.batch["virtual"].astype(jnp.float32)
 
     def unseen(self, batch: Batch) -> Float[Array, "B T"] | None:
         """1 at the tokens that no model sees before it is to predict them: all but those of a prefix, where one of the
@@ -245,13 +254,17 @@ def next_token_targets(
     """What each position is to predict: (targets, weights).
 
     Position t predicts token t + 1 where both belong to one document; its weight is `mask`[t + 1], by default 1.
+    Virtual tokens are no targets, and the last of them predicts the first of its document.
     """
-    segments = batch["segment_ids"]
+    segments, tokens = batch["segment_ids"], batch["tokens"]
     same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    if "virtual" in batch:
+        same &= batch["virtual"][:, 1:] == 0
+        tokens = jnp.where(batch["virtual"] > 0, 0, tokens)
     weights = same.astype(jnp.float32)
     if mask is not None:
         weights = weights * mask[:, 1:]
-    return jnp.roll(batch["tokens"], -1, axis=1), jnp.pad(weights, ((0, 0), (0, 1)))
+    return jnp.roll(tokens, -1, axis=1), jnp.pad(weights, ((0, 0), (0, 1)))
 
 
 def token_loss(

@@ -93,6 +93,8 @@ def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
             read |= set(views.load(entry.options.view, f"data.sources.{entry.name}.view", config.seq_len).fields)
     if len(config.data.sources) > 1:
         read |= set(fields.group("source"))
+    if resolve.virtual_ids(config, config.model.vocab_size or 1):
+        read |= set(fields.group("virtual"))
     names = fields.read_with(read)
     classes = config.data.num_classes or config.model.num_labels or len(config.data.labels)
     if "label_probs" in names and not classes:

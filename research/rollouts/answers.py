@@ -71,7 +71,8 @@ def make_rollout(
     Raises:
       InputError: no prompt fits beside the longest answer.
     """
-    room = seq_len - spec.max_new_tokens
+    ahead = model.virtual_tokens  # generate puts them in front by itself
+    room = seq_len - ahead - spec.max_new_tokens
     if room < 1:
         raise InputError(
             f"rollout.max_new_tokens = {spec.max_new_tokens} leaves no room for a prompt in seq_len = {seq_len}. Lower "
@@ -83,15 +84,15 @@ def make_rollout(
         choose_key, sample_key = jax.random.split(key)
         tokens = batch["tokens"]
         answers = (batch["loss_mask"] > 0) & (batch["segment_ids"] == 1)
-        start = jnp.argmax(answers, axis=1).astype(jnp.int32)  # 0 where there is no answer, or nothing before it
+        start = jnp.argmax(answers, axis=1).astype(jnp.int32) - ahead  # 0 or less: no answer, or nothing before it
         mine = jax.random.uniform(choose_key, start.shape) < spec.share
         mine &= (start > 0) & (start <= room)
         length = jnp.where(mine, start, 0)
         shift = jnp.arange(room, dtype=jnp.int32)[None] - (room - length[:, None])
-        prompts = jnp.where(shift >= 0, _at(tokens, shift), 0)
+        prompts = jnp.where(shift >= 0, _at(tokens, shift + ahead), 0)
         out = generate(params, prompts, length, sample_key, slots=spec.slots or None)
 
-        return _answered(batch, mine, length, out)
+        return _answered(batch, mine, length + ahead, out)
 
     return rollout
 

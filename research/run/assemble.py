@@ -23,6 +23,7 @@ from research.objectives.terms import Terms, init_carry
 from research.rollouts.answers import make_rollout
 from research.run import roles as roles_lib
 from research.sources import fields
+from research.sources.tokenizers import Tokenizer
 
 Batch = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -77,7 +78,7 @@ def assemble(
     batch: Batch,
     vocab_size: int,
     *,
-    stop_tokens: tuple[int, ...] = (),
+    tokenizer: Tokenizer | None = None,
 ) -> Parts:
     """Models, optimizer and programs for a mesh, which may be abstract.
 
@@ -87,14 +88,15 @@ def assemble(
       mesh: a Mesh or AbstractMesh with the axes of `sharding`.
       batch: the source's spec: the fields of a global batch.
       vocab_size: of the tokenizer.
-      stop_tokens: ids that end an answer of the policy.
+      tokenizer: of the run, which says what ends an answer of the policy and which tokens an adapter begins with; None
+        where only shapes are to be known.
 
     Raises:
       InputError: the objective reads roles or fields that aren't there, or a size doesn't fit the mesh.
     """
     rules = sharding.make_rules(config.rules)
     sources = tuple(sorted(config.data.sources))
-    models = make_models(config, terms, vocab_size, rules)
+    models = make_models(config, terms, vocab_size, rules, tokenizer)
     _check_reads(config, terms, models, batch)
     _check_classes(config, models["policy"], batch)
     _check_answers(config, models["policy"])
@@ -118,7 +120,7 @@ def assemble(
         init_state=jax.jit(beginning.state, out_shardings=where[0], donate_argnums=0),
         step=jax.jit(step, donate_argnums=0, out_shardings=(where[0], None), compiler_options=compiler_options),
         evaluate=jax.jit(train.EvalStep(terms, models, sources)),
-        rollout=_make_rollout(config, models["policy"], stop_tokens, vocab_size, rows),
+        rollout=_make_rollout(config, models["policy"], tokenizer.stop if tokenizer else (), vocab_size, rows),
         state=state,
         frozen=frozen,
         batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows[k]) for k, v in batch.items()},
@@ -173,11 +175,11 @@ def _make_optimizer(config: Config, roles: roles_lib.Roles) -> optax.GradientTra
 
 
 def make_models(
-    config: Config, terms: Terms, vocab_size: int, rules: Mapping[str, Any]
+    config: Config, terms: Terms, vocab_size: int, rules: Mapping[str, Any], tokenizer: Tokenizer | None = None
 ) -> dict[str, transformer.Model]:
     """The model of each role. One that reads tokens of its own has its own vocabulary."""
     reads_own = {role for term in terms.values() for role in term.objective.own_tokens}
-    adapter = adapters.load(config.adapter)
+    adapter = adapters.load(config.adapter, tokenizer=tokenizer)
     configs = {
         role: config_lib.model_config(config, 1 if role in reads_own else vocab_size, role=role)
         for role in ("policy", *config.roles)

@@ -16,6 +16,7 @@ from research.config import Config
 from research.devices import compilation, sharding
 from research.errors import InputError
 from research.evals import tasks as eval_tasks
+from research.models import adapters
 from research.objectives import Terms
 from research.run import checkpoint, metrics, resume
 from research.sources import annotations, dataset, fields, identity, tokenizers
@@ -220,9 +221,22 @@ def read_data(
     for term in terms.values():
         term.source_numbers(sorted(spec.sources))
     teacher = _teacher_tokenizer(config, bases, terms)
-    data = dataset.load(spec, config.tokenizer, tokenizer, seed=config.seed, teacher=teacher)
+    virtual = virtual_ids(config, tokenizer.size)
+    data = dataset.load(spec, config.tokenizer, tokenizer, seed=config.seed, teacher=teacher, virtual=virtual)
     _check_teachers(config, bases, terms, tokenizer)
     return data, terms
+
+
+def virtual_ids(config: Config, vocab_size: int) -> range:
+    """The ids of the tokens that the policy's adapter puts in front of every document.
+
+    Args:
+      config: of the run.
+      vocab_size: of the tokenizer.
+    """
+    adapter = adapters.load(config.adapter)
+    first = config_lib.model_config(config, vocab_size).vocab_size
+    return range(first, first + (adapter.virtual_tokens if adapter else 0))
 
 
 def with_tokenizer(

@@ -52,7 +52,7 @@ def run(
     inputs = resolve.resolve(config, workdir, devices)
     config, tokenizer = inputs.config, inputs.data.tokenizer
     parts = assemble.assemble(
-        config, inputs.terms, inputs.mesh, inputs.source.spec, tokenizer.size, stop_tokens=tokenizer.stop
+        config, inputs.terms, inputs.mesh, inputs.source.spec, tokenizer.size, tokenizer=tokenizer
     )
     tasks = evaluation.load_tasks(config, parts.models["policy"], tokenizer)
 

@@ -67,6 +67,7 @@ def load(
     tokenizer: Tokenizer | None = None,
     seed: int = 0,
     teacher: Tokenizer | None = None,
+    virtual: range = range(0),
 ) -> Data:
     """Reads, tokenises, splits and packs what `spec` names.
 
@@ -76,6 +77,7 @@ def load(
       tokenizer: one made before, so that ids stay those of a checkpoint.
       seed: of generated records, and of which examples share a row.
       teacher: another tokenizer; batches then hold the same documents in its tokens too (parallel.fields).
+      virtual: ids of the tokens that stand in front of every document, or piece of one; they count in data.seq_len.
 
     Raises:
       InputError: an option, an entry or a record is at fault, or nothing is left to train on.
@@ -85,7 +87,9 @@ def load(
     train_on, eval_on = _located(spec, seed)
     if tokenizer is None:
         tokenizer = with_special_tokens(_make_tokenizer(tokenizer_spec, train_on, eval_on, spec), tokenizer_spec, spec)
-    inputs = _same_classes([_open(*each, spec, tokenizer, teacher) for each in (*train_on, *eval_on)], spec)
+    room = spec.seq_len - len(virtual)
+    short = dataclasses.replace(spec, seq_len=room)
+    inputs = _same_classes([_open(*each, short, tokenizer, teacher) for each in (*train_on, *eval_on)], spec)
     inputs = _with_prefixes(inputs)
     train_inputs, eval_inputs = inputs[: len(entries)], inputs[len(entries) :]
 
@@ -93,11 +97,11 @@ def load(
     parts = _parts(train_inputs, to_train)
     rng = np.random.default_rng(seed) if spec.shuffle else None
     groups = [parts] if weights is None else [[part] for part in parts]
-    placed = [rows.lay_out(group, spec, rng) for group in groups]
+    placed = [rows.lay_out(group, spec, rng, virtual) for group in groups]
     counts = [count for _, counts in placed for count in counts]
-    _check_left([sum(counts, Counter()) for _, counts in placed], [len(each) for each, _ in placed], entries, spec)
-    held_out, eval_counts = rows.lay_out(_parts(eval_inputs or train_inputs, to_eval), spec, None)
-    finish = functools.partial(_finish, inputs=inputs, spec=spec, tokenizer=tokenizer, teacher=teacher, seed=seed)
+    _check_left([sum(counts, Counter()) for _, counts in placed], [len(each) for each, _ in placed], entries, short)
+    held_out, eval_counts = rows.lay_out(_parts(eval_inputs or train_inputs, to_eval), spec, None, virtual)
+    finish = functools.partial(_finish, inputs=inputs, spec=short, tokenizer=tokenizer, teacher=teacher, seed=seed)
     train = list(zip([finish(each) for each, _ in placed], weights or [1.0], strict=True))
     report = {
         "tokenizer_size": tokenizer.size,
@@ -107,7 +111,7 @@ def load(
     }
     if eval_inputs:
         report["train"]["dropped_as_in_eval_path"] = sum(int(np.sum(~mask)) for mask in to_train)
-    samples = _samples(eval_inputs or train_inputs, limit, spec.seq_len)
+    samples = _samples(eval_inputs or train_inputs, limit, room)
     return Data(
         tokenizer=tokenizer,
         source_names=spec_lib.names(spec),
@@ -143,12 +147,13 @@ def _located(spec: DataSpec, seed: int) -> tuple[list[tuple[Entry, Origin]], lis
     return train_on, [(entry, _locate(entry, seed + 1, spec)) for entry in spec_lib.eval_entries(spec)]
 
 
-def settings(spec: DataSpec, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
-    """What decides the tokens of a run, and where documents are cut; not how they are packed and ordered."""
+def settings(spec: DataSpec, tokenizer: Tokenizer, seed: int, virtual: int = 0) -> dict[str, Any]:
+    """What decides the tokens of a run, and where documents are cut: `virtual` tokens in front of each leave them so
+    much less of data.seq_len. Not how they are packed and ordered."""
     values = dataclasses.asdict(spec)
     skipped = ("seq_len", *_OF_ROWS, *(() if spec.sources else ("sources",)))
     of_data = {f"data.{name}": value for name, value in values.items() if name not in skipped}
-    known = {"tokenizer": f"{tokenizer.fingerprint()} ({tokenizer.size} tokens)", "seq_len": spec.seq_len}
+    known = {"tokenizer": f"{tokenizer.fingerprint()} ({tokenizer.size} tokens)", "seq_len": spec.seq_len - virtual}
     return known | of_data | {"seed": seed}
 
 

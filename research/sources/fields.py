@@ -96,7 +96,8 @@ class Field:
 
 
 # "text" is in every batch. "labels": C classes. "annotations": what a teacher said, of its K likeliest tokens.
-# "parallel": the same documents in the tokens of a teacher's own tokenizer. "source": which of data.sources. "prefix":
+# "parallel": the same documents in the tokens of a teacher's own tokenizer. "source": which of data.sources. "virtual":
+# 1 at the virtual tokens that the policy's adapter puts in front of each document (models.virtual). "prefix":
 # 1 at the first tokens of a document that a prefix LM (ModelConfig.prefix) shows to each other whole.
 TABLE: dict[str, Field] = {
     "tokens": Field(np.int32, ("time",), 0, lambda text: text.tokens, "text"),
@@ -116,6 +117,7 @@ TABLE: dict[str, Field] = {
         np.int32, ("time",), -1, lambda text: np.where(text.last, -1, np.arange(text.last.shape[1])), "parallel"
     ),
     "source": Field(np.int32, ("time",), 0, lambda text: (text.segment_ids - 1) % 2, "source"),
+    "virtual": Field(np.int32, ("time",), 0, lambda text: np.zeros_like(text.tokens), "virtual"),
     "prefix": Field(np.int32, ("time",), 0, lambda text: 1 - text.loss_mask, "prefix"),
 }
 

@@ -38,7 +38,8 @@ def _read_so_far(batch: Batch, sizes: np.ndarray, most: int) -> tuple[np.ndarray
     """Positions that predict a supervised token: (document and bytes read, as one number; row; time), each [N]."""
     segments, T = batch["segment_ids"].astype(np.int64), batch["tokens"].shape[1]
     supervised = (batch["loss_mask"] > 0) & (segments > 0)
-    read = np.cumsum(np.where(supervised, sizes[batch["tokens"]], 0), axis=1, dtype=np.int64)
+    tokens = np.where(supervised, batch["tokens"], 0)  # virtual tokens, which aren't, have ids of no tokenizer
+    read = np.cumsum(np.where(supervised, sizes[tokens], 0), axis=1, dtype=np.int64)
     predicts = np.zeros(segments.shape, bool)
     predicts[:, :-1] = (segments[:, 1:] == segments[:, :-1]) & supervised[:, 1:]
     row, time = np.nonzero(predicts)

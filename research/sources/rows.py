@@ -31,6 +31,7 @@ class Rows:
       token_sizes: with it, bytes of each token of either tokenizer.
       sources: the number of each store's source, for the batch field `source`; () where batches don't say it.
       extra: further fields that views give to some of the stores: name -> the sizes of their axes after "time".
+      virtual: ids of the tokens in front of each segment, which stand for no text (models.virtual).
     """
 
     stores: tuple[Store, ...]
@@ -44,6 +45,7 @@ class Rows:
     token_sizes: tuple[np.ndarray, np.ndarray] | None = None
     sources: tuple[int, ...] = ()
     extra: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    virtual: range = range(0)
 
     def __len__(self) -> int:
         return len(self.splits) - 1
@@ -61,15 +63,18 @@ class Rows:
         first = np.where(rows < 0, 0, self.splits[rows])
         count = np.where(rows < 0, 0, self.splits[rows + 1] - first)
         segment, row, nth = _ranges(first, count)
-        length = self.length[segment]
+        ahead = len(self.virtual)
+        length = self.length[segment] + ahead
         before = np.cumsum(length) - length
         in_row = before - before[(np.cumsum(count) - count)[row]]
-        address, which, position = _ranges(self.start[segment], length)
+        address, which, position = _ranges(self.start[segment] - ahead, length)
         place = (row * self.seq_len + in_row)[which] + position
 
         batch = fields.empty(self._names, len(rows), self._sizes)
         _put(batch, "segment_ids", place, nth[which] + 1)
         _put(batch, "positions", place, position)
+        real = position >= ahead
+        virtual, position, address, place = place[~real], position[~real], address[real], place[real]
         for store, number, here, local in self._by_store(address):
             _put(batch, "tokens", place[here], store.tokens[local])
             _put(batch, "loss_mask", place[here], 1 if store.mask is None else store.mask[local])
@@ -77,6 +82,8 @@ class Rows:
                 _put(batch, name, place[here], values[local])
             if self.sources:
                 _put(batch, "source", place[here], self.sources[number])
+        if ahead:
+            self._put_virtual(batch, virtual, position)
         if self.labels is not None:
             _put(batch, "label_probs", row * self.seq_len + in_row + length - 1, self.labels[segment])
         if self.annotations is not None:
@@ -84,6 +91,15 @@ class Rows:
         if self.teacher is not None:
             batch |= parallel.fields(batch, self.teacher.batch(rows), self.token_sizes)
         return batch
+
+    def _put_virtual(self, batch: Mapping[str, np.ndarray], place: np.ndarray, position: np.ndarray) -> None:
+        """Writes virtual tokens, which are of their document's source, and of its prefix where it begins with one."""
+        _put(batch, "tokens", place, self.virtual.start + position)
+        _put(batch, "virtual", place, 1)
+        first = place - position + len(self.virtual)
+        for name in ("source", "prefix"):
+            if name in batch:
+                _put(batch, name, place, batch[name].reshape(-1)[first])
 
     @functools.cached_property
     def _names(self) -> list[str]:
@@ -93,6 +109,7 @@ class Rows:
             "annotations": self.annotations is not None,
             "parallel": self.teacher is not None,
             "source": bool(self.sources),
+            "virtual": bool(self.virtual),
         }
         return [name for group, there in groups.items() if there for name in fields.group(group)] + list(self.extra)
 
@@ -168,9 +185,10 @@ class Segments:
         teacher = None if self.teacher is None else self.teacher + np.array([teacher_base, 0])
         return dataclasses.replace(self, start=self.start + base, teacher=teacher)
 
-    def longest(self) -> np.ndarray:
-        """[S] int64: how many tokens of a row each takes, in the tokens of which it has the most."""
-        return self.length if self.teacher is None else np.maximum(self.length, self.teacher[:, 1])
+    def longest(self, virtual: int = 0) -> np.ndarray:
+        """[S] int64: how many tokens of a row each takes, with so many in front, in the tokens of which it has most."""
+        length = self.length + virtual
+        return length if self.teacher is None else np.maximum(length, self.teacher[:, 1])
 
     @staticmethod
     def join(parts: Sequence["Segments"]) -> "Segments":
@@ -180,13 +198,16 @@ class Segments:
         return Segments(**{name: np.concatenate(values) if values else None for name, values in joined.items()})
 
 
-def lay_out(parts: Sequence[Part], spec: DataSpec, rng: np.random.Generator | None) -> tuple[Rows, list[Counter[str]]]:
+def lay_out(
+    parts: Sequence[Part], spec: DataSpec, rng: np.random.Generator | None, virtual: range = range(0)
+) -> tuple[Rows, list[Counter[str]]]:
     """Lays examples into rows.
 
     Args:
       parts: the examples, by store.
       spec: says how long rows are, and what may share one.
       rng: puts segments in an order by chance; None keeps theirs.
+      virtual: ids of the tokens to put in front of each segment, which then is so much shorter.
 
     Returns:
       the rows, without annotations, sizes of tokens and fields of views; and what became of the examples of each part.
@@ -197,7 +218,7 @@ def lay_out(parts: Sequence[Part], spec: DataSpec, rng: np.random.Generator | No
     segments, counts = [], []
     base = teacher_base = 0
     for part in parts:
-        each, count = _segments(part, spec)
+        each, count = _segments(part, spec, len(virtual))
         segments.append(each.shifted(base, teacher_base))
         counts.append(count)
         base += len(part.store.tokens)
@@ -205,41 +226,46 @@ def lay_out(parts: Sequence[Part], spec: DataSpec, rng: np.random.Generator | No
     joined = Segments.join(segments)
     if rng is not None:
         joined = joined[rng.permutation(len(joined.start))]
-    order, splits = packing.rows_of(joined.longest(), spec.seq_len, spec.pack)
+    order, splits = packing.rows_of(joined.longest(len(virtual)), spec.seq_len, spec.pack)
     joined = joined[order]
-    rows = Rows(tuple(part.store for part in parts), joined.start, joined.length, splits, spec.seq_len, joined.labels)
+    stores = tuple(part.store for part in parts)
+    rows = Rows(stores, joined.start, joined.length, splits, spec.seq_len, joined.labels, virtual=virtual)
     if joined.teacher is not None:
         stores = tuple(part.teacher for part in parts)
         rows = dataclasses.replace(rows, teacher=Rows(stores, *joined.teacher.T, splits, spec.seq_len))
     return rows, counts
 
 
-def _segments(part: Part, spec: DataSpec) -> tuple[Segments, Counter[str]]:
-    """The segments of one store, with addresses from its first token, and what became of its examples."""
+def _segments(part: Part, spec: DataSpec, virtual: int) -> tuple[Segments, Counter[str]]:
+    """The segments of one store, with addresses from its first token, and what became of its examples. Each is to leave
+    room for so many virtual tokens."""
+    room = spec.seq_len - virtual
     store, example = part.store, np.flatnonzero(part.examples)
     start, length = (np.cumsum(store.length) - store.length)[example], store.length[example]
     counts: Counter[str] = Counter()
     if store.mask is None:
-        if part.teacher is not None and np.any(length > spec.seq_len):
+        if part.teacher is not None and np.any(length > room):
             raise InputError(
                 f"data.seq_len: {spec.seq_len} cuts texts of up to {length.max()} tokens, and a teacher's "
                 "tokenizer would cut them elsewhere. Give shorter texts, raise it, or use a teacher with the same "
                 "tokenizer."
             )
-        start, length = packing.cut(start, length, spec.seq_len)
-        counts["supervised_tokens"] = int(length.sum()) - len(length)  # a piece's first token follows nothing
+        start, length = packing.cut(start, length, room)
+        counts["supervised_tokens"] = int(length.sum()) - (
+            0 if virtual else len(length)
+        )  # a piece's first follows nothing
     else:
-        supervised, long = store.supervised[example], length > spec.seq_len
+        supervised, long = store.supervised[example], length > room
         if store.labels is not None:  # the last token is where the label is read
-            start = start + np.where(long, length - spec.seq_len, 0)
+            start = start + np.where(long, length - room, 0)
         for i in np.flatnonzero(long):
-            supervised[i] = store.mask[start[i] : start[i] + spec.seq_len].sum()
+            supervised[i] = store.mask[start[i] : start[i] + room].sum()
         fits = ~long if spec.on_long == "drop" else np.ones(len(long), bool)
         useful = fits & (supervised > 0)
         counts["too_long"] = int(long.sum())
         counts["nothing_supervised"] = int(np.sum(fits & ~useful))
         counts["supervised_tokens"] = int(supervised[useful].sum())
-        example, start, length = example[useful], start[useful], np.minimum(length[useful], spec.seq_len)
+        example, start, length = example[useful], start[useful], np.minimum(length[useful], room)
     counts["examples"] = len(example)
     counts["tokens"] = int(length.sum())
     counts["bytes"] = int(store.bytes[example].sum())

@@ -23,6 +23,8 @@ CASES = {
     "lora with dropout": {
         "adapter": {**LORA, "dropout": 0.3, "targets": "q|k|v|up|embed", "exclude": "layers/0/.*/up"}
     },
+    "prompt": {"adapter": {"kind": "prompt", "tokens": 3, "init": "text", "text": "copy"}},
+    "prefix": {"adapter": {"kind": "prefix", "tokens": 3, "projection": True, "also": "layers/1/attention_norm/.*"}},
 }
 
 

@@ -25,13 +25,15 @@ __all__ = ["Adapter", "load", "naming_fields"]
 _PARTS = ("targets", "types")  # modules of this package that are no kinds
 
 
-def load(spec: Mapping[str, Any], field: str = "adapter") -> Adapter | None:
+def load(spec: Mapping[str, Any], field: str = "adapter", tokenizer: Any = None) -> Adapter | None:
     """The adapter that a config names; None for {}.
 
     Args:
       spec: {"kind": NAME, option: value, ...}: research/models/adapters/NAME.py, and the options of its `make`;
         init_from, which says where its parameters are read from, is no matter here.
       field: where the config says it, for errors.
+      tokenizer: of the run, for those whose `make` has a parameter `tokenizer`. None where it isn't known yet, and
+        options are only to be checked, or shapes to be known.
 
     Raises:
       InputError: there is no such kind or option, or a value can't be used.
@@ -40,7 +42,8 @@ def load(spec: Mapping[str, Any], field: str = "adapter") -> Adapter | None:
         return None
     module = _find(spec.get("kind"), field)
     options = {option: value for option, value in spec.items() if option not in ("kind", "init_from")}
-    allowed = inspect.signature(module.make).parameters
+    parameters = inspect.signature(module.make).parameters
+    allowed = {name: parameter for name, parameter in parameters.items() if name != "tokenizer"}
     hints = typing.get_type_hints(module.make)
     for option, value in options.items():
         if option not in allowed:
@@ -52,7 +55,7 @@ def load(spec: Mapping[str, Any], field: str = "adapter") -> Adapter | None:
         if parameter.default is parameter.empty and option not in options:
             raise InputError(f"{field}.{option}: is missing. The adapter {spec['kind']!r} needs it.")
     with naming_fields(field):
-        adapter = module.make(**options)
+        adapter = module.make(**options, **({"tokenizer": tokenizer} if "tokenizer" in parameters else {}))
     return dataclasses.replace(adapter, kind=spec["kind"])
 
 
@@ -63,7 +66,8 @@ def defaults(kind: str, field: str = "adapter") -> dict[str, Any]:
       InputError: there is no such kind.
     """
     options = inspect.signature(_find(kind, field).make).parameters
-    return {name: option.default for name, option in options.items() if option.default is not option.empty}
+    named = {name: option.default for name, option in options.items() if name != "tokenizer"}
+    return {name: default for name, default in named.items() if default is not inspect.Parameter.empty}
 
 
 @contextlib.contextmanager

@@ -26,6 +26,9 @@ class Adapter:
       grown: (config of a model) -> that of the model that it becomes when the adapter is merged; None where it is the
         same.
       dropout: the share of the inputs of the adapter that training leaves out.
+      virtual_tokens: how many tokens it puts in front of every document; see models.virtual.
+      prefix: how many keys and values it puts in front of every document, in each layer.
+      merged: what is left of it beside a model once kernels are merged, `realized` by models.virtual; None for nothing.
       kind: the module that made it.
     """
 
@@ -35,6 +38,9 @@ class Adapter:
     changes_base: bool = False
     grown: Callable[[ModelConfig], ModelConfig] | None = None
     dropout: float = 0.0
+    virtual_tokens: int = 0
+    prefix: int = 0
+    merged: "Adapter | None" = None
     kind: str = ""
 
 
