@@ -99,7 +99,8 @@ def load(
     groups = [parts] if weights is None else [[part] for part in parts]
     placed = [rows.lay_out(group, spec, rng, virtual) for group in groups]
     counts = [count for _, counts in placed for count in counts]
-    _check_left([sum(counts, Counter()) for _, counts in placed], [len(each) for each, _ in placed], entries, short)
+    sums = [sum(counts, Counter()) for _, counts in placed]
+    _check_left(sums, [len(each) for each, _ in placed], entries, spec, len(virtual))
     held_out, eval_counts = rows.lay_out(_parts(eval_inputs or train_inputs, to_eval), spec, None, virtual)
     finish = functools.partial(_finish, inputs=inputs, spec=short, tokenizer=tokenizer, teacher=teacher, seed=seed)
     train = list(zip([finish(each) for each, _ in placed], weights or [1.0], strict=True))
@@ -407,12 +408,15 @@ def _field(spec: DataSpec) -> str:
     return "data.sources" if spec.sources else "data.path"
 
 
-def _check_left(counts: Sequence[Counter[str]], sizes: Sequence[int], entries: Sequence[Entry], spec: DataSpec) -> None:
+def _check_left(
+    counts: Sequence[Counter[str]], sizes: Sequence[int], entries: Sequence[Entry], spec: DataSpec, virtual: int
+) -> None:
     """Raises InputError where a part of the mixture has no row; the message says what became of its records."""
     names = [entry.name for entry in entries] if len(sizes) > 1 else [", ".join(spec.sources) or spec.path]
+    room = f"data.seq_len={spec.seq_len}" + (f" less {virtual} virtual tokens" if virtual else "")
     for count, size, name in zip(counts, sizes, names, strict=True):
         faults = {
-            f"{count['too_long']} longer than data.seq_len={spec.seq_len}": count["too_long"],
+            f"{count['too_long']} longer than {room}": count["too_long"],
             f"{count['nothing_supervised']} cut before their answer": count["nothing_supervised"],
         }
         if size:
