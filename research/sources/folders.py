@@ -11,6 +11,9 @@ from typing import NamedTuple
 from research.errors import InputError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".txt")
+# Text and code, a document each. Beside data they are most often none, so that a folder leaves them out.
+TEXTS = (".c", ".cc", ".cpp", ".cu", ".go", ".h", ".hpp", ".hs", ".html", ".java", ".jl", ".js", ".lua", ".md", ".ml")
+TEXTS += (".php", ".pl", ".py", ".r", ".rb", ".rs", ".rst", ".scala", ".sh", ".sql", ".swift", ".tex", ".ts")
 _KINDS = {".jsonl.gz": ".jsonl"}  # suffixes whose files hold the same as those of another
 
 
@@ -34,12 +37,12 @@ class Files(NamedTuple):
 
 
 def suffix(path: Path) -> str:
-    """The one of SUFFIXES that a file's name ends in, or ""."""
-    return next((each for each in SUFFIXES if path.name.endswith(each)), "")
+    """The one of SUFFIXES or TEXTS that a file's name ends in, or ""."""
+    return next((each for each in (*SUFFIXES, *TEXTS) if path.name.endswith(each)), "")
 
 
 def of_folder(folder: Path) -> Files:
-    """All data files below a folder, in the order of their names.
+    """All files of SUFFIXES below a folder, in the order of their names.
 
     Names with a dot in front are left out at every level, links are followed, and what is reached in several ways is
     read once.
@@ -50,16 +53,18 @@ def of_folder(folder: Path) -> Files:
     known: list[Path] = []
     left_out: Counter[str] = Counter()
     for path in _walk(folder):
-        if not suffix(path):
+        if suffix(path) not in SUFFIXES:
             left_out[path.suffix] += 1
         elif path.is_file():
             known.append(path)
         elif not path.exists():
             raise InputError(f"{str(path)!r} is a link that leads nowhere. Mend it, or remove it.")
     if not known:
+        texts = [kind for kind, _ in left_out.most_common() if kind in TEXTS]
+        asked = f" Ask for other text by a pattern: {os.path.join(folder, '**', '*' + texts[0])!r}." if texts else ""
         raise InputError(
             f"the folder {str(folder)!r} holds no file of a known kind ({', '.join(SUFFIXES)}). Names with a dot in "
-            "front don't count."
+            f"front don't count.{asked}"
         )
     return Files(_of_one_kind(str(folder), _once(known), f"{folder}/**"), left_out)
 
@@ -82,7 +87,9 @@ def of_glob(pattern: str) -> Files:
 def check_kind(path: Path) -> None:
     """Raises InputError where a file is of no known kind."""
     if not suffix(path):
-        raise InputError(f"{str(path)!r} is of no known kind. Use one of {', '.join(SUFFIXES)}.")
+        raise InputError(
+            f"{str(path)!r} is of no known kind. Use one of {', '.join(SUFFIXES)}; or text or code, as .md and .py."
+        )
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -120,7 +120,8 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
     """Finds what one entry of data.path names.
 
     Args:
-      entry: a file, folder or glob of files (jsonl, jsonl.gz, json, parquet, txt); a folder written by
+      entry: a file, folder or glob of files (jsonl, jsonl.gz, json, parquet, txt; by name or glob also those of
+        folders.TEXTS); a folder written by
         `datasets.save_to_disk`; hf:NAME[:CONFIG][:SPLIT]; tasks:NAME[/LEVEL]; grammar:NAME[/SIZE];
         reasoning_gym:NAME; builtin:python_docs or builtin:python_topics.
       count, seed: how many records to generate, and from which seed, where the entry names a generator.
@@ -258,7 +259,9 @@ def _nearest(path: Path) -> str:
         missing = missing.parent
     if missing != path:
         return f" There is no folder {str(missing)!r} either.{_nearest(missing)}"
-    names = sorted(child.name for child in path.parent.iterdir() if child.is_dir() or folders.suffix(child))
+    names = sorted(
+        child.name for child in path.parent.iterdir() if child.is_dir() or folders.suffix(child) in folders.SUFFIXES
+    )
     return did_you_mean(path.name, names[:1000]) if names else f" The folder {str(path.parent)!r} holds no data file."
 
 
@@ -327,7 +330,15 @@ def _read_txt(file: Path) -> Iterator[tuple[str, Raw]]:
         yield f"{file}:{start}", {"text": b"".join(held)}
 
 
+def _read_text(file: Path) -> Iterator[tuple[str, Raw]]:
+    """A file that is one document. An empty one, as many __init__.py are, is none."""
+    text = file.read_bytes().removeprefix(_BOM)
+    if text.strip():
+        yield str(file), {"text": text}
+
+
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Raw]]]] = {
+    **dict.fromkeys(folders.TEXTS, _read_text),
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
     ".json": _read_json,

@@ -34,6 +34,25 @@ def test_names_with_a_dot_in_front_are_left_out_at_every_level(tmp_path):
     assert read(tmp_path / ".data")[0] == ["asked for"], "a folder that is named itself is read"
 
 
+def test_text_and_code_are_read_where_they_are_asked_for_a_file_a_document(tmp_path):
+    for name, text in {"b.py": "x = 1\n\ny = 2\n", "sub/a.py": "z", "__init__.py": "\n", "README.md": "read"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    texts, origin = read(f"{tmp_path}/**/*.py")
+    assert texts == [b"x = 1\n\ny = 2\n", b"z"]
+    assert origin.summary == "3 .py files"
+    assert read(tmp_path / "README.md")[0] == [b"read"]
+    with pytest.raises(
+        InputError, match=r"no file of a known kind .* Ask for other text by a pattern: '.*/\*\*/\*\.py'"
+    ):
+        read(tmp_path)
+    write(tmp_path / "a.jsonl", "a")
+    texts, origin = read(tmp_path)
+    assert (texts, origin.summary) == (["a"], "1 .jsonl file, left out: 1 .md, 3 .py")
+    with pytest.raises(InputError, match=r"several kinds: 1 \.jsonl"):
+        read(f"{tmp_path}/**/*")
+
+
 def test_links_are_followed_and_each_real_file_is_read_once(tmp_path):
     data, other = tmp_path / "data", tmp_path / "other"
     write(data / "a.jsonl", "a")
