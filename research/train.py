@@ -13,6 +13,7 @@ import optax
 
 from research import params as params_lib
 from research.devices import sharding
+from research.models import kernels
 from research.objectives import terms as terms_lib
 from research.objectives.terms import Carry, Inputs, Metrics, Terms, Weights
 from research.objectives.types import Batch, Forward, LossOut
@@ -201,6 +202,7 @@ class TrainStep:
             "nonfinite": _one(~finite),
             "nonfinite_in_a_row": _one(new.bad_steps),
             "empty_batch": _one(supervised == 0),
+            **_adapter_metrics(params),
         }
 
     def average(self, ema: Params, params: Params) -> Params:
@@ -264,6 +266,12 @@ def means(parts: Iterable[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
             sums[name] = sums.get(name, 0.0) + float(total)
             weights[name] = weights.get(name, 0.0) + float(weight)
     return {name: sums[name] / weights[name] for name in sums if weights[name] != 0.0}
+
+
+def _adapter_metrics(params: Params) -> Metrics:
+    """`adapter_zero`, where there are adapters that begin as 0: of how many maps they are 0 still."""
+    zero = [flag for role in params.values() for flag in kernels.still_zero(role)]
+    return {"adapter_zero": _one(sum(flag.astype(jnp.float32) for flag in zero))} if zero else {}
 
 
 def _choose(ok: jax.Array, new: Any, old: Any) -> Any:

@@ -260,6 +260,20 @@ def bare(params: Params) -> Params:
     return {name: part for name, part in parts.items() if not isinstance(part, dict) or part}
 
 
+def still_zero(params: Params) -> list[Array]:
+    """Of each map whose adapter begins as 0 and trains away from it, whether all of that is 0 still; bool scalars.
+
+    Args:
+      params: of a model, or some of them.
+    """
+    names = {"lora": "b", "embed_lora": "a", "vera": "out"}
+    found = []
+    for name, part in params.items() if isinstance(params, dict) else ():
+        leaf = part.get(names[name]) if name in names and isinstance(part, dict) else None
+        found += [~jnp.any(leaf)] if leaf is not None else still_zero(part)
+    return found
+
+
 def with_dropout_keys(params: Params, keys: Array, number: Int[Array, "*n"] | int) -> Params:
     """The layers, or one of them, with a random key for each row of the batch in every map whose adapter leaves some of
     its input out. Maps of one input have the same keys.

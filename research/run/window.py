@@ -13,6 +13,8 @@ from research.run import metrics
 from research.run.assemble import Parts
 from research.train import Metrics, means
 
+_MOVED = 10  # by this step an adapter is to have moved from its start
+
 
 class Diverged(Exception):
     """Loss or gradient were not finite too many times in a row."""
@@ -83,6 +85,11 @@ class Window:
         self.since, self.timed = now, True
         self.steps.append(out)
         values = means([out])
+        if step == _MOVED and values.get("adapter_zero"):
+            self.writer.print(
+                f"warning  the adapters of {values['adapter_zero']:.0f} maps are 0 still after {step} steps: they "
+                "learn nothing. Look at optimizer.learning_rate and its groups, and whether the loss reaches them."
+            )
         self.writer.advance(step)
         if values["empty_batch"]:
             self.writer.print(f"step {step}: no token of this batch is supervised: update skipped")

@@ -11,13 +11,15 @@ import optax
 import pytest
 import safetensors.numpy
 
-from research import loading, params
+from research import loading, optim, params
 from research.devices import sharding
 from research.errors import InputError
 from research.models import adapters, kernels, transformer
+from research.models.adapters import lora
 from research.models.config import ModelConfig
 
 GOLDENS = goldens.load("peft")
+GOLDENS_OF_TRAINING = goldens.load("trajectories")
 FOLDER = goldens.pathlib.Path(__file__).parents[1] / "golden"
 QV, ALL = "q|v", "all"
 OPTIONS = {
@@ -355,3 +357,35 @@ def test_what_cannot_be_honoured_is_refused(adapter, message):
 
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_a_training_goes_as_peft_trains(base):
+    """AdamW with decay of A and B, a cosine after two steps of warm-up, and clipping."""
+    case = GOLDENS_OF_TRAINING["lora_llama"]
+    options = {"kind": "lora", "rank": 4, "alpha": 8, "targets": "q|v|down", "decay": True}
+    model, values = begun(base, adapters.load(options))
+    for name, x in case.inputs.items():
+        if name.startswith("lora_A_init/"):
+            values = put(values, *path_of("base_model.model." + name.removeprefix("lora_A_init/")), x)
+    trained, frozen = params.split(values, params.matching(model.specs, lora.LEAVES))
+    specs, _ = params.split(model.specs, params.matching(model.specs, lora.LEAVES))
+    spec = optim.OptimizerSpec(learning_rate=0.01, warmup_steps=2, weight_decay=0.01, b2=0.999)
+    optimizer = optim.make_optimizer(spec, 8, params.decay_mask(specs))
+    state, labels = optimizer.init(trained), case.inputs["labels"]
+
+    @jax.jit
+    def step(trained, state, batch, labels):
+        f = lambda own: loss(model, params.join(own, frozen), batch, labels)  # noqa: E731
+        value, grads = jax.value_and_grad(f)(trained)
+        updates, state = optimizer.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, value, optax.tree.norm(grads)
+
+    for i, (wanted, norm) in enumerate(zip(case.outputs["loss"], case.outputs["grad_norm"], strict=True)):
+        inputs = {name: np.asarray(case.inputs[name][i]) for name in ("input_ids", "attention_mask")}
+        batch = batch_of(case._replace(inputs=inputs))
+        trained, state, value, found = step(trained, state, batch, labels[i])
+        np.testing.assert_allclose([value, found], [wanted, norm], rtol=1e-4, err_msg=f"step {i}")
+    probe = jnp.asarray(case.inputs["probe_ids"], jnp.int32)
+    batch = batch_of(case._replace(inputs={"input_ids": probe, "attention_mask": np.ones(probe.shape)}))
+    final = logits(model, params.join(trained, frozen), batch)
+    np.testing.assert_allclose(final, case.outputs["final_probe_logits"], atol=1e-3)

@@ -20,6 +20,14 @@ MODEL |= {"tie_embeddings": False}
 LORA = {"kind": "lora", "rank": 2, "alpha": 4.0}
 CASES = {
     "lora": {"adapter": LORA},
+    "dora from pissa": {"adapter": {**LORA, "dora": True, "init": "pissa", "also": "head"}},
+    "vera": {"adapter": {"kind": "vera", "rank": 4, "dropout": 0.2}},
+    "bias": {"adapter": {"kind": "bias"}},
+    "reference": {
+        "adapter": LORA,
+        "objective": {"terms": {"two_roles": 1.0}, "two_roles": {"reference": True}},
+        "roles": {"value": {"of": "policy", "num_labels": 1}, "reference": {"of": "policy", "adapter": False}},
+    },
     "lora with dropout": {
         "adapter": {**LORA, "dropout": 0.3, "targets": "q|k|v|up|embed", "exclude": "layers/0/.*/up"}
     },
@@ -111,6 +119,45 @@ def test_a_run_is_loaded_with_its_adapter_merged(finished):
         base = parts.models["policy"].hidden(kernels.bare(values), batch)
     np.testing.assert_allclose(ours, apart, atol=1e-5)
     assert np.abs(apart - base).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dora from pissa", "vera", "bias"])
+def test_a_run_is_loaded_as_it_was_trained(name, finished):
+    """The loss of a model that is loaded, its adapter merged, is the one that the run evaluates with it apart."""
+    workdir = str(finished(name))
+    loaded, parts = loading.load_model(workdir), parts_of(CASES[name])
+    model, mesh = parts.models["policy"], sharding.make_mesh({}, jax.devices()[:1])
+    values = loading.read_run(
+        workdir, loading.Start("policy", model, 0, ""), model.specs, params.shardings(model.specs, mesh)
+    )
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.tile(jnp.arange(12), (2, 1))}
+    logits = [m.unembed(v).logits(m.hidden(v, batch)) for m, v in ((loaded.model, loaded.params), (model, values))]
+    np.testing.assert_allclose(*logits, atol=1e-5)
+    assert loaded.model.config.attention_bias == (name == "bias")
+
+
+def test_a_reference_is_the_policy_without_its_adapter(finished):
+    gaps = [r["train/gap"] for r in metrics.read_metrics(str(finished("reference"))) if "train/gap" in r]
+    assert gaps[0] == 0
+    assert min(gaps[2:]) > 0
+    parts = parts_of(CASES["reference"])
+    assert not jax.tree.leaves(parts.frozen["reference"])
+    kept = parts_of({**CASES["reference"], "adapter": {**LORA, "also": "final_norm/scale"}}).frozen["reference"]
+    assert set(kept) == {"final_norm"}
+    kept = parts_of({**CASES["reference"], "adapter": {**LORA, "init": "pissa", "targets": "q"}}).frozen["reference"]
+    assert set(kept["layers"]["attention"]["q"]["lora"]) == {"a", "b"}
+    with pytest.raises(InputError, match=r"roles.reference.adapter = False: is for a role of the policy"):
+        parts_of({**CASES["reference"], "adapter": {}})
+    everything = {"kind": "layers", "match": ".*"}
+    with pytest.raises(InputError, match=r"roles.reference.of = 'policy': all of the policy's trunk is trained"):
+        parts_of({**CASES["reference"], "adapter": everything})
+
+
+def test_a_started_adapter_that_stays_zero_is_said(tmp_path, capsys):
+    still = {"adapter": LORA, "steps": 10, "optimizer": {"learning_rate": 0.0, "warmup_steps": 0}}
+    run(config_of(still), str(tmp_path / "run"), devices=jax.devices()[:1])
+    assert "the adapters of 7 maps are 0 still after 10 steps" in "".join(capsys.readouterr())
 
 
 def test_a_loss_falls(finished):

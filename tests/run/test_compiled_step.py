@@ -92,6 +92,25 @@ def test_parameters_and_moments_are_not_copied(config):
     assert not re.search(r"f32\[\d+,[\d,]+\]\S* copy\(%state_", text)
 
 
+def test_an_adapter_is_never_merged_and_its_base_has_no_gradient(config):
+    """The step makes no array of a kernel's shape: no sum of kernel and low-rank part, gradient or moment."""
+    model = dataclasses.replace(config.model, d_model=48, d_ff=80, num_layers=3)  # of shapes that nothing else has
+    kernels = re.compile(r"= f32\[(?:\d+,)?(?:48,80|80,48|48,32768)\]\S* (\w[\w-]*)\(")
+    reads = {"parameter", "get-tuple-element", "dynamic-slice", "bitcast", "copy", "transpose", "slice", "reshape"}
+
+    def made(**fields):
+        step = compiled(dataclasses.replace(config, model=model, **fields), "sft", 1)
+        shapes = [x.shape for x in jax.tree.leaves(step.state)]
+        return set(kernels.findall(step.compiled.as_text())) - reads, shapes
+
+    operations, shapes = made(adapter={"kind": "lora", "rank": 5})
+    assert not operations - {"fusion"}, operations
+    assert not [shape for shape in shapes if shape[-2:] in ((48, 80), (80, 48), (48, VOCAB))]
+    full, shapes = made()
+    assert "dot" in full or "custom-call" in full or "fusion" in full
+    assert [shape for shape in shapes if shape[-2:] == (48, 80)]
+
+
 def test_a_step_does_not_talk_with_the_host(step):
     assert not HOST.search(step.compiled.as_text())
     with jax.transfer_guard("disallow"):
