@@ -88,8 +88,8 @@ def test_half_a_run_and_the_rest_are_the_whole(name, finished, tmp_path):
 def test_microbatches_and_a_mesh_change_nothing(name, finished, tmp_path):
     whole = runs.parameters(finished(name))
     run(config_of(CASES[name], microbatches=2), str(tmp_path / "cut"), devices=jax.devices()[:1])
-    mesh = {"data": 2, "fsdp": 2, "tensor": 1}
-    run(config_of(CASES[name], mesh=mesh), str(tmp_path / "sharded"), devices=jax.devices()[:4])
+    mesh = {"data": 2, "fsdp": 2, "sequence": 2}
+    run(config_of(CASES[name], mesh=mesh), str(tmp_path / "sharded"), devices=jax.devices()[:8])
     for other in ("cut", "sharded"):
         values = runs.parameters(tmp_path / other)
         assert values.keys() == whole.keys()

@@ -93,7 +93,7 @@ def test_parameters_and_moments_are_not_copied(config):
 
 
 def test_an_adapter_is_never_merged_and_its_base_has_no_gradient(config):
-    """The step makes no array of a kernel's shape: no sum of kernel and low-rank part, gradient or moment."""
+    """The step makes no array of a kernel's shape, within fusions neither: it only cuts layers from their stacks."""
     model = dataclasses.replace(config.model, d_model=48, d_ff=80, num_layers=3)  # of shapes that nothing else has
     kernels = re.compile(r"= f32\[(?:\d+,)?(?:48,80|80,48|48,32768)\]\S* (\w[\w-]*)\(")
     reads = {"parameter", "get-tuple-element", "dynamic-slice", "bitcast", "copy", "transpose", "slice", "reshape"}
@@ -107,7 +107,7 @@ def test_an_adapter_is_never_merged_and_its_base_has_no_gradient(config):
     assert not operations - {"fusion"}, operations
     assert not [shape for shape in shapes if shape[-2:] in ((48, 80), (80, 48), (48, VOCAB))]
     full, shapes = made()
-    assert "dot" in full or "custom-call" in full or "fusion" in full
+    assert {"dot", "add", "multiply"} <= full
     assert [shape for shape in shapes if shape[-2:] == (48, 80)]
 
 
