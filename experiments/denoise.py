@@ -79,7 +79,8 @@ def get_config(arg: str = ""):
     if "compare" in chosen:
         config.log.tensorboard = False
         with config.unlocked():
-            config.study = ConfigDict({"ways": tuple(WAYS), "seeds": 3, "limit": limit, "store": ""})
+            seeds = 1 if "debug" in chosen else 3
+            config.study = ConfigDict({"ways": tuple(WAYS), "seeds": seeds, "limit": limit, "store": ""})
     return config
 
 
