@@ -7,7 +7,7 @@ from typing import Any
 from research.sources.formats import count_markers, describe_markers
 from research.sources.tokenizers import Tokenizer
 
-_FIELDS = ("text", "prompt", "response", "question", "content")
+_FIELDS = ("text", "prompt", "response", "question", "content", "prefix", "suffix", "middle")
 
 
 def texts_of(record: str | Mapping[str, Any]) -> Iterator[str]:

@@ -56,6 +56,8 @@ def make(
             raise InputError(f"{name} = {value!r}: is a share, from 0 to 1.")
     if not share:
         raise InputError(f"share = {share}: nothing would be learned. Use a larger one, such as 0.15.")
+    if not mask + random:
+        raise InputError(f"mask = {mask}: with random = {random} every chosen token stays as it is. Raise either.")
     if mask + random > 1 + 1e-9:
         raise InputError(f"random = {random}: with mask = {mask} it is more than all that is chosen. Lower either.")
     noise = None

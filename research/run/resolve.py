@@ -224,6 +224,7 @@ def read_data(
     virtual = virtual_ids(config, tokenizer.size)
     data = dataset.load(spec, config.tokenizer, tokenizer, seed=config.seed, teacher=teacher, virtual=virtual)
     _check_teachers(config, bases, terms, tokenizer)
+    _check_prompts(config, terms, data)
     return data, terms
 
 
@@ -237,6 +238,20 @@ def virtual_ids(config: Config, vocab_size: int) -> range:
     adapter = adapters.load(config.adapter)
     first = config_lib.model_config(config, vocab_size).vocab_size
     return range(first, first + (adapter.virtual_tokens if adapter else 0))
+
+
+def _check_prompts(config: Config, terms: Terms, data: dataset.Data) -> None:
+    """Raises InputError where the prefixes of a prefix LM are to come from the data, and all of it is plain text."""
+    rows = [each for each, _ in data.train]
+    if not config.model.prefix or any(store.mask is not None for each in rows for store in each.stores):
+        return
+    own = [term.objective for term in terms.values() if "prefix" in term.objective.gives]
+    drawn = any("loss_mask" not in objective.fields for objective in own)
+    if not drawn and (own or any("prefix" in each.extra for each in rows)):
+        raise InputError(
+            "model.prefix = True: the data is plain text, which has no prompts, so that nothing would be a prefix. "
+            "Train with the objective prefix_lm and its split='random', or give a source a view such as denoise."
+        )
 
 
 def with_tokenizer(

@@ -46,7 +46,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
     if kind in (types.UnionType, typing.Union):
         fitting = [option for option in args if _fits(option, value)]
         if not fitting:
-            kinds = " or ".join("None" if option is type(None) else _kind(option).__name__ for option in args)
+            kinds = " or ".join("None" if option is type(None) else _name(_kind(option)) for option in args)
             raise InputError(f"{field} = {value!r}: must be of type {kinds}, and is {type(value).__name__}.")
         return convert(fitting[0], value, field)
     if kind is tuple:
@@ -55,7 +55,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
     if kind is Sequence and _fits(kind, value):
         return tuple(convert(args[0], v, field) for v in value)
     if isinstance(kind, type) and not _fits(kind, value):
-        raise InputError(f"{field} = {value!r}: must be of type {kind.__name__}, and is {type(value).__name__}.")
+        raise InputError(f"{field} = {value!r}: must be of type {_name(kind)}, and is {type(value).__name__}.")
     if kind is float and not math.isfinite(value):
         raise InputError(f"{field} = {value}: must be a finite number.")
     if kind is float:
@@ -97,6 +97,11 @@ def _at_home(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kind(hint: Any) -> Any:
     return typing.get_origin(hint) or hint
+
+
+def _name(kind: type) -> str:
+    """What a type is called where values are written."""
+    return {Sequence: "list", Mapping: "mapping"}.get(kind, kind.__name__)
 
 
 def _fits(hint: Any, value: Any) -> bool:

@@ -376,7 +376,7 @@ ODD_OVERRIDES = {
     "--config.objective={'terms': 3}": "objective.terms = 3: must be a mapping",
     "--config.objective={'terms': {'sft': {'z_loss': 'a'}}}": "objective.terms.sft.z_loss = 'a': must be of type float",
     "--config.objective={'terms': {'sft': {'label_smoothing': 2}}}": "objective.terms.sft.label_smoothing = 2: must",
-    "--config.objective={'terms': {'distill': {'teachers': 3}}}": "teachers = 3: must be of type Mapping or None",
+    "--config.objective={'terms': {'distill': {'teachers': 3}}}": "teachers = 3: must be of type mapping or None",
 }
 
 

@@ -349,6 +349,10 @@ def test_the_loss_of_bert():
     ("options", "message"),
     [
         ({"share": 0.0}, "objective.terms.masked.share = 0.0: nothing would be learned"),
+        (
+            {"mask": 0, "random": 0},
+            "objective.terms.masked.mask = 0: with random = 0 every chosen token stays as it is",
+        ),
         ({"share": 15}, "objective.terms.masked.share = 15: is a share"),
         ({"mask": 0.8, "random": 0.3}, "objective.terms.masked.random = 0.3: with mask = 0.8"),
         ({"whole_word": "yes"}, "objective.terms.masked.whole_word = 'yes': must be of type bool, and is str."),

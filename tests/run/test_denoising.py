@@ -2,9 +2,11 @@
 
 import shutil
 
+import pytest
 from runs import assert_same, load
 
 from research import config
+from research.errors import InputError
 from research.run import checkpoint, run
 from research.sources import special_tokens
 from research.sources.tokenizers import load_tokenizer
@@ -38,3 +40,17 @@ def test_a_run_that_denoises_one_source_and_continues_another(tmp_path):
     again = run.run(config.parse(values), str(tmp_path / "cut"))
     assert_same(tmp_path / "whole", tmp_path / "cut")
     assert again["eval/loss"] == final["eval/loss"]
+
+
+@pytest.mark.parametrize("way", ["given", "prompt"])
+def test_a_prefix_lm_of_texts_without_prompts_is_refused(way, tmp_path):
+    values = config.to_dict(load("sft", steps=2, **{"eval.generate": 0, "data.path": "builtin:python_docs"}))
+    values["data"]["max_records"] = 12
+    values["model"] |= {"prefix": True}
+    values["objective"] = {"terms": {"prefix_lm": {"split": "given"}} if way == "given" else {"next_token": 1.0}}
+    if way == "prompt":
+        view = {"path": "builtin:python_docs", "view": {"kind": "prompt"}}
+        values["data"] |= {"path": "", "sources": {"a": view}}
+    with pytest.raises(InputError, match=r"model.prefix = True: the data is plain text, which has no prompts"):
+        run.run(config.parse(values), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

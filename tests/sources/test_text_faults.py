@@ -309,6 +309,8 @@ def test_rendered_text_is_counted_and_said(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(
         "--data: 3 of 4 records spell special tokens of this tokenizer, such as '<|im_start|>', and are read as plain"
     )
+    say_markers("prompts", [{"prefix": "a", "suffix": "<|im_start|>user"}, {"prefix": "a", "suffix": ""}], tokenizer)
+    assert "prompts: 1 of 2 records" in capsys.readouterr().err
     say_markers("--data", ["fine"], tokenizer)
     assert not capsys.readouterr().err
 

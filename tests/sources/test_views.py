@@ -242,7 +242,7 @@ def test_resumed_with_a_view_is_uninterrupted(texts, doubled):
         ({"kind": "fim", "rate": float("nan")}, "data.sources.one.view.rate = nan: must be a finite number"),
         ({"kind": "fim", "draws": 2.0}, "data.sources.one.view.draws = 2.0: must be of type int, and is float"),
         ({"kind": "denoise", "density": "0.5"}, "data.sources.one.view.density = '0.5': must be of type float or None"),
-        ({"kind": "denoise", "mixture": ["ul2"]}, "data.sources.one.view.mixture = 'ul2': must be of type Mapping"),
+        ({"kind": "denoise", "mixture": ["ul2"]}, "data.sources.one.view.mixture = 'ul2': must be of type mapping"),
     ],
 )
 def test_what_is_wrong_with_a_view_is_named(texts, view, message):
