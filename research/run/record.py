@@ -117,7 +117,7 @@ def _added_tokens(inputs: Inputs, parts: Parts) -> str:
     trained = set(parts.state.params["policy"])
     rows = {name: name in trained for name in parts.models["policy"].specs if name.endswith("_added")}
     fate = ", ".join(f"{name} {'is' if is_trained else 'is not'} trained" for name, is_trained in rows.items())
-    return f"{c.added_rows} tokens from {c.added_from} on: {shown}; {fate}"
+    return f"{c.added_rows} token{'s' * (c.added_rows > 1)} from {c.added_from} on: {shown}; {fate}"
 
 
 def describe_data(say: Callable[[str], None], report: dict[str, Any]) -> None:
