@@ -4,18 +4,19 @@ import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import soft_prompts
 from soft_prompts import logits, rows
 
-from research import params
+from research import optim, params
 from research.errors import InputError
 from research.models import adapters, virtual
 from research.models.adapters import prompt
 from research.objectives import sft
 from research.objectives.types import Forward
 
-CASES = goldens.load("peft_prompts")
+CASES = goldens.load("peft")
 KINDS = {
     "prompt_tuning": {"kind": "prompt", "tokens": 5},
     "p_tuning_mlp": {"kind": "p_tuning", "tokens": 4, "hidden": 20},
@@ -175,3 +176,44 @@ def test_a_text_as_a_prompt_or_as_a_prefix_is_as_if_it_came_before():
 def test_options_that_cannot_be_used_are_refused(spec, words):
     with pytest.raises(InputError, match=words):
         adapters.load(spec)
+
+
+def test_a_training_with_virtual_tokens_goes_as_with_peft():
+    case, (c, base) = goldens.load("trajectories")["prompt_tuning_llama"], soft_prompts.llama()
+    model, _ = soft_prompts.with_adapter(c, base, kind="prompt", tokens=5, decay=True)
+    own = params.matching(model.specs, "|".join(model.adapter.trained.values()))
+    specs, _ = params.split(model.specs, own)
+    settings = optim.OptimizerSpec(
+        learning_rate=case.hparams["lr"],
+        warmup_steps=2,
+        weight_decay=case.hparams["weight_decay"],
+        clip_norm=case.hparams["max_grad_norm"],
+        b2=0.999,
+    )
+    optimizer = optim.make_optimizer(settings, 8, params.decay_mask(specs))
+    trained = {"prompt": {"rows": jnp.asarray(case.inputs["prompt_init"])}}
+
+    @jax.jit
+    def step(trained, state, batch):
+        def loss(trained):
+            forward = Forward({"policy": model}, {"policy": {**base, **trained}}, batch)
+            out = sft.make().loss(forward, batch, None)
+            return out.loss_sum / out.weight
+
+        value, grads = jax.value_and_grad(loss)(trained)
+        updates, state = optimizer.update(grads, state, trained, ok=jnp.bool_(True))
+        return optax.apply_updates(trained, updates), state, value, optax.tree.norm(grads)
+
+    state, losses, norms = optimizer.init(trained), [], []
+    for i in range(8):
+        batch = rows(case.inputs["input_ids"][i], case.inputs["attention_mask"][i], c.vocab_size, 5)
+        labels = np.pad(case.inputs["labels"][i] != -100, ((0, 0), (5, 0)))
+        batch["loss_mask"] = jnp.asarray(labels, jnp.float32)
+        trained, state, value, norm = step(trained, state, batch)
+        losses.append(value)
+        norms.append(norm)
+    np.testing.assert_allclose(losses, case.outputs["loss"], rtol=1e-4)
+    np.testing.assert_allclose(norms, case.outputs["grad_norm"], rtol=1e-3)
+    ids = case.inputs["probe_ids"]
+    probe = logits(model, {**base, **trained}, rows(ids, np.ones_like(ids), c.vocab_size, 5))
+    np.testing.assert_allclose(probe, case.outputs["final_probe_logits"], atol=2e-3)
