@@ -181,6 +181,11 @@ def with_checkpoints(
                 config = config_lib.with_architecture(config, architecture, resumed)
         elif name:
             bases[role] = loading.find(name)
+            if (ahead := bases[role].adapter) is not None:
+                raise InputError(
+                    f"{where}.init_from = {name!r}: its adapter ({ahead.kind}) puts something in front of documents, "
+                    "which can't be merged into a model. Begin with the model that it began with."
+                )
             config = config_lib.with_architecture(config, bases[role].config, name, role)
         elif role != "policy" and not (described or role in trained or section.of):
             raise InputError(

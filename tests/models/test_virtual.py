@@ -17,6 +17,7 @@ from research.models.generation import generate_batches, make_generate, make_str
 from research.models.sampling import SamplingConfig, longest_prompt
 from research.objectives import distill, match, next_token
 from research.objectives.types import Forward, next_token_targets
+from research.rollouts.answers import RolloutSpec, make_rollout
 from research.sources.rows import Part, lay_out
 from research.sources.spec import DataSpec
 from research.sources.store import Store
@@ -173,3 +174,21 @@ def test_attention_is_not_compared_where_there_is_a_prefix():
     batch = rows([[5, 9, 11, 7]], [[1, 1, 1, 1]])
     with pytest.raises(InputError, match="sees a prefix too"):
         model.attention_inputs(values, model.hidden(values, batch), batch, 1)
+
+
+def test_the_policy_answers_after_its_virtual_tokens():
+    model, values = build("prompt")
+    batch, _ = packed(model, [9, 6], seq_len=20, pack=False)
+    batch["loss_mask"] = (batch["positions"] >= 3 + 4).astype(np.float32) * (batch["segment_ids"] > 0)
+    batch = {key: jnp.asarray(x) for key, x in batch.items()}
+    spec = RolloutSpec(share=1.0, max_new_tokens=5, temperature=0.0)
+    rollout = make_rollout(model, spec, seq_len=20, stop_tokens=(), vocab_size=90)
+    out = rollout(values, batch, jax.random.key(0))
+    prompts = np.asarray(batch["tokens"])[:, 3:7].tolist()
+    generate = make_generate(model, spec.sampling(()), 90)
+    answers = generate_batches(generate, values, prompts, jax.random.key(0), batch_size=2, bucket=8)
+    np.testing.assert_array_equal(out["tokens"][:, :7], batch["tokens"][:, :7])
+    np.testing.assert_array_equal(out["tokens"][:, 7:12], [answer.tokens for answer in answers])
+    np.testing.assert_array_equal(out["virtual"], batch["virtual"])
+    np.testing.assert_array_equal(out["segment_ids"].sum(axis=1), 12)
+    np.testing.assert_array_equal(out["loss_mask"][:, 7:12], 1)

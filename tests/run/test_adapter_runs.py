@@ -11,7 +11,7 @@ import runs
 from research import config, loading, objectives, params
 from research.devices import sharding
 from research.errors import InputError
-from research.models import kernels
+from research.models import kernels, virtual
 from research.run import assemble, checkpoint, metrics
 from research.run.run import run
 
@@ -160,6 +160,27 @@ def test_a_started_adapter_that_stays_zero_is_said(tmp_path, capsys):
     assert "the adapters of 7 maps are 0 still after 10 steps" in "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_a_run_is_loaded_with_what_is_in_front_of_documents(name, finished):
+    loaded = loading.load_model(str(finished(name)))
+    parts = parts_of(CASES[name])
+    model = parts.models["policy"]
+    start = loading.Start("policy", model, 0, "")
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    values = loading.read_run(str(finished(name)), start, model.specs, params.shardings(model.specs, mesh))
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.tile(jnp.arange(12), (2, 1))}
+    with jax.set_mesh(mesh):
+        ours = virtual.hidden(loaded.model, loaded.params, batch)
+        apart = virtual.hidden(model, values, batch)
+        base = model.hidden(kernels.bare(values), batch)
+    np.testing.assert_allclose(ours, apart, atol=1e-5)
+    assert np.abs(apart - base).max() > 1e-2
+    again = config_of({"model": {"init_from": str(finished(name))}})
+    with pytest.raises(InputError, match=rf"model.init_from = .*its adapter \({name}\) puts something in front"):
+        run(again, str(finished(name)) + "_again", devices=jax.devices()[:1])
+
+
 def test_a_loss_falls(finished):
     losses = [r["train/loss"] for r in metrics.read_metrics(str(finished("lora"))) if "train/loss" in r]
     assert losses[-1] < losses[0]
@@ -172,5 +193,9 @@ def test_what_cannot_be_honoured_is_refused():
         parts_of({"adapter": {**LORA, "targets": "q|w"}})
     with pytest.raises(InputError, match=r"adapter.also = 'heed': matches none of the parameters"):
         parts_of({"adapter": {**LORA, "also": "heed"}})
+    with pytest.raises(InputError, match=r"adapter.tokens = 31: count in seq_len = 32"):
+        parts_of({"adapter": {"kind": "prompt", "tokens": 31}})
+    with pytest.raises(InputError, match=r"adapter.tokens = 10: positions begin after them"):
+        parts_of({"adapter": {"kind": "prefix", "tokens": 10}, "model": {**MODEL, "max_length": 40}})
     with pytest.raises(InputError, match=r"adapter.rank = 17: is more than layers/attention/q can have"):
         parts_of({"adapter": {**LORA, "rank": 17}})
