@@ -44,6 +44,8 @@ class Found(NamedTuple):
       origin: what an export writes again: {"config", "generation", "dtypes"}; empty for a model that began with us.
       adapter: what stands in front of its documents (Adapter.merged), whose parameters `read` gives where the specs
         have them; None for nothing.
+      holding_error: () -> of a run that held kernels quantised its frozen_dtype, and how far they are from those that
+        it began with (quantized.relative_error); None of any other model. It reads what the run began with.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Found(NamedTuple):
     read: Callable[[Any, Any], Any]
     origin: dict[str, Any]
     adapter: Adapter | None = None
+    holding_error: Callable[[], tuple[str, float] | None] = lambda: None
 
 
 def find(name: str, *, step: int | str | None = None, ema: bool = False) -> Found:
@@ -147,6 +150,7 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
         read=lambda specs, placements: _read_held(workdir, start, specs, placements, step=step, ema=ema),
         origin=read_json(origin, {}),
         adapter=model.adapter.merged if model.adapter else None,
+        holding_error=functools.partial(_holding_error, workdir, start),
     )
 
 
@@ -400,6 +404,17 @@ def _merge(specs: Any, values: Any, added: Any) -> Any:
     merged = virtual.realized(kernels.merge(params.join(values, added)))
     zeros = params.tree_map(lambda spec: jnp.zeros(spec.shape, spec.dtype), specs)
     return jax.tree.map(lambda x, spec: x.astype(spec.dtype), params.overlay(zeros, merged), specs)
+
+
+def _holding_error(workdir: str, start: Start) -> tuple[str, float] | None:
+    """See Found.holding_error."""
+    kind, specs = start.frozen_dtype, start.model.specs
+    marks = _marks(workdir, start.role) or {}
+    if kind not in quantized.KINDS or not any(name.endswith(f"kernel/{kind}") for name in marks):
+        return None
+    values = start.read(*_placed(specs, sharding.make_mesh({}, jax.devices()[:1])))
+    held = start.held(specs)
+    return kind, float(jax.jit(lambda x: quantized.relative_error(quantized.hold(x, held), x))(values))
 
 
 def read_untrained(workdir: str, start: Start, specs: Any, placements: Any) -> Any:

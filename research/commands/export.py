@@ -66,6 +66,12 @@ def _export(args: SimpleNamespace) -> None:
             "there; read here, the export is a prefix LM again (prefix_lm in its config.json)",
             file=sys.stderr,
         )
+    if error := model.holding_error():
+        print(
+            f"{args.model}: was trained beside kernels held in {error[0]}, and the export has these, dequantised: they "
+            f"are {error[1]:.2%} from those that it began with (root mean square)",
+            file=sys.stderr,
+        )
     if not model.has_tokenizer:
         print(f"{args.model}: comes without a tokenizer, and so does the export", file=sys.stderr)
     if not_finite:

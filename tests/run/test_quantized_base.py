@@ -1,6 +1,7 @@
 """Runs whose frozen kernels are held in 4 or 8 bits."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import runs
 
 from research import config, loading, objectives, params
+from research.commands import export
 from research.devices import sharding
 from research.errors import InputError
 from research.models.specs import make_specs
@@ -19,7 +21,7 @@ from research.planning import topology as topologies
 from research.run import assemble, checkpoint, metrics
 from research.run.run import run
 
-MODEL = {"num_layers": 2, "d_model": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "d_ff": 128}
+MODEL = {"num_layers": 2, "d_model": 64, "num_heads": 4, "num_kv_heads": 2, "d_ff": 128}
 NORMS = r"layers/.*norm/scale|final_norm/.*"
 TEACHER = {"objective": {"terms": {"distill": 1.0}}, "roles": {"teacher": {**MODEL, "vocab_size": 264}}}
 
@@ -135,6 +137,18 @@ def test_a_model_of_the_run_has_the_kernels_that_it_was_trained_beside(base, who
     expected = quantized.dequantize(held) + 32 / 4 * np.matmul(a, b)  # alpha over rank
     np.testing.assert_allclose(merged["layers"]["mlp"]["up"]["kernel"], expected, atol=1e-5)
     assert np.abs(values["final_norm"]["scale"] - original["final_norm"]["scale"]).max() > 0.01
+
+
+def test_an_export_says_how_far_the_kernels_are_from_the_base(base, whole_lora, tmp_path, capsys):
+    assert export.main([f"--model={whole_lora}", f"--output={tmp_path / 'merged'}"]) == 0
+    message = re.search(r"beside kernels held in nf4, .* they are (.*)% from", capsys.readouterr().err)
+    original = loading.load_model(base).params["layers"]
+    specs = quantized.held_in({"layers": make_specs(loading.find(base).config)["layers"]}, "nf4")["layers"]
+    held = quantized.hold(original, specs)
+    assert float(message[1]) == pytest.approx(100 * float(quantized.relative_error(held, original)), abs=0.01)
+    assert loading.find(base).holding_error() is None
+    exported, merged = (loading.load_model(str(name)).params["layers"] for name in (tmp_path / "merged", whole_lora))
+    jax.tree.map(np.testing.assert_array_equal, exported, merged)
 
 
 def test_other_ways_to_hold_the_base_are_refused_when_the_run_goes_on(case, whole, tmp_path):
