@@ -64,6 +64,11 @@ class PrefixLM:
 
     def loss(self, forward: Forward, batch: Batch, context: Context) -> LossOut:
         """The sum over suffixes. Metrics of a random split are called suffix_..., for its tokens are no fixed set."""
+        if not forward.models["policy"].config.causal:
+            raise InputError(
+                "model.causal = False: every token sees those after it, and so what prefix_lm has it predict. Train on "
+                "masked alone, or set model.causal = True and model.prefix = True and leave masked out."
+            )
         if not forward.models["policy"].config.prefix:
             raise InputError(
                 "model.prefix = False: this model reads from left to right, and prefix_lm is about one that reads "

@@ -184,6 +184,12 @@ def test_a_causal_model_is_refused():
         one_step(spec(), make_batch(), model=MODEL, optimizer=optax.sgd(1.0))
 
 
+def test_an_encoder_is_refused_by_what_it_is():
+    encoder = make_model(dataclasses.replace(CONFIG, causal=False))
+    with pytest.raises(InputError, match=r"^model.causal = False: every token sees those after it"):
+        one_step(spec(), make_batch(), model=encoder, optimizer=optax.sgd(1.0))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
