@@ -501,6 +501,13 @@ STEP = Flag(
     parse=step,
 )
 EMA = Flag("ema", "of a run: take the moving average of the parameters", False)
+ADAPTER = Flag(
+    "adapter",
+    "put this adapter to the model: a folder of PEFT, or a run's workdir. Of several, as NAME=DIR, each record names "
+    'one in a field "adapter", or "base" for none',
+    metavar="[NAME=]DIR",
+    many=True,
+)
 TEMPLATE = Flag(
     "template",
     "how records are put to the model: auto, model, chat or plain",

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import os
+import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from research.pretrained import checkpoints, peft, save
 from research.pretrained import load as pretrained
 from research.sources import tokenizers
 
+BASE = "base"  # what requests call a model without its adapters
 FROZEN = "frozen.json"  # in a workdir: role -> params.fingerprint of what isn't trained of it
 _SHOWN = 4  # a message lists at most so many tokens
 ORIGIN = "origin.json"  # in a workdir: the config.json and dtypes of the checkpoint that the run began with
@@ -46,6 +48,7 @@ class Found(NamedTuple):
         have them; None for nothing.
       holding_error: () -> of a run that held kernels quantised its frozen_dtype, and how far they are from those that
         it began with (quantized.relative_error); None of any other model. It reads what the run began with.
+      trained: the adapter of a run that has one; `read` merges it where it can be.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Found(NamedTuple):
     origin: dict[str, Any]
     adapter: Adapter | None = None
     holding_error: Callable[[], tuple[str, float] | None] = lambda: None
+    trained: "RunAdapter | None" = None
 
 
 def find(name: str, *, step: int | str | None = None, ema: bool = False) -> Found:
@@ -135,10 +139,8 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
     config = config_lib.parse(read_json(record)["config"])
     tokenizer = tokenizers.load_tokenizer(workdir)
     c, rules = config_lib.model_config(config, tokenizer.size), sharding.make_rules(config.rules)
-    adapter, base = adapters.load(config.adapter, tokenizer=tokenizer), config.model.init_from
-    model = transformer.make_model(c, rules, adapter)
-    saved = config.adapter.get("init_from", "")
-    start = Start("policy", model, config.seed, base, config.model.new_rows, config.frozen_dtype, saved)
+    model = transformer.make_model(c, rules, adapters.load(config.adapter, tokenizer=tokenizer))
+    start = _start_of(config, model)
     origin = Path(workdir) / ORIGIN
     return Found(
         name=workdir,
@@ -151,6 +153,7 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> Found:
         origin=read_json(origin, {}),
         adapter=model.adapter.merged if model.adapter else None,
         holding_error=functools.partial(_holding_error, workdir, start),
+        trained=RunAdapter(workdir, config, model, step, ema) if config.adapter else None,
     )
 
 
@@ -245,6 +248,17 @@ class Start:
         """Random parameters: those of a whole run with this seed, whatever else it has."""
         return self._jitted(lambda key: adapted(self.model, specs, self._initial(specs, key), key), placements)
 
+    def draw_adapter(self, placements: Any, specs: Any = None) -> Any:
+        """The parameters of the model's adapter alone, as they are before its `init`.
+
+        Args:
+          placements: of the model and the adapter.
+          specs: the same; by default in float32.
+        """
+        specs = self.model.specs if specs is None else specs
+        own = params.like(transformer.make_specs(self.model.config), specs)
+        return self._draw(params.split(specs, own)[1], params.split(placements, own)[1])
+
     def _draw(self, specs: Any, placements: Any) -> Any:
         """The same of some of the parameters, as they are before an adapter's `init`."""
         return self._jitted(lambda key: self._initial(specs, key), placements)
@@ -283,6 +297,12 @@ def adapted(model: transformer.Model, specs: Any, values: Any, key: jax.Array) -
     key = jax.random.fold_in(key, np.uint32(zlib.crc32(b"adapter")))
     begun = model.adapter.init(values, key, model._replace(specs=specs))
     return quantized.hold(begun, specs)
+
+
+def _start_of(config: config_lib.Config, model: transformer.Model) -> Start:
+    """Where the policy of a run began."""
+    saved, section = config.adapter.get("init_from", ""), config.model
+    return Start("policy", model, config.seed, section.init_from, section.new_rows, config.frozen_dtype, saved)
 
 
 def _placed(specs: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
@@ -479,7 +499,11 @@ def open_adapter(name: str, base: Found) -> "peft.Saved | RunAdapter":
     """
     name = os.path.expanduser(name)
     if checkpoints.steps(name):
-        return RunAdapter.open(name)
+        run = find(name).trained
+        if run is None:
+            raise InputError(f"{name}: is a run without an adapter. Name it as the model, or name another run.")
+        run.check_apart()
+        return run
     if not peft.is_folder(name):
         raise InputError(
             f"{name}: is no adapter: neither a folder with adapter_config.json nor a run's workdir with a checkpoint. "
@@ -521,26 +545,22 @@ class RunAdapter:
       workdir: of the run.
       config: of the run.
       model: what it trains, with its adapter.
+      step, ema: see `find`.
     """
 
     workdir: str
     config: config_lib.Config
     model: transformer.Model
+    step: int | None = None
+    ema: bool = False
 
-    @classmethod
-    def open(cls, workdir: str) -> "RunAdapter":
-        """Raises InputError where the run has no adapter."""
-        config = config_lib.parse(read_json(Path(workdir) / "config.json")["config"])
-        if not config.adapter:
-            raise InputError(f"{workdir}: is a run without an adapter. Name it as the --model.")
-        c = config_lib.model_config(config, tokenizers.load_tokenizer(workdir).size)
-        if c.added_rows:
+    def check_apart(self) -> None:
+        """Raises InputError where the adapter can't be without the run's own model."""
+        if self.model.config.added_rows:
             raise InputError(
-                f"{workdir}: added tokens to its model, and its adapter belongs to the model with them. Name it as the "
-                "--model, or write the whole model (understudy export --merge)."
+                f"{self.workdir}: added tokens to its model, and its adapter belongs to the model with them. Name it "
+                "as the model, or write it whole (understudy export --merge)."
             )
-        rules = sharding.make_rules(config.rules)
-        return cls(workdir, config, transformer.make_model(c, rules, adapters.load(config.adapter)))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -571,31 +591,170 @@ class RunAdapter:
         where = {name: x.sharding for name, x in there.items()}
         return params.put(values, self.read(where))
 
-    def read(self, where: Mapping[str, Any], *, step: int | None = None, ema: bool = False) -> Any:
+    def read(self, where: Mapping[str, Any]) -> Any:
         """What the run has trained, whose layers may lie in pieces.
 
         Args:
           where: name of a parameter, without pieces -> its sharding.
-          step, ema: see `find`.
         """
-        names = checkpoints.parameter_names(self.workdir, step=step, ema=ema)["policy"]
+        which = {"step": self.step, "ema": self.ema}
+        names = checkpoints.parameter_names(self.workdir, **which)["policy"]
         like = jax.tree_util.tree_map_with_path(
             lambda path, s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where[params.whole_name(path)]),
             params.named(self.model.specs, names),
             is_leaf=params.is_spec,
         )
-        return checkpoints.restore_params(self.workdir, {"policy": like}, step=step, ema=ema)[0]["policy"]
+        return checkpoints.restore_params(self.workdir, {"policy": like}, **which)[0]["policy"]
+
+    def written(self) -> peft.Trained:
+        """The adapter as the run has trained it, to be written.
+
+        Raises:
+          InputError: the model that it is for has no name, or is gone.
+        """
+        self.check_apart()
+        base, rules, specs = self.config.model.init_from, self.model.rules, self.model.specs
+        if not base:
+            raise InputError(
+                f"{self.workdir}: its adapter is for a model of random parameters (model.init_from = ''), which no "
+                "other tool has. Write the whole model: --merge."
+            )
+        start = _start_of(self.config, self.model)
+        placements = params.shardings(specs, sharding.make_mesh({}, jax.devices()[:1]), rules)
+        begun = start.draw_adapter(placements)
+        begun = open_adapter(start.saved, find(base)).fill(begun) if start.saved else begun
+        leaves = peft.leaves_of(begun, specs)
+        own = self.read(dict(params.named_leaves(placements)))
+        initial = {}
+        if self.model.adapter.changes_base:
+            whole = start.read(specs, placements)
+            _, added = params.split(whole, params.like(transformer.make_specs(self.model.config), whole))
+            initial = peft.leaves_of(added, specs)
+        marks = {} if initial else _marks(self.workdir, "policy") or {}
+        rslora = bool(self.options.get("rslora"))
+        if self.model.adapter.merged:
+            own = virtual.realized(params.overlay(begun, own))
+        leaves = leaves | peft.leaves_of(own, specs)
+        return peft.Trained(self.options["kind"], rslora, leaves, initial, base, marks)
 
 
 class LoadedModel(NamedTuple):
     """A model, ready to run. `template` is how prompts are put to it (sources.formats). `tokenizer` is None only where
-    `load_model` was told that none is needed, and the model comes with none."""
+    `load_model` was told that none is needed, and the model comes with none. `adapters` holds the model with each
+    of its adapters, by their names; what these leave as it is they share with `params`."""
 
     model: transformer.Model
     params: Any
     tokenizer: tokenizers.Tokenizer | None
     template: str
     mesh: jax.sharding.Mesh
+    adapters: Mapping[str, "LoadedModel"] = {}
+
+    @property
+    def each(self) -> list["LoadedModel"]:
+        """The model by itself, and with each of its adapters."""
+        return [self, *self.adapters.values()]
+
+    @property
+    def max_length(self) -> int:
+        """The longest document that it may be given, whatever the adapter."""
+        return min(loaded.model.max_length for loaded in self.each)
+
+    def adapter_of(self, request: Any, where: str) -> str:
+        """The adapter that a request is for: what its field `adapter` names; of one that names none the only one.
+
+        Args:
+          request: a record, or a text, which names none.
+          where: the request, for errors.
+
+        Raises:
+          InputError: there is no such adapter, or there are several and it names none.
+        """
+        if not self.adapters:
+            return BASE
+        name = request.get("adapter") if isinstance(request, Mapping) else None
+        known = ", ".join(map(repr, self.adapters))
+        if name is None:
+            if len(self.adapters) == 1:
+                return next(iter(self.adapters))
+            raise InputError(
+                f'{where}: is for which of the adapters {known}? Name one in a field "adapter", or {BASE!r} for the '
+                "model without."
+            )
+        if name != BASE and name not in self.adapters:
+            raise InputError(
+                f"{where}: adapter = {name!r}: no such adapter. There are {known}, and {BASE!r} for the model without."
+            )
+        return name
+
+    def beside(self, adapter: str) -> "LoadedModel":
+        """The model with an adapter, or by itself for BASE."""
+        return self if adapter == BASE else self.adapters[adapter]
+
+    def with_adapter(self) -> "LoadedModel":
+        """The model with its only adapter, if it has one.
+
+        Raises:
+          InputError: it has several.
+        """
+        if len(self.adapters) > 1:
+            raise InputError("--adapter: came several times, and here the model has one at a time. Give one.")
+        return next(iter(self.adapters.values())) if self.adapters else self
+
+
+def name_adapters(flags: Sequence[str]) -> dict[str, str]:
+    """Name -> folder or workdir, of flags [NAME=]DIR; without a name the last part of DIR is it.
+
+    Raises:
+      InputError: a name comes twice, or means the model itself.
+    """
+    named: dict[str, str] = {}
+    for flag in flags:
+        name, equals, folder = flag.partition("=")
+        if not (equals and re.fullmatch(r"[\w.-]+", name)):
+            name, folder = Path(flag).name, flag
+        if name in named or name == BASE:
+            reason = "is the model without an adapter" if name == BASE else "names two adapters"
+            raise InputError(f"--adapter = {flag}: {name!r} {reason}. Name it otherwise: --adapter=NAME={folder}.")
+        named[name] = folder
+    return named
+
+
+def _with_adapter(name: str, found: Found, loaded: LoadedModel) -> LoadedModel:
+    """A model with an adapter; what the adapter leaves as it is are the model's own arrays.
+
+    Raises:
+      InputError: there is no such adapter, or it is for another model.
+    """
+    if loaded.model.adapter:
+        raise InputError(
+            f"--adapter = {name}: {found.name} puts something in front of every document already. Name the model that "
+            "it began with."
+        )
+    saved, values = open_adapter(name, found), loaded.params
+    with adapters.naming_fields(f"--adapter = {name}"):
+        model = transformer.make_model(found.config, found.rules, adapters.load(saved.options))
+    specs, start = transformer.in_compute_dtype(model), Start("policy", model, 0, found, saved=name)
+    placements = params.shardings(specs, loaded.mesh, found.rules)
+    if model.adapter.init is None or model.adapter.merged:
+        values = saved.fill(params.join(values, start.draw_adapter(placements, specs)))
+    else:
+        values = _sharing(values, start.read(specs, placements))
+    if model.adapter.merged is None:
+        return loaded._replace(params=values)
+    front = transformer.make_model(found.config, found.rules, model.adapter.merged)
+    return loaded._replace(model=front, params=virtual.realized(values))
+
+
+def _sharing(values: Any, own: Any) -> Any:
+    """`own` with the arrays of `values` where they are the same."""
+    there = dict(params.named_leaves(values))
+
+    def shared(path: tuple, x: jax.Array) -> jax.Array:
+        other = there.get(params.path_name(path))
+        return x if other is None or not bool(jnp.array_equal(x, other)) else other
+
+    return jax.tree_util.tree_map_with_path(shared, own)
 
 
 def load_model(
@@ -605,6 +764,7 @@ def load_model(
     ema: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     needs_tokenizer: bool = True,
+    adapter: Sequence[str] = (),
     check: Callable[[ModelConfig, str], None] | None = ModelConfig.check_language_model,
 ) -> LoadedModel:
     """Reads a model to run it; kernels are held in the compute dtype.
@@ -613,6 +773,7 @@ def load_model(
       name, step, ema: see `find`.
       mesh: to lay the parameters out on; by default one device.
       needs_tokenizer: else the model may come without one.
+      adapter: adapters for it, see `name_adapters`.
       check: (config, name) -> raises InputError where it is of a kind that won't do, before its parameters are read;
         by default where it doesn't predict the next token. None takes any.
 
@@ -629,7 +790,9 @@ def load_model(
         check_vocabulary(name, tokenizer, found.config)
     specs = transformer.in_compute_dtype(model)
     values = found.read(specs, params.shardings(specs, mesh, found.rules))
-    return LoadedModel(model, values, tokenizer, found.template, mesh)
+    loaded = LoadedModel(model, values, tokenizer, found.template, mesh)
+    named = name_adapters(adapter)
+    return loaded._replace(adapters={own: _with_adapter(folder, found, loaded) for own, folder in named.items()})
 
 
 def check_vocabulary(name: str, tokenizer: tokenizers.Tokenizer, c: ModelConfig) -> None:

@@ -145,14 +145,15 @@ class Queue:
         """Answers all prompts, so many in one queue: `size` are padded batches, all are places that are refilled."""
         self.new_tokens = 0
         for first in range(0, len(self.prompts), at_once):
+            prompts = self.prompts[first : first + at_once]
             completions = generation.generate_batches(
                 self.generate,
                 self.values,
-                self.prompts[first : first + at_once],
+                prompts,
                 jax.random.PRNGKey(0),
                 batch_size=self.size,
                 bucket=32,
-                first_row=first,
+                numbers=range(first, first + len(prompts)),
             )
             self.new_tokens += sum(len(completion.tokens) for completion in completions)
 

@@ -34,6 +34,7 @@ COMMAND = cli.Command(
         cli.MODEL,
         cli.STEP,
         cli.EMA,
+        cli.ADAPTER,
         Flag("task", "a task, as above", metavar="KIND:DATA", many=True),
         Flag("lm_eval", "tasks, groups or tags of lm-evaluation-harness", (), "none", "TASK,...", cli.words),
         Flag(
@@ -99,8 +100,9 @@ def _evaluate(args: SimpleNamespace) -> None:
         step=args.step,
         ema=args.ema,
         mesh=sharding.make_mesh(args.mesh),
+        adapter=args.adapter,
         check=functools.partial(_check_kind, args),
-    )
+    ).with_adapter()
     common = {"limit": args.max_records, "batch_tokens": args.batch_tokens}
     with jax.set_mesh(loaded.mesh):
         measured = results.evaluate_tasks(loaded, args.task, template=args.template or loaded.template, **common)

@@ -1,15 +1,21 @@
-"""Writes a model for other tools, as transformers' save_pretrained does.
+"""Writes a model for other tools, as transformers' save_pretrained does; of a run with an adapter that alone, as PEFT.
 
-DIR holds config.json, safetensors, tokenizer and chat template.
+DIR holds config.json, safetensors, tokenizer and chat template; of an adapter adapter_config.json and its parameters,
+which PEFT puts to the model that the run began with. With --merge they are merged into that model, which is written
+whole: sums in float32, rounded once.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from research import cli, files
 from research.cli import Flag
+from research.errors import InputError
+
+_SHARD_GB = 5.0
 
 COMMAND = cli.Command(
     "export",
@@ -18,17 +24,27 @@ COMMAND = cli.Command(
         cli.MODEL,
         cli.STEP,
         cli.EMA,
+        Flag("merge", "of a run with an adapter: write the whole model, its adapter merged", False),
         Flag("output", "a folder that doesn't exist yet", metavar="DIR", parse=cli.path, required=True),
         Flag(
             "dtype",
             "of all tensors: float32, bfloat16 or float16",
-            shown="of each tensor what it was in the checkpoint that the run began with",
+            shown="of each tensor what it was in the checkpoint that the run began with; of an adapter float32",
             metavar="DTYPE",
             parse=cli.one_of("float32", "bfloat16", "float16"),
         ),
-        Flag("max_shard_gb", "begin a new file before one grows above this", 5.0, metavar="GB", parse=cli.above_zero),
+        Flag(
+            "max_shard_gb",
+            "begin a new file before one grows above this",
+            _SHARD_GB,
+            metavar="GB",
+            parse=cli.above_zero,
+        ),
     ),
-    examples=("understudy export --model=runs/sft --output=exported",),
+    examples=(
+        "understudy export --model=runs/sft --output=exported",
+        "understudy export --model=runs/lora --merge --output=merged",
+    ),
     renamed={"checkpoint": "model"},
 )
 
@@ -49,6 +65,11 @@ def _export(args: SimpleNamespace) -> None:
     from research.pretrained import export
 
     model = loading.find(args.model, step=args.step, ema=args.ema)
+    if model.trained and not args.merge:
+        _export_adapter(args, model)
+        return
+    if args.merge and not model.trained:
+        raise InputError(f"--merge: {args.model} has no adapter that could be merged. Leave it out.")
     specs = transformer.make_specs(model.config)
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     architecture, sizes, not_finite = export.export(
@@ -78,3 +99,15 @@ def _export(args: SimpleNamespace) -> None:
         print(f"{args.model}: {len(not_finite)} tensors hold NaN or infinity, {not_finite[0]} first", file=sys.stderr)
     written = ", ".join(f"{n / 1e6:,.1f} MB of {dtype}" for dtype, n in sizes.items())
     print(f"{args.output}: {architecture}, {written}", file=sys.stderr)
+
+
+def _export_adapter(args: SimpleNamespace, model: Any) -> None:
+    """Writes the adapter of a run as a folder of PEFT."""
+    from research.pretrained import peft, save  # late, as above
+
+    if args.max_shard_gb != _SHARD_GB:
+        raise InputError(f"--max_shard_gb = {args.max_shard_gb}: an adapter is one file. Leave it out, or --merge.")
+    trained = model.trained.written()
+    family, _ = save.choose(model.config, model.origin.get("config", {}))
+    size = peft.write(Path(args.output), family, model.config, trained, args.dtype or "float32")
+    print(f"{args.output}: {trained.kind} for {trained.base}, {size / 1e6:,.1f} MB; PEFT reads it", file=sys.stderr)

@@ -23,6 +23,7 @@ COMMAND = cli.Command(
         cli.MODEL,
         cli.STEP,
         cli.EMA,
+        cli.ADAPTER,
         Flag("prompt", "answer this, or continue it under the template plain; it is written as it comes"),
         Flag(
             "prefix",
@@ -102,9 +103,9 @@ COMMAND = cli.Command(
 _FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # of draws -> what turns each off
 _SAMPLING = ("temperature", *_FILTERS)
 _OF_PROMPTS = ("system", "template", "form", "max_new_tokens", "temperature", "top_p", "min_p", "stop", "seed")
-_OF_MASKS = ("model", "step", "ema", "top_k")
+_OF_MASKS = ("model", "step", "ema", "adapter", "top_k")
 _MASK_CANDIDATES = 5
-_DECIDING = ("model", "step", "ema", "system", "form", "max_new_tokens", *_SAMPLING, "stop", "seed")
+_DECIDING = ("model", "step", "ema", "adapter", "system", "form", "max_new_tokens", *_SAMPLING, "stop", "seed")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -123,9 +124,9 @@ def _generate(args: SimpleNamespace) -> None:
     form = _form(args, [prompts.is_gap(question) for question in questions])
     compilation.use_compilation_cache()
     check = functools.partial(_check_kind, args)
-    loaded = loading.load_model(args.model, step=args.step, ema=args.ema, check=check)
+    loaded = loading.load_model(args.model, step=args.step, ema=args.ema, adapter=args.adapter, check=check)
     if not loaded.model.config.causal:
-        _fill(args, loaded, questions)
+        _fill(args, loaded.with_adapter(), questions)
         return
     responder = completions.make_responder(
         loaded,

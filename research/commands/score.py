@@ -30,6 +30,7 @@ COMMAND = cli.Command(
         cli.MODEL,
         cli.STEP,
         cli.EMA,
+        cli.ADAPTER,
         Flag(
             "data",
             ".jsonl, .jsonl.gz, .json, .parquet or .txt; a folder or glob of them",
@@ -72,7 +73,12 @@ def _score(args: SimpleNamespace) -> None:
     origin = record_scores.find_records(args.data)
     compilation.use_compilation_cache()
     loaded = loading.load_model(
-        args.model, step=args.step, ema=args.ema, mesh=sharding.make_mesh(args.mesh), needs_tokenizer=False
+        args.model,
+        step=args.step,
+        ema=args.ema,
+        mesh=sharding.make_mesh(args.mesh),
+        needs_tokenizer=False,
+        adapter=args.adapter,
     )
     scorer = record_scores.RecordScorer(
         loaded, args.template or loaded.template, args.on_long, args.per_token, args.batch_tokens

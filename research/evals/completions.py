@@ -61,13 +61,14 @@ class Responder:
 
     @functools.cached_property
     def _streaming(self) -> tuple[Callable[..., Any], Any]:
-        model = self.loaded.model
-        return make_stream(model, self.sampling, self.loaded.tokenizer.size), jax.jit(model.unstack)(self.loaded.params)
+        model, values = self.loaded.with_adapter()[:2]
+        return make_stream(model, self.sampling, self.loaded.tokenizer.size), jax.jit(model.unstack)(values)
 
     def complete(
         self, prompts: Sequence[Prompt], batch_size: int, *, done: int = 0, ids: Sequence[list[int]] | None = None
     ) -> Iterator[list[tuple[Prompt, str, Completion]]]:
-        """Answers many prompts; yields (prompt, text, tokens and log-probabilities) of a few batches at a time.
+        """Answers many prompts; yields (prompt, text, tokens and log-probabilities) of a few batches at a time. A batch
+        has prompts for one adapter.
 
         Args:
           prompts: all of them; each is encoded before the first is answered.
@@ -76,29 +77,32 @@ class Responder:
           ids: the prompts' tokens, where they have been encoded.
 
         Raises:
-          InputError: a prompt is at fault.
+          InputError: a prompt is at fault, or names an adapter that the model hasn't.
         """
+        adapters = [self.loaded.adapter_of(prompt.record, prompt.where) for prompt in prompts]
         ids = self.encode_all(prompts) if ids is None else ids
-        generate = make_generate(self.loaded.model, self.sampling, self.loaded.tokenizer.size)
+        models = {id(each.model): each.model for each in self.loaded.each}  # adapters share one, but for those in front
+        generate = {i: make_generate(m, self.sampling, self.loaded.tokenizer.size) for i, m in models.items()}
         size = BATCHES_AT_ONCE * batch_size
         for first in range(done, len(ids), size):
             began = time.perf_counter()
-            completions = generate_batches(
-                generate,
-                self.loaded.params,
-                ids[first : first + size],
-                self.key,
-                batch_size=min(batch_size, len(ids)),
-                longest=self.encode.longest,
-                first_row=first,
-                progress=functools.partial(_show_progress, first, len(ids)),
-            )
-            count, seconds = sum(len(c.tokens) for c in completions), time.perf_counter() - began
+            rows, completions = range(first, min(first + size, len(ids))), {}
+            for adapter in dict.fromkeys(adapters[i] for i in rows):
+                numbers, (model, values, *_) = [i for i in rows if adapters[i] == adapter], self.loaded.beside(adapter)
+                answers = generate_batches(
+                    generate[id(model)],
+                    values,
+                    [ids[i] for i in numbers],
+                    self.key,
+                    batch_size=min(batch_size, len(ids)),
+                    longest=self.encode.longest,
+                    numbers=numbers,
+                    progress=functools.partial(_show_progress, first + len(completions), len(ids)),
+                )
+                completions |= zip(numbers, answers, strict=True)
+            count, seconds = sum(len(c.tokens) for c in completions.values()), time.perf_counter() - began
             print(f"{count} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
-            yield [
-                (prompt, *cut(completion, self.decode, self.stops))
-                for prompt, completion in zip(prompts[first:], completions, strict=False)
-            ]
+            yield [(prompts[i], *cut(completions[i], self.decode, self.stops)) for i in rows]
 
 
 def _show_progress(first: int, total: int, done: int) -> None:
@@ -131,16 +135,16 @@ def make_responder(
     Raises:
       InputError: the sampling can't work, or leaves no room for a prompt; or the model can't fill in.
     """
-    model, tokenizer = loaded.model, loaded.tokenizer
+    tokenizer = loaded.tokenizer
     if max_new_tokens is None:
-        max_new_tokens = min(256, model.max_length // 2)
-    room = f"model.max_length = {model.max_length} less --max_new_tokens={max_new_tokens}"
+        max_new_tokens = min(256, loaded.max_length // 2)
+    room = f"model.max_length = {loaded.max_length} less --max_new_tokens={max_new_tokens}"
     infilling, stop = None, tokenizer.stop
     if form:
         infilling = make_infilling(form, tokenizer)
         stop, max_new_tokens = infilling.stop, max_new_tokens + infilling.extra
     config = SamplingConfig(max_new_tokens=max_new_tokens, stop_tokens=stop, **sampling)
-    longest = longest_prompt(model, config)
+    longest = min(longest_prompt(each.model, config) for each in loaded.each)
     if infilling:
         encoder = GapEncoder(infilling, longest, room)
     else:

@@ -76,17 +76,24 @@ class RecordScorer:
             another command.
         """
         with jax.set_mesh(self.loaded.mesh), tempfile.TemporaryFile(dir=output.parent) as spool:
-            lengths, identity = self._encode(origin, spool)
-            identity |= {"weights": params.checksum(self.loaded.params), "per_token": self.per_token}
+            lengths, adapters, identity = self._encode(origin, spool)
+            weights = " ".join(params.checksum(each.params) for each in self.loaded.each)
+            identity |= {"weights": weights, "per_token": self.per_token}
             with files.ResumableLines(output, identity, _REASONS) as lines:
-                self._score(origin, spool, lengths, lines)
+                self._score(origin, spool, lengths, adapters, lines)
                 lines.finish()
         return len(lengths)
 
     def _score(
-        self, origin: records.Origin, spool: BinaryIO, lengths: Sequence[int], lines: files.ResumableLines
+        self,
+        origin: records.Origin,
+        spool: BinaryIO,
+        lengths: Sequence[int],
+        adapters: Sequence[str],
+        lines: files.ResumableLines,
     ) -> None:
-        score = make_token_scorer(self.loaded.model, batch_tokens=self.batch_tokens)
+        models = {id(each.model): each.model for each in self.loaded.each}  # adapters share one, but for those in front
+        scorers = {i: make_token_scorer(model, batch_tokens=self.batch_tokens) for i, model in models.items()}
         shards = math.prod(self.loaded.mesh.shape[axis] for axis in ("data", "fsdp"))
         raw_records, tokens = origin.read(), 0
         with tqdm.tqdm(total=sum(lengths) - len(lengths), unit=" tokens", unit_scale=True, disable=None) as bar:
@@ -95,28 +102,35 @@ class RecordScorer:
                 examples = _read_examples(spool, lengths[group.start : group.stop])
                 # A group that was cut off is scored again, whole, so that its values are the same.
                 if group.stop > lines.done:
-                    scored = score(self.loaded.params, examples, bar.update)
+                    scored: dict[int, np.ndarray] = {}
+                    for adapter in dict.fromkeys(adapters[group.start : group.stop]):  # a batch has one
+                        own = [i for i, n in enumerate(group) if adapters[n] == adapter]
+                        model, values, *_ = self.loaded.beside(adapter)
+                        answers = scorers[id(model)](values, [examples[i] for i in own], bar.update)
+                        scored |= zip(own, answers, strict=True)
                     skip = max(0, lines.done - group.start)
-                    rows = zip(raw[skip:], scored[skip:], strict=True)
+                    rows = [(raw[i], scored[i]) for i in range(skip, len(group))]
                     lines.append([_line(where, record, values, self.per_token) for (where, record), values in rows])
                 tokens += sum(lengths[group.start : group.stop]) - len(group)
                 bar.n = tokens
                 bar.refresh()
 
-    def _encode(self, origin: records.Origin, spool: BinaryIO) -> tuple[array.array, dict[str, Any]]:
+    def _encode(self, origin: records.Origin, spool: BinaryIO) -> tuple[array.array, list[str], dict[str, Any]]:
         """Checks and tokenises all records; writes their examples to `spool`.
 
         Returns:
           the number of tokens of each example.
+          the adapter that each is for.
           hashes of what decides the result: the data, and the tokens.
         """
-        lengths = array.array("q")
+        lengths, adapters = array.array("q"), []
         hashes = {name: hashlib.blake2b(digest_size=16) for name in ("data", "tokens")}
         spelled, first = 0, ""
         for items in _chunks(origin, hashes["data"]):
             if self.loaded.tokenizer is not None:
                 count, marker = count_markers((texts_of(record) for _, record in items), self.loaded.tokenizer)
                 spelled, first = spelled + count, first or marker
+            adapters += [self.loaded.adapter_of(record, where) for where, record in items]
             for example in self._examples(items):
                 lengths.append(len(example.tokens))
                 content = example.tokens.tobytes() + example.mask.tobytes()
@@ -127,14 +141,14 @@ class RecordScorer:
         if spelled:
             print(f"--data: {describe_markers(spelled, len(lengths), first)}", file=sys.stderr)
         spool.seek(0)
-        return lengths, {name: value.hexdigest() for name, value in hashes.items()}
+        return lengths, adapters, {name: value.hexdigest() for name, value in hashes.items()}
 
     def _examples(self, items: list[tuple[str, dict[str, Any]]]) -> Iterator[Example]:
-        model = self.loaded.model
-        examples = encode_records(items, self.loaded.tokenizer, self.template, model.config.vocab_size)
+        vocab_size, longest = self.loaded.model.config.vocab_size, self.loaded.max_length
+        examples = encode_records(items, self.loaded.tokenizer, self.template, vocab_size)
         for (where, _), example in zip(items, examples, strict=True):
-            if len(example.tokens) > model.max_length + 1 and self.on_long != "split":
-                yield _shorten(where, example, model.max_length, self.on_long)
+            if len(example.tokens) > longest + 1 and self.on_long != "split":
+                yield _shorten(where, example, longest, self.on_long)
             else:
                 yield example
 

@@ -122,12 +122,12 @@ def generate_batches(
     batch_size: int,
     bucket: int = 32,
     longest: int | None = None,
-    first_row: int = 0,
+    numbers: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
     """Continues any number of prompts, those of similar length together; returns their completions in order.
 
-    Prompt i is row first_row + i of `generate` whatever call it falls into. A call takes batch_size prompts, or 2, 4 or
+    Prompt i is row numbers[i] of `generate` whatever call it falls into. A call takes batch_size prompts, or 2, 4 or
     8 times as many, which take turns; empty rows fill it up, so that there are at most four compilations for each
     padded length. All processes of a run call this together, with the same prompts.
 
@@ -138,7 +138,7 @@ def generate_batches(
       key: random key.
       batch_size: prompts decoded at once; a multiple of the mesh's data and fsdp axes wastes nothing.
       bucket, longest: see `pad_prompts`.
-      first_row: number of the first prompt, where these are a part of more.
+      numbers: of the prompts, where these are a part of more; by default from 0 on.
       progress: called with the number of prompts done, after each call.
 
     Raises:
@@ -146,6 +146,7 @@ def generate_batches(
     """
     _check_lengths(prompts, longest)
     completions: dict[int, Completion] = {}
+    numbers = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for first in range(0, len(prompts), BATCHES_AT_ONCE * batch_size):
         rows = by_length[first : first + BATCHES_AT_ONCE * batch_size]
@@ -159,7 +160,7 @@ def generate_batches(
             np.pad(padded, ((0, empty), (0, 0))),
             np.pad(lengths, (0, empty)),
             key,
-            np.pad(np.array(rows, np.int32) + np.int32(first_row), (0, empty)),
+            np.pad(numbers[rows].astype(np.int32), (0, empty)),
             slots=batch_size,
         )
         tokens, lengths, logprobs = jax.device_get(out)

@@ -1,6 +1,5 @@
 import json
 import math
-import types
 
 import jax
 import pytest
@@ -9,6 +8,7 @@ from research import params
 from research.commands import evaluate
 from research.devices import sharding
 from research.evals import results as evals
+from research.loading import LoadedModel
 from research.models.config import ModelConfig
 from research.models.transformer import make_model
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
@@ -23,11 +23,11 @@ MODEL = make_model(
 def run(monkeypatch, capsys):
     """Flags -> status, stdout, stderr."""
 
-    def load(name, *, step, ema, mesh, check):
+    def load(name, *, step, ema, mesh, adapter, check):
         values = jax.device_put(
             params.init(MODEL.specs, jax.random.key(0)), params.shardings(MODEL.specs, mesh, sharding.RULES)
         )
-        return types.SimpleNamespace(model=MODEL, params=values, tokenizer=TOKENIZER, template="chat", mesh=mesh)
+        return LoadedModel(MODEL, values, TOKENIZER, "chat", mesh)
 
     monkeypatch.setattr("research.loading.load_model", load)
     monkeypatch.setattr("research.devices.compilation.use_compilation_cache", lambda: None)

@@ -13,6 +13,7 @@ from research.commands import generate
 from research.devices.sharding import RULES
 from research.errors import InputError
 from research.evals import completions, conversation
+from research.loading import LoadedModel
 from research.models.config import ModelConfig
 from research.models.generation import Completion
 from research.models.transformer import Model
@@ -45,9 +46,9 @@ def run(monkeypatch, capsys, tmp_path):
     )
     loaded = types.SimpleNamespace(model=model, params=table, tokenizer=TOKENIZER, template="chat")
 
-    def load_model(workdir, *, step, ema, check):
+    def load_model(workdir, *, step, ema, adapter, check):
         check(model.config, workdir)
-        return loaded
+        return LoadedModel(**vars(loaded), mesh=None)
 
     monkeypatch.setattr("research.loading.load_model", load_model)
 

@@ -13,6 +13,7 @@ from research import params
 from research.commands import score
 from research.devices import sharding
 from research.evals import record_scores
+from research.loading import LoadedModel
 from research.models.config import ModelConfig
 from research.models.transformer import make_model
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
@@ -34,9 +35,9 @@ def loaded(monkeypatch):
     values["embed"] *= 40.0
     model = types.SimpleNamespace(model=MODEL, params=values, tokenizer=TOKENIZER, template="chat")
 
-    def load(name, *, step, ema, mesh, needs_tokenizer):
+    def load(name, *, step, ema, mesh, needs_tokenizer, adapter):
         placed = jax.device_put(model.params, params.shardings(MODEL.specs, mesh, sharding.RULES))
-        return types.SimpleNamespace(**{**vars(model), "params": placed, "mesh": mesh})
+        return LoadedModel(**{**vars(model), "params": placed, "mesh": mesh})
 
     monkeypatch.setattr("research.loading.load_model", load)
     monkeypatch.setattr("research.devices.compilation.use_compilation_cache", lambda: None)
@@ -182,7 +183,7 @@ def test_another_command_does_not_go_on(run, loaded, monkeypatch, tmp_path, few_
     if change == "weights":
         last = loaded.params["final_norm"]["scale"]
         loaded.params = {**loaded.params, "final_norm": {"scale": last.at[3].add(1e-6)}}
-    loaded_again = types.SimpleNamespace(**vars(loaded), mesh=sharding.make_mesh({"fsdp": 4, "tensor": 2}))
+    loaded_again = LoadedModel(**vars(loaded), mesh=sharding.make_mesh({"fsdp": 4, "tensor": 2}))
     monkeypatch.setattr("research.loading.load_model", lambda *args, **kwargs: loaded_again)
     monkeypatch.setattr("research.devices.compilation.use_compilation_cache", lambda: None)
     flags = {"flag": ["--per_token"], "template": ["--template=plain"]}.get(change, [])

@@ -306,7 +306,7 @@ def test_few_shapes_are_compiled():
             batch_size=3,
             bucket=8,
             longest=30,
-            first_row=first_row,
+            numbers=range(first_row, first_row + len(prompts)),
             progress=done.append,
         )
         assert [c.tokens for c in made] == [[first_row + i] * 2 for i in range(len(prompts))]

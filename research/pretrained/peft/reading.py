@@ -17,6 +17,7 @@ import safetensors
 
 from research import files, params
 from research.errors import InputError
+from research.models import virtual
 from research.models.config import ModelConfig
 from research.pretrained.peft import modules as modules_lib
 from research.pretrained.peft.modules import Module
@@ -41,6 +42,7 @@ _HARMLESS = re.compile(
     "qalora_group_size|ensure_weight_tying|projection_prng_key|save_projection|d_initial|init_weights|init_ia3_weights|"
     "runtime_config"
 )
+_OF_ENCODERS = "encoder_.*|prefix_projection|prompt_tuning_.*|tokenizer_.*|num_layers|num_attention_heads|token_dim"
 _INITS = {True: "default", False: "default", "gaussian": "default", "orthogonal": "default", "eva": "default"}
 _INITS |= {"pissa": "pissa", "olora": "olora"}
 
@@ -210,6 +212,16 @@ class _Reader:
             else:
                 self.shared[name.removeprefix("base_model.")] = entry
 
+    @property
+    def made_for(self) -> str | None:
+        """The model that the folder names."""
+        return self.folder.config.get("base_model_name_or_path")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The fields of the config that haven't been taken."""
+        return self._left
+
     def take(self, name: str, default: Any = None) -> Any:
         """The value of a field of the config."""
         value = self._left.pop(name, None)
@@ -237,7 +249,7 @@ class _Reader:
                 some = ", ".join(list(dict.fromkeys(module.name for module, _ in known.values())))
                 raise InputError(
                     f"{self.folder.where}: changes {name}, and the model has {some} ({self.c.num_layers} layers). It "
-                    f"was made for {self.folder.config.get('base_model_name_or_path')!r}: name that model. Experts and "
+                    f"was made for {self.made_for!r}: name that model. Experts and "
                     "heads are changed whole or by an adapter of ours alone."
                 )
         return [(*known[name], entries) for name, entries in self.parts.items()]
@@ -256,7 +268,7 @@ class _Reader:
             wanted = " x ".join(str(n) if n else "r" for n in shape)
             raise InputError(
                 f"{self.folder.where}: {ending} of {name} is {' x '.join(map(str, entry.shape))}, and the model asks "
-                f"for {wanted}. It was made for {self.folder.config.get('base_model_name_or_path')!r}: name that model."
+                f"for {wanted}. It was made for {self.made_for!r}: name that model."
             )
         return np.asarray(entry.read(), np.float32)
 
@@ -454,4 +466,44 @@ class _Vera:
         return leaves
 
 
+class _InFront:
+    """Virtual tokens and prefixes: arXiv:2104.08691, arXiv:2103.10385, arXiv:2101.00190. A folder holds what stands in
+    front of documents; a network that computed it is thrown away after training."""
+
+    def __init__(self, reader: _Reader):
+        self.reader = reader
+
+    def saved(self) -> Saved:
+        reader, c = self.reader, self.reader.c
+        prefix = reader.folder.config["peft_type"] == "PREFIX_TUNING"
+        tokens = reader.take("num_virtual_tokens")
+        if reader.take("num_transformer_submodules", 1) != 1:
+            raise _refuse(reader.where, "num_transformer_submodules", 2, "is of models with an encoder and a decoder")
+        for name in list(reader.config):
+            if re.fullmatch(_OF_ENCODERS, name):  # of networks that the folder no longer has
+                reader.take(name)
+        reader.finish()
+        if c.embed_scale and not prefix:
+            raise _refuse(reader.where, "peft_type", "virtual tokens", "the model multiplies its embeddings")
+        entry = reader.shared.get("prompt_embeddings")
+        width = c.num_layers * 2 * c.num_kv_heads * c.dim_per_head if prefix else c.d_model
+        if entry is None or entry.shape != (tokens, width):
+            raise InputError(
+                f"{reader.folder.where}: prompt_embeddings is {list(entry.shape) if entry else 'missing'}, and the "
+                f"model asks for {[tokens, width]}. It was made for {reader.made_for!r}: name that model."
+            )
+        options = {"kind": "prefix" if prefix else "prompt", "tokens": tokens}
+        return reader.make(options, functools.partial(self.leaves, entry, prefix))
+
+    def leaves(self, entry: Entry, prefix: bool) -> Leaves:
+        """The parameters, by our names."""
+        table, c = np.asarray(entry.read(), np.float32), self.reader.c
+        if not prefix:
+            return {"prompt/rows": {(): table}}
+        shape = (c.num_layers, len(table), c.num_kv_heads, c.dim_per_head)
+        both = zip(("keys", "values"), virtual.from_entries(table, shape), strict=True)
+        return {f"layers/attention/prefix/{name}": {(): np.asarray(x)} for name, x in both}
+
+
 _KINDS = {"LORA": _Lora, "IA3": _Ia3, "VERA": _Vera}
+_KINDS |= dict.fromkeys(("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), _InFront)

@@ -18,6 +18,7 @@ import safetensors.numpy
 
 from research import files, params
 from research.errors import InputError
+from research.models import kernels, virtual
 from research.models.config import ModelConfig
 from research.models.specs import Params, Specs
 from research.pretrained import save
@@ -192,6 +193,18 @@ class _Writer:
             short[word if alike <= set(names) else name] = None
         return list(short)
 
+    def in_front(self, table: np.ndarray, kind: str, width: int, heads: int) -> None:
+        """Writes what stands in front of documents: a row for each of its tokens."""
+        self.tensors["prompt_embeddings"] = table
+        self.config |= {
+            "peft_type": kind,
+            "num_virtual_tokens": len(table),
+            "num_transformer_submodules": 1,
+            "num_layers": self.c.num_layers,
+            "num_attention_heads": heads,
+            "token_dim": width,
+        }
+
     def part(self, path: str, leaf: str, at: tuple[int, ...], *, initial: bool = False) -> np.ndarray:
         """A parameter beside one of our maps."""
         return (self.trained.initial if initial else self.trained.leaves)[_beside(path, leaf)][at]
@@ -245,7 +258,7 @@ def _beside(path: str, leaf: str) -> str:
 
 
 def _is_added(name: str) -> bool:
-    return any(f"/{kind}/" in f"/{name.removeprefix('embed_')}" for kind in ("lora", "vera", "ia3"))
+    return any(f"/{kind}/" in f"/{name.removeprefix('embed_')}" for kind in (*kernels.ADDED, *virtual.PARTS))
 
 
 def _write_lora(writer: _Writer) -> None:
@@ -359,4 +372,22 @@ def _write_vera(writer: _Writer) -> None:
     }
 
 
+def _write_prompt(writer: _Writer) -> None:
+    if writer.c.embed_scale:
+        raise InputError("adapter: the model multiplies its embeddings, which PEFT's virtual tokens aren't made for.")
+    rows = writer.trained.leaves["prompt/rows"][()]
+    writer.in_front(rows, "PROMPT_TUNING", writer.c.d_model, writer.c.num_heads)
+
+
+def _write_prefix(writer: _Writer) -> None:
+    c = writer.c
+    leaves = [writer.trained.leaves[f"layers/attention/prefix/{name}"] for name in ("keys", "values")]
+    layers = {name: np.stack([x[(i,)] for i in range(c.num_layers)]) for name, x in zip("kv", leaves, strict=True)}
+    prefix = {"keys": layers["k"], "values": layers["v"]}
+    table = np.asarray(virtual.entries({"layers": {"attention": {"prefix": prefix}}}))
+    writer.in_front(table, "PREFIX_TUNING", c.num_kv_heads * c.dim_per_head, c.num_kv_heads)
+    writer.config["prefix_projection"] = False
+
+
 _KINDS = {"lora": _write_lora, "ia3": _write_ia3, "vera": _write_vera}
+_KINDS |= {"prompt": _write_prompt, "p_tuning": _write_prompt, "prefix": _write_prefix}
