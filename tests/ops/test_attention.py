@@ -165,6 +165,24 @@ def test_a_memory_is_as_if_its_keys_came_before_the_document():
     np.testing.assert_allclose(out, longer[:, 3:], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("implementation", "axes"),
+    [("cpu", ("data", "fsdp")), ("reference", ("data", "fsdp")), ("auto", ("data", "sequence"))],
+)
+def test_a_memory_on_a_mesh_is_the_same(implementation, axes):
+    x, memory = make_inputs(B=4, T=72), make_memory()
+    expected = with_memory(*x, memory, implementation="reference")
+    mesh = jax.make_mesh((2, 2, 2), (*axes, "tensor"), axis_types=(AxisType.Auto,) * 3)
+    spec = P(axes, None, "tensor", None) if axes[1] == "fsdp" else P(*axes, "tensor", None)
+    x = jax.device_put(x, tuple(NamedSharding(mesh, s) for s in (spec, spec, spec, P(*spec[:2]))))
+    memory = jax.device_put(memory, NamedSharding(mesh, P(None, "tensor", None)))
+    with jax.set_mesh(mesh):
+        f = functools.partial(with_memory, implementation=implementation, spec=spec)
+        got = f(*x, memory)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "cudnn", "splash"])
 def test_kernels_without_a_memory_refuse_one(implementation):
     with pytest.raises(InputError, match="all queries see"):
