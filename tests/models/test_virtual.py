@@ -105,6 +105,17 @@ def test_every_piece_of_a_cut_document_has_the_virtual_tokens():
     assert targets.max() < first
 
 
+def test_labels_stay_at_the_last_token():
+    labels = np.eye(2, dtype=np.float32)
+    store = dataclasses.replace(store_of([4, 6]), labels=labels, mask=np.ones(10, bool), supervised=np.array([4, 6]))
+    laid, _ = lay_out([Part(store, np.ones(2, bool))], DataSpec("", seq_len=20), None, range(96, 99))
+    batch = laid.batch(np.arange(len(laid)))
+    ends = [(row, times[-1]) for row, times in documents(batch)]
+    assert sorted(batch["label_probs"][end].tolist() for end in ends) == [[0.0, 1.0], [1.0, 0.0]]
+    assert batch["label_probs"].sum() == 2
+    assert sorted(len(times) for _, times in documents(batch)) == [7, 9]
+
+
 def test_virtual_tokens_are_of_a_documents_prefix_where_it_has_one():
     model, _ = build("prompt")
     marks = np.array([1, 1, 0, 0, 0, 0, 0, 0], np.int32)

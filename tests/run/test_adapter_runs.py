@@ -181,6 +181,17 @@ def test_a_run_is_loaded_with_what_is_in_front_of_documents(name, finished):
         run(again, str(finished(name)) + "_again", devices=jax.devices()[:1])
 
 
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_a_reference_is_the_policy_without_what_is_in_front(name, tmp_path):
+    terms = {"distill": {"teachers": {"reference": 1.0}, "on": "all"}}
+    roles = {"reference": {"of": "policy", "adapter": False}}
+    c = config_of({**CASES[name], "objective": {"terms": terms}, "roles": roles}, checkpoint={"every": 0}, steps=2)
+    run(c, str(tmp_path / "run"), devices=jax.devices()[:1])
+    found = [r["train/divergence"] for r in metrics.read_metrics(str(tmp_path / "run")) if "train/divergence" in r]
+    assert len(found) == 2
+    assert min(found) > 1e-5
+
+
 def test_a_loss_falls(finished):
     losses = [r["train/loss"] for r in metrics.read_metrics(str(finished("lora"))) if "train/loss" in r]
     assert losses[-1] < losses[0]
