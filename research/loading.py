@@ -530,7 +530,7 @@ def adapter_options(name: str, base: Found, own: Mapping[str, Any]) -> dict[str,
         if option in ("init_from", "dropout", "decay") or value == there:
             continue
         if option == "also":
-            options["also"] = "|".join(filter(None, (there, value)))
+            options["also"] = value if value.startswith(f"{there}|") else "|".join(filter(None, (there, value)))
             continue
         raise InputError(f"adapter.{option} = {value!r}: {name}, which it begins with, has {there!r}. Leave it out.")
     free = {option: own[option] for option in ("dropout", "decay") if option in own}

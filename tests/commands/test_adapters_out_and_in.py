@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import safetensors.numpy
 import test_export
 
@@ -30,6 +31,8 @@ CASES = {
     "phi3": LORA,
     "p_tuning": {"kind": "p_tuning", "tokens": 3, "hidden": 8},
     "prefix": {"kind": "prefix", "tokens": 3},
+    "gpt_neox": {"kind": "lora", "rank": 3, "targets": "q|v|o|up", "also": "final_norm/.*"},
+    "head": {"kind": "lora", "rank": 2, "targets": "q|embed", "also": "head|layers/1/attention_norm/scale"},
     "gpt2": {"kind": "lora", "rank": 2, "rslora": True, "targets": "k|v|down", "also": "layers/attention/o/bias"},
 }
 RUN = {
@@ -83,7 +86,8 @@ def test_a_folder_beside_its_model_is_the_run(name, trained):
     assert np.abs(merged - logits_of(both)).max() > 1e-3
     for beside in both.adapters.values():
         np.testing.assert_allclose(logits_of(beside), merged, atol=2e-5)
-        assert beside.params["embed"] is both.params["embed"], "the model is held twice"
+        kernels = [each.params["layers"]["mlp"]["up"]["kernel"] for each in (beside, both)]
+        assert kernels[0] is kernels[1], "the model is held twice"
 
 
 @pytest.mark.parametrize("name", ["llama", "pissa"])
@@ -107,6 +111,19 @@ def test_an_init_that_changes_the_model_is_written_as_the_difference(trained):
     _, _, folder = trained("pissa")
     values = json.loads((folder / "adapter_config.json").read_text())
     assert (values["r"], values["lora_alpha"], values["init_lora_weights"]) == (4, 6, True)
+
+
+def test_a_run_that_goes_on_with_an_adapter_resumes(trained, tmp_path):
+    base, _, folder = trained("vera")  # of which not all is in checkpoints
+    adapter = {"init_from": str(folder), "also": "final_norm/scale", "dropout": 0.1}
+    c = config_of(base, adapter, steps=4, checkpoint={"every": 2, "keep_last": 2})
+    run.run(c, str(tmp_path / "whole"), devices=jax.devices()[:1])
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "4")
+    run.run(c, str(tmp_path / "half"), devices=jax.devices()[:1])
+    runs.assert_same(tmp_path / "whole", tmp_path / "half")
+    recorded = json.loads((tmp_path / "half" / "config.json").read_text())["config"]["adapter"]
+    assert loading.adapter_options(str(folder), loading.find(str(base)), recorded) == recorded
 
 
 @pytest.mark.parametrize("name", ["llama", "ia3"])
@@ -188,3 +205,17 @@ def test_what_cannot_be_is_refused(trained, tmp_path, capsys):
     assert "has no adapter that could be merged" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"adapter.init_from = 'nowhere': is the folder or workdir of an adapter for"):
         resolve.with_checkpoints(config.parse({**RUN, "adapter": {"init_from": "nowhere"}}), None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_peft_computes_what_the_run_does(name, trained):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    import transformers  # as torch and peft, which most machines lack
+
+    base, workdir, folder = trained(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(model, folder).eval()
+    with torch.no_grad():
+        theirs = adapted(input_ids=torch.arange(24).reshape(2, 12)).logits[:, -12:].numpy()
+    np.testing.assert_allclose(logits_of(loading.load_model(str(workdir))), theirs, atol=1e-4)
