@@ -14,7 +14,7 @@ import safetensors.numpy
 import test_export
 
 from research import config, loading, params
-from research.commands import export, generate, score
+from research.commands import evaluate, export, generate, score
 from research.devices import sharding
 from research.errors import InputError
 from research.models import virtual
@@ -33,7 +33,13 @@ CASES = {
     "prefix": {"kind": "prefix", "tokens": 3},
     "gpt_neox": {"kind": "lora", "rank": 3, "targets": "q|v|o|up", "also": "final_norm/.*"},
     "head": {"kind": "lora", "rank": 2, "targets": "q|embed", "also": "head|layers/1/attention_norm/scale"},
-    "gpt2": {"kind": "lora", "rank": 2, "rslora": True, "targets": "k|v|down", "also": "layers/attention/o/bias"},
+    "gpt2": {
+        "kind": "lora",
+        "rank": 2,
+        "rslora": True,
+        "targets": "k|v|down",
+        "also": "layers/(attention/o|mlp/down)/bias",
+    },
 }
 RUN = {
     "steps": 2, "batch_size": 4, "seq_len": 32, "objective": {"terms": {"next_token": 1.0}},
@@ -219,3 +225,17 @@ def test_peft_computes_what_the_run_does(name, trained):
     with torch.no_grad():
         theirs = adapted(input_ids=torch.arange(24).reshape(2, 12)).logits[:, -12:].numpy()
     np.testing.assert_allclose(logits_of(loading.load_model(str(workdir))), theirs, atol=1e-4)
+
+
+def test_an_evaluation_takes_one_adapter(trained, tmp_path):
+    base, workdir, folder = trained("llama")
+
+    def loss(model, *flags):
+        flags = [f"--model={model}", f"--task=perplexity,limit=4:{base.parent / 'data.jsonl'}", *flags]
+        status = evaluate.main([*flags, f"--output={tmp_path / 'results.json'}"])
+        return status, json.dumps(json.loads((tmp_path / "results.json").read_text())["results"])
+
+    assert loss(base, f"--adapter={folder}")[1] == loss(base, f"--adapter={workdir}")[1] != loss(base)[1]
+    assert (
+        evaluate.main([f"--model={base}", "--task=perplexity:x.txt", *[f"--adapter={a}={folder}" for a in "ab"]]) == 2
+    )

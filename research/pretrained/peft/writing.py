@@ -240,7 +240,8 @@ class _Writer:
         return fields | ({"bias": "all"} if biases else {})
 
     def _has_adapter(self, module: str) -> bool:
-        return any(name.startswith(f"{_PREFIX}{module}.lora_") for name in self.tensors)
+        kinds = tuple(f"{_PREFIX}{module}.{kind}_" for kind in kernels.ADDED)
+        return any(name.startswith(kinds) for name in self.tensors)
 
     def _check_whole(self, module: str, own: Mapping[str, Any]) -> None:
         """Raises InputError where only a part of a module's parameters is trained, since PEFT saves all."""
