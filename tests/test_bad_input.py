@@ -135,6 +135,10 @@ CASES = {
         [SFT, c("model.num_labels", 2), c("eval.generate", 0)],
         ["model.num_labels = 2", "classify"],
     ),
+    "classes of data without labels": (
+        [SFT, c("data.num_classes", 2)],
+        ["data.num_classes = 2: has no effect", "data.format to 'labelled'"],
+    ),
     "encoder that is to learn the next token": (
         [SFT, c("model.causal", False), c("objective", "{'terms': {'next_token': 1.0}}"), c("eval.generate", 0)],
         ["model.causal = False", "reads in both directions", "Use a causal model"],

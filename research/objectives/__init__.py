@@ -17,7 +17,7 @@ import optax
 from research.errors import InputError, did_you_mean
 from research.objectives.terms import Coefficient, Term, Terms, naming_fields
 from research.objectives.types import Objective
-from research.sources import options as types
+from research.sources import options as option_types
 from research.sources import special_tokens, stand_in
 from research.sources.tokenizers import Tokenizer
 
@@ -120,7 +120,7 @@ class _Entry:
         elif "tokenizer" in options:
             self._check_known({"tokenizer"}, accepted)
         fields = {option: self.field_of(option) for option in (*accepted, *options)}
-        types.check(module.make, options, fields)
+        option_types.check(module.make, options, fields)
         with naming_fields(fields):
             more = {}
             if "tokenizer" in parameters:

@@ -228,6 +228,8 @@ def read_data(
     teacher = _teacher_tokenizer(config, bases, terms)
     virtual = virtual_ids(config, tokenizer.size)
     data = dataset.load(spec, config.tokenizer, tokenizer, seed=config.seed, teacher=teacher, virtual=virtual)
+    if config.data.num_classes and data.train[0][0].stores[0].labels is None:
+        raise dataset.without_labels("num_classes", config.data.num_classes)
     _check_teachers(config, bases, terms, tokenizer)
     _check_prompts(config, terms, data)
     return data, terms

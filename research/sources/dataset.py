@@ -273,16 +273,20 @@ def _open(entry: Entry, origin: Origin, spec: DataSpec, tokenizer: Tokenizer, te
     return _Input(entry, origin, store, other)
 
 
+def without_labels(name: str, value: Any) -> InputError:
+    """What is said of a field of the data section that says something of labels, where there are none."""
+    return InputError(
+        f"data.{name} = {value!r}: has no effect, since the data has no labels. Leave it out, or set data.format to "
+        "'labelled'."
+    )
+
+
 def _same_classes(inputs: list[_Input], spec: DataSpec) -> list[_Input]:
     """The inputs with labels over the same number of classes."""
     labelled = [each.store.labels is not None for each in inputs]
     if not any(labelled):
-        for name in ("num_classes", "labels"):
-            if value := getattr(spec, name):
-                raise InputError(
-                    f"data.{name} = {value!r}: has no effect, since the data has no labels. Leave it out, or set "
-                    "data.format to 'labelled'."
-                )
+        if spec.labels:
+            raise without_labels("labels", spec.labels)
         return inputs
     if not all(labelled):
         raise InputError(

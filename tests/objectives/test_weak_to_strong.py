@@ -329,7 +329,8 @@ def test_a_run_goes_on_from_a_checkpoint_with_its_thresholds(tmp_path):
         ("classify", {"head": "linnear"}, "Did you mean 'linear'"),
         ("classify", {"head": "words"}, "name a word for each class"),
         ("classify", {"words": WORDS}, "words are for head = 'words'"),
-        ("classify", {"head": "words", "words": "yes"}, "words = 'yes': give a list"),
+        ("classify", {"head": "words", "words": "yes"}, "words = 'yes': must be of type list"),
+        ("classify", {"head": "words", "words": ("yes",)}, r"words = \('yes',\): give a list"),
         ("classify", {"head": "words", "words": [" yes", " no"]}, "' yes' and ' no' begin with the same token ' '"),
     ],
 )

@@ -242,10 +242,7 @@ def test_prompts_beside_a_view_with_prefixes_are_prefixes_too(paths):
     assert "prefix" not in without.batch(np.arange(1))  # the objective finds its own
 
 
-def test_a_number_of_classes_without_labels_is_refused(paths):
-    for path in paths:
-        with pytest.raises(InputError, match=r"data.num_classes = 3: has no effect, since the data has no labels"):
-            load(DataSpec(path, seq_len=64, num_classes=3), BYTE)
+def test_names_of_classes_without_labels_are_refused(paths):
     with pytest.raises(InputError, match=r"data.labels = .*: has no effect, since the data has no labels"):
         load(DataSpec(paths[1], seq_len=64, labels=("a", "b")), BYTE)
 

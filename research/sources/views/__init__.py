@@ -19,7 +19,7 @@ import numpy as np
 
 from research.errors import InputError, did_you_mean
 from research.sources import fields, special_tokens, stand_in
-from research.sources import options as types
+from research.sources import options as option_types
 
 
 class Document(NamedTuple):
@@ -77,7 +77,7 @@ def load(view: Mapping[str, Any], field: str, seq_len: int, tokenizer: Any = Non
     for name, parameter in parameters.items():
         if name in allowed and parameter.default is parameter.empty and name not in options:
             raise InputError(f"{field}.{name}: is missing. The view {view['kind']!r} needs it.")
-    types.check(module.make, options, {option: f"{field}.{option}" for option in options})
+    option_types.check(module.make, options, {option: f"{field}.{option}" for option in options})
     try:
         if tokenizer is None and "tokenizer" in parameters:
             of_run["tokenizer"] = stand_in.tokenizer(module, options, {"seq_len": seq_len})
