@@ -145,7 +145,9 @@ def test_a_change_of_each_field_is_said_refused_or_free(field):
     assert before != now
     old, new, rule = config.parse(defaults), config.parse(values), resume.FIELDS[field]
     if rule.effect == Effect.REFUSED:
-        with pytest.raises(InputError, match=rf"^{field}(\.head|\.kind)? = .*can't change in w, .* with model.init_from=w"):
+        with pytest.raises(
+            InputError, match=rf"^{field}(\.head|\.kind)? = .*can't change in w, .* with model.init_from=w"
+        ):
             resume.check("w", old, new)
         return
     said = resume.check("w", old, new)
