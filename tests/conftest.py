@@ -1,6 +1,8 @@
 """Tests run on 8 simulated CPU devices, with strict dtype and rank promotion."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile hundreds of small programs and run each a few times: LLVM's optimisations cost more than they give,
@@ -28,3 +30,17 @@ def _cache_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("cache")
     os.environ["UNDERSTUDY_CACHE"] = str(path)
     return path
+
+
+_MAPS = Path("/proc/self/maps")
+_MOST_MAPS = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """Forgets compiled programs once there are many: each is several pieces of mapped memory, of which Linux lets a
+    process have 65,530, and XLA aborts where it can have no more."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
