@@ -1,7 +1,6 @@
 """Masks of a text are filled in with what the model finds likeliest; texts become the tokens of training."""
 
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +14,15 @@ from research.commands import generate
 from research.errors import InputError
 from research.evals.fill import Filler
 from research.evals.prompts import Prompt
+from research.loading import LoadedModel
 from research.sources.tokenizers import TokenizerSpec, load_pretrained, make_tokenizer
 
-LOADED = types.SimpleNamespace(model=MODEL, params=VALUES, tokenizer=TOKENIZER, template="plain")
+LOADED = LoadedModel(MODEL, VALUES, TOKENIZER, "plain", mesh=None)
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    def load(name, *, step, ema, check):
+    def load(name, *, step, ema, check, adapter):
         check(MODEL.config, name)
         return LOADED
 
@@ -105,7 +105,7 @@ def test_a_mask_stands_for_a_word_and_the_space_before_it(kind, tmp_path):
     ids, cat = tokenizer.encode("the Cat in Paris"), len(tokenizer.encode("the"))
     assert tokenizer.decode_after(ids[cat : cat + 1]).strip().lower() == "cat"
     ids[cat] = tokenizer.special("<|mask|>")
-    filler = Filler(types.SimpleNamespace(**{**vars(LOADED), "tokenizer": tokenizer}), 1)
+    filler = Filler(LOADED._replace(tokenizer=tokenizer), 1)
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     assert filler.encode(Prompt("here", "the [MASK] in Paris")) == [*begin, *ids, tokenizer.eos]
 
@@ -116,7 +116,7 @@ def test_the_spelling_of_the_vocabulary_is_a_mask_too(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "mask_token": "[MASK]"}))
     tokenizer = load_pretrained(tmp_path)
-    filler = Filler(types.SimpleNamespace(**{**vars(LOADED), "tokenizer": tokenizer}), 1)
+    filler = Filler(LOADED._replace(tokenizer=tokenizer), 1)
     encoded = filler.encode(Prompt("here", {"prompt": "[MASK] cat"}))
     assert encoded == [tokenizer.special("[MASK]"), *tokenizer.encode("cat"), tokenizer.eos]
     with pytest.raises(InputError, match="here: is no text"):

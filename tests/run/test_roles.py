@@ -274,7 +274,7 @@ def test_frozen_kernels_are_held_in_the_compute_dtype_or_as_asked():
         ({**TWO, "roles": {"value": VALUE, "a/b": MODEL}}, r"roles\.a/b: 'a/b' is no name of a role"),
         ({"rules": {"embed": 1}}, r"rules\.embed = 1: must be a mesh axis, a list of them, or None"),
         ({"frozen_dtype": "float16"}, r"frozen_dtype = 'float16': no such choice"),
-        ({"trainable": 3}, r"trainable = 3: must be of type str or Mapping, and is int"),
+        ({"trainable": 3}, r"trainable = 3: must be of type str or mapping, and is int"),
         ({"optimizer": {"groups": {"a": {"match": "value/.*"}}}}, r"groups\.a\.match = 'value/.*': matches none"),
     ],
 )  # fmt: skip
