@@ -84,7 +84,12 @@ def logits_of(loaded, values=None):
         return np.asarray(loaded.model.unembed(values).logits(hidden))
 
 
-@pytest.mark.parametrize("name", CASES)
+_EACH_RUN = ("llama", "p_tuning", "gpt_neox")  # the others are slow tests: each trains and exports
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in _EACH_RUN else pytest.mark.slow) for name in CASES]
+)
 def test_a_folder_beside_its_model_is_the_run(name, trained):
     base, workdir, folder = trained(name)
     merged = logits_of(loading.load_model(str(workdir)))

@@ -76,7 +76,11 @@ def finished(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("name", CASES)
+_EACH_RUN = ("lora with dropout", "dora from pissa", "prefix")
+_MOST_SLOW = [pytest.param(name, marks=() if name in _EACH_RUN else pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize("name", _MOST_SLOW)
 def test_half_a_run_and_the_rest_are_the_whole(name, finished, tmp_path):
     shutil.copytree(finished(name), tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / checkpoint.FOLDER / "4")
@@ -84,7 +88,7 @@ def test_half_a_run_and_the_rest_are_the_whole(name, finished, tmp_path):
     runs.assert_same(finished(name), tmp_path / "half")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", _MOST_SLOW)
 def test_microbatches_and_a_mesh_change_nothing(name, finished, tmp_path):
     whole = runs.parameters(finished(name))
     run(config_of(CASES[name], microbatches=2), str(tmp_path / "cut"), devices=jax.devices()[:1])
