@@ -31,7 +31,8 @@ def lines(capsys):
     """lines(flags...) -> (exit status, JSON lines, what else it said)."""
 
     def run(*flags):
-        status = benchmark.main([CONFIG, *TINY, "--steps=2", *flags])
+        steps = [] if any(flag.startswith("--steps") for flag in flags) else ["--steps=2"]
+        status = benchmark.main([CONFIG, *TINY, *steps, *flags])
         captured = capsys.readouterr()
         return status, [json.loads(line) for line in captured.out.splitlines()], captured.err
 
