@@ -10,14 +10,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from research import optim
+from research import optim, options
 from research.devices import sharding
 from research.errors import MOST_SEED, InputError, did_you_mean
 from research.models import adapters, added_rows
 from research.models.config import ModelConfig
 from research.ops import quantized
 from research.rollouts.answers import RolloutSpec
-from research.sources import options, spec
+from research.sources import spec
 from research.sources.spec import DataSection, DataSpec
 from research.sources.tokenizers import TokenizerSpec
 

@@ -2,11 +2,9 @@
 such as mine.py in the folder that a command is run in. Nothing is registered."""
 
 import dataclasses
-import importlib
-import importlib.util
 import inspect
 import math
-import pkgutil
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -14,10 +12,10 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from research import options as option_types
 from research.errors import InputError, did_you_mean
 from research.objectives.terms import Coefficient, Term, Terms, naming_fields
 from research.objectives.types import Objective
-from research.sources import options as option_types
 from research.sources import special_tokens, stand_in
 from research.sources.tokenizers import Tokenizer
 
@@ -180,12 +178,4 @@ def _check_number(field: str, weight: Any) -> None:
 
 def _find(kind: Any, field: str) -> ModuleType:
     """The module of an objective. Raises InputError, in which `field` is what names it, where there is none."""
-    known = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _PARTS]
-    if kind in known:
-        return importlib.import_module(f"{__name__}.{kind}")
-    if isinstance(kind, str) and kind.isidentifier() and importlib.util.find_spec(kind) is not None:
-        return importlib.import_module(kind)  # of the user's own, beside the run
-    raise InputError(
-        f"{field}: no module research/objectives/{kind}.py, and no {kind}.py in the folder that this is run in."
-        f"{did_you_mean(str(kind), known)}"
-    )
+    return option_types.module(sys.modules[__name__], kind, field, _PARTS)

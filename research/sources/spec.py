@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from research.errors import InputError, did_you_mean
+from research.options import convert
 from research.sources import mixture, views
 from research.sources.formats import TEMPLATES
-from research.sources.options import convert
 from research.sources.records import FIELDS, FORMATS, Classes
 
 _CHOICES = {"format": ("auto", *FORMATS), "template": TEMPLATES, "on_bad_record": ("error", "skip")}

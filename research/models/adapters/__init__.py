@@ -7,16 +7,14 @@ them in a forward pass. Everything else about them (shardings, gradients, checkp
 
 import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import inspect
-import pkgutil
 import re
-import typing
+import sys
 from collections.abc import Iterator, Mapping
-from types import ModuleType, UnionType
+from types import ModuleType
 from typing import Any
 
+from research import options as option_types
 from research.errors import InputError, did_you_mean
 from research.models.adapters.types import Adapter
 
@@ -44,13 +42,12 @@ def load(spec: Mapping[str, Any], field: str = "adapter", tokenizer: Any = None)
     options = {option: value for option, value in spec.items() if option not in ("kind", "init_from")}
     parameters = inspect.signature(module.make).parameters
     allowed = {name: parameter for name, parameter in parameters.items() if name != "tokenizer"}
-    hints = typing.get_type_hints(module.make)
-    for option, value in options.items():
+    for option in options:
         if option not in allowed:
             raise InputError(
                 f"{field}.{option}: no such option.{did_you_mean(option, [*allowed, 'kind', 'init_from'])}"
             )
-        _check_type(f"{field}.{option}", value, hints.get(option, Any))
+    option_types.check(module.make, options, {option: f"{field}.{option}" for option in options})
     for option, parameter in allowed.items():
         if parameter.default is parameter.empty and option not in options:
             raise InputError(f"{field}.{option}: is missing. The adapter {spec['kind']!r} needs it.")
@@ -80,33 +77,11 @@ def naming_fields(field: str = "adapter") -> Iterator[None]:
         raise InputError(f"{field}{'.' if option else ': '}{error}") from error
 
 
-def _check_type(field: str, value: Any, hint: Any) -> None:
-    """Raises InputError where an option is of another type; a whole number is a fraction too."""
-    hints = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    kinds = [typing.get_origin(kind) or kind for kind in hints]
-    for kind in kinds:
-        if kind is Any or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
-            return
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return
-    names = " or ".join(kind.__name__ for kind in kinds)
-    raise InputError(f"{field} = {value!r}: must be of type {names}, and is {type(value).__name__}.")
-
-
 def _find(kind: Any, field: str) -> ModuleType:
     """The module of a kind. Raises InputError where there is none."""
-    kinds = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _PARTS]
     if not isinstance(kind, str):
         raise InputError(f'{field}.kind = {kind!r}: names no kind. For example {{"kind": "lora", "rank": 16}}.')
-    if kind in kinds:
-        module = importlib.import_module(f"{__name__}.{kind}")
-    elif kind.isidentifier() and importlib.util.find_spec(kind) is not None:  # of the user's own, beside the run
-        module = importlib.import_module(kind)
-    else:
-        raise InputError(
-            f"{field}.kind = {kind!r}: no module research/models/adapters/{kind}.py, and no {kind}.py in the folder "
-            f"that this is run in.{did_you_mean(kind, kinds)}"
-        )
+    module = option_types.module(sys.modules[__name__], kind, f"{field}.kind = {kind!r}", _PARTS)
     if not hasattr(module, "make"):
         raise InputError(f"{field}.kind = {kind!r}: {module.__file__} has no function make(**options) -> Adapter.")
     return module

@@ -6,20 +6,18 @@ moved to the end. It does so once, when the tokens are prepared. So packing is p
 run that resumes sees the same, and the tokens are kept in the cache under the view's options and code.
 """
 
-import importlib
-import importlib.util
 import inspect
-import pkgutil
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from research import options as option_types
 from research.errors import InputError, did_you_mean
 from research.sources import fields, special_tokens, stand_in
-from research.sources import options as option_types
 
 
 class Document(NamedTuple):
@@ -122,19 +120,10 @@ def _named(field: str, options: Collection[str], error: InputError) -> InputErro
 
 def find(view: Mapping[str, Any], field: str) -> ModuleType:
     """The module of a view that a config names. Raises InputError where there is none."""
-    kinds = [module.name for module in pkgutil.iter_modules(__path__)]
     kind = view.get("kind")
     if not isinstance(kind, str):
         raise InputError(f'{field}.kind = {kind!r}: names no view. For example {{"kind": "truncate", "tokens": 100}}.')
-    if kind in kinds:
-        module = importlib.import_module(f"{__name__}.{kind}")
-    elif kind.isidentifier() and importlib.util.find_spec(kind) is not None:  # of the user's own, beside the run
-        module = importlib.import_module(kind)
-    else:
-        raise InputError(
-            f"{field}.kind = {kind!r}: no module research/sources/views/{kind}.py, and no {kind}.py in the "
-            f"folder that this is run in.{did_you_mean(kind, kinds)}"
-        )
+    module = option_types.module(sys.modules[__name__], kind, f"{field}.kind = {kind!r}")
     if not hasattr(module, "make"):
         raise InputError(f"{field}.kind = {kind!r}: {module.__file__} has no function make(**options) -> View.")
     return module

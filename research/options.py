@@ -1,8 +1,11 @@
-"""Values of a config as the types that they are to have: its sections, and the options of objectives and views."""
+"""Values of a config as the types that they are to have, and the modules that it names: objectives, views, adapters."""
 
 import dataclasses
+import importlib
+import importlib.util
 import math
 import os
+import pkgutil
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +38,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
     """
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, field)
-    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint) or (Any, Any)  # a bare Mapping is of anything
     if kind is Any:
         return value
     if kind is Mapping and isinstance(value, Mapping):
@@ -70,7 +73,7 @@ def check(make: Callable[..., Any], values: Mapping[str, Any], fields: Mapping[s
     """Checks that options are of the types that a function `make` gives to its parameters.
 
     Args:
-      make: of an objective or a view; where its author has written no types that can be read, any will do.
+      make: of an objective, a view or an adapter; where its author has written no types that can be read, any will do.
       values: of the options that the config sets.
       fields: option -> the config's field for it.
 
@@ -83,6 +86,29 @@ def check(make: Callable[..., Any], values: Mapping[str, Any], fields: Mapping[s
         hints = {}
     for option, value in values.items():
         convert(hints.get(option, Any), value, fields[option])
+
+
+def module(package: types.ModuleType, kind: str, field: str, parts: Sequence[str] = ()) -> types.ModuleType:
+    """The module of a kind: one of a package of ours, or of the user's own, beside the run.
+
+    Args:
+      package: of ours.
+      kind: the module's name.
+      field: what names it in the config, for errors.
+      parts: modules of the package that are no kinds.
+
+    Raises:
+      InputError: there is none; the message names the nearest.
+    """
+    kinds = [each.name for each in pkgutil.iter_modules(package.__path__) if each.name not in parts]
+    if kind in kinds:
+        return importlib.import_module(f"{package.__name__}.{kind}")
+    if isinstance(kind, str) and kind.isidentifier() and importlib.util.find_spec(kind) is not None:
+        return importlib.import_module(kind)
+    raise InputError(
+        f"{field}: no module {package.__name__.replace('.', '/')}/{kind}.py, and no {kind}.py in the folder that this "
+        f"is run in.{did_you_mean(str(kind), kinds)}"
+    )
 
 
 def names(cls: type) -> list[str]:
