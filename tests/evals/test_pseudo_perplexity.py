@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from encoders import CONFIG, MASK, TOKENIZER
@@ -22,18 +21,24 @@ VALUES["embed"] = VALUES["embed"] * 30  # so that tokens differ in how likely th
 TEXTS = ["a", "hello", "naïve, 日", "this text is longer than the model reads"]
 
 
+@jax.jit
+def log_probs(batch):
+    """log p of every token at every place of a row."""
+    return jax.nn.log_softmax(MODEL.unembed(VALUES).logits(MODEL.hidden(VALUES, batch)))
+
+
 def one_by_one(tokens, scored):
     """-log p of each scored token of a sequence, in rows of one sequence each."""
     nats = []
     for at in scored:
         stop = min((at // LONGEST + 1) * LONGEST, len(tokens))
         start = max(0, stop - LONGEST)
-        row = np.array(tokens[start:stop], np.int32)[None]
+        row = np.zeros((1, LONGEST), np.int32)
+        row[0, : stop - start] = tokens[start:stop]
         row[0, at - start] = MASK
-        positions = np.arange(stop - start, dtype=np.int32)[None]
-        batch = {"tokens": row, "segment_ids": np.ones_like(row), "positions": positions}
-        logits = MODEL.unembed(VALUES).logits(MODEL.hidden(VALUES, jax.tree.map(jnp.asarray, batch)))
-        nats.append(-float(jax.nn.log_softmax(logits)[0, at - start, tokens[at]]))
+        positions = np.arange(LONGEST, dtype=np.int32)[None]
+        batch = {"tokens": row, "segment_ids": (positions < stop - start).astype(np.int32), "positions": positions}
+        nats.append(-float(log_probs(batch)[0, at - start, tokens[at]]))
     return nats
 
 

@@ -70,6 +70,7 @@ def test_resumed_in_the_middle_of_an_epoch_is_uninterrupted(tmp_path):
     assert len(losses) == 7
 
 
+@pytest.mark.slow
 def test_the_buffer_is_restored_onto_another_mesh(tmp_path):
     few = {"mesh.data": 2, "mesh.fsdp": 4}
     whole = train(tmp_path / "whole", 6, **few)

@@ -12,6 +12,7 @@ from research.sources import special_tokens
 from research.sources.tokenizers import load_tokenizer
 
 
+@pytest.mark.slow
 def test_a_run_that_denoises_one_source_and_continues_another(tmp_path):
     values = config.to_dict(load("sft", steps=2, **{"eval.generate": 0, "data.path": "builtin:python_docs"}))
     docs = {"path": "builtin:python_docs", "max_records": 12}
@@ -42,7 +43,7 @@ def test_a_run_that_denoises_one_source_and_continues_another(tmp_path):
     assert again["eval/loss"] == final["eval/loss"]
 
 
-@pytest.mark.parametrize("way", ["given", "prompt"])
+@pytest.mark.parametrize("way", [pytest.param("given", marks=pytest.mark.slow), "prompt"])
 def test_a_prefix_lm_of_texts_without_prompts_is_refused(way, tmp_path):
     values = config.to_dict(load("sft", steps=2, **{"eval.generate": 0, "data.path": "builtin:python_docs"}))
     values["data"]["max_records"] = 12

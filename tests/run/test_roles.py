@@ -65,6 +65,10 @@ def parts_of(case, **fields):
     return c, assemble.assemble(c, objectives.load(c.objective), mesh, batch, 264)
 
 
+# Two cases run whole by default; the others are slow.
+WHOLE = [pytest.param(name, marks=() if name in ("two models", "reference") else pytest.mark.slow) for name in CASES]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Name of a case -> the workdir of its run on one device."""
@@ -79,7 +83,7 @@ def finished(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", WHOLE)
 def test_half_a_run_and_the_rest_are_the_whole(name, finished, tmp_path):
     shutil.copytree(finished(name), tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / checkpoint.FOLDER / "4")
@@ -87,7 +91,7 @@ def test_half_a_run_and_the_rest_are_the_whole(name, finished, tmp_path):
     runs.assert_same(finished(name), tmp_path / "half")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", WHOLE)
 def test_microbatches_and_a_mesh_change_nothing(name, finished, tmp_path):
     whole = runs.parameters(finished(name))
     run(config_of(CASES[name], microbatches=2), str(tmp_path / "cut"), devices=jax.devices()[:1])
