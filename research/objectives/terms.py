@@ -14,13 +14,15 @@ from jaxtyping import Array, Float, Int
 
 from research.errors import InputError, did_you_mean
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective
+from research.sources import fields
 
 Coefficient = Callable[[jax.Array], jax.Array]  # step -> weight of a term
 Carry = dict[str, Any]  # term -> pytree of arrays, for the objectives that have one
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
 Weights = dict[str, jax.Array]  # term -> what its loss sum is divided by
 
-_SUPERVISION = ("segment_ids", "loss_mask", "label_probs")  # the fields that say what counts
+# The fields that say what counts.
+_SUPERVISION = ("segment_ids", "loss_mask", "label_probs", "pair", "side", "score", "desirable", "mismatched")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,9 @@ class Term:
         for number in numbers:
             counts |= batch["source"] == number
         masked = {
-            name: jnp.where(counts.reshape(counts.shape + (1,) * (batch[name].ndim - 2)), batch[name], 0)
+            name: jnp.where(
+                counts.reshape(counts.shape + (1,) * (batch[name].ndim - 2)), batch[name], fields.TABLE[name].fill
+            )
             for name in _SUPERVISION
             if name in batch
         }

@@ -8,7 +8,7 @@ a row here, and something that gives its values: a reader, or a view (research/s
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,28 +33,48 @@ class FakeText:
       loss_mask: [B, T] float32, 0 in prompts.
       last: [B, T] bool, True at the last token of each document.
       tokens, other_tokens: [B, T] int32.
+      answers: [B, T] float32, 1 at the tokens of any answer, be it an answer to another prompt.
+      unit: [B, T] int32, from 0, the document or the pair of them that a token is of.
+      side: [B, T] int32, which of a pair; 0 where documents aren't paired.
     """
 
-    def __init__(self, shape: tuple[int, int], sizes: Mapping[str, int], vocab_size: int, seed: int, packed: bool):
-        """Args: (B, T); the attributes; a seed; whether rows hold several documents, and not one each."""
+    def __init__(
+        self, shape: tuple[int, int], sizes: Mapping[str, int], vocab_size: int, seed: int, layout: "FakeLayout"
+    ):
+        """Args: (B, T); the attributes; a seed; how documents lie in rows."""
         self.sizes, self.vocab_size, self.rng = sizes, vocab_size, np.random.default_rng(seed)
         self.segment_ids, self.positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        self.loss_mask, self.last = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        self.answers, self.last = np.zeros(shape, np.float32), np.zeros(shape, bool)
         for row in range(shape[0]):
-            for number, (start, stop) in enumerate(self._documents(shape[1], packed), start=1):
+            for number, (start, stop) in enumerate(self._documents(shape[1], layout), start=1):
                 self.segment_ids[row, start:stop] = number
                 self.positions[row, start:stop] = np.arange(stop - start)
-                self.loss_mask[row, start + (stop - start) // 3 : stop] = 1
+                self.answers[row, start + (stop - start) // 3 : stop] = 1
                 self.last[row, stop - 1] = True
+        self.unit, self.side = np.divmod(self.segment_ids - 1, 2 if layout.paired else 1)
+        self.loss_mask = np.where(self.side == 1, 0, self.answers) if layout.mismatched else self.answers
         self.tokens, self.other_tokens = self.rng.integers(0, vocab_size, (2, *shape)).astype(np.int32)
 
-    def _documents(self, seq_len: int, packed: bool) -> Iterable[tuple[int, int]]:
-        start = 0
+    def _documents(self, seq_len: int, layout: "FakeLayout") -> Iterable[tuple[int, int]]:
+        start, least = 0, 4 if layout.paired else 2
         while start < seq_len:
-            length = int(self.rng.integers(max(2, seq_len // 8), max(3, seq_len // 2))) if packed else seq_len
-            stop = seq_len if seq_len - (start + length) < 2 else start + length
-            yield start, stop
+            shortest = max(least, seq_len // 8)
+            length = int(self.rng.integers(shortest, max(shortest + 1, seq_len // 2))) if layout.packed else seq_len
+            stop = seq_len if seq_len - (start + length) < least else start + length
+            if layout.paired:
+                yield start, (start + stop) // 2
+            yield ((start + stop) // 2 if layout.paired else start), stop
             start = stop
+
+    def drawn(self, number: np.ndarray, draw: Callable[[int], np.ndarray]) -> np.ndarray:
+        """[B, T]: for each value of `number` [B, T] in a row one of those that draw(how many) gives."""
+        values = draw(number.shape[0] * (int(number.max()) + 1)).reshape(number.shape[0], -1)
+        return np.take_along_axis(values, number, axis=1)
+
+    def verdicts(self) -> np.ndarray:
+        """[B, T] int32: whether a document is a desirable one, 1 or 0; -1 where it is a mismatched one."""
+        values = self.drawn(self.unit, lambda count: self.rng.integers(0, 2, count))
+        return np.where(self.side == 1, -1, values)
 
     def labels(self) -> np.ndarray:
         """[B, T, C] float32: one random class at the end of each document."""
@@ -73,6 +93,20 @@ class FakeText:
         count = self.sizes.get("candidates", CANDIDATES) + 1
         probs = -np.sort(-self.rng.dirichlet(np.ones(count), self.tokens.shape), axis=2)
         return np.log(np.maximum(probs, 1e-9)).astype(np.float32)
+
+
+class FakeLayout(NamedTuple):
+    """How made-up documents lie in rows.
+
+    Attributes:
+      packed: rows hold several documents, or pairs; and not one each.
+      paired: documents come by twos.
+      mismatched: the second of two answers another prompt, and isn't learned.
+    """
+
+    packed: bool
+    paired: bool = False
+    mismatched: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +133,11 @@ class Field:
 # "parallel": the same documents in the tokens of a teacher's own tokenizer. "source": which of data.sources. "virtual":
 # 1 at the virtual tokens that the policy's adapter puts in front of each document (models.virtual). "prefix":
 # 1 at the first tokens of a document that a prefix LM (ModelConfig.prefix) shows to each other whole.
+# "comparisons": answers to one prompt, each a document with the prompt before it, lie side by side in one row, the best
+# first: `pair` is the number of the comparison in its row, from 1; `side` the rank of the answer, 0 the best (chosen).
+# "margins": by how much the chosen answer of a pair is better, 0 where nobody says it. "scores": how good a document
+# is, NaN where nobody says it. "verdicts": whether an answer is desirable, 1 or 0; -1 where nobody says it.
+# "mismatches": 1 at the tokens of an answer that stands behind another's prompt, where loss_mask is 0.
 TABLE: dict[str, Field] = {
     "tokens": Field(np.int32, ("time",), 0, lambda text: text.tokens, "text"),
     "segment_ids": Field(np.int32, ("time",), 0, lambda text: text.segment_ids, "text"),
@@ -119,6 +158,14 @@ TABLE: dict[str, Field] = {
     "source": Field(np.int32, ("time",), 0, lambda text: (text.segment_ids - 1) % 2, "source"),
     "virtual": Field(np.int32, ("time",), 0, lambda text: np.zeros_like(text.tokens), "virtual"),
     "prefix": Field(np.int32, ("time",), 0, lambda text: 1 - text.loss_mask, "prefix"),
+    "pair": Field(np.int32, ("time",), 0, lambda text: text.unit + 1, "comparisons"),
+    "side": Field(np.int32, ("time",), -1, lambda text: text.side, "comparisons"),
+    "margin": Field(np.float32, ("time",), 0, lambda text: text.drawn(text.unit, text.rng.random), "margins"),
+    "score": Field(
+        np.float32, ("time",), np.nan, lambda text: text.drawn(text.segment_ids - 1, text.rng.standard_normal), "scores"
+    ),
+    "desirable": Field(np.int32, ("time",), -1, FakeText.verdicts, "verdicts"),
+    "mismatched": Field(np.int32, ("time",), 0, lambda text: text.answers - text.loss_mask, "mismatches"),
 }
 
 
@@ -181,7 +228,7 @@ def fake(
     Args:
       spec: name -> shape and dtype; `tokens` is one of them.
       vocab_size: tokens are below it.
-      packed: rows hold several documents; else each holds one.
+      packed: rows hold several documents, or pairs where documents are compared; else each holds one.
       seed: of all that is random.
 
     Returns:
@@ -190,7 +237,8 @@ def fake(
     Raises:
       InputError: a field isn't in the table.
     """
-    text = FakeText(spec["tokens"].shape, sizes(spec), vocab_size, seed, packed)
+    layout = FakeLayout(packed, "pair" in spec or "mismatched" in spec, "mismatched" in spec)
+    text = FakeText(spec["tokens"].shape, sizes(spec), vocab_size, seed, layout)
     values = {name: np.asarray(row.fake(text), row.dtype) for name, row in TABLE.items() if name in spec}
     return {name: values[name] for name in spec}
 

@@ -35,6 +35,36 @@ def test_made_up_batches():
     assert (fields.fake(spec, 100, packed=False)["segment_ids"] == 1).all()
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_made_up_comparisons(packed):
+    spec = fields.spec(fields.read_with(("pair", "margin", "score")), 4, {"time": 64})
+    batch = fields.fake(spec, 100, packed=packed)
+    for row in range(4):
+        pairs = {}
+        for column in range(64):
+            at = {name: values[row, column] for name, values in batch.items()}
+            pairs.setdefault(at["pair"], []).append((at["segment_ids"], at["side"], at["margin"], at["score"]))
+        assert sorted(pairs) == list(range(1, len(pairs) + 1))
+        assert (len(pairs) > 1) == packed
+        for number, seen in pairs.items():
+            (chosen, rejected) = sorted(set(seen))
+            assert (chosen[:2], rejected[:2]) == ((2 * number - 1, 0), (2 * number, 1))
+            assert chosen[2] == rejected[2]  # the pair's
+            assert chosen[3] != rejected[3]  # each one's
+
+
+def test_made_up_verdicts():
+    alone = fields.fake(fields.spec(fields.read_with(("desirable",)), 4, {"time": 64}), 100)
+    assert set(alone["desirable"].reshape(-1)) == {0, 1}
+    batch = fields.fake(fields.spec(fields.read_with(("desirable", "mismatched")), 4, {"time": 64}), 100)
+    assert set(batch["desirable"].reshape(-1)) == {-1, 0, 1}
+    mismatched = batch["segment_ids"] % 2 == 0
+    assert ((batch["desirable"] == -1) == mismatched).all()
+    assert not batch["loss_mask"][mismatched].any()
+    assert not batch["mismatched"][~mismatched].any()
+    assert 0.4 < batch["mismatched"][mismatched].mean() < 0.8
+
+
 SIZES = {"time": 16, "labels": 3, "candidates": 8}
 
 
@@ -44,7 +74,7 @@ def test_padding_spec_and_made_up_values_agree():
         empty = fields.empty((name,), 4, SIZES)[name]
         values = fields.fake(fields.spec(fields.read_with((name,)), 4, SIZES), 50)[name]
         assert (spec.shape, spec.dtype) == (empty.shape, empty.dtype) == (values.shape, values.dtype)
-        assert np.all(empty == fields.TABLE[name].fill)
+        np.testing.assert_array_equal(empty, np.full_like(empty, fields.TABLE[name].fill))
     assert fields.sizes(fields.spec(fields.TABLE, 4, SIZES)) == SIZES
 
 
