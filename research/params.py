@@ -307,6 +307,22 @@ def fingerprint(values: Tree) -> dict[str, tuple[float, float]]:
     return marks
 
 
+def first_difference(
+    before: Mapping[str, tuple[float, float]], now: Mapping[str, tuple[float, float]], tolerance: float
+) -> str | None:
+    """The first parameter of two fingerprints that isn't the same in both; None where all that both have are.
+
+    Args:
+      before, now: see `fingerprint`.
+      tolerance: the share of a norm by which sums and norms may differ.
+    """
+    for name in filter(now.__contains__, before):
+        total, norm = before[name]
+        if max(abs(now[name][0] - total), abs(now[name][1] - norm)) > tolerance * norm + 1e-6:
+            return name
+    return None
+
+
 _PIECE = re.compile(r"(\d+)(?:-(\d+))?")
 
 

@@ -65,10 +65,10 @@ def _export(args: SimpleNamespace) -> None:
     from research.pretrained import export
 
     model = loading.find(args.model, step=args.step, ema=args.ema)
-    if model.trained and not args.merge:
+    if model.run_adapter and not args.merge:
         _export_adapter(args, model)
         return
-    if args.merge and not model.trained:
+    if args.merge and not model.run_adapter:
         raise InputError(f"--merge: {args.model} has no adapter that could be merged. Leave it out.")
     specs = transformer.make_specs(model.config)
     mesh = sharding.make_mesh({}, jax.devices()[:1])
@@ -107,7 +107,7 @@ def _export_adapter(args: SimpleNamespace, model: Any) -> None:
 
     if args.max_shard_gb != _SHARD_GB:
         raise InputError(f"--max_shard_gb = {args.max_shard_gb}: an adapter is one file. Leave it out, or --merge.")
-    trained = model.trained.written()
+    trained = model.run_adapter.written()
     family, _ = save.choose(model.config, model.origin.get("config", {}))
     size = peft.write(Path(args.output), family, model.config, trained, args.dtype or "float32")
     print(f"{args.output}: {trained.kind} for {trained.base}, {size / 1e6:,.1f} MB; PEFT reads it", file=sys.stderr)

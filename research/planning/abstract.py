@@ -58,7 +58,7 @@ def describe(config: Config, devices: Any = None) -> Described:
     return Described(config, mesh, vocab_size)
 
 
-def _with_vocabulary(config: Config, base: loading.Found | None) -> tuple[Config, int]:
+def _with_vocabulary(config: Config, base: loading.ModelSource | None) -> tuple[Config, int]:
     """The config with rows for what the run adds to a model's tokens; and V of a model that is there, or else the size
     of the tokenizer with its added tokens. No data is read.
 

@@ -207,7 +207,7 @@ def compile_step(parts: Parts, stack: contextlib.ExitStack) -> Callable[[], Any]
 
 
 def initial(
-    config: Config, parts: Parts, bases: Mapping[str, loading.Found], mesh: jax.sharding.Mesh
+    config: Config, parts: Parts, bases: Mapping[str, loading.ModelSource], mesh: jax.sharding.Mesh
 ) -> tuple[train.TrainState, dict[str, Any]]:
     """The state before the first step and the frozen parameters, on the devices: random, or of other models."""
     roles = parts.roles
@@ -228,7 +228,7 @@ def initial(
 
 
 def resumed_frozen(
-    config: Config, parts: Parts, bases: Mapping[str, loading.Found], mesh: jax.sharding.Mesh, workdir: str
+    config: Config, parts: Parts, bases: Mapping[str, loading.ModelSource], mesh: jax.sharding.Mesh, workdir: str
 ) -> dict[str, Any]:
     """The frozen parameters of a run that goes on.
 
@@ -253,7 +253,7 @@ def _arrange(parts: Parts, values: dict[str, Any]) -> tuple[dict[str, Any], dict
 
 
 def _read_others(
-    config: Config, parts: Parts, bases: Mapping[str, loading.Found], mesh: jax.sharding.Mesh
+    config: Config, parts: Parts, bases: Mapping[str, loading.ModelSource], mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
     """The parameters of the roles of which nothing is trained."""
     roles = parts.roles
@@ -264,8 +264,8 @@ def _read_others(
     }
 
 
-def _start(config: Config, parts: Parts, role: str, bases: Mapping[str, loading.Found]) -> loading.Start:
-    return roles_lib.make_start(config, role, parts.models[role], bases)
+def _start(config: Config, parts: Parts, role: str, bases: Mapping[str, loading.ModelSource]) -> loading.Start:
+    return loading.make_start(config, role, parts.models[role], bases)
 
 
 def _whole(config: Config, roles: roles_lib.Roles, role: str, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:

@@ -40,14 +40,14 @@ class Inputs:
       changes: what differs from what the run last ran with, where it goes on.
       data_identity: what the data is made of; see sources.identity.
       tasks: task of eval.tasks -> what its records are (evals.tasks.identity).
-      frozen_sources: role -> what it is read from (loading.source), of those of which nothing is trained.
+      frozen_sources: role -> what it is read from (loading.identity), of those of which nothing is trained.
     """
 
     config: Config
     workdir: str
     resumed: bool
     mesh: jax.sharding.Mesh
-    bases: dict[str, loading.Found]
+    bases: dict[str, loading.ModelSource]
     terms: Terms
     data: dataset.Data
     source: Source
@@ -106,7 +106,7 @@ def resolve(
     data, terms = read_data(config, bases, tokenizer)
     data_identity = identity.identity(data, config_lib.data_spec(config))
     tasks = {spec: eval_tasks.identity(spec) for spec in config.eval.tasks}
-    frozen_sources = {role: loading.source(name) for role, name in _frozen_names(config, terms).items()}
+    frozen_sources = {role: loading.identity(name) for role, name in _frozen_names(config, terms).items()}
     if resumed:
         resume.check_data(workdir, before.get("data"), data_identity, changes)
         resume.check_sources(workdir, before.get("frozen"), frozen_sources)
@@ -162,7 +162,7 @@ def _check_held_out(config: Config, data: dataset.Data) -> None:
 
 def with_checkpoints(
     config: Config, resumed: str | None, *, described: bool = False
-) -> tuple[Config, dict[str, loading.Found]]:
+) -> tuple[Config, dict[str, loading.ModelSource]]:
     """The config with the architectures of the checkpoints that it names, and these by role.
 
     A run that is `resumed` from a workdir no longer needs the checkpoint that its policy began with, but for what isn't
@@ -170,7 +170,7 @@ def with_checkpoints(
     its section then describes it, which is enough to compile.
     """
     trained = {role for term in objectives.load(config.objective).values() for role in term.objective.trainable}
-    bases: dict[str, loading.Found] = {}
+    bases: dict[str, loading.ModelSource] = {}
     for role in ("policy", *config.roles):
         where, section = config_lib.model_section(config, role)
         name = section.init_from
@@ -181,7 +181,7 @@ def with_checkpoints(
                 config = config_lib.with_architecture(config, architecture, resumed)
         elif name:
             bases[role] = loading.find(name)
-            if (ahead := bases[role].adapter) is not None:
+            if (ahead := bases[role].front) is not None:
                 raise InputError(
                     f"{where}.init_from = {name!r}: its adapter ({ahead.kind}) puts something in front of documents, "
                     "which can't be merged into a model. Begin with the model that it began with."
@@ -194,7 +194,7 @@ def with_checkpoints(
     return _with_adapter(config, bases.get("policy")), bases
 
 
-def _with_adapter(config: Config, base: loading.Found | None) -> Config:
+def _with_adapter(config: Config, base: loading.ModelSource | None) -> Config:
     """The config with the options of the adapter that the policy's begins with."""
     name = config.adapter.get("init_from", "")
     if not name:
@@ -209,7 +209,7 @@ def _with_adapter(config: Config, base: loading.Found | None) -> Config:
 
 
 def read_data(
-    config: Config, bases: Mapping[str, loading.Found], tokenizer: tokenizers.Tokenizer
+    config: Config, bases: Mapping[str, loading.ModelSource], tokenizer: tokenizers.Tokenizer
 ) -> tuple[dataset.Data, Terms]:
     """A run's data and the terms of its objective.
 
@@ -262,7 +262,7 @@ def _check_prompts(config: Config, terms: Terms, data: dataset.Data) -> None:
 
 
 def with_tokenizer(
-    config: Config, bases: Mapping[str, loading.Found], objective: Mapping[str, Any] | None = None
+    config: Config, bases: Mapping[str, loading.ModelSource], objective: Mapping[str, Any] | None = None
 ) -> tuple[Config, tokenizers.Tokenizer]:
     """The tokenizer of a new run, with the special tokens that its views and objectives need; and the config, in which
     the model that the policy begins with has rows for those that were added.
@@ -277,7 +277,7 @@ def with_tokenizer(
 
 
 def with_added_rows(
-    config: Config, base: loading.Found | None, before: tokenizers.Tokenizer, tokenizer: tokenizers.Tokenizer
+    config: Config, base: loading.ModelSource | None, before: tokenizers.Tokenizer, tokenizer: tokenizers.Tokenizer
 ) -> Config:
     """The config in which the model that the policy begins with has rows for added tokens.
 
@@ -324,7 +324,7 @@ def _resumed_tokenizer(config: Config, workdir: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def given_tokenizer(config: Config, base: loading.Found | None) -> tokenizers.Tokenizer | None:
+def given_tokenizer(config: Config, base: loading.ModelSource | None) -> tokenizers.Tokenizer | None:
     """What "auto" means; None where the config names a tokenizer."""
     if config.tokenizer.kind != "auto":
         return None
@@ -335,7 +335,9 @@ def given_tokenizer(config: Config, base: loading.Found | None) -> tokenizers.To
     return tokenizer
 
 
-def _teacher_tokenizer(config: Config, bases: Mapping[str, loading.Found], terms: Terms) -> tokenizers.Tokenizer | None:
+def _teacher_tokenizer(
+    config: Config, bases: Mapping[str, loading.ModelSource], terms: Terms
+) -> tokenizers.Tokenizer | None:
     """The tokenizer of the roles that read tokens of their own; None where there are none."""
     roles = [role for term in terms.values() for role in term.objective.own_tokens if role in bases]
     if not roles:
@@ -353,7 +355,7 @@ def _teacher_tokenizer(config: Config, bases: Mapping[str, loading.Found], terms
 
 
 def _check_teachers(
-    config: Config, bases: Mapping[str, loading.Found], terms: Terms, tokenizer: tokenizers.Tokenizer
+    config: Config, bases: Mapping[str, loading.ModelSource], terms: Terms, tokenizer: tokenizers.Tokenizer
 ) -> None:
     """Raises InputError where a teacher would misread the batch, or its annotations aren't what the objective wants."""
     own = {role for term in terms.values() for role in term.objective.own_tokens}

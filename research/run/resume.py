@@ -305,7 +305,7 @@ def check_sources(workdir: str, before: Mapping[str, Any] | None, now: Mapping[s
 
     Args:
       workdir: of the run.
-      before: role -> loading.source of what it was read from; None of a run that is from before this was kept.
+      before: role -> loading.identity of what it was read from; None of a run that is from before this was kept.
       now: the same as it is now.
 
     Raises:

@@ -133,16 +133,6 @@ def float_dtype(config: Config, model: transformer.Model) -> Any:
     return jnp.dtype(model.config.dtype if auto else config.frozen_dtype)
 
 
-def make_start(
-    config: Config, role: str, model: transformer.Model, bases: Mapping[str, loading.Found]
-) -> loading.Start:
-    """Where a role begins: the model that its section names, or random parameters."""
-    _, section = config_lib.model_section(config, role)
-    base = bases.get(role, section.init_from)
-    saved = config.adapter.get("init_from", "") if role == "policy" else ""
-    return loading.Start(role, model, config.seed, base, section.new_rows, config.frozen_dtype, saved)
-
-
 def _own_specs(config: Config, role: str, model: transformer.Model) -> Tree:
     """The parameters of a role that are in no other: of one with another's trunk its head, if it has one."""
     if not model.of:

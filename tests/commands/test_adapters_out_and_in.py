@@ -146,10 +146,9 @@ def test_a_run_goes_on_with_an_adapter(name, source, trained, tmp_path):
     run.run(c, str(tmp_path / "next"), devices=jax.devices()[:1])
     began = json.loads((tmp_path / "next" / "config.json").read_text())["config"]["adapter"]
     assert began["kind"] == CASES[name]["kind"]
-    found = loading.find(str(tmp_path / "next")).trained
-    start = loading._start_of(found.config, found.model)
-    where = params.shardings(found.model.specs, sharding.make_mesh({}, jax.devices()[:1]))
-    values = start.read(found.model.specs, where)
+    start = loading.find(str(tmp_path / "next")).run_adapter.start
+    where = params.shardings(start.model.specs, sharding.make_mesh({}, jax.devices()[:1]))
+    values = start.read(start.model.specs, where)
     ours = loading.load_model(str(base))
     np.testing.assert_allclose(logits_of(ours, values), logits_of(loading.load_model(str(workdir))), atol=2e-5)
 

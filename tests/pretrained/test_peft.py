@@ -23,11 +23,11 @@ IN_FRONT = ("prompt_tuning", "p_tuning_mlp", "p_tuning_lstm", "prefix_tuning", "
 
 def model_with(name, base="llama"):
     """(the model with a golden adapter, its parameters, what was read)."""
-    found = loading.find(str(GOLDEN / "hf_tiny" / base))
-    saved = loading.open_adapter(str(GOLDEN / "peft_adapters" / name), found)
-    model = transformer.make_model(found.config, found.rules, adapters.load(saved.options))
+    source = loading.find(str(GOLDEN / "hf_tiny" / base))
+    saved = loading.open_adapter(str(GOLDEN / "peft_adapters" / name), source)
+    model = transformer.make_model(source.config, source.rules, adapters.load(saved.options))
     where = params.shardings(model.specs, sharding.make_mesh({}, jax.devices()[:1]))
-    start = loading.Start("policy", model, 0, found, saved=str(GOLDEN / "peft_adapters" / name))
+    start = loading.Start("policy", model, 0, loading.Base(base, lambda: source), open_adapter=lambda _: saved)
     return model, start.read(model.specs, where), saved
 
 
@@ -100,9 +100,9 @@ def test_a_folder_that_was_read_is_written_with_the_same_tensors(name, tmp_path)
 def test_folders_that_are_not_read_say_why():
     with pytest.raises(InputError, match=r"'LOHA': products of two low-rank matrices.*Merge it into its base in PEFT"):
         model_with("loha")
-    found = loading.find(str(GOLDEN / "hf_tiny" / "llama"))
+    source = loading.find(str(GOLDEN / "hf_tiny" / "llama"))
     with pytest.raises(InputError, match=r"neither a folder with adapter_config.json nor a run"):
-        loading.open_adapter(str(GOLDEN), found)
+        loading.open_adapter(str(GOLDEN), source)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
@@ -110,17 +110,17 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         model_with("lora_qv", base="gpt2")
     with pytest.raises(InputError, match=r"lora_B of .*q_proj is 32 x 4, and the model asks for 64 x r"):
         model_with("lora_qv", base="qwen3")
-    found = loading.find(str(GOLDEN / "hf_tiny" / "llama"))
-    saved = loading.open_adapter(str(GOLDEN / "peft_adapters" / "lora_embed"), found)
+    source = loading.find(str(GOLDEN / "hf_tiny" / "llama"))
+    saved = loading.open_adapter(str(GOLDEN / "peft_adapters" / "lora_embed"), source)
     _, values, _ = model_with("lora_embed")
     with pytest.raises(InputError, match=r"was made for another model: embed has other values"):
         saved.fill({**values, "embed": values["embed"] + 1})
 
 
 def test_options_come_from_the_folder_and_others_are_refused():
-    found = loading.find(str(GOLDEN / "hf_tiny" / "llama"))
+    source = loading.find(str(GOLDEN / "hf_tiny" / "llama"))
     folder = str(GOLDEN / "peft_adapters" / "lora_rank_pattern")
-    options = loading.adapter_options(folder, found, {"init_from": folder, "dropout": 0.1, "kind": "lora"})
+    options = loading.adapter_options(folder, source, {"init_from": folder, "dropout": 0.1, "kind": "lora"})
     assert options == {
         "kind": "lora",
         "rank": 2,
@@ -132,4 +132,4 @@ def test_options_come_from_the_folder_and_others_are_refused():
         "init_from": folder,
     }
     with pytest.raises(InputError, match=r"adapter.rank = 4: .*lora_rank_pattern, which it begins with, has 2. Leave"):
-        loading.adapter_options(folder, found, {"rank": 4})
+        loading.adapter_options(folder, source, {"rank": 4})

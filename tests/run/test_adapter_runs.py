@@ -111,7 +111,7 @@ def test_a_checkpoint_holds_the_adapter_alone(finished):
 def test_a_run_is_loaded_with_its_adapter_merged(finished):
     loaded = loading.load_model(str(finished("lora")))
     parts = parts_of(CASES["lora"])
-    start = loading.Start("policy", parts.models["policy"], 0, "")
+    start = loading.Start("policy", parts.models["policy"], 0)
     specs = parts.models["policy"].specs
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     values = loading.read_run(str(finished("lora")), start, specs, params.shardings(specs, mesh))
@@ -132,7 +132,7 @@ def test_a_run_is_loaded_as_it_was_trained(name, finished):
     loaded, parts = loading.load_model(workdir), parts_of(CASES[name])
     model, mesh = parts.models["policy"], sharding.make_mesh({}, jax.devices()[:1])
     values = loading.read_run(
-        workdir, loading.Start("policy", model, 0, ""), model.specs, params.shardings(model.specs, mesh)
+        workdir, loading.Start("policy", model, 0), model.specs, params.shardings(model.specs, mesh)
     )
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.tile(jnp.arange(12), (2, 1))}
@@ -169,7 +169,7 @@ def test_a_run_is_loaded_with_what_is_in_front_of_documents(name, finished):
     loaded = loading.load_model(str(finished(name)))
     parts = parts_of(CASES[name])
     model = parts.models["policy"]
-    start = loading.Start("policy", model, 0, "")
+    start = loading.Start("policy", model, 0)
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     values = loading.read_run(str(finished(name)), start, model.specs, params.shardings(model.specs, mesh))
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)

@@ -129,10 +129,9 @@ class Saved:
         own = {name: flat[name] for name in names if name in flat and jnp.issubdtype(flat[name].dtype, jnp.floating)}
         if not own:
             return
-        now = params.fingerprint(own)
-        for name, (total, norm) in self.folder.base.items():
-            if name in now and max(abs(now[name][0] - total), abs(now[name][1] - norm)) > 1e-3 * norm + 1e-6:
-                raise self._other_base(name)
+        name = params.first_difference(self.folder.base, params.fingerprint(own), 1e-3)
+        if name is not None:
+            raise self._other_base(name)
 
     def _other_base(self, name: str) -> InputError:
         return InputError(
