@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.errors import InputError
-from research.sources import fields, mixture, rows
+from research.sources import answers, fields, mixture, rows
 from research.sources import spec as spec_lib
 from research.sources.cache import digest
 from research.sources.records import Origin, locate
@@ -397,6 +397,9 @@ def _finish(
 ) -> Rows:
     """The rows with what else batches hold: which source, fields of views, a teacher's tokens or annotations."""
     extra = {name: values.shape[1:] for one in inputs for name, values in one.store.fields.items()}
+    extra |= {
+        name: () for one in inputs if one.store.answers is not None for name in answers.field_names(one.store.answers)
+    }
     numbers = {id(one.store): one.entry.number for one in inputs}
     each = dataclasses.replace(each, extra=extra)
     if len(spec.sources) > 1:

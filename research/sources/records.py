@@ -19,8 +19,11 @@ TOOLS = "tools"  # the role of a turn before all others, which says as JSON what
 CALLS = ("tool_calls", "function_call")  # what an assistant's message may have in place of a text
 Raw = bytes | dict[str, Any]  # a line of JSON, or a record that its reader has parsed
 
-FORMATS = ("text", "prompt_response", "messages", "labelled")
-FIELDS = ("text", "prompt", "response", "messages", "label", "probs")
+FORMATS = ("text", "prompt_response", "messages", "labelled", "preference", "ranked", "unpaired")
+FIELDS = (
+    *("text", "prompt", "response", "messages", "label", "probs", "chosen", "rejected", "margin"),
+    *("score_chosen", "score_rejected", "responses", "scores", "score"),
+)
 ROLES = ("system", "user", "assistant", "tool")
 TXT_DOCUMENT_BYTES = 16 * 1024
 # What other libraries hand to a chat template or take for a mask, and no template is given here.

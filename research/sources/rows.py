@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from research.errors import InputError
-from research.sources import annotations, fields, packing, parallel
+from research.sources import annotations, answers, fields, packing, parallel
 from research.sources.annotations import Annotations
 from research.sources.spec import DataSpec
 from research.sources.store import Store
@@ -26,11 +26,13 @@ class Rows:
       splits: [R + 1] int64, row r has the segments splits[r] to splits[r + 1].
       seq_len: T.
       labels: [S, C] float32, the probability of each class; None where there are no labels.
+      answers: [S] answers.DTYPE, what is said of answers to prompts; None where nothing is.
       annotations: what a teacher says of the tokens; None for none.
       teacher: the same rows in the tokens of a teacher's tokenizer; None where it reads these.
       token_sizes: with it, bytes of each token of either tokenizer.
       sources: the number of each store's source, for the batch field `source`; () where batches don't say it.
-      extra: further fields that views give to some of the stores: name -> the sizes of their axes after "time".
+      extra: further fields that views or answers give to some of the stores: name -> the sizes of their axes after
+        "time".
       virtual: ids of the tokens in front of each segment, which stand for no text (models.virtual).
     """
 
@@ -40,6 +42,7 @@ class Rows:
     splits: np.ndarray
     seq_len: int
     labels: np.ndarray | None = None
+    answers: np.ndarray | None = None
     annotations: Annotations | None = None
     teacher: "Rows | None" = None
     token_sizes: tuple[np.ndarray, np.ndarray] | None = None
@@ -73,7 +76,7 @@ class Rows:
         batch = fields.empty(self._names, len(rows), self._sizes)
         _put(batch, "segment_ids", place, nth[which] + 1)
         _put(batch, "positions", place, position)
-        real = position >= ahead
+        real, token_place = position >= ahead, place
         virtual, position, address, place = place[~real], position[~real], address[real], place[real]
         for store, number, here, local in self._by_store(address):
             _put(batch, "tokens", place[here], store.tokens[local])
@@ -84,6 +87,10 @@ class Rows:
                 _put(batch, "source", place[here], self.sources[number])
         if ahead:
             self._put_virtual(batch, virtual, position)
+        if self.answers is not None:
+            for name, values in answers.field_values(self.answers[segment], row).items():
+                if name in self.extra:
+                    _put(batch, name, token_place, values[which])
         if self.labels is not None:
             _put(batch, "label_probs", row * self.seq_len + in_row + length - 1, self.labels[segment])
         if self.annotations is not None:
@@ -168,12 +175,14 @@ class Segments:
     Attributes:
       start, length: [S] int64, first token (over all stores, one after the other) and number of tokens.
       labels: [S, C] float32; None where there are no labels.
+      answers: [S] answers.DTYPE; None where nothing is said of answers.
       teacher: [S, 2] int64, start and length in a teacher's tokens; None where it reads these.
     """
 
     start: np.ndarray
     length: np.ndarray
     labels: np.ndarray | None = None
+    answers: np.ndarray | None = None
     teacher: np.ndarray | None = None
 
     def __getitem__(self, index: np.ndarray) -> "Segments":
@@ -185,6 +194,13 @@ class Segments:
         teacher = None if self.teacher is None else self.teacher + np.array([teacher_base, 0])
         return dataclasses.replace(self, start=self.start + base, teacher=teacher)
 
+    def in_units(self) -> tuple[np.ndarray, np.ndarray]:
+        """[U] int64: the first segment of each unit, and how many it has: what a row holds whole."""
+        if self.answers is None:
+            return np.arange(len(self.start)), np.ones(len(self.start), np.int64)
+        first = answers.starts(self.answers["unit"])
+        return first, np.diff(first, append=len(self.start))
+
     def longest(self, virtual: int = 0) -> np.ndarray:
         """[S] int64: how many tokens of a row each takes, with so many in front, in the tokens of which it has most."""
         length = self.length + virtual
@@ -192,10 +208,24 @@ class Segments:
 
     @staticmethod
     def join(parts: Sequence["Segments"]) -> "Segments":
-        """The segments of all parts, one after the other."""
+        """The segments of all parts, one after the other. Where something is said of the answers of one, nothing is
+        said of those of the others."""
+        if any(part.answers is not None for part in parts):
+            parts = _numbered(parts)
         columns = {field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(Segments)}
         joined = {name: [value for value in values if value is not None] for name, values in columns.items()}
         return Segments(**{name: np.concatenate(values) if values else None for name, values in joined.items()})
+
+
+def _numbered(parts: Sequence[Segments]) -> list[Segments]:
+    """The parts, each with answers, whose units have numbers of their own."""
+    result, base = [], 0
+    for part in parts:
+        said = answers.nothing(len(part.start)) if part.answers is None else part.answers.copy()
+        said["unit"] += base
+        base = said["unit"].max(initial=base - 1) + 1
+        result.append(dataclasses.replace(part, answers=said))
+    return result
 
 
 def lay_out(
@@ -224,16 +254,28 @@ def lay_out(
         base += len(part.store.tokens)
         teacher_base += len(part.teacher.tokens) if part.teacher else 0
     joined = Segments.join(segments)
-    if rng is not None:
-        joined = joined[rng.permutation(len(joined.start))]
-    order, splits = packing.rows_of(joined.longest(len(virtual)), spec.seq_len, spec.pack)
+    order, splits = _in_rows(joined, spec, rng, len(virtual))
     joined = joined[order]
     stores = tuple(part.store for part in parts)
-    rows = Rows(stores, joined.start, joined.length, splits, spec.seq_len, joined.labels, virtual=virtual)
+    rows = Rows(stores, joined.start, joined.length, splits, spec.seq_len, virtual=virtual)
+    rows = dataclasses.replace(rows, labels=joined.labels, answers=joined.answers)
     if joined.teacher is not None:
         stores = tuple(part.teacher for part in parts)
         rows = dataclasses.replace(rows, teacher=Rows(stores, *joined.teacher.T, splits, spec.seq_len))
     return rows, counts
+
+
+def _in_rows(
+    segments: Segments, spec: DataSpec, rng: np.random.Generator | None, virtual: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lays units of segments into rows. Returns the order of the segments [S] int64, and the splits [R + 1] of rows."""
+    first, count = segments.in_units()
+    shuffled = np.arange(len(first)) if rng is None else rng.permutation(len(first))
+    sizes = np.add.reduceat(segments.longest(virtual), first) if len(first) else first
+    order, splits = packing.rows_of(sizes[shuffled], spec.seq_len, spec.pack)
+    units = shuffled[order]
+    order, _, _ = _ranges(first[units], count[units])
+    return order, np.concatenate([[0], np.cumsum(count[units])])[splits]
 
 
 def _segments(part: Part, spec: DataSpec, virtual: int) -> tuple[Segments, Counter[str]]:
@@ -255,17 +297,19 @@ def _segments(part: Part, spec: DataSpec, virtual: int) -> tuple[Segments, Count
             0 if virtual else len(length)
         )  # a piece's first follows nothing
     else:
-        supervised, long = store.supervised[example], length > room
+        units = np.arange(len(example)) if store.answers is None else store.answers["unit"][example]
+        size = answers.fitted(length, units, spec.seq_len, virtual)
+        supervised, long = store.supervised[example], ~answers.whole(size == length, units)
         if store.labels is not None:  # the last token is where the label is read
-            start = start + np.where(long, length - room, 0)
-        for i in np.flatnonzero(long):
-            supervised[i] = store.mask[start[i] : start[i] + room].sum()
+            start = start + length - size
+        for i in np.flatnonzero(size < length):
+            supervised[i] = store.mask[start[i] : start[i] + size[i]].sum()
         fits = ~long if spec.on_long == "drop" else np.ones(len(long), bool)
-        useful = fits & (supervised > 0)
+        useful = answers.whole(fits & (supervised > 0), units)
         counts["too_long"] = int(long.sum())
         counts["nothing_supervised"] = int(np.sum(fits & ~useful))
         counts["supervised_tokens"] = int(supervised[useful].sum())
-        example, start, length = example[useful], start[useful], np.minimum(length[useful], room)
+        example, start, length = example[useful], start[useful], size[useful]
     counts["examples"] = len(example)
     counts["tokens"] = int(length.sum())
     counts["bytes"] = int(store.bytes[example].sum())
@@ -274,7 +318,8 @@ def _segments(part: Part, spec: DataSpec, virtual: int) -> tuple[Segments, Count
         sizes = part.teacher.length
         teacher = np.stack([(np.cumsum(sizes) - sizes)[example], np.minimum(sizes[example], spec.seq_len)], axis=1)
     labels = None if store.labels is None else store.labels[example]
-    return Segments(start, length, labels, teacher), counts
+    said = None if store.answers is None else store.answers[example]
+    return Segments(start, length, labels, said, teacher), counts
 
 
 def annotated(rows: Rows, folder: str, settings: Mapping[str, object]) -> Rows:

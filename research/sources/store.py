@@ -17,17 +17,18 @@ import numpy as np
 
 from research import files
 from research.errors import InputError
-from research.sources import chat, formats, json_limits, records, tokenizers, views
+from research.sources import answers, chat, comparisons, formats, json_limits, records, tokenizers, views
 from research.sources import fields as table
 from research.sources.cache import cached, code_digest, digest
-from research.sources.records import CONFIG_SETTINGS, NUMBERED, BadRecord, Classes, Origin, Turn
+from research.sources.comparisons import Comparison
+from research.sources.records import CONFIG_SETTINGS, NUMBERED, BadRecord, Classes, Origin, Turn, speaker
 from research.sources.tokenizers import Tokenizer
 
 # A hash of all that decides what examples hold, beside their files, the options and the tokenizer's own.
 READING = digest(
     [
         code_digest(
-            *(module.__file__ for module in (records, json_limits, formats, chat, tokenizers)),
+            *(module.__file__ for module in (records, comparisons, answers, json_limits, formats, chat, tokenizers)),
             __file__,
         ),
         *(f"{package} {importlib.metadata.version(package)}" for package in ("tokenizers", "jinja2")),
@@ -42,10 +43,18 @@ class Example(NamedTuple):
     """A checked record."""
 
     record: dict[str, Any]  # under the fields' own names
-    turns: list[Turn]
+    turns: list[Turn]  # of several answers, with the best
     key: int  # equal for equal documents and equal prompts
     where: str  # file and line, or the like
     label: int | list[float] | None = None
+    comparison: Comparison | None = None
+
+    @property
+    def documents(self) -> list[list[Turn]]:
+        """The turns of each document that it is: one, or as many as it has answers."""
+        if self.comparison is None:
+            return [self.turns]
+        return [[*self.comparison.prompt, *answer] for answer in self.comparison.answers]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,8 +72,11 @@ class Store:
         for text.
       labels: [E, C] float32, the probability of each class; None where the examples have no labels.
       fields: further batch fields, which a view gives: name -> [N, ...], a value for each token.
+      answers: [E] answers.DTYPE, what is said of answers to prompts; None where nothing is.
       counts: "records" read, "duplicates" dropped, "bad": {reason: how many were skipped}, and "markers": of how many
-        records spell special tokens, with the first of these ("marker"); "weights": how many have a weight.
+        records spell special tokens, with the first of these ("marker"); "weights": how many have a weight; of answers
+        that are compared "comparisons", in how many of them two are "identical", and in how many some have equal
+        scores, "ties".
       was_cached: nothing had to be tokenised.
       folder: where it lies; the name stands for all that it was made of.
       content: a hash of the tokens, and of what else there is of each.
@@ -79,6 +91,7 @@ class Store:
     samples: list[dict[str, Any]]
     labels: np.ndarray | None
     fields: dict[str, np.ndarray]
+    answers: np.ndarray | None
     counts: dict[str, Any]
     was_cached: bool
     folder: Path
@@ -105,27 +118,50 @@ def read_examples(
         try:
             record = records.parse(raw)
             if format == "auto":
-                format = records.detect_format(record, fields)
-            turns, label = records.check(record, format, fields), None
-            if format == "labelled":
-                if classes.known:
-                    label = records.label(record, fields, classes.names)
-                turns = [turn._replace(text=classes.prompt.replace("{text}", turn.text)) for turn in turns]
+                format = comparisons.detect(record, fields) or records.detect_format(record, fields)
+            checked = _checked(record, format, fields, classes)
         except BadRecord as e:
             if on_bad_record == "error":
                 raise e.at(where, **CONFIG_SETTINGS) from e
             counts[f"bad: {e.reason}"] += 1
             continue
         any_good = True
-        key = formats.split_key(turns)
+        key = formats.split_key(checked[0].turns)
         if origin.generated:
             if key in seen:
                 counts["duplicates"] += 1
                 continue
             seen.add(key)
-        yield Example(records.canonical(record, fields), turns, key, where, label)
+        yield from (example._replace(key=key, where=where) for example in checked)
     if not any_good:
         raise _none_usable(origin.name, counts)
+
+
+def _checked(record: dict[str, Any], format: str, fields: Mapping[str, str], classes: Classes) -> list[Example]:
+    """The examples that a record is, without their keys and places. Raises BadRecord."""
+    if format in comparisons.FORMATS:
+        return [
+            Example(_asked(record, fields, each), [*each.prompt, *each.answers[0]], 0, "", comparison=each)
+            for each in comparisons.read_all(record, format, fields)
+        ]
+    turns, label = records.check(record, format, fields), None
+    if format == "labelled":
+        if classes.known:
+            label = records.label(record, fields, classes.names)
+        turns = [turn._replace(text=classes.prompt.replace("{text}", turn.text)) for turn in turns]
+    return [Example(records.canonical(record, fields), turns, 0, "", label)]
+
+
+def _asked(record: Mapping[str, Any], fields: Mapping[str, str], comparison: Comparison) -> dict[str, Any]:
+    """A record of answers as one of a prompt and its best answer, for evaluations that generate."""
+    turns = [*comparison.prompt, *comparison.answers[0]]
+    turns = turns[1:] if turns[0].role == records.TOOLS else turns
+    rest = records.canonical(record, fields)
+    if [(speaker(turn.role), turn.more) for turn in turns] == [("user", {}), ("assistant", {})]:
+        rest = {name: value for name, value in rest.items() if name != "messages"}
+        return {**rest, "prompt": turns[0].text, "response": turns[1].text}
+    messages = [{"role": speaker(turn.role), "content": turn.text, **turn.more} for turn in turns]
+    return {**rest, "messages": messages}
 
 
 def _none_usable(name: str, counts: Counter[str]) -> InputError:
@@ -182,6 +218,10 @@ def open_view(store: Store, view: Mapping[str, Any], field: str, seq_len: int, t
     depends = seq_len if "seq_len" in inspect.signature(module.make).parameters else None
     code = code_digest(module.__file__, views.__file__, __file__, *_helpers(module))
     folder = store.folder.with_name(digest([store.folder.name, json.dumps(view, sort_keys=True), depends, code]))
+    if store.answers is not None:
+        raise InputError(
+            f"{field}: a view is of single documents, and here answers are judged or compared. Take the view out."
+        )
     seen = views.load(view, field, seq_len, tokenizer)
     was_cached = cached(folder, lambda partial: _write_view(partial, store, seen, f"{field}.kind = {view['kind']!r}"))
     return _read(folder, was_cached and store.was_cached)
@@ -207,6 +247,7 @@ def _read(folder: Path, was_cached: bool) -> Store:
             name: np.memmap(folder / f"{name}.bin", table.find(name).dtype, "r", shape=(len(tokens), *shape))
             for name, shape in meta.get("fields", {}).items()
         },
+        answers=np.load(folder / "answers.npy") if (folder / "answers.npy").is_file() else None,
         counts=meta["counts"],
         was_cached=was_cached,
         folder=folder,
@@ -293,6 +334,7 @@ def _write(
     rows: list[np.ndarray] = []
     samples: list[dict[str, Any]] = []
     labels: list[int | list[float]] = []
+    judged: list[np.ndarray] = []
     text, marker = False, ""
     with open(partial / "tokens.bin", "wb") as tokens_file, open(partial / "mask.bin", "wb") as mask_file:
         for chunk in _chunks(examples):
@@ -301,15 +343,18 @@ def _write(
             if not chunk:
                 continue
             tokens_file.write(tokens.astype(dtype).tobytes())
-            row = np.zeros(len(chunk), _EXAMPLE)
-            row["key"] = np.fromiter((example.key for example in chunk), np.uint64, len(chunk))
+            documents = [(example.key, turns) for example in chunk for turns in example.documents]
+            row = np.zeros(len(documents), _EXAMPLE)
+            row["key"] = np.fromiter((key for key, _ in documents), np.uint64, len(documents))
             row["length"] = lengths
             row["supervised"] = np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
-            row["bytes"] = [sum(len(turn.text.encode()) for turn in example.turns) for example in chunk]
+            row["bytes"] = [sum(len(turn.text.encode()) for turn in turns) for _, turns in documents]
             rows.append(row)
+            judged += [answers.of_comparison(each.comparison) for each in chunk if each.comparison is not None]
+            counts.update(_count_comparisons(chunk))
             labels += [example.label for example in chunk if example.label is not None]
             spelled, first = formats.count_markers(
-                ([turn.text for turn in example.turns] for example in chunk), tokenizer
+                ([turn.text for turns in example.documents for turn in turns] for example in chunk), tokenizer
             )
             counts["markers"] += spelled
             counts["weights"] += sum(example.record.get("weight") not in (None, 1) for example in chunk)
@@ -322,6 +367,8 @@ def _write(
     np.save(partial / "examples.npy", np.concatenate(rows))
     if labels:
         np.save(partial / "labels.npy", _distributions(labels))
+    if judged:
+        np.save(partial / "answers.npy", answers.numbered(judged))
     bad = {name.removeprefix("bad: "): n for name, n in counts.items() if name.startswith("bad: ")}
     meta = {
         "dtype": dtype,
@@ -331,6 +378,8 @@ def _write(
         "content": _content(partial),
     }
     meta["counts"] |= {"markers": counts["markers"], "marker": marker, "weights": counts["weights"]}
+    if judged:
+        meta["counts"] |= {name: counts[name] for name in ("comparisons", "identical", "ties")}
     (partial / "meta.json").write_text(json.dumps(meta, default=str))
     return True
 
@@ -338,15 +387,32 @@ def _write(
 def _encode(
     chunk: list[Example], tokenizer: Tokenizer, template: str, counts: Counter[str], skip: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Example]]:
-    """Tokens, mask and lengths of a chunk's examples, and these without those that are skipped, which are counted."""
+    """Tokens, mask and lengths of the documents of a chunk's examples, and these without those that are skipped, which
+    are counted: a comparison goes whole."""
     refused: dict[int, BadRecord] = {}
-    turns, where = [example.turns for example in chunk], [example.where for example in chunk]
+    documents = [(i, turns) for i, example in enumerate(chunk) for turns in example.documents]
+    where = [chunk[i].where for i, _ in documents]
     try:
-        tokens, mask, lengths = formats.encode(turns, tokenizer, template, where, refused if skip else None)
+        encoded = formats.encode(
+            [turns for _, turns in documents], tokenizer, template, where, refused if skip else None
+        )
     except BadRecord as e:
         raise e.at("", **CONFIG_SETTINGS) from e
-    counts.update(f"bad: {error.reason}" for error in refused.values())
-    return tokens, mask, lengths, [example for i, example in enumerate(chunk) if i not in refused]
+    lost = {documents[i][0]: error for i, error in refused.items()}
+    counts.update(f"bad: {error.reason}" for error in lost.values())
+    kept = [example for i, example in enumerate(chunk) if i not in lost]
+    if sum(len(chunk[i].documents) for i in lost) > len(refused):  # what is compared with them was encoded
+        return _encode(kept, tokenizer, template, counts, skip)
+    return *encoded, kept
+
+
+def _count_comparisons(chunk: list[Example]) -> Counter[str]:
+    compared = [each.comparison for each in chunk if each.comparison is not None and len(each.comparison.answers) > 1]
+    return Counter(
+        comparisons=len(compared),
+        identical=sum(each.identical for each in compared),
+        ties=sum(each.ties for each in compared),
+    )
 
 
 def _distributions(labels: list[int | list[float]]) -> np.ndarray:
@@ -368,7 +434,7 @@ def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
     chars = 0
     for example in examples:
         chunk.append(example)
-        chars += sum(len(turn.text) for turn in example.turns)
+        chars += sum(len(turn.text) for turns in example.documents for turn in turns)
         if len(chunk) >= _CHUNK_EXAMPLES or chars >= _CHUNK_CHARS:
             yield chunk
             chunk, chars = [], 0
@@ -380,9 +446,15 @@ def _least(samples: list[dict[str, Any]], chunk: list[Example], lengths: np.ndar
     """The samples of the least keys: those held out first, whatever the fraction, in random order."""
     new = [
         {"key": example.key, "length": int(length), "record": example.record}
-        for example, length in zip(chunk, lengths, strict=True)
+        for example, length in zip(chunk, lengths[_firsts(chunk)], strict=True)
         # An answer that nobody should learn is none to expect, nor one that calls tools.
         if example.turns[-1].role != records.SHOWN and not records.calls(example.turns[-1])
     ]
     ordered = sorted([*samples, *new], key=lambda sample: sample["key"])
     return [next(equal) for _, equal in itertools.groupby(ordered, key=lambda sample: sample["key"])][:SAMPLES]
+
+
+def _firsts(chunk: list[Example]) -> np.ndarray:
+    """[examples] int64: where the first document of each is among all documents of a chunk."""
+    sizes = np.array([len(example.documents) for example in chunk])
+    return np.cumsum(sizes) - sizes

@@ -1,0 +1,161 @@
+"""Preference data: from records of several spellings to rows whose documents are compared."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from research.errors import InputError
+from research.sources import comparisons, dataset
+from research.sources.records import SHOWN
+from research.sources.spec import DataSpec
+from research.sources.tokenizers import TokenizerSpec
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def read(record, **fields):
+    format = comparisons.detect(record, fields)
+    return format, comparisons.read(record, format, fields)
+
+
+def texts(comparison):
+    prompt = [(turn.role, turn.text) for turn in comparison.prompt]
+    return prompt, [[turn.text for turn in answer] for answer in comparison.answers]
+
+
+PLAIN = ([("user", "2 + 2?")], [["4"], ["5"]])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+        {"prompt": [user("2 + 2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
+        {"chosen": [user("2 + 2?"), assistant("4")], "rejected": [user("2 + 2?"), assistant("5")]},
+        {"prompt": "2 + 2?", "chosen": assistant("4"), "rejected": "5"},
+        {"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5"},
+        {"prompt": "\n\nHuman: 2 + 2?\n\nAssistant:", "chosen": " 4".strip(), "rejected": "5"},
+    ],
+)
+def test_a_pair_is_read_in_many_spellings(record):
+    format, comparison = read(record)
+    assert format == "preference"
+    assert texts(comparison) == PLAIN
+    assert math.isnan(comparison.margin)
+
+
+def test_whole_conversations_have_their_common_beginning_as_prompt():
+    begin = [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello"), user("2 + 2?")]
+    _, comparison = read(
+        {"chosen": [*begin, assistant("4")], "rejected": [*begin, assistant("5"), user("?"), assistant("4")]}
+    )
+    prompt, answers = texts(comparison)
+    assert prompt == [("system", "Be brief."), ("user", "Hi"), (SHOWN, "Hello"), ("user", "2 + 2?")]
+    assert answers == [["4"], ["5", "?", "4"]]
+    _, same = read({"chosen": [*begin, assistant("4")], "rejected": [*begin, assistant("4")]})
+    assert texts(same)[1] == [["4"], ["4"]]
+    assert same.identical
+    _, longer = read(
+        {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b"), user("c"), assistant("d")]}
+    )
+    assert texts(longer) == ([("user", "a")], [["b"], ["b", "c", "d"]])
+
+
+def write(folder, records, name="data.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def load(folder, records, **options):
+    options = {"seq_len": 48, "eval_fraction": 0.0, "cache_dir": str(folder / "cache"), "template": "plain"} | options
+    path = write(folder, records)
+    return dataset.load(DataSpec(path=path, **options), TokenizerSpec("byte"))
+
+
+def all_rows(data):
+    (rows, _), *others = data.train
+    assert not others
+    return rows.batch(np.arange(len(rows)))
+
+
+def documents(batch, tokenizer, names=()):
+    """(row, pair) -> its documents in order, each its text and the values of its fields, which are the same at all of
+    its tokens."""
+    found = {}
+    for row in range(len(batch["tokens"])):
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
+            at = batch["segment_ids"][row] == segment
+            text = tokenizer.decode(batch["tokens"][row][at].tolist())
+            values = []
+            for name in ("side", *names):
+                value = np.unique(batch[name][row][at])
+                assert len(value) == 1
+                values.append(value[0].item())
+            pair = np.unique(batch["pair"][row][at])
+            assert len(pair) == 1
+            found.setdefault((row, pair.item()), []).append((text, *values))
+    return found
+
+
+PAIRS = [
+    {"prompt": f"q{i}:", "chosen": "c" * (1 + i % 7), "rejected": "r" * (1 + i % 5), "margin": i / 4} for i in range(23)
+]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_pair_lies_in_one_row_and_both_answers_have_the_prompt(tmp_path, pack):
+    data = load(tmp_path, PAIRS, pack=pack)
+    batch = all_rows(data)
+    found = documents(batch, data.tokenizer, ("margin",))
+    assert sorted(sides for sides in found.values()) == sorted(
+        [(p["prompt"] + p["chosen"], 0, p["margin"]), (p["prompt"] + p["rejected"], 1, p["margin"])] for p in PAIRS
+    )
+    most = max(pair for _, pair in found)
+    assert most > 1 if pack else most == 1
+    # Answers and the tokens that end them are learned, and nothing else.
+    learned = sum(len(p["chosen"]) + len(p["rejected"]) + 2 for p in PAIRS)
+    assert batch["loss_mask"].sum() == learned
+    assert not batch["loss_mask"][batch["side"] < 0].any()
+
+
+def test_pairs_that_are_too_long_go_together(tmp_path):
+    long = {"prompt": "q", "chosen": "c" * 30, "rejected": "r" * 30}
+    fits = {"prompt": "p", "chosen": "c" * 2, "rejected": "r" * 38}
+    data = load(tmp_path, [long, fits])
+    assert sorted(documents(all_rows(data), data.tokenizer).values()) == [[("pcc", 0), ("p" + "r" * 38, 1)]]
+    assert data.report["train"]["too_long_dropped"] == 2
+    cut = load(tmp_path, [long, fits], on_long="truncate")
+    assert sorted(documents(all_rows(cut), cut.tokenizer).values())[1] == [("q" + "c" * 22, 0), ("q" + "r" * 22, 1)]
+    assert cut.report["train"]["too_long_truncated"] == 2
+
+
+def test_a_bad_side_takes_the_pair_along(tmp_path):
+    bad = {"prompt": "b", "chosen": "c", "rejected": " "}
+    with pytest.raises(InputError, match=r"data.jsonl:2: field 'rejected' is an empty rejected"):
+        load(tmp_path, [PAIRS[0], bad])
+    data = load(tmp_path, [PAIRS[0], bad], on_bad_record="skip")
+    assert data.report["sources"][0]["bad"] == {"empty rejected": 1}
+    assert data.report["train"]["examples"] == 2
+
+
+def test_equal_prompts_are_on_one_side(tmp_path):
+    records = [{"prompt": f"q{i % 5}", "chosen": f"c{i}", "rejected": "r"} for i in range(40)]
+    data = load(tmp_path, records, eval_fraction=0.4)
+    held = data.held_out.batch(np.arange(len(data.held_out)))
+    prompts = [
+        {text[0][:2] for text, *_ in documents(batch, data.tokenizer).values()} for batch in (all_rows(data), held)
+    ]
+    assert prompts[0]
+    assert prompts[1]
+    assert not prompts[0] & prompts[1]
+    assert len(data.held_out_records) == len(prompts[1])
+    assert all(record["response"] == record["chosen"] for record in data.held_out_records)
