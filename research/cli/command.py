@@ -26,7 +26,7 @@ from research.devices import startup
 from research.errors import MOST_SEED, Exit, InputError, check_field, did_you_mean, explain_flag_error
 
 _MODULES = "research.commands"
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 _CONFIG_HELP = (
     "an experiment, NAME or experiments/NAME.py[:VARIANT,...]; --config.FIELD=VALUE overrides a field of its config"
 )

@@ -1,0 +1,3 @@
+"""How commands read their flags and how they end."""
+
+from research.cli.command import *  # noqa: F403
