@@ -1,3 +1,62 @@
-"""How commands read their flags and how they end."""
+"""How commands read their flags and how they end. `understudy NAME ...` runs the module NAME of research.commands.
 
-from research.cli.command import *  # noqa: F403
+flags.py says what a flag is, values.py how its value is read, command.py reads a command line, experiments.py the
+experiment that it names, ending.py says how a command ends, and entry.py is where a process begins.
+"""
+
+from research.cli.command import Command
+from research.cli.ending import fail, finish
+from research.cli.entry import console, main, names, overview, summary
+from research.cli.experiments import EXPERIMENTS, Experiment, load_module, read_experiment
+from research.cli.flags import ADAPTER, BATCH_TOKENS, EMA, MESH, MODEL, SEED, STEP, TEMPLATE, Flag, value
+from research.cli.values import (
+    above_zero,
+    mesh,
+    names_by_name,
+    number,
+    one_of,
+    path,
+    paths,
+    seed,
+    share,
+    step,
+    whole,
+    words,
+)
+
+__all__ = [
+    "ADAPTER",
+    "BATCH_TOKENS",
+    "EMA",
+    "EXPERIMENTS",
+    "MESH",
+    "MODEL",
+    "SEED",
+    "STEP",
+    "TEMPLATE",
+    "Command",
+    "Experiment",
+    "Flag",
+    "above_zero",
+    "console",
+    "fail",
+    "finish",
+    "load_module",
+    "main",
+    "mesh",
+    "names",
+    "names_by_name",
+    "number",
+    "one_of",
+    "overview",
+    "path",
+    "paths",
+    "read_experiment",
+    "seed",
+    "share",
+    "step",
+    "summary",
+    "value",
+    "whole",
+    "words",
+]

@@ -80,9 +80,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _benchmark(args: SimpleNamespace) -> int:
     for name, part in {"objectives": "train", "profile": "train", "decode_batch": "decode"}.items():
-        if name in args.given and part not in args.only:
+        if name in args.texts and part not in args.only:
             raise InputError(
-                f"--{name} = {args.given[name]}: is of the part {part}, and --only leaves it out. Leave it out."
+                f"--{name} = {args.texts[name]}: is of the part {part}, and --only leaves it out. Leave it out."
             )
     if args.against:  # before jax begins: the peer needs room on the device too
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

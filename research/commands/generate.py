@@ -169,12 +169,12 @@ def _check_kind(args: SimpleNamespace, config: Any, name: str) -> None:
             "or --data with [MASK] in the texts."
         )
     for flag in _OF_PROMPTS if not config.causal else ():
-        if flag in args.given:
+        if flag in args.texts:
             raise InputError(f"--{flag}: is of answers, and a [MASK] is filled in without. Leave it out.")
     for flag, off in _FILTERS.items() if config.causal and not args.temperature else ():
         if getattr(args, flag) != off:
             raise InputError(
-                f"--{flag} = {args.given[flag]}: nothing is drawn without a temperature. Give one, such as "
+                f"--{flag} = {args.texts[flag]}: nothing is drawn without a temperature. Give one, such as "
                 "--temperature=1, or leave it out."
             )
 

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(args: SimpleNamespace, argv: Sequence[str]) -> int:
-    with cli.quick_imports():  # late: jax and the models take 1 s, which --help and a wrong flag needn't wait for
+    with startup.quick_imports():  # late: jax and the models take 1 s, which --help and a wrong flag needn't wait for
         from research import config
         from research.devices import distributed
         from research.run import run

@@ -11,10 +11,9 @@ import pytest
 from experiments import benchmark as experiment
 from research import config as config_lib
 from research.bench import libraries, measure, names, parts, peers, prepared, profiling, steps
-from research.cli import Exit
 from research.commands import benchmark
 from research.devices import sharding
-from research.errors import InputError
+from research.errors import Exit, InputError
 from research.models import transformer
 from research.models.config import ModelConfig
 from research.models.specs import make_specs

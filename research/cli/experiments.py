@@ -1,0 +1,130 @@
+"""The experiment that --config names, with what --config.FIELD=VALUE overrides."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from research.devices import startup
+from research.errors import InputError, check_field, explain_flag_error
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+HELP = "an experiment, NAME or experiments/NAME.py[:VARIANT,...]; --config.FIELD=VALUE overrides a field of its config"
+
+
+class Experiment(NamedTuple):
+    """The experiment of --config.
+
+    Attributes:
+      name: FILE[:VARIANT], as given.
+      config: its config with the overrides, a ml_collections.ConfigDict.
+      overrides: dotted field -> value.
+      flags: those that describe it, as given.
+    """
+
+    name: str
+    config: Any
+    overrides: Mapping[str, Any]
+    flags: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Dotted field -> its value as it is on the command line.
+
+        Raises:
+          InputError: an override has no value.
+        """
+        texts = {}
+        for flag in self.flags:
+            name, equals, text = flag.partition("=")
+            if name != "--config" and not (equals and name.startswith("--config.")):
+                raise InputError(f"{flag}: has no value. Write --config.FIELD=VALUE.")
+            if name != "--config":
+                texts[name.removeprefix("--config.")] = text
+        return texts
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The config without the section of a study."""
+        return {name: value for name, value in self.config.to_dict().items() if name != "study"}
+
+
+def read_experiment(argv: Sequence[str]) -> Experiment:
+    """Reads the experiment that flags describe.
+
+    Args:
+      argv: --config=EXPERIMENT and --config.FIELD=VALUE.
+
+    Raises:
+      InputError: the file, its variant or a field is at fault.
+    """
+    from absl import flags  # late, as ml_collections: half of the start of commands that take no experiment
+    from ml_collections import config_flags
+
+    argv = [_with_path(flag) for flag in argv]
+    for flag in argv:
+        check_field(flag)
+    named = [flag for flag in argv if flag.partition("=")[0] == "--config"]
+    if len(named) > 1:
+        raise InputError(f"{' '.join(named)}: names {len(named)} experiments. Give one.")
+    ordered = named + [flag for flag in argv if flag not in named]  # config_flags wants the experiment first
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_file("config", None, HELP, flag_values=values, sys_argv=["", *ordered])
+        with startup.quick_imports():
+            rest = values(["understudy", *ordered])[1:]
+            if not hasattr(values.config, "to_dict"):
+                raise InputError(f"{named[0]}: get_config() gives no ConfigDict. Begin with experiments/base.py.")
+            values.config.to_dict()  # raises what went wrong with its file
+    except Exception as error:
+        raise InputError(explain_flag_error(error, argv)) from error
+    if rest:
+        raise InputError(f"{rest[0]}: is no flag. Flags have the form --name=value.")
+    holder = values["config"]
+    path, _, variants = holder.config_filename.partition(":")
+    finish = getattr(load_module(path), "finish", None)
+    if finish is not None:
+        _finish(finish, values.config, variants, holder.override_values)
+    return Experiment(holder.config_filename, values.config, holder.override_values, tuple(argv))
+
+
+def _finish(finish: Callable[..., None], config: Any, variants: str, overrides: Mapping[str, Any]) -> None:
+    """Calls an experiment's `finish`. Raises InputError where an override left out a field that it reads."""
+    try:
+        finish(config, variants, overrides)
+    except AttributeError as error:
+        whole = [name for name, value in overrides.items() if hasattr(value, "items")]
+        if not whole or not isinstance(error.args[0], KeyError):
+            raise
+        field = error.args[0].args[0]
+        raise InputError(
+            f"--config.{whole[0]}: takes the place of the whole section, and lacks the field {field}, which the "
+            f"experiment reads. Set one field, --config.{whole[0]}.FIELD=VALUE, or write them all."
+        ) from error
+
+
+def load_module(path: str) -> ModuleType:
+    """The module of an experiment's file, as it is now: cached bytecode is told from a file by whole seconds."""
+    spec = importlib.util.spec_from_file_location("experiment", path)
+    module = importlib.util.module_from_spec(spec)
+    exec(compile(spec.loader.get_data(path), path, "exec"), module.__dict__)
+    return module
+
+
+def _with_path(flag: str) -> str:
+    """--config=sft:debug with the path of experiments/sft.py, here or beside the package; other flags as they are."""
+    name, _, value = flag.partition("=")
+    file, colon, variant = value.partition(":")
+    if name != "--config" or os.path.isfile(os.path.expanduser(file)):
+        return f"{name}={os.path.expanduser(file)}{colon}{variant}" if file.startswith("~") else flag
+    short = file.removesuffix(".py") + ".py"
+    for place in (short, os.path.join("experiments", short), EXPERIMENTS / short, EXPERIMENTS.parent / short):
+        if os.path.isfile(place):
+            return f"{name}={place}{colon}{variant}"
+    return flag
