@@ -1,14 +1,17 @@
 """The one error for bad input: it says which field or file, what it held, and what to do."""
 
+import contextlib
 import difflib
 import enum
+import os
 import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 # Seeds have 32 bits: jax would take the remainder of a larger one, and numpy refuses those below 0.
 MOST_SEED = 2**32 - 1
+_LONGEST = 400  # letters of an error that comes from elsewhere
 
 
 # Fields of a config that are mappings: what isn't in them can't be set by its name.
@@ -52,25 +55,69 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 
 
 def explain_flag_error(error: Exception, argv: Sequence[str]) -> str:
-    """Says in a line what is wrong with a command line; config_flags' own errors are a traceback or a bare key.
-
-    An error inside an experiment's file that isn't an InputError keeps its traceback, which its author needs.
-    """
+    """Says in a line what is wrong with a command line; config_flags' own errors are a traceback or a bare key."""
     text = str(error.args[0] if error.args else error)
     config = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
     path = Path(config.split(":")[0])
     if config and not path.is_file():
+        if path.is_dir():
+            return f"--config={config}: is a folder. Name a file in it."
         there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         return f"--config={config}: there is no file {str(path)!r}.{did_you_mean(str(path), there)}"
     if inner := re.search(r"InputError: (.*)", text):
         return inner[1]
     if isinstance(error, InputError):
         return text
+    if line := explain_own_error(error, str(path)) if config else "":
+        return line
+    if "Traceback (most recent call last)" in text:  # of a call that the file's get_config doesn't take
+        return f"--config={config}: {text.strip().splitlines()[-1]}"
     if line := _explain_field(error, text, argv) or _explain_value(text, argv):
         return line
-    if "Traceback" in text or not type(error).__module__.startswith("absl"):
+    if not type(error).__module__.startswith("absl"):
         return "".join(traceback.format_exception(error)).strip()
     return text
+
+
+@contextlib.contextmanager
+def own_code(path: str) -> Iterator[None]:
+    """Runs code of a user's file. An exception in it becomes an InputError of one line: file, line and error."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(explain_own_error(error, path) or f"{path}: {_shown(error)}") from error
+
+
+def explain_own_error(error: BaseException, path: str) -> str:
+    """Where in a user's file an exception, or what it came of, was raised, and what it says; "" where nowhere in it."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for each in reversed(chain):
+        if isinstance(each, SyntaxError) and _is_same(each.filename or "", path):
+            code = f": {each.text.strip()}" if each.text else ""
+            return f"{path}:{each.lineno}: {type(each).__name__}: {each.msg}{code}"
+        frames = traceback.extract_tb(each.__traceback__)
+        own = [frame for frame in frames if _is_same(frame.filename, path)]
+        if own:
+            last = frames[-1]
+            elsewhere = last is not own[-1] and not last.filename.startswith("<")
+            place = f" (raised in {last.filename}:{last.lineno})" if elsewhere else ""
+            return f"{path}:{own[-1].lineno}: {_shown(each)}{place}"
+    return ""
+
+
+def _is_same(file: str, path: str) -> bool:
+    return os.path.abspath(file) == os.path.abspath(path)
+
+
+def _shown(error: BaseException) -> str:
+    """An exception on a line, without the whole config that those of ConfigDict hold."""
+    text = re.sub(r' Other fields present: ".*}"', "", str(error).replace("\\n", " "), flags=re.DOTALL)
+    text = f"{type(error).__name__}: {' '.join(text.split())}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def check_field(flag: str) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar
@@ -13,6 +14,7 @@ from typing import IO, Any, BinaryIO, TypeVar
 from research.errors import InputError
 
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of a file that is too big to read for a fingerprint
+_BELOW = 256  # bytes of the names of files below a folder, such as those of a checkpoint's arrays
 _D = TypeVar("_D")
 _REQUIRED: Any = object()
 
@@ -150,19 +152,48 @@ def whole_lines(path: Path) -> int:
     return lines
 
 
-def check_output(path: str | Path, *, overwrite: bool = False, flag: str = "--output") -> None:
-    """Refuses an output that is there already, or that has no folder to lie in.
+def check_output(
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    folder: bool = False,
+    flag: str = "--output",
+) -> None:
+    """Refuses an output that is there already, or that can't be written.
+
+    Args:
+      path: the file or folder to be written.
+      overwrite: it may be a file that is there.
+      folder: it is to be a folder, and isn't to be there.
+      flag: what names the output.
 
     Raises:
-      InputError: so it is.
+      InputError: it is there, or is no file; or it has no folder to lie in, or none where a file can be written.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise InputError(f"{flag} = {path}: is there already. Remove it, or name another.")
-    if path.is_dir():
+    _check_lengths(path, flag)
+    if path.is_dir() and not folder:
         raise InputError(f"{flag} = {path}: is a folder. Name a file in it.")
+    if path.exists() and not path.is_file() and not folder:
+        raise InputError(f"{flag} = {path}: is no file, but a device or a pipe. Name a file.")
+    if os.path.lexists(path) and not overwrite:
+        remedy = "Remove it" if folder else "Give --overwrite to replace it"
+        raise InputError(f"{flag} = {path}: is there already. {remedy}, or name another.")
     if not path.parent.is_dir():
         raise InputError(f"{flag} = {path}: there is no folder {str(path.parent)!r}. Make it first.")
+    _check_writable(path.parent, path, flag)
+
+
+def check_appended(path: str | Path, flag: str = "--output") -> None:
+    """Raises InputError where a file can't be appended to, or made with its folders."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{flag} = {path}: is a folder. Name a file in it.")
+    if not path.exists():
+        check_folder(path.parent, flag)
+        _check_lengths(path, flag)
+    elif not os.access(path, os.W_OK):
+        raise InputError(f"{flag} = {path}: can't be written to. Name another.")
 
 
 def check_apart(output: str | Path, inputs: Iterable[str | Path], flag: str = "--output") -> None:
@@ -175,14 +206,15 @@ def check_apart(output: str | Path, inputs: Iterable[str | Path], flag: str = "-
 
     Raises:
       InputError: the output, or what it is called until it is complete, is one of the inputs, or it is there already in
-        a folder of data.
+        a folder of data; or its name is too long.
     """
     path = Path(output)
+    _check_lengths(path, flag)
     written = [each for each in (path, partial_path(path)) if each.is_file()]
     for entry in inputs:
         for read in map(Path, (entry, *glob.glob(str(entry), recursive=True))):
-            same = any(read.samefile(each) for each in written) if read.is_file() else False
-            if same or (read.is_dir() and path.is_file() and _is_data_of(read, path)):
+            same = any(read.samefile(each) for each in written) if os.path.isfile(read) else False
+            if same or (os.path.isdir(read) and path.is_file() and _is_data_of(read, path)):
                 raise InputError(f"{flag} = {output}: is read by this command, as {entry}. Name another file.")
 
 
@@ -192,12 +224,39 @@ def _is_data_of(folder: Path, file: Path) -> bool:
 
 
 def check_folder(path: str | Path, flag: str) -> None:
-    """Raises InputError where there can't be a folder: a file is in the way, or no one may write there."""
-    there = next(each for each in (Path(path).absolute(), *Path(path).absolute().parents) if each.exists())
+    """Raises InputError where there can't be a folder with files in it, before anything is written.
+
+    A file or a broken link is in the way, the name is too long, or nothing can be written there.
+    """
+    _check_lengths(Path(path), flag)
+    whole = Path(path).absolute()
+    there = next(each for each in (whole, *whole.parents) if os.path.lexists(each))
     if not there.is_dir():
-        raise InputError(f"{flag} = {path}: {there} is a file. Name a folder.")
-    if not os.access(there, os.W_OK):
-        raise InputError(f"{flag} = {path}: {there} can't be written to. Name another folder.")
+        what = "a file" if there.exists() else "a link that leads nowhere"
+        raise InputError(f"{flag} = {path}: {there} is {what}. Name a folder.")
+    _check_writable(there, path, flag)
+
+
+def _check_lengths(path: Path, flag: str) -> None:
+    """Raises InputError where a name, or the path with what is written below or beside it, is too long."""
+    whole = path.absolute()
+    longest = max(len(os.fsencode(name)) for name in whole.parts)
+    room = os.pathconf("/", "PC_NAME_MAX") - len(f".partial.json.{os.getpid()}.tmp")
+    if longest > room:
+        raise InputError(f"{flag} = {path}: has a name of {longest} bytes, and there is room for {room}. Shorten it.")
+    size, room = len(os.fsencode(whole)), os.pathconf("/", "PC_PATH_MAX") - _BELOW
+    if size > room:
+        raise InputError(f"{flag} = {path}: is {size} bytes long, and there is room for {room}. Shorten it.")
+
+
+def _check_writable(folder: Path, path: str | Path, flag: str) -> None:
+    """Raises InputError where nothing can be made in a folder: permissions don't tell all of it, as in /proc."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".understudy-", dir=folder))
+    except OSError as error:
+        raise InputError(
+            f"{flag} = {path}: {folder} can't be written to ({error.strerror}). Name another place."
+        ) from error
 
 
 def partial_path(path: Path) -> Path:

@@ -103,9 +103,8 @@ class Command:
             if flag.name in texts and flag.of and not any(values[other] for other in flag.of):
                 others = " and ".join(f"--{other}" for other in flag.of)
                 verb = "is" if len(flag.of) == 1 else "are"
-                raise InputError(
-                    f"--{flag.name} = {texts[flag.name]}: is of {others}, which {verb}n't given. Leave it out."
-                )
+                shown = f"--{flag.name}" if flag.switch else f"--{flag.name} = {texts[flag.name]}"
+                raise InputError(f"{shown}: is of {others}, which {verb}n't given. Leave it out.")
 
     def _pairs(self, argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         """(name, value) of each flag; the value is None where the flag is a switch, or none is given."""

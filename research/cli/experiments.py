@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from research.devices import startup
-from research.errors import InputError, check_field, explain_flag_error
+from research.errors import InputError, check_field, explain_flag_error, own_code
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 HELP = "an experiment, NAME or experiments/NAME.py[:VARIANT,...]; --config.FIELD=VALUE overrides a field of its config"
@@ -73,9 +73,11 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
     named = [flag for flag in argv if flag.partition("=")[0] == "--config"]
     if len(named) > 1:
         raise InputError(f"{' '.join(named)}: names {len(named)} experiments. Give one.")
+    path, _, variants = named[0].removeprefix("--config=").partition(":")
     ordered = named + [flag for flag in argv if flag not in named]  # config_flags wants the experiment first
     values = flags.FlagValues()
     try:
+        finish = getattr(_experiment_module(path), "finish", None)
         config_flags.DEFINE_config_file("config", None, HELP, flag_values=values, sys_argv=["", *ordered])
         with startup.quick_imports():
             rest = values(["understudy", *ordered])[1:]
@@ -87,10 +89,9 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
     if rest:
         raise InputError(f"{rest[0]}: is no flag. Flags have the form --name=value.")
     holder = values["config"]
-    path, _, variants = holder.config_filename.partition(":")
-    finish = getattr(load_module(path), "finish", None)
     if finish is not None:
-        _finish(finish, values.config, variants, holder.override_values)
+        with own_code(path):
+            _finish(finish, values.config, variants, holder.override_values)
     return Experiment(holder.config_filename, values.config, holder.override_values, tuple(argv))
 
 
@@ -109,11 +110,25 @@ def _finish(finish: Callable[..., None], config: Any, variants: str, overrides: 
         ) from error
 
 
+def _experiment_module(path: str) -> ModuleType:
+    module = load_module(path)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"--config={path}: it defines no get_config(), so it isn't an experiment.")
+    return module
+
+
 def load_module(path: str) -> ModuleType:
-    """The module of an experiment's file, as it is now: cached bytecode is told from a file by whole seconds."""
-    spec = importlib.util.spec_from_file_location("experiment", path)
-    module = importlib.util.module_from_spec(spec)
-    exec(compile(spec.loader.get_data(path), path, "exec"), module.__dict__)
+    """The module of an experiment's file, as it is now: cached bytecode is told from a file by whole seconds.
+
+    Raises:
+      InputError: the file can't be read, or isn't a program that Python can run.
+    """
+    with own_code(path):
+        spec = importlib.util.spec_from_file_location("experiment", path)
+        if spec is None:
+            raise InputError(f"--config={path}: is no Python file. Name one that ends in .py.")
+        module = importlib.util.module_from_spec(spec)
+        exec(compile(spec.loader.get_data(path), path, "exec"), module.__dict__)
     return module
 
 

@@ -120,6 +120,7 @@ TEMPLATE = Flag(
     metavar="NAME",
     parse=values.one_of("auto", "model", "chat", "plain"),
 )
+OVERWRITE = Flag("overwrite", "replace the output where it is there", False, of=("output",))
 SEED = Flag("seed", "of what is drawn by chance", 0, metavar="N", parse=values.seed)
 MESH = Flag("mesh", "as in data=4,tensor=2", {"data": -1}, "all devices share the batch", "AXES", values.mesh)
 BATCH_TOKENS = Flag(

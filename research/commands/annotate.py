@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from research import cli
+from research import cli, files
 from research.cli import Flag
 from research.errors import InputError
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _annotate(args: SimpleNamespace) -> None:
+    files.check_folder(args.output, "--output")
     from research import config  # late: jax and the models take 1 s, which --help and a wrong flag needn't wait for
 
     values = args.experiment.values

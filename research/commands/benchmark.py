@@ -22,7 +22,7 @@ import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from research import cli
+from research import cli, files
 from research.bench.names import PARTS, PEERS
 from research.cli import Flag
 from research.errors import InputError, did_you_mean
@@ -84,6 +84,10 @@ def _benchmark(args: SimpleNamespace) -> int:
             raise InputError(
                 f"--{name} = {args.texts[name]}: is of the part {part}, and --only leaves it out. Leave it out."
             )
+    if args.output:
+        files.check_appended(args.output)
+    if args.profile:
+        files.check_folder(args.profile, "--profile")
     if args.against:  # before jax begins: the peer needs room on the device too
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

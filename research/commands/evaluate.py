@@ -59,6 +59,7 @@ COMMAND = cli.Command(
             metavar="FILE.json",
             parse=cli.path,
         ),
+        cli.OVERWRITE,
         cli.TEMPLATE,
         cli.MESH,
         cli.BATCH_TOKENS,
@@ -79,8 +80,9 @@ def main(argv: Sequence[str]) -> int:
 def _evaluate(args: SimpleNamespace) -> None:
     if not args.task and not args.lm_eval:
         raise InputError("--task: is missing. Give --task=KIND:DATA, or --lm_eval=TASK.")
-    if args.output and (not args.output.endswith(".json") or not Path(args.output).parent.is_dir()):
-        raise InputError(f"--output = {args.output}: must be a .json in a folder that exists. Name another file.")
+    if args.output and not args.output.endswith(".json"):
+        raise InputError(f"--output = {args.output}: must be a .json. Name another file.")
+    outputs = (Path(args.output), Path(args.output).with_suffix(".samples.jsonl")) if args.output else ()
 
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     import jax
@@ -90,8 +92,10 @@ def _evaluate(args: SimpleNamespace) -> None:
     from research.evals import lm_eval_adapter, results, tasks
 
     data = [tasks.parse(spec)[2] for spec in args.task]
-    for output in (Path(args.output), Path(args.output).with_suffix(".samples.jsonl")) if args.output else ():
+    for output in outputs:
         files.check_apart(output, data)
+    for output in outputs:
+        files.check_output(output, overwrite=args.overwrite)
     if args.lm_eval:
         lm_eval_adapter.import_lm_eval()
     compilation.use_compilation_cache()
@@ -115,7 +119,7 @@ def _evaluate(args: SimpleNamespace) -> None:
         results.write(
             Path(args.output),
             args.model,
-            {name: getattr(args, name) for name in vars(args) if name != "given"},
+            {name: getattr(args, name) for name in vars(args) if name not in ("given", "overwrite")},
             measured,
         )
 

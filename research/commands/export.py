@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _export(args: SimpleNamespace) -> None:
-    files.check_output(args.output)
+    files.check_output(args.output, folder=True)
 
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     import jax

@@ -18,6 +18,7 @@ COMMAND = cli.Command(
     flags=(
         Flag("data", "completions, as understudy generate writes them", metavar="FILE", parse=cli.path, required=True),
         Flag("output", "where the records go, as JSON lines", metavar="FILE", parse=cli.path, required=True),
+        cli.OVERWRITE,
         Flag(
             "ended", "drop completions of N tokens, which were cut off there", 0, "keep them", "N", parse=cli.whole(1)
         ),
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _filter(args: SimpleNamespace) -> None:
-    files.check_output(args.output, overwrite=True)
+    files.check_output(args.output, overwrite=args.overwrite)
     from research.sources import selection  # late: numpy and the readers of records take 0.2 s
 
     line = selection.select(args.data, Path(args.output), ended=args.ended, verified=args.verified, keep=args.keep)

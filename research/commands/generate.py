@@ -59,6 +59,7 @@ COMMAND = cli.Command(
             metavar="FILE",
             parse=cli.path,
         ),
+        cli.OVERWRITE,
         Flag("system", "begin with this system message, where a prompt has none of its own"),
         cli.TEMPLATE,
         Flag(
@@ -235,4 +236,4 @@ def _check(args: SimpleNamespace) -> None:
     if args.interactive and args.output:
         raise InputError(f"--output = {args.output}: a conversation isn't written to a file. Leave it out.")
     if args.output:
-        files.check_output(args.output, overwrite=True)
+        files.check_output(args.output, overwrite=args.overwrite)

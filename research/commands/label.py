@@ -50,7 +50,7 @@ COMMAND = cli.Command(
         ),
         Flag("keep", "keep this share of each predicted class, the most confident ones", 1.0, "", "SHARE", cli.share),
         Flag("max_records", "label only the first N; 0 labels all", 0, metavar="N", parse=cli.whole(0)),
-        Flag("overwrite", "replace the output where it is there", False),
+        cli.OVERWRITE,
     ),
     examples=(
         "understudy label --model=runs/classifier --data=texts.jsonl --output=labelled.jsonl",

@@ -28,6 +28,7 @@ COMMAND = cli.Command(
             of=("search",),
         ),
         Flag("output", "also write the figures there, as JSON", "", metavar="FILE", parse=cli.path),
+        cli.OVERWRITE,
     ),
     examples=(
         "understudy plan --config=experiments/pretrain.py:debug --topology=cpu:4",
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _plan(args: SimpleNamespace) -> int:
     if args.output:
-        files.check_output(args.output, overwrite=True)
+        files.check_output(args.output, overwrite=args.overwrite)
     from research.planning import (
         plan,  # late: jax and the models take 1 s, which --help and a wrong flag needn't wait for
     )

@@ -6,7 +6,7 @@ Writes one PNG per metric and report.html, a page that needs no other file.
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from research import cli
+from research import cli, files
 from research.cli import Flag
 
 COMMAND = cli.Command(
@@ -29,6 +29,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _report(args: SimpleNamespace) -> None:
+    if args.output:
+        files.check_folder(args.output, "--output")
     from research.studies import report  # late: jax and matplotlib take 0.8 s, which a wrong flag needn't wait for
 
     print(report.write_report(args.workdir, args.output))

@@ -39,6 +39,7 @@ COMMAND = cli.Command(
             required=True,
         ),
         Flag("output", "where the records go, as JSON lines", metavar="FILE", parse=cli.path, required=True),
+        cli.OVERWRITE,
         Flag("per_token", "also write the log-probability of each scored token", False),
         Flag(
             "on_long",
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _score(args: SimpleNamespace) -> None:
-    files.check_output(args.output)
+    files.check_output(args.output, overwrite=args.overwrite)
 
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     from research import loading

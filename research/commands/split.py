@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from research import cli
+from research import cli, files
 from research.cli import Flag
 
 COMMAND = cli.Command(
@@ -24,6 +24,7 @@ COMMAND = cli.Command(
             parse=cli.paths,
         ),
         Flag("output", "the folder of the files; it may exist", metavar="DIR", parse=cli.path, required=True),
+        Flag("overwrite", "replace files of these names that are there", False),
         Flag("parts", "the files, and how many records each gets", metavar="NAME:COUNT,...", required=True),
         Flag("fields", 'columns of other names: \'{"text": "headline"}\'', {}, "none", "JSON", cli.names_by_name),
         Flag("seed", "of which record goes where, and of generated records", 0, metavar="N", parse=cli.seed),
@@ -47,7 +48,8 @@ def _split(args: SimpleNamespace) -> None:
     from research.sources import partition  # late: numpy and the readers of records take 0.2 s
 
     parts = cli.value("parts", args.parts, partition.read_parts)
-    partition.check_parts(parts, Path(args.output), args.data)
+    files.check_folder(args.output, "--output")
+    partition.check_parts(parts, Path(args.output), args.data, overwrite=args.overwrite)
     distinct = partition.read_distinct(args.data, args.fields, examples=args.examples, seed=args.seed)
     for path, count in partition.write_parts(distinct, parts, Path(args.output), args.seed).items():
         print(f"{count:,} records: {path}", file=sys.stderr)

@@ -75,8 +75,7 @@ def _study(args: SimpleNamespace) -> int | None:
                 f"--{name}: is of a study whose stages run here one after the other, and not of --{other}."
             )
 
-    if args.workdir:
-        files.check_folder(args.workdir, "--workdir")
+    files.check_folder(args.workdir or "runs", "--workdir")
 
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     from research.run import run

@@ -12,7 +12,7 @@ def sweep(add):
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from research import cli
+from research import cli, files
 from research.cli import Flag
 
 COMMAND = cli.Command(
@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _sweep(args: SimpleNamespace) -> int:
+    files.check_folder(args.workdir, "--workdir")
     from research.studies import sweep  # late: jax and the models take 1 s, which a wrong flag needn't wait for
 
     return sweep.sweep(

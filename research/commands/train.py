@@ -41,8 +41,7 @@ def _train(args: SimpleNamespace, argv: Sequence[str]) -> int:
         from research.devices import distributed
         from research.run import run
 
-    if args.workdir:
-        files.check_folder(args.workdir, "--workdir")
+    files.check_folder(args.workdir or "runs", "--workdir")
     try:
         distributed.start(args.coordinator, args.num_processes, args.process_id)
     except distributed.Unreachable as error:

@@ -59,10 +59,13 @@ def read_distinct(entries: Sequence[str], fields: Mapping[str, str], *, examples
     return list(distinct.values())
 
 
-def check_parts(parts: Parts, folder: Path, data: Sequence[str]) -> None:
-    """Raises InputError where a file that `write_parts` writes is one of the data."""
+def check_parts(parts: Parts, folder: Path, data: Sequence[str], *, overwrite: bool) -> None:
+    """Raises InputError where a file that `write_parts` writes is one of the data, or is there already."""
     for name in parts:
-        files.check_apart(folder / f"{name}.jsonl", data)
+        path = folder / f"{name}.jsonl"
+        files.check_apart(path, data)
+        if folder.is_dir():
+            files.check_output(path, overwrite=overwrite)
 
 
 def write_parts(distinct: Sequence[Mapping[str, Any]], parts: Parts, folder: Path, seed: int) -> dict[Path, int]:

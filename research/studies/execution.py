@@ -152,8 +152,12 @@ def _call(stage: Stage) -> int:
     module = importlib.import_module(path)
     if not hasattr(module, "main"):
         raise InputError(f"{path}: has no main(argv) to call.")
+    argv = stage_arguments(stage)
+    flags = {flag.name for flag in getattr(getattr(module, "COMMAND", None), "flags", ())}
+    if "overwrite" in flags and "--overwrite" not in argv:
+        argv.append("--overwrite")  # what lies in the stage's folder is of an earlier try
     try:
-        return module.main(stage_arguments(stage)) or 0
+        return module.main(argv) or 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 

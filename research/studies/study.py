@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from research import cli, files
-from research.errors import InputError, did_you_mean
+from research.errors import InputError, did_you_mean, own_code
 from research.run import run
 from research.studies import stages
 from research.studies.execution import FAILED, StageFailed
@@ -139,7 +139,8 @@ def plan(named: str, config: ConfigDict, workdir: str, overrides: Mapping[str, A
         os.path.dirname(os.path.normpath(workdir)), "store"
     )
     add = Plan(store)
-    report = module.study(config, add)
+    with own_code(path):
+        report = module.study(config, add)
     if not add.stages:
         raise InputError(f"{path}: its study(config, add) adds no stage.")
     command = ["python", "-m", "research", "study", f"--config={named}", f"--workdir={workdir}"]

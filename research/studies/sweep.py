@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from research import cli, files
-from research.errors import InputError, did_you_mean
+from research.errors import InputError, did_you_mean, own_code
 from research.run import run
 from research.studies import stages
 from research.studies.execution import FAILED, STOPPED
@@ -79,7 +79,8 @@ def plan(config: str, common: Mapping[str, str], workdir: str) -> list[Entry]:
     def add(overrides: Mapping[str, Any], name: str | None = None) -> None:
         additions.append(({field: flag_value(field, value) for field, value in overrides.items()}, name))
 
-    module.sweep(add)
+    with own_code(path):
+        module.sweep(add)
     if not additions:
         raise InputError(f"{path}: its sweep(add) adds no run. {_HOW_TO}")
     for field in {**common, **{field: None for overrides, _ in additions for field in overrides}}:
@@ -234,8 +235,6 @@ def _load(path: str) -> ModuleType:
         hint = did_you_mean(path, [name for name in there if name.endswith(".py")])
         raise InputError(f"--config={path}: there is no such file.{hint}")
     module = cli.load_module(path)
-    if not hasattr(module, "get_config"):
-        raise InputError(f"--config={path}: it defines no get_config(), so it isn't an experiment.")
     if not hasattr(module, "sweep"):
         raise InputError(f"--config={path}: it defines no sweep(add). {_HOW_TO}")
     return module

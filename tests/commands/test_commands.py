@@ -339,6 +339,52 @@ def test_an_experiment_is_read_as_it_is_now(tmp_path, monkeypatch):
 
 
 SFT = "--config=experiments/sft.py:debug"
+# Files of a user's own that Python can't run, or not to the end -> the one line that is said of it.
+OWN_CODE = {
+    "def get_config(:\n    return 1\n": ":1: SyntaxError: invalid syntax: def get_config(:",
+    "x = 1\n\tif x:\n": ":2: IndentationError: unexpected indent: if x:",
+    "import json\nraise json.nothing\n": ":2: AttributeError: module 'json' has no attribute 'nothing'",
+    "import nosuchthing\n": ":1: ModuleNotFoundError: No module named 'nosuchthing'",
+    "x = 1\0": ": SyntaxError: source code string cannot contain null bytes",
+    "def f():\n    return {}['k']\ndef get_config(arg=''):\n    return f()\n": ":2: KeyError: 'k'",
+    "def get_config(arg=''):\n    raise ValueError('a\\nb')\n": ":2: ValueError: a b",
+    "def get_config(arg=''):\n    return open('/nowhere')\n": ":2: FileNotFoundError: [Errno 2] No such file",
+    "from experiments import base\ndef get_config(arg=''):\n    c = base.get_config()\n    c.stepz = 1\n": (
+        ':4: AttributeError: \'Key "stepz" does not exist and cannot be added since the config is locked. Did you mean '
+        '"steps" instead of "stepz"?'
+    ),
+    "from experiments.sft import *\ndef finish(config, variants, overrides):\n    1 / 0\n": (
+        ":3: ZeroDivisionError: division by zero"
+    ),
+    "": "x.py: it defines no get_config()",
+}
+
+
+@pytest.mark.parametrize("source", OWN_CODE)
+def test_faults_of_an_experiments_own_code_are_one_line(source, tmp_path, run):
+    (tmp_path / "x.py").write_text(source)
+    for command in (["train", f"--workdir={tmp_path / 'run'}"], ["sweep", f"--workdir={tmp_path / 'runs'}"]):
+        status, _, err = run(command[0], f"--config={tmp_path / 'x.py'}", *command[1:])
+        assert (status, err.count("\n")) == (2, 1), err
+        assert OWN_CODE[source] in err, err
+    assert {path.name for path in tmp_path.iterdir()} <= {"x.py", "__pycache__"}
+
+
+def test_faults_of_a_sweep_or_a_study_and_of_a_call_are_one_line(tmp_path, run):
+    (tmp_path / "x.py").write_text("from experiments.sft import *\ndef sweep(add):\n    add(1 / 0)\n")
+    assert "x.py:3: ZeroDivisionError" in run("sweep", f"--config={tmp_path / 'x.py'}", f"--workdir={tmp_path}/r")[2]
+    text = "from experiments import base\ndef get_config(arg=''):\n    c = base.get_config()\n"
+    text += "    with c.unlocked():\n        c.study = {}\n    return c\n"
+    text += "def study(config, add):\n    raise OSError('no')\n"
+    (tmp_path / "y.py").write_text(text)
+    assert "y.py:8: OSError: no" in run("study", f"--config={tmp_path / 'y.py'}", f"--workdir={tmp_path}/r")[2]
+    (tmp_path / "z.py").write_text("def get_config():\n    return 1\n")
+    status, _, err = run("train", f"--config={tmp_path / 'z.py'}:debug")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "z.py:debug: TypeError: get_config() takes 0 positional arguments but 1 was given" in err
+    assert "is a folder. Name a file in it" in run("train", f"--config={tmp_path}")[2]
+
+
 # Overrides of the config that can't be -> what their error says.
 ODD_OVERRIDES = {
     "--config.rules.embed=tensor": "rules has no 'embed' yet. It is a mapping, which takes a new name when it is",
@@ -533,6 +579,33 @@ MISTAKES = {
     "plan --config=FILE --topology=cpu:1 --output=FILE": "get_config() gives no ConfigDict",
     "train --config=experiments/sft.py:debug --workdir=": "--workdir: is empty. Write --workdir=DIR",
     "report --workdir=": "--workdir: is empty",
+    "train --config=experiments/sft.py:debug --workdir=/proc/x": "/proc can't be written to (",
+    "train --config=experiments/sft.py:debug --workdir=FOLDER/LONG": "has a name of 250 bytes",
+    "train --config=experiments/sft.py:debug --workdir=FOLDER/DEEP": "bytes long, and there is room for 3840",
+    "train --config=experiments/sft.py:debug --workdir=FOLDER/link": "is a link that leads nowhere. Name a folder",
+    "study --config=experiments/weak_to_strong.py:debug --workdir=/proc/x": "/proc can't be written to (",
+    "sweep --config=experiments/sft.py:debug --workdir=/proc/x": "/proc can't be written to (",
+    "generate --model=m --prompt=a --output=/proc/x": "--output = /proc/x: /proc can't be written to (",
+    "generate --model=m --prompt=a --output=/dev/null --overwrite": "is no file, but a device or a pipe",
+    "generate --model=m --prompt=a --output=FOLDER/LONG": "has a name of 250 bytes",
+    "score --model=m --data=DATA --output=/proc/x": "/proc can't be written to (",
+    "label --model=m --words=a,b --data=DATA --output=/proc/x": "/proc can't be written to (",
+    "filter --data=DATA --output=/proc/x": "/proc can't be written to (",
+    "export --model=m --output=/proc/x": "/proc can't be written to (",
+    "evaluate --model=m --task=perplexity:DATA --output=/proc/x.json": "/proc can't be written to (",
+    "split --data=DATA --output=/proc/x --parts=a:1,b": "/proc can't be written to (",
+    "split --data=DATA --output=FOLDER/FILE --parts=a:1,b": "is a file. Name a folder",
+    "annotate --config=experiments/sft.py:debug --teacher=m --output=/proc/x": "/proc can't be written to (",
+    "plan --config=experiments/sft.py:debug --topology=cpu:1 --output=/proc/x": "/proc can't be written to (",
+    "benchmark --config=experiments/sft.py:debug --output=/proc/x/y": "/proc can't be written to (",
+    "benchmark --config=experiments/sft.py:debug --output=FOLDER": "is a folder. Name a file in it",
+    "benchmark --config=experiments/sft.py:debug --profile=/proc/x": "/proc can't be written to (",
+    "report --workdir=FOLDER --output=/proc/x": "/proc can't be written to (",
+    "generate --model=m --prompt=a --output=FILE": "is there already. Give --overwrite to replace it",
+    "filter --data=DATA --output=FILE": "is there already. Give --overwrite to replace it",
+    "score --model=m --data=DATA --output=FILE": "is there already. Give --overwrite to replace it",
+    "plan --config=experiments/sft.py:debug --topology=cpu:1 --output=FILE": "is there already. Give --overwrite",
+    "generate --model=m --prompt=a --overwrite": "--overwrite: is of --output",
     "generate --model=m --prompt=a --batch_size=16": "--batch_size = 16: is of --data",
     "generate --model=m --fill=a --batch_size=16": "--batch_size = 16: is of --data",
     "generate --model=m --data=DATA --output=DATA": "is read by this command",
@@ -558,14 +631,16 @@ MISTAKES = {
 def test_mistaken_command_lines_are_one_line(line, tmp_path, run):
     (tmp_path / "x.jsonl").write_text(TEXTS)
     (tmp_path / "file.py").write_text("def get_config():\n    return 3\n")
-    paths = {"DATA": tmp_path / "x.jsonl", "FILE": tmp_path / "file.py", "FOLDER": tmp_path}
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    paths = {"DATA": tmp_path / "x.jsonl", "FOLDER/FILE": tmp_path / "file.py", "FILE": tmp_path / "file.py"}
+    paths |= {"FOLDER": tmp_path, "LONG": "x" * 250, "DEEP": "/".join(["x" * 100] * 40)}
     argv = line.split()
     for name, path in paths.items():
         argv = [word.replace(name, str(path)) for word in argv]
     status, out, err = run(*argv)
     assert (status, out) == (2, "")
     assert MISTAKES[line] in err
-    assert {path.name for path in tmp_path.iterdir()} <= {"x.jsonl", "file.py", "__pycache__"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"x.jsonl", "file.py", "link", "__pycache__"}
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_several_tasks_in_a_table_and_in_files(run, data):
     assert f"answer exact_match 0.0000 0.0000 0.0000 to {high:.4f} 4".split() in rows
     assert high == pytest.approx(0.4899, abs=1e-4)
 
-    status, _, _ = run(*tasks[:1], "--max_records=2", f"--output={output}")
+    status, _, _ = run(*tasks[:1], "--max_records=2", f"--output={output}", "--overwrite")
     assert (status, json.loads(output.read_text())["results"]["choice"]["records"]) == (0, 2)
 
 
@@ -115,7 +115,7 @@ def test_which_metrics_are_shares():
         (["--task=choise:x.jsonl"], "task choise:x.jsonl: there is no kind 'choise'. Did you mean 'choice'?"),
         (["--task=choice:none.jsonl"], "task choice:none.jsonl: there is no 'none.jsonl'"),
         (["--task=choice:x.jsonl", "--max_records=-1"], "--max_records = -1: must be a whole number, at least 0"),
-        (["--task=choice:x.jsonl", "--output=no/x.json"], "--output = no/x.json: must be a .json in a folder"),
+        (["--task=choice:x.jsonl", "--output=no/x.json"], "--output = no/x.json: there is no folder"),
         (["--task=choice:x.jsonl", "--output=x.txt"], "--output = x.txt: must be a .json"),
         (["--task=choice:x.jsonl", "--mesh=data=3"], "mesh: data=3"),
     ],

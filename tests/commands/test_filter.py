@@ -13,7 +13,9 @@ def completion(prompt, text, logprob=-1.0, tokens=2, **more):
 
 def run(tmp_path, records, *flags):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    status = filter_.main([f"--data={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}", *flags])
+    status = filter_.main(
+        [f"--data={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}", "--overwrite", *flags]
+    )
     if status:
         return status
     return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -19,7 +19,7 @@ def read(path):
 
 def run(tmp_path, parts, *more, data=None):
     data = data or tmp_path / "x.jsonl"
-    return split.main([f"--data={data}", f"--output={tmp_path / 'out'}", f"--parts={parts}", *more])
+    return split.main([f"--data={data}", f"--output={tmp_path / 'out'}", f"--parts={parts}", "--overwrite", *more])
 
 
 def test_every_record_is_in_one_part_by_chance(tmp_path):
@@ -71,3 +71,15 @@ def test_a_faulty_line_is_named(tmp_path, capsys):
     assert "x.jsonl:2" in capsys.readouterr().err
     assert run(tmp_path, "a:1", data=tmp_path / "none.jsonl") == 2
     assert "--data" in capsys.readouterr().err
+
+
+def test_what_is_there_is_replaced_only_where_that_is_asked_for(tmp_path, capsys):
+    write(tmp_path, [{"text": "a"}, {"text": "b"}])
+    (tmp_path / "b.jsonl").write_text("mine")
+    argv = [f"--data={tmp_path / 'x.jsonl'}", f"--output={tmp_path}", "--parts=a:1,b"]
+    assert split.main(argv) == 2
+    assert "b.jsonl: is there already. Give --overwrite to replace it" in capsys.readouterr().err
+    assert not (tmp_path / "a.jsonl").exists()
+    assert (tmp_path / "b.jsonl").read_text() == "mine"
+    assert split.main([*argv, "--overwrite"]) == 0
+    assert len(read(tmp_path / "b.jsonl")) == 1
