@@ -2,13 +2,15 @@
 
     understudy benchmark --config=experiments/benchmark.py:small
     understudy benchmark --config=experiments/benchmark.py:small --only=train,decode --against=hf
+    understudy benchmark --config=experiments/benchmark.py:small,lora --only=train --against=peft,peft_compile
     understudy benchmark --config=experiments/benchmark.py:smol --only=train --config.batch_size=8
     understudy benchmark --config=experiments/benchmark.py:1b --only=train,decode --decode_batch=64 --steps=20
     python -m research.main --config=experiments/benchmark.py:small
 
 `small` (the default): Llama-shaped, 6.82 M parameters, 8 x 256 tokens. `smol`: the shape of SmolLM2-135M (V 49152,
 tied; arXiv:2502.02737), 2 x 256 tokens. `1b`: a Llama of 1.24 B parameters (the shape of Llama 3.2 1B), 8 x 4096 tokens
-for one GPU of 80 GB. AdamW, gradients clipped at 1.0; no evaluation.
+for one GPU of 80 GB. AdamW, gradients clipped at 1.0; no evaluation. `lora` trains LoRA of rank 16 on all linear maps
+of one of them, `int8` and `nf4` the same beside a base that is held so (QLoRA).
 
 Cost: `small`, all parts, a few minutes on 2 CPU cores. On one GPU the line with `1b` is meant to take less than eight
 minutes; the other parts write its 15 GB of training state several times.
@@ -25,8 +27,11 @@ SHAPES = {
 }
 
 
+QUANTIZED = ("int8", "nf4")
+
+
 def get_config(arg: str = ""):
-    chosen = base.variants(arg, *SHAPES)
+    chosen = base.variants(arg, *SHAPES, "lora", *QUANTIZED)
     size = next((name for name in SHAPES if name in chosen), "small")
     config = base.get_config()
     config.steps = 200
@@ -43,6 +48,10 @@ def get_config(arg: str = ""):
     config.optimizer.update(name="adamw", learning_rate=1e-3, warmup_steps=20, weight_decay=0.1, clip_norm=1.0)
     config.eval.update(every=0)
     config.checkpoint.update(every=0, keep_last=1)
+    if chosen & {"lora", *QUANTIZED}:
+        config.adapter = {"kind": "lora", "rank": 16}
+    for kind in chosen & set(QUANTIZED):
+        config.frozen_dtype = kind
     if "debug" in chosen:
         config.model.vocab_size = 0
         return base.debug(config)

@@ -13,7 +13,6 @@ import numpy as np
 from research import objectives, params
 from research.bench import measure
 from research.config import Config, RoleSection
-from research.models import transformer
 from research.planning.abstract import Described
 from research.pretrained import save
 from research.sources import fields
@@ -81,12 +80,6 @@ def with_objective(config: Config, name: str) -> Config:
         model = dataclasses.replace(model, num_labels=config.data.num_classes or len(config.data.labels) or 2)
     quiet = dataclasses.replace(config.eval, generate=0)  # nothing is evaluated, and a classifier can't answer
     return dataclasses.replace(config, objective=spec, roles=roles, model=model, eval=quiet)
-
-
-def model_flops(models: Mapping[str, transformer.Model], tokens: int, length: int) -> float:
-    """Of a step, by transformer.flops_per_token; a frozen model's forward pass is a third of a training step's."""
-    each = {role: transformer.flops_per_token(model.config, length) for role, model in models.items()}
-    return tokens * sum(flops if role == "policy" else flops / 3 for role, flops in each.items())
 
 
 def write_model(folder: str, model: Any, values: Any) -> int:

@@ -71,7 +71,7 @@ def _describe(bench: Bench, step: prepared.Prepared, times: Mapping[str, float],
     """What our own step took."""
     config = bench.config
     tokens = config.batch_size * config.seq_len
-    flops = prepared.model_flops(step.parts.models, tokens, config.seq_len)
+    flops = tokens * sum(each.total for each in step.parts.roles.flops(config.seq_len).values())
     return {
         "seconds": times,
         "tokens_per_second": tokens / times["median"],

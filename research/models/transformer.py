@@ -292,23 +292,3 @@ def unembed(c: ModelConfig, rules: Rules, params: Params) -> Head:
         bias = added_rows.put(c, bias, params["head_bias_added"], axis=0)
     added = params["embed_added" if tied else "head_added"]
     return Head(kernel, bias, c.logit_softcap, tied, rules, added, c.added_from)
-
-
-def flops_per_token(c: ModelConfig, length: int) -> float:
-    """Model FLOPs of one training token (forward and backward) in sequences of `length` tokens.
-
-    6 per matmul weight, the head included and the embedding look-up not, plus causal attention's 6 L H h T
-    (PaLM, arXiv:2204.02311, appendix B, halved for the causal mask), windows counted at their size.
-    """
-    layers = jax.tree.leaves(make_specs(c)["layers"], is_leaf=params_lib.is_spec)
-    share = c.experts_per_token / max(c.num_experts, 1)
-    of_experts = [s.axes[:2] == ("layers", "experts") for s in layers]
-    weights = sum(
-        params_lib.count([s]) * (share if expert else 1.0)
-        for s, expert in zip(layers, of_experts, strict=True)
-        if s.contracts
-    )
-    weights += c.d_model * (c.num_labels or c.vocab_size) + c.d_model**2 * c.head_transform
-    windows = [min(c.sliding_window[i % len(c.sliding_window)] or length, length) for i in range(c.num_layers)]
-    context = sum(w * (1 - w / (2 * length)) if c.causal else float(w) for w in windows)  # keys that a query sees
-    return 6.0 * weights + 12.0 * c.num_heads * c.dim_per_head * context

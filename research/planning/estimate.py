@@ -8,12 +8,48 @@ from typing import Any
 
 import jax
 
+from research import config as config_lib
 from research import params
 from research.config import Config, ModelSection
+from research.devices import sharding
 from research.models import transformer
 from research.planning import abstract, hlo
+from research.planning.abstract import Described
 from research.planning.hlo import Collective
 from research.planning.topology import Topology
+from research.run import assemble
+from research.run.assemble import Parts
+from research.run.roles import make_roles
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """What a policy of which a part is trained holds, and what it would hold if all of it were. Bytes of one chip.
+
+    Attributes:
+      parameters: how many are trained.
+      base: what isn't trained.
+      trained: an adapter's parameters, or whichever are trained.
+      gradients: of these; a part of the temporary bytes.
+      optimizer: its state.
+      full: kind -> bytes of full fine-tuning in float32: trained, gradients, optimizer.
+    """
+
+    parameters: int
+    base: int
+    trained: int
+    gradients: int
+    optimizer: int
+    full: Mapping[str, int]
+
+    @property
+    def used(self) -> int:
+        return self.base + self.trained + self.gradients + self.optimizer
+
+    @property
+    def saved(self) -> int:
+        """Bytes fewer than of full fine-tuning."""
+        return sum(self.full.values()) - self.used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +61,11 @@ class Plan:
       parameters: of the roles that are trained, in part or all.
       frozen_parameters: of the others; a role counts what is its own.
       bytes_of: kind -> bytes: parameters, optimizer, frozen, batch, temporary (activations and gradients), code.
+      policy: of a policy that isn't trained whole, bytes by kind: see `Adapted`; None of one that is.
       memory: bytes that the chip has.
       compiler: what it says of a program that doesn't fit; "" of one that does.
       tokens: of a step.
-      model_flops: of a step, by transformer.flops_per_token.
+      model_flops: of a step, by models.flops.
       collectives: of a step.
       seconds: "compute" (model FLOPs and what rematerialisation repeats, at the peak), "memory" (each chip's state and
         temporary bytes read and written once) and "network" (bytes of collectives over all links): a step takes at
@@ -40,6 +77,7 @@ class Plan:
     parameters: int
     frozen_parameters: int
     bytes_of: Mapping[str, int]
+    policy: "Adapted | None"
     memory: float
     compiler: str
     tokens: int
@@ -74,11 +112,13 @@ def make(config: Config, topology: Topology) -> Plan:
       InputError: the config can't work there, whatever the memory.
     """
     described = abstract.describe(config, topology.devices)
-    described = dataclasses.replace(described, config=_with_dtypes(described.config, topology))
+    described = dataclasses.replace(described, config=with_dtypes(described.config, topology))
     parts, config = described.assemble(), described.config
     compiled, compiler, compile_seconds = _compile(parts, described.mesh)
     tokens = config.batch_size * config.seq_len
-    flops, repeated = _flops(parts.models, tokens, config.seq_len)
+    flops = parts.roles.flops(config.seq_len)
+    repeated = flops["policy"].forward if parts.models["policy"].config.remat == "full" else 0.0
+    model_flops = tokens * sum(each.total for each in flops.values())
     bytes_of = {
         "parameters": _bytes(parts.state.params),
         "optimizer": _bytes([parts.state.opt_state, parts.state.ema, parts.state.carry]),
@@ -98,13 +138,14 @@ def make(config: Config, topology: Topology) -> Plan:
         parameters=trained,
         frozen_parameters=sum(counts.values()) - trained,
         bytes_of=bytes_of,
+        policy=adapted(described, parts) if "policy" in parts.roles.divided else None,
         memory=topology.chip.memory,
         compiler=compiler,
         tokens=tokens,
-        model_flops=flops,
+        model_flops=model_flops,
         collectives=collectives,
         seconds={
-            "compute": (flops + repeated) / (topology.count * topology.chip.flops),
+            "compute": (model_flops + tokens * repeated) / (topology.count * topology.chip.flops),
             "memory": moved / topology.chip.memory_bandwidth,
             "network": sum(each.bytes for each in collectives) / topology.chip.link_bandwidth,
         },
@@ -112,7 +153,7 @@ def make(config: Config, topology: Topology) -> Plan:
     )
 
 
-def _with_dtypes(config: Config, topology: Topology) -> Config:
+def with_dtypes(config: Config, topology: Topology) -> Config:
     """The config with the compute dtype that "auto" means there; this process's platform is another."""
     auto = "float32" if topology.kind == "cpu" else "bfloat16"
     roles = {role: _with_dtype(section, auto) for role, section in config.roles.items()}
@@ -137,15 +178,27 @@ def _compile(parts: Any, mesh: jax.sharding.Mesh) -> tuple[Any, str, float]:
     return compiled, compiler, time.perf_counter() - began
 
 
-def _flops(models: Mapping[str, transformer.Model], tokens: int, length: int) -> tuple[float, float]:
-    """(model FLOPs of a step, those that rematerialisation repeats).
-
-    A frozen model's forward pass is a third of a training step's; rematerialisation of all repeats the policy's.
-    """
-    flops = {role: tokens * transformer.flops_per_token(model.config, length) for role, model in models.items()}
-    policy = flops.pop("policy")
-    repeated = policy / 3 if models["policy"].config.remat == "full" else 0.0
-    return policy + sum(flops.values()) / 3, repeated
+def adapted(described: Described, parts: Parts) -> Adapted:
+    """Bytes of the policy by kind, and of full fine-tuning of the same model with the same optimizer."""
+    config, rules = described.config, sharding.make_rules(described.config.rules)
+    optimizer = dataclasses.replace(config.optimizer, groups={})  # which may name parameters of an adapter
+    full = dataclasses.replace(config, adapter={}, trainable="", roles={}, optimizer=optimizer)
+    model = transformer.make_model(config_lib.model_config(full, described.vocab_size), rules)
+    roles = make_roles(full, {"policy"}, {"policy": model}, {})
+    trained = params.abstract(roles.trained, params.shardings(roles.trained, described.mesh, rules))
+    own = parts.state.params["policy"]
+    return Adapted(
+        parameters=params.count(parts.roles.trained["policy"]),
+        base=_bytes(parts.frozen["policy"]),
+        trained=_bytes(own),
+        gradients=_bytes(own),
+        optimizer=_bytes(parts.state.opt_state),
+        full={
+            "trained": _bytes(trained),
+            "gradients": _bytes(trained),
+            "optimizer": _bytes(assemble.abstract_moments(full, roles, trained, described.mesh)),
+        },
+    )
 
 
 def _bytes(tree: Any) -> int:

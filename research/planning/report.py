@@ -7,7 +7,7 @@ from typing import Any
 
 from research.config import Config
 from research.devices.chips import GIB
-from research.planning.estimate import Plan
+from research.planning.estimate import Adapted, Plan
 from research.planning.topology import Topology
 
 
@@ -21,6 +21,7 @@ def describe(config: Config, topology: Topology, plan: Plan) -> str:
         f"; remat {config.model.remat}, {config.microbatches} microbatches",
         f"step        {plan.tokens:,} tokens, {plan.model_flops:.3g} model FLOPs",
         *_memory(config, topology, plan),
+        *_adapted(config, plan.policy),
         *(
             f"network     {each.kind}: {each.calls:,} calls, {each.bytes / GIB:.2f} GiB a chip"
             for each in plan.collectives
@@ -66,6 +67,27 @@ def _memory(config: Config, topology: Topology, plan: Plan) -> Iterator[str]:
         yield f"memory      {plan.used / GIB:.2f} of {memory:.1f} GiB a chip: {verdict}. {kinds}".rstrip()
     if not plan.fits:
         yield f"            {_advice(config, topology, plan)}"
+
+
+def _adapted(config: Config, policy: Adapted | None) -> Iterator[str]:
+    """What the policy holds by kind, where not all of it is trained, and what that saves beside full fine-tuning."""
+    if policy is None:
+        return
+    held = "" if config.frozen_dtype == "auto" else f" in {config.frozen_dtype}"
+    full = sum(policy.full.values())
+    yield (
+        f"policy      base{held} {_size(policy.base)}, {config.adapter.get('kind', 'trained')} {_size(policy.trained)} "
+        f"({policy.parameters:,} parameters), gradients {_size(policy.gradients)}, optimizer {_size(policy.optimizer)}"
+    )
+    kinds = ", ".join(f"{kind} {_size(size)}" for kind, size in policy.full.items())
+    yield (
+        f"            {_size(policy.used)} of {_size(full)} that full fine-tuning has ({kinds}): "
+        f"{_size(policy.saved)} saved, {policy.saved / full:.0%}"
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.3g} MiB"
 
 
 def _time(config: Config, topology: Topology, plan: Plan) -> Iterator[str]:

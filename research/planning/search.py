@@ -4,13 +4,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+import jax
+
 from research import config as config_lib
 from research import params
 from research.config import Config
 from research.errors import InputError
-from research.models import transformer
-from research.models.specs import make_specs
-from research.planning import estimate
+from research.planning import abstract, estimate
 from research.planning.estimate import Plan
 from research.planning.topology import Topology
 
@@ -47,11 +47,11 @@ def search(
     Raises:
       InputError: no setting fits.
     """
-    guesses = []
+    guesses, work = [], _Work.of(config, topology)
     for candidate in _candidates(config, topology):
         try:
             config_lib.check(candidate, num_devices=len(topology.devices))
-            guesses.append((_guess(candidate, topology), candidate))
+            guesses.append((_guess(candidate, topology, work), candidate))
         except InputError:
             continue
     guesses.sort(key=lambda pair: pair[0])
@@ -77,6 +77,37 @@ def search(
     return [attempt for attempt in attempts if attempt is not best_attempt] + [best_attempt]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What every setting of a search has to hold and to compute.
+
+    Attributes:
+      trained, frozen: bytes of what is trained, with its gradients and two moments in float32, and of what isn't.
+      weights: parameters of the policy.
+      forward, total: model FLOPs of a token: of the policy's forward pass, and in all.
+    """
+
+    trained: float
+    frozen: float
+    weights: int
+    forward: float
+    total: float
+
+    @classmethod
+    def of(cls, config: Config, topology: Topology) -> "_Work":
+        config = estimate.with_dtypes(dataclasses.replace(config, mesh=config_lib.MeshConfig()), topology)
+        roles = abstract.describe(config, topology.devices[:1]).assemble().roles
+        flops = roles.flops(config.seq_len)
+        held = jax.tree.leaves(roles.frozen, is_leaf=params.is_spec)
+        return cls(
+            trained=16.0 * params.count(roles.trained),
+            frozen=float(sum(math.prod(spec.shape) * jax.numpy.dtype(spec.dtype).itemsize for spec in held)),
+            weights=params.count(roles.models["policy"].specs),
+            forward=flops["policy"].forward,
+            total=sum(each.total for each in flops.values()),
+        )
+
+
 def _candidates(config: Config, topology: Topology) -> Iterator[Config]:
     for mesh in _meshes(config, topology):
         for remat in ("none", "attention", "dots", "full"):
@@ -96,7 +127,7 @@ def _meshes(config: Config, topology: Topology) -> Iterator[config_lib.MeshConfi
                 yield dataclasses.replace(config.mesh, data=-1, fsdp=fsdp, sequence=sequence, tensor=tensor)
 
 
-def _guess(config: Config, topology: Topology) -> Guess:
+def _guess(config: Config, topology: Topology, work: _Work) -> Guess:
     """Works a setting out by hand.
 
     Activations kept of a layer and token, in units of d_model: 1 of its input with remat "full", 2 with "attention",
@@ -105,16 +136,16 @@ def _guess(config: Config, topology: Topology) -> Guess:
     activations a layer, in either pass.
     """
     model = config_lib.model_config(config, config.model.vocab_size or 32_000, "tpu")
-    size, chip, n = params.count(make_specs(model)), topology.chip, topology.count
+    size, chip, n = work.weights, topology.chip, topology.count
     tensor, sequence = config.mesh.tensor, config.mesh.sequence
     tokens = config.batch_size * config.seq_len
     local = tokens / (n / tensor) / config.microbatches  # of a device, at once; time is cut like the batch
     dense = 5 + 2 * model.d_ff * max(1, model.experts_per_token * bool(model.num_experts)) / model.d_model
     kept = {"full": 1, "attention": 2, "dots": dense / tensor, "none": 2.5 * dense / tensor}[model.remat]
     activations = local * model.d_model * 2 * model.num_layers * kept
-    state = 16 * size / n  # parameters, two moments and gradients, float32
-    repeated = {"full": 1 / 3, "attention": 0.3, "dots": 0.05, "none": 0.0}[model.remat]
-    flops = tokens * transformer.flops_per_token(model, config.seq_len) * (1 + repeated)
+    state = (work.trained + work.frozen) / n
+    repeated = {"full": 1.0, "attention": 0.9, "dots": 0.15, "none": 0.0}[model.remat]  # of the policy's forward pass
+    flops = tokens * (work.total + work.forward * repeated)
     gathered = config.microbatches * 2 * 2 * size / tensor + 4 * size / tensor
     reduced = 8 * (tokens / (n / tensor)) * model.d_model * 2 * model.num_layers * (tensor > 1)
     around = 4 * local * config.microbatches * sequence * 2 * model.num_kv_heads * model.dim_per_head * model.num_layers

@@ -174,6 +174,14 @@ def _make_optimizer(config: Config, roles: roles_lib.Roles) -> optax.GradientTra
     )
 
 
+def abstract_moments(config: Config, roles: roles_lib.Roles, trained: Any, mesh: Any) -> Any:
+    """The optimizer's state, abstract: that of `roles.trained`, whose abstract parameters are `trained`."""
+    optimizer = _make_optimizer(config, roles)
+    beginning = Beginning(roles, optimizer, False, dict)
+    placed = jax.tree.map(lambda x: x.sharding, trained)
+    return _place_state(beginning.state, optimizer, trained, placed, mesh).opt_state
+
+
 def make_models(
     config: Config, terms: Terms, vocab_size: int, rules: Mapping[str, Any], tokenizer: Tokenizer | None = None
 ) -> dict[str, transformer.Model]:

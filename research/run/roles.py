@@ -12,6 +12,7 @@ from research import loading, params
 from research.config import Config
 from research.errors import InputError
 from research.models import kernels, transformer
+from research.models.flops import Flops, per_token
 from research.ops import quantized
 
 Tree = Any  # a pytree
@@ -51,6 +52,21 @@ class Roles:
     def divided(self) -> list[str]:
         """The trained roles of which a part is frozen."""
         return [role for role in self.cut if role in self.frozen]
+
+    def flops(self, length: int) -> dict[str, Flops]:
+        """The model FLOPs of a token of each role that makes a pass, in sequences of `length` tokens: with a gradient
+        where some of it is trained. One that has only a head of its own makes none."""
+        return {
+            role: per_token(
+                model.config,
+                self.cut.get(role, model.specs),
+                self.masks.get(role),
+                length,
+                model.adapter.prefix if model.adapter else 0,
+            )
+            for role, model in self.models.items()
+            if not (model.of and role in self.whole)
+        }
 
     def draw(self, key: jax.Array) -> dict[str, Tree]:
         """Random parameters of all roles, as `arrange` takes them."""

@@ -8,7 +8,6 @@ import jax
 from jax.sharding import AxisType
 
 from research.config import Config
-from research.models import transformer
 from research.run import metrics
 from research.run.assemble import Parts
 from research.train import Metrics, means
@@ -44,11 +43,8 @@ class Window:
 
     @classmethod
     def of(cls, config: Config, parts: Parts, writer: metrics.Writer, mesh: jax.sharding.Mesh) -> "Window":
-        """The window of a run. A frozen model's forward pass is a third of its step's FLOPs; of a role that has only a
-        head of its own no pass is made."""
-        passes = {role: m for role, m in parts.models.items() if not (m.of and role in parts.roles.whole)}
-        flops = {role: transformer.flops_per_token(m.config, config.seq_len) for role, m in passes.items()}
-        total = sum(n if role in parts.roles.cut else n / 3 for role, n in flops.items())
+        """The window of a run."""
+        total = sum(each.total for each in parts.roles.flops(config.seq_len).values())
         return cls(config, writer, total, lambda: _peak_flops(mesh))
 
     def start_clock(self, afresh: bool = False) -> None:

@@ -14,7 +14,6 @@ from research.bench import libraries, measure, names, parts, peers, prepared, pr
 from research.commands import benchmark
 from research.devices import sharding
 from research.errors import Exit, InputError
-from research.models import transformer
 from research.models.config import ModelConfig
 from research.models.specs import make_specs
 from research.planning import abstract
@@ -136,13 +135,6 @@ def test_loop_decode_data_loading_checkpoint(lines):
         assert found["loading", case]["read_bytes_per_second"] > 0
     assert found["checkpoint", None]["stall_seconds"]["median"] > 0
     assert not {part for part, _ in found} - set(parts.PARTS)
-
-
-def test_flops_of_a_distillation_have_the_teacher_s_forward_pass():
-    c = ModelConfig(384, 1, 64, 4, 2, d_ff=128)
-    model = transformer.make_model(c)
-    one = prepared.model_flops({"policy": model}, 10, 32)
-    assert prepared.model_flops({"policy": model, "teacher": model}, 10, 32) == pytest.approx(one * 4 / 3)
 
 
 def test_a_peer_says_what_it_does_not_know(tmp_path):

@@ -10,7 +10,7 @@ from experiments import base
 from research import config
 from research.commands import plan
 from research.errors import InputError
-from research.planning import estimate, hlo, report, topology
+from research.planning import abstract, estimate, hlo, report, topology
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler isn't here")
 
@@ -95,6 +95,8 @@ def small(**overrides):
     values.seq_len, values.batch_size = 256, 16
     values.tokenizer.kind = "byte"
     values.model.vocab_size = 512
+    for name in ("adapter", "frozen_dtype"):
+        values[name] = overrides.pop(name, values[name])
     values.update_from_flattened_dict(overrides)
     return config.parse(values.to_dict())
 
@@ -112,6 +114,7 @@ def test_bytes_are_those_of_one_device():
     assert {c.kind for c in cut.collectives} >= {"all-gather", "all-reduce"}
     assert whole.seconds["network"] == 0 < cut.seconds["network"]
     assert whole.fits
+    assert whole.policy is None  # all of it is trained
     assert cut.fits
     text = report.describe(small(**{"plan.prices.H100": 2.0}), eight, cut)
     assert "an estimate: compiled for simulated CPU devices" in text
@@ -153,3 +156,37 @@ def test_what_does_not_fit_says_by_how_much(capsys):
     assert "DOESN'T FIT" in said
     assert "too much" in said
     assert re.search(r"take \d+ chips or more", said)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "frozen_dtype"),
+    [
+        ({"kind": "lora", "rank": 4}, "auto"),
+        ({"kind": "lora", "rank": 4}, "nf4"),
+        ({"kind": "lora", "rank": 4}, "int8"),
+        ({"kind": "prompt", "tokens": 3}, "bfloat16"),
+    ],
+)
+def test_bytes_of_an_adapter_by_kind(adapter, frozen_dtype):
+    values = small(adapter=adapter, frozen_dtype=frozen_dtype)
+    described = abstract.describe(values, topology.find("cpu:1").devices)
+    parts = described.assemble()
+    policy = estimate.adapted(described, parts)
+    # Two layers of D 64, 4 query and 2 key/value heads of 16, F 128, gated; V 512, tied.
+    maps = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
+    linear, norms, embed = 2 * sum(i * o for i, o in maps), 5 * 64, 512 * 64
+    trained = 2 * 4 * sum(i + o for i, o in maps) if adapter["kind"] == "lora" else 3 * 64
+    scales = 2 * 7 if adapter["kind"] == "lora" else 0  # alpha / r of each map, which stays
+    blocks = sum(i * o / (16 if n < 3 else 64) for n, (i, o) in enumerate(maps)) / sum(i * o for i, o in maps)
+    each = {"auto": 4, "bfloat16": 2, "int8": 1 + 4 * blocks, "nf4": 0.5 + blocks}[frozen_dtype]
+    rest = 2 * embed if frozen_dtype == "bfloat16" else 4 * embed
+    assert policy.parameters == trained
+    assert policy.trained == policy.gradients == 4 * trained
+    assert policy.optimizer == pytest.approx(8 * trained, abs=32)  # two moments, and counters
+    assert policy.base == pytest.approx(
+        each * linear + rest + 4 * (norms + scales), rel=0.005
+    )  # and, of nf4, scales of scales
+    whole = 4 * (linear + norms + embed)
+    assert (policy.full["trained"], policy.full["gradients"]) == (whole, whole)
+    assert policy.full["optimizer"] == pytest.approx(2 * whole, abs=32)
+    assert policy.saved == sum(policy.full.values()) - policy.used > 0
