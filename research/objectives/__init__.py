@@ -21,7 +21,7 @@ from research.sources.tokenizers import Tokenizer
 
 __all__ = ["Coefficient", "Objective", "Term", "Terms", "load", "needed_tokens"]
 
-_PARTS = ("classes", "terms", "types")  # modules of this package that are no objectives
+_PARTS = ("answers", "classes", "pairs", "terms", "types", "verdicts")  # modules of this package that are no objectives
 _FIELDS = ("objective", "weight", "sources")  # of a term, beside its objective's options
 _SCHEDULE = ("start", "end", "steps")
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from research.ops.head import Comparison, Head, token_values, weighted_sum
+from research.ops.head import Comparison, Head, detached_values, token_values, weighted_sum
 
 _LOWEST = float(np.finfo(np.float32).min)
 
@@ -101,6 +101,40 @@ def log_probs(
     return token_values(_compare_log_probs, hidden, head, targets, chunk=chunk)
 
 
+class TargetLogProbs(NamedTuple):
+    """Of each token, [B, T] float32.
+
+    Attributes:
+      target: log p(target).
+      collision: log sum_v p(v)^2, the chance that two draws are one token. It takes no gradient; None unless asked for.
+    """
+
+    target: Float[Array, "B T"]
+    collision: Float[Array, "B T"] | None = None
+
+
+@jax.named_scope("loss")
+def target_log_probs(
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    targets: Int[Array, "B T"],
+    *,
+    collision: bool = False,
+    frozen: bool = False,
+    chunk: int | None = None,
+) -> TargetLogProbs:
+    """log p(target) of p = softmax(logits), whose gradient computes each chunk's logits again.
+
+    Args:
+      hidden, head, targets, chunk: see `log_probs`.
+      collision: whether log sum p^2 is wanted too.
+      frozen: nothing has a gradient.
+    """
+    run = detached_values if frozen else token_values
+    out = run(functools.partial(_compare_targets, collision), hidden, head, targets, chunk=chunk)
+    return out._replace(collision=jax.lax.stop_gradient(out.collision))
+
+
 class _Details(NamedTuple):
     """Of each token, [B, t] float32."""
 
@@ -174,3 +208,16 @@ def _log_probs_gradient(chunk: _Chunk, entropy: Float[Array, "B t"], weights: Lo
     p = jnp.exp(chunk.log_p)
     g = (p - jnp.where(chunk.at_target, 1.0, 0.0)) * -weights.target[:, :, None]
     return g - weights.entropy[:, :, None] * (p * (jnp.maximum(chunk.log_p, _LOWEST) + entropy[:, :, None]))
+
+
+def _compare_targets(collision: bool, logits: Float[Array, "B t V"], targets: Int[Array, "B t"]) -> Comparison:
+    """TargetLogProbs."""
+    chunk = _Chunk(logits, targets)
+    pairs = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * chunk.logsumexp if collision else None
+    values = TargetLogProbs(-(chunk.logsumexp - chunk.target_logit), pairs)
+    return Comparison(values, None, functools.partial(_targets_gradient, chunk))
+
+
+def _targets_gradient(chunk: _Chunk, weights: TargetLogProbs) -> Float[Array, "B t V"]:
+    """By the logit of v: [v = target] - p_v."""
+    return (jnp.where(chunk.at_target, 1.0, 0.0) - jnp.exp(chunk.log_p)) * weights.target[:, :, None]
