@@ -193,6 +193,12 @@ def metrics(terms: Terms, outs: Mapping[str, LossOut], step: Int[Array, ""]) -> 
     return values
 
 
+def of_term(terms: Terms, name: str, values: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of one term among those that `metrics` gives, by their own names."""
+    prefix = "" if len(terms) == 1 else f"{name}/"
+    return {metric.removeprefix(prefix): value for metric, value in values.items() if metric.startswith(prefix)}
+
+
 def source_tokens(batch: Batch, sources: Sequence[str]) -> Metrics:
     """`tokens/NAME` of each source, where there are two or more: how many tokens of the batch are its."""
     if len(sources) < 2:

@@ -2,12 +2,13 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from jax.sharding import AxisType
 
 from research.config import Config
+from research.objectives.terms import Terms, of_term
 from research.run import metrics
 from research.run.assemble import Parts
 from research.train import Metrics, means
@@ -27,6 +28,7 @@ class Window:
       writer: where the lines go.
       flops_per_token: of a training step.
       find_peak: () -> FLOP/s that the devices can do; None where it isn't known.
+      terms: of the objective, which may have something to say of their metrics.
     """
 
     def __init__(
@@ -35,8 +37,11 @@ class Window:
         writer: metrics.Writer,
         flops_per_token: float,
         find_peak: Callable[[], float | None] = lambda: None,
+        terms: Terms | None = None,
     ):
         self.config, self.writer, self.flops_per_token = config, writer, flops_per_token
+        self.terms: Terms = terms or {}
+        self._said: set[tuple[str, str]] = set()
         self._find_peak, self.peak = find_peak, None
         self.steps: list[Metrics] = []
         self.start_clock(afresh=True)
@@ -45,7 +50,7 @@ class Window:
     def of(cls, config: Config, parts: Parts, writer: metrics.Writer, mesh: jax.sharding.Mesh) -> "Window":
         """The window of a run."""
         total = sum(each.total for each in parts.roles.flops(config.seq_len).values())
-        return cls(config, writer, total, lambda: _peak_flops(mesh))
+        return cls(config, writer, total, lambda: _peak_flops(mesh), parts.terms)
 
     def start_clock(self, afresh: bool = False) -> None:
         """Leaves out the time since the last step, which went into evaluating or saving; `afresh`: and all before it,
@@ -86,6 +91,8 @@ class Window:
                 f"warning  the adapters of {values['adapter_zero']:.0f} maps are 0 still after {step} steps: they "
                 "learn nothing. Look at optimizer.learning_rate and its groups, and whether the loss reaches them."
             )
+        if step == 1:
+            self._notice(values, first=True)
         self.writer.advance(step)
         if values["empty_batch"]:
             self.writer.print(f"step {step}: no token of this batch is supervised: update skipped")
@@ -112,8 +119,19 @@ class Window:
             values["data_wait_fraction"] = self.waited / self.seconds
             if self.peak:
                 values["mfu"] = values["tokens_per_second"] * self.flops_per_token / self.peak
+        self._notice(values)
         self.writer.write(step, {f"train/{name}": value for name, value in values.items()})
         self.steps, self.seconds, self.waited, self.tokens = [], 0.0, 0.0, 0.0
+
+    def _notice(self, values: Mapping[str, float], first: bool = False) -> None:
+        """Prints what terms have to say of their metrics, each line once."""
+        for name, term in self.terms.items():
+            if term.objective.notices is None:
+                continue
+            for about, line in term.objective.notices(of_term(self.terms, name, values), first).items():
+                if (name, about) not in self._said:
+                    self.writer.print(f"warning  objective.terms.{name}: {line}")
+                self._said.add((name, about))
 
 
 def _peak_flops(mesh: jax.sharding.Mesh) -> float | None:

@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research import objectives
-from research.errors import InputError
 from research.objectives import preference
 from research.objectives.answers import Places
 from research.objectives.types import Context
-from research.ops import preferences
 from research.ops.head import Head
 from research.ops.losses import TargetLogProbs, target_log_probs
 from research.ops.preferences import LOSSES, Options
@@ -189,11 +186,11 @@ def test_orpo_cpo_simpo_and_alphapo_of_trl(name):
     def loss(logits):
         head = Head(jnp.eye(logits.shape[-1]), None, 0.0)
         policy = target_log_probs(logits[:, :-1], head, jnp.asarray(ids), chunk=3).target
-        value, out = of_answers(term, places_of(mask), policy)
+        value = of_answers(term, places_of(mask), policy)
         if name.startswith("orpo"):
             n = len(policy) // 2
             value -= jnp.sum(policy[:n] * all_tokens[:n]) / np.sum(all_tokens[:n])
-        return value, out
+        return value
 
     def of_answers(term, places, policy):
         said = TargetLogProbs(jnp.concatenate(jnp.split(policy, 2), axis=1))
@@ -204,6 +201,6 @@ def test_orpo_cpo_simpo_and_alphapo_of_trl(name):
         out = term.of_answers(places, said, None, context)
         return out.loss_sum / out.weight, out
 
-    (value, out), gradient = jax.value_and_grad(loss, has_aux=True)(logits)
+    (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(logits)
     np.testing.assert_allclose(value, case.outputs["loss"], rtol=2e-5)
     np.testing.assert_allclose(gradient, case.outputs["grad_logits"], rtol=1e-4, atol=2e-6)
