@@ -227,6 +227,8 @@ def read_data(
         term.source_numbers(sorted(spec.sources))
     teacher = _teacher_tokenizer(config, bases, terms)
     virtual = virtual_ids(config, tokenizer.size)
+    reads = {name for term in terms.values() for name in term.objective.fields}
+    spec = dataclasses.replace(spec, mismatches="mismatched" in reads)
     data = dataset.load(spec, config.tokenizer, tokenizer, seed=config.seed, teacher=teacher, virtual=virtual)
     if config.data.num_classes and data.train[0][0].stores[0].labels is None:
         raise dataset.without_labels("num_classes", config.data.num_classes)

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from research.errors import InputError
 from research.sources.comparisons import Comparison
 
 # Of each document: the number of its unit, whose documents are neighbours; its rank there, -1 where nothing is
-# compared; margin and score, NaN where nobody says them; and the verdict, -1 where there is none.
-DTYPE = np.dtype([("unit", "<i8"), ("side", "<i4"), ("margin", "<f4"), ("score", "<f4"), ("desirable", "<i4")])
+# compared; margin and score, NaN where nobody says them; and the verdict, -1 where there is none. In rows, a document
+# may be a prompt of `head` tokens, and then what lies at the address `tail`: the answer to another prompt. Else `tail`
+# is -1.
+_SAID = (("unit", "<i8"), ("side", "<i4"), ("margin", "<f4"), ("score", "<f4"), ("desirable", "<i4"))
+DTYPE = np.dtype([*_SAID, ("head", "<i8"), ("tail", "<i8")])
 
 
 def nothing(count: int) -> np.ndarray:
     """[count] DTYPE: of documents of which nothing is said, each a unit of its own."""
-    values = np.empty(count, DTYPE)
+    values = np.zeros(count, DTYPE)
     values["unit"] = np.arange(count)
-    values["side"] = values["desirable"] = -1
+    values["side"] = values["desirable"] = values["tail"] = -1
     values["margin"] = values["score"] = np.nan
     return values
 
@@ -68,6 +72,41 @@ def field_values(answers: np.ndarray, row: np.ndarray) -> dict[str, np.ndarray]:
         "score": answers["score"],
         "desirable": answers["desirable"],
     }
+
+
+def addresses(answers: np.ndarray, start: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """[N] int64: where each token lies.
+
+    Args:
+      answers: [N] DTYPE, of its document.
+      start: [N] int64, where that begins.
+      position: [N] int64, in its document.
+    """
+    elsewhere = (answers["tail"] >= 0) & (position >= answers["head"])
+    return np.where(elsewhere, answers["tail"] - answers["head"], start) + position
+
+
+def partners(key: np.ndarray) -> np.ndarray:
+    """[S] int64: for each document one of another prompt, as good as drawn by chance, and the same in any order.
+
+    Args:
+      key: [S] uint64, equal for equal prompts.
+
+    Raises:
+      InputError: all have one prompt.
+    """
+    order = np.argsort(key, kind="stable")
+    first = np.flatnonzero(np.diff(key[order], prepend=~key[order[:1]]))
+    if len(first) == 1:
+        raise InputError(
+            "data: all answers are to one prompt, and the objective wants answers to others too. Give more data."
+        )
+    count = np.diff(first, append=len(key))
+    nth = np.arange(len(key)) - np.repeat(first, count)
+    following = np.roll(np.arange(len(first)), -1)
+    result = np.empty(len(key), np.int64)
+    result[order] = order[np.repeat(first[following], count) + nth % np.repeat(count[following], count)]
+    return result
 
 
 def starts(units: np.ndarray) -> np.ndarray:

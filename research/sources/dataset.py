@@ -24,7 +24,7 @@ from research.sources.types import Source, State
 
 _TOKENIZER_CHARS = 100_000_000  # a trained tokenizer sees at most so much text, shared among the sources
 _KEYS = 2**64
-_OF_ROWS = ("pack", "shuffle", "eval_fraction", "annotations", "cache_dir")
+_OF_ROWS = ("pack", "shuffle", "mismatches", "eval_fraction", "annotations", "cache_dir")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,6 +83,12 @@ def load(
       InputError: an option, an entry or a record is at fault, or nothing is left to train on.
     """
     spec_lib.check(spec)
+    if spec.mismatches and (spec.annotations or teacher):
+        what = "data.annotations" if spec.annotations else "a teacher with another tokenizer"
+        raise InputError(
+            f"{what}: says nothing of answers behind other prompts, which the objective reads (the batch field "
+            "'mismatched'). Leave it out, or use a live model with the policy's tokenizer."
+        )
     entries, weights = spec_lib.entries(spec)
     train_on, eval_on = _located(spec, seed)
     if tokenizer is None:
@@ -397,9 +403,10 @@ def _finish(
 ) -> Rows:
     """The rows with what else batches hold: which source, fields of views, a teacher's tokens or annotations."""
     extra = {name: values.shape[1:] for one in inputs for name, values in one.store.fields.items()}
-    extra |= {
-        name: () for one in inputs if one.store.answers is not None for name in answers.field_names(one.store.answers)
-    }
+    said = [answers.field_names(one.store.answers) for one in inputs if one.store.answers is not None]
+    extra |= {name: () for names in said for name in names}
+    if spec.mismatches and "desirable" in extra:
+        extra |= {"mismatched": ()}
     numbers = {id(one.store): one.entry.number for one in inputs}
     each = dataclasses.replace(each, extra=extra)
     if len(spec.sources) > 1:

@@ -39,8 +39,8 @@ def identity(data: Data, spec: DataSpec) -> dict[str, Any]:
 
 
 def _update(order: Any, rows: Rows) -> None:
-    """Adds which tokens each row holds, and the labels, to a hash."""
-    for array in (rows.start, rows.length, rows.splits, rows.labels):
+    """Adds which tokens each row holds, the labels, and what is said of answers to a hash."""
+    for array in (rows.start, rows.length, rows.splits, rows.labels, rows.answers):
         if array is not None:
             order.update(np.ascontiguousarray(array).tobytes())
     if rows.teacher is not None:

@@ -77,6 +77,9 @@ class Rows:
         _put(batch, "segment_ids", place, nth[which] + 1)
         _put(batch, "positions", place, position)
         real, token_place = position >= ahead, place
+        if self.answers is not None:
+            said, start = self.answers[segment][which[real]], self.start[segment][which[real]]
+            address[real] = answers.addresses(said, start, position[real] - ahead)
         virtual, position, address, place = place[~real], position[~real], address[real], place[real]
         for store, number, here, local in self._by_store(address):
             _put(batch, "tokens", place[here], store.tokens[local])
@@ -91,6 +94,7 @@ class Rows:
             for name, values in answers.field_values(self.answers[segment], row).items():
                 if name in self.extra:
                     _put(batch, name, token_place, values[which])
+            self._move_mismatched(batch, token_place[(self.answers["tail"][segment] >= 0)[which]])
         if self.labels is not None:
             _put(batch, "label_probs", row * self.seq_len + in_row + length - 1, self.labels[segment])
         if self.annotations is not None:
@@ -98,6 +102,13 @@ class Rows:
         if self.teacher is not None:
             batch |= parallel.fields(batch, self.teacher.batch(rows), self.token_sizes)
         return batch
+
+    def _move_mismatched(self, batch: Mapping[str, np.ndarray], place: np.ndarray) -> None:
+        """Has the answers at these places, which are to other prompts, in the field of their own in place of the
+        mask of what is learned."""
+        if len(place):
+            _put(batch, "mismatched", place, batch["loss_mask"].reshape(-1)[place])
+            _put(batch, "loss_mask", place, 0)
 
     def _put_virtual(self, batch: Mapping[str, np.ndarray], place: np.ndarray, position: np.ndarray) -> None:
         """Writes virtual tokens, which are of their document's source, and of its prefix where it begins with one."""
@@ -192,7 +203,11 @@ class Segments:
     def shifted(self, base: int, teacher_base: int) -> "Segments":
         """The same segments, with addresses that count from before the stores of others."""
         teacher = None if self.teacher is None else self.teacher + np.array([teacher_base, 0])
-        return dataclasses.replace(self, start=self.start + base, teacher=teacher)
+        said = self.answers
+        if said is not None:
+            said = said.copy()
+            said["tail"][said["tail"] >= 0] += base
+        return dataclasses.replace(self, start=self.start + base, answers=said, teacher=teacher)
 
     def in_units(self) -> tuple[np.ndarray, np.ndarray]:
         """[U] int64: the first segment of each unit, and how many it has: what a row holds whole."""
@@ -311,15 +326,54 @@ def _segments(part: Part, spec: DataSpec, virtual: int) -> tuple[Segments, Count
         counts["supervised_tokens"] = int(supervised[useful].sum())
         example, start, length = example[useful], start[useful], size[useful]
     counts["examples"] = len(example)
-    counts["tokens"] = int(length.sum())
     counts["bytes"] = int(store.bytes[example].sum())
     teacher = None
     if part.teacher is not None:
         sizes = part.teacher.length
         teacher = np.stack([(np.cumsum(sizes) - sizes)[example], np.minimum(sizes[example], spec.seq_len)], axis=1)
     labels = None if store.labels is None else store.labels[example]
-    said = None if store.answers is None else store.answers[example]
-    return Segments(start, length, labels, said, teacher), counts
+    segments = Segments(start, length, labels, None if store.answers is None else store.answers[example], teacher)
+    if spec.mismatches and store.answers is not None:
+        segments = _with_mismatches(segments, store, store.key[example], spec, virtual)
+    counts["tokens"] = int(segments.length.sum())
+    return segments, counts
+
+
+def _with_mismatches(segments: Segments, store: Store, key: np.ndarray, spec: DataSpec, virtual: int) -> Segments:
+    """Puts behind each document with a verdict its prompt with the answer to another prompt, of a document with a
+    verdict. That answer is cut where it doesn't fit. The two share a row where they fit into one together.
+
+    Args:
+      segments: whole documents, with addresses from the store's first token.
+      store: of these.
+      key: [S] uint64, equal for equal prompts.
+      spec: says how long rows are.
+      virtual: tokens that stand in front of each document.
+
+    Raises:
+      InputError: see answers.partners.
+    """
+    judged = np.flatnonzero(segments.answers["desirable"] >= 0)
+    if not len(judged):
+        return segments
+    start, length = segments.start[judged], segments.length[judged]
+    head = np.array([int(np.argmax(store.mask[i : i + n])) for i, n in zip(start, length, strict=True)])
+    partner = answers.partners(key[judged])
+    size = np.minimum(head + (length - head)[partner], spec.seq_len - virtual)
+    said = answers.nothing(len(judged))
+    said["unit"] = segments.answers["unit"][judged]
+    said["head"], said["tail"] = head, (start + head)[partner]
+    apart = length + size + 2 * virtual > spec.seq_len
+
+    order = np.argsort(np.concatenate([np.arange(len(segments.start)), judged]), kind="stable")
+    joined = Segments(
+        np.concatenate([segments.start, start])[order],
+        np.concatenate([segments.length, size])[order],
+        answers=np.concatenate([segments.answers, said])[order],
+    )
+    begins = np.concatenate([np.zeros(len(segments.start), bool), apart])[order]
+    joined.answers["unit"] = np.cumsum(begins | (np.diff(joined.answers["unit"], prepend=-1) != 0)) - 1
+    return joined
 
 
 def annotated(rows: Rows, folder: str, settings: Mapping[str, object]) -> Rows:

@@ -75,9 +75,12 @@ class DataSpec(DataSection):
 
     Attributes:
       seq_len: T, tokens in a row.
+      mismatches: behind each answer with a verdict comes its prompt with the answer to another one, since the objective
+        reads that.
     """
 
     seq_len: int = 1024
+    mismatches: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

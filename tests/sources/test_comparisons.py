@@ -159,3 +159,55 @@ def test_equal_prompts_are_on_one_side(tmp_path):
     assert not prompts[0] & prompts[1]
     assert len(data.held_out_records) == len(prompts[1])
     assert all(record["response"] == record["chosen"] for record in data.held_out_records)
+
+
+VERDICTS = [{"prompt": f"q{i // 2}:", "completion": f"{i:02}" * (1 + i % 4), "label": i % 3 > 0} for i in range(20)]
+
+
+@pytest.mark.parametrize(("seq_len", "pack"), [(48, True), (24, False), (14, True)])
+def test_behind_a_verdict_stands_an_answer_to_another_prompt(tmp_path, seq_len, pack):
+    data = load(tmp_path, VERDICTS, seq_len=seq_len, pack=pack, mismatches=True)
+    batch = all_rows(data)
+    kept = [record for record in VERDICTS if len(record["prompt"] + record["completion"]) + 2 <= seq_len]
+    labels = {record["prompt"] + record["completion"]: record["label"] for record in kept}
+    whole, crossed, together = {}, [], 0
+    for row in range(len(batch["tokens"])):
+        before = ""
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
+            at = batch["segment_ids"][row] == segment
+            text = data.tokenizer.decode(batch["tokens"][row][at].tolist())
+            (verdict,) = set(batch["desirable"][row][at].tolist())
+            answer = at & ((batch["mismatched"] if verdict < 0 else batch["loss_mask"])[row] > 0)
+            assert not (batch["loss_mask"] if verdict < 0 else batch["mismatched"])[row][at].any()
+            prompt = text[: 3 if text[2] == ":" else 4] if text[1].isdigit() else text
+            assert answer.sum() == at.sum() - 1 - len(prompt)
+            if verdict < 0:
+                crossed.append(text)
+                together += before.startswith(prompt)
+            else:
+                whole[text] = bool(verdict)
+            before = text
+    assert whole == labels
+    assert len(crossed) == len(labels)
+    assert not set(crossed) & set(labels)
+    if seq_len == 48:  # nothing was cut: each answer stands behind another prompt once
+        assert sorted(text.partition(":")[2] for text in crossed) == sorted(r["completion"] for r in VERDICTS)
+        assert together == len(crossed)
+    assert "pair" not in batch
+
+
+def test_without_an_objective_that_reads_them_no_answers_are_crossed(tmp_path):
+    batch = all_rows(load(tmp_path, VERDICTS))
+    assert "mismatched" not in batch
+    assert set(np.unique(batch["desirable"])) == {-1, 0, 1}
+    one = [{"prompt": "q", "response": str(i), "label": True} for i in range(3)]
+    with pytest.raises(InputError, match="all answers are to one prompt"):
+        load(tmp_path, one, mismatches=True)
+
+
+def test_pairs_may_be_read_as_verdicts(tmp_path):
+    data = load(tmp_path, PAIRS[:5], format="unpaired")
+    batch = all_rows(data)
+    assert sorted(np.unique(batch["desirable"]).tolist()) == [-1, 0, 1]
+    assert "pair" not in batch
+    assert data.report["train"]["examples"] == 10
