@@ -12,19 +12,21 @@ from research.models.sampling import SamplingConfig, longest_prompt
 from research.models.transformer import Model
 from research.sources.formats import answer_decoder, render_prompt
 from research.sources.tokenizers import Tokenizer
+from research.sources.verification import utility
 
 Record = Mapping[str, Any]
 
 
 class Sample(NamedTuple):
     """One prompt and what came of it. `prompt` is as the model saw it, special tokens left out; `task` is the record's,
-    or ""."""
+    or ""; `utility` the planted one of generated preferences, None of others."""
 
     prompt: str
     expected: str
     completion: str
     correct: bool
     task: str = ""
+    utility: float | None = None
 
     def __str__(self) -> str:
         verdict = "right" if self.correct else f"wrong, expected {self.expected!r}"
@@ -47,6 +49,7 @@ def make_generation(
     The metrics are
       exact_match: the fraction of completions that `verify` accepts.
       exact_match/TASK: the same of the records whose `task` is TASK.
+      utility: the mean planted utility of completions to the prompts of generated preferences, where there are some.
       skipped_too_long: how many prompts leave no room for config.max_new_tokens and are left out of all else.
 
     Args:
@@ -86,7 +89,8 @@ def make_generation(
             expected = record["response"] if "response" in record else record["messages"][-1]["content"]
             text = decode(completion.tokens)
             correct = bool(verify({**record, "response": expected}, text))
-            samples.append(Sample(tokenizer.decode(prompt), expected, text, correct, str(record.get("task") or "")))
+            task, value = str(record.get("task") or ""), utility(record, text)
+            samples.append(Sample(tokenizer.decode(prompt), expected, text, correct, task, value))
         return _fractions(samples) | {"skipped_too_long": float(len(rendered) - len(fitting))}, samples
 
     return evaluate
@@ -100,10 +104,12 @@ def _render(place: str, record: Record, tokenizer: Tokenizer, template: str) -> 
 
 
 def _fractions(samples: Sequence[Sample]) -> dict[str, float]:
-    """The fraction of right samples, of all and of each task."""
+    """The fraction of right samples, of all and of each task; and the mean utility of those that have one."""
     verdicts: defaultdict[str, list[bool]] = defaultdict(list)
     for sample in samples:
         verdicts["exact_match"].append(sample.correct)
         if sample.task:
             verdicts[f"exact_match/{sample.task}"].append(sample.correct)
-    return {name: sum(values) / len(values) for name, values in verdicts.items()}
+    utilities = [sample.utility for sample in samples if sample.utility is not None]
+    mean = {"utility": sum(utilities) / len(utilities)} if utilities else {}
+    return {name: sum(values) / len(values) for name, values in verdicts.items()} | mean

@@ -40,7 +40,7 @@ from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
 from research.sources import records as records_lib
-from research.sources import tasks as generated
+from research.sources import verification
 from research.sources.cache import digest
 from research.sources.formats import TEMPLATES
 from research.sources.tokenizers import Tokenizer
@@ -334,7 +334,7 @@ def _contains(record: Record, completion: str) -> bool:
 
 # (record, completion) -> is it right?
 VERIFIERS: dict[str, Callable[[Record, str], bool]] = {
-    "task": generated.verify_record,  # that of the record's task, where it has one; else as "exact"
+    "task": verification.verify_record,  # that of the record's task, where it has one; else as "exact"
     "exact": _same_text,  # the response, white space around it aside
     "number": _same_number,  # the last number of the completion is the last of the response
     "contains": _contains,  # the response is somewhere in the completion, in whatever case

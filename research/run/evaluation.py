@@ -21,7 +21,7 @@ from research.objectives import Term, Terms
 from research.run import metrics
 from research.run.assemble import Parts
 from research.run.resolve import Inputs
-from research.sources import dataset, tasks
+from research.sources import dataset, verification
 from research.sources.tokenizers import Tokenizer
 from research.train import TrainState
 
@@ -132,7 +132,7 @@ def make_evaluation(
             SamplingConfig(max_new_tokens=config.eval.max_new_tokens, stop_tokens=tokenizer.stop),
             tokenizer,
             records,
-            verify=tasks.verify_record,
+            verify=verification.verify_record,
             template=data.held_out_templates[: config.eval.generate],
             batch_size=min(len(records), ANSWERS_AT_ONCE),
         )

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from research.errors import InputError, did_you_mean
-from research.sources import folders, grammar, json_limits, reasoning, stdlib_text, tasks
+from research.sources import folders, grammar, json_limits, preferences, reasoning, stdlib_text, tasks
 from research.sources.cache import code_digest
 
 SHOWN = "assistant of weight 0"  # the role of an assistant's turn that isn't learned
@@ -126,7 +126,7 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
       entry: a file, folder or glob of files (jsonl, jsonl.gz, json, parquet, txt; by name or glob also those of
         folders.TEXTS); a folder written by
         `datasets.save_to_disk`; hf:NAME[:CONFIG][:SPLIT]; tasks:NAME[/LEVEL]; grammar:NAME[/SIZE];
-        reasoning_gym:NAME; builtin:python_docs or builtin:python_topics.
+        preferences:TASK[/LEVEL][/FLIP]; reasoning_gym:NAME; builtin:python_docs or builtin:python_topics.
       count, seed: how many records to generate, and from which seed, where the entry names a generator.
 
     Raises:
@@ -135,6 +135,9 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
     scheme, _, rest = entry.partition(":")
     if scheme == "tasks":
         return _generated(entry, tasks, lambda: tasks.records(rest, count, seed), [count, seed])
+    if scheme == "preferences":
+        code = code_digest(tasks.__file__)
+        return _generated(entry, preferences, lambda: preferences.records(rest, count, seed), [count, seed, code])
     if scheme == "grammar":
         return _generated(entry, grammar, lambda: grammar.records(rest, count, seed), [count, seed])
     if scheme == "reasoning_gym":

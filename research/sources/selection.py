@@ -10,7 +10,7 @@ import numpy as np
 
 from research import files
 from research.errors import InputError
-from research.sources import records, tasks
+from research.sources import records, verification
 
 _ADDED = ("completion", "tokens", "logprob")  # what `understudy generate` adds to a record
 
@@ -85,7 +85,7 @@ def _fault(where: str, record: Mapping[str, Any], ended: int, verified: bool) ->
     if verified:
         if "response" not in record:
             raise InputError(f"{where}: --verified needs the right answer, `response`, beside each prompt.")
-        if not tasks.verify_record(record, record["completion"]):
+        if not verification.verify_record(record, record["completion"]):
             return "wrong"
     return ""
 

@@ -7,11 +7,10 @@ judges what a model wrote: where several answers are right it accepts each of th
 import random
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from research.errors import InputError, did_you_mean
-from research.sources import reasoning
 
 Generate = Callable[[random.Random, int], tuple[str, str]]
 
@@ -38,7 +37,7 @@ def records(name: str, count: int, seed: int) -> Iterator[dict[str, str]]:
     Raises:
       InputError: no such task, or it has no such level.
     """
-    base, level = _parse(name)
+    base, level = parse(name)
     rng = random.Random(f"{base}/{level}/{seed}")  # A string seeds alike in every process.
     for _ in range(count):
         prompt, response = TASKS[base].generate(rng, level)
@@ -51,26 +50,12 @@ def verify(task: str, prompt: str, response: str, completion: str) -> bool:
     Raises:
       InputError: no such task, or it has no such level.
     """
-    base, _ = _parse(task)
+    base, _ = parse(task)
     return TASKS[base].verify(prompt, response, completion.strip())
 
 
-def verify_record(record: Mapping[str, Any], completion: str) -> bool:
-    """Whether `completion` answers `record`: by the verifier of its task, or by being its response, white space aside,
-    where it has no task of ours.
-
-    Raises:
-      InputError: the record is of reasoning-gym, and can't be judged (see reasoning.verify).
-    """
-    name = str(record.get("task"))
-    if name.startswith(reasoning.PREFIX):
-        return reasoning.verify(name, record.get("entry"), completion)
-    if name.partition("/")[0] in TASKS:
-        return verify(name, record["prompt"], record["response"], completion)
-    return completion.strip() == record["response"].strip()
-
-
-def _parse(name: str) -> tuple[str, int]:
+def parse(name: str) -> tuple[str, int]:
+    """The task and the level that a name says. Raises InputError where there is no such task or level."""
     base, slash, level = name.partition("/")
     if base not in TASKS:
         raise InputError(f"task {name!r}: there is no {base!r}.{did_you_mean(base, TASKS)}")

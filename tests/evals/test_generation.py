@@ -9,8 +9,8 @@ from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
 from research.ops.head import Head
-from research.sources.tasks import verify_record
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
+from research.sources.verification import verify_record
 
 TOKENIZER = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))
 V = TOKENIZER.size

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from research.errors import InputError
-from research.sources import reasoning, tasks
+from research.sources import reasoning, verification
 
 
 def test_without_the_package_the_error_names_the_extra(monkeypatch):
@@ -18,7 +18,7 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch):
 def test_a_record_without_its_entry():
     record = {"prompt": "1 + 1", "response": "2", "task": "reasoning_gym:chain_sum"}
     with pytest.raises(InputError, match="lacks 'entry'"):
-        tasks.verify_record(record, "2")
+        verification.verify_record(record, "2")
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def test_the_stored_response_is_right_and_others_are_wrong(name):
     assert len(records) == 3
     for record in json.loads(json.dumps(records)):
         assert record["task"] == f"reasoning_gym:{name}"
-        assert tasks.verify_record(record, f" {record['response']}\n")
-        assert not tasks.verify_record(record, "certainly wrong")
-        assert not tasks.verify_record(record, "")
+        assert verification.verify_record(record, f" {record['response']}\n")
+        assert not verification.verify_record(record, "certainly wrong")
+        assert not verification.verify_record(record, "")
 
 
 @pytest.mark.usefixtures("gym")
@@ -52,13 +52,13 @@ def test_several_answers_are_right():
     (record,) = reasoning.records("countdown?operators=+&max_numbers=4", 1, seed=0)
     backwards = " + ".join(reversed(record["response"].split(" + ")))
     assert backwards != record["response"]
-    assert tasks.verify_record(record, backwards)
+    assert verification.verify_record(record, backwards)
 
 
 @pytest.mark.usefixtures("gym")
 def test_partial_credit_is_not_right():
     (record,) = reasoning.records("chain_sum", 1, seed=0)
-    assert not tasks.verify_record(record, f"I think {record['response']}")
+    assert not verification.verify_record(record, f"I think {record['response']}")
 
 
 @pytest.mark.usefixtures("gym")

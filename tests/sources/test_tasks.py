@@ -1,7 +1,7 @@
 import pytest
 
 from research.errors import InputError
-from research.sources import tasks
+from research.sources import tasks, verification
 
 EVERY = [f"{name}/{level}" for name, task in tasks.TASKS.items() for level in range(1, task.max_level + 1)]
 
@@ -11,9 +11,9 @@ def test_the_stored_response_is_right_and_others_are_wrong(name):
     for record in tasks.records(name, 20, seed=1):
         prompt, response = record["prompt"], record["response"]
         assert record["task"] == name
-        assert tasks.verify_record(record, f" {response}\n")
+        assert verification.verify_record(record, f" {response}\n")
         for wrong in ("", "-1", "?", response + "?", response + " 1", "1 " + response, response[:-1] + "_"):
-            assert not tasks.verify_record(record, wrong), (prompt, wrong)
+            assert not verification.verify_record(record, wrong), (prompt, wrong)
 
 
 def answer(prompt):
@@ -48,7 +48,7 @@ def answer(prompt):
 def test_an_answer_worked_out_from_the_prompt_is_right(name):
     for record in tasks.records(name, 20, seed=2):
         assert answer(record["prompt"])
-        assert tasks.verify_record(record, answer(record["prompt"]))
+        assert verification.verify_record(record, answer(record["prompt"]))
 
 
 def test_between_accepts_every_number_between_and_no_other():
@@ -98,8 +98,8 @@ def test_records_are_fixed_by_name_and_seed_and_not_by_count():
 
 
 def test_records_without_a_task_are_compared_as_text():
-    assert tasks.verify_record({"prompt": "hi", "response": "hello "}, " hello\n")
-    assert not tasks.verify_record({"prompt": "hi", "response": "hello"}, "Hello")
+    assert verification.verify_record({"prompt": "hi", "response": "hello "}, " hello\n")
+    assert not verification.verify_record({"prompt": "hi", "response": "hello"}, "Hello")
 
 
 @pytest.mark.parametrize(
@@ -122,5 +122,5 @@ def test_bad_names(name, says):
 
 def test_a_task_that_is_not_ours_is_judged_by_the_response():
     record = {"prompt": "sentiment?", "response": "good", "task": "classification"}
-    assert tasks.verify_record(record, " good\n")
-    assert not tasks.verify_record(record, "bad")
+    assert verification.verify_record(record, " good\n")
+    assert not verification.verify_record(record, "bad")
