@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from research import params as params_lib
@@ -19,7 +20,8 @@ DECAY_SHAPES = ("linear", "cosine", "1-sqrt")
 _OF_SCHEDULE = {"decay_fraction": "wsd", "decay_shape": "wsd", "timescale": "inverse_sqrt", "cycles": "cosine"}
 GROUP_FIELDS = ("match", "learning_rate", "weight_decay", "warmup_steps", "clip_norm")
 Tree = Any  # a pytree
-Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+Schedule = Callable[..., jax.Array]  # (step, the highest rate, by default the spec's own) -> learning rate
+Rates = Mapping[str, jax.typing.ArrayLike]  # group of parameters, "" for the rest -> the highest learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +177,15 @@ def group_labels(spec: OptimizerSpec, specs: Tree) -> Tree:
     return structure.unflatten(labels)
 
 
+def rates(spec: OptimizerSpec) -> dict[str, np.ndarray]:
+    """The highest learning rate of each group of parameters, and of those in none under "".
+
+    They are arguments of the compiled step, so that runs that differ in nothing else share one program.
+    """
+    highest = {"": spec.learning_rate} | {name: group_spec(spec, name).learning_rate for name in spec.groups}
+    return {name: np.asarray(rate, jnp.result_type(float)) for name, rate in highest.items()}
+
+
 def make_schedule(spec: OptimizerSpec, steps: int) -> Schedule:
     """Returns schedule(t), the learning rate used at step t = 0 ... steps - 1 (afterwards it stays where it ended).
 
@@ -187,7 +198,7 @@ def make_schedule(spec: OptimizerSpec, steps: int) -> Schedule:
                      ("cosine") or 1 - sqrt(1 - d) ("1-sqrt")
       constant:      1
       inverse_sqrt:  sqrt(s / (t - w + s)) with s = `timescale`, by default w, or 10 000 where w = 0; at least end
-    times learning_rate. It starts at learning_rate, where the warm-up ends.
+    times learning_rate, in whose place schedule(t, rate) has another. It starts there, where the warm-up ends.
 
     Raises:
       InputError: see `check`.
@@ -197,7 +208,7 @@ def make_schedule(spec: OptimizerSpec, steps: int) -> Schedule:
     decay_steps = _decay_steps(spec, steps) if spec.schedule == "wsd" else max(steps - warmup, 1)
     timescale = spec.timescale or warmup or 10_000
 
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+    def schedule(step: jax.typing.ArrayLike, highest: jax.typing.ArrayLike = spec.learning_rate) -> jax.Array:
         t = jnp.asarray(step, dtype=float)
         remaining = jnp.clip((steps - t) / decay_steps, 0.0, 1.0)
         if spec.cycles > 1:  # in whole numbers, so that it is 1 at the first step of a cycle
@@ -214,7 +225,7 @@ def make_schedule(spec: OptimizerSpec, steps: int) -> Schedule:
             case "constant", _:
                 ratio = jnp.ones_like(t)
         rise = spec.start_ratio + (1 - spec.start_ratio) * t / max(warmup, 1)
-        return spec.learning_rate * jnp.where(t < warmup, rise, ratio)
+        return highest * jnp.where(t < warmup, rise, ratio)
 
     return schedule
 
@@ -229,7 +240,8 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer, in this order: clipping, direction, weight decay, learning rate.
 
-    `update` takes an argument more than optax's: `ok`, a bool scalar. Where it is False the state stays as it was.
+    `update` takes two arguments more than optax's: `ok`, a bool scalar, where which is False the state stays as it was;
+    and `rates`, the highest learning rates, by default the spec's own (see `rates`).
 
     The directions:
       adamw:      m / (sqrt(v) + eps), bias-corrected (arXiv:1711.05101)
@@ -255,11 +267,13 @@ def make_optimizer(
     decay = _decays(spec, decay_mask, labels)
     direction = _direction(spec, muon_dims)
     parts = [*decay, *direction] if spec.name == "sgd" else [*direction, *decay]
-    chain = optax.chain(*_clips(spec, labels), *parts, _kept(_rates(spec, steps, labels)))
+    chain = optax.chain(*_clips(spec, labels), *parts, _scale_by_rates(spec, steps, labels))
 
-    def update(updates: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True):
+    def update(
+        updates: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True, rates: Rates | None = None
+    ):
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes: integer counts, bfloat16 moments
-            return chain.update(updates, state, params, ok=ok)
+            return chain.update(updates, state, params, ok=ok, rates=rates)
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
 
@@ -318,26 +332,32 @@ def _clips(spec: OptimizerSpec, labels: Tree) -> list[optax.GradientTransformati
     ]
 
 
-def _rates(spec: OptimizerSpec, steps: int, labels: Tree) -> optax.GradientTransformation:
+def _scale_by_rates(spec: OptimizerSpec, steps: int, labels: Tree) -> optax.GradientTransformationExtraArgs:
     """Multiplies each update by its group's learning rate, and by -1."""
     schedules = {"": make_schedule(spec, steps)} | make_group_schedules(spec, steps)
-    plain = optax.scale_by_learning_rate(schedules[""])
-    if not spec.groups:
-        return plain
+    own = rates(spec)
 
-    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+    def update(
+        updates: Tree, state: Any, params: Tree = None, *, ok: jax.typing.ArrayLike = True, rates: Rates | None = None
+    ) -> tuple[Tree, Any]:
         del params
-        rates = {name: schedule(state.count) for name, schedule in schedules.items()}
-        updates = jax.tree.map(lambda u, label: (-rates[label]).astype(u.dtype) * u, updates, labels)
-        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+        now = {name: -schedule(state.count, (rates or own)[name]) for name, schedule in schedules.items()}
+        groups = labels if spec.groups else jax.tree.map(lambda _: "", updates)
+        updates = jax.tree.map(lambda u, label: now[label].astype(u.dtype) * u, updates, groups)
+        count = jnp.where(ok, optax.safe_increment(state.count), state.count)
+        return updates, optax.ScaleByScheduleState(count)
 
-    return optax.GradientTransformation(plain.init, update)
+    def init(params: Tree) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _kept(transform: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`transform`, whose state stays as it was where `ok` is False."""
 
-    def update(updates: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True):
+    def update(updates: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True, **_: Any):
         updates, new = transform.update(updates, state, params)
         return updates, jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
 
@@ -363,7 +383,7 @@ def _adam(spec: OptimizerSpec) -> optax.GradientTransformationExtraArgs:
     of the moments as they are kept, so that nothing needs the old ones and XLA writes the new ones over them."""
     adam = _kept(optax.scale_by_adam(b1=spec.b1, b2=spec.b2, eps=spec.eps, mu_dtype=spec.mu_dtype))
 
-    def update(grads: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True):
+    def update(grads: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True, **_: Any):
         _, state = adam.update(grads, state, ok=ok)
         count = jnp.maximum(state.count, 1)  # 0 where the very first update was skipped
         mu = optax.tree.bias_correction(state.mu, spec.b1, count)

@@ -17,9 +17,10 @@ from research.models import kernels
 from research.objectives import terms as terms_lib
 from research.objectives.terms import Carry, Inputs, Metrics, Terms, Weights
 from research.objectives.types import Batch, Forward, LossOut
+from research.optim import Rates
 
 Params = Any
-Schedule = Callable[[jax.Array], jax.Array]  # updates made -> learning rate
+Schedule = Callable[..., jax.Array]  # (updates made, the highest rate if it is another) -> learning rate
 
 
 @flax.struct.dataclass
@@ -70,7 +71,10 @@ def init_state(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainStep:
-    """One update, (state, frozen, batch) -> (state, metrics): pure, and the same for every objective.
+    """One update, (state, frozen, batch, rates) -> (state, metrics): pure, and the same for every objective.
+
+    `rates` are the highest learning rates (see optim.rates), by default those that the optimizer was made with: as an
+    argument they are no part of the compiled program, and runs at other rates share it.
 
     The loss minimised is sum_i c_i(step) * S_i / W_i over the terms i, S_i and W_i being sums over the whole batch: the
     same for any number of microbatches, devices and hosts. W_i is treated as a constant.
@@ -78,8 +82,8 @@ class TrainStep:
     Attributes:
       terms: of the objective, by name.
       models: role -> Model.
-      optimizer: clipping and learning rate included; its `update` takes `ok` (see optim.make_optimizer).
-      schedule: updates made -> learning rate, for the metrics.
+      optimizer: clipping and learning rate included; its `update` takes `ok` and `rates` (see optim.make_optimizer).
+      schedule: updates made -> learning rate, for the metrics (see optim.make_schedule).
       group_schedules: the same of each group of parameters that has its own (see optim.make_group_schedules).
       microbatches: the batch is cut along its first axis into this many parts, which run one after the other.
       ema_decay: of the moving average of parameters, where the state has one.
@@ -97,11 +101,13 @@ class TrainStep:
     sources: tuple[str, ...] = ()
     group_schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+    def __call__(
+        self, state: TrainState, frozen: Params, batch: Batch, rates: Rates | None = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         inputs = Inputs(key, state.step, terms_lib.row_numbers(batch), state.carry)
         grads, outs = self.gradients(state.params, frozen, batch, inputs)
-        return self.update(state, grads, outs, batch)
+        return self.update(state, grads, outs, batch, rates)
 
     def forward(self, params: Params, frozen: Params, batch: Batch, inputs: Inputs) -> Forward:
         """The models on a batch, or on a part of it."""
@@ -167,7 +173,7 @@ class TrainStep:
 
     @jax.named_scope("optimizer")
     def update(
-        self, state: TrainState, grads: Params, outs: dict[str, LossOut], batch: Batch
+        self, state: TrainState, grads: Params, outs: dict[str, LossOut], batch: Batch, rates: Rates | None = None
     ) -> tuple[TrainState, Metrics]:
         """The next state; that of a bad or an empty batch has the old one's parameters, moments and carries."""
         grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(state.params)
@@ -176,7 +182,7 @@ class TrainStep:
         supervised = sum(out.weight for out in outs.values())
         real = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
         ok = finite & (supervised > 0)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, ok=ok)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, ok=ok, rates=rates)
         params = optax.apply_updates(state.params, updates)
         # Parameters change after all that reads the old ones, these norms too: otherwise XLA would copy them.
         update_norm = optax.tree.norm(updates)
@@ -197,12 +203,20 @@ class TrainStep:
             "supervised_fraction": (next(iter(outs.values())).weight, real),
             "grad_norm": _one(grad_norm),
             "update_ratio": _ratio(update_norm, param_norm),
-            "learning_rate": _one(self.schedule(state.updates)),
-            **{f"learning_rate/{name}": _one(f(state.updates)) for name, f in self.group_schedules.items()},
+            **self.learning_rates(state.updates, rates),
             "nonfinite": _one(~finite),
             "nonfinite_in_a_row": _one(new.bad_steps),
             "empty_batch": _one(supervised == 0),
             **_adapter_metrics(params),
+        }
+
+    def learning_rates(self, updates: jax.Array, rates: Rates | None) -> Metrics:
+        """The learning rate of the next update, and those of groups that have their own."""
+        schedules = {"": self.schedule, **self.group_schedules}
+        highest = {name: () if rates is None else (rates[name],) for name in schedules}
+        return {
+            "learning_rate" + (f"/{name}" if name else ""): _one(schedule(updates, *highest[name]))
+            for name, schedule in schedules.items()
         }
 
     def average(self, ema: Params, params: Params) -> Params:

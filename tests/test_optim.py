@@ -347,6 +347,22 @@ def test_groups_have_schedules_of_their_own():
     np.testing.assert_allclose(schedules["head"](2), 0.02, rtol=1e-6)
 
 
+def test_rates_that_update_is_told_stand_for_those_of_the_spec():
+    values = {"policy": {"body": jnp.ones((6, 4)), "head": jnp.ones(4)}}
+    specs, decays = {"policy": SPECS["policy"]}, {"policy": DECAYS["policy"]}
+    gradients = jax.tree.map(lambda v: jnp.full_like(v, 0.1), values)
+
+    def update(spec, **options):
+        optimizer = make_optimizer(spec, 10, decays, labels=optim.group_labels(spec, specs))
+        return optimizer.update(gradients, optimizer.init(values), values, **options)
+
+    for groups in ({}, {"head": {"match": "policy/head", "learning_rate": 0.5}}):
+        wanted = OptimizerSpec(learning_rate=0.02, start_ratio=0.5, warmup_steps=3, groups=groups)
+        other = {name: {**group, "learning_rate": 1.0} for name, group in groups.items()}
+        told = update(dataclasses.replace(wanted, learning_rate=7.0, groups=other), rates=optim.rates(wanted))
+        jax.tree.map(np.testing.assert_array_equal, told, update(wanted))
+
+
 def test_a_spec_without_groups_gives_the_numbers_and_the_state_of_one_with_an_idle_group():
     values = {"policy": {"body": jnp.ones((6, 4)), "head": jnp.ones(4)}}
     specs, decays = {"policy": SPECS["policy"]}, {"policy": DECAYS["policy"]}

@@ -15,6 +15,7 @@ from research.bench import measure
 from research.config import Config, RoleSection
 from research.planning.abstract import Described
 from research.pretrained import save
+from research.run import assemble
 from research.sources import fields
 
 
@@ -26,6 +27,7 @@ class Prepared(NamedTuple):
     state: Any
     frozen: Any
     batch: Any
+    rates: Any
     numpy_batch: Mapping[str, np.ndarray]
     compile_seconds: float
 
@@ -42,7 +44,7 @@ def prepare(run: Described, *, packed: bool = True) -> Prepared:
     specs = {role: specs for role, specs in parts.roles.frozen.items() if role not in parts.roles.partial}
     placed = {role: jax.tree.map(lambda x: x.sharding, parts.frozen[role]) for role in specs}
     began = time.perf_counter()
-    compiled = parts.step.lower(parts.state, parts.frozen, parts.batch).compile()
+    compiled = parts.step.lower(parts.state, parts.frozen, parts.batch, parts.rates).compile()
     state, frozen = parts.begin(np.uint32(seed & 0xFFFFFFFF))
     return Prepared(
         parts,
@@ -50,6 +52,7 @@ def prepare(run: Described, *, packed: bool = True) -> Prepared:
         state,
         frozen | jax.jit(lambda key: params.init(specs, key), out_shardings=placed)(jax.random.PRNGKey(seed)),
         {name: jax.device_put(x, parts.batch[name].sharding) for name, x in batch.items()},
+        assemble.learning_rates(run.config, parts),
         batch,
         time.perf_counter() - began,
     )
@@ -60,12 +63,13 @@ class Stepper:
 
     def __init__(self, step: Prepared):
         self.compiled, self.state, self.frozen, self.batch = step.compiled, step.state, step.frozen, step.batch
+        self.rates = step.rates
 
     def __call__(self, n: int) -> list[float]:
         return measure.timed(self.step, n)
 
     def step(self) -> None:
-        self.state, self.out = self.compiled(self.state, self.frozen, self.batch)
+        self.state, self.out = self.compiled(self.state, self.frozen, self.batch, self.rates)
         jax.block_until_ready((self.state, self.out))
 
 

@@ -167,7 +167,7 @@ def _with_dtype(section: ModelSection, auto: str) -> ModelSection:
 def _compile(parts: Any, mesh: jax.sharding.Mesh) -> tuple[Any, str, float]:
     """(the compiled step, or None where it needs too much memory; what the compiler says of that; seconds)."""
     with jax.set_mesh(mesh):
-        lowered = parts.step.trace(parts.state, parts.frozen, parts.batch).lower()
+        lowered = parts.step.trace(parts.state, parts.frozen, parts.batch, parts.rates).lower()
         began, compiled, compiler = time.perf_counter(), None, ""
         try:
             compiled = lowered.compile()

@@ -36,12 +36,13 @@ class Parts(NamedTuple):
     roles: roles_lib.Roles
     begin: Callable[[Any], tuple[train.TrainState, Any]]  # uint32 seed -> random (state, frozen), of the trained roles
     init_state: Callable[[dict[str, Any], jax.Array], train.TrainState]  # (trained parameters, key) -> state
-    step: Callable[..., tuple[train.TrainState, train.Metrics]]
+    step: Callable[..., tuple[train.TrainState, train.Metrics]]  # (state, frozen, batch, rates) -> (state, metrics)
     evaluate: Callable[..., train.Metrics]
     rollout: Callable[..., dict[str, jax.Array]] | None  # (state, frozen, batch) -> batch with answers of the policy
     state: train.TrainState  # ShapeDtypeStructs with shardings
     frozen: dict[str, Any]  # the same, of the parameters of each role that aren't trained
     batch: dict[str, jax.ShapeDtypeStruct]
+    rates: dict[str, jax.ShapeDtypeStruct]  # see optim.rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,19 @@ def assemble(
         state=state,
         frozen=frozen,
         batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows[k]) for k, v in batch.items()},
+        rates={
+            name: jax.ShapeDtypeStruct(rate.shape, rate.dtype, sharding=sharding.named(mesh, ()))
+            for name, rate in optim.rates(config.optimizer).items()
+        },
     )
+
+
+def learning_rates(config: Config, parts: Parts) -> optim.Rates:
+    """The highest learning rates, which the step takes, on every device."""
+    return {
+        name: jax.make_array_from_callback(rate.shape, parts.rates[name].sharding, lambda _, rate=rate: rate)
+        for name, rate in optim.rates(config.optimizer).items()
+    }
 
 
 def _make_step(
@@ -201,12 +214,12 @@ def make_models(
 
 
 def compile_step(parts: Parts, stack: contextlib.ExitStack) -> Callable[[], Any]:
-    """Compiles the step in a thread, while the rest is made ready; returns what waits for the program. So does leaving
-    `stack`. What the model or objective can't do shows in the trace, which is made at once.
+    """Compiles the step in a thread, while the rest is made ready; returns what waits for the program, which is of
+    (state, frozen, batch, rates). So does leaving `stack`. What the model or objective can't do shows in the trace, which is made at once.
 
     Several processes compile at once where they are: programs that are made side by side might differ in order.
     """
-    lowered = parts.step.trace(parts.state, parts.frozen, parts.batch).lower()
+    lowered = parts.step.trace(parts.state, parts.frozen, parts.batch, parts.rates).lower()
     if distributed.several():
         program = lowered.compile()
         return lambda: program

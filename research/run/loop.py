@@ -14,6 +14,7 @@ from research import config as config_lib
 from research.config import Config
 from research.devices import distributed
 from research.errors import InputError, did_you_mean
+from research.optim import Rates
 from research.rollouts.experience import Experience, Place
 from research.run.checkpoint import Checkpointer
 from research.run.window import Diverged, Window
@@ -33,7 +34,8 @@ class Loop:
     Attributes:
       config: of the run.
       workdir: of the run, for messages.
-      step: the compiled train step: (state, frozen, batch) -> (state, metrics).
+      step: the compiled train step: (state, frozen, batch, rates) -> (state, metrics).
+      rates: the learning rates that it takes.
       experience: where batches come from.
       evaluate: measures and logs; called every `eval.every` and after the last step, where that isn't 0.
       saver: of checkpoints.
@@ -46,7 +48,8 @@ class Loop:
 
     config: Config
     workdir: str
-    step: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
+    step: Callable[[TrainState, Any, Any, Rates], tuple[TrainState, Metrics]]
+    rates: Rates
     experience: Experience
     evaluate: Evaluate | None
     saver: Checkpointer
@@ -74,7 +77,7 @@ class Loop:
                 with self.window.waiting():
                     batch, place, gathered = self.experience.next(state, frozen, place)
                 self.progress(step)
-                state, out = self.step(state, frozen, batch)
+                state, out = self.step(state, frozen, batch, self.rates)
                 if pending is not None:
                     self.window.add(*pending)
                 pending = step, out | gathered

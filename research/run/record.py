@@ -109,6 +109,23 @@ def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int) ->
             writer.print(f"changed  {change}")
 
 
+def measure(writer: metrics.Writer, parts: Parts, compiled: Any, step: int) -> None:
+    """Records how many parameters are trained, and the bytes of memory that a device needs for a step: what is trained,
+    its moments, what is frozen, a batch and the temporaries, by the compiler's analysis.
+
+    Args:
+      writer: of the run.
+      parts: of the run.
+      compiled: the step.
+      step: at which the run begins, or goes on.
+    """
+    values: dict[str, float] = {"startup/trained_parameters": params.count(parts.roles.trained)}
+    if (memory := compiled.memory_analysis()) is not None:
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        values["startup/step_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
+    writer.write(step, values)
+
+
 def _added_tokens(inputs: Inputs, parts: Parts) -> str:
     """Says which tokens have rows of their own, where these lie, and whether they are trained."""
     c, backend = parts.models["policy"].config, inputs.data.tokenizer.backend

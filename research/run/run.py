@@ -69,10 +69,13 @@ def run(
             loading.note_frozen(workdir, {role: frozen[role] for role in parts.roles.divided}, distributed.main())
         writer = stack.enter_context(record.open_writer(config, workdir, int(state.step)))
         record.describe(writer, inputs, parts, int(state.step))
+        compiled = program()
+        record.measure(writer, parts, compiled, int(state.step))
         loop = Loop(
             config=config,
             workdir=workdir,
-            step=distributed.one_at_a_time(program()),
+            step=distributed.one_at_a_time(compiled),
+            rates=assemble.learning_rates(config, parts),
             experience=experience,
             evaluate=evaluation.make_evaluation(inputs, parts, tasks, writer) if config.eval.every else None,
             saver=saver,

@@ -114,7 +114,21 @@ def test_an_adapter_is_never_merged_and_its_base_has_no_gradient(config):
 def test_a_step_does_not_talk_with_the_host(step):
     assert not HOST.search(step.compiled.as_text())
     with jax.transfer_guard("disallow"):
-        jax.block_until_ready(step.compiled(step.state, step.frozen, step.batch))
+        jax.block_until_ready(step.compiled(step.state, step.frozen, step.batch, step.rates))
+
+
+def test_runs_at_other_learning_rates_have_one_program(config):
+    """The rates are arguments: what XLA compiles, and what its cache looks up, is the same text."""
+
+    def lowered(rate):
+        head = {"match": "policy/head", "learning_rate": 2 * rate}
+        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate, groups={"head": head})
+        mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            parts = abstract.Described(dataclasses.replace(config, optimizer=optimizer), mesh, VOCAB).assemble()
+            return parts.step.lower(parts.state, parts.frozen, parts.batch, parts.rates).as_text()
+
+    assert lowered(1e-3) == lowered(3e-2)
 
 
 def test_such_talk_would_be_found():
