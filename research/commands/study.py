@@ -89,7 +89,8 @@ def _study(args: SimpleNamespace) -> int | None:
         if args.dry_run:
             return planned.list()
         if args.submit:
-            return submit(planned.stages, args.submit, planned.command, planned.report is not None)
+            submit(planned.stages, args.submit, planned.command, planned.report is not None)
+            return planned.rounds and print(study.UNKNOWN, file=sys.stderr)
         if args.only:
             return planned.run_one(args.only)
         if args.report:

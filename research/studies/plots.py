@@ -1,4 +1,4 @@
-"""Plots as PNGs, by matplotlib: curves of runs, of ways to train, and of weak-to-strong pairs."""
+"""Plots as PNGs, by matplotlib: curves of runs, of ways to train, of weak-to-strong pairs, and of costs."""
 
 import dataclasses
 import io
@@ -104,6 +104,28 @@ def plot_pairs(quantity: str, title: str, groups: Sequence[Group], theme: str = 
     axes.set_xticks(ratios)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
+    _add_legend(axes, theme)
+    return _to_png(figure)
+
+
+def plot_costs(
+    metric: str, cost: str, quality: Mapping[str, Any], costs: Mapping[str, float], theme: str = "light"
+) -> bytes:
+    """Returns a PNG of how good each way is, with its interval, over what it costs.
+
+    Args:
+      metric: what is drawn upwards.
+      cost: what is drawn to the right, on a logarithmic scale.
+      quality: name of a way -> (value, low, high), whose interval is nan where there is none.
+      costs: name of a way -> its cost.
+      theme: of THEMES.
+    """
+    figure, axes = _new_axes(metric, cost, theme)
+    for i, (name, (value, low, high)) in enumerate(quality.items()):
+        errors = [[_length(value - low)], [_length(high - value)]]
+        style = {"color": COLORS[i % len(COLORS)], "marker": "os^vDPX*"[i // len(COLORS) % 8], "label": name}
+        axes.errorbar([costs[name]], [value], yerr=errors, capsize=2.5, markersize=6, linestyle="", **style)
+    axes.set_xscale("log")
     _add_legend(axes, theme)
     return _to_png(figure)
 

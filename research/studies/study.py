@@ -5,11 +5,12 @@ research/commands/study.py is the command, and says what the file has; docs/stud
 
 import dataclasses
 import importlib.metadata
+import inspect
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,34 +27,57 @@ from research.studies.stages import Plan, Stage, finished, state
 from research.studies.sweep import flag_value
 
 RECORD = "study.json"  # in the study's workdir: its stages, where they are, and how they stand
+UNKNOWN = "more stages follow from the results of these. The same command goes on with them once these are done."
 
 Report = Callable[[str], None]
+Rounds = Generator[None, None, Report | None]  # adds stages, yields until they are done, adds more; ends with a report
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Study:
     """A study that has been planned: nothing is written yet.
 
     Attributes:
-      stages: each after those that it needs.
+      add: has the stages, each after those that it needs.
       report: called with the workdir once all stages are done; None where the study makes none.
       workdir: of the study: its record and report.
       command: the command line of this study.
       config: of the experiment, for the record.
+      rounds: what adds the stages that depend on results of these; None where there are none, or no more.
     """
 
-    stages: Sequence[Stage]
+    add: Plan
     report: Report | None
     workdir: str
     command: Sequence[str]
     config: Mapping[str, Any]
+    rounds: Rounds | None = None
+
+    @property
+    def stages(self) -> list[Stage]:
+        return self.add.stages
+
+    def proceed(self) -> list[Stage]:
+        """Plans as far as results are there; returns the stages that this adds."""
+        before = len(self.stages)
+        while self.rounds is not None and all(finished(stage) is not None for stage in self.stages):
+            try:
+                next(self.rounds)
+            except StopIteration as end:
+                self.rounds, self.report = None, end.value
+        return self.stages[before:]
 
     def run(self, *, keep_going: bool = False, jobs: int = 0) -> int:
         """Runs what isn't done, and makes the report; returns the exit status. See Runner for the arguments."""
         store = os.path.dirname(self.stages[0].workdir)
         print(f"{len(self.stages)} stages in {store}, the study in {self.workdir}", flush=True)
         lost = self._run(self.stages, keep_going=keep_going, jobs=jobs)
-        if self.report is not None:
+        while more := self.proceed():
+            print(f"{len(more)} more stages, which follow from these", flush=True)
+            lost |= self._run(more, keep_going=keep_going, jobs=jobs)
+        if self.rounds is not None:
+            print(UNKNOWN, file=sys.stderr)
+        elif self.report is not None:
             self.report(self.workdir)
         for id, reason in lost.items():
             print(f"not done: {id}: {reason}", file=sys.stderr)
@@ -77,8 +101,10 @@ class Study:
         """Makes the report of what is done.
 
         Raises:
-          InputError: the study makes none.
+          InputError: the study makes none, or none yet.
         """
+        if self.rounds is not None:
+            raise InputError(f"--report: {UNKNOWN}")
         if self.report is None:
             raise InputError("--report: this study makes none. Let its study(config, add) return a function.")
         self.record()
@@ -89,6 +115,8 @@ class Study:
         for number, stage in enumerate(self.stages, start=1):
             after = f"  after {' '.join(stage.inputs)}" if stage.inputs else ""
             print(f"[{number}/{len(self.stages)}] {stage.name}  {state(stage)}  {stage.workdir}{after}", flush=True)
+        if self.rounds is not None:
+            print(UNKNOWN, flush=True)
 
     def record(self) -> None:
         """Writes study.json. States are read from disk, so that it is right whichever process writes it."""
@@ -141,11 +169,21 @@ def plan(named: str, config: ConfigDict, workdir: str, overrides: Mapping[str, A
     add = Plan(store)
     with own_code(path):
         report = module.study(config, add)
-    if not add.stages:
-        raise InputError(f"{path}: its study(config, add) adds no stage.")
+    rounds = _in_own_code(path, report) if inspect.isgenerator(report) else None
     command = ["python", "-m", "research", "study", f"--config={named}", f"--workdir={workdir}"]
     command += [f"--config.{field}={flag_value(field, value)}" for field, value in overrides.items()]
-    return Study(add.stages, report, workdir, command, json.loads(config.to_json_best_effort()))
+    about = json.loads(config.to_json_best_effort())
+    planned = Study(add, None if rounds else report, workdir, command, about, rounds)
+    planned.proceed()
+    if not add.stages:
+        raise InputError(f"{path}: its study(config, add) adds no stage.")
+    return planned
+
+
+def _in_own_code(path: str, rounds: Rounds) -> Rounds:
+    """The same rounds; an exception in them is told as one of the user's file."""
+    with own_code(path):
+        return (yield from rounds)
 
 
 def _load(path: str) -> ModuleType:

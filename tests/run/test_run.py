@@ -85,7 +85,7 @@ def test_experiment_traces_at_full_size(name, mesh):
     abstract = sharding.make_abstract_mesh(mesh, devices)
     with jax.sharding.use_abstract_mesh(abstract):
         parts = assemble.assemble(c, objectives.load(c.objective, tokenizer), abstract, fields, vocab_size=300)
-        state, out = jax.eval_shape(parts.step, parts.state, {}, parts.batch)
+        state, out = jax.eval_shape(parts.step, parts.state, parts.frozen, parts.batch, parts.rates)
     assert out["loss"][0].shape == ()
     jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), state, parts.state)
 

@@ -448,6 +448,59 @@ def test_a_stop_inside_a_run_or_at_its_end_ends_the_study(tmp_path, runs, experi
     assert "stopped after stage student-s0" in capsys.readouterr().err
 
 
+def test_later_stages_follow_from_results(tmp_path, experiment, runs, capsys):
+    """A study that yields goes on with its results: the first command to the end, another finds all of it done."""
+    body = """
+def study(config, add):
+    run = {"steps": config.steps, "data": {"path": "tasks:copy"}}
+    first = [add.train(f"rate{rate}", run | {"optimizer": {"learning_rate": rate}}) for rate in (0.1, 0.2)]
+    yield
+    losses = [json.loads((pathlib.Path(stage.workdir) / "done.json").read_text())["metrics"] for stage in first]
+    add.train(f"loss{losses[1]['eval/loss']}", run | {"seed": 1})
+    return functools.partial(report, first)
+
+def report("""
+    source = pathlib.Path(experiment)
+    start, end = EXPERIMENT.index("def study"), EXPERIMENT.index("def report(")
+    source.write_text("import json, pathlib\n" + EXPERIMENT[:start] + body.lstrip() + EXPERIMENT[end + 11 :])
+
+    assert command(experiment, tmp_path, "--dry_run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:2]] == ["rate0.1", "rate0.2"]
+    assert lines[2].startswith("more stages follow")
+    assert command(experiment, tmp_path, "--report") == BAD_INPUT
+    assert command(experiment, tmp_path, "--submit=print") == 0
+    printed = capsys.readouterr()
+    assert "--report: more stages follow" in printed.err
+    assert len(printed.out.splitlines()) == 2
+    assert command(experiment, tmp_path) == 0
+    assert stems(runs) == ["rate0.1", "rate0.2", "loss1.25"]
+    assert "1 more stages, which follow from these" in capsys.readouterr().out
+    assert (tmp_path / "runs/x/report.txt").read_text() == "rate0.1 rate0.2\n"
+    names = [stage["name"] for stage in json.loads((tmp_path / "runs/x/study.json").read_text())["stages"]]
+    assert names == ["rate0.1", "rate0.2", "loss1.25"]
+    assert command(experiment, tmp_path, "--dry_run") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert command(experiment, tmp_path) == 0
+    assert len(runs) == 3
+
+
+def test_a_failure_leaves_later_stages_unknown(tmp_path, experiment, runs, capsys):
+    body = """
+def study(config, add):
+    add.train("bad", {"steps": config.steps, "data": {"path": "tasks:copy"}, "seed": 13})
+    add.train("good", {"steps": config.steps, "data": {"path": "tasks:copy"}})
+    yield
+    return functools.partial(report, [])
+
+def report("""
+    start, end = EXPERIMENT.index("def study"), EXPERIMENT.index("def report(")
+    pathlib.Path(experiment).write_text(EXPERIMENT[:start] + body.lstrip() + EXPERIMENT[end + 11 :])
+    assert command(experiment, tmp_path, "--keep_going") == FAILED
+    assert "more stages follow from the results" in capsys.readouterr().err
+    assert not (tmp_path / "runs/x/report.txt").exists()
+
+
 def test_dry_run_lists_and_writes_nothing(tmp_path, experiment, runs, capsys):
     assert command(experiment, tmp_path, "--dry_run") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,0 +1,206 @@
+"""The report of a study that compares ways to adapt a model: how good each becomes, and what it costs."""
+
+import csv
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research import files
+from research.errors import InputError
+from research.run.metrics import read_metrics
+from research.studies import pages
+from research.studies.compare_report import Mean, mean
+from research.studies.tables import text_table
+
+METHOD = (
+    "Each way at the learning rate with which one seed had the lowest held-out loss. The loss is of rows held out of the "
+    "training data, and {metric} of records that neither is of: means over seeds, and in brackets 95 % intervals of the "
+    "mean by Student's t distribution; with one seed there are none. Trained: parameters. Step: bytes of a compiled "
+    "step by XLA's analysis (what is trained, its moments, what is frozen, a batch, temporaries). Time: the median of "
+    "all logged steps, with whatever else the machine did meanwhile."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to adapt.
+
+    Attributes:
+      name: as the study calls it.
+      rate: its learning rate.
+      rates: the learning rates that were tried, and the held-out loss of each on one seed.
+      runs: workdirs at `rate`, one a seed.
+    """
+
+    name: str
+    rate: float
+    rates: Mapping[float, float]
+    runs: Sequence[str]
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether a lower or higher rate than was tried may have been better."""
+        return self.rate in (min(self.rates), max(self.rates))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of a way.
+
+    Attributes:
+      way: the way.
+      quality, loss: of the last evaluation, over seeds.
+      before: the quality of the model that all began with, as adapted by nothing yet; nan where it wasn't measured.
+      trained: parameters.
+      step_bytes: of a step.
+      seconds: of a step.
+    """
+
+    way: Way
+    quality: Mean
+    loss: Mean
+    before: float
+    trained: int
+    step_bytes: float
+    seconds: float
+
+
+def read(way: Way, metric: str) -> Result:
+    """Reads the runs of a way.
+
+    Args:
+      way: to read.
+      metric: its quality, such as "eval/test/exact_match".
+
+    Raises:
+      InputError: a run lacks a metric.
+    """
+    runs = [_read_run(run, metric) for run in way.runs]
+    return Result(
+        way,
+        mean([run["quality"] for run in runs]),
+        mean([run["loss"] for run in runs]),
+        runs[0]["before"],
+        int(runs[0]["trained"]),
+        max(run["step_bytes"] for run in runs),
+        float(np.median(np.concatenate([run["seconds"] for run in runs]))),
+    )
+
+
+def _read_run(run: str, metric: str) -> dict[str, Any]:
+    """The numbers of a run. A step's time is that of its tokens at the speed of its line of the log."""
+    series: dict[str, list[float]] = {}
+    for record in read_metrics(run):
+        for name, value in record.items():
+            series.setdefault(name, []).append(value)
+    for name in (metric, "eval/loss", "startup/trained_parameters"):
+        if name not in series:
+            raise InputError(f"{run}: has no metric {name}. Its evaluation must give it: see eval.tasks.")
+    measured = series[metric]
+    steps = zip(series.get("train/tokens", []), series.get("train/tokens_per_second", []), strict=False)
+    return {
+        "quality": measured[-1],
+        "before": measured[0] if len(measured) > 1 else math.nan,
+        "loss": series["eval/loss"][-1],
+        "trained": series["startup/trained_parameters"][0],
+        "step_bytes": series.get("startup/step_bytes", [math.nan])[0],
+        "seconds": [tokens / speed for tokens, speed in steps] or [math.nan],
+    }
+
+
+def report(ways: Sequence[Way], metric: str, workdir: str) -> None:
+    """Writes table.csv, table.json, two PNGs and report.html into a folder, and prints the table.
+
+    Args:
+      ways: to compare.
+      metric: their quality, such as "eval/test/exact_match".
+      workdir: of the study.
+
+    Raises:
+      InputError: a run lacks a metric, or matplotlib isn't installed: the tables are written then.
+    """
+    results = [read(way, metric) for way in ways]
+    out = Path(workdir)
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "table.json", [_as_json(result) for result in results])
+    header, rows = table(results, metric)
+    with open(out / "table.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(_as_csv(results))
+    print(text_table([header, *rows]))
+    remarks = [METHOD.format(metric=metric), *_remarks(results)]
+    print("\n" + "\n".join(remarks))
+    print(f"\nin full in {out / 'report.html'}, {out / 'table.csv'} and {out / 'table.json'}")
+    _write_page(out, results, metric, remarks)
+
+
+def table(results: Sequence[Result], metric: str) -> tuple[list[str], list[list[str]]]:
+    """The heading and the rows, as text."""
+    header = ["", "rate", "seeds", metric, "eval/loss", "trained", "step, MiB", "time, ms"]
+    rows = []
+    for r in results:
+        cost = [f"{r.trained:,}", f"{r.step_bytes / 2**20:.1f}", f"{1000 * r.seconds:.0f}"]
+        rows.append([r.way.name, f"{r.way.rate:g}", str(len(r.way.runs)), _text(r.quality), _text(r.loss), *cost])
+    return header, rows
+
+
+def _remarks(results: Sequence[Result]) -> list[str]:
+    """What a reader of the table should know besides."""
+    edge = [result.way.name for result in results if len(result.way.rates) > 1 and result.way.at_the_edge]
+    if not edge:
+        return []
+    return [f"At the lowest or highest rate that was tried, so that another may be better: {', '.join(edge)}."]
+
+
+def _write_page(out: Path, results: Sequence[Result], metric: str, remarks: Sequence[str]) -> None:
+    """Writes the plots and report.html."""
+    plots, pictures = pages.load_plots(), ""
+    quality = {r.way.name: r.quality for r in results}
+    for name, title, costs in (
+        ("parameters", "trained parameters", {r.way.name: float(r.trained) for r in results}),
+        ("memory", "MiB of a step", {r.way.name: r.step_bytes / 2**20 for r in results}),
+    ):
+        png = {theme: plots.plot_costs(metric, title, quality, costs, theme) for theme in plots.THEMES}
+        (out / f"{name}.png").write_bytes(png["light"])
+        pictures += pages.picture(png, f"{metric} over {title}")
+    rates = [
+        [r.way.name, ", ".join(f"{rate:g}: {loss:.4g}" for rate, loss in sorted(r.way.rates.items()))] for r in results
+    ]
+    body = ["<h1>Adaptation</h1>", *(f"<p>{pages.escape(text)}</p>" for text in remarks)]
+    body += [pages.table(*table(results, metric), "numbers"), f'<div class="plots">{pictures}</div>']
+    body += ["<h2>Learning rates</h2>", pages.table(["", "rate: held-out loss of one seed"], rates, "settings")]
+    (out / "report.html").write_text(pages.page("Adaptation", body), encoding="utf-8")
+
+
+def _text(cell: Mean) -> str:
+    interval = "" if math.isnan(cell.low) else f" [{cell.low:.3g}, {cell.high:.3g}]"
+    return f"{cell.value:.3g}{interval}"
+
+
+def _as_csv(results: Sequence[Result]) -> list[list[Any]]:
+    ends = ("", " low", " high")
+    header = ["name", "rate", "seeds", *(f"{m}{end}" for m in ("quality", "loss") for end in ends)]
+    lines: list[list[Any]] = [[*header, "before", "trained", "step bytes", "seconds"]]
+    for r in results:
+        numbers = [*r.quality, *r.loss, r.before, r.trained, r.step_bytes, r.seconds]
+        lines.append([r.way.name, r.way.rate, len(r.way.runs), *("" if math.isnan(x) else x for x in numbers)])
+    return lines
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    """A row of table.json; nan, which JSON lacks, becomes None."""
+
+    def finite(x: float) -> float | None:
+        return None if math.isnan(x) else x
+
+    return {
+        "name": result.way.name,
+        "rate": result.way.rate,
+        "rates": {f"{rate:g}": loss for rate, loss in result.way.rates.items()},
+        "runs": list(result.way.runs),
+        **{name: {k: finite(x) for k, x in getattr(result, name)._asdict().items()} for name in ("quality", "loss")},
+        **{name: finite(getattr(result, name)) for name in ("before", "trained", "step_bytes", "seconds")},
+    }
