@@ -6,10 +6,10 @@
     python -m research.main --config=experiments/adapt.py:smollm2,lora --config.model.init_from=MODEL \\
         --config.data.path=pairs.jsonl
 
-A small model that has learned other tasks, to reverse words of 3 to 5 letters among them, is adapted to reverse those of
-6 to 8, in which it fails. The study looks for the best of three learning rates of each way with one seed, by the loss of
-held-out rows, and compares all ways at theirs over seeds. With `:smollm2` a model that is named is adapted to data that
-is named; `:smollm2,compare` does so in some ways.
+A small model that has learned other tasks, to reverse words of 3 to 5 letters among them, is adapted to reverse those
+of 6 to 8, in which it fails. The study looks for the best of three learning rates of each way with one seed, by the
+loss of held-out rows, and compares all ways at theirs over seeds. With `:smollm2` a model that is named is adapted to
+data that is named; `:smollm2,compare` does so in some ways.
 """
 
 import functools
@@ -73,7 +73,10 @@ LARGER = {
     "head": (3e-5, 1e-4, 3e-4),
 }
 MODEL = {"num_layers": 3, "d_model": 128, "num_heads": 4, "num_kv_heads": 4, "d_ff": 256, "tie_embeddings": False}
-TASK, OTHERS = "tasks:reverse/2", "tasks:copy/2,tasks:upper/2,tasks:sort_letters/2,tasks:delete_letter/2,tasks:reverse/1"
+TASK, OTHERS = (
+    "tasks:reverse/2",
+    "tasks:copy/2,tasks:upper/2,tasks:sort_letters/2,tasks:delete_letter/2,tasks:reverse/1",
+)
 
 
 def get_config(arg: str = ""):

@@ -125,7 +125,9 @@ class Start:
         return self._draw(params.split(specs, own)[1], params.split(placements, own)[1])
 
     def _draw(self, specs: Any, placements: Any) -> Any:
-        """The same of some of the parameters, as they are before an adapter's `init`."""
+        """The same of some of the parameters, as they are before an adapter's `init`; some kinds add none."""
+        if not specs:
+            return {}
         return self._jitted(lambda key: self._initial(specs, key), placements)
 
     def _initial(self, specs: Any, key: jax.Array) -> Any:

@@ -214,8 +214,9 @@ def make_models(
 
 
 def compile_step(parts: Parts, stack: contextlib.ExitStack) -> Callable[[], Any]:
-    """Compiles the step in a thread, while the rest is made ready; returns what waits for the program, which is of
-    (state, frozen, batch, rates). So does leaving `stack`. What the model or objective can't do shows in the trace, which is made at once.
+    """Compiles the step in a thread, while the rest is made ready; returns what waits for the program, which takes what
+    Parts.step takes. So does leaving `stack`. What the model or objective can't do shows in the trace, which is made at
+    once.
 
     Several processes compile at once where they are: programs that are made side by side might differ in order.
     """

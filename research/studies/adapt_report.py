@@ -17,11 +17,11 @@ from research.studies.compare_report import Mean, mean
 from research.studies.tables import text_table
 
 METHOD = (
-    "Each way at the learning rate with which one seed had the lowest held-out loss. The loss is of rows held out of the "
-    "training data, and {metric} of records that neither is of: means over seeds, and in brackets 95 % intervals of the "
-    "mean by Student's t distribution; with one seed there are none. Trained: parameters. Step: bytes of a compiled "
-    "step by XLA's analysis (what is trained, its moments, what is frozen, a batch, temporaries). Time: the median of "
-    "all logged steps, with whatever else the machine did meanwhile."
+    "Each way is at the learning rate that gave one seed the lowest held-out loss. The loss is of rows held out of the "
+    "training data, {metric} of records that are in neither: means over seeds, and in brackets 95 % intervals of the "
+    "mean by Student's t distribution; with one seed there are none. Trained: parameters. Step: bytes that a compiled "
+    "step needs by XLA's analysis (what is trained, its moments, what is frozen, a batch, temporaries). Time: the "
+    "median over the lines of the logs, with whatever else the machine did meanwhile."
 )
 
 
@@ -93,22 +93,23 @@ def read(way: Way, metric: str) -> Result:
 
 def _read_run(run: str, metric: str) -> dict[str, Any]:
     """The numbers of a run. A step's time is that of its tokens at the speed of its line of the log."""
+    records = read_metrics(run)
     series: dict[str, list[float]] = {}
-    for record in read_metrics(run):
+    for record in records:
         for name, value in record.items():
             series.setdefault(name, []).append(value)
     for name in (metric, "eval/loss", "startup/trained_parameters"):
         if name not in series:
             raise InputError(f"{run}: has no metric {name}. Its evaluation must give it: see eval.tasks.")
     measured = series[metric]
-    steps = zip(series.get("train/tokens", []), series.get("train/tokens_per_second", []), strict=False)
+    timed = [record for record in records if "train/tokens_per_second" in record]
     return {
         "quality": measured[-1],
         "before": measured[0] if len(measured) > 1 else math.nan,
         "loss": series["eval/loss"][-1],
         "trained": series["startup/trained_parameters"][0],
         "step_bytes": series.get("startup/step_bytes", [math.nan])[0],
-        "seconds": [tokens / speed for tokens, speed in steps] or [math.nan],
+        "seconds": [r["train/tokens"] / r["train/tokens_per_second"] for r in timed] or [math.nan],
     }
 
 

@@ -125,6 +125,15 @@ def test_a_run_is_loaded_with_its_adapter_merged(finished):
     assert np.abs(apart - base).max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["norms", "head"])
+def test_a_kind_that_adds_no_parameters_begins_with_a_model(kind, finished):
+    workdir = str(finished("lora"))
+    model, mesh = parts_of({"adapter": {"kind": kind}}).models["policy"], sharding.make_mesh({}, jax.devices()[:1])
+    start = loading.Start("policy", model, 0, loading.Base(workdir, lambda: loading.find(workdir)))
+    values = start.read(model.specs, params.shardings(model.specs, mesh))
+    jax.tree.map(np.testing.assert_array_equal, values, loading.load_model(workdir).params)
+
+
 @pytest.mark.parametrize("name", ["dora from pissa", "vera", "bias"])
 def test_a_run_is_loaded_as_it_was_trained(name, finished):
     """The loss of a model that is loaded, its adapter merged, is the one that the run evaluates with it apart."""
