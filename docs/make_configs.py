@@ -130,7 +130,7 @@ def _section(title: str, prefix: str, cls: type, defaults: Mapping[str, Any]) ->
         Field(
             name=prefix + name,
             type=_type(hints.get(name, type(value))),
-            default="" if value is None else _python(value),
+            default="" if value is None and not _may_be_none(hints.get(name)) else _python(value),
             sentence=top.get(prefix + name) or own.get(name, ""),
             resumed=resume.rule_of(prefix + name).text(),
         )
@@ -153,9 +153,15 @@ def _type(hint: Any) -> str:
     kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind in (typing.Union, types.UnionType):
         return " or ".join(_type(option) for option in args)
+    if kind is types.NoneType:
+        return "None"
     if kind is tuple:
         return f"tuple of {_type(args[0])}"
     return "mapping" if issubclass(kind, Mapping) else kind.__name__
+
+
+def _may_be_none(hint: Any) -> bool:
+    return types.NoneType in typing.get_args(hint)
 
 
 def _escape(text: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from research import config as config_lib
 from research.errors import InputError, did_you_mean
@@ -12,6 +12,7 @@ from research.errors import InputError, did_you_mean
 def get_config() -> ConfigDict:
     """All fields with their defaults (see research/config.py), locked: an unknown name is an error."""
     config = ConfigDict(config_lib.defaults())
+    config.model.prefix = config_dict.placeholder(bool)  # None, which a command line may set
     config.lock()
     return config
 

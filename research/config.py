@@ -117,6 +117,9 @@ class ModelSection(ModelConfig):
         on CPU.
       init_from: the model to start from: a run's workdir, a folder as transformers saves it, a hub name (NAME/MODEL or
         NAME/MODEL@REVISION) or a .gguf file. It then decides all fields that are left at their defaults.
+      prefix: whether it is a prefix LM (arXiv:1910.10683, section 3.2.1): the tokens of a document's prefix see each
+        other whole, and those that follow all before them. The batch field `prefix` says which are which, and without
+        it the model is causal. What is generated sees its prompt so. None: as what it starts from is; else False.
       new_rows: how tokens begin that the run adds to the tokenizer of init_from: as the "mean" of the model's other
         embeddings, or "random", with their mean and spread.
     """
@@ -124,6 +127,7 @@ class ModelSection(ModelConfig):
     vocab_size: int = 0
     dtype: str = "auto"
     init_from: str = ""
+    prefix: bool | None = None
     new_rows: str = "mean"
 
     def __post_init__(self) -> None:
@@ -430,7 +434,7 @@ def model_config(config: Config, vocab_size: int, backend: str | None = None, ro
             f"{where}.vocab_size = {section.vocab_size} is smaller than the tokenizer, which has {vocab_size} "
             "tokens. Set it to 0 to follow the tokenizer."
         )
-    values = _values(section, ModelConfig)
+    values = _values(section, ModelConfig) | {"prefix": bool(section.prefix)}
     values["vocab_size"] = section.vocab_size or -(-vocab_size // 128) * 128  # whole tiles, divisible by any mesh
     if section.dtype == "auto":
         values["dtype"] = "float32" if (backend or sharding.platform()) == "cpu" else "bfloat16"

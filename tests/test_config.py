@@ -37,6 +37,13 @@ def test_what_changes_no_parameter_may_be_set():
     assert merged == dataclasses.replace(BASE, **free, rope_scaling=RopeScaling(**scaling))
 
 
+def test_a_prefix_lm_goes_on_as_one_or_as_a_causal_model():
+    base = dataclasses.replace(BASE, prefix=True)
+    goes_on = {said: config.model_config(with_architecture(base, prefix=said), 96) for said in (None, True, False)}
+    assert {said: model.prefix for said, model in goes_on.items()} == {None: True, True: True, False: False}
+    assert config.model_config(config.parse({}), 96).prefix is False
+
+
 def test_what_agrees_with_the_checkpoint_may_be_said():
     said = with_architecture(d_model=32, mlp="geglu", vocab_size=96)
     assert config.model_config(said, 96, backend="cpu") == BASE

@@ -379,7 +379,7 @@ def _check_prefixes(terms: Terms, models: Mapping[str, Any], batch: Batch) -> No
                 f"{where}.prefix = True: nothing says what a document's prefix is, so that the model would read from "
                 "left to right here, and show prompts to itself whole when it generates. Train with the objective "
                 "prefix_lm, or give the data a view that marks prefixes: data.sources.NAME.view = {'kind': 'prompt'}. "
-                "(What begins with a prefix LM stays one.)"
+                f"(What begins with a prefix LM stays one, but for {where}.prefix = False.)"
             )
 
 
