@@ -32,6 +32,7 @@ CASES = {
     "p_tuning": {"kind": "p_tuning", "tokens": 3, "hidden": 8},
     "prefix": {"kind": "prefix", "tokens": 3},
     "gpt_neox": {"kind": "lora", "rank": 3, "targets": "q|v|o|up", "also": "final_norm/.*"},
+    "qwen2": {"kind": "lora", "rank": 2, "targets": "q|v", "also": "embed"},  # whose head is the embedding
     "head": {"kind": "lora", "rank": 2, "targets": "q|embed", "also": "head|layers/1/attention_norm/scale"},
     "gpt2": {
         "kind": "lora",
@@ -153,6 +154,27 @@ def test_a_run_goes_on_with_an_adapter(name, source, trained, tmp_path):
     np.testing.assert_allclose(logits_of(ours, values), logits_of(loading.load_model(str(workdir))), atol=2e-5)
 
 
+@pytest.mark.slow
+def test_an_adapter_beside_a_model_with_added_tokens(trained, tmp_path, capsys):
+    base, before, _ = trained("llama")
+    added = {"tokenizer": {"added_tokens": ["<a>", "<b>"]}}
+    workdir = tmp_path / "run"
+    run.run(
+        config_of(base, {"init_from": str(before), "also": "embed_added|head_added"}, **added), str(workdir),
+        devices=jax.devices()[:1],
+    )  # fmt: skip
+    loaded = loading.load_model(str(workdir))
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite([row["train/loss"] for row in rows if "train/loss" in row]).all()
+    assert loaded.tokenizer.backend.token_to_id("<b>") == loaded.tokenizer.size - 1
+    with pytest.raises(InputError, match=r"added tokens to its model, and its adapter belongs to the model with them"):
+        loading.load_model(str(base), adapter=[str(workdir)])
+    assert export.main([f"--model={workdir}", f"--output={tmp_path / 'folder'}"]) == 2
+    assert "export --merge" in capsys.readouterr().err
+    assert export.main([f"--model={workdir}", "--merge", f"--output={tmp_path / 'whole'}"]) == 0
+    np.testing.assert_allclose(logits_of(loading.load_model(str(tmp_path / "whole"))), logits_of(loaded), atol=1e-5)
+
+
 def test_each_record_names_its_adapter(trained, tmp_path):
     base, _, llama = trained("llama")
     _, _, pissa = trained("pissa")
@@ -213,6 +235,8 @@ def test_what_cannot_be_is_refused(trained, tmp_path, capsys):
             loading.load_model(str(other), adapter=[str(adapter)])
     assert export.main([f"--model={base}", "--merge", f"--output={tmp_path / 'x'}"]) == 2
     assert "has no adapter that could be merged" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"model.num_labels = 3: the head is new, .* adapter.also = 'head'"):
+        resolve.with_checkpoints(config_of(base, LORA, model={"init_from": str(base), "num_labels": 3}), None)
     with pytest.raises(InputError, match=r"adapter.init_from = 'nowhere': is the folder or workdir of an adapter for"):
         resolve.with_checkpoints(config.parse({**RUN, "adapter": {"init_from": "nowhere"}}), None)
 

@@ -117,6 +117,54 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         saved.fill({**values, "embed": values["embed"] + 1})
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_alpha_is_written_as_it_was_used(rslora, tmp_path):
+    """The scale of each map is alpha over rank, or over its root, in PEFT too."""
+    source = loading.find(str(GOLDEN / "hf_tiny" / "llama"))
+    options = {"kind": "lora", "rank": 4, "alpha": 6.0, "rslora": rslora, "targets": "q|v"}
+    patterns = {"rank_pattern": {"layers/1/attention/q": 3}, "alpha_pattern": {"layers/0/attention/v": 5.0}}
+    model = transformer.make_model(source.config, adapter=adapters.load(options | patterns))
+    attention = params.init(model.specs, jax.random.PRNGKey(0))["layers"]["attention"]
+    low = {name: {"lora": attention[name]["lora"]} for name in "qv"}
+    leaves = peft.leaves_of({"layers": {"attention": low}}, model.specs)
+    trained = peft.Trained("lora", rslora, leaves, {}, "base", {})
+    peft.write(tmp_path / "folder", families.load("llama", "a test"), model.config, trained)
+    config = json.loads((tmp_path / "folder/adapter_config.json").read_text())
+    tensors = safetensors.numpy.load_file(tmp_path / "folder/adapter_model.safetensors")
+    assert config["use_rslora"] == rslora
+    for name in "qv":
+        for layer in range(2):
+            module = f"model.layers.{layer}.self_attn.{name}_proj"
+            rank = tensors[f"base_model.model.{module}.lora_A.weight"].shape[0]
+            assert rank == (3 if (name, layer) == ("q", 1) else 4) == config["rank_pattern"].get(module, config["r"])
+            scale = config["alpha_pattern"].get(module, config["lora_alpha"]) / (rank**0.5 if rslora else rank)
+            assert scale == pytest.approx(float(low[name]["lora"]["scale"][layer]), rel=1e-6)
+    assert loading.open_adapter(str(tmp_path / "folder"), source).options.get("rslora", False) == rslora
+
+
+def test_an_embedding_that_is_the_head_is_written_as_both(tmp_path):
+    """PEFT copies what it saves whole, and a head that stays tied to the model's own embedding would be another."""
+    source = loading.find(str(GOLDEN / "hf_tiny" / "qwen2"))
+    options = {"kind": "lora", "rank": 2, "targets": "q", "also": "embed"}
+    model = transformer.make_model(source.config, adapter=adapters.load(options))
+    drawn = params.init(model.specs, jax.random.PRNGKey(0))
+    low = {"attention": {"q": {"lora": drawn["layers"]["attention"]["q"]["lora"]}}}
+    leaves = peft.leaves_of({"embed": drawn["embed"], "layers": low}, model.specs)
+    trained = peft.Trained("lora", False, leaves, {}, "base", {})
+    peft.write(tmp_path / "folder", families.load("qwen2", "a test"), model.config, trained)
+    file = tmp_path / "folder" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    for name in ("model.embed_tokens", "lm_head"):
+        np.testing.assert_array_equal(tensors[f"base_model.model.{name}.weight"], drawn["embed"])
+    config = json.loads((file.parent / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["model.embed_tokens", "lm_head"]
+    assert loading.open_adapter(str(file.parent), source).options["also"] == "embed"
+    tensors["base_model.model.lm_head.weight"] += 1
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(InputError, match=r"holds lm_head.weight, trained apart from model.embed_tokens.weight"):
+        loading.open_adapter(str(file.parent), source)
+
+
 def test_options_come_from_the_folder_and_others_are_refused():
     source = loading.find(str(GOLDEN / "hf_tiny" / "llama"))
     folder = str(GOLDEN / "peft_adapters" / "lora_rank_pattern")

@@ -133,6 +133,14 @@ def parameter_places(family: ModuleType, c: ModelConfig) -> dict[str, tuple[Tens
     return {name: (tensor, at) for tensor in family.tensors(c) for name, at in places(tensor, c)}
 
 
+def tied_head(family: ModuleType, c: ModelConfig) -> str | None:
+    """What transformers calls the head of a model whose head is the embedding; None for any other model."""
+    if not c.tie_embeddings or c.num_labels:
+        return None
+    apart = family.tensors(dataclasses.replace(c, tie_embeddings=False))
+    return next((tensor.name for tensor in apart if tensor.paths == ("head",)), None)
+
+
 def split(x: np.ndarray, name: str, tensor: Tensor, c: ModelConfig, where: object) -> Iterator[tuple[str, np.ndarray]]:
     """A tensor of transformers as the parameters of ours that it holds: (name, values).
 

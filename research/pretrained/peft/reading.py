@@ -294,12 +294,24 @@ class _Reader:
         trained: Leaves = collections.defaultdict(dict)
         copies: Leaves = collections.defaultdict(dict)
         for name, entry in self.whole.items():
+            if name == modules_lib.tied_head(self.family, self.c):
+                self._check_tied(name, entry)
+                continue
             if name not in known:
                 raise InputError(f"{self.folder.where}: holds {name}, and the model has no such tensor. {_MERGE}")
             tensor, at = known[name]
             for path, x in modules_lib.split(entry.read(), name, tensor, self.c, self.folder.where):
                 (copies if tensor.name in targets else trained)[path][at] = np.asarray(x, np.float32)
         return dict(trained), dict(copies)
+
+    def _check_tied(self, head: str, entry: Entry) -> None:
+        """Raises InputError where the folder has a head that isn't its embedding, for a model in which they are one."""
+        (embed,) = (tensor.name for tensor in self.family.tensors(self.c) if tensor.paths == ("embed",))
+        if embed not in self.whole or not np.array_equal(entry.read(), self.whole[embed].read()):
+            raise InputError(
+                f"{self.folder.where}: holds {head}, trained apart from {embed}, and in the model they are one matrix "
+                f"(model.tie_embeddings). {_MERGE}"
+            )
 
 
 def _map_name(path: str, layers: list[int], c: ModelConfig) -> str:

@@ -236,6 +236,10 @@ class _Writer:
         for name, parts in own.items():
             if any((name, at) not in written for at in parts):
                 raise InputError(f"{name}: has no tensor in transformers. {_MERGE}")
+        head = modules_lib.tied_head(self.family, self.c)
+        if head and "embed" in own:  # PEFT copies what it saves whole, so that the two are no longer one there
+            modules[head.rpartition(".")[0]] = None
+            self.tensors[_PREFIX + head] = own["embed"][()]
         fields: dict[str, Any] = {"modules_to_save": list(modules) or None}
         return fields | ({"bias": "all"} if biases else {})
 
