@@ -20,6 +20,7 @@ from research import config as config_lib
 from research import files, loading, params
 from research.errors import InputError
 from research.models import transformer
+from research.models.adapters import prompt
 from research.models.config import ModelConfig
 from research.objectives import classes
 from research.objectives import types as objective_types
@@ -43,6 +44,7 @@ class Classifier(NamedTuple):
       seq_len: of its rows.
       names: of the classes; empty where they have none.
       fields: field -> the column that it has in the records.
+      virtual: ids of the tokens that it has in front of every text.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Classifier(NamedTuple):
     seq_len: int
     names: tuple[str, ...]
     fields: Mapping[str, str]
+    virtual: range = range(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +110,7 @@ def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Cla
     if _trained_words(run):  # it labels by words, whatever it reads
         check = None
     loaded = loading.load_model(name, step=reading.step, ema=reading.ema, check=check)
-    if loaded.model.virtual_tokens:
-        raise InputError(
-            f"{name}: has virtual tokens in front of documents (adapter.kind), and labels are made without. Take "
-            "another model."
-        )
+    ahead = loaded.model.virtual_tokens
     label_tokens = classes.label_tokens(words, loaded.tokenizer, "--words") if words else None
     fields = dict(run.data.fields) if reading.fields is None else dict(reading.fields)
     names = tuple(run.data.labels) or tuple(word.strip() for word in words)
@@ -134,11 +133,12 @@ def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Cla
     return Classifier(
         name=name,
         weights=params.checksum(loaded.params),
-        probs=functools.partial(_make_probs(loaded.model.config, label_tokens), loaded.params),
+        probs=functools.partial(_make_probs(loaded.model.config, label_tokens, ahead), loaded.params),
         store=store,
         seq_len=run.seq_len if is_run else min(512, loaded.model.max_length),
         names=names,
         fields=fields,
+        virtual=range(loaded.model.config.vocab_size, loaded.model.config.vocab_size + ahead),
     )
 
 
@@ -161,9 +161,10 @@ def _trained_words(run: config_lib.Config) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=16)
-def _make_probs(config: ModelConfig, label_tokens: tuple[int, ...] | None) -> Callable[..., jax.Array]:
-    """One program for all models of a shape, so that labelling with many compiles once."""
-    model = transformer.make_model(config)
+def _make_probs(config: ModelConfig, label_tokens: tuple[int, ...] | None, ahead: int = 0) -> Callable[..., jax.Array]:
+    """One program for all models of a shape, so that labelling with many compiles once. `ahead` counts the virtual
+    tokens, whose rows are parameters; prefixes show in the parameters themselves."""
+    model = transformer.make_model(config, adapter=prompt.merged(ahead) if ahead else None)
 
     @jax.jit
     def probs(weights: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -232,14 +233,15 @@ def _label(classifiers: Sequence[Classifier], origin: records.Origin, total: int
 
 def _probabilities(classifier: Classifier, numbers: range) -> np.ndarray:
     """The probabilities of records by number, [len(numbers), C] float64."""
-    store, T = classifier.store, classifier.seq_len
+    store, T, ahead = classifier.store, classifier.seq_len, len(classifier.virtual)
     ends = np.cumsum(store.length)[numbers.start : numbers.stop]
-    length = np.minimum(store.length[numbers.start : numbers.stop], T)
-    order, splits = packing.rows_of(length, T)
-    rows = Rows((store,), (ends - length)[order], length[order], splits, T)
+    length = np.minimum(store.length[numbers.start : numbers.stop], T - ahead)
+    order, splits = packing.rows_of(length + ahead, T)
+    rows = Rows((store,), (ends - length)[order], length[order], splits, T, virtual=classifier.virtual)
     row = np.repeat(np.arange(len(rows)), np.diff(splits))
-    stop = np.cumsum(length[order])
-    last = stop - (stop - length[order])[splits[row]] - 1  # the place in its row of each record's last token
+    taken = length[order] + ahead
+    stop = np.cumsum(taken)
+    last = stop - (stop - taken)[splits[row]] - 1  # the place in its row of each record's last token
     result = None
     for first in range(0, len(rows), _ROWS):
         number = np.arange(first, first + _ROWS)

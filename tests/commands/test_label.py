@@ -13,6 +13,7 @@ from experiments import base
 from research import config, loading
 from research.commands import label
 from research.evals import labels
+from research.models import virtual
 from research.objectives.classes import class_logits
 from research.objectives.types import Forward
 from research.run import checkpoint, run
@@ -121,6 +122,22 @@ def test_probabilities_are_those_of_each_text_alone(labelled, classifier):
         logits = class_logits(Forward({"policy": loaded.model}, {"policy": loaded.params}, batch))
         np.testing.assert_allclose(record["probs"], jax.nn.softmax(logits[0, -1]), atol=2e-6)
     assert len({tuple(record["probs"]) for record in labelled}) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_classifier_with_something_in_front_of_texts_labels(kind, folder, data, language_model):
+    adapter = {"kind": kind, "tokens": 3, "also": "head"}
+    workdir = classify(folder / kind, data, language_model, adapter=adapter)
+    records = run_label(workdir, data, folder / f"{kind}.jsonl")
+    loaded = loading.load_model(str(workdir), check=None)
+    for record in records[::17]:
+        ids = loaded.tokenizer.encode(record["text"] + "?")
+        ids = ids if loaded.tokenizer.bos is None else [loaded.tokenizer.bos, *ids]
+        tokens = jnp.asarray([ids], jnp.int32)
+        batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": jnp.arange(len(ids))[None]}
+        logits = virtual.hidden(loaded.model, loaded.params, batch)[0, -1] @ loaded.params["head"]
+        np.testing.assert_allclose(record["probs"], jax.nn.softmax(logits), atol=2e-5)
 
 
 def test_several_models_are_averaged(folder, data, classifier, labelled):

@@ -1,6 +1,7 @@
 """Virtual tokens and prefixes in packed rows, while decoding, and before roles that lack them."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -11,6 +12,7 @@ import soft_prompts
 from soft_prompts import logits, rows
 
 from research.errors import InputError
+from research.evals import labels
 from research.evals.scoring import Example, make_token_scorer
 from research.models import kernels, virtual
 from research.models.generation import generate_batches, make_generate, make_stream
@@ -151,6 +153,24 @@ def test_scores_are_given_after_the_virtual_tokens():
     whole = logits(model, values, rows(ids[None], np.ones((1, 4), int), model.config.vocab_size, 3))[0, 3:]
     expected = np.asarray(jax.nn.log_softmax(whole[:-1]))[np.arange(3), ids[1:]]
     np.testing.assert_allclose(scored, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_labels_are_given_after_what_is_in_front(name):
+    model, values = build(name)
+    store, count, words = store_of([7, 30, 4]), model.virtual_tokens, (5, 7)
+    probs = functools.partial(labels._make_probs(model.config, words, count), values)
+    virtual_ids = range(model.config.vocab_size, model.config.vocab_size + count)
+    classifier = labels.Classifier(name, "", probs, store, 24, ("a", "b"), {}, virtual_ids)
+    room = 24 - count
+    texts = [
+        store.tokens[stop - min(n, room) : stop] for n, stop in zip(store.length, store.length.cumsum(), strict=True)
+    ]
+    ids, mask = (np.stack([np.pad(x, (0, room - len(x))) for x in each]) for each in (texts, map(np.ones_like, texts)))
+    hidden = jax.jit(functools.partial(virtual.hidden, model))(values, rows(ids, mask))
+    last = hidden[jnp.arange(3), jnp.array([len(text) - 1 for text in texts])]
+    scores = jnp.matmul(last, model.unembed(values).kernel, precision="highest")[:, jnp.array(words)]
+    np.testing.assert_allclose(labels._probabilities(classifier, range(3)), jax.nn.softmax(scores), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
