@@ -414,12 +414,15 @@ def _empty(tree: Any) -> bool:
     return isinstance(tree, Mapping) and not tree
 
 
+_TABLES = {"vocab", "added_tokens", "virtual_tokens", "labels", "positions", "token_types"}  # axes of embeddings, heads
+
+
 def muon_dimensions(specs: Tree) -> Tree:
     """For Muon: optax's MuonDimensionNumbers (what is contracted, what comes out) of matrices; None for what takes
-    AdamW's update instead: scales, biases, embeddings and heads."""
+    AdamW's update instead: scales, biases, embeddings (of virtual tokens and prefixes too) and heads."""
 
     def one(spec: ParamSpec) -> Any:
-        if not spec.contracts or {"vocab", "added_tokens", "labels", "positions", "token_types"} & set(spec.axes):
+        if not spec.contracts or _TABLES & set(spec.axes):
             return None
         inputs = tuple(i for i, axis in enumerate(spec.axes) if axis in spec.contracts)
         stacked = ("layers",) if spec.axes[-1] == "experts" else ("layers", "experts")

@@ -4,6 +4,7 @@ Bad input shows here, before anything is compiled or written.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -191,7 +192,9 @@ def with_checkpoints(
             raise InputError(
                 f"{where}.init_from = '': names no model. Give a workdir, a folder, a hub name or a .gguf."
             )
-    return _with_adapter(config, bases.get("policy")), bases
+    config = _with_adapter(config, bases.get("policy"))
+    _check_new_head(config, bases.get("policy"))
+    return config, bases
 
 
 def _with_adapter(config: Config, base: loading.ModelSource | None) -> Config:
@@ -206,6 +209,22 @@ def _with_adapter(config: Config, base: loading.ModelSource | None) -> Config:
         )
     options = loading.adapter_options(name, base or loading.find(config.model.init_from), config.adapter)
     return dataclasses.replace(config, adapter=options)
+
+
+def _check_new_head(config: Config, base: loading.ModelSource | None) -> None:
+    """Raises InputError where the policy gets a head for classes, and the adapter leaves that as it is drawn."""
+    adapter = adapters.load(config.adapter)
+    if adapter is None or base is None or not config.model.num_labels or base.config.num_labels:
+        return
+    try:
+        trained = any(re.fullmatch(pattern, "head") for pattern in adapter.trained.values())
+    except re.error:
+        return  # which params.matching names
+    if not trained:
+        raise InputError(
+            f"model.num_labels = {config.model.num_labels}: the head is new, and the adapter leaves it as it is drawn. "
+            "Train it too: adapter.also = 'head'."
+        )
 
 
 def read_data(

@@ -128,9 +128,22 @@ def make_roles(
             _check_reference(roles, role)
             own = roles.trained[model.of] if model.adapter else kernels.bare(roles.trained[model.of])
             roles.frozen[role] = params.held_in(own, float_dtype(config, model))
+    _check_frozen_dtype(config, roles)
     if terms:
         roles.trained["objectives"] = dict(terms)
     return roles
+
+
+def _check_frozen_dtype(config: Config, roles: Roles) -> None:
+    """Raises InputError where frozen_dtype has no effect."""
+    quantizes = config.frozen_dtype in quantized.KINDS
+    if config.frozen_dtype == "auto" or (quantized.any_in(roles.frozen) if quantizes else roles.frozen):
+        return
+    reason = "no kernel of the layers is frozen" if quantizes and roles.frozen else "nothing is frozen"
+    raise InputError(
+        f"frozen_dtype = {config.frozen_dtype!r}: has no effect, since {reason}. Leave it out, or train less: an "
+        "adapter, trainable."
+    )
 
 
 def held(config: Config, model: transformer.Model, specs: Tree) -> Tree:
