@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import runs
 
 from research.devices import compilation, distributed
 from research.run import checkpoint, loop, metrics
@@ -148,6 +149,37 @@ def test_several_processes_mask_the_same_tokens(tmp_path):
         found.append([(r["step"], r["train/nll"], r["train/chosen"]) for r in records])
     assert len(found[0]) == 4
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+
+
+ADAPTER = """
+from experiments import sft
+
+
+def get_config(arg=""):
+    config = sft.get_config("debug")
+    config.adapter = {"kind": "lora", "rank": 4, "dropout": 0.3, "also": "final_norm/scale"}
+    config.eval.generate = 0
+    return config
+"""
+
+
+@slow
+def test_several_processes_train_an_adapter_as_one_does(tmp_path):
+    """Kernels and adapters are cut over both, and the same of maps' inputs is left out."""
+    (tmp_path / "adapter.py").write_text(ADAPTER)
+    found = []
+    for processes, devices, mesh in ((1, 1, {}), (2, 2, {"data": 1, "fsdp": 2, "tensor": 2})):
+        workdir = tmp_path / str(processes)
+        begun = start(workdir, processes, devices, mesh, steps=6, config=str(tmp_path / "adapter.py"))
+        assert finish(begun) == [0] * processes, log(workdir, 0)
+        found.append(losses(workdir))
+    assert len(found[0]) == 6
+    same(found[1], found[0])
+    whole, cut = (runs.parameters(tmp_path / name) for name in "12")
+    names = [name for name in whole if name.startswith("['params']")]
+    assert all("lora" in name or "final_norm" in name for name in names)
+    for name in names:
+        np.testing.assert_allclose(cut[name], whole[name], rtol=1e-2, atol=2e-4, err_msg=name)
 
 
 @slow

@@ -17,6 +17,7 @@ from research.errors import InputError
 from research.models import adapters, kernels, transformer
 from research.models.adapters import lora
 from research.models.config import ModelConfig
+from research.ops import quantized
 
 GOLDENS = goldens.load("peft")
 GOLDENS_OF_TRAINING = goldens.load("trajectories")
@@ -220,6 +221,27 @@ def moved(model, values):
     return params.join(structure.unflatten(noisy), rest)
 
 
+@pytest.mark.parametrize("kind", quantized.KINDS)
+def test_loftq_makes_up_for_what_quantising_loses(kind):
+    """What the model computes is nearer to the float base than that of its quantised kernels alone, as each map is."""
+    adapter = adapters.load({"kind": "lora", "rank": 4, "init": "loftq"})
+    config = ModelConfig(**SMALL, tie_embeddings=False, head_dim=8)
+    plain, model = transformer.make_model(config), transformer.make_model(config, adapter=adapter)
+    values = params.init(plain.specs, jax.random.PRNGKey(1))
+    _, added = params.split(params.init(model.specs, jax.random.PRNGKey(0)), params.like(values, model.specs))
+    specs = quantized.held_in(model.specs, kind)
+    begun = loading.adapted(model, specs, params.join(values, added), jax.random.PRNGKey(0))
+    held = quantized.hold(values, quantized.held_in(plain.specs, kind))
+    assert kind in begun["layers"]["mlp"]["up"]["kernel"]
+    for part, name in (("attention", "q"), ("attention", "o"), ("mlp", "down")):
+        p, wanted = begun["layers"][part][name], values["layers"][part][name]["kernel"]
+        alone = quantized.read(held["layers"][part][name]["kernel"], jnp.float32) - wanted
+        beside = quantized.read(p["kernel"], jnp.float32) + kernels.low_rank(p["lora"], wanted.shape) - wanted
+        assert jnp.linalg.norm(beside.ravel()) < 0.8 * jnp.linalg.norm(alone.ravel())
+    wanted, alone, beside = plain.hidden(values, BATCH), plain.hidden(held, BATCH), model.hidden(begun, BATCH)
+    assert jnp.linalg.norm((beside - wanted).ravel()) < 0.8 * jnp.linalg.norm((alone - wanted).ravel())
+
+
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 12)).astype(np.int32)
 BATCH = {
     "tokens": TOKENS,
@@ -245,14 +267,21 @@ def test_nothing_changes_at_the_start(name, kind):
     assert np.abs(model.hidden(moved(model, own), BATCH) - wanted).max() > 1e-2 or name == "head"
 
 
-@pytest.mark.parametrize("name", [*SAME, *CLOSE, "experts", "embedding"])
+MORE = {
+    "experts": ({"kind": "lora", "rank": 2}, {"num_experts": 3, "tie_embeddings": False}),
+    "embedding": ({"kind": "lora", "rank": 2, "targets": "embed|q"}, {"tie_embeddings": False}),
+}
+
+
+def build(name):
+    """What `small` gives for one of SAME, CLOSE and MORE."""
+    adapter, fields = MORE.get(name, ({**SAME, **CLOSE}.get(name), MODELS["gpt2"] | {"tie_embeddings": False}))
+    return small(adapter, **fields)
+
+
+@pytest.mark.parametrize("name", [*SAME, *CLOSE, *MORE])
 def test_decoding_is_as_training_reads(name):
-    more = {
-        "experts": ({"kind": "lora", "rank": 2}, {"num_experts": 3, "tie_embeddings": False}),
-        "embedding": ({"kind": "lora", "rank": 2, "targets": "embed|q"}, {"tie_embeddings": False}),
-    }
-    adapter, fields = more.get(name, ({**SAME, **CLOSE}.get(name), MODELS["gpt2"] | {"tie_embeddings": False}))
-    model, own, _, _ = small(adapter, **fields)
+    model, own, _, _ = build(name)
     own = moved(model, own)
     wanted = model.hidden(own, BATCH)
     cache, mask = model.init_cache(2, 12), np.tril(np.ones((12, 12), bool))
@@ -264,9 +293,9 @@ def test_decoding_is_as_training_reads(name):
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", [*SAME, *CLOSE])
+@pytest.mark.parametrize("name", [*SAME, *CLOSE, *MORE])
 def test_merged_is_as_apart(name):
-    model, own, plain, _ = small({**SAME, **CLOSE}[name], **MODELS["gpt2"], tie_embeddings=False)
+    model, own, plain, _ = build(name)
     own = moved(model, own)
     whole = kernels.merge(own)
     assert jax.tree.structure(whole) == jax.tree.structure(plain.specs, is_leaf=params.is_spec)

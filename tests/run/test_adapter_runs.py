@@ -15,11 +15,11 @@ from research.models import kernels, virtual
 from research.run import assemble, checkpoint, metrics
 from research.run.run import run
 
-MODEL = {"num_layers": 2, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 16, "vocab_size": 264}
+MODEL = {"num_layers": 2, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "d_ff": 16, "vocab_size": 264}
 MODEL |= {"tie_embeddings": False}
 LORA = {"kind": "lora", "rank": 2, "alpha": 4.0}
 CASES = {
-    "lora": {"adapter": LORA},
+    "lora": {"adapter": LORA, "ema_decay": 0.5},
     "dora from pissa": {"adapter": {**LORA, "dora": True, "init": "pissa", "also": "head"}},
     "vera": {"adapter": {"kind": "vera", "rank": 4, "dropout": 0.2}},
     "bias": {"adapter": {"kind": "bias"}},
@@ -31,6 +31,7 @@ CASES = {
     "lora with dropout": {
         "adapter": {**LORA, "dropout": 0.3, "targets": "q|k|v|up|embed", "exclude": "layers/0/.*/up"}
     },
+    "experts": {"adapter": LORA, "model": {**MODEL, "num_experts": 4, "experts_per_token": 2}},
     "prompt": {"adapter": {"kind": "prompt", "tokens": 3, "init": "text", "text": "copy"}},
     "prefix": {"adapter": {"kind": "prefix", "tokens": 3, "projection": True, "also": "layers/1/attention_norm/.*"}},
 }
@@ -90,22 +91,33 @@ def test_half_a_run_and_the_rest_are_the_whole(name, finished, tmp_path):
 
 @pytest.mark.parametrize("name", _MOST_SLOW)
 def test_microbatches_and_a_mesh_change_nothing(name, finished, tmp_path):
-    whole = runs.parameters(finished(name))
-    run(config_of(CASES[name], microbatches=2), str(tmp_path / "cut"), devices=jax.devices()[:1])
-    mesh = {"data": 2, "fsdp": 2, "sequence": 2}
-    run(config_of(CASES[name], mesh=mesh), str(tmp_path / "sharded"), devices=jax.devices()[:8])
-    for other in ("cut", "sharded"):
-        values = runs.parameters(tmp_path / other)
-        assert values.keys() == whole.keys()
-        for key in whole:
-            if key.startswith("['params']"):
-                np.testing.assert_allclose(values[key], whole[key], rtol=1e-3, atol=1e-4, err_msg=f"{other} {key}")
+    """Kernels and what lies beside them are cut over fsdp and tensor, those of experts over expert too."""
+    mesh = {"data": 1, "fsdp": 2, "expert" if name == "experts" else "sequence": 2, "tensor": 2}
+    parts = 1 if name == "experts" else 2  # of the 4 rows, of which expert takes 2
+    run(config_of(CASES[name], mesh=mesh, microbatches=parts), str(tmp_path / "cut"), devices=jax.devices()[:8])
+    whole, values = (runs.parameters(workdir) for workdir in (finished(name), tmp_path / "cut"))
+    assert values.keys() == whole.keys()
+    for key in whole:
+        if key.startswith("['params']"):
+            np.testing.assert_allclose(values[key], whole[key], rtol=1e-3, atol=1e-4, err_msg=key)
 
 
 def test_a_checkpoint_holds_the_adapter_alone(finished):
     names = {name for name in runs.parameters(finished("lora")) if name.startswith("['params']")}
     assert names
     assert all(name.endswith(("['lora']['a']", "['lora']['b']")) for name in names)
+
+
+def test_the_moving_average_is_of_the_adapter(finished):
+    saved, place = runs.parameters(finished("lora")), "['policy']['layers']['mlp']['up']['lora']"
+    change = {
+        kind: 2 * np.matmul(*(saved[f"['{kind}']{place}['{name}']"] for name in "ab")) for kind in ("params", "ema")
+    }
+    now, average = (loading.load_model(str(finished("lora")), ema=ema).params for ema in (False, True))
+    np.testing.assert_array_equal(now["embed"], average["embed"])
+    difference = average["layers"]["mlp"]["up"]["kernel"] - now["layers"]["mlp"]["up"]["kernel"]
+    np.testing.assert_allclose(difference, change["ema"] - change["params"], atol=1e-6)
+    assert np.abs(difference).max() > 1e-4
 
 
 def test_a_run_is_loaded_with_its_adapter_merged(finished):
@@ -223,3 +235,22 @@ def test_what_cannot_be_honoured_is_refused():
         parts_of({"adapter": {"kind": "prefix", "tokens": 10}, "model": {**MODEL, "max_length": 40}})
     with pytest.raises(InputError, match=r"adapter.rank = 17: is more than layers/attention/q can have"):
         parts_of({"adapter": {**LORA, "rank": 17}})
+    with pytest.raises(InputError, match=r"roles.teacher.adapter = .*: must be of type bool"):
+        parts_of({"adapter": LORA, "roles": {"teacher": {"init_from": "x", "adapter": LORA}}})
+    with pytest.raises(InputError, match=r"optimizer.name = 'muon': what is trained has no matrix for it"):
+        parts_of({"adapter": {"kind": "prompt", "tokens": 3}}, optimizer={"name": "muon"})
+    with pytest.raises(InputError, match=r"frozen_dtype = 'nf4': has no effect, since nothing is frozen"):
+        parts_of({}, frozen_dtype="nf4")
+    with pytest.raises(InputError, match=r"frozen_dtype = 'int8': has no effect, since no kernel of the layers is"):
+        parts_of({"adapter": {"kind": "layers", "match": "layers/.*"}}, frozen_dtype="int8")
+
+
+def test_a_head_that_is_the_embedding_is_trained_with_it_or_refused():
+    tied = {"model": {**MODEL, "tie_embeddings": True}}
+    with pytest.raises(InputError, match=r"adapter.also = 'head': .* the head is 'embed'"):
+        parts_of({**tied, "adapter": {**LORA, "also": "head"}})
+    with pytest.raises(InputError, match=r"adapter.kind = 'head': .*its embedding is its head .*'match': 'embed'"):
+        parts_of({**tied, "adapter": {"kind": "head"}})
+    trained = parts_of({**tied, "adapter": {**LORA, "also": "embed"}}).roles.trained["policy"]
+    assert "embed" in trained
+    assert "head" not in trained
