@@ -152,7 +152,16 @@ def describe_data(say: Callable[[str], None], report: dict[str, Any]) -> None:
         bad = "".join(f", {n:,} skipped: {reason}" for reason, n in source["bad"].items())
         twice = f", {source['duplicates']:,} duplicates dropped" if source["duplicates"] else ""
         files = f" in {source['files']}" if source["files"] else ""
-        say(f"data     {source['name']}: {source['records']:,} records{files}{twice}{bad}{share}")
+        compared = "".join(
+            f", {source[name]:,} {what}"
+            for name, what in (
+                ("comparisons", "comparisons"),
+                ("identical", "with one answer twice"),
+                ("ties", "with equal scores"),
+            )
+            if source.get(name)
+        )
+        say(f"data     {source['name']}: {source['records']:,} records{files}{compared}{twice}{bad}{share}")
     for line in markers.source_lines(report):
         say(f"data     {line}")
     for part in ("train", "held_out"):

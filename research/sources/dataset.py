@@ -113,8 +113,8 @@ def load(
     report = {
         "tokenizer_size": tokenizer.size,
         "sources": _report_sources(inputs, train, counts, eval_counts),
-        "train": _report(counts, sum(len(each) for each, _ in train), parts, spec),
-        "held_out": _report(eval_counts, len(held_out), _parts(eval_inputs or train_inputs, to_eval), spec),
+        "train": rows.report(counts, sum(len(each) for each, _ in train), parts, spec),
+        "held_out": rows.report(eval_counts, len(held_out), _parts(eval_inputs or train_inputs, to_eval), spec),
     }
     if eval_inputs:
         report["train"]["dropped_as_in_eval_path"] = sum(int(np.sum(~mask)) for mask in to_train)
@@ -445,30 +445,6 @@ def _check_left(
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def _report(counts: Sequence[Counter[str]], size: int, parts: Sequence[Part], spec: DataSpec) -> dict[str, Any]:
-    """Of `size` rows; supervised_tokens counts those that are targets; bytes are of the examples' whole text; 99 % of
-    what could be too long, which texts can't, have at most length_99 tokens."""
-    total = sum(counts, Counter()) + Counter({"rows": size})
-    names = ("examples", "rows", "tokens", "supervised_tokens", "bytes", "nothing_supervised")
-    cut = "too_long_dropped" if spec.on_long == "drop" else "too_long_truncated"
-    return {name: total[name] for name in names} | {
-        cut: total["too_long"],
-        "length_99": _length_of_most(parts),
-        "packing_efficiency": total["tokens"] / max(size * spec.seq_len, 1),
-    }
-
-
-def _length_of_most(parts: Sequence[Part]) -> int:
-    """The length that 99 % of the examples don't exceed, texts left out; 0 where there are none."""
-    lengths = [
-        np.maximum(part.store.length, 0 if part.teacher is None else part.teacher.length)[part.examples]
-        for part in parts
-        if part.store.mask is not None
-    ]
-    joined = np.sort(np.concatenate(lengths)) if lengths else np.zeros(0, np.int64)
-    return int(joined[-(-99 * len(joined) // 100) - 1]) if len(joined) else 0
 
 
 def _report_sources(

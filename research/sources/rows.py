@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -380,3 +380,31 @@ def annotated(rows: Rows, folder: str, settings: Mapping[str, object]) -> Rows:
     """The rows with a teacher's annotations of their tokens. For `settings` and errors see annotations.attach."""
     values = annotations.attach(folder, rows.stores, rows.start, rows.length, settings)
     return dataclasses.replace(rows, annotations=values)
+
+
+def report(counts: Sequence[Counter[str]], size: int, parts: Sequence[Part], spec: DataSpec) -> dict[str, Any]:
+    """What is said of `size` rows; supervised_tokens counts those that are targets; bytes are of the examples' whole
+    text; 99 % of what could be too long, which texts can't, have at most length_99 tokens."""
+    total = sum(counts, Counter()) + Counter({"rows": size})
+    names = ("examples", "rows", "tokens", "supervised_tokens", "bytes", "nothing_supervised")
+    cut = "too_long_dropped" if spec.on_long == "drop" else "too_long_truncated"
+    return {name: total[name] for name in names} | {
+        cut: total["too_long"],
+        "length_99": _length_of_most(parts),
+        "packing_efficiency": total["tokens"] / max(size * spec.seq_len, 1),
+    }
+
+
+def _length_of_most(parts: Sequence[Part]) -> int:
+    """The length that 99 % of the examples don't exceed, texts left out; 0 where there are none. Answers that are
+    compared count together."""
+    lengths = []
+    for part in parts:
+        if part.store.mask is None:
+            continue
+        length = np.maximum(part.store.length, 0 if part.teacher is None else part.teacher.length)[part.examples]
+        if part.store.answers is not None and len(length):
+            length = np.add.reduceat(length, answers.starts(part.store.answers["unit"][part.examples]))
+        lengths.append(length)
+    joined = np.sort(np.concatenate(lengths)) if lengths else np.zeros(0, np.int64)
+    return int(joined[-(-99 * len(joined) // 100) - 1]) if len(joined) else 0

@@ -30,3 +30,13 @@ def test_skipped_and_rendered_records_are_said(tmp_path):
         "x.jsonl: 3 of 22 records spell special tokens of this tokenizer, such as '<|user|>', and are read as plain "
         "text. Where conversations were rendered into them, give the messages instead."
     )
+
+
+def test_comparisons_are_counted(tmp_path):
+    pairs = [{"prompt": f"p{i}", "chosen": "c", "rejected": "c" if i < 2 else "r"} for i in range(20)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    printer = Printer()
+    record.describe_data(
+        printer.print, load(DataSpec(path=str(tmp_path / "x.jsonl"), seq_len=64), TokenizerSpec()).report
+    )
+    assert printer.lines[0].endswith("x.jsonl: 20 records, 20 comparisons, 2 with one answer twice")

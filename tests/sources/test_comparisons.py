@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
 from research.errors import InputError
 from research.sources import comparisons, dataset
-from research.sources.records import SHOWN
+from research.sources.records import SHOWN, BadRecord
 from research.sources.spec import DataSpec
 from research.sources.tokenizers import TokenizerSpec
 
@@ -211,3 +212,175 @@ def test_pairs_may_be_read_as_verdicts(tmp_path):
     assert sorted(np.unique(batch["desirable"]).tolist()) == [-1, 0, 1]
     assert "pair" not in batch
     assert data.report["train"]["examples"] == 10
+
+
+def bad(record, **fields):
+    format = comparisons.detect(record, fields) or "preference"
+    with pytest.raises(BadRecord) as error:
+        comparisons.read_all(record, format, fields)
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "fault"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "no prompt", "isn't a conversation that begins with one"),
+        ({"prompt": "q", "chosen": "", "rejected": "b"}, "empty chosen", "'chosen' is an empty chosen"),
+        ({"prompt": "q", "chosen": 4, "rejected": "b"}, "wrong type", "'chosen' must be text"),
+        ({"prompt": "q", "chosen": ["a"], "rejected": "b"}, "wrong type", "a list of objects with role and content"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "1"}, "wrong margin", "'margin' must be a number"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": math.nan}, "wrong margin", "'margin' must be a"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2.5},
+            "chosen has the lower score",
+            "score_chosen = 1.0 is less than score_rejected = 2.5",
+        ),
+        (
+            {"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": "b"},
+            "one side a conversation",
+            "one is a whole conversation and the other an answer",
+        ),
+        (
+            {"chosen": [user("p"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+            "no common prompt",
+            "don't begin with the same messages",
+        ),
+        (
+            {"prompt": "x", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+            "prompt differs",
+            "'prompt' isn't in what both conversations begin with",
+        ),
+        (
+            {"prompt": "q", "chosen": [assistant("a"), assistant("b")], "rejected": "b"},
+            "roles out of order",
+            "message 3, of role 'assistant', follows 'assistant'",
+        ),
+        ({"prompt": "q", "responses": ["a"]}, "nothing to compare", "a list of two or more answers"),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1]}, "wrong scores", "a number for each of 2 answers"),
+        ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}, "all answers tie", "all 2 answers have the score"),
+        (
+            {"prompt": "q", "responses": [{"text": "a", "score": 1}, {"text": "b"}]},
+            "wrong scores",
+            "some answers have a score, and others none",
+        ),
+        ({"prompt": "q", "responses": ["a", " "]}, "empty response", r"'responses\[1\]' is an empty response"),
+        ({"prompt": "q", "response": "a", "label": 2, "score": 1.0}, "unknown label", "'label' is 2, and must be true"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_said(record, reason, fault):
+    error = bad(record)
+    assert error.reason == reason
+    assert re.search(fault, str(error))
+
+
+def test_a_named_column_must_be_there():
+    record = {"prompt": "q", "response": "a", "good": None}
+    assert bad(record, label="good").reason == "no label"
+    assert bad({"prompt": "q", "chosen": "a", "rejected": "b"}, margin="by").reason == "missing field"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "responses": ["best", "good", "bad"]},
+        {"prompt": "q", "responses": ["good", "bad", "best"], "scores": [2, -1.5, 3]},
+        {
+            "instruction": "q",
+            "completions": [
+                {"response": r, "overall_score": s} for r, s in zip(("bad", "best", "good"), (1, 9.5, 4), strict=True)
+            ],
+        },
+        {
+            "prompt": [user("q")],
+            "answers": [{"answer": r, "rank": k} for r, k in (("good", 1), ("bad", 2), ("best", 0))],
+        },
+        {"prompt": "q", "responses": [[assistant("best")], assistant("good"), "bad"]},
+    ],
+)
+def test_lists_are_read_best_first(record):
+    format, comparison = read(record)
+    assert format == "ranked"
+    assert texts(comparison) == ([("user", "q")], [["best"], ["good"], ["bad"]])
+    assert not comparison.ties
+
+
+def test_lists_are_packed_whole_with_ranks_and_scores(tmp_path):
+    records = [{"prompt": f"q{i}", "responses": ["a", "b", "c", "d"], "scores": [1, 3, 3, i]} for i in range(3)]
+    data = load(tmp_path, records)
+    found = documents(all_rows(data), data.tokenizer, ("score",))
+    assert len(found) == 3
+    for sides in found.values():
+        assert [side for _, side, _ in sides] == [0, 1, 2, 3]
+        scores = [score for *_, score in sides]
+        assert scores == sorted(scores, reverse=True)
+    assert data.report["sources"][0]["ties"] == 3
+
+
+def test_ultrafeedback_and_a_column_of_another_name(tmp_path):
+    whole = [user("q"), assistant("good")]
+    record = {"prompt": "q", "prompt_id": "x", "chosen": whole, "rejected": [user("q"), assistant("bad")]}
+    record |= {"messages": whole, "score_chosen": 7.5, "score_rejected": 5.0}
+    _, comparison = read(record)
+    assert texts(comparison) == ([("user", "q")], [["good"], ["bad"]])
+    assert (comparison.scores, comparison.margin) == ([7.5, 5.0], 2.5)
+    renamed = {"question": "2 + 2?", "response_j": "4", "response_k": "5", "by": 2}
+    _, comparison = read(renamed, prompt="question", chosen="response_j", rejected="response_k", margin="by")
+    assert (texts(comparison), comparison.margin) == (PLAIN, 2)
+    data = load(tmp_path, [record])
+    assert data.report["train"]["examples"] == 2
+
+
+def test_sources_with_and_without_comparisons(tmp_path):
+    """A batch has one set of fields; a run of several processes, and one that goes on, see the same batches."""
+    texts = [{"text": f"text {i}"} for i in range(9)]
+    sources = {
+        "pairs": {"path": write(tmp_path, PAIRS, "pairs.jsonl"), "weight": 2.0},
+        "texts": {"path": write(tmp_path, texts, "texts.jsonl"), "weight": 1.0},
+    }
+    spec = DataSpec(path="", sources=sources, seq_len=48, cache_dir=str(tmp_path / "cache"), template="plain")
+    data = dataset.load(spec, TokenizerSpec("byte"))
+    again = dataset.load(spec, TokenizerSpec("byte"))
+    assert [source["was_cached"] for source in again.report["sources"]] == [True, True]
+    source = dataset.make_source(data.train, batch_size=6, seed=3)
+    parts = [dataset.make_source(again.train, batch_size=6, seed=3, mine=mine) for mine in ([0, 1, 2], [3, 4, 5])]
+    state, places = source.init(), [part.init() for part in parts]
+    for _ in range(5):
+        batch, state = source.next(state)
+        halves, places = zip(*(part.next(place) for part, place in zip(parts, places, strict=True)), strict=True)
+        for name, values in batch.items():
+            np.testing.assert_array_equal(values, np.concatenate([half[name] for half in halves]))
+        of_text = (batch["source"] == 1) & (batch["segment_ids"] > 0)
+        assert of_text.any()
+        assert (batch["pair"][of_text] == 0).all()
+        assert (batch["side"][of_text] == -1).all()
+        assert (batch["pair"][(batch["source"] == 0) & (batch["segment_ids"] > 0)] > 0).all()
+
+
+def test_what_views_cannot_do_is_refused(tmp_path):
+    sources = {"pairs": {"path": write(tmp_path, PAIRS), "view": {"kind": "reverse"}}}
+    spec = DataSpec(path="", sources=sources, seq_len=48, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(InputError, match=r"data.sources.pairs.view: a view is of single documents"):
+        dataset.load(spec, TokenizerSpec("byte"))
+
+
+def test_a_refused_answer_takes_its_comparison_along(tmp_path):
+    """What a template refuses is seen only when the documents are written."""
+    tools = {"role": "assistant", "content": "r", "name": "x"}
+    records = [*PAIRS[:2], {"prompt": "b", "chosen": "c", "rejected": [tools]}, PAIRS[2]]
+    data = load(tmp_path, records, on_bad_record="skip")
+    assert data.report["sources"][0]["bad"] == {"has name": 1}
+    assert data.report["sources"][0]["comparisons"] == 3
+    assert len(documents(all_rows(data), data.tokenizer)) == 3
+
+
+def test_virtual_tokens_stand_in_front_of_both_answers(tmp_path):
+    path = write(tmp_path, PAIRS)
+    spec = DataSpec(path=path, seq_len=48, eval_fraction=0.0, cache_dir=str(tmp_path / "cache"), template="plain")
+    data = dataset.load(spec, TokenizerSpec("byte"), virtual=range(300, 303))
+    batch = all_rows(data)
+    for row in range(len(batch["tokens"])):
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
+            at = batch["segment_ids"][row] == segment
+            assert batch["tokens"][row][at][:3].tolist() == [300, 301, 302]
+            assert len(set(batch["pair"][row][at])) == len(set(batch["side"][row][at])) == 1
+            assert (batch["pair"][row][at] > 0).all()
