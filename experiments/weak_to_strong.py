@@ -27,7 +27,7 @@ from research import loading, params
 from research.errors import InputError
 from research.models.config import ModelConfig
 from research.models.specs import make_specs
-from research.sources import records
+from research.sources import entries, records
 from research.studies import pgr_report
 from research.studies.stages import Plan
 
@@ -148,7 +148,7 @@ def _classes(data: str, names: tuple[str, ...]) -> _Classes:
         return _Classes(TOPICS, len(TOPICS))
     seen = set()
     for entry in filter(None, data.split(",")):
-        for where, raw in records.locate(entry, count=0, seed=0).read():
+        for where, raw in entries.locate(entry, count=0, seed=0).read():
             label = records.parse(raw).get("label")
             if not isinstance(label, int | str) or (isinstance(label, int) and label < 0):
                 raise InputError(f"{where}: label = {label!r:.40}: must be a number from 0 on, or a name.")

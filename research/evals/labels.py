@@ -24,7 +24,7 @@ from research.models.adapters import prompt
 from research.models.config import ModelConfig
 from research.objectives import classes
 from research.objectives import types as objective_types
-from research.sources import packing, records
+from research.sources import entries, packing, records
 from research.sources.formats import describe_markers
 from research.sources.rows import Rows
 from research.sources.store import Store, open_store
@@ -76,12 +76,12 @@ class Reading:
     words: tuple[str, ...] | None = None
 
 
-def find_records(data: str) -> records.Origin:
+def find_records(data: str) -> entries.Origin:
     """Finds the records to label. Raises InputError where there are none."""
-    return records.locate_flag(data, count=10_000)
+    return entries.locate_flag(data, count=10_000)
 
 
-def open_classifiers(names: Sequence[str], origin: records.Origin, reading: Reading) -> list[Classifier]:
+def open_classifiers(names: Sequence[str], origin: entries.Origin, reading: Reading) -> list[Classifier]:
     """Loads models and tokenises the records for each; all read the columns that the first one reads.
 
     Raises:
@@ -101,7 +101,7 @@ def open_classifiers(names: Sequence[str], origin: records.Origin, reading: Read
     return classifiers
 
 
-def _open_classifier(name: str, origin: records.Origin, reading: Reading) -> Classifier:
+def _open_classifier(name: str, origin: entries.Origin, reading: Reading) -> Classifier:
     record = files.read_json(Path(name) / "config.json", {}).get("config", {})
     is_run = "objective" in record
     run = config_lib.parse(record) if is_run else config_lib.Config()
@@ -176,7 +176,7 @@ def _make_probs(config: ModelConfig, label_tokens: tuple[int, ...] | None, ahead
 
 def write_labels(
     classifiers: Sequence[Classifier],
-    origin: records.Origin,
+    origin: entries.Origin,
     output: Path,
     *,
     words: tuple[str, ...] | None = None,
@@ -216,7 +216,7 @@ def write_labels(
     return total
 
 
-def _label(classifiers: Sequence[Classifier], origin: records.Origin, total: int, done: int) -> Iterator[list[bytes]]:
+def _label(classifiers: Sequence[Classifier], origin: entries.Origin, total: int, done: int) -> Iterator[list[bytes]]:
     """Lines of labelled records from number `done` on, those that are packed together at a time."""
     raw_records = (records.parse(raw) for _, raw in origin.read())
     names, fields = classifiers[0].names, classifiers[0].fields
@@ -260,7 +260,7 @@ def _label_column(fields: Mapping[str, str]) -> str:
     return fields.get("label", "label")
 
 
-def _check_true_classes(classifier: Classifier, origin: records.Origin, total: int) -> None:
+def _check_true_classes(classifier: Classifier, origin: entries.Origin, total: int) -> None:
     """Raises InputError where a record names its true class, and there is no such one."""
     column = _label_column(classifier.fields)
     for where, raw in itertools.islice(origin.read(), total):

@@ -20,7 +20,7 @@ from research.errors import InputError
 from research.evals.markers import texts_of
 from research.evals.scoring import Example, encode_records, make_token_scorer
 from research.loading import LoadedModel
-from research.sources import records
+from research.sources import entries, records
 from research.sources.formats import count_markers, describe_markers
 
 ADDED = ("count", "loss", "perplexity", "logprobs")
@@ -35,13 +35,13 @@ _REASONS = {
 }
 
 
-def find_records(data: str) -> records.Origin:
+def find_records(data: str) -> entries.Origin:
     """Finds the records to score.
 
     Raises:
       InputError: there are no such records, or they are generated.
     """
-    origin = records.locate_flag(data)
+    origin = entries.locate_flag(data)
     if origin.generated:
         raise InputError(f"--data = {data}: is generated. Give a file.")
     return origin
@@ -65,7 +65,7 @@ class RecordScorer:
     per_token: bool
     batch_tokens: int
 
-    def write(self, origin: records.Origin, output: Path) -> int:
+    def write(self, origin: entries.Origin, output: Path) -> int:
         """Scores all records into `output`, and returns how many there are.
 
         All is read and checked before anything is computed. A killed run leaves OUTPUT.partial, and the same call goes
@@ -86,7 +86,7 @@ class RecordScorer:
 
     def _score(
         self,
-        origin: records.Origin,
+        origin: entries.Origin,
         spool: BinaryIO,
         lengths: Sequence[int],
         adapters: Sequence[str],
@@ -115,7 +115,7 @@ class RecordScorer:
                 bar.n = tokens
                 bar.refresh()
 
-    def _encode(self, origin: records.Origin, spool: BinaryIO) -> tuple[array.array, list[str], dict[str, Any]]:
+    def _encode(self, origin: entries.Origin, spool: BinaryIO) -> tuple[array.array, list[str], dict[str, Any]]:
         """Checks and tokenises all records; writes their examples to `spool`.
 
         Returns:
@@ -153,7 +153,7 @@ class RecordScorer:
                 yield example
 
 
-def _chunks(origin: records.Origin, content: Any) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+def _chunks(origin: entries.Origin, content: Any) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """Records, a few hundred at a time, each with where it stands; their bytes go into the hash `content`."""
     items = []
     for where, raw in origin.read():

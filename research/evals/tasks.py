@@ -39,6 +39,7 @@ from research.evals.scoring import BATCH_TOKENS, ratio_of_sums
 from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
+from research.sources import entries
 from research.sources import records as records_lib
 from research.sources import verification
 from research.sources.cache import digest
@@ -183,8 +184,8 @@ def _whole(options: Mapping[str, str], name: str, default: int, least: int = 1) 
 
 
 def _read(spec: str, entry: str, limit: int) -> list[tuple[str, dict[str, Any]]]:
-    origin = records_lib.locate(entry, count=limit or _GENERATED_RECORDS, seed=_GENERATED_SEED)
-    records_lib.say_files(f"task {spec}", origin)
+    origin = entries.locate(entry, count=limit or _GENERATED_RECORDS, seed=_GENERATED_SEED)
+    entries.say_files(f"task {spec}", origin)
     items = []
     for where, raw in itertools.islice(origin.read(), limit or None):
         try:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from research.sources.records import SHOWN, BadRecord, Turn, _conversation, _field, _kind, _text, _tools
+from research.sources.records import SHOWN, BadRecord, Turn, conversation, kind_of, text_of, tools_of, value_of
 
 FORMATS = ("preference", "ranked", "unpaired")
 
@@ -150,7 +150,7 @@ def _read_pair(record: Mapping[str, Any], fields: Mapping[str, str]) -> Comparis
 def _read_list(record: Mapping[str, Any], fields: Mapping[str, str]) -> Comparison:
     prompt = _messages(record, "prompt", _column(record, "prompt", fields), "user")
     column = _column(record, "responses", fields)
-    values = _field(record, "responses", column)
+    values = value_of(record, "responses", column)
     if not isinstance(values, list | tuple) or len(values) < 2:
         raise BadRecord(
             "nothing to compare", f"field {column!r} must be a list of two or more answers, best to worst. Mend it."
@@ -172,7 +172,7 @@ def _read_unpaired(record: Mapping[str, Any], fields: Mapping[str, str]) -> Comp
     prompt = _messages(record, "prompt", _column(record, "prompt", fields), "user")
     answer = _messages(record, "response", _column(record, "response", fields), "assistant")
     score, column = _number(record, "score", fields), fields.get("label", "label")
-    label = _field(record, "label", column) if "label" in fields else record.get(column)
+    label = value_of(record, "label", column) if "label" in fields else record.get(column)
     if label is None and math.isnan(score):
         raise BadRecord(
             "no label",
@@ -190,22 +190,22 @@ def _turns(
     record: Mapping[str, Any], prompt: Messages, answers: Sequence[Messages]
 ) -> tuple[list[Turn], list[list[Turn]]]:
     """The turns of the prompt, of which none is learned, and of each answer."""
-    tools = _tools(record)
-    whole = [_conversation([*prompt, *answer]) for answer in answers]
+    tools = tools_of(record)
+    whole = [conversation([*prompt, *answer]) for answer in answers]
     shown = [turn._replace(role=SHOWN) if turn.role == "assistant" else turn for turn in whole[0][: len(prompt)]]
     return [*tools, *shown], [turns[len(prompt) :] for turns in whole]
 
 
 def _messages(record: Mapping[str, Any], name: str, column: str, role: str) -> Messages:
     """The messages of a field: a list of them, one alone, a transcript, or a text that `role` says."""
-    value = _field(record, name, column)
+    value = value_of(record, name, column)
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list | tuple):
         if not value or not all(isinstance(message, dict) for message in value):
             raise BadRecord("wrong type", f"field {column!r} must be text, or a list of objects with role and content.")
         return list(value)
-    text = _text(record, name, column)
+    text = text_of(record, name, column)
     return _transcript(text) or [{"role": role, "content": text}]
 
 
@@ -265,7 +265,7 @@ def _scores(
     """The score of each answer, the best of which has the greatest; None where the list is in order."""
     scored = fields.get("scores", "scores")
     if record.get(scored) is not None or "scores" in fields:
-        scores = _field(record, "scores", scored)
+        scores = value_of(record, "scores", scored)
         if not isinstance(scores, list | tuple) or len(scores) != len(values) or not all(map(_is_number, scores)):
             raise BadRecord("wrong scores", f"field {scored!r} must have a number for each of {len(values)} answers.")
         return [float(score) for score in scores]
@@ -281,11 +281,11 @@ def _scores(
 def _number(record: Mapping[str, Any], name: str, fields: Mapping[str, str]) -> float:
     """The number in a field; NaN where the record has none, and `fields` doesn't name its column."""
     column = fields.get(name, name)
-    value = _field(record, name, column) if name in fields else record.get(column)
+    value = value_of(record, name, column) if name in fields else record.get(column)
     if value is None:
         return math.nan
     if not _is_number(value):
-        raise BadRecord(f"wrong {name}", f"field {column!r} must be a number, but is {_kind(value)}. Mend it.")
+        raise BadRecord(f"wrong {name}", f"field {column!r} must be a number, but is {kind_of(value)}. Mend it.")
     return float(value)
 
 

@@ -15,7 +15,7 @@ from research.errors import InputError
 from research.sources import answers, fields, mixture, rows
 from research.sources import spec as spec_lib
 from research.sources.cache import digest
-from research.sources.records import Origin, locate
+from research.sources.entries import Origin, locate
 from research.sources.rows import Part, Rows
 from research.sources.spec import DataSpec, Entry
 from research.sources.store import READING, SAMPLES, Example, Store, open_store, open_view, read_examples

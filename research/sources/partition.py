@@ -11,6 +11,7 @@ import numpy as np
 from research import files
 from research.errors import InputError
 from research.sources import formats, records
+from research.sources.entries import locate_flag
 
 Parts = Mapping[str, int | None]  # name -> number of records; None, at most once and last, is the rest
 
@@ -46,7 +47,7 @@ def read_distinct(entries: Sequence[str], fields: Mapping[str, str], *, examples
       InputError: an entry can't be found, or a record is at fault.
     """
     records.check_columns(fields)
-    origins = [records.locate_flag(entry, count=examples, seed=seed) for entry in entries]
+    origins = [locate_flag(entry, count=examples, seed=seed) for entry in entries]
     distinct: dict[Any, dict] = {}
     for where, raw in itertools.chain.from_iterable(origin.read() for origin in origins):
         try:

@@ -1,18 +1,11 @@
-"""Finding, reading and checking records: a fault is named with its file and line, and what to do about it."""
+"""Records, parsed and checked: a fault is named with its file and line, and what to do about it."""
 
-import gzip
 import json
-import re
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from research.errors import InputError, did_you_mean
-from research.sources import folders, grammar, json_limits, preferences, reasoning, stdlib_text, tasks
-from research.sources.cache import code_digest
+from research.sources import json_limits
 
 SHOWN = "assistant of weight 0"  # the role of an assistant's turn that isn't learned
 TOOLS = "tools"  # the role of a turn before all others, which says as JSON what may be called
@@ -25,11 +18,9 @@ FIELDS = (
     *("score_chosen", "score_rejected", "responses", "scores", "score"),
 )
 ROLES = ("system", "user", "assistant", "tool")
-TXT_DOCUMENT_BYTES = 16 * 1024
 # What other libraries hand to a chat template or take for a mask, and no template is given here.
 _UNHEARD_COLUMNS = ("functions", "chat_template_kwargs")
 _UNHEARD_KEYS = ("images", "audio", "train", "training")
-_BOM = b"\xef\xbb\xbf"
 _MOST_CLASSES = 10_000  # a greater number is an id, not a class
 
 
@@ -101,256 +92,11 @@ class Classes(NamedTuple):
 NUMBERED = Classes()
 
 
-class Origin(NamedTuple):
-    """One entry of a mixture, found and not yet read.
-
-    Attributes:
-      name: the entry as the user wrote it.
-      identity: of JSON types; differs whenever what `read` gives may differ.
-      read: () -> (where, raw record) pairs; `where` is file:line or the like.
-      generated: made by a program, so that a record that comes twice is of no use.
-      summary: which files were found where the entry names several: "3 .jsonl files"; else "".
-    """
-
-    name: str
-    identity: Any
-    read: Callable[[], Iterator[tuple[str, Raw]]]
-    generated: bool = False
-    summary: str = ""
-
-
-def locate(entry: str, *, count: int, seed: int) -> Origin:
-    """Finds what one entry of data.path names.
-
-    Args:
-      entry: a file, folder or glob of files (jsonl, jsonl.gz, json, parquet, txt; by name or glob also those of
-        folders.TEXTS); a folder written by
-        `datasets.save_to_disk`; hf:NAME[:CONFIG][:SPLIT]; tasks:NAME[/LEVEL]; grammar:NAME[/SIZE];
-        preferences:TASK[/LEVEL][/FLIP]; reasoning_gym:NAME; builtin:python_docs or builtin:python_topics.
-      count, seed: how many records to generate, and from which seed, where the entry names a generator.
-
-    Raises:
-      InputError: there is no such thing; a missing file's message names the nearest that is there.
-    """
-    scheme, _, rest = entry.partition(":")
-    if scheme == "tasks":
-        return _generated(entry, tasks, lambda: tasks.records(rest, count, seed), [count, seed])
-    if scheme == "preferences":
-        code = code_digest(tasks.__file__)
-        return _generated(entry, preferences, lambda: preferences.records(rest, count, seed), [count, seed, code])
-    if scheme == "grammar":
-        return _generated(entry, grammar, lambda: grammar.records(rest, count, seed), [count, seed])
-    if scheme == "reasoning_gym":
-        return _generated(entry, reasoning, lambda: reasoning.records(rest, count, seed), [count, seed])
-    if scheme == "builtin":
-        known = {
-            "python_docs": stdlib_text.records,
-            "python_topics": stdlib_text.topics,
-        }
-        if rest not in known:
-            raise InputError(f"there is no {entry!r}.{did_you_mean(rest, known)}")
-        return _generated(entry, stdlib_text, known[rest], [sys.version])
-    if scheme == "hf":
-        return _hub(entry, rest)
-    return _files(entry)
-
-
-def locate_flag(entry: str, *, count: int = 0, seed: int = 0) -> Origin:
-    """Finds what --data of a command names, and says on stderr which files a folder or glob held.
-
-    Args: see `locate`.
-
-    Raises:
-      InputError: see `locate`; it begins with --data.
-    """
-    try:
-        origin = locate(entry, count=count, seed=seed)
-    except InputError as error:
-        raise InputError(f"--data: {error}") from error
-    say_files("--data", origin)
-    return origin
-
-
 def check_columns(fields: Mapping[str, str]) -> None:
     """Raises InputError where --fields names a field that no record has."""
     for name in fields:
         if name not in FIELDS:
             raise InputError(f"--fields: there is no field {name!r} to rename a column to.{did_you_mean(name, FIELDS)}")
-
-
-def say_files(where: str, origin: Origin) -> None:
-    """Says on stderr which files an entry held, where it may be several; `where` is what names the entry."""
-    if origin.summary:
-        print(f"{where}: {origin.name} holds {origin.summary}", file=sys.stderr)
-
-
-def _generated(name: str, module: ModuleType, records: Callable[[], Iterator[dict]], identity: list[Any]) -> Origin:
-    def read() -> Iterator[tuple[str, Raw]]:
-        return ((f"{name}: record {i}", record) for i, record in enumerate(records(), start=1))
-
-    return Origin(name, [name, code_digest(module.__file__), *identity], read, generated=True)
-
-
-def _hub(entry: str, rest: str) -> Origin:
-    parts = re.fullmatch(r"(?P<name>[^:]+)(:(?P<config>[^:\[]+))??(:(?P<split>[^:\[]+(\[.*\])?))?", rest)
-    if parts is None:
-        raise InputError(f"{entry!r} is not of the form hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
-    datasets = _import_datasets(entry)
-    try:
-        loaded = datasets.load_dataset(parts["name"], parts["config"], split=parts["split"] or "train")
-    except Exception as e:  # the network, the hub and each data set's files fail in their own ways
-        raise InputError(
-            f"{entry!r} could not be loaded ({type(e).__name__}: {e}). Check the name, the split "
-            f"(hf:NAME:SPLIT) and the network, or save it with datasets.save_to_disk and give that folder."
-        ) from e
-    return _rows_of(entry, loaded, [Path(file["filename"]) for file in loaded.cache_files])
-
-
-def _rows_of(entry: str, dataset: Any, files: list[Path]) -> Origin:
-    def read() -> Iterator[tuple[str, Raw]]:
-        return ((f"{entry}: row {i}", row) for i, row in enumerate(dataset, start=1))
-
-    return Origin(entry, [entry, len(dataset), [_stamp(file) for file in files]], read)
-
-
-def _import_datasets(entry: str) -> ModuleType:
-    try:  # here, since it is an extra, and takes seconds to import
-        import datasets
-    except ImportError as e:
-        raise InputError(f"{entry!r} needs the package 'datasets': pip install -e '.[datasets]'.") from e
-    return datasets
-
-
-def _files(entry: str) -> Origin:
-    path = Path(entry).expanduser()
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file():
-            splits = sorted(str(path / child.name) for child in path.iterdir() if child.is_dir())
-            raise InputError(f"{entry!r} holds several splits. Give one of: {', '.join(splits)}.")
-        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-            files = sorted(file for file in path.iterdir() if file.is_file())
-            return _rows_of(entry, _import_datasets(entry).load_from_disk(str(path)), files)
-        found = folders.of_folder(path)
-    elif path.is_file():
-        folders.check_kind(path)
-        found = folders.Files([path], {})
-    elif any(char in entry for char in "*?["):
-        found = folders.of_glob(str(path))
-    elif path.exists():
-        raise InputError(f"{entry!r} is neither a file nor a folder. Write its contents to a file, and name that.")
-    elif path.is_symlink():
-        raise InputError(f"{entry!r} is a link that leads nowhere. Mend it.")
-    else:
-        raise InputError(f"there is no {entry!r}.{_nearest(path)}")
-
-    def read() -> Iterator[tuple[str, Raw]]:
-        for file in found.paths:
-            try:
-                yield from _READERS[folders.suffix(file)](file)
-            except (OSError, EOFError, zlib.error) as e:
-                raise InputError(f"{file}: can't be read, it may be cut short or damaged ({e}). Copy it anew.") from e
-
-    summary = "" if path.is_file() else found.summary()
-    return Origin(entry, [_stamp(file) for file in found.paths], read, summary=summary)
-
-
-def _stamp(file: Path) -> list[Any]:
-    stat = file.stat()
-    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
-
-
-def _nearest(path: Path) -> str:
-    missing = path
-    while not missing.parent.is_dir():
-        missing = missing.parent
-    if missing != path:
-        return f" There is no folder {str(missing)!r} either.{_nearest(missing)}"
-    names = sorted(
-        child.name for child in path.parent.iterdir() if child.is_dir() or folders.suffix(child) in folders.SUFFIXES
-    )
-    return did_you_mean(path.name, names[:1000]) if names else f" The folder {str(path.parent)!r} holds no data file."
-
-
-def _read_jsonl(file: Path) -> Iterator[tuple[str, Raw]]:
-    with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.removeprefix(_BOM) if number == 1 else line
-            if line.strip():
-                yield f"{file}:{number}", line
-
-
-def _read_json(file: Path) -> Iterator[tuple[str, Raw]]:
-    data = file.read_bytes()
-    try:
-        records = json.loads(data)
-    except json.JSONDecodeError as e:
-        raise InputError(
-            f"{file}:{e.lineno}: invalid JSON ({e.msg}). A .json file holds one list of records; "
-            f"name it .jsonl if it has one record a line."
-        ) from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{file}: not valid UTF-8 at byte {e.start}. Save it as UTF-8.") from e
-    except (ValueError, RecursionError):  # one of the records can't be read
-        records = json_limits.elements(data)
-        if records is None:
-            raise InputError(
-                f"{file}: holds an object that can't be read, not a list of records. Write [{{...}}, {{...}}]."
-            ) from None
-    if not isinstance(records, list):
-        raise InputError(f"{file}: holds {_kind(records)}, not a list of records. Write [{{...}}, {{...}}].")
-    for i, record in enumerate(records, start=1):
-        yield f"{file}: record {i}", record
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[str, Raw]]:
-    try:  # here, since it is an extra
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as e:
-        raise InputError(f"{file}: needs the package 'pyarrow': pip install -e '.[datasets]'.") from e
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{file}: row {number}", record
-    except pyarrow.ArrowException as e:
-        raise InputError(f"{file}: not a parquet file that can be read ({e}). Write it anew.") from e
-
-
-def _read_txt(file: Path) -> Iterator[tuple[str, Raw]]:
-    """Cuts a file into documents at the first blank line after 16 KiB, or at a line's end after 32 KiB.
-
-    So a single long file can be shuffled, and split into training and held-out text.
-    """
-    start, held, size = 1, [], 0
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.removeprefix(_BOM) if number == 1 else line
-            held.append(line)
-            size += len(line)
-            if size >= 2 * TXT_DOCUMENT_BYTES or (size >= TXT_DOCUMENT_BYTES and not line.strip()):
-                yield f"{file}:{start}", {"text": b"".join(held)}
-                start, held, size = number + 1, [], 0
-    if b"".join(held).strip() or start == 1:
-        yield f"{file}:{start}", {"text": b"".join(held)}
-
-
-def _read_text(file: Path) -> Iterator[tuple[str, Raw]]:
-    """A file that is one document. An empty one, as many __init__.py are, is none."""
-    text = file.read_bytes().removeprefix(_BOM)
-    if text.strip():
-        yield str(file), {"text": text}
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Raw]]]] = {
-    **dict.fromkeys(folders.TEXTS, _read_text),
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
-}
 
 
 def parse(raw: Raw) -> dict[str, Any]:
@@ -372,7 +118,7 @@ def parse(raw: Raw) -> dict[str, Any]:
     if json_limits.deeper_than(raw, json_limits.MOST_NESTED):
         raise _too_deep()
     if not isinstance(raw, dict):
-        raise BadRecord("not an object", f'holds {_kind(raw)}, not an object. Write {{"text": ...}} or the like.')
+        raise BadRecord("not an object", f'holds {kind_of(raw)}, not an object. Write {{"text": ...}} or the like.')
     return raw
 
 
@@ -416,21 +162,21 @@ def check(record: dict[str, Any], format: str, fields: Mapping[str, str]) -> lis
         that no template is given, such as images.
     """
     if format == "text":
-        return [Turn("text", _text(record, "text", fields.get("text", "text")))]
+        return [Turn("text", text_of(record, "text", fields.get("text", "text")))]
     if format == "labelled":
-        return [Turn("user", _text(record, "text", fields.get("text", "text")))]
+        return [Turn("user", text_of(record, "text", fields.get("text", "text")))]
     _refuse_unheard(record, _UNHEARD_COLUMNS, "")
     if format == "prompt_response":
         return [
-            *_tools(record),
-            Turn("user", _text(record, "prompt", fields.get("prompt", "prompt"))),
-            Turn("assistant", _text(record, "response", fields.get("response", "response"))),
+            *tools_of(record),
+            Turn("user", text_of(record, "prompt", fields.get("prompt", "prompt"))),
+            Turn("assistant", text_of(record, "response", fields.get("response", "response"))),
         ]
     column = fields.get("messages", "messages")
-    messages = _field(record, "messages", column)
+    messages = value_of(record, "messages", column)
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRecord("wrong type", f"field {column!r} must be a list of objects with role and content.")
-    return [*_tools(record), *_conversation(messages)]
+    return [*tools_of(record), *conversation(messages)]
 
 
 def label(record: Mapping[str, Any], fields: Mapping[str, str], names: Sequence[str]) -> int | list[float]:
@@ -455,7 +201,7 @@ def label(record: Mapping[str, Any], fields: Mapping[str, str], names: Sequence[
             option=("fields", 'Name the column in %s: {"label": ...} or {"probs": ...}.'),
         )
     (name,) = present
-    value = _field(record, name, columns[name])
+    value = value_of(record, name, columns[name])
     if name == "probs":
         numbers = isinstance(value, list | tuple) and all(
             isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in value
@@ -486,7 +232,7 @@ def canonical(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str,
     return {**record, **{name: record[column] for name, column in fields.items() if column in record}}
 
 
-def _tools(record: Mapping[str, Any]) -> list[Turn]:
+def tools_of(record: Mapping[str, Any]) -> list[Turn]:
     """What a record says of the tools that may be called: a turn, or none. As text it is JSON, as columns have it."""
     tools = record.get("tools")
     if tools in (None, [], {}, ""):
@@ -502,13 +248,13 @@ def _tools(record: Mapping[str, Any]) -> list[Turn]:
 
 def _check_objects(value: Any, name: str) -> None:
     if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
-        raise BadRecord("wrong type", f"{name} must be a list of objects, but is {_kind(value)}. Mend it.")
+        raise BadRecord("wrong type", f"{name} must be a list of objects, but is {kind_of(value)}. Mend it.")
 
 
-def _conversation(messages: list[dict[str, Any]]) -> list[Turn]:
+def conversation(messages: list[dict[str, Any]]) -> list[Turn]:
     turns: list[Turn] = []
     for i, message in enumerate(messages, start=1):
-        role = _field(message, "role", "role")
+        role = value_of(message, "role", "role")
         if role not in ROLES:
             raise BadRecord(
                 "unknown role", f"message {i} has role {role!r}.{did_you_mean(str(role), ROLES)} Rename it."
@@ -547,7 +293,7 @@ def _turn(message: dict[str, Any], number: int) -> Turn:
     if content in (None, "") and (role == "tool" or (role == "assistant" and any(name in more for name in CALLS))):
         text, more = "", more | {name: message[name] for name in ("content",) if name in message}
     else:
-        text = _text(message, "response" if role == "assistant" else f"{role} message", "content")
+        text = text_of(message, "response" if role == "assistant" else f"{role} message", "content")
     return Turn(role if _weight(message, number) else SHOWN, text, more)
 
 
@@ -586,7 +332,7 @@ def _weight(message: Mapping[str, Any], number: int) -> bool:
     return weight == 1
 
 
-def _field(record: Mapping[str, Any], name: str, column: str) -> Any:
+def value_of(record: Mapping[str, Any], name: str, column: str) -> Any:
     if column not in record:
         hint = did_you_mean(column, map(str, record)) if record else " It is empty."
         advice = ("fields", f'Name the column in %s: {{"{name}": ...}}.') if name in FIELDS else ("", "")
@@ -595,12 +341,12 @@ def _field(record: Mapping[str, Any], name: str, column: str) -> Any:
     return record[column]
 
 
-def _text(record: Mapping[str, Any], name: str, column: str) -> str:
-    value = _field(record, name, column)
+def text_of(record: Mapping[str, Any], name: str, column: str) -> str:
+    value = value_of(record, name, column)
     try:
         value = value.decode() if isinstance(value, bytes) else value
         if not isinstance(value, str):
-            raise BadRecord("wrong type", f"field {column!r} must be text, but is {_kind(value)}. {_remedy(value)}")
+            raise BadRecord("wrong type", f"field {column!r} must be text, but is {kind_of(value)}. {_remedy(value)}")
         value.encode()  # JSON can hold half of a surrogate pair, which no UTF-8 can
     except UnicodeError as e:
         raise BadRecord("invalid UTF-8", f"field {column!r} is not valid UTF-8 ({e.reason}). Repair or drop it.") from e
@@ -618,7 +364,7 @@ def _remedy(value: Any) -> str:
     return "Write it in quotes."
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     shown = "" if value is None else f" ({str(value)[:40]})"
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__) + shown

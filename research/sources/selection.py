@@ -10,7 +10,7 @@ import numpy as np
 
 from research import files
 from research.errors import InputError
-from research.sources import records, verification
+from research.sources import entries, records, verification
 
 _ADDED = ("completion", "tokens", "logprob")  # what `understudy generate` adds to a record
 
@@ -42,7 +42,7 @@ def select(data: str, output: Path, *, ended: int = 0, verified: bool = False, k
 
 def _read(data: str, ended: int, verified: bool) -> tuple[Sequence[dict[str, Any]], Counter[str]]:
     """The records without a fault, and how many have which."""
-    origin = records.locate_flag(data)
+    origin = entries.locate_flag(data)
     good: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for where, raw in origin.read():

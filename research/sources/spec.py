@@ -122,7 +122,7 @@ class Entry:
       name: what the report calls it: the name of the source, or the entry as it was written.
       field: where the config names it, for errors: data.path, data.sources.code.path or the like.
       number: of the source, in the order of `names`; 0 where data.sources names none.
-      path: what records.locate takes.
+      path: what entries.locate takes.
       options: how to read it.
     """
 

@@ -17,18 +17,23 @@ import numpy as np
 
 from research import files
 from research.errors import InputError
-from research.sources import answers, chat, comparisons, formats, json_limits, records, tokenizers, views
+from research.sources import answers, chat, comparisons, entries, formats, json_limits, records, tokenizers, views
 from research.sources import fields as table
 from research.sources.cache import cached, code_digest, digest
 from research.sources.comparisons import Comparison
-from research.sources.records import CONFIG_SETTINGS, NUMBERED, BadRecord, Classes, Origin, Turn, speaker
+from research.sources.entries import Origin
+from research.sources.records import CONFIG_SETTINGS, NUMBERED, BadRecord, Classes, Turn, speaker
 from research.sources.tokenizers import Tokenizer
 
+_READERS = (entries, records, comparisons, answers, json_limits, formats, chat, tokenizers)
 # A hash of all that decides what examples hold, beside their files, the options and the tokenizer's own.
 READING = digest(
     [
         code_digest(
-            *(module.__file__ for module in (records, comparisons, answers, json_limits, formats, chat, tokenizers)),
+            *(
+                module.__file__
+                for module in (entries, records, comparisons, answers, json_limits, formats, chat, tokenizers)
+            ),
             __file__,
         ),
         *(f"{package} {importlib.metadata.version(package)}" for package in ("tokenizers", "jinja2")),

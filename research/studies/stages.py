@@ -19,7 +19,7 @@ from research import config as config_lib
 from research import files, objectives
 from research.errors import InputError
 from research.run import checkpoint
-from research.sources import records
+from research.sources import entries
 
 LOG, ABOUT, DONE, FAULT = "log.txt", "stage.json", "done.json", "failed.json"  # in a stage's folder
 COMMANDS = "research.commands"
@@ -294,7 +294,7 @@ def _check_data(config: config_lib.Config, before: Sequence[Stage]) -> None:
         for entry in filter(None, _entries(path)):
             if ":" not in entry and not _writers(entry, before):
                 try:
-                    records.locate(entry, count=0, seed=0)
+                    entries.locate(entry, count=0, seed=0)
                 except InputError as error:
                     raise InputError(f"{field}: {error}") from error
 

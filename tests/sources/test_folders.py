@@ -6,7 +6,8 @@ import os
 import pytest
 
 from research.errors import InputError
-from research.sources.records import locate, parse
+from research.sources.entries import locate
+from research.sources.records import parse
 
 
 def write(path, *texts):

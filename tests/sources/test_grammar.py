@@ -6,7 +6,7 @@ import re
 import pytest
 
 from research.errors import InputError
-from research.sources import grammar, records
+from research.sources import entries, grammar
 
 PROGRAM = re.compile(
     r"def (?P<f>\w+)\((?P<a>\w+), (?P<b>\w+)\):\n    return (?P=a) (?P<op>[-+*%]) (?P=b)\n\n"
@@ -65,7 +65,7 @@ def test_a_grammar_that_is_not_there_is_refused(name):
 
 
 def test_data_names_a_grammar():
-    origin = records.locate("grammar:functions", count=20, seed=3)
+    origin = entries.locate("grammar:functions", count=20, seed=3)
     assert [record for _, record in origin.read()] == SOME[:20]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from research.errors import InputError
 from research.sources.cache import cached
-from research.sources.records import locate
+from research.sources.entries import locate
 from research.sources.store import SAMPLES, open_store
 from research.sources.tokenizers import Tokenizer, TokenizerSpec, make_tokenizer
 

@@ -14,8 +14,9 @@ from research.evals.scoring import encode_pair, encode_records
 from research.files import read_json
 from research.sources import store as store_lib
 from research.sources.dataset import DataSpec, load
+from research.sources.entries import locate
 from research.sources.formats import answer_decoder, encode, render_prompt, resolve_template
-from research.sources.records import SHOWN, BadRecord, Turn, check, locate, parse
+from research.sources.records import SHOWN, BadRecord, Turn, check, parse
 from research.sources.store import open_store
 from research.sources.tokenizers import TokenizerSpec, load_pretrained, make_tokenizer
 

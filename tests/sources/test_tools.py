@@ -246,7 +246,7 @@ def test_a_conversation_whose_answer_calls_is_not_one_to_expect(tmp_path):
     spec = DataSpec(path=str(tmp_path / "x.jsonl"), seq_len=256, cache_dir=str(tmp_path / "c"), eval_fraction=0.99)
     samples = load(spec, TokenizerSpec(), tokenizer).report["train"]["examples"]
     assert samples + load(spec, TokenizerSpec(), tokenizer).report["held_out"]["examples"] == 4
-    from research.sources.records import locate
+    from research.sources.entries import locate
     from research.sources.store import open_store
 
     options = {"format": "auto", "fields": {}, "template": "auto", "on_bad_record": "error"}

@@ -1,0 +1,264 @@
+"""What an entry of data.path names: found, with an identity that changes with it, and read record by record."""
+
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from research.errors import InputError, did_you_mean
+from research.sources import folders, grammar, json_limits, preferences, reasoning, stdlib_text, tasks
+from research.sources.cache import code_digest
+from research.sources.records import Raw, kind_of
+
+TXT_DOCUMENT_BYTES = 16 * 1024
+_BOM = b"\xef\xbb\xbf"
+
+
+class Origin(NamedTuple):
+    """One entry of a mixture, found and not yet read.
+
+    Attributes:
+      name: the entry as the user wrote it.
+      identity: of JSON types; differs whenever what `read` gives may differ.
+      read: () -> (where, raw record) pairs; `where` is file:line or the like.
+      generated: made by a program, so that a record that comes twice is of no use.
+      summary: which files were found where the entry names several: "3 .jsonl files"; else "".
+    """
+
+    name: str
+    identity: Any
+    read: Callable[[], Iterator[tuple[str, Raw]]]
+    generated: bool = False
+    summary: str = ""
+
+
+def locate(entry: str, *, count: int, seed: int) -> Origin:
+    """Finds what one entry of data.path names.
+
+    Args:
+      entry: a file, folder or glob of files (jsonl, jsonl.gz, json, parquet, txt; by name or glob also those of
+        folders.TEXTS); a folder written by
+        `datasets.save_to_disk`; hf:NAME[:CONFIG][:SPLIT]; tasks:NAME[/LEVEL]; grammar:NAME[/SIZE];
+        preferences:TASK[/LEVEL][/FLIP]; reasoning_gym:NAME; builtin:python_docs or builtin:python_topics.
+      count, seed: how many records to generate, and from which seed, where the entry names a generator.
+
+    Raises:
+      InputError: there is no such thing; a missing file's message names the nearest that is there.
+    """
+    scheme, _, rest = entry.partition(":")
+    if scheme == "tasks":
+        return _generated(entry, tasks, lambda: tasks.records(rest, count, seed), [count, seed])
+    if scheme == "preferences":
+        code = code_digest(tasks.__file__)
+        return _generated(entry, preferences, lambda: preferences.records(rest, count, seed), [count, seed, code])
+    if scheme == "grammar":
+        return _generated(entry, grammar, lambda: grammar.records(rest, count, seed), [count, seed])
+    if scheme == "reasoning_gym":
+        return _generated(entry, reasoning, lambda: reasoning.records(rest, count, seed), [count, seed])
+    if scheme == "builtin":
+        known = {
+            "python_docs": stdlib_text.records,
+            "python_topics": stdlib_text.topics,
+        }
+        if rest not in known:
+            raise InputError(f"there is no {entry!r}.{did_you_mean(rest, known)}")
+        return _generated(entry, stdlib_text, known[rest], [sys.version])
+    if scheme == "hf":
+        return _hub(entry, rest)
+    return _files(entry)
+
+
+def locate_flag(entry: str, *, count: int = 0, seed: int = 0) -> Origin:
+    """Finds what --data of a command names, and says on stderr which files a folder or glob held.
+
+    Args: see `locate`.
+
+    Raises:
+      InputError: see `locate`; it begins with --data.
+    """
+    try:
+        origin = locate(entry, count=count, seed=seed)
+    except InputError as error:
+        raise InputError(f"--data: {error}") from error
+    say_files("--data", origin)
+    return origin
+
+
+def say_files(where: str, origin: Origin) -> None:
+    """Says on stderr which files an entry held, where it may be several; `where` is what names the entry."""
+    if origin.summary:
+        print(f"{where}: {origin.name} holds {origin.summary}", file=sys.stderr)
+
+
+def _generated(name: str, module: ModuleType, records: Callable[[], Iterator[dict]], identity: list[Any]) -> Origin:
+    def read() -> Iterator[tuple[str, Raw]]:
+        return ((f"{name}: record {i}", record) for i, record in enumerate(records(), start=1))
+
+    return Origin(name, [name, code_digest(module.__file__), *identity], read, generated=True)
+
+
+def _hub(entry: str, rest: str) -> Origin:
+    parts = re.fullmatch(r"(?P<name>[^:]+)(:(?P<config>[^:\[]+))??(:(?P<split>[^:\[]+(\[.*\])?))?", rest)
+    if parts is None:
+        raise InputError(f"{entry!r} is not of the form hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
+    datasets = _import_datasets(entry)
+    try:
+        loaded = datasets.load_dataset(parts["name"], parts["config"], split=parts["split"] or "train")
+    except Exception as e:  # the network, the hub and each data set's files fail in their own ways
+        raise InputError(
+            f"{entry!r} could not be loaded ({type(e).__name__}: {e}). Check the name, the split "
+            f"(hf:NAME:SPLIT) and the network, or save it with datasets.save_to_disk and give that folder."
+        ) from e
+    return _rows_of(entry, loaded, [Path(file["filename"]) for file in loaded.cache_files])
+
+
+def _rows_of(entry: str, dataset: Any, files: list[Path]) -> Origin:
+    def read() -> Iterator[tuple[str, Raw]]:
+        return ((f"{entry}: row {i}", row) for i, row in enumerate(dataset, start=1))
+
+    return Origin(entry, [entry, len(dataset), [_stamp(file) for file in files]], read)
+
+
+def _import_datasets(entry: str) -> ModuleType:
+    try:  # here, since it is an extra, and takes seconds to import
+        import datasets
+    except ImportError as e:
+        raise InputError(f"{entry!r} needs the package 'datasets': pip install -e '.[datasets]'.") from e
+    return datasets
+
+
+def _files(entry: str) -> Origin:
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            splits = sorted(str(path / child.name) for child in path.iterdir() if child.is_dir())
+            raise InputError(f"{entry!r} holds several splits. Give one of: {', '.join(splits)}.")
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            parts = sorted(file for file in path.iterdir() if file.is_file())
+            return _rows_of(entry, _import_datasets(entry).load_from_disk(str(path)), parts)
+        files = folders.of_folder(path)
+    elif path.is_file():
+        folders.check_kind(path)
+        files = folders.Files([path], {})
+    elif any(char in entry for char in "*?["):
+        files = folders.of_glob(str(path))
+    elif path.exists():
+        raise InputError(f"{entry!r} is neither a file nor a folder. Write its contents to a file, and name that.")
+    elif path.is_symlink():
+        raise InputError(f"{entry!r} is a link that leads nowhere. Mend it.")
+    else:
+        raise InputError(f"there is no {entry!r}.{_nearest(path)}")
+
+    def read() -> Iterator[tuple[str, Raw]]:
+        for file in files.paths:
+            try:
+                yield from _READERS[folders.suffix(file)](file)
+            except (OSError, EOFError, zlib.error) as e:
+                raise InputError(f"{file}: can't be read, it may be cut short or damaged ({e}). Copy it anew.") from e
+
+    summary = "" if path.is_file() else files.summary()
+    return Origin(entry, [_stamp(file) for file in files.paths], read, summary=summary)
+
+
+def _stamp(file: Path) -> list[Any]:
+    stat = file.stat()
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def _nearest(path: Path) -> str:
+    missing = path
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    if missing != path:
+        return f" There is no folder {str(missing)!r} either.{_nearest(missing)}"
+    names = sorted(
+        child.name for child in path.parent.iterdir() if child.is_dir() or folders.suffix(child) in folders.SUFFIXES
+    )
+    return did_you_mean(path.name, names[:1000]) if names else f" The folder {str(path.parent)!r} holds no data file."
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[str, Raw]]:
+    with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(_BOM) if number == 1 else line
+            if line.strip():
+                yield f"{file}:{number}", line
+
+
+def _read_json(file: Path) -> Iterator[tuple[str, Raw]]:
+    data = file.read_bytes()
+    try:
+        records = json.loads(data)
+    except json.JSONDecodeError as e:
+        raise InputError(
+            f"{file}:{e.lineno}: invalid JSON ({e.msg}). A .json file holds one list of records; "
+            f"name it .jsonl if it has one record a line."
+        ) from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{file}: not valid UTF-8 at byte {e.start}. Save it as UTF-8.") from e
+    except (ValueError, RecursionError):  # one of the records can't be read
+        records = json_limits.elements(data)
+        if records is None:
+            raise InputError(
+                f"{file}: holds an object that can't be read, not a list of records. Write [{{...}}, {{...}}]."
+            ) from None
+    if not isinstance(records, list):
+        raise InputError(f"{file}: holds {kind_of(records)}, not a list of records. Write [{{...}}, {{...}}].")
+    for i, record in enumerate(records, start=1):
+        yield f"{file}: record {i}", record
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, Raw]]:
+    try:  # here, since it is an extra
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as e:
+        raise InputError(f"{file}: needs the package 'pyarrow': pip install -e '.[datasets]'.") from e
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{file}: row {number}", record
+    except pyarrow.ArrowException as e:
+        raise InputError(f"{file}: not a parquet file that can be read ({e}). Write it anew.") from e
+
+
+def _read_txt(file: Path) -> Iterator[tuple[str, Raw]]:
+    """Cuts a file into documents at the first blank line after 16 KiB, or at a line's end after 32 KiB.
+
+    So a single long file can be shuffled, and split into training and held-out text.
+    """
+    start, held, size = 1, [], 0
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(_BOM) if number == 1 else line
+            held.append(line)
+            size += len(line)
+            if size >= 2 * TXT_DOCUMENT_BYTES or (size >= TXT_DOCUMENT_BYTES and not line.strip()):
+                yield f"{file}:{start}", {"text": b"".join(held)}
+                start, held, size = number + 1, [], 0
+    if b"".join(held).strip() or start == 1:
+        yield f"{file}:{start}", {"text": b"".join(held)}
+
+
+def _read_text(file: Path) -> Iterator[tuple[str, Raw]]:
+    """A file that is one document. An empty one, as many __init__.py are, is none."""
+    text = file.read_bytes().removeprefix(_BOM)
+    if text.strip():
+        yield str(file), {"text": text}
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Raw]]]] = {
+    **dict.fromkeys(folders.TEXTS, _read_text),
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}
