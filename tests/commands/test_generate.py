@@ -5,19 +5,15 @@ import subprocess
 import sys
 import types
 
-import jax
 import jax.numpy as jnp
 import pytest
+import table_models
 
 from research.commands import generate
-from research.devices.sharding import RULES
 from research.errors import InputError
 from research.evals import completions, conversation
 from research.loading import LoadedModel
-from research.models.config import ModelConfig
 from research.models.generation import Completion
-from research.models.transformer import Model
-from research.ops.head import Head
 from research.sources import infilling
 from research.sources.formats import render_prompt
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
@@ -30,20 +26,7 @@ ANSWER = "é☕!"  # its bytes all differ
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Runs the command on a model that answers everything with ANSWER; returns (status, stdout, stderr)."""
-    ids = [TOKENIZER.special("<|assistant|>"), *TOKENIZER.encode(ANSWER), TOKENIZER.eos]
-    table = jnp.zeros(V, jnp.int32).at[jnp.array(ids[:-1])].set(jnp.array(ids[1:]))
-    model = Model(
-        config=ModelConfig(vocab_size=V, max_length=64),
-        specs=None,
-        hidden=None,
-        hidden_at=None,
-        attention_inputs=None,
-        rules=RULES,
-        unembed=lambda params: Head(jnp.eye(V), None, 0.0),
-        init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length, 1)),) * 2,),
-        unstack=lambda params: params,
-        decode=lambda params, tokens, positions, mask, cache, index: (9 * jax.nn.one_hot(params[tokens], V), cache),
-    )
+    model, table = table_models.make(V, scale=9), table_models.answering(TOKENIZER, ANSWER)
     loaded = types.SimpleNamespace(model=model, params=table, tokenizer=TOKENIZER, template="chat")
 
     def load_model(workdir, *, step, ema, adapter, check):
@@ -172,12 +155,7 @@ def filled(run, monkeypatch):
         table = table.at[tokenizer.special(first)].set(ids[0])
     table = table.at[tokenizer.special("<|mask:1|>")].set(tokenizer.special("<|mask:0|>")).at[ord("p")].set(ids[0])
     table = table.at[jnp.array(ids)].set(jnp.array([*ids[1:], tokenizer.eos]))
-    model = run.loaded.model
-    run.loaded.model = model._replace(
-        config=ModelConfig(vocab_size=V, max_length=64),
-        unembed=lambda params: Head(jnp.eye(V), None, 0.0),
-        decode=lambda params, tokens, positions, mask, cache, index: (9 * jax.nn.one_hot(params[tokens], V), cache),
-    )
+    run.loaded.model = table_models.make(V, scale=9)
     run.loaded.params, run.loaded.tokenizer = table, tokenizer
     run.prompts = []
     real = infilling.Infilling.prompt

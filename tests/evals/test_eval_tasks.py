@@ -2,16 +2,14 @@ import json
 from decimal import Decimal
 
 import jax
-import jax.numpy as jnp
 import pytest
+import table_models
 
 from research import params
-from research.devices.sharding import RULES
 from research.errors import InputError
 from research.evals import tasks
 from research.models.config import ModelConfig
-from research.models.transformer import Model, make_model
-from research.ops.head import Head
+from research.models.transformer import make_model
 from research.sources.tokenizers import TokenizerSpec, load_pretrained, make_tokenizer
 
 TOKENIZER = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))
@@ -23,22 +21,7 @@ KEY = jax.random.key(0)
 
 
 def _says(text):
-    """(model, parameters): its next token depends on the last alone, and it answers everything with `text`."""
-    ids = [TOKENIZER.special("<|assistant|>"), *TOKENIZER.encode(text), TOKENIZER.eos]
-    assert len(set(ids)) == len(ids)
-    model = Model(
-        config=ModelConfig(vocab_size=V, max_length=64),
-        specs=None,
-        hidden=None,
-        hidden_at=None,
-        attention_inputs=None,
-        rules=RULES,
-        unembed=lambda params: Head(jnp.eye(V), None, 0.0),
-        init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length, 1)),) * 2,),
-        unstack=lambda params: params,
-        decode=lambda params, tokens, positions, mask, cache, index: (jax.nn.one_hot(params[tokens], V), cache),
-    )
-    return model, jnp.zeros(V, jnp.int32).at[jnp.array(ids[:-1])].set(jnp.array(ids[1:]))
+    return table_models.make(V), table_models.answering(TOKENIZER, text)
 
 
 def _file(path, *records):

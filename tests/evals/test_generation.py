@@ -1,14 +1,10 @@
 import jax
-import jax.numpy as jnp
 import pytest
+import table_models
 
-from research.devices.sharding import RULES
 from research.errors import InputError
 from research.evals.generation import make_generation
-from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig
-from research.models.transformer import Model
-from research.ops.head import Head
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 from research.sources.verification import verify_record
 
@@ -16,32 +12,14 @@ TOKENIZER = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))
 V = TOKENIZER.size
 
 
-def _table_model(max_length=64):
-    """A model whose next token is params[last token]."""
-    return Model(
-        config=ModelConfig(vocab_size=V, max_length=max_length),
-        specs=None,
-        hidden=None,
-        hidden_at=None,
-        attention_inputs=None,
-        rules=RULES,
-        unembed=lambda params: Head(jnp.eye(V), None, 0.0),
-        init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length, 1)),) * 2,),
-        unstack=lambda params: params,
-        decode=lambda params, tokens, positions, mask, cache, index: (jax.nn.one_hot(params[tokens], V), cache),
-    )
-
-
 def _says(text):
-    """Parameters of a model that answers everything with `text`, whose characters all differ."""
-    ids = [TOKENIZER.special("<|assistant|>"), *TOKENIZER.encode(text), TOKENIZER.eos]
-    return jnp.zeros(V, jnp.int32).at[jnp.array(ids[:-1])].set(jnp.array(ids[1:]))
+    return table_models.answering(TOKENIZER, text)
 
 
 def _make(records, **kwargs):
     sampling = SamplingConfig(max_new_tokens=8, stop_tokens=(TOKENIZER.eos,))
     options = {"verify": verify_record, "template": "chat", "batch_size": 2} | kwargs
-    return make_generation(_table_model(), sampling, TOKENIZER, records, **options)
+    return make_generation(table_models.make(V), sampling, TOKENIZER, records, **options)
 
 
 def test_exact_match_overall_and_by_task():

@@ -4,15 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import table_models
 
 from research import params
-from research.devices.sharding import RULES
 from research.errors import InputError
 from research.evals import infill, results, tasks
 from research.models.config import ModelConfig
 from research.models.generation import Completion
-from research.models.transformer import Model, make_model
-from research.ops.head import Head
+from research.models.transformer import make_model
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
 PLAIN = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))
@@ -21,28 +20,12 @@ TOKENIZER = PLAIN.with_tokens(NAMES)
 V = TOKENIZER.size
 MIDDLE, HOLE, END, MASK = (TOKENIZER.special(name) for name in NAMES[2:])
 KEY = jax.random.key(0)
-
-
-def table_model(max_length=64, **config):
-    """A model whose next token is params[last token], or that of a place, where it is an encoder."""
-    config = ModelConfig(vocab_size=V, max_length=max_length, **config)
-    return Model(
-        config=config,
-        specs=None,
-        hidden=lambda params, batch: jax.nn.one_hot(params[batch["positions"]], V),
-        hidden_at=None,
-        attention_inputs=None,
-        rules=RULES,
-        unembed=lambda params: Head(jnp.eye(V), None, 0.0),
-        init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length, 1)),) * 2,),
-        unstack=lambda params: params,
-        decode=lambda params, tokens, positions, mask, cache, index: (jax.nn.one_hot(params[tokens], V), cache),
-    )
+MODEL = table_models.make(V)
 
 
 def chain(*ids):
     """Parameters of a model that goes on from each id with the next, and ends elsewhere."""
-    return jnp.full(V, TOKENIZER.eos, jnp.int32).at[jnp.array(ids[:-1])].set(jnp.array(ids[1:]))
+    return table_models.chain(V, ids, last=TOKENIZER.eos)
 
 
 def write(path, *records):
@@ -64,7 +47,7 @@ GAPS = (
 def test_exact_match_of_middles(tmp_path, form, last):
     path = write(tmp_path / "gaps.jsonl", *GAPS)
     ids = [*last, *b" sat"]
-    name, evaluate = tasks.load(f"infill,form={form}:{path}", table_model(), TOKENIZER, "auto")
+    name, evaluate = tasks.load(f"infill,form={form}:{path}", MODEL, TOKENIZER, "auto")
     values = chain(*ids)
     metrics, samples = evaluate(values, KEY)
     right = [True, False, True]
@@ -90,7 +73,7 @@ def test_what_a_model_reads_in_each_form(tmp_path, monkeypatch):
 
     monkeypatch.setattr(infill, "generate_batches", generate)
     for form in ("psm", "spm", "sentinel", "left"):
-        tasks.load(f"infill,form={form}:{path}", table_model(), TOKENIZER, "auto").evaluate(None, KEY)
+        tasks.load(f"infill,form={form}:{path}", MODEL, TOKENIZER, "auto").evaluate(None, KEY)
     prefix, suffix = TOKENIZER.special(NAMES[0]), TOKENIZER.special(NAMES[1])
     bos = TOKENIZER.bos
     assert [row for (row,) in seen] == [
@@ -113,7 +96,7 @@ def test_left_needs_no_end_and_no_token(tmp_path):
     path = write(tmp_path / "gaps.jsonl", *records)
     values = chain(*b"t", *b" sa", *b"qzy")
     values = values.at[ord("t")].set(ord(" ")).at[ord("a")].set(ord("t"))
-    evaluate = tasks.load(f"infill,form=left,max_new_tokens=4:{path}", table_model(), PLAIN, "auto").evaluate
+    evaluate = tasks.load(f"infill,form=left,max_new_tokens=4:{path}", MODEL, PLAIN, "auto").evaluate
     metrics, samples = evaluate(values, KEY)
     assert {sample.completion for sample in samples} == {" sat"}
     assert [sample.correct for sample in samples] == [True, True, False, True, False]
@@ -127,7 +110,7 @@ def test_an_encoder_fills_all_masks_at_once(tmp_path):
     knows = jnp.zeros(64, jnp.int32).at[: len(text)].set(jnp.array(text))
     for form in ("mask", "auto"):
         spec = f"infill,form={form},batch_size=2:{path}"
-        metrics, samples = tasks.load(spec, table_model(causal=False), TOKENIZER, "auto").evaluate(knows, KEY)
+        metrics, samples = tasks.load(spec, table_models.make(V, causal=False), TOKENIZER, "auto").evaluate(knows, KEY)
         assert [sample.completion for sample in samples] == [" sat", "cat", " sat"]
         assert metrics["exact_match"] == pytest.approx(2 / 3)
     # A real one, under a head that has more rows than there are tokens.
@@ -159,14 +142,14 @@ def test_a_drawn_gap_is_a_stretch_of_words_that_depends_on_the_text_alone():
 def test_texts_become_gaps(tmp_path):
     texts = [{"text": f"the cat {i} sat here and there"} for i in range(20)]
     path = write(tmp_path / "t.jsonl", *texts, {"text": "too short"}, {"text": "long " * 60}, GAPS[0])
-    name, evaluate = tasks.load(f"infill,span=1,name=words:{path}", table_model(), TOKENIZER, "auto")
+    name, evaluate = tasks.load(f"infill,span=1,name=words:{path}", MODEL, TOKENIZER, "auto")
     metrics, samples = evaluate(chain(MIDDLE, *b" cat"), KEY)
     assert name == "words"
     assert (metrics["skipped_too_short"], metrics["skipped_too_long"]) == (1, 1)
     assert [sample.prefix + sample.expected + sample.suffix for sample in samples[:20]] == [t["text"] for t in texts]
     assert [sample.correct for sample in samples] == [sample.expected == " cat" for sample in samples]
     assert 0 < metrics["exact_match"] < 1
-    _, samples = tasks.load(f"infill,span=2,context=1,limit=4:{path}", table_model(), TOKENIZER, "auto").evaluate(
+    _, samples = tasks.load(f"infill,span=2,context=1,limit=4:{path}", MODEL, TOKENIZER, "auto").evaluate(
         chain(MIDDLE, *b" cat"), KEY
     )
     assert len(samples) == 4
@@ -196,21 +179,21 @@ def test_faults_are_named(tmp_path, spec, message):
     write(tmp_path / "x.jsonl4", {"text": "a b c"}).rename(tmp_path / "4x.jsonl")
     head, _, number = spec.partition("{}")
     with pytest.raises(InputError, match=message.replace("x.jsonl2?", r"2x\.jsonl").replace("x.jsonl3?", r"3x\.jsonl")):
-        tasks.load(f"{head}{tmp_path}/{number}x.jsonl" if number else f"{head}{path}", table_model(), TOKENIZER, "auto")
+        tasks.load(f"{head}{tmp_path}/{number}x.jsonl" if number else f"{head}{path}", MODEL, TOKENIZER, "auto")
 
 
 def test_a_model_that_cannot_fill_in_is_refused(tmp_path):
     path = write(tmp_path / "x.jsonl", *GAPS)
     for model, form, message in [
-        (table_model(), "auto", "form = auto: the tokenizer has neither"),
-        (table_model(causal=False), "psm", "form=psm: the model is an encoder. Use form=mask"),
-        (table_model(causal=False), "mask", r"tokenizer: has 0 of the 1 mask tokens"),
-        (table_model(num_labels=2), "auto", "the model is a classifier of 2 classes"),
+        (MODEL, "auto", "form = auto: the tokenizer has neither"),
+        (table_models.make(V, causal=False), "psm", "form=psm: the model is an encoder. Use form=mask"),
+        (table_models.make(V, causal=False), "mask", r"tokenizer: has 0 of the 1 mask tokens"),
+        (table_models.make(V, num_labels=2), "auto", "the model is a classifier of 2 classes"),
     ]:
         with pytest.raises(InputError, match=message):
             tasks.load(f"infill,form={form}:{path}", model, PLAIN, "auto")
     with pytest.raises(InputError, match="max_new_tokens: form=mask fills as many"):
-        tasks.load(f"infill,max_new_tokens=3:{path}", table_model(causal=False), TOKENIZER, "auto")
+        tasks.load(f"infill,max_new_tokens=3:{path}", table_models.make(V, causal=False), TOKENIZER, "auto")
 
 
 def test_a_runs_record_says_which_gaps_it_was_measured_by(tmp_path):

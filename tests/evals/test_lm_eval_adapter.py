@@ -1,19 +1,17 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import table_models
 
 from research import params
-from research.devices.sharding import RULES
 from research.errors import InputError
 from research.evals import lm_eval_adapter
 from research.evals.multiple_choice import make_multiple_choice
 from research.evals.scoring import Example, make_token_scorer
 from research.models.config import ModelConfig
-from research.models.transformer import Model, make_model
-from research.ops.head import Head
+from research.models.transformer import make_model
 from research.sources.formats import render_prompt
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
@@ -105,27 +103,9 @@ def test_rolling_log_likelihood_predicts_every_token_once(values):
         assert total == pytest.approx(expected, rel=1e-5)
 
 
-def _says(text):
-    """(model, parameters): its next token depends on the last alone; after a prompt's ":" it says `text` and ends."""
-    ids = [ord(":"), *TOKENIZER.encode(text), TOKENIZER.eos]
-    assert len(set(ids)) == len(ids)
-    model = Model(
-        config=ModelConfig(vocab_size=V, max_length=48),
-        specs=None,
-        hidden=None,
-        hidden_at=None,
-        attention_inputs=None,
-        rules=RULES,
-        unembed=lambda params: Head(jnp.eye(V), None, 0.0),
-        init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length, 1)),) * 2,),
-        unstack=lambda params: params,
-        decode=lambda params, tokens, positions, mask, cache, index: (jax.nn.one_hot(params[tokens], V), cache),
-    )
-    return model, jnp.zeros(V, jnp.int32).at[jnp.array(ids[:-1])].set(jnp.array(ids[1:]))
-
-
 def test_generation_ends_where_the_task_says():
-    lm = lm_eval_adapter.make_lm(*_says("ab. cde"), TOKENIZER, template="plain")
+    model, values = table_models.make(V, max_length=48), table_models.answering(TOKENIZER, "ab. cde", after=":")
+    lm = lm_eval_adapter.make_lm(model, values, TOKENIZER, template="plain")
     options = [{"until": []}, {"until": [".", "b"]}, {"until": ". c"}, {"until": ["z"], "max_gen_toks": 3}, {}]
     contexts = ["x:", "y" * 100 + ":", "zz:", "x:", "x:"]
     requests = [_request("generate_until", *pair) for pair in zip(contexts, options, strict=True)]

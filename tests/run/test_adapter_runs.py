@@ -1,18 +1,16 @@
 """Runs with an adapter: what they train, save and load, and that cuts of a run change nothing."""
 
-import shutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 
-from research import config, loading, objectives, params
+from research import loading, params
 from research.devices import sharding
 from research.errors import InputError
 from research.models import kernels, virtual
-from research.run import assemble, checkpoint, metrics
+from research.run import metrics
 from research.run.run import run
 
 MODEL = {"num_layers": 2, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "d_ff": 16, "vocab_size": 264}
@@ -38,43 +36,17 @@ CASES = {
 
 
 def config_of(case, **fields):
-    values = {
-        "steps": 4,
-        "batch_size": 4,
-        "seq_len": 32,
-        "model": MODEL,
-        "data": {"path": "tasks:copy", "examples": 40},
-        "objective": {"terms": {"next_token": 1.0}},
-        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
-        "checkpoint": {"every": 2, "keep_last": 9},
-        "eval": {"every": 0},
-        "log": {"every": 1, "tensorboard": False},
-        **case,
-        **fields,
-    }
-    return config.parse(values)
+    return runs.small(**{"model": MODEL, **case, **fields})
 
 
 def parts_of(case, **fields):
-    c = config_of(case, **fields)
-    config.check(c, num_devices=1)
-    mesh = sharding.make_mesh({}, jax.devices()[:1])
-    batch = {name: jax.ShapeDtypeStruct((4, 32), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
-    return assemble.assemble(c, objectives.load(c.objective), mesh, batch, 264)
+    return runs.parts_of(config_of(case, **fields))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Name of a case -> the workdir of its run on one device."""
-    done = {}
-
-    def workdir(name):
-        if name not in done:
-            done[name] = tmp_path_factory.mktemp("run") / "whole"
-            run(config_of(CASES[name]), str(done[name]), devices=jax.devices()[:1])
-        return done[name]
-
-    return workdir
+    return runs.Finished(tmp_path_factory, lambda name, **fields: config_of(CASES[name], **fields))
 
 
 _EACH_RUN = ("lora with dropout", "dora from pissa", "prefix")
@@ -83,10 +55,7 @@ _MOST_SLOW = [pytest.param(name, marks=() if name in _EACH_RUN else pytest.mark.
 
 @pytest.mark.parametrize("name", _MOST_SLOW)
 def test_half_a_run_and_the_rest_are_the_whole(name, finished, tmp_path):
-    shutil.copytree(finished(name), tmp_path / "half")
-    shutil.rmtree(tmp_path / "half" / checkpoint.FOLDER / "4")
-    run(config_of(CASES[name]), str(tmp_path / "half"), devices=jax.devices()[:1])
-    runs.assert_same(finished(name), tmp_path / "half")
+    finished.check_resumed(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", _MOST_SLOW)
@@ -94,12 +63,7 @@ def test_microbatches_and_a_mesh_change_nothing(name, finished, tmp_path):
     """Kernels and what lies beside them are cut over fsdp and tensor, those of experts over expert too."""
     mesh = {"data": 1, "fsdp": 2, "expert" if name == "experts" else "sequence": 2, "tensor": 2}
     parts = 1 if name == "experts" else 2  # of the 4 rows, of which expert takes 2
-    run(config_of(CASES[name], mesh=mesh, microbatches=parts), str(tmp_path / "cut"), devices=jax.devices()[:8])
-    whole, values = (runs.parameters(workdir) for workdir in (finished(name), tmp_path / "cut"))
-    assert values.keys() == whole.keys()
-    for key in whole:
-        if key.startswith("['params']"):
-            np.testing.assert_allclose(values[key], whole[key], rtol=1e-3, atol=1e-4, err_msg=key)
+    finished.check_cut(name, tmp_path / "cut", mesh=mesh, microbatches=parts)
 
 
 def test_a_checkpoint_holds_the_adapter_alone(finished):

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import runs
 
-from research import config, loading, objectives
+from research import config, loading
 from research.commands import export
-from research.devices import sharding
 from research.errors import InputError
-from research.run import assemble, checkpoint, metrics
+from research.run import checkpoint, metrics
 from research.run.run import run
 
 MODEL = {"num_layers": 3, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 16}
@@ -40,29 +39,13 @@ CASES = {
 
 
 def config_of(case, **fields):
-    values = {
-        "steps": 4,
-        "batch_size": 4,
-        "seq_len": 32,
-        "model": {**MODEL, "vocab_size": 264, "tie_embeddings": False},
-        "data": {"path": "tasks:copy", "examples": 40},
-        "objective": {"terms": {"next_token": 1.0}},
-        "checkpoint": {"every": 2, "keep_last": 9},
-        "eval": {"every": 0},
-        "log": {"every": 1, "tensorboard": False},
-        **case,
-        **fields,
-    }
-    values["optimizer"] = {"learning_rate": 1e-2, "warmup_steps": 1, **case.get("optimizer", {})}
-    return config.parse(values)
+    model = {**MODEL, "vocab_size": 264, "tie_embeddings": False}
+    optimizer = {"learning_rate": 1e-2, "warmup_steps": 1, **case.get("optimizer", {})}
+    return runs.small(**{"model": model, **case, **fields, "optimizer": optimizer})
 
 
 def parts_of(case, **fields):
-    c = config_of(case, **fields)
-    config.check(c, num_devices=1)
-    mesh = sharding.make_mesh({}, jax.devices()[:1])
-    batch = {name: jax.ShapeDtypeStruct((4, 32), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
-    return c, assemble.assemble(c, objectives.load(c.objective), mesh, batch, 264)
+    return runs.parts_of(config_of(case, **fields))
 
 
 # Two cases run whole by default; the others are slow.
@@ -72,37 +55,18 @@ WHOLE = [pytest.param(name, marks=() if name in ("two models", "reference") else
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Name of a case -> the workdir of its run on one device."""
-    done = {}
-
-    def workdir(name):
-        if name not in done:
-            done[name] = tmp_path_factory.mktemp("run") / "whole"
-            run(config_of(CASES[name]), str(done[name]), devices=jax.devices()[:1])
-        return done[name]
-
-    return workdir
+    return runs.Finished(tmp_path_factory, lambda name, **fields: config_of(CASES[name], **fields))
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_half_a_run_and_the_rest_are_the_whole(name, finished, tmp_path):
-    shutil.copytree(finished(name), tmp_path / "half")
-    shutil.rmtree(tmp_path / "half" / checkpoint.FOLDER / "4")
-    run(config_of(CASES[name]), str(tmp_path / "half"), devices=jax.devices()[:1])
-    runs.assert_same(finished(name), tmp_path / "half")
+    finished.check_resumed(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_microbatches_and_a_mesh_change_nothing(name, finished, tmp_path):
-    whole = runs.parameters(finished(name))
-    run(config_of(CASES[name], microbatches=2), str(tmp_path / "cut"), devices=jax.devices()[:1])
-    mesh = {"data": 2, "fsdp": 2, "tensor": 1}
-    run(config_of(CASES[name], mesh=mesh), str(tmp_path / "sharded"), devices=jax.devices()[:4])
-    for other in ("cut", "sharded"):
-        values = runs.parameters(tmp_path / other)
-        assert values.keys() == whole.keys()
-        for key in whole:
-            if key.startswith("['params']"):
-                np.testing.assert_allclose(values[key], whole[key], rtol=1e-3, atol=1e-4, err_msg=f"{other} {key}")
+    finished.check_cut(name, tmp_path / "cut", microbatches=2)
+    finished.check_cut(name, tmp_path / "sharded", mesh={"data": 2, "fsdp": 2, "tensor": 1})
 
 
 def test_a_checkpoint_holds_what_is_trained_of_all_roles(finished):
@@ -131,7 +95,7 @@ def test_a_reference_is_the_policy_as_it_began_and_shares_what_is_frozen(finishe
     gaps = [r["train/gap"] for r in metrics.read_metrics(str(finished("reference"))) if "train/gap" in r]
     assert gaps[0] == 0
     assert min(gaps[2:]) > 0
-    _, parts = parts_of(CASES["reference"])
+    parts = parts_of(CASES["reference"])
     assert parts.frozen["reference"]["layers"].keys() == {"1-2"}
     assert parts.frozen["policy"].keys() == {"embed", "final_norm", "head", "layers"}
     assert parts.frozen["policy"]["layers"].keys() == {"0"}
@@ -143,8 +107,8 @@ def test_a_frozen_head_has_no_gradient():
     products = lambda parts: re.findall(  # noqa: E731
         r"f32\[16,264\] = dot_general", str(parts.step.trace(parts.state, parts.frozen, parts.batch).jaxpr)
     )
-    assert products(parts_of({})[1])
-    assert not products(parts_of(CASES["layer"])[1])
+    assert products(parts_of({}))
+    assert not products(parts_of(CASES["layer"]))
 
 
 def test_the_policy_is_evaluated_and_answers_with_a_part_of_it_frozen(finished, tmp_path):
@@ -164,9 +128,9 @@ def test_the_policy_is_evaluated_and_answers_with_a_part_of_it_frozen(finished, 
 
 def test_a_head_on_the_trunk_needs_no_second_pass():
     passes = lambda parts: str(parts.step.trace(parts.state, parts.frozen, parts.batch).jaxpr).count("scan[")  # noqa: E731
-    _, shared = parts_of(CASES["head on the trunk"])
-    _, alone = parts_of(CASES["two models"])
-    _, plain = parts_of({})
+    shared = parts_of(CASES["head on the trunk"])
+    alone = parts_of(CASES["two models"])
+    plain = parts_of({})
     assert passes(shared) == passes(plain) < passes(alone)
 
 
@@ -175,7 +139,7 @@ def test_a_run_with_frozen_parameters_is_loaded_whole(name, finished):
     workdir = finished(name)
     values = loading.load_model(str(workdir)).params
     stored = runs.parameters(workdir)
-    _, parts = parts_of(CASES[name])
+    parts = parts_of(CASES[name])
     frozen = parts.begin(np.uint32(0))[1]
     layers = values["layers"]["mlp"]["up"]["kernel"]
     assert layers.shape[0] == 3
@@ -246,7 +210,7 @@ def test_frozen_kernels_are_held_in_the_compute_dtype_or_as_asked():
         ("bfloat16", "float32", "float32"),
         ("float32", "bfloat16", "bfloat16"),
     ):
-        _, parts = parts_of(CASES["layer"], frozen_dtype=asked, model={**MODEL, "vocab_size": 264, "dtype": dtype})
+        parts = parts_of(CASES["layer"], frozen_dtype=asked, model={**MODEL, "vocab_size": 264, "dtype": dtype})
         assert parts.frozen["policy"]["embed"].dtype == held
         assert parts.frozen["policy"]["final_norm"]["scale"].dtype == jnp.float32
         assert parts.state.params["policy"]["layers"]["1"]["mlp"]["up"]["kernel"].dtype == jnp.float32
