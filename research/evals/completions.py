@@ -181,14 +181,12 @@ def write_completions(
     reasons |= {"data": "--data holds other prompts", "tokens": "--template or the tokenizer gives other tokens"}
     with files.ResumableLines(output, decides, reasons) as lines:
         for answers in responder.complete(prompts, batch_size, done=lines.done, ids=ids):
-            lines.append(_to_json(*answer) for answer in answers)
+            lines.append(prompt.line(**_fields(text, completion)) for prompt, text, completion in answers)
         lines.finish()
 
 
-def _to_json(prompt: Prompt, text: str, completion: Completion) -> bytes:
-    record = {"prompt": prompt.record} if isinstance(prompt.record, str) else prompt.record
-    added = {"completion": text, "tokens": completion.tokens, "logprob": sum(completion.logprobs)}
-    return files.json_line({**record, **added})
+def _fields(text: str, completion: Completion) -> dict[str, Any]:
+    return {"completion": text, "tokens": completion.tokens, "logprob": sum(completion.logprobs)}
 
 
 def cut(completion: Completion, decode: Decode, stops: Sequence[str]) -> tuple[str, Completion]:

@@ -210,11 +210,9 @@ def write_fills(
     reasons |= {"fill": "it was of prompts", "data": "--data holds other texts"}
     with files.ResumableLines(output, decides, reasons) as lines:
         for filled in filler.fill(prompts, batch_size, done=lines.done, ids=ids):
-            lines.append(_to_json(*pair) for pair in filled)
+            lines.append(prompt.line(masks=_fields(masks)) for prompt, masks in filled)
         lines.finish()
 
 
-def _to_json(prompt: Prompt, masks: Sequence[Sequence[Candidate]]) -> bytes:
-    record = {"prompt": prompt.record} if isinstance(prompt.record, str) else prompt.record
-    candidates = [[candidate._asdict() for candidate in each] for each in masks]
-    return json.dumps({**record, "masks": candidates}, ensure_ascii=False).encode() + b"\n"
+def _fields(masks: Sequence[Sequence[Candidate]]) -> list[list[dict[str, Any]]]:
+    return [[candidate._asdict() for candidate in each] for each in masks]

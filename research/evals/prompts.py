@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from research import files
 from research.errors import InputError
 from research.sources.formats import answer_decoder, render_prompt
 from research.sources.infilling import Infilling
@@ -17,6 +18,11 @@ class Prompt(NamedTuple):
 
     where: str
     record: str | Mapping[str, Any]
+
+    def line(self, **fields: Any) -> bytes:
+        """A line of JSON: the record, with fields added to it."""
+        record = {"prompt": self.record} if isinstance(self.record, str) else self.record
+        return files.json_line({**record, **fields})
 
 
 @dataclasses.dataclass(frozen=True)
