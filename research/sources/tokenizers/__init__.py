@@ -1,0 +1,3 @@
+"""Text to token ids and back."""
+
+from research.sources.tokenizers.tokenizer import *  # noqa: F403
