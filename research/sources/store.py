@@ -17,25 +17,20 @@ import numpy as np
 
 from research import files
 from research.errors import InputError
-from research.sources import answers, chat, comparisons, entries, formats, json_limits, records, tokenizers, views
+from research.sources import answers, chat, comparisons, entries, formats, json_limits, records, views
 from research.sources import fields as table
 from research.sources.cache import cached, code_digest, digest
 from research.sources.comparisons import Comparison
 from research.sources.entries import Origin
 from research.sources.records import CONFIG_SETTINGS, NUMBERED, BadRecord, Classes, Turn, speaker
 from research.sources.tokenizers import Tokenizer
+from research.sources.tokenizers import tokenizer as tokenizer_lib
 
-_READERS = (entries, records, comparisons, answers, json_limits, formats, chat, tokenizers)
+_READERS = (entries, records, comparisons, answers, json_limits, formats, chat, tokenizer_lib)
 # A hash of all that decides what examples hold, beside their files, the options and the tokenizer's own.
 READING = digest(
     [
-        code_digest(
-            *(
-                module.__file__
-                for module in (entries, records, comparisons, answers, json_limits, formats, chat, tokenizers)
-            ),
-            __file__,
-        ),
+        code_digest(__file__, *(module.__file__ for module in _READERS)),
         *(f"{package} {importlib.metadata.version(package)}" for package in ("tokenizers", "jinja2")),
     ]
 )

@@ -292,9 +292,9 @@ def test_stretches_that_go_on_get_no_space_before_them():
     made = hf.Tokenizer(models.BPE({c: i for i, c in enumerate("▁ab\n")} | {"</s>": 4}, []))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.add_special_tokens(["</s>"])
-    from research.sources.tokenizers import _make
+    from research.sources.tokenizers import assemble
 
-    tokenizer = _make(made, 4, None)
+    tokenizer = assemble(made, 4, None)
     stretches = ["a b", " a", "b"]
     assert tokenizer.encode_stretches(stretches, special=False, first=True) == [[0, 1, 0, 2], [0, 0, 1], [0, 2]]
     assert tokenizer.encode_stretches(stretches, special=False, first=False) == [[1, 0, 2], [0, 1], [2]]

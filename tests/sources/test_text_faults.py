@@ -73,13 +73,13 @@ def test_score_and_choice_measure_the_same(prefixed):
 def test_a_space_before_every_stretch_is_known_where_line_breaks_are_spaces():
     import tokenizers as hf
 
-    from research.sources.tokenizers import _make
+    from research.sources.tokenizers import assemble
 
     backend = hf.Tokenizer(hf.models.BPE({c: i for i, c in enumerate(["▁", "a", "b", "(", "</s>"])}, []))
     backend.normalizer = hf.normalizers.Replace("\n", " ")
     backend.pre_tokenizer = hf.pre_tokenizers.Metaspace()
     backend.add_special_tokens(["</s>"])
-    tokenizer = _make(backend, 4, None)
+    tokenizer = assemble(backend, 4, None)
     assert tokenizer.encode_stretches(["ab", "b"], special=False, first=True) == [[0, 1, 2], [0, 2]]
     assert tokenizer.encode_stretches(["ab", " b", ""], special=False, first=False) == [[1, 2], [0, 2], []]
 

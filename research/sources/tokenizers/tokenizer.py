@@ -1,70 +1,31 @@
-"""Text to token ids and back: raw bytes, a BPE trained on the run's own text, or the tokenizer of a model."""
+"""A tokenizer, and what lies beside its tokenizer.json: the chat template, and what transformers reads there."""
 
-import codecs
 import dataclasses
 import functools
 import json
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from research.errors import InputError, did_you_mean
-from research.files import cache_root, read_json, write_bytes
-from research.sources import gguf_tokenizer, special_tokens
-from research.sources.cache import cached, code_digest, digest
+from research.errors import InputError
+from research.files import write_bytes
+from research.sources import special_tokens
+from research.sources.cache import digest
 from research.sources.chat import ChatTemplate, any_of, end_of_turn, make_template
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 SPECIALS = (BOS, EOS, "<|system|>", "<|user|>", "<|assistant|>")
-# What known model families call the end of a text, for a tokenizer.json that has no config beside it.
-_KNOWN_EOS = (
-    EOS,
-    "</s>",
-    "<eos>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "[EOS]",
-    "[SEP]",
-)
 # Beside tokenizer.json, a model's folder may hold these; `save` gives them back.
-_CONFIG, _GENERATION, _TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
-_SPECIAL, _OTHER_TEMPLATES = "special_tokens_map.json", "additional_chat_templates"
-_ADDED = "added_tokens.json"
-_OTHER_FILES = (_SPECIAL, _ADDED, "tokenizer.model", _GENERATION, _TEMPLATE)
-# What a tokenizer without a tokenizer.json is made of.
-_SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+CONFIG, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
+SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 # How vocabularies write a space before a word, and what texts are put after to be encoded without one.
 _SPACES, _ANCHORS = ("▁", "Ġ"), ("\n", "(", "a", "0")
-# No merge crosses these: a word or a run of signs, each with the space before it; one digit, so that equal
-# places of two numbers are equal tokens; white space, but for its last character before a word.
-_WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerSpec:
-    """Which tokenizer a run uses.
-
-    Attributes:
-      kind: "byte" (ids 0-255 are the bytes, then the special tokens), "bpe" (byte-level byte-pair encoding
-        trained on the run's own training text), or a path: a tokenizer.json, a folder with the tokenizer of a model,
-        or a .gguf file.
-      vocab_size: of "bpe", special tokens included; less where the text has too few pairs to merge.
-      eos_token: of a path, the token that ends a text; "" reads it from what lies beside it.
-      added_tokens: names of further special tokens, such as the markers of a chat template; their ids come last.
-    """
-
-    kind: str = "byte"
-    vocab_size: int = 4096
-    eos_token: str = ""
-    added_tokens: tuple[str, ...] = ()
+_OTHER_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # of transformers 4 and 5
+_NEW_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,14 +164,14 @@ class Tokenizer:
                 f"ids below {self.size}. Use a tokenizer that has these tokens."
             )
         config, files = _note_added(self.files, {ids[name]: added[name] for name in names})
-        return _make(backend, self.eos, self.bos, config, files, self.stop)
+        return assemble(backend, self.eos, self.bos, config, files, self.stop)
 
     def with_variables(self, values: Mapping[str, str]) -> "Tokenizer":
         """Returns a tokenizer whose tokenizer_config.json names tokens, such as {"mask_token": "<mask>"}."""
         if all(self.variables.get(name) == token for name, token in values.items()):
             return self
-        config = {**json.loads(self.files[_CONFIG]), **values}
-        return _make(self.backend, self.eos, self.bos, config, self.files, self.stop)
+        config = {**json.loads(self.files[CONFIG]), **values}
+        return assemble(self.backend, self.eos, self.bos, config, self.files, self.stop)
 
     def spelled_special(self, text: str) -> str:
         """Returns the first special token that `text` spells, or ""."""
@@ -258,69 +219,7 @@ class Tokenizer:
         return digest((self.backend.to_str(), *beside))
 
 
-def make_tokenizer(
-    spec: TokenizerSpec, texts: Callable[[], Iterator[str]], *, texts_id: str = "", cache_dir: str = ""
-) -> Tokenizer:
-    """Returns the tokenizer that `spec` names, without its added tokens, training it on `texts()` where it is "bpe".
-
-    A trained tokenizer is kept in the cache under `texts_id`, a name for what `texts` gives (default: a hash
-    of the texts).
-
-    Raises:
-      InputError: the kind is unknown, the path has no tokenizer, or its end-of-text token can't be known.
-    """
-    if spec.kind == "byte":
-        return _byte_tokenizer()
-    if spec.kind == "bpe":
-        least = 256 + len(SPECIALS)
-        if spec.vocab_size < least:
-            raise InputError(
-                f"tokenizer.vocab_size: {spec.vocab_size} is too small for 256 bytes and {len(SPECIALS)} "
-                f"special tokens. Use at least {least}, or tokenizer.kind='byte'."
-            )
-        identity = (
-            code_digest(__file__),
-            tokenizers.__version__,
-            spec.vocab_size,
-            texts_id or digest(texts()),
-        )
-        folder = cache_root(cache_dir) / "tokenizers" / digest(identity)
-        cached(folder, lambda partial: _train_bpe(texts(), spec.vocab_size).save(partial))
-        return load_tokenizer(folder)
-    return load_pretrained(spec.kind, eos_token=spec.eos_token)
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Returns the tokenizer that `Tokenizer.save(folder)` wrote. Raises InputError where there is none."""
-    return load_pretrained(folder)
-
-
-def is_there(ref: str | Path) -> bool:
-    """Whether `load_pretrained(ref)` would find files of a tokenizer."""
-    path = Path(ref)
-    return path.is_file() or any((path / file).is_file() for file in ("tokenizer.json", *_SLOW_FILES))
-
-
-def load_pretrained(ref: str | Path, *, eos_token: str = "") -> Tokenizer:
-    """Returns the tokenizer of a model, with its chat template if it has one. No code that comes with it is run.
-
-    Args:
-      ref: a folder with tokenizer.json, or with what transformers makes a tokenizer of; a tokenizer.json; or a .gguf
-        file.
-      eos_token: the token that ends a text; "" takes what the files say.
-
-    Raises:
-      InputError: there is no tokenizer, it can't be read, or its end-of-text token can't be known.
-    """
-    path = Path(ref).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return _read_gguf(path, eos_token)
-    if path.is_dir() and not (path / "tokenizer.json").is_file() and any((path / f).is_file() for f in _SLOW_FILES):
-        return _convert(path, eos_token)
-    return _read(path, eos_token)
-
-
-def _make(
+def assemble(
     backend: tokenizers.Tokenizer,
     eos: int,
     bos: int | None,
@@ -338,14 +237,14 @@ def _make(
     config = dict(
         config or {"bos_token": None if bos is None else backend.id_to_token(bos), "add_bos_token": bos is not None}
     )
-    if _content(config.get("eos_token")) != backend.id_to_token(eos):
+    if content_of(config.get("eos_token")) != backend.id_to_token(eos):
         config["eos_token"] = backend.id_to_token(eos)
     if config.pop("auto_map", None) or "tokenizer_class" not in config:  # its code isn't kept; tokenizer.json says all
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    files[_CONFIG] = json.dumps(config, indent=1, ensure_ascii=False).encode()
-    settings = {**json.loads(files.get(_SPECIAL, b"{}")), **config}
+    files[CONFIG] = json.dumps(config, indent=1, ensure_ascii=False).encode()
+    settings = {**json.loads(files.get(SPECIAL, b"{}")), **config}
     variables = {
-        name: _content(token) for name, token in settings.items() if name.endswith("_token") and _is_token(token)
+        name: content_of(token) for name, token in settings.items() if name.endswith("_token") and _is_token(token)
     }
     template, named = _find_template(files, config)
     chat = _chat(backend, template, variables)
@@ -367,10 +266,6 @@ def _numbered(names: Sequence[str], first: int) -> dict[str, int]:
     return {name: first + i for i, name in enumerate(names)}
 
 
-_OTHERS = ("additional_special_tokens", "extra_special_tokens")  # of transformers 4 and 5
-_NEW_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-
-
 def _note_added(
     files: Mapping[str, bytes], added: Mapping[int, Mapping[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -381,25 +276,25 @@ def _note_added(
       added: id -> the token as a tokenizer.json has it.
     """
     files, names = dict(files), [token["content"] for token in added.values()]
-    config = json.loads(files[_CONFIG])
+    config = json.loads(files[CONFIG])
     for name, field in special_tokens.CONFIG_FIELDS.items():
         if name in names:
             config.setdefault(field, name)
     if "added_tokens_decoder" in config:
         fields = (*_NEW_TOKEN, "content", "special")
-        told = {str(i): {field: token[field] for field in fields} for i, token in added.items()}
-        config["added_tokens_decoder"] = {**config["added_tokens_decoder"], **told}
-    if _ADDED in files:
-        known = json.loads(files[_ADDED])
-        files[_ADDED] = json.dumps({**known, **{token["content"]: i for i, token in added.items()}}, indent=1).encode()
-    special = json.loads(files.get(_SPECIAL, b"{}"))
-    for settings in (config, special) if _SPECIAL in files else (config,):
-        field = next((f for f in _OTHERS if isinstance(settings.get(f), list)), _OTHERS[0])
+        entries = {str(i): {field: token[field] for field in fields} for i, token in added.items()}
+        config["added_tokens_decoder"] = {**config["added_tokens_decoder"], **entries}
+    if ADDED in files:
+        known = json.loads(files[ADDED])
+        files[ADDED] = json.dumps({**known, **{token["content"]: i for i, token in added.items()}}, indent=1).encode()
+    special = json.loads(files.get(SPECIAL, b"{}"))
+    for settings in (config, special) if SPECIAL in files else (config,):
+        field = next((f for f in _OTHER_TOKENS if isinstance(settings.get(f), list)), _OTHER_TOKENS[0])
         known = settings.get(field, [])
-        seen = {_content(token) for token in (*known, *settings.values()) if _is_token(token)}
+        seen = {content_of(token) for token in (*known, *settings.values()) if _is_token(token)}
         settings[field] = [*known, *(name for name in names if name not in seen)]
-    if _SPECIAL in files:
-        files[_SPECIAL] = json.dumps(special, indent=1, ensure_ascii=False).encode()
+    if SPECIAL in files:
+        files[SPECIAL] = json.dumps(special, indent=1, ensure_ascii=False).encode()
     return config, files
 
 
@@ -413,8 +308,8 @@ def _chat(backend: tokenizers.Tokenizer, template: str | None, variables: Mappin
 
 def _find_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
     """The chat template, or None and the names of those that there are if none of several is the default."""
-    if _TEMPLATE in files:
-        return files[_TEMPLATE].decode(), ()
+    if TEMPLATE in files:
+        return files[TEMPLATE].decode(), ()
     template = config.get("chat_template")
     if template is None or isinstance(template, str):
         return template or None, ()
@@ -425,7 +320,7 @@ def _find_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> tup
         well_formed = False
     if not well_formed:
         raise InputError(
-            f"{_CONFIG}: chat_template = {str(template)[:40]} is neither text nor a list of objects with the texts "
+            f"{CONFIG}: chat_template = {str(template)[:40]} is neither text nor a list of objects with the texts "
             "'name' and 'template'. Mend it."
         )
     return by_name.get("default"), () if "default" in by_name else tuple(by_name)
@@ -440,133 +335,7 @@ def byte_chars() -> list[str]:
     return [chr(byte) if byte in themselves else next(others) for byte in range(256)]
 
 
-def _byte_level(model: tokenizers.models.BPE) -> tokenizers.Tokenizer:
-    pre = tokenizers.pre_tokenizers
-    backend = tokenizers.Tokenizer(model)
-    split = pre.Split(tokenizers.Regex(_WORDS), behavior="isolated")
-    backend.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    return backend
-
-
-def _byte_tokenizer() -> Tokenizer:
-    backend = _byte_level(tokenizers.models.BPE({char: byte for byte, char in enumerate(byte_chars())}, []))
-    backend.add_special_tokens(list(SPECIALS))
-    return _make(backend, backend.token_to_id(EOS), backend.token_to_id(BOS))
-
-
-def _train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    backend = _byte_level(tokenizers.models.BPE())
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return _make(backend, backend.token_to_id(EOS), backend.token_to_id(BOS))
-
-
-def _read(path: Path, eos_token: str) -> Tokenizer:
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(
-            f"tokenizer.kind: {str(path)!r} is no tokenizer.json, no folder with one and no .gguf file."
-            f"{did_you_mean(str(path), ('byte', 'bpe'))} Or give the path of one."
-        )
-    try:
-        backend = tokenizers.Tokenizer.from_str(_read_file(file).decode())
-    except Exception as e:  # the package raises bare Exception
-        raise InputError(f"tokenizer.kind: {str(file)!r} can't be read as a tokenizer.json: {e}") from e
-    config, special, generation = (
-        read_json(file.parent / name, {}, name="tokenizer.kind") for name in (_CONFIG, _SPECIAL, _GENERATION)
-    )
-    others = sorted((file.parent / _OTHER_TEMPLATES).glob("*.jinja"))
-    if others and "chat_template" not in config and not (file.parent / _TEMPLATE).is_file():
-        config["chat_template"] = [{"name": each.stem, "template": _read_file(each).decode()} for each in others]
-    files = {name: _read_file(file.parent / name) for name in _OTHER_FILES if (file.parent / name).is_file()}
-    eos = _find_eos(backend, eos_token, {**special, **config}, str(file))
-    ends = generation.get("eos_token_id")
-    ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
-    unknown = [i for i in ends if backend.id_to_token(i) is None]
-    if unknown:
-        raise InputError(
-            f"{file.parent / _GENERATION}: eos_token_id = {list(ends)}, but the tokenizer has no {unknown[0]}. Mend it."
-        )
-    return _make(backend, eos, _find_bos(backend, {**special, **config}, eos), config or None, files, ends)
-
-
-def _read_file(file: Path) -> bytes:
-    """The content without a byte-order mark."""
-    return file.read_bytes().removeprefix(codecs.BOM_UTF8)
-
-
-def _read_gguf(path: Path, eos_token: str) -> Tokenizer:
-    backend, config, template, ends = gguf_tokenizer.make(path)
-    eos = _find_eos(backend, eos_token, config, str(path))
-    files = {_GENERATION: json.dumps({"eos_token_id": ends}).encode()} if ends else {}
-    if template is not None:
-        files[_TEMPLATE] = template.encode()
-    return _make(backend, eos, _find_bos(backend, config, eos), config, files, tuple(ends))
-
-
-def _convert(folder: Path, eos_token: str) -> Tokenizer:
-    """Has transformers make a tokenizer.json of the vocabularies of older models."""
-    try:  # here, since it is an extra, takes seconds to import, and is needed for nothing else
-        from transformers import AutoTokenizer
-    except ImportError as e:
-        raise InputError(
-            f"tokenizer.kind: {str(folder)!r} has no tokenizer.json, and making one needs the package transformers: "
-            f"pip install -e '.[convert]' ({e})."
-        ) from e
-
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            tokenizer.save_pretrained(temporary)
-        except Exception as e:  # it fails in many ways
-            raise InputError(f"tokenizer.kind: transformers can't read the tokenizer in {str(folder)!r}: {e}") from e
-        if not Path(temporary, "tokenizer.json").is_file():
-            raise InputError(
-                f"tokenizer.kind: the tokenizer in {str(folder)!r} can't be written as a tokenizer.json, which is "
-                "needed. Name another."
-            )
-        for name in (_GENERATION, "tokenizer.model"):
-            if (folder / name).is_file():
-                shutil.copy(folder / name, temporary)
-        return _read(Path(temporary), eos_token)
-
-
-def _find_eos(backend: tokenizers.Tokenizer, eos_token: str, config: Mapping[str, Any], file: str) -> int:
-    name = eos_token or _content(config.get("eos_token"))
-    known = [token for token in _KNOWN_EOS if backend.token_to_id(token) is not None]
-    if not name:
-        if len(known) != 1:
-            candidates = f"several tokens that could be: {', '.join(known)}" if known else "no well-known one"
-            raise InputError(
-                f"tokenizer.eos_token: '' and no config beside {file!r} says which "
-                f"token ends a text; it has {candidates}. Set tokenizer.eos_token to the one that does."
-            )
-        name = known[0]
-    eos = backend.token_to_id(name)
-    if eos is None:
-        hint = did_you_mean(name, known or [token.content for token in backend.get_added_tokens_decoder().values()])
-        raise InputError(f"tokenizer.eos_token: {name!r} is not in the vocabulary of {file!r}.{hint}")
-    return eos
-
-
-def _find_bos(backend: tokenizers.Tokenizer, config: Mapping[str, Any], eos: int) -> int | None:
-    """The token that the tokenizer itself puts before a text: many name a bos_token that they never use."""
-    name = _content(config.get("bos_token"))
-    if config.get("add_bos_token") is True:
-        return backend.token_to_id(name) if name else None
-    if config.get("add_bos_token") is False:
-        return None
-    added = backend.encode("", add_special_tokens=True).ids
-    return added[0] if added and added[0] != eos else None
-
-
-def _content(token: Any) -> str:
+def content_of(token: Any) -> str:
     """A config writes a token as text, as {"content": text}, or as null."""
     return (token.get("content") if isinstance(token, dict) else token) or ""
 
