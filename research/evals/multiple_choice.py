@@ -1,7 +1,6 @@
 """Whether a model finds the right answer of several the likeliest."""
 
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -113,37 +112,44 @@ def make_multiple_choice(
     questions = [read_question(record) for record in records]
     places = [f"{place}: " for place in where] or [""] * len(questions)
     whole = [
-        _encode(place, question, choice, tokenizer, template)
+        [_encode(place, question, choice, tokenizer, template) for choice in question.choices]
         for place, question in zip(places, questions, strict=True)
-        for choice in question.choices
     ]
-    examples = [keep_end(example, model.max_length) for example in whole]
-    starts = np.cumsum([0] + [len(q.choices) for q in questions])
-    truncated = [
-        any(len(examples[i].tokens) < len(whole[i].tokens) for i in range(start, stop))
-        for start, stop in itertools.pairwise(starts)
-    ]
+    examples = [[keep_end(example, model.max_length) for example in choices] for choices in whole]
+    truncated = sum(
+        any(len(one.tokens) < len(other.tokens) for one, other in zip(short, long, strict=True))
+        for short, long in zip(examples, whole, strict=True)
+    )
     loglikelihood = make_loglikelihood(model, batch_tokens=batch_tokens)
 
     def evaluate(params: Any) -> tuple[dict[str, float], list[ChoiceSample]]:
-        scores = loglikelihood(params, examples)
-        samples, right, metrics = [], defaultdict(list), {}
-        for question, (start, stop) in zip(questions, itertools.pairwise(starts), strict=True):
-            context, choices, answer, _ = question
-            nats = np.array([score.logprob for score in scores[start:stop]])
-            choice = _choose(choices, nats, np.array([float(example.count) for example in examples[start:stop]]))
-            for name, i in choice.items():
-                right[name].append(float(i == answer))
-            verdicts = {name: i == answer for name, i in choice.items()}
-            best = choice["acc"], choice["acc_norm"]
-            samples.append(ChoiceSample(context, choices, answer, nats.tolist(), *best, verdicts))
-        for name, values in right.items():
-            metrics[name], error = ratio_of_sums(np.array(values), np.ones(len(values)))
-            if error is not None:
-                metrics[f"{name}_stderr"] = error
-        return metrics | {"truncated": float(sum(truncated))}, samples
+        scores = iter(loglikelihood(params, [example for choices in examples for example in choices]))
+        samples = [
+            _sample(question, choices, np.array([score.logprob for score in itertools.islice(scores, len(choices))]))
+            for question, choices in zip(questions, examples, strict=True)
+        ]
+        return _shares(samples) | {"truncated": float(truncated)}, samples
 
     return evaluate
+
+
+def _sample(question: Question, examples: Sequence[Example], nats: np.ndarray) -> ChoiceSample:
+    """A question of which the choices' log-likelihoods are known, in nats."""
+    context, choices, answer, _ = question
+    likeliest = _choose(choices, nats, np.array([float(example.count) for example in examples]))
+    right = {name: i == answer for name, i in likeliest.items()}
+    return ChoiceSample(context, choices, answer, nats.tolist(), likeliest["acc"], likeliest["acc_norm"], right)
+
+
+def _shares(samples: Sequence[ChoiceSample]) -> dict[str, float]:
+    """The share of right choices by each metric, and its standard error."""
+    metrics = {}
+    for name in samples[0].right if samples else ():
+        right = np.array([float(sample.right[name]) for sample in samples])
+        metrics[name], error = ratio_of_sums(right, np.ones(len(right)))
+        if error is not None:
+            metrics[f"{name}_stderr"] = error
+    return metrics
 
 
 def _choose(choices: Sequence[str], nats: np.ndarray, tokens: np.ndarray) -> dict[str, int]:

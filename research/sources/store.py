@@ -331,11 +331,7 @@ def _write(
 ) -> bool:
     """Writes the examples' tokens and what belongs to them; returns whether there are any."""
     dtype = "<u2" if tokenizer.size <= 2**16 else "<u4"
-    rows: list[np.ndarray] = []
-    samples: list[dict[str, Any]] = []
-    labels: list[int | list[float]] = []
-    judged: list[np.ndarray] = []
-    text, marker = False, ""
+    columns, samples, text, marker = _Columns([], [], []), [], False, ""
     with open(partial / "tokens.bin", "wb") as tokens_file, open(partial / "mask.bin", "wb") as mask_file:
         for chunk in _chunks(examples):
             text = chunk[0].turns[0][0] == "text"
@@ -343,45 +339,66 @@ def _write(
             if not chunk:
                 continue
             tokens_file.write(tokens.astype(dtype).tobytes())
-            documents = [(example.key, turns) for example in chunk for turns in example.documents]
-            row = np.zeros(len(documents), _EXAMPLE)
-            row["key"] = np.fromiter((key for key, _ in documents), np.uint64, len(documents))
-            row["length"] = lengths
-            row["supervised"] = np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
-            row["bytes"] = [sum(len(turn.text.encode()) for turn in turns) for _, turns in documents]
-            rows.append(row)
-            judged += [answers.of_comparison(each.comparison) for each in chunk if each.comparison is not None]
-            counts.update(_count_comparisons(chunk))
-            labels += [example.label for example in chunk if example.label is not None]
-            spelled, first = formats.count_markers(
-                ([turn.text for turns in example.documents for turn in turns] for example in chunk), tokenizer
-            )
-            counts["markers"] += spelled
-            counts["weights"] += sum(example.record.get("weight") not in (None, 1) for example in chunk)
+            columns.add(chunk, mask, lengths)
+            first = _count(chunk, tokenizer, counts)
             marker = marker or first
             if not text:
                 mask_file.write(mask.tobytes())
                 samples = _least(samples, chunk, lengths)
-    if not rows:
+    if not columns.rows:
         return False
-    np.save(partial / "examples.npy", np.concatenate(rows))
-    if labels:
-        np.save(partial / "labels.npy", _distributions(labels))
-    if judged:
-        np.save(partial / "answers.npy", answers.numbered(judged))
+    columns.save(partial)
     bad = {name.removeprefix("bad: "): n for name, n in counts.items() if name.startswith("bad: ")}
-    meta = {
-        "dtype": dtype,
-        "text": text,
-        "samples": samples,
-        "counts": {"records": counts["records"], "duplicates": counts["duplicates"], "bad": bad},
-        "content": _content(partial),
-    }
-    meta["counts"] |= {"markers": counts["markers"], "marker": marker, "weights": counts["weights"]}
-    if judged:
-        meta["counts"] |= {name: counts[name] for name in ("comparisons", "identical", "ties")}
+    summary = {"records": counts["records"], "duplicates": counts["duplicates"], "bad": bad}
+    summary |= {"markers": counts["markers"], "marker": marker, "weights": counts["weights"]}
+    if columns.judged:
+        summary |= {name: counts[name] for name in ("comparisons", "identical", "ties")}
+    meta = {"dtype": dtype, "text": text, "samples": samples, "counts": summary, "content": _content(partial)}
     (partial / "meta.json").write_text(json.dumps(meta, default=str))
     return True
+
+
+class _Columns(NamedTuple):
+    """What is kept of examples beside their tokens.
+
+    Attributes:
+      rows: arrays of _EXAMPLE, a row for each document.
+      labels: of the examples that have one.
+      judged: of each comparison, see answers.of_comparison.
+    """
+
+    rows: list[np.ndarray]
+    labels: list[int | list[float]]
+    judged: list[np.ndarray]
+
+    def add(self, chunk: list[Example], mask: np.ndarray, lengths: np.ndarray) -> None:
+        """Adds examples; `mask` is that of all their tokens, and `lengths` those of their documents."""
+        documents = [(example.key, turns) for example in chunk for turns in example.documents]
+        rows = np.zeros(len(documents), _EXAMPLE)
+        rows["key"] = np.fromiter((key for key, _ in documents), np.uint64, len(documents))
+        rows["length"] = lengths
+        rows["supervised"] = np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
+        rows["bytes"] = [sum(len(turn.text.encode()) for turn in turns) for _, turns in documents]
+        self.rows.append(rows)
+        self.labels.extend(example.label for example in chunk if example.label is not None)
+        self.judged.extend(answers.of_comparison(each.comparison) for each in chunk if each.comparison is not None)
+
+    def save(self, folder: Path) -> None:
+        np.save(folder / "examples.npy", np.concatenate(self.rows))
+        if self.labels:
+            np.save(folder / "labels.npy", _distributions(self.labels))
+        if self.judged:
+            np.save(folder / "answers.npy", answers.numbered(self.judged))
+
+
+def _count(chunk: list[Example], tokenizer: Tokenizer, counts: Counter[str]) -> str:
+    """Counts what a report says of examples; returns the first special token that one of their texts spells, or ""."""
+    counts.update(_count_comparisons(chunk))
+    texts = ([turn.text for turns in example.documents for turn in turns] for example in chunk)
+    spelled, first = formats.count_markers(texts, tokenizer)
+    counts["markers"] += spelled
+    counts["weights"] += sum(example.record.get("weight") not in (None, 1) for example in chunk)
+    return first
 
 
 def _encode(
