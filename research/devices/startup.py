@@ -21,8 +21,8 @@ def without_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of other programs: what `use_huge_pages` set is for ours."""
     kept = {k: v for k, v in environment.items() if k != _SWITCH}
     if environment.get(_SWITCH) == "set":
-        given = [setting for setting in kept.pop(_TUNABLES, "").split(":") if setting and setting != _VALUE]
-        kept |= {_TUNABLES: ":".join(given)} if given else {}
+        settings = [setting for setting in kept.pop(_TUNABLES, "").split(":") if setting and setting != _VALUE]
+        kept |= {_TUNABLES: ":".join(settings)} if settings else {}
     return kept
 
 
@@ -45,12 +45,12 @@ def use_huge_pages() -> None:
     none to give or gives them anyway, where GLIBC_TUNABLES says something about it already, where JAX_PLATFORMS leaves
     the CPU out, or where UNDERSTUDY_HUGE_PAGES is 0.
     """
-    given = os.environ.get(_TUNABLES, "")
-    if os.environ.get(_SWITCH) == "0" or "hugetlb" in given or not _offered():
+    settings = os.environ.get(_TUNABLES, "")
+    if os.environ.get(_SWITCH) == "0" or "hugetlb" in settings or not _offered():
         return
     if not _for_cpus():
         return
-    os.environ |= {_TUNABLES: ":".join(filter(None, [given, _VALUE])), _SWITCH: "set"}
+    os.environ |= {_TUNABLES: ":".join(filter(None, [settings, _VALUE])), _SWITCH: "set"}
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
@@ -60,9 +60,9 @@ def leave_loops() -> None:
     Does nothing where XLA_FLAGS has extra options already, or JAX_PLATFORMS leaves the CPU out. No option of a single
     compilation says this.
     """
-    given = os.environ.get("XLA_FLAGS", "")
-    if _EXTRA not in given and _for_cpus():
-        os.environ["XLA_FLAGS"] = f"{given} {_EXTRA}={_NO_UNROLLING}".strip()
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _EXTRA not in flags and _for_cpus():
+        os.environ["XLA_FLAGS"] = f"{flags} {_EXTRA}={_NO_UNROLLING}".strip()
 
 
 def leave_tpus() -> None:

@@ -155,13 +155,13 @@ def identity(spec: str) -> dict[str, Any]:
 def parse(spec: str) -> tuple[str, dict[str, str], str]:
     """Returns (kind, options, data entry) of a task as written. Raises InputError where it can't be understood."""
     head, colon, entry = spec.partition(":")
-    kind, *given = head.split(",")
+    kind, *texts = head.split(",")
     if kind not in _OPTIONS:
         raise InputError(f"task {spec}: there is no kind {kind!r}.{did_you_mean(kind, _OPTIONS)}")
     if not colon or not entry:
         raise InputError(f"task {spec}: names no data. Write {head}:x.jsonl.")
     options = {}
-    for option in given:
+    for option in texts:
         name, equals, value = option.partition("=")
         if name not in _OPTIONS[kind]:
             raise InputError(f"task {spec}: {kind} has no option {name!r}.{did_you_mean(name, _OPTIONS[kind])}")
@@ -209,13 +209,13 @@ def _name(entry: str) -> str:
 
 
 def _each(items: list[tuple[str, Record]], read: Callable[[Record], Record]) -> list[Record]:
-    made = []
+    records = []
     for where, record in items:
         try:
-            made.append(read(record))
+            records.append(read(record))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-    return made
+    return records
 
 
 def _exact_match(items, options, model, tokenizer, template) -> Answer:
@@ -316,8 +316,8 @@ def _with_text(record: Record, field: str) -> dict[str, Any]:
 
 def last_number(text: str) -> decimal.Decimal | None:
     """The last number in `text`, or None. "It is 1,234.50." has 1234.5, "x = -2" has -2 and "7-3" has 3."""
-    found = _NUMBER.findall(text)
-    return decimal.Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
+    numbers = _NUMBER.findall(text)
+    return decimal.Decimal(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None
 
 
 def _same_number(record: Record, completion: str) -> bool:

@@ -267,11 +267,11 @@ def still_zero(params: Params) -> list[Array]:
       params: of a model, or some of them.
     """
     names = {"lora": "b", "embed_lora": "a", "vera": "out"}
-    found = []
+    flags = []
     for name, part in params.items() if isinstance(params, dict) else ():
         leaf = part.get(names[name]) if name in names and isinstance(part, dict) else None
-        found += [~jnp.any(leaf)] if leaf is not None else still_zero(part)
-    return found
+        flags += [~jnp.any(leaf)] if leaf is not None else still_zero(part)
+    return flags
 
 
 def with_dropout_keys(params: Params, keys: Array, number: Int[Array, "*n"] | int) -> Params:

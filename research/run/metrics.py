@@ -279,7 +279,7 @@ def _measure_flops(device: jax.Device, size: int = 1024) -> float:
 
 def _read_lines(path: str) -> list[tuple[str, dict[str, Any]]]:
     """(line, record) of each line; a half-written last line is left out."""
-    found = []
+    pairs = []
     with open(path, encoding="utf-8", errors="replace") as f:
         for number, line in enumerate(f, 1):
             try:
@@ -291,8 +291,8 @@ def _read_lines(path: str) -> list[tuple[str, dict[str, Any]]]:
                 raise InputError(
                     f"{path}:{number}: {line.strip()[:80]!r} isn't a record with a step. Delete the line."
                 ) from None
-            found.append((line.rstrip("\n") + "\n", record))
-    return found
+            pairs.append((line.rstrip("\n") + "\n", record))
+    return pairs
 
 
 def _reopen(path: str, start_step: int) -> Any:

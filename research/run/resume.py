@@ -177,8 +177,8 @@ def rule_of(field: str) -> Rule:
 def changes(before: Config, now: Config) -> list[Change]:
     """The fields that differ, but for those that are free."""
     plain = [json.loads(json.dumps(config_lib.to_dict(config))) for config in (before, now)]
-    found = (Change(*each) for each in _differences(*plain, ""))
-    return [change for change in found if change.rule().effect != Effect.FREE]
+    differences = (Change(*each) for each in _differences(*plain, ""))
+    return [change for change in differences if change.rule().effect != Effect.FREE]
 
 
 def _differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
@@ -236,15 +236,15 @@ def check(workdir: str, before: Config, now: Config) -> list[Change]:
     Raises:
       InputError: a change can't be honoured; the message names it.
     """
-    found = changes(before, now)
-    refused = [change for change in found if change.rule().effect == Effect.REFUSED]
+    differences = changes(before, now)
+    refused = [change for change in differences if change.rule().effect == Effect.REFUSED]
     if refused:
         reasons = dict.fromkeys(change.rule().why for change in refused)
         raise InputError(
             f"{_names(refused)}: can't change in {workdir}, where the run goes on: {'; '.join(reasons)}. Set what the "
             f"run began with, or {_remedy(workdir)}"
         )
-    return found
+    return differences
 
 
 def task_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[Change]:
@@ -254,19 +254,19 @@ def task_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> li
       before: task -> evals.tasks.identity of when the run was last started; None of a run that didn't keep it.
       now: the same as it is now.
     """
-    found = []
+    differences = []
     for name, task in now.items():
         old = (before or {}).get(name, task)
         if old != task:
             other = "" if old["records"] != task["records"] else ", but others"
             counts = f"{old['records']:,} records", f"{task['records']:,} records{other}"
-            found.append(Change(f"eval.tasks.{name}", *counts))
-    return found
+            differences.append(Change(f"eval.tasks.{name}", *counts))
+    return differences
 
 
-def measures_anew(found: Sequence[Change]) -> bool:
+def measures_anew(differences: Sequence[Change]) -> bool:
     """Whether evaluations may give other metrics than before."""
-    return any(change.field.startswith(("eval.", "checkpoint.best_")) for change in found)
+    return any(change.field.startswith(("eval.", "checkpoint.best_")) for change in differences)
 
 
 def check_data(workdir: str, before: Mapping[str, Any] | None, now: Mapping[str, Any], found: Sequence[Change]) -> None:
@@ -349,10 +349,10 @@ def _data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
             yield f"{before[part]:,} {part.replace('_', '-', 1).replace('_', ' ')} -> {now[part]:,}"
 
 
-def _names(found: Sequence[Change]) -> str:
+def _names(differences: Sequence[Change]) -> str:
     # What a run began with decides other fields, and comes first.
-    ordered = sorted(found, key=lambda change: not change.field.endswith("init_from"))
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    ordered = sorted(differences, key=lambda change: not change.field.endswith("init_from"))
+    more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     return ", ".join(str(change).replace(": ", " = ", 1) for change in ordered[:_SHOWN]) + more
 
 

@@ -141,18 +141,18 @@ def put(specs: Specs, path: tuple[str, ...], added: Mapping[str, Any]) -> Specs:
 
 
 def _maps(specs: Specs) -> dict[str, Target]:
-    found: dict[str, Target] = {}
+    targets: dict[str, Target] = {}
 
     def visit(node: Specs, path: tuple[str, ...]) -> None:
         kernel = node.get("kernel")
         if params.is_spec(kernel):
-            found["/".join(path)] = Target(path, kernel, (True,) * (kernel.shape[0] if path[0] == "layers" else 1))
+            targets["/".join(path)] = Target(path, kernel, (True,) * (kernel.shape[0] if path[0] == "layers" else 1))
         for name, part in node.items():
             if isinstance(part, dict):
                 visit(part, (*path, name))
 
     visit(specs, ())
-    return found
+    return targets
 
 
 def _narrow(target: Target, chosen: np.ndarray) -> Target:

@@ -116,7 +116,7 @@ def _names(*axes: str) -> set[str]:
 def modules(family: ModuleType, c: ModelConfig) -> list[Module]:
     """The linear maps of a model but experts', and its embedding."""
     specs = transformer.make_specs(c)
-    found = []
+    maps = []
     for tensor in family.tensors(c):
         kernels = all(path.endswith("/kernel") for path in tensor.paths) or tensor.paths == ("embed",)
         if not kernels or "{expert}" in tensor.name or not tensor.name.endswith(".weight"):
@@ -124,8 +124,8 @@ def modules(family: ModuleType, c: ModelConfig) -> list[Module]:
         lead = int("{layer}" in tensor.name)
         own = [_leaf(specs, path) for path in tensor.paths]
         paths = tuple(path.removesuffix("/kernel") for path in tensor.paths)
-        found.append(Module(tensor, paths, tuple(s.shape[lead:] for s in own), len(own[0].contracts), c))
-    return found
+        maps.append(Module(tensor, paths, tuple(s.shape[lead:] for s in own), len(own[0].contracts), c))
+    return maps
 
 
 def parameter_places(family: ModuleType, c: ModelConfig) -> dict[str, tuple[Tensor, tuple[int, ...]]]:

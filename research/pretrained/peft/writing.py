@@ -156,12 +156,12 @@ class _Writer:
         Raises:
           InputError: an adapter is at something that PEFT doesn't know as a module.
         """
-        found, written = [], set()
+        places, written = [], set()
         for module in self.modules:
             for name, at in module.places:
                 own = [path for path in module.paths if at in self.trained.leaves.get(_beside(path, ending), {})]
                 if own:
-                    found.append((module, name, at, own))
+                    places.append((module, name, at, own))
                     written |= {(_beside(path, ending), at) for path in own}
         for name, parts in self.trained.leaves.items():
             lost = [at for at in parts if name.endswith(ending) and (name, at) not in written]
@@ -169,18 +169,18 @@ class _Writer:
                 raise InputError(
                     f"{name}: is of experts, which transformers keeps as one tensor, and PEFT not. {_MERGE}"
                 )
-        self.config["target_modules"] = self._shortest([name for _, name, _, _ in found])
-        self.config["fan_in_fan_out"] = self._inputs_first([module for module, _, _, _ in found])
+        self.config["target_modules"] = self._shortest([name for _, name, _, _ in places])
+        self.config["fan_in_fan_out"] = self._inputs_first([module for module, _, _, _ in places])
         self._kernels |= {
             (path if not at else path.replace("layers/", f"layers/{at[0]}/", 1)) + "/kernel"
-            for _, _, at, own in found
+            for _, _, at, own in places
             for path in own
         }
-        return found
+        return places
 
     @staticmethod
-    def _inputs_first(found: Sequence[Module]) -> bool:
-        return any(module.inputs_first for module in found if module.paths != ("embed",))
+    def _inputs_first(modules: Sequence[Module]) -> bool:
+        return any(module.inputs_first for module in modules if module.paths != ("embed",))
 
     def _shortest(self, names: Sequence[str]) -> list[str]:
         """The names, or their last words where these mean no other module."""
