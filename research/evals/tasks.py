@@ -39,9 +39,8 @@ from research.evals.scoring import BATCH_TOKENS, ratio_of_sums
 from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
-from research.sources import entries
+from research.sources import entries, verification
 from research.sources import records as records_lib
-from research.sources import verification
 from research.sources.cache import digest
 from research.sources.formats import TEMPLATES
 from research.sources.tokenizers import Tokenizer

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from research.errors import InputError
-from research.sources import preferences, records, verification
+from research.sources import entries, preferences, verification
 
 
 def draw(name, count=400, seed=0):
@@ -81,6 +81,6 @@ def test_names_that_mean_nothing(name, message):
 
 
 def test_they_are_an_entry_of_the_data():
-    origin = records.locate("preferences:copy/1/0.1", count=3, seed=0)
+    origin = entries.locate("preferences:copy/1/0.1", count=3, seed=0)
     assert [record for _, record in origin.read()] == draw("copy/1/0.1", 3)
-    assert records.locate("preferences:copy/1/0.2", count=3, seed=0).identity != origin.identity
+    assert entries.locate("preferences:copy/1/0.2", count=3, seed=0).identity != origin.identity
