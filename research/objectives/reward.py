@@ -1,0 +1,203 @@
+"""Reward models: one number for an answer, learned from which answers people preferred, or from scores."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from research.errors import InputError, did_you_mean
+from research.objectives.classes import class_logits
+from research.objectives.types import Batch, Context, Forward, LossOut, Objective
+from research.ops import rewards
+from research.ops.rewards import Answers
+
+_TEXT = ("tokens", "segment_ids", "positions")
+LOSSES = ("bradley_terry", "plackett_luce", "regression")
+
+
+def make(
+    loss: str = "bradley_terry",
+    margin: bool = False,
+    centering: float = 0.0,
+    label_smoothing: float = 0.0,
+    share: float = 1.0,
+) -> Objective:
+    """Mean loss over the comparisons of a batch, or over its scores. The reward of an answer is the logit at its last
+    token, of a head with one (model.num_labels = 1). A head with several is an ensemble, whose reward is their mean.
+
+    Args:
+      loss: "bradley_terry" of each pair of answers of which one was preferred; "plackett_luce" of whole rankings;
+        "regression" on the scores of answers, by the squared error. See ops.rewards.
+      margin: of "bradley_terry": the reward of the preferred answer is to be higher by the data's margin.
+      centering: the weight of the squared sum of two compared rewards.
+      label_smoothing: of "bradley_terry", in [0, 0.5): how likely a preference is the wrong way round.
+      share: the share of the comparisons, or scores, that each member of an ensemble learns from: its own, the same
+        ones in each epoch.
+
+    Raises:
+      InputError: an option out of its range, or one that the loss hasn't.
+    """
+    if loss not in LOSSES:
+        raise InputError(f"loss = {loss!r}: no such loss.{did_you_mean(loss, LOSSES)}")
+    if not 0 <= centering < math.inf:
+        raise InputError(f"centering = {centering}: must be 0 or more, and finite.")
+    if not 0 <= label_smoothing < 0.5:
+        raise InputError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5).")
+    if not 0 < share <= 1:
+        raise InputError(f"share = {share}: must be in (0, 1].")
+    others = {"margin": margin, "label_smoothing": label_smoothing} if loss != "bradley_terry" else {}
+    others |= {"centering": centering} if loss == "regression" else {}
+    for name, value in others.items():
+        if value:
+            raise InputError(f"{name} = {value}: loss = {loss!r} has no such option. Leave it out.")
+    return Reward(loss, margin, centering, label_smoothing, share).objective()
+
+
+class Read(NamedTuple):
+    """The rewards of a batch.
+
+    Attributes:
+      answers: where they are.
+      rewards: of each member.
+      weights: 1 where a member learns from an answer, else 0.
+    """
+
+    answers: Answers
+    rewards: Float[Array, "B S M"]
+    weights: Float[Array, "B S M"]
+
+
+Sums = dict[str, tuple[Float[Array, "..."], Float[Array, ""]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """The losses of a reward model. The attributes are the options of `make`."""
+
+    kind: str
+    margin: bool
+    centering: float
+    label_smoothing: float
+    share: float
+
+    def objective(self) -> Objective:
+        """This as an objective."""
+        compared = () if self.kind == "regression" else ("pair", "side")
+        graded = ("score",) if self.kind == "regression" else ("margin",) if self.margin else ()
+        return Objective(loss=self.loss, fields=(*_TEXT, *compared, *graded))
+
+    def loss(self, forward: Forward, batch: Batch, context: Context) -> LossOut:
+        read = self.read(forward, batch)
+        if self.kind == "regression":
+            return self._regression(read, batch)
+        return self._preference(read, batch)
+
+    def read(self, forward: Forward, batch: Batch) -> Read:
+        """The policy's rewards of the batch's answers.
+
+        Raises:
+          InputError: its head predicts tokens; or `share` is of an ensemble, and there is none.
+        """
+        if not forward.models["policy"].config.num_labels:
+            raise InputError(
+                "model.num_labels = 0: the model's head predicts tokens, and a reward is one number. Set it to 1, or "
+                "to the number of an ensemble's members."
+            )
+        logits = class_logits(forward)
+        members = logits.shape[-1]
+        if self.share < 1 and members < 2:
+            raise InputError(
+                f"share = {self.share}: is of an ensemble, and the model has one reward. Set model.num_labels to the "
+                "number of members, or leave it out."
+            )
+        text = (batch[name] for name in _TEXT)
+        none = jnp.zeros_like(batch["tokens"])
+        answers = rewards.find_answers(*text, batch.get("pair", none), batch.get("side", none - 1))
+        learned = jnp.ones((*answers.at.shape, members), jnp.float32)
+        if self.share < 1:
+            learned = answers.members(members, self.share)
+        return Read(answers, answers.read(logits), learned)
+
+    def _preference(self, read: Read, batch: Batch) -> LossOut:
+        """The loss of comparisons, each of which counts as one."""
+        pairs = _Pairs.of(read)
+        share = jnp.mean(pairs.weights[..., None] * read.weights[:, :, None, :], axis=-1)
+        weight = jnp.sum(share)
+        if self.kind == "bradley_terry":
+            margin = read.answers.read(batch["margin"])[:, :, None, None] if self.margin else 0.0
+            each = rewards.bradley_terry(pairs.chosen, pairs.rejected, margin, label_smoothing=self.label_smoothing)
+            total = pairs.sum(each, read.weights)
+        else:
+            each = rewards.plackett_luce(read.rewards, read.answers.not_better())
+            total = jnp.sum(jnp.mean(read.weights * each, axis=-1) * read.answers.decided())
+        metrics = pairs.metrics()
+        if self.centering:
+            squares = pairs.sum(rewards.centering(pairs.chosen, pairs.rejected), read.weights)
+            total = total + self.centering * squares
+            metrics["centering"] = self.centering * squares, weight
+        return LossOut(total, weight, metrics)
+
+    def _regression(self, read: Read, batch: Batch) -> LossOut:
+        """The squared error of scores."""
+        score = read.answers.read(batch["score"])
+        scored = read.answers.real & ~jnp.isnan(score)
+        error = jnp.where(scored[..., None], read.rewards - jnp.where(scored, score, 0)[..., None], 0)
+        weights = read.weights * scored[..., None]
+        total, weight = jnp.sum(weights * jnp.square(error)), jnp.sum(weights)
+        count, mean = jnp.sum(scored).astype(jnp.float32), jnp.mean(error, axis=-1)
+        values = {"squared_error": jnp.square(mean), "absolute_error": jnp.abs(mean)}
+        values["reward"] = jnp.where(scored, jnp.mean(read.rewards, axis=-1), 0)
+        if read.rewards.shape[-1] > 1:
+            values["spread"] = jnp.std(error, axis=-1)
+        metrics = {name: (jnp.sum(value), count) for name, value in values.items()}
+        members = read.rewards.shape[-1]
+        return LossOut(total / members, weight / members, metrics)
+
+
+class _Pairs(NamedTuple):
+    """Preferred answers and those they were preferred to.
+
+    Attributes:
+      chosen, rejected: their rewards.
+      weights: see Answers.pair_weights.
+      lengths: by how many tokens the preferred one is longer.
+    """
+
+    chosen: Float[Array, "B S 1 M"]
+    rejected: Float[Array, "B 1 S M"]
+    weights: Float[Array, "B S S"]
+    lengths: Float[Array, "B S S"]
+
+    @classmethod
+    def of(cls, read: Read) -> "_Pairs":
+        lengths = read.answers.lengths
+        return cls(
+            read.rewards[:, :, None],
+            read.rewards[:, None],
+            read.answers.pair_weights(),
+            lengths[:, :, None] - lengths[:, None],
+        )
+
+    def sum(self, values: Float[Array, "B S S M"], members: Float[Array, "B S M"]) -> Float[Array, ""]:
+        """Over comparisons, of what the members learn from."""
+        weights = self.weights[..., None] * members[:, :, None]
+        return jnp.sum(jnp.where(weights > 0, weights * values, 0)) / members.shape[-1]
+
+    def metrics(self) -> Sums:
+        """Of the ensemble's mean reward, over all comparisons: `accuracy`, also of those in which the longer answer was
+        preferred and of those in which the shorter was; `margin`, `chosen` and `rejected`; `calibration_error`; of
+        several members `agreement` and the standard deviation of their margins, `spread`."""
+        weights, each = self.weights, self.chosen - self.rejected
+        difference = jnp.mean(each, axis=-1)
+        count, correct = jnp.sum(weights), rewards.right(difference)
+        sums = {"accuracy": correct, "margin": difference}
+        sums |= {"chosen": jnp.mean(self.chosen, axis=-1), "rejected": jnp.mean(self.rejected, axis=-1)}
+        if each.shape[-1] > 1:
+            sums |= {"agreement": rewards.agreement(each), "spread": jnp.std(each, axis=-1)}
+        metrics: Sums = {name: (jnp.sum(weights * value), count) for name, value in sums.items()}
+        for name, here in (("longer", self.lengths > 0), ("shorter", self.lengths < 0)):
+            own = weights * here
+            metrics[f"accuracy_where_{name}_wins"] = jnp.sum(own * correct), jnp.sum(own)
+        return metrics | {"calibration_error": (rewards.calibration_sums(difference, weights), count)}
