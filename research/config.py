@@ -468,6 +468,8 @@ def with_architecture(config: Config, base: ModelConfig, name: str, role: str = 
         learned = field.name == "max_length" and base.positions == "learned"
         if field.name == "num_labels" and not stored:  # a classifier with a new head on a language model's body
             stored = value
+        elif field.name == "logit_softcap" and section.num_labels and not base.num_labels:  # of tokens' logits
+            stored = field.default
         if not untouched and value != stored and (field.name not in _FREE or learned):
             raise InputError(
                 f"{where}.{field.name} = {value!r}, and the checkpoint that it starts from, {name}, has {stored!r}. "

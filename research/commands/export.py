@@ -72,7 +72,7 @@ def _export(args: SimpleNamespace) -> None:
         raise InputError(f"--merge: {args.model} has no adapter that could be merged. Leave it out.")
     specs = transformer.make_specs(model.config)
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    architecture, sizes, not_finite = export.export(
+    architecture, sizes, not_finite, pad = export.export(
         Path(args.output),
         model.config,
         model.read(specs, params.shardings(specs, mesh, model.rules)),
@@ -91,6 +91,11 @@ def _export(args: SimpleNamespace) -> None:
         print(
             f"{args.model}: was trained beside kernels held in {error[0]}, and the export has these, dequantised: they "
             f"are {error[1]:.2%} from those that it began with (root mean square)",
+            file=sys.stderr,
+        )
+    if pad:
+        print(
+            f"{args.model}: transformers reads a classifier or reward model at the last token that isn't the pad; {pad}",
             file=sys.stderr,
         )
     if not model.has_tokenizer:

@@ -81,7 +81,7 @@ def _embeddings(c: ModelConfig) -> Specs:
 
 
 def _head(c: ModelConfig) -> Specs:
-    """What comes after the layers."""
+    """What comes after the layers. A head of one number, a reward or a value, begins near 0 (OpenRLHF's scale)."""
     D = c.d_model
     columns, axis = (c.num_labels, "labels") if c.num_labels else (c.vocab_size, "vocab")
     specs: Specs = {}
@@ -91,7 +91,8 @@ def _head(c: ModelConfig) -> Specs:
         dense = ParamSpec((D, D), ("embed", "embed_replicated"), _normal(c), ("embed",))
         specs["head_transform"] = {"dense": _linear(dense, bias=True), "norm": _norm(c, (D,), ("embed_replicated",))}
     if c.num_labels or not c.tie_embeddings:
-        specs["head"] = ParamSpec((D, columns), ("embed", axis), _normal(c), ("embed",))
+        initial = jax.nn.initializers.normal(1 / (D + 1)) if c.num_labels == 1 else _normal(c)
+        specs["head"] = ParamSpec((D, columns), ("embed", axis), initial, ("embed",))
     if c.head_bias:
         specs["head_bias"] = ParamSpec((columns,), (axis,), jax.nn.initializers.zeros)
     if (n := c.added_rows) and not c.num_labels:

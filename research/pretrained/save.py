@@ -22,6 +22,7 @@ from research.pretrained.types import PREFIX, Fields, Tensor, letters, places
 
 Params = Any
 
+_CLASSIFIER = "ForSequenceClassification"
 # Fields of ModelConfig on how a model runs or began, which no config.json has.
 _NOT_EXPORTED = ("init_std", "remat", "attention", "dtype")
 
@@ -46,8 +47,11 @@ def _choose(c: ModelConfig, origin: dict[str, Any]) -> tuple[ModuleType, dict[st
         family = families.load(origin["model_type"], "the checkpoint that the run began with")
         if _same(_read(family, origin), c):
             return family, origin
-        rest = {k: v for k, v in origin.items() if k not in ("rope_parameters", "rope_scaling", "layer_types")}
+        old = ("rope_parameters", "rope_scaling", "layer_types", "id2label", "label2id", "num_labels")
+        rest = {k: v for k, v in origin.items() if k not in old}
         written = {**rest, **family.write(c)}
+        if bool(c.num_labels) != origin.get("architectures", [""])[0].endswith(_CLASSIFIER):
+            written["architectures"] = [_architecture(family, c)]
         if _same(_read(family, written), c):
             return family, written
         raise InputError(
@@ -69,7 +73,7 @@ def _choose(c: ModelConfig, origin: dict[str, Any]) -> tuple[ModuleType, dict[st
 
 
 def _architecture(family: ModuleType, c: ModelConfig) -> str:
-    suffix = "ForSequenceClassification" if c.num_labels else ""
+    suffix = _CLASSIFIER if c.num_labels else ""
     return next((a for a in family.ARCHITECTURES if a.endswith(suffix)), family.ARCHITECTURES[0])
 
 

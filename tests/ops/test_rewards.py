@@ -131,14 +131,14 @@ def test_pairs_and_rankings_of_a_list():
 
 
 def test_members_of_an_ensemble_learn_from_their_own_share():
-    rows = [[(3, 1, 0), (4, 1, 1), (2, 2, 0), (3, 2, 1), (2, 0, -1)]] * 400
+    rows = [[(3, 1, 0), (4, 1, 1), (2, 2, 0), (3, 2, 1), (2, 0, -1)]] * 150
     answers = found(table(rows, 14))
     members = jax.jit(lambda answers: answers.members(3, 0.7))
     drawn = np.asarray(members(answers))[:, :5]
-    np.testing.assert_allclose(drawn.reshape(-1, 3).mean(0), 0.7, atol=0.04)
+    np.testing.assert_allclose(drawn.reshape(-1, 3).mean(0), 0.7, atol=0.07)
     np.testing.assert_array_equal(drawn[:, 0], drawn[:, 1])  # a comparison goes whole
     np.testing.assert_array_equal(drawn[:, 2], drawn[:, 3])
-    assert abs(np.corrcoef(drawn[:, 0].T)[0, 1]) < 0.15  # each member has its own
+    assert abs(np.corrcoef(drawn[:, 0].T)[0, 1]) < 0.25  # each member has its own
     again = found({name: value[::-1] for name, value in table(rows, 14).items()})
     np.testing.assert_array_equal(members(again)[::-1, :5], drawn)
     assert np.all(answers.members(3, 1.0) == 1)

@@ -62,7 +62,11 @@ def read_labels(f: Fields) -> dict[str, Any]:
 
 
 def write_labels(c: ModelConfig) -> dict[str, Any]:
-    return {"id2label": {str(i): f"LABEL_{i}" for i in range(c.num_labels)}} if c.num_labels else {}
+    """The inverse of `read_labels`."""
+    if not c.num_labels:
+        return {}
+    names = [f"LABEL_{i}" for i in range(c.num_labels)]
+    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
 
 
 def read_activation(f: Fields, name: str, *, gated: bool, default: str) -> str:

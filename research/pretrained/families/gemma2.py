@@ -23,8 +23,14 @@ def read(f: Fields) -> dict[str, Any]:
         **common.read_rope(f, values),
         "sliding_window": windows(types[: values["num_layers"]], f.take("sliding_window", 4096)),
         "attention_softcap": f.take("attn_logit_softcapping", 0.0),
-        "logit_softcap": f.take("final_logit_softcapping", 0.0),
+        "logit_softcap": read_logit_softcap(f, values),
     }
+
+
+def read_logit_softcap(f: Fields, values: dict[str, Any]) -> float:
+    """The cap of tokens' logits: transformers leaves those of a classifier as they are."""
+    cap = f.take("final_logit_softcapping", 0.0)
+    return 0.0 if values.get("num_labels") else cap
 
 
 def read_gemma(f: Fields) -> dict[str, Any]:

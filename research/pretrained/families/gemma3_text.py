@@ -27,7 +27,7 @@ def read(f: Fields) -> dict[str, Any]:
         "local_rope_theta": float(local),
         "sliding_window": windows(f.take("layer_types", every), f.take("sliding_window", 4096)),
         "qk_norm": "head",
-        "logit_softcap": f.take("final_logit_softcapping", 0.0),
+        "logit_softcap": gemma2.read_logit_softcap(f, values),
     }
 
 

@@ -170,8 +170,12 @@ class Tokenizer:
         """Returns a tokenizer whose tokenizer_config.json names tokens, such as {"mask_token": "<mask>"}."""
         if all(self.variables.get(name) == token for name, token in values.items()):
             return self
-        config = {**json.loads(self.files[CONFIG]), **values}
-        return assemble(self.backend, self.eos, self.bos, config, self.files, self.stop)
+        config, files = {**json.loads(self.files[CONFIG]), **values}, dict(self.files)
+        special = json.loads(files.get(SPECIAL, b"{}"))
+        if values.keys() & special.keys():
+            own = {name: token for name, token in values.items() if name in special}
+            files[SPECIAL] = json.dumps({**special, **own}, indent=1, ensure_ascii=False).encode()
+        return assemble(self.backend, self.eos, self.bos, config, files, self.stop)
 
     def spelled_special(self, text: str) -> str:
         """Returns the first special token that `text` spells, or ""."""
