@@ -266,20 +266,22 @@ def means(parts: Iterable[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
     """Adds up metrics over steps or batches, then divides: the mean over all of them, not a mean of means.
 
     Args:
-      parts: one mapping per step or batch, name -> (sum, weight), scalars of any dtype. A name may be
-        missing from some. Keep them as they come and call this at the end: until then nothing waits for
-        the devices.
+      parts: one mapping per step or batch, name -> (sum, weight), scalars of any dtype; a sum may also be a vector
+        (see LossOut). A name may be missing from some. Keep them as they come and call this at the end: until then
+        nothing waits for the devices.
 
     Returns:
-      name -> sum / weight, added in float64. A name whose weights add up to 0 has no mean, and is left out.
+      name -> sum / weight, added in float64; of a vector the absolute values of its sums are added. A name whose
+      weights add up to 0 has no mean, and is left out.
     """
-    sums: dict[str, float] = {}
+    sums: dict[str, Any] = {}
     weights: dict[str, float] = {}
     for part in jax.device_get(list(parts)):
         for name, (total, weight) in part.items():
-            sums[name] = sums.get(name, 0.0) + float(total)
+            sums[name] = sums.get(name, 0.0) + np.asarray(total, np.float64)
             weights[name] = weights.get(name, 0.0) + float(weight)
-    return {name: sums[name] / weights[name] for name in sums if weights[name] != 0.0}
+    totals = {name: float(np.sum(np.abs(total)) if np.ndim(total) else total) for name, total in sums.items()}
+    return {name: totals[name] / weights[name] for name in sums if weights[name] != 0.0}
 
 
 def _adapter_metrics(params: Params) -> Metrics:

@@ -95,7 +95,8 @@ def _export(args: SimpleNamespace) -> None:
         )
     if pad:
         print(
-            f"{args.model}: transformers reads a classifier or reward model at the last token that isn't the pad; {pad}",
+            f"{args.model}: transformers reads a classifier or reward model at the last token that isn't the pad. For "
+            f"this model {pad}",
             file=sys.stderr,
         )
     if not model.has_tokenizer:

@@ -131,7 +131,7 @@ class Reward:
             total = pairs.sum(each, read.weights)
         else:
             each = rewards.plackett_luce(read.rewards, read.answers.not_better())
-            total = jnp.sum(jnp.mean(read.weights * each, axis=-1) * read.answers.decided())
+            total = jnp.sum(jnp.where(read.answers.decided(), jnp.mean(read.weights * each, axis=-1), 0))
         metrics = pairs.metrics()
         if self.centering:
             squares = pairs.sum(rewards.centering(pairs.chosen, pairs.rejected), read.weights)
@@ -144,7 +144,7 @@ class Reward:
         score = read.answers.read(batch["score"])
         scored = read.answers.real & ~jnp.isnan(score)
         error = jnp.where(scored[..., None], read.rewards - jnp.where(scored, score, 0)[..., None], 0)
-        weights = read.weights * scored[..., None]
+        weights = jnp.where(scored[..., None], read.weights, 0)
         total, weight = jnp.sum(weights * jnp.square(error)), jnp.sum(weights)
         count, mean = jnp.sum(scored).astype(jnp.float32), jnp.mean(error, axis=-1)
         values = {"squared_error": jnp.square(mean), "absolute_error": jnp.abs(mean)}
@@ -198,6 +198,6 @@ class _Pairs(NamedTuple):
             sums |= {"agreement": rewards.agreement(each), "spread": jnp.std(each, axis=-1)}
         metrics: Sums = {name: (jnp.sum(weights * value), count) for name, value in sums.items()}
         for name, here in (("longer", self.lengths > 0), ("shorter", self.lengths < 0)):
-            own = weights * here
+            own = jnp.where(here, weights, 0)
             metrics[f"accuracy_where_{name}_wins"] = jnp.sum(own * correct), jnp.sum(own)
         return metrics | {"calibration_error": (rewards.calibration_sums(difference, weights), count)}

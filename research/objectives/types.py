@@ -29,7 +29,8 @@ class LossOut(NamedTuple):
     Attributes:
       loss_sum: the loss summed over what is supervised. Its gradient is taken.
       weight: what to divide by: the number of supervised tokens, usually.
-      metrics: name -> (sum, weight), scalars; reported as sum / weight.
+      metrics: name -> (sum, weight), scalars; reported as sum / weight. Of a sum that is a vector, such as that of an
+        error in each of some bins, the absolute values are added up after the sums over all batches.
       statistics: pytree of sums, of which an objective with a carry makes its next one.
       per_token: (values, weights), where the loss is a sum over tokens of value times weight. The step reports the loss
         of each source by them; no gradient is taken.
@@ -37,7 +38,7 @@ class LossOut(NamedTuple):
 
     loss_sum: Float[Array, ""]
     weight: Float[Array, ""]
-    metrics: dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+    metrics: dict[str, tuple[Float[Array, "*N"], Float[Array, ""]]]
     statistics: Any = ()
     per_token: tuple[Float[Array, "B T"], Float[Array, "B T"]] | None = None
 
