@@ -80,8 +80,9 @@ def with_objective(config: Config, name: str) -> Config:
     described = RoleSection(**{**vars(config.model), "init_from": ""})
     roles = {role: config.roles.get(role, described) for role in (*term.frozen, *term.trainable) if role != "policy"}
     model = config.model
-    if "label_probs" in term.fields and not model.num_labels:
-        model = dataclasses.replace(model, num_labels=config.data.num_classes or len(config.data.labels) or 2)
+    classes = (config.data.num_classes or len(config.data.labels) or 2) if "label_probs" in term.fields else term.labels
+    if classes and not model.num_labels:
+        model = dataclasses.replace(model, num_labels=classes)
     quiet = dataclasses.replace(config.eval, generate=0)  # nothing is evaluated, and a classifier can't answer
     return dataclasses.replace(config, objective=spec, roles=roles, model=model, eval=quiet)
 

@@ -8,6 +8,7 @@ A task is KIND[,OPTION=VALUE...]:DATA, and --task may come several times:
   exact_match,verifier=number:x.jsonl          prompt + response or question + answer, or messages
   exact_match,max_new_tokens=16:tasks:reverse  generated, each with its verifier
   infill,span=1:x.jsonl                        {"prefix", "middle", "suffix"}, or text, of which words are left out
+  best_of:x.jsonl                              {"prompt", "chosen": [...], "rejected": [...]}, to a reward model
 
 Options of all: name, limit. Of all but infill: template. Of exact_match: verifier (task: that of the record's task,
 else exact; exact; number: the last number; contains), max_new_tokens, batch_size. Of infill: form (auto, psm, spm,

@@ -1,4 +1,4 @@
-"""Scores text under a model: the loss and perplexity of each record.
+"""Scores text under a model: the loss and perplexity of each record; or, with --reward, writes rewards.
 
 Each record keeps its fields, in order, and gets
   count       how many of its tokens are scored
@@ -11,10 +11,18 @@ What is scored is what training learns: all of a `text`, its end token included;
 a sequence is never scored, since nothing comes before it; where the tokenizer begins a text with a token of its own,
 that is the first.
 
+With --reward MODEL is a reward model: a run of the objective reward, or a ...ForSequenceClassification. A record gets
+  reward      of its text, its answer or its conversation, read at the last token
+  rewards     where it has several answers: [of chosen, of rejected], or of each of `responses`
+  reward_std, rewards_std   how far the members of an ensemble are apart: a head with several rewards, or several
+              models, parted by commas; reward is then their mean
+
 Everything is read and checked before anything is computed. A killed run leaves OUTPUT.partial with whole lines, and the
 same command goes on from there.
 """
 
+import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +30,13 @@ from types import SimpleNamespace
 
 from research import cli, files
 from research.cli import Flag
+from research.errors import InputError
 
 COMMAND = cli.Command(
     "score",
     __doc__,
     flags=(
-        cli.MODEL,
+        dataclasses.replace(cli.MODEL, parse=cli.paths, metavar="MODEL[,MODEL]"),
         cli.STEP,
         cli.EMA,
         cli.ADAPTER,
@@ -40,6 +49,7 @@ COMMAND = cli.Command(
         ),
         Flag("output", "where the records go, as JSON lines", metavar="FILE", parse=cli.path, required=True),
         cli.OVERWRITE,
+        Flag("reward", "write rewards, of a reward model or several", False),
         Flag("per_token", "also write the log-probability of each scored token", False),
         Flag(
             "on_long",
@@ -53,7 +63,10 @@ COMMAND = cli.Command(
         cli.MESH,
         cli.BATCH_TOKENS,
     ),
-    examples=("understudy score --model=runs/sft --data=texts.jsonl --output=scored.jsonl",),
+    examples=(
+        "understudy score --model=runs/sft --data=texts.jsonl --output=scored.jsonl",
+        "understudy score --reward --model=runs/reward --data=pairs.jsonl --output=scored.jsonl",
+    ),
     renamed={"input": "data", "checkpoint": "model"},
     resumable=True,
 )
@@ -65,24 +78,36 @@ def main(argv: Sequence[str]) -> int:
 
 def _score(args: SimpleNamespace) -> None:
     files.check_output(args.output, overwrite=args.overwrite)
+    _check_together(args)
 
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     from research import loading
     from research.devices import compilation, sharding
-    from research.evals import record_scores
+    from research.evals import record_scores, rewards
 
     origin = record_scores.find_records(args.data)
     compilation.use_compilation_cache()
-    loaded = loading.load_model(
-        args.model,
-        step=args.step,
-        ema=args.ema,
-        mesh=sharding.make_mesh(args.mesh),
-        needs_tokenizer=False,
-        adapter=args.adapter,
-    )
-    scorer = record_scores.RecordScorer(
-        loaded, args.template or loaded.template, args.on_long, args.per_token, args.batch_tokens
-    )
+    mesh = sharding.make_mesh(args.mesh)
+    load = functools.partial(loading.load_model, step=args.step, ema=args.ema, mesh=mesh, adapter=args.adapter)
+    if args.reward:
+        members = [load(name, check=rewards.check_reward_model).with_adapter() for name in args.model]
+        truncate = args.on_long == "truncate"
+        scorer = rewards.RecordRewarder(members, args.template, truncate, args.batch_tokens)
+    else:
+        loaded = load(args.model[0], needs_tokenizer=False)
+        template = args.template or loaded.template
+        scorer = record_scores.RecordScorer(loaded, template, args.on_long, args.per_token, args.batch_tokens)
     count = scorer.write(origin, Path(args.output))
     print(f"{count:,} records scored: {args.output}", file=sys.stderr)
+
+
+def _check_together(args: SimpleNamespace) -> None:
+    """Raises InputError where flags don't go together."""
+    if not args.reward and len(args.model) > 1:
+        raise InputError(f"--model = {','.join(args.model)}: several are an ensemble of rewards. Add --reward.")
+    if args.reward and args.per_token:
+        raise InputError("--per_token: a reward is of a whole answer. Leave out either it or --reward.")
+    if args.reward and args.on_long == "split":
+        raise InputError(
+            "--on_long = split: a reward is of a whole answer. Use error or truncate, or leave out --reward."
+        )

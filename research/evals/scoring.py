@@ -183,7 +183,7 @@ def keep_end(example: Example, max_length: int) -> Example:
 
 def token_logprobs(model: Model, params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
     """log p of the `targets` of a batch, [B, T] float32 on every device; see `_batch` for what it holds."""
-    batch = _constrain(batch, model.rules)
+    batch = constrain(batch, model.rules)
     out = log_probs(virtual.hidden(model, params, batch), model.unembed(params), batch["targets"]).target
     return sharding.replicate(out)
 
@@ -191,7 +191,7 @@ def token_logprobs(model: Model, params: Params, batch: Mapping[str, jax.Array])
 def row_likelihoods(model: Model, params: Params, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Of each row of a batch, the sum of log p over its weighted targets, [B] float32, and whether all of these are the
     likeliest, [B] bool; on every device."""
-    batch = _constrain(batch, model.rules)
+    batch = constrain(batch, model.rules)
     hidden, head = virtual.hidden(model, params, batch), model.unembed(params)
     chunk = _chunk(hidden.shape[0], head)
 
@@ -219,7 +219,7 @@ def make_token_scorer(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> Call
         params: Params, examples: Sequence[Example], progress: Progress = lambda tokens: None
     ) -> list[np.ndarray]:
         scored = [np.zeros(example.count, np.float32) for example in examples]
-        for windows, out in _compute(compute, model, params, examples, batch_tokens, progress):
+        for windows, out in compute_windows(compute, model, params, examples, batch_tokens, progress):
             for (i, start, first, stop), row in zip(windows, out, strict=False):
                 mask = examples[i].mask
                 at = int(np.count_nonzero(mask[1:first]))
@@ -242,7 +242,7 @@ def make_loglikelihood(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> Cal
         params: Params, examples: Sequence[Example], progress: Progress = lambda tokens: None
     ) -> list[Likelihood]:
         sums, greedy = np.zeros(len(examples)), np.ones(len(examples), bool)
-        for windows, out in _compute(compute, model, params, examples, batch_tokens, progress):
+        for windows, out in compute_windows(compute, model, params, examples, batch_tokens, progress):
             for window, logprob, likeliest in zip(windows, *out, strict=False):
                 sums[window.example] += logprob
                 greedy[window.example] &= likeliest
@@ -251,7 +251,7 @@ def make_loglikelihood(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> Cal
     return loglikelihood
 
 
-def _constrain(batch: Mapping[str, jax.Array], rules: sharding.Rules) -> dict[str, jax.Array]:
+def constrain(batch: Mapping[str, jax.Array], rules: sharding.Rules) -> dict[str, jax.Array]:
     return {name: sharding.constrain(x, ("batch", "time"), rules) for name, x in batch.items()}
 
 
@@ -281,7 +281,7 @@ def padded_length(length: int, max_length: int) -> int:
     return min(size, max_length)
 
 
-def _compute(
+def compute_windows(
     compute: Callable[[Params, dict[str, np.ndarray]], Any],
     model: Model,
     params: Params,

@@ -8,6 +8,7 @@ A task is written KIND[,OPTION=VALUE...]:DATA, where DATA is an entry as in data
   exact_match,verifier=number:x.jsonl          prompt + response or question + answer, or messages; see generation.py
   exact_match,max_new_tokens=16:tasks:reverse  generated, with its verifier
   infill,span=1:x.jsonl                        prefix, middle and suffix, or text; see infill.py
+  best_of:x.jsonl                              prompt, right and wrong answers, to a reward model; see best_of.py
 
 Options of all: name (in results; default: that of the file), limit (the first so many records). Of all but infill:
 template (default: the model's). Of exact_match: verifier (see VERIFIERS), max_new_tokens (default: 256, or half of the
@@ -30,11 +31,13 @@ import numpy as np
 
 from research.errors import InputError, did_you_mean
 from research.evals import infill
+from research.evals.best_of import make_best_of
 from research.evals.generation import make_generation
 from research.evals.markers import say_markers
 from research.evals.multiple_choice import make_multiple_choice, read_question
 from research.evals.perplexity import make_record_perplexity
 from research.evals.pseudo_perplexity import make_pseudo_perplexity
+from research.evals.rewards import check_reward_model
 from research.evals.scoring import BATCH_TOKENS, ratio_of_sums
 from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig
@@ -57,6 +60,7 @@ _OPTIONS = {
     "pseudo_perplexity": _COMMON,
     "choice": _COMMON,
     "exact_match": (*_COMMON, "verifier", "max_new_tokens", "batch_size"),
+    "best_of": _COMMON,
     "infill": ("name", "limit", "form", "max_new_tokens", "batch_size", "span", "context"),
 }
 # Digits with or without commas between thousands, a fraction, an exponent; a sign, but not the minus of 7-3.
@@ -120,6 +124,9 @@ def load(
                 model, tokenizer, records, template=template, batch_tokens=batch_tokens, where=where
             )
             return Evaluation(name, lambda params, key: measure(params))
+        if kind == "best_of":
+            measure = make_best_of(model, tokenizer, items, template=template, batch_tokens=batch_tokens)
+            return Evaluation(name, lambda params, key: measure(params))
         if kind == "infill":
             return Evaluation(name, _infill(items, options, model, tokenizer))
         return Evaluation(name, _exact_match(items, options, model, tokenizer, template))
@@ -132,6 +139,8 @@ def check_kind(spec: str, config: ModelConfig, name: str) -> None:
     kind = parse(spec)[0]
     if kind == "pseudo_perplexity":
         config.check_masked_language_model(name)
+    elif kind == "best_of":
+        check_reward_model(config, name)
     elif kind != "infill":  # which asks each kind in its own form
         config.check_language_model(name)
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from research.errors import InputError, did_you_mean
 from research.objectives.classes import class_logits
@@ -13,6 +15,7 @@ from research.objectives.types import Batch, Context, Forward, LossOut, Objectiv
 from research.ops import rewards
 from research.ops.rewards import Answers
 
+_OFF_START = 0.1
 _TEXT = ("tokens", "segment_ids", "positions")
 LOSSES = ("bradley_terry", "plackett_luce", "regression")
 
@@ -86,7 +89,8 @@ class Reward:
         """This as an objective."""
         compared = () if self.kind == "regression" else ("pair", "side")
         graded = ("score",) if self.kind == "regression" else ("margin",) if self.margin else ()
-        return Objective(loss=self.loss, fields=(*_TEXT, *compared, *graded))
+        told = None if self.kind == "regression" else notices
+        return Objective(loss=self.loss, fields=(*_TEXT, *compared, *graded), notices=told, labels=1)
 
     def loss(self, forward: Forward, batch: Batch, context: Context) -> LossOut:
         read = self.read(forward, batch)
@@ -156,6 +160,22 @@ class Reward:
         return LossOut(total / members, weight / members, metrics)
 
 
+def notices(metrics: Mapping[str, float], first: bool) -> dict[str, str]:
+    """See Objective.notices: of a new head that doesn't begin near 0, and of answers that are one."""
+    lines, loss = {}, metrics.get("log_loss", math.log(2))
+    if first and abs(loss - math.log(2)) > _OFF_START * math.log(2):
+        lines["start"] = (
+            f"-log sigmoid of the difference of rewards begins at {loss:.4g}, and a new head has ln 2 = 0.6931, since "
+            "its rewards are all about equal. That is right where model.init_from names a reward model; else lower "
+            "model.init_std."
+        )
+    if metrics.get("identical"):
+        lines["identical"] = (
+            f"{metrics['identical']:.1%} of the compared answers are one and the same: nothing is learned from them."
+        )
+    return lines
+
+
 class _Pairs(NamedTuple):
     """Preferred answers and those they were preferred to.
 
@@ -163,21 +183,24 @@ class _Pairs(NamedTuple):
       chosen, rejected: their rewards.
       weights: see Answers.pair_weights.
       lengths: by how many tokens the preferred one is longer.
+      identical: whether both are one answer.
     """
 
     chosen: Float[Array, "B S 1 M"]
     rejected: Float[Array, "B 1 S M"]
     weights: Float[Array, "B S S"]
-    lengths: Float[Array, "B S S"]
+    lengths: Int[Array, "B S S"]
+    identical: Bool[Array, "B S S"]
 
     @classmethod
     def of(cls, read: Read) -> "_Pairs":
-        lengths = read.answers.lengths
+        lengths, hashes = read.answers.lengths, read.answers.hashes
         return cls(
             read.rewards[:, :, None],
             read.rewards[:, None],
             read.answers.pair_weights(),
             lengths[:, :, None] - lengths[:, None],
+            hashes[:, :, None] == hashes[:, None],
         )
 
     def sum(self, values: Float[Array, "B S S M"], members: Float[Array, "B S M"]) -> Float[Array, ""]:
@@ -187,12 +210,14 @@ class _Pairs(NamedTuple):
 
     def metrics(self) -> Sums:
         """Of the ensemble's mean reward, over all comparisons: `accuracy`, also of those in which the longer answer was
-        preferred and of those in which the shorter was; `margin`, `chosen` and `rejected`; `calibration_error`; of
-        several members `agreement` and the standard deviation of their margins, `spread`."""
+        preferred and of those in which the shorter was; `log_loss`, -log sigmoid of the difference; `margin`, the
+        difference, `chosen` and `rejected`; `identical`, the share with one answer on both sides; `calibration_error`;
+        of several members `agreement` and the standard deviation of their margins, `spread`."""
         weights, each = self.weights, self.chosen - self.rejected
         difference = jnp.mean(each, axis=-1)
         count, correct = jnp.sum(weights), rewards.right(difference)
-        sums = {"accuracy": correct, "margin": difference}
+        sums = {"accuracy": correct, "margin": difference, "log_loss": jax.nn.softplus(-difference)}
+        sums["identical"] = self.identical.astype(jnp.float32)
         sums |= {"chosen": jnp.mean(self.chosen, axis=-1), "rejected": jnp.mean(self.rejected, axis=-1)}
         if each.shape[-1] > 1:
             sums |= {"agreement": rewards.agreement(each), "spread": jnp.std(each, axis=-1)}

@@ -228,6 +228,7 @@ class Objective:
       bits_per_byte: whether bits per byte are made of its `nll`: it is of each supervised token, given those before.
       notices: (metrics of the term, whether they are of the first step alone, before any update) -> lines for the log,
         by a name each. A run says each once. None for an objective that has nothing to say.
+      labels: how many numbers it wants of the policy's head (model.num_labels) at least, where the data doesn't say it.
       init_carry: (shapes and dtypes of the batch) -> the first carry; None for an objective without one.
       update: (carry, statistics summed over the batch) -> the next carry, of the same shapes and dtypes.
     """
@@ -243,6 +244,7 @@ class Objective:
     annotations: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gather: Callable[[Forward, Batch], Any] | None = None
     bits_per_byte: bool = True
+    labels: int = 0
     notices: Callable[[Mapping[str, float], bool], Mapping[str, str]] | None = None
     init_carry: Callable[[Mapping[str, jax.ShapeDtypeStruct]], Any] | None = None
     update: Callable[[Any, Any], Any] | None = None

@@ -95,7 +95,7 @@ def test_train_step_in_turn_with_a_peer(lines, monkeypatch, tmp_path):
     assert "layers/mlp (backward)" in said
 
 
-@pytest.mark.parametrize("objective", ["match", "classify", "weak_to_strong"])
+@pytest.mark.parametrize("objective", ["match", "classify", "weak_to_strong", "reward"])
 def test_other_objectives_trace(objective):
     """What each objective wants of roles, labels and fields is there; the batch is made of it."""
     config = config_lib.parse(experiment.get_config("debug").to_dict())

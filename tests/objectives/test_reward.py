@@ -16,6 +16,7 @@ from research.errors import InputError
 from research.models.config import ModelConfig
 from research.models.transformer import make_model
 from research.objectives import types
+from research.objectives.reward import notices
 from research.objectives.terms import Inputs, row_numbers
 from research.ops import rewards
 from research.sources import fields
@@ -102,6 +103,7 @@ def test_losses_and_metrics_are_of_the_rewards_at_the_last_tokens():
     mean = difference.mean(1)
     close((metrics["accuracy"], metrics["margin"]), ((mean > 0).mean(), mean.mean()))
     assert 0.2 < metrics["accuracy"] < 0.8
+    close((metrics["log_loss"], metrics["identical"]), (log(mean).mean(), 0.0))
     agree = np.mean([(difference[:, i] > 0) == (difference[:, j] > 0) for i in range(M) for j in range(i)])
     close((metrics["agreement"], metrics["spread"]), (agree, difference.std(1).mean()))
     longer = np.array([a[3] - b[3] for a, b in pairs])
@@ -173,6 +175,13 @@ def side_by_side(ids, mask):
                 batch[name][here] = value
             start += len(tokens)
     return batch
+
+
+def test_what_a_run_says():
+    assert notices({"log_loss": 0.7, "identical": 0.0}, True) == {}
+    assert "begins at 1.2, and a new head has ln 2" in notices({"log_loss": 1.2}, True)["start"]
+    assert notices({"log_loss": 1.2}, False) == {}
+    assert "12.5% of the compared answers" in notices({"identical": 0.125}, False)["identical"]
 
 
 @pytest.mark.parametrize(

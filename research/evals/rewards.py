@@ -1,0 +1,256 @@
+"""Rewards of the answers in records, by one reward model or by an ensemble of several."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from research import files, params
+from research.devices import distributed, sharding
+from research.errors import InputError
+from research.evals.scoring import BATCH_TOKENS, Example, compute_windows, constrain
+from research.loading import LoadedModel
+from research.models import virtual
+from research.models.config import ModelConfig
+from research.models.transformer import Model
+from research.sources import comparisons, formats, records
+from research.sources.records import Turn
+from research.sources.tokenizers import Tokenizer
+
+ADDED = ("reward", "rewards", "reward_std", "rewards_std")
+_TOGETHER = 1024  # records: scored together, and written together
+_REASONS = {
+    "data": "--data holds other records",
+    "tokens": "--template, --on_long or the tokenizer gives other tokens",
+    "weights": "--model has other weights",
+}
+
+
+def check_reward_model(config: ModelConfig, name: str) -> None:
+    """Raises InputError, calling the model `name`, where its head predicts tokens."""
+    if not config.num_labels:
+        raise InputError(
+            f"{name}: is {config.kind}, and no reward model. Name a run of the objective reward, or a "
+            "...ForSequenceClassification of transformers."
+        )
+
+
+class Answers(NamedTuple):
+    """The answers of one record, in its own order.
+
+    Attributes:
+      turns: the whole conversation, or text, of each.
+      several: whether the record has several, and gets a list of rewards.
+    """
+
+    turns: list[list[Turn]]
+    several: bool
+
+
+def read_answers(record: Mapping[str, Any]) -> Answers:
+    """What of a record gets a reward: of `chosen` and `rejected` both, in this order; of `responses` each; else the
+    record's text, its prompt and response, or its conversation.
+
+    Raises:
+      InputError: the record is at fault.
+    """
+    format = comparisons.detect(record, {})
+    if not format:
+        return Answers([records.check(dict(record), records.detect_format(record, {}), {})], False)
+    comparison = comparisons.read(record if format == "unpaired" else _unsorted(record), format, {})
+    return Answers([[*comparison.prompt, *answer] for answer in comparison.answers], format != "unpaired")
+
+
+def _unsorted(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without what would put its answers into another order, or say that they are in a wrong one."""
+    kept = {name: value for name, value in record.items() if not name.startswith("score")}
+    for name, value in kept.items():
+        if (
+            isinstance(value, list)
+            and name != "messages"
+            and all(isinstance(x, dict) and "role" not in x for x in value)
+        ):
+            kept[name] = [{k: v for k, v in x.items() if k not in ("score", "overall_score", "rank")} for x in value]
+    return kept
+
+
+def encode(
+    answers: Sequence[Answers], tokenizer: Tokenizer, template: str, where: Sequence[str]
+) -> list[list[np.ndarray]]:
+    """The tokens of each answer of each record, as training on preferences has them.
+
+    Raises:
+      InputError: an answer is at fault; it is named.
+    """
+    flat = [(i, turns) for i, each in enumerate(answers) for turns in each.turns]
+    tokens: list[list[np.ndarray]] = [[] for _ in answers]
+    kinds = ([pair for pair in flat if (pair[1][0].role == "text") == text] for text in (False, True))
+    for kind in filter(None, kinds):  # apart: the model's own chat template is for conversations alone
+        ids, _, lengths = formats.encode([turns for _, turns in kind], tokenizer, template, [where[i] for i, _ in kind])
+        for (i, _), document in zip(kind, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
+            tokens[i].append(document)
+    return tokens
+
+
+def make_rewarder(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> Callable[..., np.ndarray]:
+    """Returns rewards(params, documents, progress=nothing) -> [N, M] float32, the logits of M members at the last token
+    of each document (tokens [n] int32, n at most model.max_length). Call it under the mesh of the parameters.
+
+    Args:
+      model: of `params`.
+      batch_tokens: see scoring.
+    """
+    compute = distributed.one_at_a_time(jax.jit(functools.partial(_last_logits, model)))
+
+    def rewards(
+        params: Any, documents: Sequence[np.ndarray], progress: Callable[[int], None] = lambda tokens: None
+    ) -> np.ndarray:
+        # A token that is to be predicted after a document's last one: the weights of a batch then name that one.
+        examples = [Example(np.append(x, 0).astype(np.int32), np.arange(len(x) + 1) == len(x)) for x in documents]
+        values = np.zeros((len(documents), model.config.num_labels), np.float32)
+        for windows, out in compute_windows(compute, model, params, examples, batch_tokens, progress):
+            values[[window.example for window in windows]] = out[: len(windows)]
+        return values
+
+    return rewards
+
+
+def _last_logits(model: Model, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The logits of each row where its weight is 1, [B, M] float32 on every device."""
+    batch = constrain(batch, model.rules)
+    logits = model.unembed(params).logits(virtual.hidden(model, params, batch))
+    return sharding.replicate(jnp.sum(logits * batch["weights"][..., None], axis=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordRewarder:
+    """Reward models and how they read records.
+
+    Attributes:
+      members: the models, each under its mesh; the members of all of them are one ensemble.
+      template: how records are put to each; None for its own.
+      truncate: an answer longer than a model takes loses its end; else it is an error.
+      batch_tokens: see scoring.
+    """
+
+    members: Sequence[LoadedModel]
+    template: str | None
+    truncate: bool
+    batch_tokens: int
+
+    def write(self, origin: records.Origin, output: Path) -> int:
+        """Writes the records with the rewards of their answers into `output`, and returns how many there are.
+
+        All is read and checked before anything is computed. A killed run leaves OUTPUT.partial, and the same call goes
+        on from there.
+
+        Raises:
+          InputError: a record is at fault or there is none, a reward is no number, or OUTPUT.partial is the work of
+            another command.
+        """
+        total, identity = self._identity(origin)
+        identity["weights"] = " ".join(params.checksum(member.params) for member in self.members)
+        rewarders = [make_rewarder(member.model, batch_tokens=self.batch_tokens) for member in self.members]
+        with files.ResumableLines(output, identity, _REASONS) as lines, tqdm.tqdm(total=total, disable=None) as bar:
+            number = 0
+            for items in _chunks(origin):
+                if number + len(items) > lines.done:
+                    rows = self._rewarded(items, rewarders)
+                    lines.append(rows[max(0, lines.done - number) :])
+                number += len(items)
+                bar.update(len(items))
+            lines.finish()
+        return total
+
+    def _identity(self, origin: records.Origin) -> tuple[int, dict[str, Any]]:
+        """How many records there are, and hashes of what decides the result; all of them are checked."""
+        hashes = {name: hashlib.blake2b(digest_size=16) for name in ("data", "tokens")}
+        total = 0
+        for items in _chunks(origin):
+            total += len(items)
+            for _, record in items:
+                hashes["data"].update(files.json_line(record, default=str))
+            for member in self.members:
+                for document in itertools.chain.from_iterable(self._documents(member, items)):
+                    hashes["tokens"].update(document.tobytes() + b"\n")
+        if not total:
+            raise InputError("--data: holds no record. Write one JSON object a line.")
+        return total, {name: value.hexdigest() for name, value in hashes.items()}
+
+    def _documents(self, member: LoadedModel, items: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[np.ndarray]]:
+        answers, where = _read_all(items), [place for place, _ in items]
+        documents = encode(answers, member.tokenizer, self.template or member.template, where)
+        longest = member.model.max_length
+        for place, document in ((w, x) for w, each in zip(where, documents, strict=True) for x in each):
+            if len(document) > longest and not self.truncate:
+                raise InputError(
+                    f"{place}: has {len(document)} tokens, and the model takes {longest}. Shorten it, or use "
+                    "--on_long=truncate."
+                )
+        return [[document[:longest] for document in each] for each in documents]
+
+    def _rewarded(
+        self, items: Sequence[tuple[str, Mapping[str, Any]]], rewarders: Sequence[Callable[..., np.ndarray]]
+    ) -> list[bytes]:
+        """The lines of records with their rewards."""
+        values = []
+        for member, rewarder in zip(self.members, rewarders, strict=True):
+            documents = self._documents(member, items)
+            with jax.set_mesh(member.mesh):
+                values.append(rewarder(member.params, list(itertools.chain.from_iterable(documents))))
+        rewards = np.concatenate(values, axis=1, dtype=np.float64)
+        if not np.isfinite(rewards).all():
+            raise InputError("--model: gives rewards that are no numbers. Look at the model's weights.")
+        counts = [len(each) for each in documents]
+        parts = np.split(rewards, np.cumsum(counts)[:-1])
+        return [_line(record, part) for (_, record), part in zip(items, parts, strict=True)]
+
+
+def _line(record: Mapping[str, Any], rewards: np.ndarray) -> bytes:
+    """A record with its rewards [answers, members] after its last field."""
+    added = {"reward": rewards.mean(axis=1)}
+    if rewards.shape[1] > 1:
+        added["reward_std"] = rewards.std(axis=1)
+    values = {name: [round(float(x), 6) for x in value] for name, value in added.items()}
+    if read_answers(record).several:
+        values = {name.replace("reward", "rewards"): value for name, value in values.items()}
+    else:
+        values = {name: value[0] for name, value in values.items()}
+    return files.json_line({**record, **values}, default=str)
+
+
+def _chunks(origin: records.Origin) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Records, some at a time, each with where it stands."""
+    items = []
+    for where, raw in origin.read():
+        try:
+            record = records.parse(raw)
+            for name in ADDED:
+                if name in record:
+                    raise InputError(f"has a field {name!r} already, which is to be added. Rename or drop it.")
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        items.append((where, record))
+        if len(items) == _TOGETHER:
+            yield items
+            items = []
+    if items:
+        yield items
+
+
+def _read_all(items: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Answers]:
+    answers = []
+    for where, record in items:
+        try:
+            answers.append(read_answers(record))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    return answers
