@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from research import cli, config, objectives
-from research.objectives import classify, distill, match, weak_to_strong
+from research.objectives import classify, distill, match, reward, weak_to_strong
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "launch/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -157,6 +157,7 @@ def table(page, heading):
         ("distillation.md", "Options of distill", distill.make),
         ("distillation.md", "Options of match", match.make),
         ("weak_to_strong.md", "Options of classify", classify.make),
+        ("preferences.md", "Options of reward", reward.make),
     ],
 )
 def test_options_are_described_with_their_defaults(page, heading, make):
