@@ -83,16 +83,16 @@ def _score(args: SimpleNamespace) -> None:
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     from research import loading
     from research.devices import compilation, sharding
-    from research.evals import record_scores, rewards
+    from research.evals import record_rewards, record_scores
 
     origin = record_scores.find_records(args.data)
     compilation.use_compilation_cache()
     mesh = sharding.make_mesh(args.mesh)
     load = functools.partial(loading.load_model, step=args.step, ema=args.ema, mesh=mesh, adapter=args.adapter)
     if args.reward:
-        members = [load(name, check=rewards.check_reward_model).with_adapter() for name in args.model]
+        members = [load(name, check=record_rewards.check_reward_model).with_adapter() for name in args.model]
         truncate = args.on_long == "truncate"
-        scorer = rewards.RecordRewarder(members, args.template, truncate, args.batch_tokens)
+        scorer = record_rewards.RecordRewarder(members, args.template, truncate, args.batch_tokens)
     else:
         loaded = load(args.model[0], needs_tokenizer=False)
         template = args.template or loaded.template

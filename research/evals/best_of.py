@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.errors import InputError
-from research.evals import rewards as rewards_lib
-from research.evals.rewards import Answers
+from research.evals import record_rewards
+from research.evals.record_rewards import Answers
 from research.evals.scoring import BATCH_TOKENS, ratio_of_sums
 from research.models.transformer import Model
 from research.sources.tokenizers import Tokenizer
@@ -57,12 +57,12 @@ def read_question(record: Record) -> Question:
     """
     sides = [record.get(name) for name in ("chosen", "rejected")]
     if not all(_is_texts(side) for side in sides):
-        answers = rewards_lib.read_answers(record)
+        answers = record_rewards.read_answers(record)
         if not answers.several:
             raise InputError("has no answers to choose from: 'chosen' and 'rejected', or 'responses'. Write them.")
         return Question(answers, 1, str(record.get("subset") or ""), "")
     rest = {name: value for name, value in record.items() if name not in ("chosen", "rejected", "responses")}
-    answers = rewards_lib.read_answers({**rest, "responses": [*sides[0], *sides[1]]})
+    answers = record_rewards.read_answers({**rest, "responses": [*sides[0], *sides[1]]})
     subset, id = str(record.get("subset") or ""), str(record.get("id") or "")
     kind, colon, number = id.partition(":")
     if subset.lower() == TIES and not (kind in ("ref", "tied") and colon and number):
@@ -103,12 +103,14 @@ def make_best_of(
       InputError: a record is at fault.
     """
     questions = [_question(where, record) for where, record in items]
-    documents = rewards_lib.encode([q.answers for q in questions], tokenizer, template, [where for where, _ in items])
+    documents = record_rewards.encode(
+        [q.answers for q in questions], tokenizer, template, [where for where, _ in items]
+    )
     whole = [document for each in documents for document in each]
     cut = [document[-model.max_length :] for document in whole]
     truncated = sum(len(a) > len(b) for a, b in zip(whole, cut, strict=True))
     ends = np.cumsum([len(each) for each in documents])[:-1]
-    rewarder = rewards_lib.make_rewarder(model, batch_tokens=batch_tokens)
+    rewarder = record_rewards.make_rewarder(model, batch_tokens=batch_tokens)
 
     def evaluate(params: Any) -> tuple[dict[str, float], list[BestOfSample]]:
         rewards = np.split(rewarder(params, cut).mean(axis=1), ends)

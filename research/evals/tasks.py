@@ -37,7 +37,7 @@ from research.evals.markers import say_markers
 from research.evals.multiple_choice import make_multiple_choice, read_question
 from research.evals.perplexity import make_record_perplexity
 from research.evals.pseudo_perplexity import make_pseudo_perplexity
-from research.evals.rewards import check_reward_model
+from research.evals.record_rewards import check_reward_model
 from research.evals.scoring import BATCH_TOKENS, ratio_of_sums
 from research.models.config import ModelConfig
 from research.models.sampling import SamplingConfig

@@ -10,7 +10,7 @@ from research import params
 from research.commands import score
 from research.devices import sharding
 from research.errors import InputError
-from research.evals import best_of, rewards, tasks
+from research.evals import best_of, record_rewards, tasks
 from research.loading import LoadedModel
 from research.models.config import ModelConfig
 from research.models.transformer import make_model
@@ -45,7 +45,7 @@ def alone():
 
     def read(model, text):
         turns = [Turn("user", text[0]), Turn("assistant", text[1])] if isinstance(text, tuple) else [Turn("text", text)]
-        ((tokens,),) = rewards.encode([rewards.Answers([turns], False)], TOKENIZER, "chat", ["x"])
+        ((tokens,),) = record_rewards.encode([record_rewards.Answers([turns], False)], TOKENIZER, "chat", ["x"])
         row = np.zeros((3, 1, 64), np.int32)
         row[:, 0, : len(tokens)] = tokens, np.ones(len(tokens)), np.arange(len(tokens))
         out = logits(VALUES[model], dict(zip(("tokens", "segment_ids", "positions"), row, strict=True)))
@@ -107,7 +107,7 @@ def test_bad_records_and_flags_are_named(run, records, flags, words, capsys):
 
 def test_a_language_model_is_no_reward_model():
     with pytest.raises(InputError, match="m: is a language model, and no reward model"):
-        rewards.check_reward_model(ModelConfig(**SIZE), "m")
+        record_rewards.check_reward_model(ModelConfig(**SIZE), "m")
 
 
 def test_the_score_of_ties_is_that_of_rewardbench():
