@@ -21,7 +21,7 @@ from research.loading import LoadedModel
 from research.models import virtual
 from research.models.config import ModelConfig
 from research.models.transformer import Model
-from research.sources import comparisons, formats, records
+from research.sources import comparisons, entries, formats, records
 from research.sources.records import Turn
 from research.sources.tokenizers import Tokenizer
 
@@ -146,7 +146,7 @@ class RecordRewarder:
     truncate: bool
     batch_tokens: int
 
-    def write(self, origin: records.Origin, output: Path) -> int:
+    def write(self, origin: entries.Origin, output: Path) -> int:
         """Writes the records with the rewards of their answers into `output`, and returns how many there are.
 
         All is read and checked before anything is computed. A killed run leaves OUTPUT.partial, and the same call goes
@@ -170,7 +170,7 @@ class RecordRewarder:
             lines.finish()
         return total
 
-    def _identity(self, origin: records.Origin) -> tuple[int, dict[str, Any]]:
+    def _identity(self, origin: entries.Origin) -> tuple[int, dict[str, Any]]:
         """How many records there are, and hashes of what decides the result; all of them are checked."""
         hashes = {name: hashlib.blake2b(digest_size=16) for name in ("data", "tokens")}
         total = 0
@@ -227,7 +227,7 @@ def _line(record: Mapping[str, Any], rewards: np.ndarray) -> bytes:
     return files.json_line({**record, **values}, default=str)
 
 
-def _chunks(origin: records.Origin) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+def _chunks(origin: entries.Origin) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """Records, some at a time, each with where it stands."""
     items = []
     for where, raw in origin.read():
