@@ -110,7 +110,8 @@ def _evaluate(args: SimpleNamespace) -> None:
     ).with_adapter()
     common = {"limit": args.max_records, "batch_tokens": args.batch_tokens}
     with jax.set_mesh(loaded.mesh):
-        measured = results.evaluate_tasks(loaded, args.task, template=args.template or loaded.template, **common)
+        template = loaded.template_for(args.template)
+        measured = results.evaluate_tasks(loaded, args.task, template=template, **common)
         if args.lm_eval:
             # The harness's own default is no template, and its published figures are without.
             harness = results.Harness(args.lm_eval, args.include_path, args.num_fewshot)

@@ -41,14 +41,14 @@ COMMAND = cli.Command(
         Flag(
             "form",
             "how a prefix and a suffix are shown: psm, spm or sentinel",
-            shown="psm, or sentinel where the tokenizer has those alone",
+            shown="as in training, else psm, or sentinel where the tokenizer has those alone",
             metavar="FORM",
             parse=cli.one_of("psm", "spm", "sentinel"),
         ),
         Flag(
             "data",
-            'answer prompts, or fill in texts: .txt, one a line, or .jsonl with "prompt", "messages", or "prefix" and '
-            '"suffix"',
+            'answer prompts, or fill in texts: .txt, one a line, or .jsonl with "prompt", "messages", "text", or '
+            '"prefix" and "suffix"',
             metavar="FILE",
             parse=cli.path,
         ),

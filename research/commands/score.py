@@ -95,7 +95,7 @@ def _score(args: SimpleNamespace) -> None:
         scorer = record_rewards.RecordRewarder(members, args.template, truncate, args.batch_tokens)
     else:
         loaded = load(args.model[0], needs_tokenizer=False)
-        template = args.template or loaded.template
+        template = loaded.template_for(args.template)
         scorer = record_scores.RecordScorer(loaded, template, args.on_long, args.per_token, args.batch_tokens)
     count = scorer.write(origin, Path(args.output))
     print(f"{count:,} records scored: {args.output}", file=sys.stderr)

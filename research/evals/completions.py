@@ -142,13 +142,15 @@ def make_responder(
     infilling, stop = None, tokenizer.stop
     if form:
         infilling = make_infilling(form, tokenizer)
+        if form == "auto":
+            print(f"form {infilling.form}, {infilling.why}", file=sys.stderr)
         stop, max_new_tokens = infilling.stop, max_new_tokens + infilling.extra
     config = SamplingConfig(max_new_tokens=max_new_tokens, stop_tokens=stop, **sampling)
     longest = min(longest_prompt(each.model, config) for each in loaded.each)
     if infilling:
         encoder = GapEncoder(infilling, longest, room)
     else:
-        encoder = PromptEncoder(tokenizer, template or loaded.template, system, longest, room)
+        encoder = PromptEncoder(tokenizer, loaded.template_for(template), system, longest, room)
     return Responder(loaded, config, encoder, tuple(stops), jax.random.key(seed))
 
 

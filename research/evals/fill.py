@@ -56,10 +56,9 @@ class Filler:
 
     def __post_init__(self) -> None:
         mask_token(self.tokenizer)
-        if not 1 <= self.count <= self.tokenizer.size:
-            raise InputError(
-                f"--top_k = {self.count}: must be from 1 to the {self.tokenizer.size} tokens that there are."
-            )
+        most = self.tokenizer.size - len(self.tokenizer.special_ids)
+        if not 1 <= self.count <= most:
+            raise InputError(f"--top_k = {self.count}: must be from 1 to the {most} tokens that a text can have.")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -74,9 +73,9 @@ class Filler:
           InputError: the text has no mask, or is too long.
         """
         record = prompt.record
-        text = record if isinstance(record, str) else record.get("prompt")
+        text = record if isinstance(record, str) else record.get("prompt", record.get("text"))
         if not isinstance(text, str):
-            raise InputError(f'{prompt.where}: is no text. Give one with {MARK} in it, as "prompt" in a .jsonl.')
+            raise InputError(f'{prompt.where}: is no text. Give one with {MARK} in it, as "text" in a .jsonl.')
         mask, longest = mask_token(self.tokenizer), self.loaded.model.max_length
         first, *others = re.split("|".join(map(re.escape, (MARK, self.tokenizer.backend.id_to_token(mask)))), text)
         if not others:
@@ -118,7 +117,8 @@ class Filler:
         mask, size = mask_token(self.tokenizer), min(batch_size, len(prompts))
         length = padded_length(max(map(len, ids)), self.loaded.model.max_length)
         most = max(tokens.count(mask) for tokens in ids)
-        likeliest = jax.jit(functools.partial(likeliest_tokens, self.loaded.model, self.tokenizer.size, self.count))
+        size_and_specials = self.tokenizer.size, self.tokenizer.special_ids
+        likeliest = jax.jit(functools.partial(likeliest_tokens, self.loaded.model, *size_and_specials, self.count))
         for start in range(done, len(ids), size):
             taken = ids[start : start + size]
             probabilities, tokens = jax.device_get(
@@ -139,20 +139,21 @@ class Filler:
 
 
 def likeliest_tokens(
-    model: Model, size: int, count: int, params: Any, batch: Mapping[str, jax.Array]
+    model: Model, size: int, specials: np.ndarray, count: int, params: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[Float[Array, "B M k"], Int[Array, "B M k"]]:
     """The probabilities of the likeliest tokens at the places `at` [B, M] of a batch, in falling order, and these.
 
     Args:
       model: reads in both directions.
       size: of the tokenizer's vocabulary; rows of the head beyond it are no tokens.
+      specials: ids that are no text, and never an answer; a probability is among all tokens, these too.
       count: k.
       params: of the model.
       batch: tokens, segment_ids and positions, [B, T] int32; at, in which places beyond T stand for none.
     """
 
     def compare(logits: Float[Array, "B t V"], extras: Any) -> Comparison:
-        return Comparison(jax.lax.top_k(jax.nn.softmax(logits), count))
+        return Comparison(jax.lax.top_k(jax.nn.softmax(logits).at[..., specials].set(-1.0), count))
 
     hidden = take(
         virtual.hidden(model, params, {name: batch[name] for name in ("tokens", "segment_ids", "positions")}),
@@ -177,7 +178,8 @@ def _batch(ids: Sequence[list[int]], rows: int, length: int, most: int, mask: in
 
 def table(prompt: Prompt, masks: Sequence[Sequence[Candidate]]) -> str:
     """The text, and lines with probability and text of each candidate of each mask."""
-    lines = [prompt.record if isinstance(prompt.record, str) else prompt.record["prompt"]]
+    record = prompt.record
+    lines = [record if isinstance(record, str) else record.get("prompt", record.get("text"))]
     for number, candidates in enumerate(masks, start=1):
         name = f"mask {number}" if len(masks) > 1 else "mask"
         for candidate in candidates:

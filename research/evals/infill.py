@@ -8,6 +8,7 @@ all filled at once, each with its likeliest token.
 import dataclasses
 import functools
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -238,6 +239,8 @@ class _Generating:
     @staticmethod
     def make(model: Model, tokenizer: Tokenizer, form: str, max_new_tokens: int, batch_size: int) -> "_Generating":
         asked = make_infilling(form, tokenizer)
+        if form == "auto" and distributed.main():
+            print(f"infill: form {asked.form}, {asked.why}", file=sys.stderr)
         config = SamplingConfig(max_new_tokens=max_new_tokens + asked.extra, stop_tokens=asked.stop)
         generate = make_generate(model, config, tokenizer.size)
         return _Generating(asked, generate, longest_prompt(model, config), batch_size)
@@ -271,7 +274,7 @@ class _Masking:
 
     @staticmethod
     def make(model: Model, tokenizer: Tokenizer, batch_size: int) -> "_Masking":
-        likeliest = jax.jit(functools.partial(_likeliest, model, tokenizer.size))
+        likeliest = jax.jit(functools.partial(_likeliest, model, tokenizer.size, tokenizer.special_ids))
         mask = special_tokens.mask_token(tokenizer)
         return _Masking(tokenizer, mask, distributed.one_at_a_time(likeliest), batch_size, model.max_length)
 
@@ -297,13 +300,20 @@ class _Masking:
 
 
 def _likeliest(
-    model: Model, vocab_size: int, params: Params, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    model: Model,
+    vocab_size: int,
+    specials: np.ndarray,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
 ) -> Int[Array, "B T"]:
-    """The likeliest token of each place under an encoder; ids from `vocab_size` on are none."""
+    """The likeliest token of each place under an encoder; `specials` are no text, and ids from `vocab_size` on none."""
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     batch = {"tokens": tokens, "positions": places, "segment_ids": (places < lengths[:, None]).astype(jnp.int32)}
     batch = {name: sharding.constrain(x, ("batch", "time"), model.rules) for name, x in batch.items()}
     hidden, head = virtual.hidden(model, params, batch), model.unembed(params)
     # A place after the other: the logits of all at once would be [B, T, V].
-    ids = jax.lax.map(lambda x: argmax(next_logits(head, x, vocab_size)), hidden.swapaxes(0, 1))
+    ids = jax.lax.map(
+        lambda x: argmax(next_logits(head, x, vocab_size).at[:, specials].set(-jnp.inf)), hidden.swapaxes(0, 1)
+    )
     return sharding.replicate(ids.swapaxes(0, 1))

@@ -12,9 +12,12 @@ from research.sources.formats import answer_decoder, render_prompt
 from research.sources.infilling import Infilling
 from research.sources.tokenizers import Tokenizer
 
+_WHOLE = {"prompt", "messages", "text"}  # fields of a record that is no gap
+
 
 class Prompt(NamedTuple):
-    """Where the user gave what: a text, {"prompt": text}, {"messages": [...]}, or {"prefix": text, "suffix": text}."""
+    """Where the user gave what: a text, {"prompt": text}, {"messages": [...]}, {"text": text}, which is to be gone on
+    with, or {"prefix": text, "suffix": text}."""
 
     where: str
     record: str | Mapping[str, Any]
@@ -84,7 +87,7 @@ class GapEncoder:
 
 def is_gap(prompt: Prompt) -> bool:
     """Whether the model is to fill in what belongs between two texts."""
-    return not isinstance(prompt.record, str) and not {"prompt", "messages"} & prompt.record.keys()
+    return not isinstance(prompt.record, str) and not _WHOLE & prompt.record.keys()
 
 
 def _check_length(prompt: Prompt, ids: list[int], longest: int, room: str) -> None:
@@ -125,12 +128,13 @@ def _record(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: is no JSON ({error}). Write one object a line.") from error
-    if not isinstance(record, dict) or not {"prompt", "messages", "prefix", "suffix"} & record.keys():
+    if not isinstance(record, dict) or not {*_WHOLE, "prefix", "suffix"} & record.keys():
         raise InputError(
-            f'{where}: is no object with "prompt" or "messages", or "prefix" and "suffix". Name what it has so; a text '
-            "with [MASK] in it is a prompt too."
+            f'{where}: is no object with "prompt", "messages" or "text", or "prefix" and "suffix". Name what it has so.'
         )
-    if not {"prompt", "messages"} & record.keys():
+    if not isinstance(record.get("text", ""), str):
+        raise InputError(f'{where}: "text" is no text. Write it in quotes.')
+    if not _WHOLE & record.keys():
         for name in ("prefix", "suffix"):
             if not isinstance(record.get(name), str):
                 raise InputError(f'{where}: "{name}" must be text, beside "prefix" or "suffix". Write "" for none.')
@@ -145,6 +149,8 @@ def _with_system(record: str | Mapping[str, Any], system: str | None) -> str | M
     if system is None:
         return record
     record = {"prompt": record} if isinstance(record, str) else record
+    if not {"prompt", "messages"} & record.keys():
+        raise InputError("has a text, which is gone on with, and --system is of prompts. Leave it out.")
     messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
     if messages[0].get("role") == "system":
         return record

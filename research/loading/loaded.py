@@ -1,5 +1,6 @@
 """Models ready to run, with their tokenizers and adapters."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from research.loading.start import Start
 from research.loading.types import Base, ModelSource
 from research.models import adapters, transformer, virtual
 from research.models.config import ModelConfig
-from research.sources import tokenizers
+from research.sources import formats, tokenizers
 
 _SHOWN = 4  # a message lists at most so many tokens
 
@@ -68,6 +69,15 @@ class LoadedModel(NamedTuple):
                 f"{where}: adapter = {name!r}: no such adapter. There are {known}, and {BASE!r} for the model without."
             )
         return name
+
+    def template_for(self, given: str | None) -> str:
+        """How prompts are put to the model: as the user says, else as in training. A line on stderr says where that is
+        plain though its tokenizer has the marks of a conversation."""
+        if given:
+            return given
+        if self.template == "plain" and self.tokenizer and formats.resolve_template("auto", self.tokenizer) != "plain":
+            print("template plain, as in training (--template names another)", file=sys.stderr)
+        return self.template
 
     def beside(self, adapter: str) -> "LoadedModel":
         """The model with an adapter, or by itself for BASE."""

@@ -21,7 +21,7 @@ from research.loading.types import AdapterSource, Base, ModelSource
 from research.models import adapters, added_rows, transformer
 from research.pretrained import checkpoints, peft, save
 from research.pretrained import load as pretrained
-from research.sources import tokenizers
+from research.sources import formats, tokenizers
 
 BASE = "base"  # what requests call a model without its adapters
 ORIGIN = "origin.json"  # in a workdir: the config.json and dtypes of the checkpoint that the run began with
@@ -103,7 +103,8 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> ModelSource:
     record = Path(workdir) / "config.json"
     if not record.is_file():
         raise InputError(f"{workdir}: lacks config.json, which a run writes beside its checkpoints.")
-    config = config_lib.parse(read_json(record)["config"])
+    about = read_json(record)
+    config = config_lib.parse(about["config"])
     tokenizer = tokenizers.load_tokenizer(workdir)
     c, rules = config_lib.model_config(config, tokenizer.size), sharding.make_rules(config.rules)
     model = transformer.make_model(c, rules, adapters.load(config.adapter, tokenizer=tokenizer))
@@ -114,7 +115,7 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> ModelSource:
         rules=rules,
         tokenizer=lambda: tokenizer,
         has_tokenizer=True,
-        template=config.data.template,
+        template=formats.own_template(config.data.template, bool(about.get("plain_texts"))),
         read=lambda specs, placements: runs.read_policy(workdir, start, specs, placements, step=step, ema=ema),
         origin=read_json(Path(workdir) / ORIGIN, {}),
         front=model.adapter.merged if model.adapter else None,

@@ -21,8 +21,7 @@ from research.objectives import Term, Terms
 from research.run import metrics
 from research.run.assemble import Parts
 from research.run.resolve import Inputs
-from research.sources import dataset, verification
-from research.sources.tokenizers import Tokenizer
+from research.sources import dataset, formats, verification
 from research.train import TrainState
 
 ANSWERS_AT_ONCE = 64
@@ -83,13 +82,14 @@ def whole_loss(terms: Terms, scores: dict[str, float]) -> dict[str, float]:
     return {**scores, "loss": sum(losses)}
 
 
-def load_tasks(config: Config, model: Model, tokenizer: Tokenizer) -> list[eval_tasks.Evaluation]:
-    """The evaluations that `eval.tasks` names.
+def load_tasks(config: Config, model: Model, data: dataset.Data) -> list[eval_tasks.Evaluation]:
+    """The evaluations that `eval.tasks` names, of a model that learns from `data`.
 
     Raises:
       InputError: one can't be read, or two have one name.
     """
-    loaded = [eval_tasks.load(spec, model, tokenizer, config.data.template) for spec in config.eval.tasks]
+    template = formats.own_template(config.data.template, dataset.has_plain_texts(data))
+    loaded = [eval_tasks.load(spec, model, data.tokenizer, template) for spec in config.eval.tasks]
     twice = [name for name, n in Counter(name for name, _ in loaded).items() if n > 1]
     if twice:
         raise InputError(f"eval.tasks: {twice[0]!r} is there twice. Give one of them another name: KIND,name=...:DATA.")

@@ -17,6 +17,7 @@ from research.files import write_json
 from research.run import metrics, resume
 from research.run.assemble import Parts
 from research.run.resolve import Inputs
+from research.sources.dataset import has_plain_texts
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "understudy")
 _OF_A_START = ("command", "started", "versions")  # what the history says of each start of a run
@@ -40,6 +41,7 @@ def begin(inputs: Inputs, command: str, step: int) -> None:
     history = _history(resume.read_record(inputs.workdir)) if inputs.resumed else []
     began = {"step": step, "changed": [str(change) for change in inputs.changes]} | {k: about[k] for k in _OF_A_START}
     kept = {"data": inputs.data_identity, "tasks": inputs.tasks, "frozen": inputs.frozen_sources}
+    kept["plain_texts"] = has_plain_texts(inputs.data)
     write_json(folder / resume.RECORD, about | kept | {"history": [*history, began]})
     (folder / "done.json").unlink(missing_ok=True)
     if not inputs.resumed:

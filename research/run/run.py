@@ -54,7 +54,7 @@ def run(
     parts = assemble.assemble(
         config, inputs.terms, inputs.mesh, inputs.source.spec, tokenizer.size, tokenizer=tokenizer
     )
-    tasks = evaluation.load_tasks(config, parts.models["policy"], tokenizer)
+    tasks = evaluation.load_tasks(config, parts.models["policy"], inputs.data)
 
     with jax.set_mesh(inputs.mesh), contextlib.ExitStack() as stack:
         program = assemble.compile_step(parts, stack)

@@ -53,12 +53,13 @@ class Data:
 
 
 class _Input(NamedTuple):
-    """An entry of the data, with what was read of it."""
+    """An entry of the data, with what was read of it; `plain` where that are texts, of which all is learned."""
 
     entry: Entry
     origin: Origin
     store: Store
     teacher: Store | None
+    plain: bool
 
 
 def load(
@@ -130,6 +131,11 @@ def load(
     )
 
 
+def has_plain_texts(data: Data) -> bool:
+    """Whether a model learns from texts alone, in which no prompt has the marks of a conversation around it."""
+    return all(source["plain"] for source in data.report["sources"])
+
+
 def build_tokenizer(spec: DataSpec, tokenizer_spec: TokenizerSpec, seed: int = 0) -> Tokenizer:
     """The tokenizer that `load` makes where it is handed none, before special tokens are added. A BPE learns from the
     texts to train on.
@@ -145,7 +151,8 @@ def with_special_tokens(tokenizer: Tokenizer, tokenizer_spec: TokenizerSpec, spe
     the views what is to be known of them wherever the model is used."""
     tokenizer = tokenizer.with_tokens(tokenizer_spec.added_tokens)
     tokenizer = tokenizer.with_tokens(spec_lib.needed_tokens(spec, tokenizer))
-    return tokenizer.with_variables(spec_lib.noted_tokens(spec, tokenizer))
+    tokenizer = tokenizer.with_variables(spec_lib.noted_tokens(spec, tokenizer))
+    return tokenizer.with_infilling(spec_lib.infilling_note(spec, tokenizer))
 
 
 def _located(spec: DataSpec, seed: int) -> tuple[list[tuple[Entry, Origin]], list[tuple[Entry, Origin]]]:
@@ -274,9 +281,10 @@ def _open(entry: Entry, origin: Origin, spec: DataSpec, tokenizer: Tokenizer, te
             f"{entry.field}: {entry.name!r} has records that the chat template of the policy or that of the teacher "
             "refuses, and not the other, so that they read different records. Drop these, or name another template."
         )
+    plain = store.mask is None and store.labels is None and store.answers is None
     if options.view:
         store = open_view(store, options.view, f"data.sources.{entry.name}.view", spec.seq_len, tokenizer)
-    return _Input(entry, origin, store, other)
+    return _Input(entry, origin, store, other, plain)
 
 
 def without_labels(name: str, value: Any) -> InputError:
@@ -462,6 +470,7 @@ def _report_sources(
             **each.store.counts,
             "was_cached": each.store.was_cached,
             "content": each.store.content,
+            "plain": each.plain,
         }
         for each in inputs
     ]

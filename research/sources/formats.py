@@ -73,6 +73,16 @@ def resolve_template(template: str, tokenizer: Tokenizer) -> str:
     return template
 
 
+def own_template(template: str, plain_texts: bool) -> str:
+    """How prompts are put to a model.
+
+    Args:
+      template: data.template of its run.
+      plain_texts: whether it learned from texts alone, where no prompt had the marks of a conversation around it.
+    """
+    return "plain" if template == "auto" and plain_texts else template
+
+
 def encode(
     examples: Sequence[Sequence[Turn]],
     tokenizer: Tokenizer,

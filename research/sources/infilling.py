@@ -4,14 +4,16 @@ Forms, after <|bos|> where the tokenizer has it (Bavarian et al. 2022, arXiv:220
   psm       <|fim_prefix|> PREFIX <|fim_suffix|> SUFFIX <|fim_middle|> MIDDLE
   spm       <|fim_prefix|> <|fim_suffix|> SUFFIX <|fim_middle|> PREFIX MIDDLE, the paper's second variant
   sentinel  PREFIX <|mask:0|> SUFFIX <|mask:1|>, and then <|mask:0|> MIDDLE <|mask:1|>: of models that were trained to
-            denoise. What they were shown ends with a hidden span, as T5's texts do, and so does this. Where the
-            tokenizer has UL2's mode tokens, that of short spans comes first
+            denoise. What they were shown ends with a hidden span, as T5's texts do, and so does this. The mode token
+            that short spans had in training comes first; where that isn't noted and there are some, UL2's R
   left      PREFIX MIDDLE: of models that read from left to right, to compare with; they don't see the suffix
 Each part is tokenised by itself, so that a cut within a word gives the same tokens in training and at use. A tokenizer
 that puts a space before a text does so before a prefix alone.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from research.errors import InputError, did_you_mean
 from research.sources import special_tokens
@@ -39,6 +41,7 @@ class Infilling:
       marks: of psm and spm.
       holes: of sentinel, that of the middle and the next one.
       mode: of sentinel, what comes before the prefix.
+      why: it is this form, in a few words.
     """
 
     form: str
@@ -47,6 +50,7 @@ class Infilling:
     marks: FimTokens | None = None
     holes: tuple[int, ...] = ()
     mode: tuple[int, ...] = ()
+    why: str = "it was asked for"
 
     @property
     def extra(self) -> int:
@@ -76,7 +80,9 @@ def make_infilling(form: str, tokenizer: Tokenizer) -> Infilling:
     """The way to ask for a middle in one form.
 
     Args:
-      form: one of FORMS; or "auto", the first of psm and sentinel that the tokenizer has the tokens of.
+      form: one of FORMS; or "auto", that of which the tokenizer notes that the model saw most in training (spm before
+        psm where it saw as many: a small model finds the place more easily), else the first of psm and sentinel that
+        it has the tokens of.
       tokenizer: of the model.
 
     Raises:
@@ -84,7 +90,9 @@ def make_infilling(form: str, tokenizer: Tokenizer) -> Infilling:
     """
     if form not in ("auto", *FORMS):
         raise InputError(f"form = {form}: is not known.{did_you_mean(form, ('auto', *FORMS))}")
-    form = _find_form(tokenizer) if form == "auto" else form
+    if form == "auto":
+        form, why = _find_form(tokenizer)
+        return dataclasses.replace(make_infilling(form, tokenizer), why=why)
     if form == "left":
         return Infilling(form, tokenizer, tokenizer.stop)
     sentinel = form == "sentinel"
@@ -104,11 +112,17 @@ def make_infilling(form: str, tokenizer: Tokenizer) -> Infilling:
     return Infilling(form, tokenizer, tuple(stop), marks=marks)
 
 
-def _find_form(tokenizer: Tokenizer) -> str:
+def _find_form(tokenizer: Tokenizer) -> tuple[str, str]:
+    """The form that "auto" means, and why."""
+    seen = _shares(tokenizer)
+    if seen:
+        shown = ", ".join(f"{form} {share:.0%}" for form, share in seen.items())
+        return max(seen, key=seen.get), f"as in training (of the texts {shown})"
+    why = "the first that the tokenizer has the tokens of; how the model was trained isn't noted"
     if _has(tokenizer, special_tokens.fim_names(tokenizer)):
-        return "psm"
+        return "psm", why
     if _has(tokenizer, special_tokens.sentinel_names(tokenizer, 2)):
-        return "sentinel"
+        return "sentinel", why
     raise InputError(
         "form = auto: the tokenizer has neither tokens around a prefix, a suffix and a middle, nor sentinels, so that "
         "the model hasn't learnt to fill in. Name a model that has; or, in the task infill, form=left, which shows the "
@@ -116,7 +130,38 @@ def _find_form(tokenizer: Tokenizer) -> str:
     )
 
 
+def make_note(forms: Mapping[str, float], **more: Any) -> dict[str, Any]:
+    """What a tokenizer_config.json is to say of a view that teaches to fill in (the field special_tokens.INFILLING).
+
+    Args:
+      forms: of psm, spm and sentinel, the share of the texts that are seen so.
+      more: "mode", of sentinel: the token before the inputs, "" for none.
+    """
+    seen = {form: round(share, 4) for form, share in forms.items() if share}
+    return {"forms": seen, **more} if seen else {}
+
+
+def merge_notes(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The note of several sources; of two that say different things of one form the first counts."""
+    merged: dict[str, Any] = {}
+    for note in notes:
+        merged = {**note, **merged, "forms": {**note["forms"], **merged.get("forms", {})}}
+    return merged
+
+
+def _shares(tokenizer: Tokenizer) -> dict[str, float]:
+    """Form -> share of the texts, as the tokenizer notes; spm comes first."""
+    forms = tokenizer.infilling.get("forms")
+    forms = forms if isinstance(forms, dict) else {}
+    return {form: forms[form] for form in ("spm", "psm", "sentinel") if isinstance(forms.get(form), int | float)}
+
+
 def _mode(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What comes before a prefix under sentinel: the mode token of the training, else that of short spans."""
+    noted = tokenizer.infilling.get("mode")
+    if isinstance(noted, str):
+        token = tokenizer.backend.token_to_id(noted) if noted else None
+        return () if token is None else (token,)
     names = special_tokens.mode_names(tokenizer)
     return (special_tokens.mode_tokens(tokenizer).regular,) if _has(tokenizer, names) else ()
 

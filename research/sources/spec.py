@@ -9,7 +9,7 @@ from typing import Any
 
 from research.errors import InputError, did_you_mean
 from research.options import convert
-from research.sources import mixture, views
+from research.sources import infilling, mixture, views
 from research.sources.formats import TEMPLATES
 from research.sources.records import FIELDS, FORMATS, Classes
 
@@ -220,6 +220,13 @@ def noted_tokens(data: DataSpec, tokenizer: Any) -> dict[str, str]:
                     "give both views the same numbering."
                 )
     return noted
+
+
+def infilling_note(data: DataSpec, tokenizer: Any) -> dict[str, Any]:
+    """How the views of the sources teach to fill in; see infilling.make_note."""
+    views_of = {name: source.view for name, source in source_specs(data).items() if source.view}
+    notes = [views.infilling_note(view, f"data.sources.{name}.view", tokenizer) for name, view in views_of.items()]
+    return infilling.merge_notes([note for note in notes if note])
 
 
 def _defaults(data: DataSpec, path: str) -> SourceSpec:

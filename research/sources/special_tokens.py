@@ -34,6 +34,7 @@ _MODES = (  # UL2's modes R, X and S
     ("<|nlu|>", "<|nlg|>", "<|s2s|>"),  # what we add
 )
 FIRST_SENTINEL = "first_sentinel_token"  # in a tokenizer_config.json, as the view denoise counts
+INFILLING = "infilling"  # in a tokenizer_config.json: in which forms a model learned to fill in
 CONFIG_FIELDS = {MASK: "mask_token"}  # what a tokenizer_config.json calls a token that we add
 
 

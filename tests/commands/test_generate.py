@@ -127,7 +127,8 @@ def test_bad_flags(run, flags, message):
         ("", "is empty. Write one prompt a line"),
         ('{"prompt": "a"}\n\n', ":2: is an empty line"),
         ('{"prompt": "a"}\n{"prompt"\n', ":2: is no JSON"),
-        ('{"text": "a"}\n', ':1: is no object with "prompt" or "messages", or "prefix" and "suffix"'),
+        ('{"texts": "a"}\n', ':1: is no object with "prompt", "messages" or "text", or "prefix" and "suffix"'),
+        ('{"text": 3}\n', ':1: "text" is no text'),
         ("[]\n", ":1: is no object"),
         ('{"messages": "a"}\n', ':1: "messages" is no list'),
         ('{"messages": [{"role": "robot", "content": "a"}]}\n', ":1: message 1 has role 'robot'"),
@@ -178,9 +179,17 @@ def test_a_middle_is_filled_in(filled):
         last = end if "--form=sentinel" in flags else TOKENIZER.eos
         filled.loaded.params = filled.loaded.params.at[ANSWER.encode()[-1]].set(last)
         # Without room for more than the answer, and the sentinel that it begins with.
-        assert filled("--prefix=p", "--suffix=s", "--max_new_tokens=6", *flags) == (0, ANSWER + "\n", "")
+        said = "" if flags else "form psm, the first that the tokenizer has the tokens of; how the model was trained "
+        said += "" if flags else "isn't noted\n"
+        assert filled("--prefix=p", "--suffix=s", "--max_new_tokens=6", *flags) == (0, ANSWER + "\n", said)
         assert filled.prompts[-1] == [TOKENIZER.bos, *ids]
     filled.loaded.params = filled.loaded.params.at[ANSWER.encode()[-1]].set(TOKENIZER.eos)
+    note = infilling.make_note({"psm": 0.2, "spm": 0.3})
+    filled.loaded.tokenizer, plain = filled.loaded.tokenizer.with_infilling(note), filled.loaded.tokenizer
+    said = "form spm, as in training (of the texts spm 30%, psm 20%)\n"
+    assert filled("--prefix=p", "--suffix=s", "--max_new_tokens=6") == (0, ANSWER + "\n", said)
+    assert filled.prompts[-1] == [TOKENIZER.bos, *asked["--form=spm",]]
+    filled.loaded.tokenizer = plain
     assert filled("--suffix=s", "--stop=☕")[:2] == (0, "é\n")
     assert filled.prompts[-1] == [TOKENIZER.bos, prefix, suffix, *b"s", middle]
 

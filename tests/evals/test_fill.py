@@ -45,7 +45,8 @@ def by_hand(text, count):
     batch = {"tokens": row, "segment_ids": jnp.ones_like(row), "positions": jnp.arange(row.shape[1])[None]}
     logits = np.asarray(MODEL.unembed(VALUES).logits(MODEL.hidden(VALUES, batch)))[0, :, : TOKENIZER.size]
     probabilities = np.asarray(jax.nn.softmax(logits))
-    order = np.argsort(-probabilities, axis=1)[:, :count]
+    texts = np.where(np.isin(np.arange(TOKENIZER.size), TOKENIZER.special_ids), -1.0, probabilities)  # others are none
+    order = np.argsort(-texts, axis=1)[:, :count]
     return [[(int(i), probabilities[at, i]) for i in order[at]] for at in np.flatnonzero(np.asarray(row)[0] == MASK)]
 
 
@@ -61,6 +62,19 @@ def test_the_likeliest_of_each_mask(run, tmp_path):
         np.testing.assert_allclose(ours, [[p for _, p in mask] for mask in expected], rtol=1e-4)
         assert record["prompt"].replace("<|mask|>", "[MASK]") == text
     assert len(np.unique(ours)) == 3
+    masks = [json.loads(line)["masks"] for line in output.read_text().splitlines()]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in texts))
+    assert run(f"--data={tmp_path}/texts.jsonl", f"--output={tmp_path}/o", "--top_k=3", "--batch_size=2")[0] == 0
+    again = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
+    assert [(record["text"], record["id"], record["masks"]) for record in again] == [
+        (text, 1, each) for text, each in zip(texts, masks, strict=True)
+    ]
+
+
+def test_no_special_token_is_an_answer(run):
+    shown = run("--fill=a[MASK]b", "--top_k=256")[1]
+    assert len(shown.splitlines()) == 257
+    assert "<|" not in shown
 
 
 def test_the_command_shows_five_for_each(run):
@@ -81,7 +95,7 @@ def test_the_command_shows_five_for_each(run):
         (["--fill=12345678901234[MASK]"], "--fill: is 17 tokens long, and the model reads 16"),
         (["--fill=[MASK]", "--temperature=1"], "--temperature: is of answers"),
         (["--fill=[MASK]", "--stop=x"], "--stop: is of answers"),
-        (["--fill=[MASK]", "--top_k=1000"], "--top_k = 1000: must be from 1 to the 262 tokens"),
+        (["--fill=[MASK]", "--top_k=1000"], "--top_k = 1000: must be from 1 to the 256 tokens that a text can have"),
         (["--prompt=[MASK]"], "x: is an encoder, which reads in both directions, and doesn't predict the next token."),
         (["--fill=[MASK]", "--prompt=a"], "--prompt and --fill given: use one of"),
     ],

@@ -44,7 +44,11 @@ def test_a_run_with_fim_is_measured_and_fills_in(tmp_path, capsys):
     assert fim_tokens(load_tokenizer(workdir)) == (261, 262, 263, None)  # added by the view, saved with the run
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert any("eval/gaps/exact_match" in line for line in metrics)
-    capsys.readouterr()
+    assert "infill: form spm, as in training (of the texts spm 50%, psm 50%)" in capsys.readouterr().err
+
+    assert json.loads((workdir / "config.json").read_text())["plain_texts"]
+    assert generate.main([f"--model={workdir}", "--prompt=<<", "--max_new_tokens=2"]) == 0
+    assert "template plain, as in training (--template names another)" in capsys.readouterr().err
 
     flags = ["--prefix=<<", "--suffix=>>", "--max_new_tokens=8"]
     assert generate.main([f"--model={workdir}", *flags]) == 0

@@ -11,10 +11,10 @@ import text_cases
 
 from research.errors import InputError
 from research.sources import store
-from research.sources.dataset import DataSpec, load
-from research.sources.infilling import arrange, make_infilling
+from research.sources.dataset import DataSpec, load, with_special_tokens
+from research.sources.infilling import arrange, make_infilling, make_note
 from research.sources.special_tokens import FimTokens, fim_tokens
-from research.sources.tokenizers import TokenizerSpec, make_tokenizer
+from research.sources.tokenizers import TokenizerSpec, load_tokenizer, make_tokenizer
 from research.sources.views import Document, fim
 
 KINDS = ("byte", "bpe", *(kind for kind in text_cases.BACKENDS if kind != "word piece"))
@@ -289,6 +289,9 @@ def test_forms_by_what_a_tokenizer_has(byte):
     assert make_infilling("sentinel", modes).prompt("ab", "")[:2] == [plain.bos, modes.special("[R]")]
     assert (asked.form, asked.extra, asked.stop) == ("sentinel", 1, (plain.eos, end))
     assert asked.text([hole, *b"xy", end]) == "xy"
+    for mode, want in (("", []), ("[X]", [modes.special("[X]")])):
+        noted = modes.with_infilling(make_note({"sentinel": 1.0}, mode=mode))
+        assert make_infilling("auto", noted).prompt("ab", "")[: 1 + len(want)] == [plain.bos, *want]
     assert make_infilling("left", plain).prompt("ab", "c") == [plain.bos, *b"ab"]
     for form, message in [
         ("auto", "neither tokens around a prefix, a suffix and a middle, nor sentinels"),
@@ -298,6 +301,31 @@ def test_forms_by_what_a_tokenizer_has(byte):
     ]:
         with pytest.raises(InputError, match=message):
             make_infilling(form, plain)
+
+
+@pytest.mark.parametrize(
+    ("view", "form", "note"),
+    [
+        ({"kind": "fim"}, "spm", {"forms": {"psm": 0.25, "spm": 0.25}}),
+        ({"kind": "fim", "rate": 0.8, "spm_rate": 0.25}, "psm", {"forms": {"psm": 0.6, "spm": 0.2}}),
+        ({"kind": "fim", "rate": 0.0}, "psm", {}),
+        ({"kind": "denoise"}, "sentinel", {"forms": {"sentinel": 1.0}, "mode": ""}),
+        ({"kind": "denoise", "mixture": "ul2"}, "sentinel", {"forms": {"sentinel": 0.8571}, "mode": "<|nlu|>"}),
+        (
+            {"kind": "denoise", "mixture": "ul2", "modes": False},
+            "sentinel",
+            {"forms": {"sentinel": 0.8571}, "mode": ""},
+        ),
+        ({"kind": "denoise", "form": "prefix"}, None, {}),
+    ],
+)
+def test_forms_of_the_training_are_noted_and_taken(view, form, note, tmp_path):
+    spec = DataSpec("", sources={"a": {"path": "x", "view": view}, "b": {"path": "y"}}, seq_len=64)
+    with_special_tokens(make_tokenizer(TokenizerSpec(), lambda: iter(())), TokenizerSpec(), spec).save(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.infilling == note
+    if form:
+        assert make_infilling("auto", tokenizer).form == form
 
 
 def test_marks_that_a_vocabulary_does_not_call_special_are_no_text(tmp_path):

@@ -177,6 +177,24 @@ class Tokenizer:
             files[SPECIAL] = json.dumps({**special, **own}, indent=1, ensure_ascii=False).encode()
         return assemble(self.backend, self.eos, self.bos, config, files, self.stop)
 
+    @property
+    def special_ids(self) -> np.ndarray:
+        """[n] int32: the ids of special tokens, which no text gives."""
+        return np.array(sorted(self._specials.values()), np.int32)
+
+    @property
+    def infilling(self) -> Mapping[str, Any]:
+        """What tokenizer_config.json notes of how a model learned to fill in; see sources.infilling.Note."""
+        note = json.loads(self.files[_CONFIG]).get(special_tokens.INFILLING)
+        return note if isinstance(note, dict) else {}
+
+    def with_infilling(self, note: Mapping[str, Any]) -> "Tokenizer":
+        """Returns a tokenizer whose tokenizer_config.json has this note; an empty one leaves what is there."""
+        if not note or note == self.infilling:
+            return self
+        config = {**json.loads(self.files[_CONFIG]), special_tokens.INFILLING: dict(note)}
+        return _make(self.backend, self.eos, self.bos, config, self.files, self.stop)
+
     def spelled_special(self, text: str) -> str:
         """Returns the first special token that `text` spells, or ""."""
         spelled = self._special_pattern.search(text)

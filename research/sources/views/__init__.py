@@ -112,6 +112,14 @@ def noted_tokens(view: Mapping[str, Any], field: str, tokenizer: Any) -> dict[st
     return {} if function is None else function(tokenizer, **options)
 
 
+def infilling_note(view: Mapping[str, Any], field: str, tokenizer: Any) -> dict[str, Any]:
+    """How a model learns to fill in under a view (infilling.make_note), {} where it doesn't. The view's module may have
+    a function infilling_note(tokenizer, **options) for it, beside `make`. Args: see `load`."""
+    function = getattr(find(view, field), "infilling_note", None)
+    options = {option: value for option, value in view.items() if option != "kind"}
+    return {} if function is None else function(tokenizer, **options)
+
+
 def _named(field: str, options: Collection[str], error: InputError) -> InputError:
     """The error of a view, with the config's field before it; it may begin with the name of one of the options."""
     first = re.match(r"\w+", str(error))

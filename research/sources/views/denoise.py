@@ -18,6 +18,7 @@ import numpy as np
 
 from research.errors import InputError, did_you_mean
 from research.sources import corruption
+from research.sources.infilling import make_note
 from research.sources.special_tokens import (
     FIRST_SENTINEL,
     mode_names,
@@ -180,6 +181,18 @@ def noted_tokens(tokenizer: Tokenizer, numbering: str = "named", **options: Any)
     if not any(each.sentinels(_SHORTEST) for each in _denoisers(options)):
         return {}
     return {FIRST_SENTINEL: tokenizer.backend.id_to_token(ordered_sentinels(tokenizer, numbering)[0])}
+
+
+def infilling_note(tokenizer: Tokenizer, **options: Any) -> dict[str, Any]:
+    """The share of texts with a sentinel for each span, and the mode token of those with the shortest spans."""
+    denoisers = _denoisers(options)
+    spans = [each for each in denoisers if each.form == "spans"]
+    if not spans:
+        return {}
+    share = sum(each.weight for each in spans) / sum(each.weight for each in denoisers)
+    first = min(spans, key=lambda each: (each.mean_span, each.density))
+    mode = getattr(mode_tokens(tokenizer), MODES[first.mode]) if first.mode else None
+    return make_note({"sentinel": share}, mode="" if mode is None else tokenizer.backend.id_to_token(mode))
 
 
 def _start(denoiser: Denoiser, tokenizer: Tokenizer) -> np.ndarray:

@@ -10,7 +10,7 @@ It is a view of plain text. Conversations are refused: a middle of theirs would 
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,6 +72,11 @@ def make(
 def special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
     """Names of the special tokens that the view writes; a run adds those that the tokenizer lacks."""
     return fim_names(tokenizer)
+
+
+def infilling_note(tokenizer: Tokenizer, rate: float = 0.5, spm_rate: float = 0.5, **options: Any) -> dict[str, Any]:
+    """The shares of texts that are seen as psm and as spm."""
+    return infilling.make_note({"psm": rate * (1 - spm_rate), "spm": rate * spm_rate})
 
 
 _Parts = tuple[list[int], list[int], list[int]]  # prefix, middle, suffix
@@ -185,8 +190,7 @@ class _Fim:
     @functools.cached_property
     def _unwritten(self) -> frozenset[int]:
         """Ids of special tokens, which no text gives: in one there can be but that of an unknown sign."""
-        added = self.tokenizer.backend.get_added_tokens_decoder()
-        return frozenset(i for i, token in added.items() if token.special)
+        return frozenset(self.tokenizer.special_ids.tolist())
 
 
 def _keeps_spaces(tokenizer: Tokenizer) -> bool:
