@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from research.errors import InputError
-from research.sources.dataset import DataSpec, eval_batches, load, make_source
+from research.sources.dataset import DataSpec, eval_batches, has_plain_texts, load, make_source
 from research.sources.tokenizers import Tokenizer, TokenizerSpec
 
 BYTE = TokenizerSpec()
@@ -174,6 +174,12 @@ def test_renamed_columns_reach_the_records(tmp_path):
 def test_max_records(path):
     report = load(DataSpec(path, seq_len=64, max_records=10), BYTE).report
     assert report["train"]["examples"] + report["held_out"]["examples"] == 10
+
+
+def test_texts_without_conversations_are_told_apart(path, tmp_path):
+    texts = write(tmp_path / "t.jsonl", [{"text": f"text {i}"} for i in range(20)])
+    for entry, plain in ((path, False), (texts, True), (f"{path},{texts}", False)):
+        assert has_plain_texts(load(DataSpec(entry, seq_len=64), BYTE)) == plain
 
 
 def test_a_second_run_neither_reads_nor_tokenises(path, monkeypatch):
