@@ -184,16 +184,16 @@ class Tokenizer:
 
     @property
     def infilling(self) -> Mapping[str, Any]:
-        """What tokenizer_config.json notes of how a model learned to fill in; see sources.infilling.Note."""
-        note = json.loads(self.files[_CONFIG]).get(special_tokens.INFILLING)
+        """What tokenizer_config.json notes of how a model learned to fill in; see infilling.make_note."""
+        note = json.loads(self.files[CONFIG]).get(special_tokens.INFILLING)
         return note if isinstance(note, dict) else {}
 
     def with_infilling(self, note: Mapping[str, Any]) -> "Tokenizer":
         """Returns a tokenizer whose tokenizer_config.json has this note; an empty one leaves what is there."""
         if not note or note == self.infilling:
             return self
-        config = {**json.loads(self.files[_CONFIG]), special_tokens.INFILLING: dict(note)}
-        return _make(self.backend, self.eos, self.bos, config, self.files, self.stop)
+        config = {**json.loads(self.files[CONFIG]), special_tokens.INFILLING: dict(note)}
+        return assemble(self.backend, self.eos, self.bos, config, self.files, self.stop)
 
     def spelled_special(self, text: str) -> str:
         """Returns the first special token that `text` spells, or ""."""
