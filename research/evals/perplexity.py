@@ -13,7 +13,7 @@ import numpy as np
 from research.errors import InputError
 from research.evals.scoring import BATCH_TOKENS, Example, Record, encode_records, make_loglikelihood, ratio_of_sums
 from research.models.transformer import Model
-from research.objectives.types import next_token_targets
+from research.objectives.types import good_answers, next_token_targets
 from research.sources.tokenizers import Tokenizer
 from research.train import means
 
@@ -87,7 +87,7 @@ def _bits_and_bytes(
     """Bits of a batch's supervised targets, and the bytes of text that they stand for."""
     batch = view(batch)
     targets, weights = next_token_targets(
-        batch, batch["loss_mask"] if use_loss_mask else 1 - batch["prefix"] if "prefix" in batch else None
+        batch, good_answers(batch) if use_loss_mask else 1 - batch["prefix"] if "prefix" in batch else None
     )
     sizes = jnp.asarray(token_bytes, jnp.float32)[targets]
     return nll_sum / math.log(2), jnp.sum(sizes * weights)

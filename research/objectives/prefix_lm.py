@@ -13,7 +13,16 @@ from jaxtyping import Array, Int
 
 from research.errors import InputError, did_you_mean
 from research.models.blocks import document_lengths
-from research.objectives.types import Batch, Context, Forward, LossOut, Objective, next_token_targets, token_loss
+from research.objectives.types import (
+    Batch,
+    Context,
+    Forward,
+    LossOut,
+    Objective,
+    good_answers,
+    next_token_targets,
+    token_loss,
+)
 
 SPLITS = ("random", "given")
 
@@ -81,7 +90,7 @@ class PrefixLM:
         if self.share is not None or "prefix" not in batch:
             forward = forward.on({**forward.batch, "prefix": prefix})
         after = 1.0 - prefix.astype(jnp.float32)
-        targets, weights = next_token_targets(batch, after if self.share is not None else after * batch["loss_mask"])
+        targets, weights = next_token_targets(batch, after if self.share is not None else after * good_answers(batch))
         out = token_loss(forward, targets, weights, z_loss=self.z_loss, label_smoothing=self.label_smoothing)
         metrics = out.metrics if self.share is None else {f"suffix_{name}": x for name, x in out.metrics.items()}
         real = batch["segment_ids"] > 0

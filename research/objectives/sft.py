@@ -1,14 +1,24 @@
 """Supervised fine-tuning: next-token prediction on the responses alone."""
 
-from research.objectives.types import Batch, Context, Forward, LossOut, Objective, next_token_targets, token_loss
+from research.objectives.types import (
+    Batch,
+    Context,
+    Forward,
+    LossOut,
+    Objective,
+    good_answers,
+    next_token_targets,
+    token_loss,
+)
 
 
 def make(z_loss: float = 0.0, label_smoothing: float = 0.0) -> Objective:
     """Cross-entropy of the tokens that the source marked in `loss_mask`: a prompt's response or the assistant's turns,
-    their end-of-sequence token included. z_loss and label_smoothing as in next_token."""
+    their end-of-sequence token included; of answers that are compared the best, of those with a verdict the desirable.
+    z_loss and label_smoothing as in next_token."""
 
     def loss(forward: Forward, batch: Batch, context: Context) -> LossOut:
-        targets, weights = next_token_targets(batch, batch["loss_mask"])
+        targets, weights = next_token_targets(batch, good_answers(batch))
         return token_loss(forward, targets, weights, z_loss=z_loss, label_smoothing=label_smoothing)
 
     return Objective(loss=loss, fields=("tokens", "segment_ids", "positions", "loss_mask"))

@@ -273,6 +273,15 @@ def next_token_targets(
     return jnp.roll(tokens, -1, axis=1), jnp.pad(weights, ((0, 0), (0, 1)))
 
 
+def good_answers(batch: Batch) -> Float[Array, "B T"]:
+    """`loss_mask` of what is worth imitating: without answers to which another was preferred, or that aren't
+    desirable, where the data says that of some."""
+    mask = batch["loss_mask"]
+    if "side" in batch:
+        mask = jnp.where(batch["side"] > 0, 0, mask)
+    return jnp.where(batch["desirable"] == 0, 0, mask) if "desirable" in batch else mask
+
+
 def token_loss(
     forward: Forward, targets: Int[Array, "B T"], weights: Float[Array, "B T"], *, z_loss: float, label_smoothing: float
 ) -> LossOut:

@@ -106,6 +106,12 @@ def read_all(record: Mapping[str, Any], format: str, fields: Mapping[str, str]) 
     ]
 
 
+def best_turns(record: Mapping[str, Any], format: str) -> list[Turn]:
+    """The turns of a record's prompt and of its best answer, where it has one of FORMATS. Raises BadRecord."""
+    comparison = read_all(record, format, {})[0]
+    return [*comparison.prompt, *comparison.answers[0]]
+
+
 def _column(record: Mapping[str, Any], name: str, fields: Mapping[str, str]) -> str:
     """The column of a field: the one that `fields` names, or the first of its spellings that the record has."""
     if name in fields:

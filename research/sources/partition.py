@@ -10,7 +10,7 @@ import numpy as np
 
 from research import files
 from research.errors import InputError
-from research.sources import formats, records
+from research.sources import comparisons, formats, records
 from research.sources.entries import locate_flag
 
 Parts = Mapping[str, int | None]  # name -> number of records; None, at most once and last, is the rest
@@ -52,8 +52,9 @@ def read_distinct(entries: Sequence[str], fields: Mapping[str, str], *, examples
     for where, raw in itertools.chain.from_iterable(origin.read() for origin in origins):
         try:
             record = records.canonical(records.parse(raw), fields)
-            kind = "text" if "text" in record else records.detect_format(record, {})
-            turns = records.check(record, kind, {})
+            kind = "text" if "text" in record else comparisons.detect(record, {}) or records.detect_format(record, {})
+            compared = kind in comparisons.FORMATS
+            turns = comparisons.best_turns(record, kind) if compared else records.check(record, kind, {})
         except records.BadRecord as error:
             raise error.at(where, fields="--fields") from error
         distinct.setdefault(formats.split_key(turns), record)

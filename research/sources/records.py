@@ -143,7 +143,7 @@ def detect_format(record: Mapping[str, Any], fields: Mapping[str, str]) -> str:
     raise BadRecord(
         "unknown format",
         f"has the fields {', '.join(map(repr, record)) or 'none'}, but needs 'text', or 'prompt' and 'response', or "
-        "'messages'.",
+        "'messages', or 'chosen' and 'rejected'.",
         "Rename its columns.",
         ("fields", 'Name its columns, as in %s={"prompt": "question", "response": "answer"}.'),
     )

@@ -30,20 +30,21 @@ class DataSection:
         taken out of training; generated records come from another seed.
       eval_fraction: how much of the data to hold out, by a hash of each document or prompt; at least one where
         that is not 0.
-      format: "auto" (by the first record's fields), "text", "prompt_response", "messages" or "labelled", which has to
-        be asked for: text with a class, `label`, or the probabilities of the classes, `probs`.
+      format: "auto" (by the first record's fields), "text", "prompt_response", "messages"; of preferences "preference",
+        "ranked" or "unpaired"; or "labelled", which has to be asked for: text with a class, `label`, or the
+        probabilities of the classes, `probs`.
       fields: field -> the column that holds it: {"prompt": "question", "response": "answer"}.
       template: how a conversation is written: by the model's own chat template ("model"), "chat", "plain", or "auto",
         the first of these that fits.
       pack: several examples share a row; else each has its own.
       shuffle: a new order each epoch, and chance neighbours within a row; else the order of the data.
       on_bad_record: "error", or "skip" and count.
-      on_long: "drop" or "truncate" a conversation longer than seq_len; what has a label is cut at its beginning, and
-        long texts are always cut into pieces.
+      on_long: "drop" or "truncate" a conversation longer than seq_len, or answers to one prompt that are longer
+        together; what has a label is cut at its beginning, and long texts are always cut into pieces.
       labels: names of the classes in their order, where a label is a name.
       num_classes: C; 0 is as many as the data and `labels` have.
       prompt: what a classifier reads, with {text} where the text goes.
-      examples: how many records to generate, for tasks:, grammar: and reasoning_gym:.
+      examples: how many records to generate, for tasks:, preferences:, grammar: and reasoning_gym:.
       max_records: read at most so many records of each entry; 0 reads all.
       annotations: a folder that understudy annotate made of the same data; batches then hold what a teacher says.
       cache_dir: where tokens are kept; "" is $UNDERSTUDY_CACHE, else ~/.cache/understudy.

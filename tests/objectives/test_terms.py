@@ -13,10 +13,10 @@ from research.devices import sharding
 from research.errors import InputError
 from research.models.transformer import make_model
 from research.objectives import distill, terms
-from research.objectives.types import Forward, LossOut, Objective, next_token_targets
+from research.objectives.types import Forward, LossOut, Objective, good_answers, next_token_targets
 from research.rollouts.experience import Place
 from research.run import checkpoint
-from research.sources import tokenizers
+from research.sources import fields, tokenizers
 
 ROWS, LENGTH, D = 8, 24, SMALL.config.d_model
 RATE = lambda step: jnp.asarray(0.1)  # noqa: E731
@@ -413,3 +413,12 @@ def test_training_reports_them_by_term_and_one_source_adds_no_metric():
             np.testing.assert_allclose(outs[1][name], outs[0][name], rtol=1e-4)
     alone = evaluated({"sft": 1.0}, make_batch(), ("code",))
     assert not [name for name in alone if "/" in name]
+
+
+@pytest.mark.parametrize(("names", "bad"), [(("pair",), ("side", 1)), (("desirable",), ("desirable", 0)), ((), None)])
+def test_answers_that_are_not_to_be_imitated_are_left_out(names, bad):
+    batch = fields.fake(fields.spec(fields.read_with(names), 4, {"time": 64}), 50)
+    kept = np.array(good_answers(batch))
+    out = batch[bad[0]] == bad[1] if bad else np.zeros((4, 64), bool)
+    np.testing.assert_array_equal(kept, np.where(out, 0, batch["loss_mask"]))
+    assert (kept.sum() < batch["loss_mask"].sum()) == bool(bad)

@@ -289,3 +289,9 @@ def test_columns_that_nobody_reads_are_written_back_as_they_were(tmp_path):
     distinct = read_distinct([str(tmp_path / "x.jsonl")], {}, examples=0, seed=0)
     write_parts(distinct, {"a": None}, tmp_path / "out", 0)
     assert (tmp_path / "out/a.jsonl").read_text() == line
+
+
+def test_pairs_are_parted_by_prompt(tmp_path):
+    pairs = [{"prompt": f"q{i % 4}", "chosen": f"c{i}", "rejected": "r", "note": i} for i in range(9)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    assert read_distinct([str(tmp_path / "x.jsonl")], {}, examples=0, seed=0) == pairs[:4]
