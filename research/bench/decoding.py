@@ -87,7 +87,7 @@ def _decode_batch(
     whole = decoder.generate(prompts, new)
     runners = {"": machine.ready(whole), " first": machine.ready(decoder.generate(prompts, 1)), " copy": move[0]}
     np.savez(f"{folder}/batch.npz", prompts=prompts)
-    with peers.Others() as others:
+    with peers.Others(bench.mkl) as others:
         for peer in bench.against:
             others.start(peer, "decode", {"folder": folder, "new_tokens": new, "dtype": dtype})
         tokens = np.asarray(whole().tokens)

@@ -57,11 +57,11 @@ class HuggingFace(Library):
     def train(self, folder: str, optimizer: dict[str, float], microbatches: int, dtype: str, remat: bool) -> dict:
         """Prepares a step and makes one, which compiles; returns its loss."""
         torch, batch = self.torch, np.load(f"{folder}/batch.npz")
-        model = self._model(folder).train()
+        model = self._trained(folder)
         if remat:
             model.gradient_checkpointing_enable()
         adamw = torch.optim.AdamW(
-            model.parameters(),
+            [p for p in model.parameters() if p.requires_grad],
             lr=optimizer["learning_rate"],
             betas=(optimizer["b1"], optimizer["b2"]),
             eps=optimizer["eps"],
@@ -117,8 +117,20 @@ class HuggingFace(Library):
 
         return transformers.AutoModelForCausalLM.from_pretrained(folder).float().to(self.device)
 
+    def _trained(self, folder: str) -> Any:
+        return self._model(folder).train()
+
     def device_peak(self) -> int | None:
         return self.torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+
+
+class Peft(HuggingFace):
+    """The same model with the adapter in the folder, which alone is trained."""
+
+    def _trained(self, folder: str) -> Any:
+        import peft
+
+        return peft.PeftModel.from_pretrained(self._model(folder), f"{folder}/adapter", is_trainable=True).train()
 
 
 class PlainJax(Library):
@@ -183,7 +195,9 @@ class PlainJax(Library):
 
 def make(name: str) -> Any:
     """The object whose methods are called."""
-    return PlainJax() if name == "jax" else HuggingFace(compiled=name == "hf_compile")
+    if name == "jax":
+        return PlainJax()
+    return (Peft if name.startswith("peft") else HuggingFace)(compiled=name.endswith("_compile"))
 
 
 def main(argv: Sequence[str]) -> int:

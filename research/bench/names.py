@@ -4,4 +4,11 @@
 PARTS = ("train", "loop", "decode", "data", "loading", "checkpoint", "startup")
 
 # Name of a peer -> the packages that it needs.
-PEERS = {"hf": ("torch", "transformers"), "hf_compile": ("torch", "transformers"), "jax": ("jax",)}
+PEERS = {
+    "hf": ("torch", "transformers"),
+    "hf_compile": ("torch", "transformers"),
+    "peft": ("torch", "transformers", "peft"),
+    "peft_compile": ("torch", "transformers", "peft"),
+    "jax": ("jax",),
+}
+MKL = ("intel", "own")  # which of its kernels MKL takes in torch; see mkl.py

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from research.bench import measure
+from research.bench import measure, mkl
 from research.bench.names import PEERS
 from research.bench.types import Record, in_ms, peak_memory
 from research.devices import startup
@@ -30,12 +30,14 @@ class Peer:
 
     Args:
       name: one of PEERS.
+      environment: variables that it has besides.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, environment: Mapping[str, str] = {}):
         environment = startup.without_huge_pages(os.environ) | {
             "TOKENIZERS_PARALLELISM": "false",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            **environment,
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "research.bench.libraries", name],
@@ -79,11 +81,13 @@ class Others:
     """The peers of one measurement. Leaving it as a context manager ends them.
 
     Attributes:
+      mkl: of names.MKL, for torch on a CPU.
       processes: name -> those that run.
       answers: name -> what a peer said when it was started.
       errors: name -> why a peer couldn't start.
     """
 
+    mkl: str = "intel"
     processes: dict[str, Peer] = dataclasses.field(default_factory=dict)
     answers: dict[str, Record] = dataclasses.field(default_factory=dict)
     errors: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -98,9 +102,11 @@ class Others:
     def start(self, name: str, work: str, values: Mapping[str, Any], warm: int = 0) -> None:
         """Starts a peer and prepares its work, a method of libraries.Library; does it `warm` times more. A failure is
         noted."""
-        process = self.processes[name] = Peer(name)
+        library = mkl.choose(self.mkl) if "torch" in PEERS[name] else mkl.Mkl("", {})
+        process = self.processes[name] = Peer(name, library.environment)
+        said = {"mkl": library.kernels + (f" ({library.reason})" if library.reason else "")} if library.kernels else {}
         try:
-            self.answers[name] = process.call(work, **values)
+            self.answers[name] = process.call(work, **values) | said
             if warm:
                 process.call("run", n=warm)
         except measure.Failed as error:
@@ -149,4 +155,6 @@ def describe(record: Record) -> str:
 
 
 def _in_short(figures: Record) -> str:
-    return f"{in_ms(figures['seconds'])}, {figures['ratio']:.2f} times ours, {peak_memory(figures['memory'])}"
+    kernels = f", MKL's kernels: {figures['mkl']}" if "mkl" in figures else ""
+    time = f"{in_ms(figures['seconds'])}, {figures['ratio']:.2f} times ours"
+    return f"{time}, {peak_memory(figures['memory'])}{kernels}"

@@ -3,18 +3,21 @@
 import dataclasses
 import json
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research import objectives, params
 from research.bench import measure
 from research.config import Config, RoleSection
+from research.models import kernels
 from research.planning.abstract import Described
-from research.pretrained import save
+from research.pretrained import peft, save
 from research.run import assemble
 from research.sources import fields
 
@@ -30,6 +33,21 @@ class Prepared(NamedTuple):
     rates: Any
     numpy_batch: Mapping[str, np.ndarray]
     compile_seconds: float
+
+    def away_from_zero(self) -> "Prepared":
+        """The same with random numbers for trained parameters that begin as 0: an adapter that changes nothing would
+        hide what others make of it."""
+        keys = jax.random.PRNGKey(1)
+
+        def one(path: tuple, x: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(keys, zlib.crc32(params.path_name(path).encode()))
+            return jnp.where(jnp.any(x), x, jax.random.normal(key, x.shape, x.dtype) / 50)
+
+        move = jax.jit(
+            lambda tree: jax.tree_util.tree_map_with_path(one, tree),
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.state.params),
+        )
+        return self._replace(state=self.state.replace(params=move(self.state.params)))
 
 
 def prepare(run: Described, *, packed: bool = True) -> Prepared:
@@ -85,6 +103,28 @@ def with_objective(config: Config, name: str) -> Config:
         model = dataclasses.replace(model, num_labels=classes)
     quiet = dataclasses.replace(config.eval, generate=0)  # nothing is evaluated, and a classifier can't answer
     return dataclasses.replace(config, objective=spec, roles=roles, model=model, eval=quiet)
+
+
+def write_policy(folder: str, step: Prepared, config: Config) -> None:
+    """Writes the policy as transformers does, and its adapter as PEFT does.
+
+    Args:
+      folder: for config.json, safetensors, and adapter/.
+      step: its parameters.
+      config: of the run.
+
+    Raises:
+      InputError: transformers has no such architecture, or PEFT no such adapter.
+    """
+    model, own = step.parts.models["policy"], step.state.params["policy"]
+    whole = params.join(own, step.frozen.get("policy", {}))
+    write_model(folder, model.config, params.stacked(kernels.bare(whole)))
+    if config.adapter:
+        _, added = params.split(whole, params.like(kernels.bare(whole), whole))
+        leaves = peft.leaves_of(added, model.specs) | peft.leaves_of(own, model.specs)
+        options = config.adapter
+        trained = peft.Trained(options["kind"], bool(options.get("rslora")), leaves, {}, folder, {})
+        peft.write(Path(folder, "adapter"), save.choose(model.config, {})[0], model.config, trained)
 
 
 def write_model(folder: str, model: Any, values: Any) -> int:

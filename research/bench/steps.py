@@ -17,6 +17,7 @@ from research.config import Config
 from research.devices import sharding
 from research.errors import InputError
 from research.objectives.types import next_token_targets
+from research.ops import quantized
 from research.run import metrics, run
 
 _WITH_PEERS = ("next_token", "sft")  # the objectives that peers know
@@ -34,9 +35,11 @@ def train(bench: Bench) -> Iterator[Result]:
 def _train(bench: Bench, name: str) -> Result:
     name = name or "+".join(bench.config.objective["terms"])
     step = prepared.prepare(bench.run, packed=not bench.against)
+    if bench.against:
+        step = step.away_from_zero()
     dtype = step.parts.models["policy"].config.dtype
     with contextlib.ExitStack() as stack:
-        others = stack.enter_context(peers.Others())
+        others = stack.enter_context(peers.Others(bench.mkl))
         if bench.against:
             _start_peers(others, bench, step, name, stack.enter_context(tempfile.TemporaryDirectory()))
         ours = prepared.Stepper(step)
@@ -89,15 +92,19 @@ def _start_peers(others: peers.Others, bench: Bench, step: prepared.Prepared, na
     """Starts the peers, each of which makes two steps; they say the loss of the first."""
     config, model = bench.config, step.parts.models["policy"].config
     fields = ("learning_rate", "b1", "b2", "eps", "weight_decay", "clip_norm")
+    optimizer = {field: getattr(config.optimizer, field) for field in fields}
+    if config.adapter and not config.adapter.get("decay"):
+        optimizer["weight_decay"] = 0.0
     work = {
         "folder": folder,
-        "optimizer": {field: getattr(config.optimizer, field) for field in fields},
+        "optimizer": optimizer,
         "microbatches": config.microbatches,
         "dtype": model.dtype,
         "remat": model.remat == "full",
     }
     for peer in bench.against:
         try:
+            check_peer(peer, config)
             write_work(folder, step, config, name)
         except (measure.Failed, InputError) as error:
             others.fail(peer, str(error))
@@ -105,18 +112,26 @@ def _start_peers(others: peers.Others, bench: Bench, step: prepared.Prepared, na
             others.start(peer, "train", work, warm=1)
 
 
+def check_peer(peer: str, config: Config) -> None:
+    """Raises Failed where a peer would do other work than the config's."""
+    if bool(config.adapter) != peer.startswith("peft"):
+        raise measure.Failed("trains all of a model" if config.adapter else "trains adapters, and the config has none")
+    if config.frozen_dtype in quantized.KINDS:
+        raise measure.Failed(f"knows no base in {config.frozen_dtype}")
+
+
 def write_work(folder: str, step: prepared.Prepared, config: Config, name: str) -> None:
-    """Writes what peers read, if it isn't there: config.json, safetensors, batch.npz.
+    """Writes what peers read, if it isn't there: config.json, safetensors, batch.npz, and an adapter as PEFT has it.
 
     Raises:
       Failed: peers don't know the objective.
-      InputError: transformers has no such architecture.
+      InputError: transformers has no such architecture, or PEFT no such adapter.
     """
     if name not in _WITH_PEERS:
         raise measure.Failed(f"peers know {' and '.join(_WITH_PEERS)} alone")
     if Path(folder, "batch.npz").exists():
         return
-    prepared.write_model(folder, step.parts.models["policy"].config, step.state.params["policy"])
+    prepared.write_policy(folder, step, config)
     batch = step.numpy_batch
     mask = batch["loss_mask"] if "sft" in config.objective["terms"] else None
     weights = np.asarray(next_token_targets(batch, mask)[1])

@@ -23,6 +23,7 @@ class Bench:
       objectives: of the part `train`; none are the config's own.
       decode: batch sizes.
       profile: a folder, or "".
+      mkl: of names.MKL, for peers with torch.
       flags: those that describe the experiment, for processes of their own.
     """
 
@@ -32,6 +33,7 @@ class Bench:
     objectives: tuple[str, ...] = ()
     decode: tuple[int, ...] = (1, 8)
     profile: str = ""
+    mkl: str = "intel"
     flags: tuple[str, ...] = ()
 
     @property

@@ -12,7 +12,9 @@ Takes any experiment: model, batch, objective, optimizer and mesh are the config
 
 One JSON line each (or several) goes to standard output, a readable one to standard error. Times are {"median", "q1",
 "q3", "n"} after warm-up. --against measures another library on the same work in turn: hf is transformers with torch,
-hf_compile the same compiled, jax plain jax.jit. --profile traces a few train steps for Perfetto or TensorBoard, and
+hf_compile the same compiled, peft and peft_compile PEFT's adapter of the same initial values, jax plain jax.jit. MKL in
+torch has slow kernels for processors that aren't Intel's: it is told that they are, where there is a C compiler, and
+the record says which it took (--mkl). --profile traces a few train steps for Perfetto or TensorBoard, and
 names the costliest parts. Parameters are random and batches made up: neither data nor a checkpoint is read, but by
 loop, data and startup. Rows hold several documents each; with --against one, so that all do the same work and find the
 same loss. The status is 1 if a part failed; the others still run.
@@ -23,7 +25,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 from research import cli, files
-from research.bench.names import PARTS, PEERS
+from research.bench.names import MKL, PARTS, PEERS
 from research.cli import Flag
 from research.errors import InputError, did_you_mean
 
@@ -34,6 +36,12 @@ def _parts(text: str) -> tuple[str, ...]:
 
 def _peers(text: str) -> tuple[str, ...]:
     return _known(text, tuple(PEERS), "there is no such peer")
+
+
+def _mkl(text: str) -> str:
+    if text not in MKL:
+        raise ValueError(f"give {' or '.join(MKL)}.")
+    return text
 
 
 def _known(text: str, known: Sequence[str], message: str) -> tuple[str, ...]:
@@ -58,6 +66,7 @@ COMMAND = cli.Command(
     flags=(
         Flag("only", "parts to measure", PARTS, "all", "PART,...", parse=_parts),
         Flag("against", f"libraries to measure in turn, of {', '.join(PEERS)}", (), "none", "NAME,...", parse=_peers),
+        Flag("mkl", "kernels of MKL in torch: intel or own", "intel", metavar="WHOSE", parse=_mkl, of=("against",)),
         Flag("objectives", "of train: what to measure", (), "the config's", "NAME,...", parse=cli.words),
         Flag("decode_batch", "of decode: batch sizes", (1, 8), "1,8", "N,...", parse=_sizes),
         Flag("steps", "how often to measure", 0, "for about 20 s", "N", parse=cli.whole(0)),
@@ -67,6 +76,7 @@ COMMAND = cli.Command(
     examples=(
         "understudy benchmark --config=experiments/benchmark.py:small",
         "understudy benchmark --config=experiments/benchmark.py:small --only=train,decode --against=hf",
+        "understudy benchmark --config=experiments/benchmark.py:small,lora --only=train --against=peft_compile",
         "understudy benchmark --config=experiments/sft.py --only=train --objectives=sft,distill --profile=traces",
     ),
     experiment=True,
@@ -102,6 +112,7 @@ def _benchmark(args: SimpleNamespace) -> int:
         objectives=tuple(args.objectives),
         decode=tuple(args.decode_batch),
         profile=args.profile,
+        mkl=args.mkl,
         flags=tuple(args.experiment.flags),
     )
     return parts.run(bench, [part for part in PARTS if part in args.only], args.output)

@@ -1,5 +1,6 @@
 """The benchmark: every part says something sane of a tiny model, in turn with a peer, and fails alone."""
 
+import ctypes
 import json
 import re
 import sys
@@ -7,10 +8,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from experiments import benchmark as experiment
 from research import config as config_lib
-from research.bench import libraries, measure, names, parts, peers, prepared, profiling, steps
+from research import params
+from research.bench import libraries, measure, mkl, names, parts, peers, prepared, profiling, steps
 from research.commands import benchmark
 from research.devices import sharding
 from research.errors import Exit, InputError
@@ -40,7 +43,8 @@ def lines(capsys):
 class InProcess(peers.Peer):
     """A peer without a process of its own."""
 
-    def __init__(self, name):
+    def __init__(self, name, environment):
+        assert environment == {}  # it has no torch
         self.peer = libraries.PlainJax()
 
     def close(self):
@@ -165,6 +169,66 @@ def test_transformers_finds_the_same_loss_and_tokens(lines):
     assert status == 0
     assert record["against"]["hf"]["loss"] == pytest.approx(record["loss"], rel=1e-4)
     assert batch["against"]["hf"]["same_tokens"] > 0.95
+
+
+@pytest.mark.slow
+def test_peft_finds_the_same_loss(lines):
+    pytest.importorskip("peft", reason="the peer peft needs torch and peft")
+    adapter = '--config.adapter={"kind": "lora", "rank": 4}'
+    status, (record,), _ = lines("--only=train", "--against=peft,hf", adapter)
+    assert status == 0
+    theirs = record["against"]["peft"]
+    assert theirs["loss"] == pytest.approx(record["loss"], rel=1e-4)
+    assert theirs["mkl"].startswith(("intel", "own ("))
+    assert record["against"]["hf"]["error"] == "trains all of a model"
+    _, (plain,), _ = lines("--only=train", "--against=peft")
+    assert plain["against"]["peft"]["error"] == "trains adapters, and the config has none"
+    assert plain["loss"] != pytest.approx(record["loss"], rel=1e-4)  # B is not 0
+
+
+def test_a_peer_has_the_policy_and_its_adapter(tmp_path):
+    """What begins as 0 is elsewhere; the base goes out bare, and the adapter beside it with as many parameters."""
+    config = experiment.get_config("debug,lora")
+    config.tokenizer.kind = "byte"
+    config.model.num_layers = 1
+    run = abstract.describe(config_lib.parse(config.to_dict()), jax.devices()[:1])
+    with jax.set_mesh(run.mesh):
+        assembled = run.assemble()
+        state, frozen = assembled.begin(np.uint32(0))
+        step = prepared.Prepared(assembled, None, state, frozen, {}, {}, 0.0).away_from_zero()
+    prepared.write_policy(str(tmp_path), step, run.config)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(x.size for x in tensors.values()) == params.count(assembled.roles.trained["policy"])
+    assert all(x.any() for x in tensors.values())
+    base = safetensors.numpy.load_file(next(tmp_path.glob("*.safetensors")))
+    assert sum(x.size for x in base.values()) == params.count(make_specs(assembled.models["policy"].config))
+
+
+@pytest.mark.parametrize(
+    ("variant", "peer", "message"),
+    [
+        ("lora", "hf_compile", "trains all of a model"),
+        ("small", "peft_compile", "the config has none"),
+        ("nf4", "peft", "knows no base in nf4"),
+    ],
+)
+def test_a_peer_does_the_config_s_work_or_none(variant, peer, message):
+    with pytest.raises(measure.Failed, match=message):
+        steps.check_peer(peer, config_lib.parse(experiment.get_config(variant).to_dict()))
+
+
+def test_kernels_of_mkl_are_told_and_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("UNDERSTUDY_CACHE", str(tmp_path))
+    monkeypatch.setattr(mkl, "_is_intel", lambda: False)
+    monkeypatch.setattr(mkl, "_build", mkl._build.__wrapped__)
+    assert mkl.choose("own") == ("own", {}, "as asked for")
+    found = mkl.choose("intel")
+    if found.kernels == "intel":
+        assert ctypes.CDLL(found.environment["LD_PRELOAD"].split(":")[0]).mkl_serv_intel_cpu_true() == 1
+    monkeypatch.setattr(mkl.shutil, "which", lambda name: None)
+    assert mkl.choose("intel") == ("own", {}, "no C compiler")
+    monkeypatch.setattr(mkl, "_is_intel", lambda: True)
+    assert mkl.choose("intel") == ("intel", {}, "")
 
 
 def test_a_part_that_fails_leaves_the_others(lines, monkeypatch):
