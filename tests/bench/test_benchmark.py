@@ -195,7 +195,7 @@ def test_a_peer_has_the_policy_and_its_adapter(tmp_path):
     with jax.set_mesh(run.mesh):
         assembled = run.assemble()
         state, frozen = assembled.begin(np.uint32(0))
-        step = prepared.Prepared(assembled, None, state, frozen, {}, {}, 0.0).away_from_zero()
+        step = prepared.Prepared(assembled, None, state, frozen, {}, {}, {}, 0.0).away_from_zero()
     prepared.write_policy(str(tmp_path), step, run.config)
     tensors = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert sum(x.size for x in tensors.values()) == params.count(assembled.roles.trained["policy"])
