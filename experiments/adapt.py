@@ -43,18 +43,18 @@ WAYS: dict[str, dict[str, Any]] = {
 # The learning rates to look among; one run alone takes the middle one.
 RATES = {
     "full": (3e-4, 1e-3, 3e-3),
-    "lora": (1e-3, 3e-3, 1e-2),
-    "lora_attention": (1e-3, 3e-3, 1e-2),
-    "dora": (1e-3, 3e-3, 1e-2),
-    "rslora": (3e-4, 1e-3, 3e-3),
-    "ia3": (1e-2, 3e-2, 1e-1),
-    "prefix": (1e-2, 3e-2, 1e-1),
-    "prefix_text": (1e-2, 3e-2, 1e-1),
-    "prompt": (3e-2, 1e-1, 3e-1),
+    "lora": (3e-3, 1e-2, 3e-2),
+    "lora_attention": (3e-3, 1e-2, 3e-2),
+    "dora": (3e-3, 1e-2, 3e-2),
+    "rslora": (1e-3, 3e-3, 1e-2),
+    "ia3": (3e-2, 1e-1, 3e-1),
+    "prefix": (3e-2, 1e-1, 3e-1),
+    "prefix_text": (3e-2, 1e-1, 3e-1),
+    "prompt": (1e-1, 3e-1, 1.0),
     "prompt_text": (1e-2, 3e-2, 1e-1),
-    "bias": (3e-3, 1e-2, 3e-2),
-    "norms": (1e-2, 3e-2, 1e-1),
-    "head": (3e-3, 1e-2, 3e-2),
+    "bias": (1e-2, 3e-2, 1e-1),
+    "norms": (3e-2, 1e-1, 3e-1),
+    "head": (1e-2, 3e-2, 1e-1),
 }
 # The same for a model of 135 M parameters.
 LARGER = {
@@ -73,10 +73,9 @@ LARGER = {
     "head": (3e-5, 1e-4, 3e-4),
 }
 MODEL = {"num_layers": 3, "d_model": 128, "num_heads": 4, "num_kv_heads": 4, "d_ff": 256, "tie_embeddings": False}
-TASK, OTHERS = (
-    "tasks:reverse/2",
-    "tasks:copy/2,tasks:upper/2,tasks:sort_letters/2,tasks:delete_letter/2,tasks:reverse/1",
-)
+SHORT, LONG = "tasks:reverse/2", "tasks:reverse/3"
+OTHERS = "tasks:copy/2,tasks:upper/2,tasks:sort_letters/2,tasks:delete_letter/2,tasks:reverse/1"
+METRICS = ("eval/short/exact_match", "eval/long/exact_match", "eval/loss")
 
 
 def get_config(arg: str = ""):
@@ -97,7 +96,7 @@ def get_config(arg: str = ""):
     study = {
         "ways": ways,
         "seeds": 1 if larger else 3,
-        "metric": "eval/accuracy" if larger else "eval/test/exact_match",
+        "metrics": ("eval/accuracy", "eval/loss") if larger else METRICS,
         "text": "Answer the question." if larger else "reverse: abcdef",  # what prefix_text and prompt_text begin with
         "tokens": 20 if larger else 16,  # of prefixes and prompts
         "rates": ConfigDict(LARGER if larger else RATES),
@@ -151,7 +150,7 @@ def study(config, add):
         losses = {rate: _held_out_loss(stage) for rate, stage in stages.items()}
         rate = min(losses, key=losses.__getitem__)
         ways.append(adapt_report.Way(way, rate, losses, [run(way, rate, seed).workdir for seed in range(s.seeds)]))
-    return functools.partial(adapt_report.report, ways, s.metric)
+    return functools.partial(adapt_report.report, ways, s.metrics)
 
 
 def _held_out_loss(stage) -> float:
@@ -161,12 +160,13 @@ def _held_out_loss(stage) -> float:
 
 def _set_small(config: ConfigDict) -> None:
     """The small model and its task."""
-    config.steps, config.batch_size, config.seq_len = 100, 16, 48
-    config.data.path, config.data.examples = TASK, 4_000
+    config.steps, config.batch_size, config.seq_len = 200, 16, 56
+    config.data.path, config.data.examples = f"{SHORT},{LONG}", 4_000
     config.tokenizer.kind = "byte"
     config.model.update(MODEL)
-    config.eval.update(every=100, batches=8)
-    config.eval.tasks = (f"exact_match,limit=128,max_new_tokens=12,name=test:{TASK}",)
+    config.eval.update(every=200, batches=8)
+    words = {"short": SHORT, "long": LONG}
+    config.eval.tasks = tuple(f"exact_match,limit=128,max_new_tokens=16,name={name}:{words[name]}" for name in words)
 
 
 def _set_larger(config: ConfigDict) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,11 @@ from research.studies.compare_report import Mean, mean
 from research.studies.tables import text_table
 
 METHOD = (
-    "Each way is at the learning rate that gave one seed the lowest held-out loss. The loss is of rows held out of the "
-    "training data, {metric} of records that are in neither: means over seeds, and in brackets 95 % intervals of the "
-    "mean by Student's t distribution; with one seed there are none. Trained: parameters. Step: bytes that a compiled "
-    "step needs by XLA's analysis (what is trained, its moments, what is frozen, a batch, temporaries). Time: the "
-    "median over the lines of the logs, with whatever else the machine did meanwhile."
+    "Each way is at the learning rate that gave one seed the lowest loss of rows held out of the training data "
+    "(eval/loss). Means over seeds of the last evaluation, and in brackets 95 % intervals of the mean by Student's t "
+    "distribution; with one seed there are none. Trained: parameters. Step: bytes that a compiled step needs by XLA's "
+    "analysis (what is trained, its moments, what is frozen, a batch, temporaries). Time: the median over the lines of "
+    "the logs, with whatever else the machine did meanwhile."
 )
 
 
@@ -53,98 +54,96 @@ class Result:
 
     Attributes:
       way: the way.
-      quality, loss: of the last evaluation, over seeds.
-      before: the quality of the model that all began with, as adapted by nothing yet; nan where it wasn't measured.
+      metrics: name -> of the last evaluation, over seeds.
+      before: the same of the model that all began with, and what the adapter begins as, with the first seed.
       trained: parameters.
       step_bytes: of a step.
       seconds: of a step.
     """
 
     way: Way
-    quality: Mean
-    loss: Mean
-    before: float
+    metrics: Mapping[str, Mean]
+    before: Mapping[str, float]
     trained: int
     step_bytes: float
     seconds: float
 
 
-def read(way: Way, metric: str) -> Result:
+def read(way: Way, metrics: Sequence[str]) -> Result:
     """Reads the runs of a way.
 
     Args:
       way: to read.
-      metric: its quality, such as "eval/test/exact_match".
+      metrics: such as "eval/test/exact_match".
 
     Raises:
       InputError: a run lacks a metric.
     """
-    runs = [_read_run(run, metric) for run in way.runs]
+    runs = [_read_run(run, metrics) for run in way.runs]
     return Result(
         way,
-        mean([run["quality"] for run in runs]),
-        mean([run["loss"] for run in runs]),
-        runs[0]["before"],
+        {name: mean([run["last"][name] for run in runs]) for name in metrics},
+        runs[0]["first"],
         int(runs[0]["trained"]),
         max(run["step_bytes"] for run in runs),
         float(np.median(np.concatenate([run["seconds"] for run in runs]))),
     )
 
 
-def _read_run(run: str, metric: str) -> dict[str, Any]:
+def _read_run(run: str, metrics: Sequence[str]) -> dict[str, Any]:
     """The numbers of a run. A step's time is that of its tokens at the speed of its line of the log."""
     records = read_metrics(run)
     series: dict[str, list[float]] = {}
     for record in records:
         for name, value in record.items():
             series.setdefault(name, []).append(value)
-    for name in (metric, "eval/loss", "startup/trained_parameters"):
+    for name in (*metrics, "startup/trained_parameters"):
         if name not in series:
             raise InputError(f"{run}: has no metric {name}. Its evaluation must give it: see eval.tasks.")
-    measured = series[metric]
     timed = [record for record in records if "train/tokens_per_second" in record]
     return {
-        "quality": measured[-1],
-        "before": measured[0] if len(measured) > 1 else math.nan,
-        "loss": series["eval/loss"][-1],
+        "first": {name: series[name][0] for name in metrics},
+        "last": {name: series[name][-1] for name in metrics},
         "trained": series["startup/trained_parameters"][0],
         "step_bytes": series.get("startup/step_bytes", [math.nan])[0],
         "seconds": [r["train/tokens"] / r["train/tokens_per_second"] for r in timed] or [math.nan],
     }
 
 
-def report(ways: Sequence[Way], metric: str, workdir: str) -> None:
-    """Writes table.csv, table.json, two PNGs and report.html into a folder, and prints the table.
+def report(ways: Sequence[Way], metrics: Sequence[str], workdir: str) -> None:
+    """Writes table.csv, table.json, two PNGs of each metric and report.html into a folder, and prints the table.
 
     Args:
       ways: to compare.
-      metric: their quality, such as "eval/test/exact_match".
+      metrics: how good they are, such as "eval/test/exact_match".
       workdir: of the study.
 
     Raises:
       InputError: a run lacks a metric, or matplotlib isn't installed: the tables are written then.
     """
-    results = [read(way, metric) for way in ways]
+    results = [read(way, metrics) for way in ways]
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(out / "table.json", [_as_json(result) for result in results])
-    header, rows = table(results, metric)
+    header, rows = table(results, metrics)
     with open(out / "table.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(_as_csv(results))
     print(text_table([header, *rows]))
-    remarks = [METHOD.format(metric=metric), *_remarks(results)]
+    remarks = [METHOD, *_remarks(results)]
     print("\n" + "\n".join(remarks))
     print(f"\nin full in {out / 'report.html'}, {out / 'table.csv'} and {out / 'table.json'}")
-    _write_page(out, results, metric, remarks)
+    _write_page(out, results, metrics, remarks)
 
 
-def table(results: Sequence[Result], metric: str) -> tuple[list[str], list[list[str]]]:
+def table(results: Sequence[Result], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """The heading and the rows, as text."""
-    header = ["", "rate", "seeds", metric, "eval/loss", "trained", "step, MiB", "time, ms"]
+    header = ["", "rate", "seeds", *metrics, "trained", "step, MiB", "time, ms"]
     rows = []
     for r in results:
         cost = [f"{r.trained:,}", f"{r.step_bytes / 2**20:.1f}", f"{1000 * r.seconds:.0f}"]
-        rows.append([r.way.name, f"{r.way.rate:g}", str(len(r.way.runs)), _text(r.quality), _text(r.loss), *cost])
+        rows.append(
+            [r.way.name, f"{r.way.rate:g}", str(len(r.way.runs)), *(_text(r.metrics[m]) for m in metrics), *cost]
+        )
     return header, rows
 
 
@@ -156,22 +155,21 @@ def _remarks(results: Sequence[Result]) -> list[str]:
     return [f"At the lowest or highest rate that was tried, so that another may be better: {', '.join(edge)}."]
 
 
-def _write_page(out: Path, results: Sequence[Result], metric: str, remarks: Sequence[str]) -> None:
+def _write_page(out: Path, results: Sequence[Result], metrics: Sequence[str], remarks: Sequence[str]) -> None:
     """Writes the plots and report.html."""
     plots, pictures = pages.load_plots(), ""
-    quality = {r.way.name: r.quality for r in results}
-    for name, title, costs in (
-        ("parameters", "trained parameters", {r.way.name: float(r.trained) for r in results}),
-        ("memory", "MiB of a step", {r.way.name: r.step_bytes / 2**20 for r in results}),
+    for metric, (name, title) in itertools.product(
+        metrics, (("trained", "trained parameters"), ("step_bytes", "bytes of a step"))
     ):
-        png = {theme: plots.plot_costs(metric, title, quality, costs, theme) for theme in plots.THEMES}
-        (out / f"{name}.png").write_bytes(png["light"])
+        points = {r.way.name: (getattr(r, name), *r.metrics[metric]) for r in results}
+        png = {theme: plots.plot_costs(metric, title, points, theme) for theme in plots.THEMES}
+        (out / f"{metric.replace('/', '_')}_over_{name}.png").write_bytes(png["light"])
         pictures += pages.picture(png, f"{metric} over {title}")
     rates = [
         [r.way.name, ", ".join(f"{rate:g}: {loss:.4g}" for rate, loss in sorted(r.way.rates.items()))] for r in results
     ]
     body = ["<h1>Adaptation</h1>", *(f"<p>{pages.escape(text)}</p>" for text in remarks)]
-    body += [pages.table(*table(results, metric), "numbers"), f'<div class="plots">{pictures}</div>']
+    body += [pages.table(*table(results, metrics), "numbers"), f'<div class="plots">{pictures}</div>']
     body += ["<h2>Learning rates</h2>", pages.table(["", "rate: held-out loss of one seed"], rates, "settings")]
     (out / "report.html").write_text(pages.page("Adaptation", body), encoding="utf-8")
 
@@ -182,11 +180,11 @@ def _text(cell: Mean) -> str:
 
 
 def _as_csv(results: Sequence[Result]) -> list[list[Any]]:
-    ends = ("", " low", " high")
-    header = ["name", "rate", "seeds", *(f"{m}{end}" for m in ("quality", "loss") for end in ends)]
-    lines: list[list[Any]] = [[*header, "before", "trained", "step bytes", "seconds"]]
+    measured = [f"{name}{end}" for name in results[0].metrics for end in ("", " low", " high", " before")]
+    lines: list[list[Any]] = [["name", "rate", "seeds", *measured, "trained", "step bytes", "seconds"]]
     for r in results:
-        numbers = [*r.quality, *r.loss, r.before, r.trained, r.step_bytes, r.seconds]
+        numbers = [x for name, cell in r.metrics.items() for x in (*cell, r.before[name])]
+        numbers += [r.trained, r.step_bytes, r.seconds]
         lines.append([r.way.name, r.way.rate, len(r.way.runs), *("" if math.isnan(x) else x for x in numbers)])
     return lines
 
@@ -202,6 +200,7 @@ def _as_json(result: Result) -> dict[str, Any]:
         "rate": result.way.rate,
         "rates": {f"{rate:g}": loss for rate, loss in result.way.rates.items()},
         "runs": list(result.way.runs),
-        **{name: {k: finite(x) for k, x in getattr(result, name)._asdict().items()} for name in ("quality", "loss")},
-        **{name: finite(getattr(result, name)) for name in ("before", "trained", "step_bytes", "seconds")},
+        **{name: {k: finite(x) for k, x in cell._asdict().items()} for name, cell in result.metrics.items()},
+        "before": {name: finite(x) for name, x in result.before.items()},
+        **{name: finite(getattr(result, name)) for name in ("trained", "step_bytes", "seconds")},
     }

@@ -109,22 +109,21 @@ def plot_pairs(quantity: str, title: str, groups: Sequence[Group], theme: str = 
 
 
 def plot_costs(
-    metric: str, cost: str, quality: Mapping[str, Any], costs: Mapping[str, float], theme: str = "light"
+    metric: str, cost: str, points: Mapping[str, tuple[float, float, float, float]], theme: str = "light"
 ) -> bytes:
     """Returns a PNG of how good each way is, with its interval, over what it costs.
 
     Args:
       metric: what is drawn upwards.
       cost: what is drawn to the right, on a logarithmic scale.
-      quality: name of a way -> (value, low, high), whose interval is nan where there is none.
-      costs: name of a way -> its cost.
+      points: name of a way -> (cost, value, low, high); low and high are nan where there is no interval.
       theme: of THEMES.
     """
     figure, axes = _new_axes(metric, cost, theme)
-    for i, (name, (value, low, high)) in enumerate(quality.items()):
+    for i, (name, (x, value, low, high)) in enumerate(points.items()):
         errors = [[_length(value - low)], [_length(high - value)]]
         style = {"color": COLORS[i % len(COLORS)], "marker": "os^vDPX*"[i // len(COLORS) % 8], "label": name}
-        axes.errorbar([costs[name]], [value], yerr=errors, capsize=2.5, markersize=6, linestyle="", **style)
+        axes.errorbar([x], [value], yerr=errors, capsize=2.5, markersize=6, linestyle="", **style)
     axes.set_xscale("log")
     _add_legend(axes, theme)
     return _to_png(figure)

@@ -34,7 +34,7 @@ def test_the_table_has_quality_and_costs(tmp_path, capsys):
         Way("lora", 0.01, {0.001: 0.9, 0.01: 0.5, 0.1: 0.8}, lora),
         Way("norms", 0.1, {0.01: 0.9, 0.1: 0.75}, norms),
     ]
-    adapt_report.report(ways, METRIC, str(tmp_path / "out"))
+    adapt_report.report(ways, [METRIC, "eval/loss"], str(tmp_path / "out"))
     printed = capsys.readouterr().out
     cells = {line.split()[0]: line for line in printed.splitlines() if line.startswith(("lora", "norms"))}
     assert cells["lora"].split()[1:6] == ["0.01", "3", "0.75", "[0.129,", "1.37]"]
@@ -43,10 +43,11 @@ def test_the_table_has_quality_and_costs(tmp_path, capsys):
     assert "so that another may be better: norms." in printed
     with open(tmp_path / "out/table.csv", newline="") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
-    assert (rows["lora"]["before"], rows["norms"]["quality low"]) == ("0.125", "")
+    assert (rows["lora"][f"{METRIC} before"], rows["norms"][f"{METRIC} low"]) == ("0.125", "")
     table = json.loads((tmp_path / "out/table.json").read_text())
     assert table[0]["rates"] == {"0.001": 0.9, "0.01": 0.5, "0.1": 0.8}
-    for name in ("parameters.png", "memory.png"):
+    assert table[1]["eval/loss"] == {"value": 0.75, "low": None, "high": None}
+    for name in ("eval_test_exact_match_over_trained.png", "eval_loss_over_step_bytes.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert "0.001: 0.9, 0.01: 0.5, 0.1: 0.8" in (tmp_path / "out/report.html").read_text()
 
@@ -54,4 +55,4 @@ def test_the_table_has_quality_and_costs(tmp_path, capsys):
 def test_a_run_without_the_metric_is_named(tmp_path):
     run = write(tmp_path / "run", 0.5)
     with pytest.raises(InputError, match="run: has no metric eval/other"):
-        adapt_report.report([Way("lora", 0.1, {0.1: 0.5}, [run])], "eval/other", str(tmp_path / "out"))
+        adapt_report.report([Way("lora", 0.1, {0.1: 0.5}, [run])], ["eval/other"], str(tmp_path / "out"))
