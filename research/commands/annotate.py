@@ -1,9 +1,14 @@
-"""Writes what a teacher says of a run's data, for distillation without the teacher in memory.
+"""Writes what a teacher or a reference says of a run's data, for training without it in memory.
 
 For each token that the run learns from, train and held-out, the log-probabilities of the teacher's k likeliest next
 tokens and the mass of the others. The teacher is config.roles.teacher, or --teacher=MODEL. Then, with the same data,
 
   --config.data.annotations=DIR --config.objective.distill.cached=True
+
+With --reference, the log-probability of each of these tokens itself, for the objective preference. The reference is
+config.roles.reference, and without that role what the policy begins with, config.model.init_from. Then
+
+  --config.data.annotations=DIR --config.objective.preference.cached=True
 
 The size on disk is stated and reserved before anything is computed. A killed run goes on where it was.
 """
@@ -32,6 +37,7 @@ COMMAND = cli.Command(
             metavar="MODEL",
             parse=cli.path,
         ),
+        Flag("reference", "write the reference's log-probs, and nothing of a teacher", False),
         Flag("k", "how many of the likeliest tokens", 32, metavar="K", parse=cli.whole()),
         Flag("temperature", "divides the teacher's logits", 1.0, metavar="X", parse=cli.above_zero),
         Flag(
@@ -42,10 +48,16 @@ COMMAND = cli.Command(
             parse=cli.one_of("supervised", "all"),
         ),
     ),
-    examples=("understudy annotate --config=experiments/sft.py --teacher=runs/large --output=annotations --k=16",),
+    examples=(
+        "understudy annotate --config=experiments/sft.py --teacher=runs/large --output=annotations --k=16",
+        "understudy annotate --config=experiments/sft.py --config.model.init_from=runs/sft --reference --output=notes",
+    ),
     experiment=True,
     resumable=True,
 )
+
+
+_OF_TEACHERS = ("teacher", "k", "temperature", "on")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,19 +68,25 @@ def _annotate(args: SimpleNamespace) -> None:
     files.check_folder(args.output, "--output")
     from research import config  # late: jax and the models take 1 s, which --help and a wrong flag needn't wait for
 
-    values = args.experiment.values
+    if args.reference:
+        for flag in COMMAND.flags:
+            if flag.name in _OF_TEACHERS and getattr(args, flag.name) != flag.default:
+                raise InputError(f"--{flag.name}: is of a teacher. Leave it out, or --reference.")
+    values, k = args.experiment.values, 0 if args.reference else args.k
     if args.teacher:
         values["roles"] = {**values["roles"], "teacher": {"init_from": args.teacher}}
-    annotate(config.parse(values), args.output, k=args.k, temperature=args.temperature, on=args.on)
+    if not args.reference and not k:
+        raise InputError("--k=0: must be at least 1.")
+    annotate(config.parse(values), args.output, k=k, temperature=args.temperature, on=args.on)
 
 
 def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0, on: str = "supervised") -> None:
     """Annotates the data of a run; see sources/annotations.py for what is written.
 
     Args:
-      config: a research.config.Config with roles["teacher"]; what its objective says isn't looked at.
+      config: a research.config.Config; of a teacher with roles["teacher"]. What its objective says isn't looked at.
       output: a folder: a new one, or what an earlier call with the same arguments has left.
-      k: how many tokens.
+      k: how many tokens; 0 for the log-probs of a reference: roles["reference"], or what the policy begins with.
       temperature: divides the teacher's logits.
       on: "supervised" or "all"; see objectives/distill.py.
 
@@ -83,27 +101,25 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
     from research.run import record, resolve
     from research.sources import dataset
 
-    if "teacher" not in config.roles:
-        raise InputError('--teacher: names no model, and the config has no roles = {"teacher": {"init_from": ...}}.')
-    if config.roles["teacher"].of:
-        raise InputError(f"roles.teacher.of = {config.roles['teacher'].of!r}: isn't a model of its own. Use --teacher.")
-    if name := config.roles["teacher"].init_from:  # before the data is tokenised
-        loading.find(name).config.check_language_model(f"roles.teacher = {name}")
+    role, section = _section(config, k)
+    if name := section.init_from:  # before the data is tokenised
+        loading.find(name).config.check_language_model(f"roles.{role} = {name}")
     plain = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, annotations=""),
-        roles={"teacher": config.roles["teacher"]},
+        roles={role: section},
         objective={"terms": {"next_token": 1.0}},
     )
     inputs = resolve.resolve(plain, output, objective=config.objective)
-    base, tokenizer, config = inputs.bases["teacher"], inputs.data.tokenizer, inputs.config
+    base, tokenizer, config = inputs.bases[role], inputs.data.tokenizer, inputs.config
     rules = sharding.make_rules(config.rules)
-    model = transformer.make_model(config_lib.model_config(config, tokenizer.size, role="teacher"), rules)
-    if not 0 < k <= tokenizer.size:
+    model = transformer.make_model(config_lib.model_config(config, tokenizer.size, role=role), rules)
+    if k > tokenizer.size:
         raise InputError(f"--k={k}: must be in 1..{tokenizer.size}, the size of the tokenizer.")
     specs = transformer.in_compute_dtype(model)
     teacher = Teacher(
         name=base.name,
+        source=loading.identity(section.init_from),
         model=model,
         read=functools.partial(base.read, specs, params.shardings(specs, inputs.mesh, rules)),
         mesh=inputs.mesh,
@@ -122,3 +138,24 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
     settings = dataset.settings(config_lib.data_spec(config), tokenizer, config.seed, virtual)
     total = teacher.annotate(inputs.data, settings, Path(output))
     print(f"{total:,} tokens annotated: --config.data.annotations={output}", file=sys.stderr)
+
+
+def _section(config: Any, k: int) -> tuple[str, Any]:
+    """The role that speaks, and what the config says of it.
+
+    Raises:
+      InputError: it names no model.
+    """
+    from research.config import RoleSection  # late: see above
+
+    role = "teacher" if k else "reference"
+    section = config.roles.get(role)
+    if section is None and k:
+        raise InputError('--teacher: names no model, and the config has no roles = {"teacher": {"init_from": ...}}.')
+    if section is not None and section.of and k:
+        raise InputError(f"roles.teacher.of = {section.of!r}: isn't a model of its own. Use --teacher.")
+    if section is None or (section.of == "policy" and not k):
+        if not config.model.init_from:
+            raise InputError("--reference: config.model.init_from names no model, and there is no roles.reference.")
+        section = RoleSection(init_from=config.model.init_from)
+    return role, section

@@ -1,4 +1,4 @@
-"""Writes what a teacher says of a run's data; sources/annotations.py reads it and describes the files."""
+"""Writes what a teacher or a reference says of a run's data; sources/annotations.py reads it."""
 
 import dataclasses
 import functools
@@ -18,7 +18,8 @@ from research import files, params
 from research.devices import sharding
 from research.errors import InputError
 from research.models.transformer import Model
-from research.ops import divergences
+from research.objectives.types import next_token_targets
+from research.ops import divergences, losses
 from research.sources import annotations, packing
 from research.sources.annotations import META, PROGRESS, Pieces
 from research.sources.dataset import Data
@@ -26,8 +27,6 @@ from research.sources.rows import Rows
 from research.sources.store import Store
 
 _GROUP_TOKENS = 2**18  # written, and packed into rows, together
-
-TopK = Callable[[Mapping[str, np.ndarray]], divergences.TopK]
 
 
 class Job(NamedTuple):
@@ -44,11 +43,13 @@ class Teacher:
 
     Attributes:
       name: of its checkpoint.
+      source: what its parameters are read from; see loading.source.
       model: what it computes.
       read: () -> its parameters, laid out on the mesh by `rules`; called once there is room on the disk.
       mesh: of the devices.
       rules: logical axis -> mesh axis.
-      k: how many of the likeliest tokens are kept.
+      k: how many of the likeliest tokens are kept; 0 of a reference, of which the log-probability of the token that
+        follows is kept alone.
       temperature: divides the logits.
       on: "supervised" or "all": which tokens.
       vocab_size: of the tokenizer.
@@ -57,6 +58,7 @@ class Teacher:
     """
 
     name: str
+    source: Mapping[str, Any]
     model: Model
     read: Callable[[], Any]
     mesh: jax.sharding.Mesh
@@ -82,8 +84,8 @@ class Teacher:
         """
         if self.model.config.prefix and "prefix" not in data.train[0][0].extra:
             raise InputError(
-                f"roles.teacher = {self.name}: is a prefix LM, and nothing says what a document's prefix is. Give the "
-                "data a view that marks prefixes: data.sources.NAME.view = {'kind': 'prompt'}."
+                f"roles.{self.kind} = {self.name}: is a prefix LM, and nothing says what a document's prefix is. Give "
+                "the data a view that marks prefixes: data.sources.NAME.view = {'kind': 'prompt'}."
             )
         jobs = plan(data, output, self.on)
         _check_room(output, jobs, self.k, self.vocab_size)
@@ -107,7 +109,9 @@ class Teacher:
             for i, job in enumerate(jobs)
         ]
         return {
+            "kind": self.kind,
             "teacher": self.name,
+            "source": dict(self.source),
             "weights": params.checksum(self.weights),
             "k": self.k,
             "temperature": self.temperature,
@@ -120,8 +124,13 @@ class Teacher:
             "stores": stores,
         }
 
-    def _top_k(self, batch: Mapping[str, np.ndarray]) -> divergences.TopK:
-        """The likeliest tokens after each token of a batch."""
+    @property
+    def kind(self) -> str:
+        """Whose annotations they are."""
+        return annotations.TEACHER if self.k else annotations.REFERENCE
+
+    def _said(self, batch: Mapping[str, np.ndarray]) -> tuple[jax.Array, ...]:
+        """What it says after each token of a batch, in the order of annotations.layout."""
         rows = sharding.named(self.mesh, ("batch", "time"), self.rules)
         names = [name for name in ("tokens", "segment_ids", "positions", "prefix") if name in batch]
         fields = {name: jax.device_put(batch[name], rows) for name in names}
@@ -132,9 +141,12 @@ class Teacher:
         return self.read()
 
     @functools.cached_property
-    def _predict(self) -> Callable[[Any, Mapping[str, jax.Array]], divergences.TopK]:
-        def predict(weights: Any, batch: Mapping[str, jax.Array]) -> divergences.TopK:
+    def _predict(self) -> Callable[[Any, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
+        def predict(weights: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
             hidden, head = self.model.hidden(weights, batch), self.model.unembed(weights)
+            if not self.k:
+                targets, _ = next_token_targets(batch)
+                return (losses.target_log_probs(hidden, head, targets, frozen=True).target,)
             return divergences.top_k(hidden, head, self.k, temperature=self.temperature, vocab_size=self.vocab_size)
 
         return jax.jit(predict, out_shardings=sharding.named(self.mesh, ("batch", "time"), self.rules))
@@ -160,13 +172,13 @@ class Teacher:
             yield int(high - low)
 
     def _annotate(self, job: Job, segments: np.ndarray, at: np.ndarray) -> dict[str, np.ndarray]:
-        """What the teacher says at the tokens `at`, by file, from segments packed into rows."""
+        """What it says at the tokens `at`, by file, from segments packed into rows."""
         layout = annotations.layout(len(job.pieces.at), self.k, self.vocab_size)
         said = {name: np.zeros((len(at), *shape[1:]), dtype) for name, (dtype, shape) in layout.items()}
         for address, where, batch in _batches(job.store, segments, self.seq_len, self.rows):
             row = np.minimum(np.searchsorted(at, address), len(at) - 1)
             wanted = at[row] == address
-            for name, values in zip(layout, jax.device_get(self._top_k(batch)), strict=True):
+            for name, values in zip(layout, jax.device_get(self._said(batch)), strict=True):
                 values = values.reshape(-1, *values.shape[2:])
                 said[name][row[wanted]] = values[where[wanted]]
         return said
@@ -209,8 +221,8 @@ def _check_room(output: Path, jobs: Sequence[Job], k: int, vocab_size: int) -> N
     )
     if sum(sizes) - there > free:
         raise InputError(
-            f"--output={output}: needs {sum(sizes) - there:,} more bytes, and {free:,} are free. Lower --k={k}, give "
-            "less data, or name another disk."
+            f"--output={output}: needs {sum(sizes) - there:,} more bytes, and {free:,} are free. "
+            f"{f'Lower --k={k}, g' if k else 'G'}ive less data, or name another disk."
         )
 
 

@@ -71,6 +71,11 @@ def make(
         raise InputError(f"sft = {sft}: must be 0 or more, and finite.")
     if cached and not loss.reference:
         raise InputError(f"cached = True: kind = {kind!r} has no reference. Leave it out.")
+    if cached and kind == "kto":
+        raise InputError(
+            "cached = True: kind = 'kto' asks about answers to other prompts too, which annotations don't "
+            "hold. Use a live one (roles.reference), or kind = 'apo_zero_unpaired'."
+        )
     reference = ("cached" if cached else "role") if loss.reference else ""
     if loss.labels:
         return Verdicts(kind, options, reference).objective()

@@ -386,8 +386,29 @@ def _check_teachers(
     for name, term in terms.items():
         cached = term.options.get("cached", f"objective.{name}.cached")
         annotations.check(config.data.annotations, cached.removesuffix(".cached"), term.objective.annotations)
+        if term.objective.annotations.get("kind") == annotations.REFERENCE:
+            _check_cached_reference(config, bases, cached)
         if term.objective.annotations and config.rollout.share:
             raise InputError(
                 f"rollout.share = {config.rollout.share}: objective.terms.{name} reads a teacher's annotations, and "
                 f"there are none of what the policy writes. Set rollout.share to 0, or {cached} to False."
             )
+
+
+def _check_cached_reference(config: Config, bases: Mapping[str, loading.ModelSource], field: str) -> None:
+    """Raises InputError where the log-probs of a reference are of another model than the policy begins with.
+
+    A run that goes on has begun with the right one, which may be gone by then.
+    """
+    folder, name = config.data.annotations, config.model.init_from
+    if not name:
+        raise InputError(
+            f"{field} = True: the policy begins with random parameters. Name the reference: model.init_from."
+        )
+    meta = annotations.read_meta(folder)
+    if "policy" in bases and meta["source"] != loading.identity(name):
+        raise InputError(
+            f"data.annotations = {folder!r}: holds log-probs of {meta['teacher']}, and model.init_from = {name!r} is "
+            "another model, or has other parameters by now. Make new ones with understudy annotate --reference, or run "
+            "the reference live: roles.reference."
+        )

@@ -1,12 +1,13 @@
-"""A teacher's likeliest tokens for each token of a store, on disk, for batches to take along.
+"""What a teacher or a reference says of each token of a store, on disk, for batches to take along.
 
 A folder of annotations has one folder per store, and `meta.json`, which says what they were made with. Of a store:
 
   segments.npy    [S, 2] int64: first token and length of the pieces of documents that the teacher read, in order
   at.npy          [N] int64: the tokens that are annotated, by their place in the store, in order
-  ids.bin         [N, K] uint16 or uint32: the likeliest next tokens
+  ids.bin         [N, K] uint16 or uint32: a teacher's likeliest next tokens
   log_probs.bin   [N, K] float32
   rest.bin        [N] float32: the log of the mass of all other tokens
+  log_prob.bin    [N] float32: in their place, a reference's log-probability of the token that follows
   progress.json   how many of the N are written
 
 As documents are read apart, what the teacher says at a token depends on its piece alone: neither on the packing of rows
@@ -28,6 +29,9 @@ from research.sources import fields
 from research.sources.store import Store
 
 META, PROGRESS = "meta.json", "progress.json"
+TEACHER, REFERENCE = "teacher", "reference"  # whose annotations they are
+_GROUPS = {TEACHER: "annotations", REFERENCE: "reference"}  # of batch fields
+_CONTENT = {TEACHER: "a teacher's likeliest tokens", REFERENCE: "a reference's log-probs"}
 _REMEDY = "Set it to what it was, or make new annotations with understudy annotate."
 
 
@@ -42,9 +46,7 @@ class Part(NamedTuple):
     """The annotations of one store, mapped into memory."""
 
     pieces: Pieces
-    ids: np.ndarray
-    log_probs: np.ndarray
-    rest: np.ndarray
+    columns: tuple[np.ndarray, ...]  # in the order of `layout`, which is that of the batch fields
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,12 +56,17 @@ class Annotations:
     Attributes:
       parts: of each store; None for one without.
       sizes: tokens of each store.
-      k: K.
+      k: K; 0 of a reference's.
     """
 
     parts: tuple[Part | None, ...]
     sizes: tuple[int, ...]
     k: int
+
+    @property
+    def group(self) -> str:
+        """Of the batch fields."""
+        return _GROUPS[TEACHER if self.k else REFERENCE]
 
     def fields(self, address: np.ndarray, at: np.ndarray, shape: tuple[int, int]) -> dict[str, np.ndarray]:
         """Batch fields of tokens that lie at `at` of a flat batch [B * T].
@@ -71,9 +78,10 @@ class Annotations:
 
         Returns:
           teacher_ids: [B, T, K] int32; teacher_log_probs: [B, T, K] float32, -inf where there is none; teacher_rest:
-          [B, T] float32, 0 where there is none.
+          [B, T] float32, 0 where there is none. Of a reference reference_log_prob: [B, T] float32, 0 where there is
+          none.
         """
-        batch = fields.empty(fields.group("annotations"), shape[0], {"time": shape[1], "candidates": self.k})
+        batch = fields.empty(fields.group(self.group), shape[0], {"time": shape[1], "candidates": self.k})
         columns = {name: values.reshape(-1, *values.shape[2:]) for name, values in batch.items()}
         base = 0
         for part, size in zip(self.parts, self.sizes, strict=True):
@@ -81,7 +89,7 @@ class Annotations:
             if part is not None and len(here) and len(part.pieces.at):
                 row = np.minimum(np.searchsorted(part.pieces.at, address[here] - base), len(part.pieces.at) - 1)
                 there = part.pieces.at[row] == address[here] - base
-                for name, values in zip(columns, (part.ids, part.log_probs, part.rest), strict=True):
+                for name, values in zip(columns, part.columns, strict=True):
                     columns[name][at[here[there]]] = values[row[there]]
             base += size
         return batch
@@ -118,7 +126,9 @@ def content(store: Store) -> str:
 
 
 def layout(n: int, k: int, vocab_size: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """Files of a store's annotations: name -> (dtype, shape)."""
+    """Files of a store's annotations: name -> (dtype, shape). `k` is 0 of a reference's."""
+    if not k:
+        return {"log_prob": (np.dtype("<f4"), (n,))}
     return {
         "ids": (np.dtype("<u2" if vocab_size <= 2**16 else "<u4"), (n, k)),
         "log_probs": (np.dtype("<f4"), (n, k)),
@@ -184,7 +194,7 @@ def _open(folder: str, entry: Mapping[str, Any], meta: Mapping[str, Any]) -> Par
             "that began it goes on from there."
         )
     arrays = [map_file(path, name, n, meta["k"], meta["vocab_size"], "r") for name in layout(n, meta["k"], 0)]
-    return Part(Pieces(np.load(path / "segments.npy"), np.load(path / "at.npy", mmap_mode="r")), *arrays)
+    return Part(Pieces(np.load(path / "segments.npy"), np.load(path / "at.npy", mmap_mode="r")), tuple(arrays))
 
 
 def _mismatch(folder: str, meta: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> InputError:
@@ -209,10 +219,17 @@ def check(folder: str, term: str, wanted: Mapping[str, Any]) -> None:
         return
     if not folder:
         raise InputError(
-            f"{term}.cached = True: reads a teacher's annotations. Name their folder in data.annotations; "
-            "understudy annotate makes it."
+            f"{term}.cached = True: reads annotations. Name their folder in data.annotations; understudy annotate "
+            "makes it."
         )
-    meta = read_meta(folder)
+    meta, wanted = read_meta(folder), dict(wanted)
+    kind, kind_wanted = meta.get("kind", TEACHER), wanted.pop("kind", TEACHER)
+    if kind != kind_wanted:
+        flag = "--reference" if kind_wanted == REFERENCE else "--teacher=MODEL"
+        raise InputError(
+            f"data.annotations = {folder!r}: holds {_CONTENT[kind]}, and {term} reads {_CONTENT[kind_wanted]}. Make "
+            f"them: understudy annotate {flag}."
+        )
     for name, value in wanted.items():
         if meta[name] != value:
             raise InputError(

@@ -130,6 +130,7 @@ class Field:
 
 
 # "text" is in every batch. "labels": C classes. "annotations": what a teacher said, of its K likeliest tokens.
+# "reference": what a reference says of the token that follows, where it is one to be predicted.
 # "parallel": the same documents in the tokens of a teacher's own tokenizer. "source": which of data.sources. "virtual":
 # 1 at the virtual tokens that the policy's adapter puts in front of each document (models.virtual). "prefix":
 # 1 at the first tokens of a document that a prefix LM (ModelConfig.prefix) shows to each other whole.
@@ -154,6 +155,9 @@ TABLE: dict[str, Field] = {
     "teacher_positions": Field(np.int32, ("time",), 0, lambda text: text.positions, "parallel"),
     "teacher_at": Field(
         np.int32, ("time",), -1, lambda text: np.where(text.last, -1, np.arange(text.last.shape[1])), "parallel"
+    ),
+    "reference_log_prob": Field(
+        np.float32, ("time",), 0, lambda text: text.log_probs[:, :, 0] * text.loss_mask, "reference"
     ),
     "source": Field(np.int32, ("time",), 0, lambda text: (text.segment_ids - 1) % 2, "source"),
     "virtual": Field(np.int32, ("time",), 0, lambda text: np.zeros_like(text.tokens), "virtual"),

@@ -124,7 +124,7 @@ class Rows:
         groups = {
             "text": True,
             "labels": self.labels is not None,
-            "annotations": self.annotations is not None,
+            **({} if self.annotations is None else {self.annotations.group: True}),
             "parallel": self.teacher is not None,
             "source": bool(self.sources),
             "virtual": bool(self.virtual),
@@ -136,7 +136,7 @@ class Rows:
         sizes = {"time": self.seq_len}
         if self.labels is not None:
             sizes["labels"] = self.labels.shape[1]
-        if self.annotations is not None:
+        if self.annotations is not None and self.annotations.k:
             sizes["candidates"] = self.annotations.k
         for name, shape in self.extra.items():
             sizes |= dict(zip(fields.find(name).axes[1:], shape, strict=True))

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from runs import load
 
-from research import config, loading
+from research import config, loading, params
 from research.commands import annotate
 from research.errors import InputError
 from research.evals import teacher_annotations
 from research.models import transformer
-from research.ops import divergences
-from research.run import metrics, run
+from research.objectives.types import next_token_targets
+from research.ops import divergences, losses
+from research.run import metrics, resolve, run
 from research.sources import annotations, dataset
 
 LIVE = {"terms": {"distill": 1.0}, "distill": {"kind": "jsd", "temperature": 2.0, "beta": 0.3, "on": "all"}}
@@ -254,3 +255,50 @@ def test_what_the_objective_wants_must_be_there(folder, whole, tmp_path):
 def test_flags_that_can_not_be(folder, flags, message, capsys, monkeypatch):
     assert annotate.main([flag.replace("TEACHER", str(folder / "teacher")) for flag in flags]) == 2
     assert message in capsys.readouterr().err
+
+
+PREFERENCE = {"terms": {"preference": 1.0}, "preference": {"cached": True}}
+
+
+@pytest.fixture(scope="module")
+def compared(folder):
+    """Pairs of answers, and a run on them that begins with the teacher and reads its log-probs from a folder."""
+    lines = ({"prompt": f"{i} ", "chosen": "a" * (1 + i % 7), "rejected": "b" * (1 + i % 3)} for i in range(30))
+    (folder / "compared.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    began = config.to_dict(setup(folder, PREFERENCE, data={"path": f"{folder}/compared.jsonl"}))
+    began |= {"roles": {}, "model": {**began["model"], "init_from": str(folder / "teacher")}}
+    annotate.annotate(config.parse(began), str(folder / "reference"), k=0)
+    began["data"]["annotations"] = str(folder / "reference")
+    return began
+
+
+def test_cached_log_probs_of_a_reference_are_those_of_the_live_one(folder, compared, tmp_path):
+    inputs = resolve.resolve(config.parse(compared), str(tmp_path / "run"))
+    batch, _ = inputs.source.next(inputs.source.init())
+    batch = {name: jax.numpy.asarray(x) for name, x in batch.items()}
+    model = transformer.make_model(inputs.bases["policy"].config)
+    weights = inputs.bases["policy"].read(model.specs, params.shardings(model.specs, inputs.mesh))
+    targets, counted = next_token_targets(batch, batch["loss_mask"])
+    live = losses.target_log_probs(model.hidden(weights, batch), model.unembed(weights), targets).target
+    assert counted.sum() > 20
+    np.testing.assert_allclose(batch["reference_log_prob"], np.where(counted > 0, live, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_log_probs_of_another_reference_are_refused(folder, compared, tmp_path):
+    shutil.copytree(folder / "reference", tmp_path / "reference")
+    meta = json.loads((tmp_path / "reference/meta.json").read_text())
+    (tmp_path / "reference/meta.json").write_text(json.dumps({**meta, "source": {"step": 1, "content": "else"}}))
+    other = {**compared, "data": {**compared["data"], "annotations": str(tmp_path / "reference")}}
+    with pytest.raises(InputError, match=r"is another model, or has other parameters.*annotate --reference"):
+        resolve.resolve(config.parse(other), str(tmp_path / "run"))
+
+
+def test_annotations_of_another_kind_are_refused(folder, compared, tmp_path):
+    with pytest.raises(InputError, match=r"holds a reference's log-probs, and objective.distill reads a teacher's"):
+        resolve.resolve(config.parse({**compared, "objective": CACHED}), str(tmp_path / "run"))
+
+
+def test_flags_of_a_teacher_have_no_effect_on_a_reference(folder, tmp_path, capsys):
+    argv = ["--config=experiments/sft.py", "--reference", "--k=4", f"--output={tmp_path / 'x'}"]
+    assert annotate.main(argv) != 0
+    assert "--k: is of a teacher" in capsys.readouterr().err

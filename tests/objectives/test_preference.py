@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.errors import InputError
 from research.objectives import preference
 from research.objectives.answers import Places
 from research.objectives.types import Context
@@ -199,8 +200,90 @@ def test_orpo_cpo_simpo_and_alphapo_of_trl(name):
             None, 0, jnp.arange(len(policy) // 2), carry=term.objective().init_carry({}), gathered=gathered
         )
         out = term.of_answers(places, said, None, context)
-        return out.loss_sum / out.weight, out
+        return out.loss_sum / out.weight
 
-    (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(logits)
+    value, gradient = jax.value_and_grad(loss)(logits)
     np.testing.assert_allclose(value, case.outputs["loss"], rtol=2e-5)
     np.testing.assert_allclose(gradient, case.outputs["grad_logits"], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_label_smoothing_is_taken_or_refused(kind):
+    if "label_smoothing" in LOSSES[kind].takes:
+        assert objective_of(kind=kind, label_smoothing=0.1).options.label_smoothing == 0.1
+        return
+    with pytest.raises(InputError, match=rf"label_smoothing = 0.1: is of sigmoid, .*Leave it out of kind = '{kind}'"):
+        preference.make(kind=kind, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "sigmod"}, r"kind = 'sigmod'.*sigmoid"),
+        ({"gamma": 1.0}, r"gamma = 1.0: is of simpo, alphapo. Leave it out of kind = 'sigmoid'"),
+        ({"tau": 1.0}, "tau = 1.0: is of discopop"),
+        ({"kind": "simpo", "alpha": 0.1}, "alpha = 0.1: is of alphapo"),
+        ({"kind": "nca", "shift_decay": 0.9}, "shift_decay = 0.9: is of bco"),
+        ({"desirable_weight": 2.0}, "desirable_weight = 2.0: is of kto, apo_zero_unpaired"),
+        ({"kind": "cdpo"}, "label_smoothing = 0.0: .*above 0"),
+        ({"kind": "exo"}, "label_smoothing = 0.0: .*above 0"),
+        ({"label_smoothing": 0.5}, "label_smoothing = 0.5: .*below 0.5"),
+        ({"beta": 0.0}, "beta = 0.0: must be above 0"),
+        ({"divergence": "kl"}, "divergence = 'kl'"),
+        ({"kind": "sppo", "divergence": "js"}, "divergence = 'js': isn't of kind = 'sppo'"),
+        ({"divergence": "js", "divergence_alpha": 0.5}, "divergence_alpha = 0.5: is of divergence = 'alpha'"),
+        ({"kind": "ipo_mean", "length_normalized": True}, "length_normalized = True: .*means already"),
+        ({"kind": "simpo", "ld_alpha": 0.5}, "ld_alpha = 0.5: isn't of kind = 'simpo'"),
+        ({"ld_alpha": 1.5}, "ld_alpha = 1.5: must be from 0 to 1"),
+        ({"kind": "aot", "wpo": True}, "wpo = True: isn't of kind = 'aot'"),
+        ({"kind": "kto", "sft": 1.0}, "sft = 1.0: is about chosen answers"),
+        ({"sft": -1.0}, "sft = -1.0: must be 0 or more"),
+        ({"kind": "orpo", "cached": True}, "cached = True: kind = 'orpo' has no reference"),
+        ({"kind": "kto", "cached": True}, "cached = True: kind = 'kto' asks about answers to other prompts"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        preference.make(**options)
+
+
+def metrics_of(**values):
+    return {"log_prob_chosen": -40.0, "log_prob_rejected": -50.0, **values}
+
+
+@pytest.mark.parametrize(
+    ("values", "first", "about"),
+    [
+        (
+            {"preference_loss": 0.80, "start_loss": 0.693},
+            True,
+            {"start": "begins at 0.8, and is 0.693 where the policy"},
+        ),
+        ({"preference_loss": 0.693, "start_loss": 0.693}, True, {}),
+        ({"preference_loss": 0.80, "start_loss": 0.693}, False, {}),
+        (
+            {"change_chosen": -3.0, "change_rejected": -9.0},
+            False,
+            {"displacement": r"fallen by 3 nats.*by 9 .*sft = 0.1"},
+        ),
+        ({"change_chosen": 3.0, "change_rejected": -9.0}, False, {}),
+        ({"change_chosen": -0.1, "change_rejected": -9.0}, False, {}),
+        ({"identical": 0.25}, False, {"identical": "25.0% of the pairs have one answer on both sides"}),
+        ({"unused": 0.5}, False, {"unused": "50.0% of the answers are third or worse"}),
+    ],
+)
+def test_what_goes_wrong_is_said(values, first, about):
+    lines = preference.make().notices(metrics_of(**values), first)
+    assert lines.keys() == about.keys()
+    assert all(re.search(text, lines[name]) for name, text in about.items())
+
+
+def test_equal_answers_are_no_matter_to_a_loss_of_rewards():
+    assert not preference.make(kind="nca").notices(metrics_of(identical=0.25), False)
+
+
+def test_equal_answers_are_known_by_their_tokens():
+    tokens = jnp.array([[1, 2, 3, 1, 2, 3, 0], [1, 2, 3, 3, 2, 1, 0], [4, 4, 0, 4, 4, 4, 0]])
+    number = jnp.array([[0, 0, 0, 1, 1, 1, 2], [0, 0, 0, 1, 1, 1, 2], [0, 0, 2, 1, 1, 1, 2]])
+    hashes = Places(tokens, (number < 2).astype(jnp.float32), number, 2).hashes()
+    np.testing.assert_array_equal(hashes[:, 0] == hashes[:, 1], [True, False, False])

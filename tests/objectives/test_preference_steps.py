@@ -76,8 +76,8 @@ def test_a_training_of_trl(name):
     close(logits, case.outputs["final_probe_logits"], atol=2e-3)
 
 
-# Every way in which a term reads a batch, in one compilation: sums and means, ranks over the batch, a KL over the batch,
-# divisors of its tokens, weights of tokens and pairs.
+# Every way in which a term reads a batch, in one compilation: sums and means, ranks over the batch, a KL over the
+# batch, divisors of its tokens, weights of tokens and pairs.
 TERMS = {
     "dpo": {"kind": "cdpo", "label_smoothing": 0.1, "sft": 0.5},
     "mean": {"kind": "sigmoid", "length_normalized": True, "wpo": True},
