@@ -54,6 +54,14 @@ CASES = {
         ["seq_len = 100", "mesh.sequence = 8"],
     ),
     "unknown mesh axis in a rule": (["--config=DIR/rule.py"], ["rules.embed", "fdsp", "Did you mean 'fsdp'"]),
+    "more than the machine holds": (
+        [SFT, c("model.d_model", 65536), c("model.d_ff", 262144), c("model.num_layers", 400)],
+        [
+            "model.d_model = 65,536, model.num_layers = 400, model.d_ff = 262,144",
+            "GB on each device",
+            "understudy plan",
+        ],
+    ),
     "processes without a coordinator": ([SFT, "--process_id=1"], ["--process_id", "--coordinator=HOST:PORT"]),
     "process beyond the number": (
         [SFT, "--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],

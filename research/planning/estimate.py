@@ -1,7 +1,6 @@
 """Compiles a run's train step for a topology, and works out what a step needs there and how long it takes."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from research import config as config_lib
 from research import params
 from research.config import Config, ModelSection
 from research.devices import sharding
+from research.devices.memory import bytes_on_a_device
 from research.models import transformer
 from research.planning import abstract, hlo
 from research.planning.abstract import Described
@@ -120,10 +120,10 @@ def make(config: Config, topology: Topology) -> Plan:
     repeated = flops["policy"].forward if parts.models["policy"].config.remat == "full" else 0.0
     model_flops = tokens * sum(each.total for each in flops.values())
     bytes_of = {
-        "parameters": _bytes(parts.state.params),
-        "optimizer": _bytes([parts.state.opt_state, parts.state.ema, parts.state.carry]),
-        "frozen": _bytes(parts.frozen),
-        "batch": _bytes(parts.batch),
+        "parameters": bytes_on_a_device(parts.state.params),
+        "optimizer": bytes_on_a_device([parts.state.opt_state, parts.state.ema, parts.state.carry]),
+        "frozen": bytes_on_a_device(parts.frozen),
+        "batch": bytes_on_a_device(parts.batch),
     }
     moved, collectives = 0, ()
     if compiled is not None:
@@ -189,19 +189,13 @@ def adapted(described: Described, parts: Parts) -> Adapted:
     own = parts.state.params["policy"]
     return Adapted(
         parameters=params.count(parts.roles.trained["policy"]),
-        base=_bytes(parts.frozen["policy"]),
-        trained=_bytes(own),
-        gradients=_bytes(own),
-        optimizer=_bytes(parts.state.opt_state),
+        base=bytes_on_a_device(parts.frozen["policy"]),
+        trained=bytes_on_a_device(own),
+        gradients=bytes_on_a_device(own),
+        optimizer=bytes_on_a_device(parts.state.opt_state),
         full={
-            "trained": _bytes(trained),
-            "gradients": _bytes(trained),
-            "optimizer": _bytes(assemble.abstract_moments(full, roles, trained, described.mesh)),
+            "trained": bytes_on_a_device(trained),
+            "gradients": bytes_on_a_device(trained),
+            "optimizer": bytes_on_a_device(assemble.abstract_moments(full, roles, trained, described.mesh)),
         },
     )
-
-
-def _bytes(tree: Any) -> int:
-    """Of abstract arrays on one chip."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

@@ -16,7 +16,7 @@ import optax
 from research import config as config_lib
 from research import loading, optim, params, train
 from research.config import Config
-from research.devices import compilation, distributed, sharding
+from research.devices import compilation, distributed, memory, sharding
 from research.errors import InputError, did_you_mean
 from research.models import adapters, transformer
 from research.objectives.terms import Terms, init_carry
@@ -129,6 +129,31 @@ def assemble(
             name: jax.ShapeDtypeStruct(rate.shape, rate.dtype, sharding=sharding.named(mesh, ()))
             for name, rate in optim.rates(config.optimizer).items()
         },
+    )
+
+
+def check_memory(config: Config, parts: Parts, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a run whose parameters and optimizer state alone are more than its devices can hold.
+
+    Gradients and activations aren't counted, so that nothing is refused that could run.
+
+    Raises:
+      InputError: they are more.
+    """
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    most = memory.most_on_a_device(own[0], len(own)) if own else None
+    state, frozen = memory.bytes_on_a_device(parts.state), memory.bytes_on_a_device(parts.frozen)
+    if most is None or state + frozen <= most:
+        return
+    c = parts.models["policy"].config
+    names = ("d_model", "num_layers", "d_ff", "vocab_size")
+    shape = ", ".join(f"model.{name} = {getattr(c, name):,}" for name in names)
+    beside = f" and {frozen / 1e9:,.1f} GB that isn't trained" if frozen else ""
+    raise InputError(
+        f"{shape}: parameters and the state of optimizer.name = {config.optimizer.name!r} take {state / 1e9:,.1f} GB "
+        f"on each device{beside}, and a device holds {most / 1e9:,.1f} GB. Lower the sizes, part them among more "
+        "devices (mesh.fsdp, mesh.tensor), train a part (adapter), or take an optimizer with less state; "
+        "understudy plan says what fits."
     )
 
 

@@ -54,6 +54,7 @@ def run(
     parts = assemble.assemble(
         config, inputs.terms, inputs.mesh, inputs.source.spec, tokenizer.size, tokenizer=tokenizer
     )
+    assemble.check_memory(config, parts, inputs.mesh)
     tasks = evaluation.load_tasks(config, parts.models["policy"], inputs.data)
 
     with jax.set_mesh(inputs.mesh), contextlib.ExitStack() as stack:

@@ -12,6 +12,7 @@ import table_models
 from research.commands import generate
 from research.errors import InputError
 from research.evals import completions, conversation
+from research.evals import prompts as prompts_lib
 from research.loading import LoadedModel
 from research.models.generation import Completion
 from research.sources import infilling
@@ -330,15 +331,15 @@ def test_a_killed_run_goes_on(run, tmp_path, monkeypatch):
     prompts.write_text("".join(f"{i} {'x' * (i % 7)}\n" for i in range(80)))
     flags = [f"--data={prompts}", "--batch_size=2", "--temperature=1"]
     assert run(*flags, f"--output={tmp_path / 'whole.jsonl'}")[0] == 0
-    real, calls = completions._to_json, []
+    real, calls = prompts_lib.Prompt.line, []
 
-    def dies(*answer):
+    def dies(prompt, **answer):
         calls.append(answer)
         if len(calls) == 70:
             raise KeyboardInterrupt
-        return real(*answer)
+        return real(prompt, **answer)
 
-    monkeypatch.setattr(completions, "_to_json", dies)
+    monkeypatch.setattr(prompts_lib.Prompt, "line", dies)
     status, _, stderr = run(*flags, f"--output={output}")
     assert (status, "the same command goes on" in stderr, output.exists()) == (130, True, False)
     done = len((tmp_path / "out.jsonl.partial").read_text().splitlines())
