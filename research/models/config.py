@@ -178,6 +178,8 @@ class ModelConfig:
     @property
     def kind(self) -> str:
         """What sort of model it is, in words."""
+        if self.num_labels == 1:
+            return "a reward model"
         if self.num_labels:
             return f"a classifier of {self.num_labels} classes"
         return "a language model" if self.causal else "an encoder, which reads in both directions"
@@ -185,7 +187,8 @@ class ModelConfig:
     def check_language_model(self, name: str) -> None:
         """Raises InputError, calling the model `name`, where it doesn't predict the next token."""
         if self.num_labels or not self.causal:
-            also = " (understudy label asks it for labels)" if self.num_labels else ""
+            asks = "score --reward asks it for rewards" if self.num_labels == 1 else "label asks it for labels"
+            also = f" (understudy {asks})" if self.num_labels else ""
             raise InputError(
                 f"{name}: is {self.kind}, and doesn't predict the next token. Name a language model{also}."
             )

@@ -126,38 +126,44 @@ class Reward:
 
     def _preference(self, read: Read, batch: Batch) -> LossOut:
         """The loss of comparisons, each of which counts as one."""
-        pairs = _Pairs.of(read)
-        share = jnp.mean(pairs.weights[..., None] * read.weights[:, :, None, :], axis=-1)
-        weight = jnp.sum(share)
+        pairs, answers = _Pairs.of(read), read.answers
         if self.kind == "bradley_terry":
-            margin = read.answers.read(batch["margin"])[:, :, None, None] if self.margin else 0.0
+            margin = answers.read(batch["margin"])[:, :, None, None] if self.margin else 0.0
             each = rewards.bradley_terry(pairs.chosen, pairs.rejected, margin, label_smoothing=self.label_smoothing)
-            total = pairs.sum(each, read.weights)
+            losses, weights = pairs.sum(each, read.weights), jnp.sum(pairs.weights, axis=2)
         else:
-            each = rewards.plackett_luce(read.rewards, read.answers.not_better())
-            total = jnp.sum(jnp.where(read.answers.decided(), jnp.mean(read.weights * each, axis=-1), 0))
-        metrics = pairs.metrics()
+            each = rewards.plackett_luce(read.rewards, answers.not_better())
+            losses = jnp.where(answers.decided(), jnp.mean(read.weights * each, axis=-1), 0)
+            weights = jnp.where(answers.decided(), 1 / jnp.maximum(answers.rivals(), 1).astype(jnp.float32), 0)
+        weights = weights * jnp.mean(read.weights, axis=-1)
+        weight, metrics = jnp.sum(weights), pairs.metrics()
         if self.centering:
-            squares = pairs.sum(rewards.centering(pairs.chosen, pairs.rejected), read.weights)
-            total = total + self.centering * squares
-            metrics["centering"] = self.centering * squares, weight
-        return LossOut(total, weight, metrics)
+            squares = self.centering * pairs.sum(rewards.centering(pairs.chosen, pairs.rejected), read.weights)
+            losses = losses + squares
+            metrics["centering"] = jnp.sum(squares), weight
+        values = losses / jnp.where(weights > 0, weights, 1)
+        T = batch["tokens"].shape[1]
+        return LossOut(jnp.sum(losses), weight, metrics, per_token=(answers.put(values, T), answers.put(weights, T)))
 
     def _regression(self, read: Read, batch: Batch) -> LossOut:
-        """The squared error of scores."""
-        score = read.answers.read(batch["score"])
-        scored = read.answers.real & ~jnp.isnan(score)
+        """The squared error of scores; where answers are compared too, the metrics say how these go."""
+        answers, score = read.answers, read.answers.read(batch["score"])
+        scored = answers.real & ~jnp.isnan(score)
         error = jnp.where(scored[..., None], read.rewards - jnp.where(scored, score, 0)[..., None], 0)
-        weights = jnp.where(scored[..., None], read.weights, 0)
-        total, weight = jnp.sum(weights * jnp.square(error)), jnp.sum(weights)
+        weights = jnp.where(scored, jnp.mean(read.weights, axis=-1), 0)
+        losses = jnp.mean(read.weights * jnp.square(error), axis=-1)
         count, mean = jnp.sum(scored).astype(jnp.float32), jnp.mean(error, axis=-1)
-        values = {"squared_error": jnp.square(mean), "absolute_error": jnp.abs(mean)}
-        values["reward"] = jnp.where(scored, jnp.mean(read.rewards, axis=-1), 0)
+        sums = {"squared_error": jnp.square(mean), "absolute_error": jnp.abs(mean)}
+        sums["reward"] = jnp.where(scored, jnp.mean(read.rewards, axis=-1), 0)
         if read.rewards.shape[-1] > 1:
-            values["spread"] = jnp.std(error, axis=-1)
-        metrics = {name: (jnp.sum(value), count) for name, value in values.items()}
-        members = read.rewards.shape[-1]
-        return LossOut(total / members, weight / members, metrics)
+            sums["spread_of_rewards"] = jnp.std(error, axis=-1)
+        metrics: Sums = {name: (jnp.sum(value), count) for name, value in sums.items()}
+        if "pair" in batch:
+            metrics |= _Pairs.of(read).metrics()
+        values, T = losses / jnp.where(weights > 0, weights, 1), batch["tokens"].shape[1]
+        return LossOut(
+            jnp.sum(losses), jnp.sum(weights), metrics, per_token=(answers.put(values, T), answers.put(weights, T))
+        )
 
 
 def notices(metrics: Mapping[str, float], first: bool) -> dict[str, str]:
@@ -203,10 +209,10 @@ class _Pairs(NamedTuple):
             hashes[:, :, None] == hashes[:, None],
         )
 
-    def sum(self, values: Float[Array, "B S S M"], members: Float[Array, "B S M"]) -> Float[Array, ""]:
-        """Over comparisons, of what the members learn from."""
+    def sum(self, values: Float[Array, "B S S M"], members: Float[Array, "B S M"]) -> Float[Array, "B S"]:
+        """Over the pairs that each answer wins, of what the members learn from; of the members the mean."""
         weights = self.weights[..., None] * members[:, :, None]
-        return jnp.sum(jnp.where(weights > 0, weights * values, 0)) / members.shape[-1]
+        return jnp.sum(jnp.where(weights > 0, weights * values, 0), axis=(2, 3)) / members.shape[-1]
 
     def metrics(self) -> Sums:
         """Of the ensemble's mean reward, over all comparisons: `accuracy`, also of those in which the longer answer was

@@ -38,6 +38,12 @@ class Answers(NamedTuple):
         here = jnp.take_along_axis(values, self.at.reshape(shape), axis=1)
         return jnp.where(self.real.reshape(shape), here, 0)
 
+    def put(self, values: Float[Array, "B S"], length: int) -> Float[Array, "B T"]:
+        """The values at the answers' last tokens, and 0 elsewhere, in rows of `length`."""
+        rows = jnp.arange(values.shape[0])[:, None]
+        values = jnp.where(self.real, values, 0)
+        return jnp.zeros((values.shape[0], length), values.dtype).at[rows, self.at].add(values)
+
     def better(self) -> Bool[Array, "B S S"]:
         """Whether answer i was preferred to answer j of the same comparison."""
         return self._together() & (self.side[:, :, None] < self.side[:, None, :])
@@ -45,6 +51,10 @@ class Answers(NamedTuple):
     def not_better(self) -> Bool[Array, "B S S"]:
         """Whether answer j of the same comparison wasn't preferred to answer i, which counts itself."""
         return self._together() & (self.side[:, :, None] <= self.side[:, None, :])
+
+    def rivals(self) -> Int[Array, "B S"]:
+        """How many answers an answer's comparison has, itself included."""
+        return jnp.sum(self._together(), axis=2)
 
     def _together(self) -> Bool[Array, "B S S"]:
         here = self.real & (self.pair > 0) & (self.side >= 0)

@@ -15,6 +15,7 @@ from research.devices import sharding
 from research.errors import InputError
 from research.models.config import ModelConfig
 from research.models.transformer import make_model
+from research.objectives import terms as terms_lib
 from research.objectives import types
 from research.objectives.reward import notices
 from research.objectives.terms import Inputs, row_numbers
@@ -120,6 +121,18 @@ def test_losses_and_metrics_are_of_the_rewards_at_the_last_tokens():
     assert 0.3 < outs["share"][1] / len(pairs) < 0.9
 
 
+def test_the_loss_is_told_by_source():
+    batch = packed()
+    source = np.where(batch["pair"] % 2 == 0, 1, 0).astype(np.int32)
+    forward = types.Forward({"policy": MODEL}, {"policy": VALUES}, {**batch, "source": source})
+    inputs = Inputs(jax.random.PRNGKey(0), jnp.zeros((), jnp.int32), row_numbers(batch), {})
+    outs = jax.jit(lambda: terms_lib.losses(terms_of(**TERMS), forward, inputs, ("even", "odd")))()
+    for out in outs.values():
+        parts = [out.metrics[f"loss/{name}"] for name in ("even", "odd")]
+        close(np.sum(parts, axis=0), (out.loss_sum, out.weight))
+        assert min(float(weight) for _, weight in parts) > 0
+
+
 def test_packing_changes_nothing():
     alone = jax.jit(functools.partial(losses, terms_of(**TERMS)))(VALUES, unpacked(packed()))
     close(alone, whole())
@@ -157,8 +170,8 @@ def test_a_training_of_trl():
         np.testing.assert_allclose(got, wanted, rtol=2e-4, err_msg=f"step {i}")
     probe = np.asarray(case.inputs["probe_ids"], np.int32)
     batch = {"tokens": probe, "segment_ids": np.ones_like(probe), "positions": np.arange(12)[None] + 0 * probe}
-    hidden = model.hidden(state.params["policy"], jax.tree.map(jnp.asarray, batch))
-    final = hidden[:, -1] @ model.unembed(state.params["policy"]).kernel
+    logits = jax.jit(lambda values, batch: model.unembed(values).logits(model.hidden(values, batch)[:, -1]))
+    final = logits(state.params["policy"], batch)
     np.testing.assert_allclose(final, case.outputs["final_probe_logits"], atol=2e-3)
 
 
