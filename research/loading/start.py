@@ -76,7 +76,8 @@ class Start:
         values = params.join(self._read_model(base, model, where), self._draw(added, beside))
         if self.model.adapter.init is not None:
             finish = functools.partial(adapted, self.model, specs)
-            begin = jax.jit(finish, donate_argnums=0, out_shardings=placements)
+            donated = () if quantized.any_in(specs) else 0  # quantised kernels have no room for others
+            begin = jax.jit(finish, donate_argnums=donated, out_shardings=placements)
             values = begin(values, initial_keys(self.seed)[0])
         return self.open_adapter(base).fill(values) if self.open_adapter else values
 

@@ -363,6 +363,9 @@ def test_dropout_leaves_out_its_share():
         ({"kind": "lora", "rank": 2.0}, "adapter.rank = 2.0: must be of type int"),
         ({"kind": "lora", "rank": 0}, "adapter.rank = 0: must be at least 1"),
         ({"kind": "lora", "dropout": 1.0}, "adapter.dropout = 1.0"),
+        ({"kind": "lora", "alpha": 0.0}, "adapter.alpha = 0.0: must be above 0"),
+        ({"kind": "lora", "rank": 2, "bias": "all"}, "adapter.bias = 'all': the model has no biases"),
+        ({"kind": "bias", "add": False}, "adapter.add = False: the model has no biases"),
         ({"kind": "lora", "init": "zeros"}, "adapter.init = 'zeros': no such choice"),
         ({"kind": "lora", "rank": 3, "init": "orthogonal"}, "adapter.init = 'orthogonal': wants one even rank"),
         (

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 
+from research.errors import InputError
 from research.models.adapters import targets as targets_lib
 from research.models.adapters.types import Adapter, also_trained
 from research.models.config import ModelConfig
@@ -19,9 +20,16 @@ def make(add: bool = True, also: str = "") -> Adapter:
         biases that are there are trained.
       also: an expression on whole names of parameters that are trained besides.
     """
-    specs = with_biases if add else lambda specs: specs
+    specs = with_biases if add else with_own_biases
     grown = grown_config if add else None
-    return Adapter(specs, {"adapter.kind": r"(.*/)?(\w+_)?bias(_\w+)?"} | also_trained(also), grown=grown)
+    return Adapter(specs, {"adapter.kind": targets_lib.BIASES} | also_trained(also), grown=grown)
+
+
+def with_own_biases(specs: Specs) -> Specs:
+    """The specs of a model. Raises InputError where it has no biases."""
+    if not targets_lib.has_biases(specs):
+        raise InputError("add = False: the model has no biases. Leave it at True, which adds them.")
+    return specs
 
 
 def with_biases(specs: Specs) -> Specs:

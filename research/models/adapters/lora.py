@@ -68,10 +68,12 @@ def make(
     for pattern, value in rank_pattern.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"rank_pattern[{pattern!r}] = {value!r}: must be a whole number, at least 1.")
+    if alpha <= 0:
+        raise InputError(f"alpha = {alpha}: must be above 0: A and B are scaled by it.")
     for pattern, value in alpha_pattern.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"alpha_pattern[{pattern!r}] = {value!r}: must be a number.")
-    lora = Lora(rank, alpha, dropout, targets, exclude, rank_pattern, alpha_pattern, rslora, dora, init, decay)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise InputError(f"alpha_pattern[{pattern!r}] = {value!r}: must be a number above 0.")
+    lora = Lora(rank, alpha, dropout, targets, exclude, rank_pattern, alpha_pattern, rslora, dora, init, decay, bias)
     trained = {"adapter.targets": LEAVES} | _trained_biases(bias, targets, exclude) | also_trained(also)
     begin = starts.Begin(init, dora) if dora or init in starts.KINDS else None
     changes_base = init in starts.CHANGE_BASE
@@ -105,6 +107,7 @@ class Lora:
     dora: bool
     init: str
     decay: bool
+    bias: str
 
     def specs(self, specs: Specs) -> Specs:
         """The specs of a model with those of the low-rank maps beside them.
@@ -112,6 +115,10 @@ class Lora:
         Raises:
           InputError: an expression matches nothing, or a rank is larger than its kernel.
         """
+        if self.bias != "none" and not targets_lib.has_biases(specs):
+            raise InputError(
+                f"bias = {self.bias!r}: the model has no biases. Leave it out, or use the kind 'bias', which adds them."
+            )
         targets = self.found(specs)
         ranks = targets_lib.by_pattern(targets, self.rank_pattern, self.rank, "rank_pattern")
         alphas = targets_lib.by_pattern(targets, self.alpha_pattern, self.alpha, "alpha_pattern")

@@ -13,6 +13,7 @@ from research.models.specs import Specs
 from research.params import ParamSpec
 
 ALL = "all"  # every linear map of the layers but routers
+BIASES = r"(.*/)?(\w+_)?bias(_\w+)?"  # names of biases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,11 @@ def put(specs: Specs, path: tuple[str, ...], added: Mapping[str, Any]) -> Specs:
     if not path:
         return {**specs, **added}
     return {**specs, path[0]: put(specs[path[0]], path[1:], added)}
+
+
+def has_biases(specs: Specs) -> bool:
+    """Whether a model has any bias."""
+    return any(re.fullmatch(BIASES, name) for name, _ in params.named_leaves(specs))
 
 
 def _maps(specs: Specs) -> dict[str, Target]:
