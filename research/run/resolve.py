@@ -309,9 +309,14 @@ def with_added_rows(
       tokenizer: with them.
 
     Raises:
-      InputError: model.new_rows is set, and no token is added to a model.
+      InputError: model.new_rows is set, and no token is added to a model; or the tokenizer isn't the model's.
     """
     if base is not None and tokenizer.size > before.size:
+        if before.size > base.config.vocab_size:
+            raise InputError(
+                f"tokenizer.kind = {config.tokenizer.kind!r}: has {before.size} tokens, and {base.name} has "
+                f"{base.config.vocab_size} rows for them. Add tokens to the model's own: tokenizer.kind = 'auto'."
+            )
         return config_lib.with_added_rows(config, base.config.vocab_size, before.size, tokenizer.size)
     if config.model.new_rows != config_lib.ModelSection.new_rows:
         why = "no token is added to its tokenizer" if base is not None else "model.init_from = ''"
