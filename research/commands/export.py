@@ -116,4 +116,10 @@ def _export_adapter(args: SimpleNamespace, model: Any) -> None:
     trained = model.run_adapter.written()
     family, _ = save.choose(model.config, model.origin.get("config", {}))
     size = peft.write(Path(args.output), family, model.config, trained, args.dtype or "float32")
+    if error := model.holding_error():
+        print(
+            f"{args.model}: was trained beside kernels held in {error[0]}, which are {error[1]:.2%} from those of "
+            f"{trained.base} (root mean square): beside that it gives other logits. --merge writes the kernels as held",
+            file=sys.stderr,
+        )
     print(f"{args.output}: {trained.kind} for {trained.base}, {size / 1e6:,.1f} MB; PEFT reads it", file=sys.stderr)

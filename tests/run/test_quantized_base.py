@@ -142,6 +142,8 @@ def test_a_model_of_the_run_has_the_kernels_that_it_was_trained_beside(base, who
 def test_an_export_says_how_far_the_kernels_are_from_the_base(base, whole_lora, tmp_path, capsys):
     assert export.main([f"--model={whole_lora}", f"--output={tmp_path / 'merged'}", "--merge"]) == 0
     message = re.search(r"beside kernels held in nf4, .* they are (.*)% from", capsys.readouterr().err)
+    assert export.main([f"--model={whole_lora}", f"--output={tmp_path / 'adapter'}"]) == 0
+    assert f"beside kernels held in nf4, which are {message[1]}% from those of {base}" in capsys.readouterr().err
     original = loading.load_model(base).params["layers"]
     specs = quantized.held_in({"layers": make_specs(loading.find(base).config)["layers"]}, "nf4")["layers"]
     held = quantized.hold(original, specs)
