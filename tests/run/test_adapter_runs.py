@@ -110,7 +110,7 @@ def test_a_kind_that_adds_no_parameters_begins_with_a_model(kind, finished):
     jax.tree.map(np.testing.assert_array_equal, values, loading.load_model(workdir).params)
 
 
-@pytest.mark.parametrize("name", ["dora from pissa", "vera", "bias"])
+@pytest.mark.parametrize("name", ["dora from pissa", pytest.param("vera", marks=pytest.mark.slow), "bias"])
 def test_a_run_is_loaded_as_it_was_trained(name, finished):
     """The loss of a model that is loaded, its adapter merged, is the one that the run evaluates with it apart."""
     workdir = str(finished(name))
@@ -149,7 +149,7 @@ def test_a_started_adapter_that_stays_zero_is_said(tmp_path, capsys):
     assert "the adapters of 7 maps are 0 still after 10 steps" in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("name", ["prompt", "prefix"])
+@pytest.mark.parametrize("name", [pytest.param("prompt", marks=pytest.mark.slow), "prefix"])
 def test_a_run_is_loaded_with_what_is_in_front_of_documents(name, finished):
     loaded = loading.load_model(str(finished(name)))
     parts = parts_of(CASES[name])
@@ -170,7 +170,7 @@ def test_a_run_is_loaded_with_what_is_in_front_of_documents(name, finished):
         run(again, str(finished(name)) + "_again", devices=jax.devices()[:1])
 
 
-@pytest.mark.parametrize("name", ["prompt", "prefix"])
+@pytest.mark.parametrize("name", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_a_reference_is_the_policy_without_what_is_in_front(name, tmp_path):
     terms = {"distill": {"teachers": {"reference": 1.0}, "on": "all"}}
     roles = {"reference": {"of": "policy", "adapter": False}}
