@@ -44,7 +44,7 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
       entry: a file, folder or glob of files (jsonl, jsonl.gz, json, parquet, txt; by name or glob also those of
         folders.TEXTS); a folder written by
         `datasets.save_to_disk`; hf:NAME[:CONFIG][:SPLIT]; tasks:NAME[/LEVEL]; grammar:NAME[/SIZE];
-        preferences:TASK[/LEVEL][/FLIP]; reasoning_gym:NAME; builtin:python_docs or builtin:python_topics.
+        preferences:TASK[/LEVEL][/FLIP][/subtle]; reasoning_gym:NAME; builtin:python_docs or builtin:python_topics.
       count, seed: how many records to generate, and from which seed, where the entry names a generator.
 
     Raises:

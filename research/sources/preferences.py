@@ -4,11 +4,12 @@ An answer is the right one or a wrong one, with or without some words in front a
 
     prompt    reverse: olleh
     chosen    Here you are: hello       utility 2 + 0.5       = 2.5
-    rejected  Um, hxllo, I guess        utility 0.8 - 0.5 - 1 = -0.7
+    rejected  Um, h_llo, I guess        utility 0.8 - 0.5 - 1 = -0.7
 
-So answers vary in length, and the longer one is the better one in about half of the pairs. A share of the labels is
-flipped, whatever the utilities are: no reward model can agree with more of them than the rest, the Bayes rate. Nothing
-is downloaded.
+A wrong answer lacks some of its characters, which a reward model sees at a glance, or, in "subtle" preferences, has
+others in their place, so that it must be compared with the prompt. Answers vary in length, and the longer one is the
+better one in about half of the pairs. A share of the labels is flipped, whatever the utilities are: no reward model can
+agree with more of them than the rest, the Bayes rate. Nothing is downloaded.
 """
 
 import random
@@ -25,7 +26,9 @@ RIGHT, WRONG = 2.0, 1.0  # of a right answer; of a wrong one, times how close it
 FRONTS = {"Here you are: ": 0.5, "": 0.0, "Um, ": -0.5, "Everybody knows: ": -1.0}
 BACKS = {", as you can check.": 0.5, "": 0.0, "!!!": -0.5, ", I guess": -1.0}
 GAP = 0.4  # the least difference of the utilities of a pair: none ties
+BLANK = "_"
 _SHARE_RIGHT = 0.5
+_SUBTLE = "/subtle"
 
 
 class Name(NamedTuple):
@@ -34,28 +37,30 @@ class Name(NamedTuple):
     Attributes:
       task: of sources.tasks, with its level: "reverse/2".
       flip: the share of pairs whose label is flipped.
+      subtle: whether wrong answers have wrong characters, and not blanks.
     """
 
     task: str
     flip: float
+    subtle: bool
 
 
 def parse(name: str) -> Name:
-    """Reads TASK[/LEVEL][/FLIP], as in "reverse/2/0.1": FLIP has a decimal point, or is 0.
+    """Reads TASK[/LEVEL][/FLIP][/subtle], as in "reverse/2/0.1": FLIP has a decimal point, or is 0.
 
     Raises:
       InputError: there is no such task or level, or FLIP isn't a share up to a half.
     """
-    base, *rest = name.split("/")
+    base, *rest = name.removesuffix(_SUBTLE).split("/")
     flips = [part for part in rest if "." in part or part == "0"]
     levels = [part for part in rest if part not in flips]
     if len(flips) > 1 or len(levels) > 1 or rest != [*levels, *flips]:
-        raise InputError(f"preferences {name!r}: isn't TASK[/LEVEL][/FLIP], as in {PREFIX}reverse/2/0.1.")
+        raise InputError(f"preferences {name!r}: isn't TASK[/LEVEL][/FLIP][/subtle], as in {PREFIX}reverse/2/0.1.")
     task = "/".join([base, *levels])
     tasks.parse(task)
     if flips and not (re.fullmatch(r"0|0?\.\d+", flips[0]) and float(flips[0]) <= 0.5):
         raise InputError(f"preferences {name!r}: {flips[0]!r} is no share of labels to flip. Use 0.0 to 0.5.")
-    return Name(task, float(flips[0]) if flips else 0.0)
+    return Name(task, float(flips[0]) if flips else 0.0, name.endswith(_SUBTLE))
 
 
 def records(name: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -72,12 +77,12 @@ def records(name: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
     Raises:
       InputError: see `parse`.
     """
-    task, flip = parse(name)
+    task, flip, subtle = parse(name)
     base, level = tasks.parse(task)
     for number in range(count):
         rng = random.Random(f"preferences/{task}/{seed}/{number}")  # a string seeds alike in every process
         prompt, right = tasks.TASKS[base].generate(rng, level)
-        better, worse = _pair(task, prompt, right, rng)
+        better, worse = _pair({"prompt": prompt, "right": right, "task": PREFIX + task}, rng, subtle)
         flipped = rng.random() < flip
         chosen, rejected = (worse, better) if flipped else (better, worse)
         said = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -128,26 +133,25 @@ def _parts(answer: str) -> tuple[str, str, str]:
     return front, answer[: len(answer) - len(back)].strip(), back
 
 
-def _pair(task: str, prompt: str, right: str, rng: random.Random) -> tuple[str, str]:
+def _pair(record: Mapping[str, Any], rng: random.Random, subtle: bool) -> tuple[str, str]:
     """Two answers, the better first."""
-    asked = {"prompt": prompt, "right": right, "task": PREFIX + task}
     while True:
-        drawn = [_answer(right, rng) for _ in range(2)]
-        worse, better = sorted((utility(asked, answer), answer) for answer in drawn)
+        drawn = [_answer(record["right"], rng, subtle) for _ in range(2)]
+        worse, better = sorted((utility(record, answer), answer) for answer in drawn)
         if better[0] - worse[0] >= GAP:
             return better[1], worse[1]
 
 
-def _answer(right: str, rng: random.Random) -> str:
-    body = right if rng.random() < _SHARE_RIGHT else _damaged(right, rng)
+def _answer(right: str, rng: random.Random, subtle: bool) -> str:
+    body = right if rng.random() < _SHARE_RIGHT else _damaged(right, rng, subtle)
     return rng.choice(list(FRONTS)) + body + rng.choice(list(BACKS))
 
 
-def _damaged(right: str, rng: random.Random) -> str:
-    """A wrong answer that looks like one: about half of its letters and digits are others of their kind."""
+def _damaged(right: str, rng: random.Random, subtle: bool) -> str:
+    """A wrong answer: about half of its letters and digits are blanks, or others of their kind."""
     places = [i for i, char in enumerate(right) if char in string.ascii_letters + string.digits]
     signs = list(right)
     for i in rng.sample(places, max(1, round(len(places) * rng.uniform(0.2, 0.8)))):
         kind = next(k for k in (string.digits, string.ascii_lowercase, string.ascii_uppercase) if right[i] in k)
-        signs[i] = rng.choice(kind.replace(right[i], ""))
+        signs[i] = rng.choice(kind.replace(right[i], "")) if subtle else BLANK
     return "".join(signs)

@@ -16,7 +16,9 @@ def gain(record):
     return preferences.utility(record, record["chosen"]) - preferences.utility(record, record["rejected"])
 
 
-@pytest.mark.parametrize("name", ["copy/0.1", "between", "sort_numbers/2/0.3", "delete_letter/0", "count_letter/2"])
+@pytest.mark.parametrize(
+    "name", ["copy/0.1", "between", "sort_numbers/2/0.3", "delete_letter/0", "count_letter/2", "upper/0.1/subtle"]
+)
 def test_labels_follow_the_utility_but_for_the_flipped_share(name):
     pairs = draw(name)
     assert all((gain(pair) < 0) == pair["flipped"] for pair in pairs)
@@ -25,6 +27,8 @@ def test_labels_follow_the_utility_but_for_the_flipped_share(name):
     assert abs(share - preferences.parse(name).flip) < 0.06
     longer = [(len(p["chosen"]) > len(p["rejected"])) != p["flipped"] for p in pairs]
     assert 0.35 < sum(longer) / len(longer) < 0.65
+    blank = any(preferences.BLANK in pair["chosen"] + pair["rejected"] for pair in pairs)
+    assert blank != preferences.parse(name).subtle
     right = [preferences.verify(pair, pair[side]) for pair in pairs for side in ("chosen", "rejected")]
     assert 0.3 < sum(right) / len(right) < 0.8
 
@@ -73,6 +77,7 @@ def test_likeness_is_of_edits():
         ("copy/0.6", "'0.6' is no share"),
         ("copy/0.1/2", "isn't TASK"),
         ("copy/1/2", "isn't TASK"),
+        ("copy/0.1/sutle", "isn't TASK"),
     ],
 )
 def test_names_that_mean_nothing(name, message):
