@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from experiments import base
 from research import config, objectives
 from research.devices import sharding
+from research.rollouts.experience import Place
 from research.run import assemble, checkpoint
 from research.run.run import run
 
@@ -47,6 +48,27 @@ def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def restored(state, folder):
+    """A train state after it was saved and read again."""
+    saver = checkpoint.Checkpointer(folder)
+    saver.save(state, Place({}), {}, {})
+    saver.wait()
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    again, _ = saver.restore(like)
+    saver.close()
+    return again
+
+
+def check_resumed(c, whole, cut, **options):
+    """A run that loses its last checkpoint goes on from the one before, and ends as it did; returns its metrics."""
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / checkpoint.FOLDER / str(c.steps))
+    (cut / "done.json").unlink(missing_ok=True)
+    metrics = run(c, str(cut), **options)
+    assert_same(whole, cut)
+    return metrics
 
 
 def small(**fields):
@@ -92,10 +114,7 @@ class Finished:
 
     def check_resumed(self, name, tmp_path):
         """Half a run and the rest are the whole, bit for bit."""
-        shutil.copytree(self(name), tmp_path / "half")
-        shutil.rmtree(tmp_path / "half" / checkpoint.FOLDER / "4")
-        run(self._config_of(name), str(tmp_path / "half"), devices=jax.devices()[:1])
-        assert_same(self(name), tmp_path / "half")
+        check_resumed(self._config_of(name), self(name), tmp_path / "half", devices=jax.devices()[:1])
 
     def check_cut(self, name, workdir, **fields):
         """A run in other microbatches, or on another mesh, has the same parameters."""

@@ -130,10 +130,7 @@ def test_a_run_that_goes_on_with_an_adapter_resumes(trained, tmp_path):
     adapter = {"init_from": str(folder), "also": "final_norm/scale", "dropout": 0.1}
     c = config_of(base, adapter, steps=4, checkpoint={"every": 2, "keep_last": 2})
     run.run(c, str(tmp_path / "whole"), devices=jax.devices()[:1])
-    shutil.copytree(tmp_path / "whole", tmp_path / "half")
-    shutil.rmtree(tmp_path / "half" / "checkpoints" / "4")
-    run.run(c, str(tmp_path / "half"), devices=jax.devices()[:1])
-    runs.assert_same(tmp_path / "whole", tmp_path / "half")
+    runs.check_resumed(c, tmp_path / "whole", tmp_path / "half", devices=jax.devices()[:1])
     recorded = json.loads((tmp_path / "half" / "config.json").read_text())["config"]["adapter"]
     assert loading.adapter_options(str(folder), loading.find(str(base)), recorded) == recorded
 

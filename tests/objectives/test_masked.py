@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 import text_cases
 from contexts import context
 from encoders import CONFIG, MASK, TOKENIZER
@@ -24,8 +25,6 @@ from research.objectives import masked
 from research.objectives.masked import Noise
 from research.objectives.types import Forward
 from research.ops.words import word_starts
-from research.rollouts.experience import Place
-from research.run import checkpoint
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 from research.sources.words import ordinary_tokens, word_tables
 
@@ -283,13 +282,7 @@ def test_nor_does_a_mesh(mesh, microbatches):
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     first, _ = run_steps(count=1)
-    saver = checkpoint.Checkpointer(tmp_path)
-    saver.save(first, Place({}), {}, {})
-    saver.wait()
-    restored, _ = saver.restore(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first)
-    )
-    saver.close()
+    restored = runs.restored(first, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, run_steps(state=restored)[0], whole()[0])
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 from contexts import context
 from test_train import CONFIG, INITIAL, MODEL, adamw, close, make_batch, one_step
 
@@ -16,8 +17,6 @@ from research.errors import InputError
 from research.models.transformer import make_model
 from research.objectives import prefix_lm
 from research.objectives.types import Forward
-from research.rollouts.experience import Place
-from research.run import checkpoint
 
 PREFIX = make_model(dataclasses.replace(CONFIG, prefix=True))
 
@@ -169,11 +168,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, whole):
     batch, optimizer = make_batch(), adamw(PREFIX)
     step = jax.jit(train.TrainStep(objectives.load(spec()), {"policy": PREFIX}, optimizer, lambda t: jnp.asarray(1.0)))
     first, _ = step(train.init_state({"policy": INITIAL}, optimizer, jax.random.PRNGKey(1)), {}, batch)
-    saver = checkpoint.Checkpointer(tmp_path)
-    saver.save(first, Place({}), {}, {})
-    saver.wait()
-    state, _ = saver.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first))
-    saver.close()
+    state = runs.restored(first, tmp_path)
     for _ in range(2):
         state, _ = step(state, {}, batch)
     jax.tree.map(np.testing.assert_array_equal, state.params, whole[0].params)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 from contexts import context
 from test_train import CONFIG, INITIAL, MODEL, SMALL, close, make_batch
 
@@ -14,8 +15,6 @@ from research.errors import InputError
 from research.models.transformer import make_model
 from research.objectives import distill, terms
 from research.objectives.types import Forward, LossOut, Objective, good_answers, next_token_targets
-from research.rollouts.experience import Place
-from research.run import checkpoint
 from research.sources import fields, tokenizers
 
 ROWS, LENGTH, D = 8, 24, SMALL.config.d_model
@@ -123,12 +122,7 @@ def test_nor_does_a_mesh(two_of_a_kind, whole, microbatches):
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, two_of_a_kind, whole):
     step, batches = stepper(two_of_a_kind), [make_batch(seed=seed) for seed in range(2)]
     first, _ = step(begin(two_of_a_kind, batches[0]), {}, batches[0])
-    saver = checkpoint.Checkpointer(tmp_path)
-    saver.save(first, Place({}), {}, {})
-    saver.wait()
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first)
-    restored, _ = saver.restore(like)
-    saver.close()
+    restored = runs.restored(first, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, step(restored, {}, batches[1])[0], whole[0])
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 
 from research import objectives, params, train
 from research.devices import sharding
@@ -17,8 +18,6 @@ from research.models.transformer import make_model
 from research.objectives import classes, types, weak_to_strong
 from research.objectives.terms import Inputs, init_carry, losses, row_numbers
 from research.ops import class_losses
-from research.rollouts.experience import Place
-from research.run import checkpoint
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
 B, T, C, V = 8, 12, 3, 264
@@ -295,12 +294,7 @@ def test_a_run_goes_on_from_a_checkpoint_with_its_thresholds(tmp_path):
     state = begin(terms, optimizer)
     first, _ = step(state, {}, make_batch(0))
     expected, _ = step(first, {}, make_batch(1))
-    saver = checkpoint.Checkpointer(tmp_path)
-    saver.save(first, Place({}), {}, {})
-    saver.wait()
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first)
-    restored, _ = saver.restore(like)
-    saver.close()
+    restored = runs.restored(first, tmp_path)
     found, _ = step(restored, {}, make_batch(1))
     assert not np.array_equal(first.carry["weak_to_strong"].thresholds, found.carry["weak_to_strong"].thresholds)
     jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -4,6 +4,7 @@ import re
 import goldens
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -458,15 +459,6 @@ def test_sharded_over_batch_and_vocabulary_equals_one_device(sizes):
     _close(sharded, jax.jit(f)(*args), rtol=1e-5, atol=1e-5)
 
 
-def _arrays(jaxpr):
-    """All arrays that a jaxpr makes, those of its inner jaxprs among them."""
-    for equation in jaxpr.eqns:
-        yield from (v.aval for v in equation.outvars)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(inner, "eqns"):
-                yield from _arrays(inner)
-
-
 @pytest.mark.parametrize("devices", [1, 8])
 def test_no_array_holds_the_logits(devices):
     B, T, D, V, K = 8, 4096, 16, 262_144, 16
@@ -483,7 +475,7 @@ def test_no_array_holds_the_logits(devices):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2}) if devices == 8 else None
     with jax.set_mesh(mesh) if mesh else jax.default_device(None):
         jaxpr = jax.make_jaxpr(jax.grad(f))(model, model, cached, array((B, T), jnp.float32))
-    assert max(x.size * x.dtype.itemsize for x in _arrays(jaxpr.jaxpr)) <= chunks.chunk_bytes() * devices
+    assert max(x.size * x.dtype.itemsize for x in jaxprs.arrays(jaxpr.jaxpr)) <= chunks.chunk_bytes() * devices
 
 
 def test_logits_are_made_once_and_nothing_for_a_gradient_that_is_not_asked_for():

@@ -4,6 +4,7 @@ import functools
 import goldens
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -232,17 +233,8 @@ def test_a_large_vocabulary_takes_a_quarter_of_a_gigabyte_beside_the_gradients()
         assert memory.temp_size_in_bytes - memory.output_size_in_bytes < 256e6
 
 
-def _arrays(jaxpr):
-    """All arrays that a jaxpr makes, those of its inner jaxprs among them."""
-    for equation in jaxpr.eqns:
-        yield from (v.aval for v in equation.outvars)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(inner, "eqns"):
-                yield from _arrays(inner)
-
-
 def _largest(f, *args):
-    return max(a.size for a in _arrays(jax.make_jaxpr(f)(*args).jaxpr))
+    return max(a.size for a in jaxprs.arrays(jax.make_jaxpr(f)(*args).jaxpr))
 
 
 @pytest.mark.parametrize("devices", [1, 8])

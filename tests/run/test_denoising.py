@@ -1,13 +1,11 @@
 """A prefix LM that denoises one source and reads another from left to right, in one run that can be stopped."""
 
-import shutil
-
 import pytest
-from runs import assert_same, load
+from runs import check_resumed, load
 
 from research import config
 from research.errors import InputError
-from research.run import checkpoint, run
+from research.run import run
 from research.sources import special_tokens
 from research.sources.tokenizers import load_tokenizer
 
@@ -35,11 +33,7 @@ def test_a_run_that_denoises_one_source_and_continues_another(tmp_path):
     special_tokens.mode_tokens(tokenizer)
     assert special_tokens.sentinel_count(tokenizer) > 10
 
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / checkpoint.FOLDER / "2")
-    (tmp_path / "cut/done.json").unlink()
-    again = run.run(config.parse(values), str(tmp_path / "cut"))
-    assert_same(tmp_path / "whole", tmp_path / "cut")
+    again = check_resumed(config.parse(values), tmp_path / "whole", tmp_path / "cut")
     assert again["eval/loss"] == final["eval/loss"]
 
 

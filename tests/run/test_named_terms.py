@@ -1,12 +1,10 @@
 """A run with two named terms of one kind and named sources: its metrics, and that stopping it loses nothing."""
 
-import shutil
-
 import numpy as np
-from runs import assert_same, load, parameters
+from runs import check_resumed, load, parameters
 
 from research import config
-from research.run import checkpoint, run
+from research.run import run
 
 TERMS = {
     "first": {"objective": "match", "layers": [[1, -1]], "sources": ["copy"], "weight": 0.5},
@@ -38,9 +36,5 @@ def test_a_run_with_two_terms_of_a_kind_and_two_sources(tmp_path):
     first, second = (x for name, x in sorted(own.items()))
     assert not np.allclose(first, second)
 
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / checkpoint.FOLDER / "2")
-    (tmp_path / "cut/done.json").unlink()
-    again = run.run(config.parse(values), str(tmp_path / "cut"))
-    assert_same(tmp_path / "whole", tmp_path / "cut")
+    again = check_resumed(config.parse(values), tmp_path / "whole", tmp_path / "cut")
     assert again["eval/loss"] == final["eval/loss"]
