@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from research.errors import MOST_SEED, InputError, did_you_mean
+from research.errors import MOST_SEED, InputError, did_you_mean, own_code
 
 _PATHS = {"init_from", "annotations", "cache_dir"}  # fields that name a file or folder; data.path is read by sources/
 
@@ -98,13 +98,15 @@ def module(package: types.ModuleType, kind: str, field: str, parts: Sequence[str
       parts: modules of the package that are no kinds.
 
     Raises:
-      InputError: there is none; the message names the nearest.
+      InputError: there is none, and the message names the nearest; or Python can't run it.
     """
     kinds = [each.name for each in pkgutil.iter_modules(package.__path__) if each.name not in parts]
     if kind in kinds:
         return importlib.import_module(f"{package.__name__}.{kind}")
-    if isinstance(kind, str) and kind.isidentifier() and importlib.util.find_spec(kind) is not None:
-        return importlib.import_module(kind)
+    spec = importlib.util.find_spec(kind) if isinstance(kind, str) and kind.isidentifier() else None
+    if spec is not None:
+        with own_code(spec.origin or kind):
+            return importlib.import_module(kind)
     raise InputError(
         f"{field}: no module {package.__name__.replace('.', '/')}/{kind}.py, and no {kind}.py in the folder that this "
         f"is run in.{did_you_mean(str(kind), kinds)}"

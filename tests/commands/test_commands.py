@@ -370,6 +370,20 @@ def test_faults_of_an_experiments_own_code_are_one_line(source, tmp_path, run):
     assert {path.name for path in tmp_path.iterdir()} <= {"x.py", "__pycache__"}
 
 
+def test_faults_of_an_own_objective_or_view_are_one_line(tmp_path, run, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "objective_of_mine.py").write_text("import json\ndef make(:\n")
+    (tmp_path / "view_of_mine.py").write_text("import json\nimport nosuchthing\n")
+    for field, line in (
+        ("objective={'terms': {'objective_of_mine': 1.0}}", "objective_of_mine.py:2: SyntaxError: invalid syntax"),
+        ("data.sources={'a': {'path': 'x', 'view': {'kind': 'view_of_mine'}}}", "view_of_mine.py:2: ModuleNotFoundErr"),
+    ):
+        flags = [SFT, "--config.data.path=", f"--config.{field}", f"--workdir={tmp_path / 'run'}"]
+        status, _, err = run("train", *flags)
+        assert (status, line in err) == (2, True), err
+    assert not (tmp_path / "run").exists()
+
+
 def test_faults_of_a_sweep_or_a_study_and_of_a_call_are_one_line(tmp_path, run):
     (tmp_path / "x.py").write_text("from experiments.sft import *\ndef sweep(add):\n    add(1 / 0)\n")
     assert "x.py:3: ZeroDivisionError" in run("sweep", f"--config={tmp_path / 'x.py'}", f"--workdir={tmp_path}/r")[2]
