@@ -144,7 +144,7 @@ def test_cutting_a_batch_changes_nothing(cut):
     if cut == "microbatches":
         close(jax.jit(functools.partial(losses, terms_of(**TERMS), microbatches=4))(VALUES, packed()), whole())
         return
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    mesh = sharding.make_mesh({"fsdp": 2, "sequence": 2, "tensor": 2})
     with jax.set_mesh(mesh):
         values = jax.device_put(VALUES, params.shardings(MODEL.specs, mesh))
         batch = jax.device_put(packed(), sharding.named(mesh, ("batch", "time")))
