@@ -7,6 +7,7 @@ import pytest
 
 from experiments import adapt
 from research import cli
+from research.commands.study import main
 from research.errors import InputError
 from research.studies import study
 
@@ -83,3 +84,15 @@ def test_a_model_and_data_of_ones_own(tmp_path):
     assert {stage.settings["model"]["init_from"] for stage in stages} == {"MODEL"}
     rates = [stage.settings["optimizer"]["learning_rate"] for stage in stages if stage.name.startswith("lora")]
     assert tuple(rates) == adapt.LARGER["lora"]
+
+
+@pytest.mark.slow
+def test_the_study_runs_to_its_table(tmp_path, capfd):
+    flags = ["--config=experiments/adapt.py:compare,debug", "--config.study.ways=('lora','prompt_text','norms')"]
+    assert main([*flags, f"--workdir={tmp_path}/x"]) == 0
+    table = json.loads((tmp_path / "x/table.json").read_text())
+    assert [row["name"] for row in table] == ["lora", "prompt_text", "norms"]
+    lora, prompt, norms = (row["trained"] for row in table)
+    assert (prompt, norms) == (16 * 64, 5 * 64)  # P rows; two norms of two layers, and the last one
+    assert lora > 16 * 64
+    assert "prompt_text" in capfd.readouterr().out
