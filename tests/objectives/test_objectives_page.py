@@ -14,13 +14,15 @@ from research import objectives, train
 from research.errors import InputError
 from research.objectives import sft
 
-PAGE = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "objectives.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 MODULES = {match[1]: block for block in BLOCKS if (match := re.match(r'"""(\w+)\.py: ', block))}
 
 
-def test_the_objective_shown_whole_is_the_one_in_the_repository():
-    assert Path(sft.__file__).read_text() in BLOCKS
+@pytest.mark.parametrize("page", ["README.md", "docs/objectives.md"])
+def test_the_objective_shown_whole_is_the_one_in_the_repository(page):
+    assert f"```python\n{Path(sft.__file__).read_text()}```" in (ROOT / page).read_text()
 
 
 def test_the_page_lists_all_objectives():
