@@ -77,7 +77,7 @@ class Rows:
         _put(batch, "segment_ids", place, nth[which] + 1)
         _put(batch, "positions", place, position)
         real, token_place = position >= ahead, place
-        if self.answers is not None:
+        if self.answers is not None and "mismatched" in batch:
             said, start = self.answers[segment][which[real]], self.start[segment][which[real]]
             address[real] = answers.addresses(said, start, position[real] - ahead)
         virtual, position, address, place = place[~real], position[~real], address[real], place[real]
@@ -94,7 +94,8 @@ class Rows:
             for name, values in answers.field_values(self.answers[segment], row).items():
                 if name in self.extra:
                     _put(batch, name, token_place, values[which])
-            self._move_mismatched(batch, token_place[(self.answers["tail"][segment] >= 0)[which]])
+            if "mismatched" in batch:
+                self._move_mismatched(batch, token_place[(self.answers["tail"][segment] >= 0)[which]])
         if self.labels is not None:
             _put(batch, "label_probs", row * self.seq_len + in_row + length - 1, self.labels[segment])
         if self.annotations is not None:
@@ -106,9 +107,8 @@ class Rows:
     def _move_mismatched(self, batch: Mapping[str, np.ndarray], place: np.ndarray) -> None:
         """Has the answers at these places, which are to other prompts, in the field of their own in place of the
         mask of what is learned."""
-        if len(place):
-            _put(batch, "mismatched", place, batch["loss_mask"].reshape(-1)[place])
-            _put(batch, "loss_mask", place, 0)
+        _put(batch, "mismatched", place, batch["loss_mask"].reshape(-1)[place])
+        _put(batch, "loss_mask", place, 0)
 
     def _put_virtual(self, batch: Mapping[str, np.ndarray], place: np.ndarray, position: np.ndarray) -> None:
         """Writes virtual tokens, which are of their document's source, and of its prefix where it begins with one."""
