@@ -11,6 +11,7 @@ from research.evals import record_rewards
 from research.evals.record_rewards import Answers
 from research.evals.scoring import BATCH_TOKENS, ratio_of_sums
 from research.models.transformer import Model
+from research.sources import comparisons
 from research.sources.tokenizers import Tokenizer
 
 Record = Mapping[str, Any]
@@ -50,17 +51,20 @@ class BestOfSample(NamedTuple):
 
 def read_question(record: Record) -> Question:
     """Reads a record of RewardBench 2, {"prompt", "chosen": texts, "rejected": texts, "subset", "id"}, or a pair, or a
-    list from best to worst (sources.comparisons).
+    list from best to worst or with scores (sources.comparisons), of which those with the highest score are right.
 
     Raises:
       InputError: the record is at fault.
     """
     sides = [record.get(name) for name in ("chosen", "rejected")]
     if not all(_is_texts(side) for side in sides):
-        answers = record_rewards.read_answers(record)
-        if not answers.several:
+        format = comparisons.detect(record, {})
+        if format in ("", "unpaired"):
             raise InputError("has no answers to choose from: 'chosen' and 'rejected', or 'responses'. Write them.")
-        return Question(answers, 1, str(record.get("subset") or ""), "")
+        read = comparisons.read(record, format, {})
+        answers = Answers([[*read.prompt, *answer] for answer in read.answers], True)
+        best = [score for score in read.scores if score == read.scores[0]] if format == "ranked" else []
+        return Question(answers, max(len(best), 1), str(record.get("subset") or ""), "")
     rest = {name: value for name, value in record.items() if name not in ("chosen", "rejected", "responses")}
     answers = record_rewards.read_answers({**rest, "responses": [*sides[0], *sides[1]]})
     subset, id = str(record.get("subset") or ""), str(record.get("id") or "")

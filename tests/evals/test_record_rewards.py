@@ -156,6 +156,16 @@ def test_best_of_as_a_task(tmp_path, alone):
         tasks.check_kind("best_of:x.jsonl", ModelConfig(**SIZE), "the model")
 
 
+def test_the_right_answers_of_lists_and_pairs():
+    last = lambda question: [turns[-1].text for turns in question.answers.turns]  # noqa: E731
+    scored = best_of.read_question({"prompt": "x", "responses": ["a", "b", "c"], "scores": [1, 3, 3]})
+    assert (sorted(last(scored)[:2]), scored.right) == (["b", "c"], 2)
+    ranked = best_of.read_question({"prompt": "x", "responses": ["a", "b", "c"]})
+    assert (last(ranked), ranked.right) == (["a", "b", "c"], 1)
+    pair = best_of.read_question({"prompt": "x", "chosen": "a", "rejected": "b", "subset": "Math"})
+    assert (last(pair), pair.right, pair.subset) == (["a", "b"], 1, "Math")
+
+
 def test_a_record_without_several_answers_is_named():
     with pytest.raises(InputError, match="has no answers to choose from"):
         best_of.read_question({"prompt": "x", "response": "y"})
