@@ -141,10 +141,15 @@ class RoleSection(ModelSection):
     Attributes:
       of: the role whose trunk this one shares; "" for a model of its own.
       adapter: whether it has that role's adapter too; without it, it is what the adapter was put to.
+      sync_every: the role begins as that one, keeps what is trained of it, and moves to it every so many steps; 0 for a
+        role that doesn't follow.
+      sync_weight: how far it moves: 1 takes it over, less is a moving average.
     """
 
     of: str = ""
     adapter: bool = True
+    sync_every: int = 0
+    sync_weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,17 +351,39 @@ def _check_roles(config: Config) -> None:
             raise InputError(
                 f"{where}.adapter = False: is for a role of the policy (of) that has an adapter. Leave it out."
             )
+        _check_sync(where, section)
         if not owner:
             continue
         if owner not in names or owner == role or (owner in config.roles and config.roles[owner].of):
             raise InputError(f"{where}.of = {owner!r}: must be a role with a model of its own, such as 'policy'.")
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
-            if field.name not in ("of", "num_labels", "adapter") and value != field.default:
+            if (
+                field.name not in ("of", "num_labels", "adapter", "sync_every", "sync_weight")
+                and value != field.default
+            ):
                 raise InputError(
                     f"{where}.{field.name} = {value!r}: the role is the model of {owner!r} (of), but for its head "
                     "(num_labels). Leave it out."
                 )
+
+
+def _check_sync(where: str, section: RoleSection) -> None:
+    """Raises InputError where a role can't follow another."""
+    every, weight = section.sync_every, section.sync_weight
+    _at_least(f"{where}.sync_every", every, 0)
+    if not 0 < weight <= 1:
+        raise InputError(f"{where}.sync_weight = {weight}: must be above 0, and at most 1.")
+    if weight != RoleSection.sync_weight and not every:
+        raise InputError(f"{where}.sync_weight = {weight}: is of a role that follows another. Set {where}.sync_every.")
+    if every and not section.of:
+        raise InputError(f"{where}.sync_every = {every}: follows no role. Name it: {where}.of = 'policy'.")
+    if every and (section.num_labels or not section.adapter):
+        field = "num_labels" if section.num_labels else "adapter"
+        raise InputError(
+            f"{where}.sync_every = {every}: the role is {section.of!r} as it was a while ago, with head and adapter. "
+            f"Leave out {where}.{field}."
+        )
 
 
 def _check_numbers(config: Config) -> None:

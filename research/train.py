@@ -3,7 +3,7 @@
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -37,6 +37,7 @@ class TrainState:
       ema: moving average of params (None unless asked for).
       bad_steps: int32, updates skipped in a row because the loss, the gradient or the update wasn't finite.
       carry: what objectives remember across steps.
+      synced: role -> the parameters of a role that follows another: what is trained of that one, as it was.
     """
 
     step: jax.Array
@@ -47,6 +48,21 @@ class TrainState:
     ema: Params | None
     bad_steps: jax.Array
     carry: Carry
+    synced: Params = flax.struct.field(default_factory=dict)
+
+
+class Sync(NamedTuple):
+    """How a role follows another.
+
+    Attributes:
+      owner: the role that it follows.
+      every: steps from one move to the next.
+      weight: how far it moves; see config.RoleSection.
+    """
+
+    owner: str
+    every: int
+    weight: float
 
 
 def init_state(
@@ -55,8 +71,10 @@ def init_state(
     key: jax.Array,
     ema: bool = False,
     carry: Carry | None = None,
+    syncs: Mapping[str, Sync] | None = None,
 ) -> TrainState:
     """The state before the first step. `key` is a raw uint32 key, which every checkpoint format can hold."""
+    syncs = syncs or {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         updates=jnp.zeros((), jnp.int32),
@@ -66,6 +84,7 @@ def init_state(
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         bad_steps=jnp.zeros((), jnp.int32),
         carry=carry or {},
+        synced={role: jax.tree.map(jnp.copy, params[sync.owner]) for role, sync in syncs.items()},
     )
 
 
@@ -88,6 +107,7 @@ class TrainStep:
       microbatches: the batch is cut along its first axis into this many parts, which run one after the other.
       ema_decay: of the moving average of parameters, where the state has one.
       sources: the names of the data's sources, in the order of the batch field `source`.
+      syncs: of each role that follows another.
     """
 
     __name__ = "step"  # what jax.jit calls the program, and traces show
@@ -100,13 +120,14 @@ class TrainStep:
     ema_decay: float = 0.0
     sources: tuple[str, ...] = ()
     group_schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
+    syncs: Mapping[str, Sync] = dataclasses.field(default_factory=dict)
 
     def __call__(
         self, state: TrainState, frozen: Params, batch: Batch, rates: Rates | None = None
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         inputs = Inputs(key, state.step, terms_lib.row_numbers(batch), state.carry)
-        grads, outs = self.gradients(state.params, frozen, batch, inputs)
+        grads, outs = self.gradients(state.params, {**frozen, **state.synced}, batch, inputs)
         return self.update(state, grads, outs, batch, rates)
 
     def forward(self, params: Params, frozen: Params, batch: Batch, inputs: Inputs) -> Forward:
@@ -188,15 +209,17 @@ class TrainStep:
         update_norm = optax.tree.norm(updates)
         finite &= jnp.isfinite(update_norm)
         ok &= finite
+        kept = _choose(ok, params, state.params)
         new = TrainState(
             step=state.step + 1,
             updates=jnp.where(ok, state.updates + 1, state.updates),
-            params=_choose(ok, params, state.params),
+            params=kept,
             opt_state=opt_state,
             key=state.key,
             ema=None if state.ema is None else _choose(ok, self.average(state.ema, params), state.ema),
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
             carry=_choose(ok, self.carries(state.carry, outs), state.carry),
+            synced={role: self.moved(role, state, kept) for role in state.synced},
         )
         return new, terms_lib.metrics(self.terms, outs, state.step) | terms_lib.source_tokens(batch, self.sources) | {
             "tokens": _one(real),
@@ -218,6 +241,17 @@ class TrainStep:
             "learning_rate" + (f"/{name}" if name else ""): _one(schedule(updates, *highest[name]))
             for name, schedule in schedules.items()
         }
+
+    def moved(self, role: str, state: TrainState, params: Params) -> Params:
+        """The parameters of a role that follows another, after a step that has left that one with `params`.
+
+        TR-DPO (arXiv:2404.09656), equations 4 and 5: ref <- weight * policy + (1 - weight) * ref.
+        """
+        owner, every, weight = self.syncs[role]
+        due = (state.step + 1) % every == 0
+        return jax.tree.map(
+            lambda own, new: jnp.where(due, weight * new + (1 - weight) * own, own), state.synced[role], params[owner]
+        )
 
     def average(self, ema: Params, params: Params) -> Params:
         """The moving average of the parameters after an update."""

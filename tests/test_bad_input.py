@@ -170,6 +170,22 @@ CASES = {
         ],
         ["roles.teacher.num_labels = 4", "classes"],
     ),
+    "role that follows none": (
+        [
+            SFT,
+            c("objective", "{'terms': {'distill': 1.0}}"),
+            c("roles", "{'teacher': {'init_from': 'RUN', 'sync_every': 3}}"),
+        ],
+        ["roles.teacher.sync_every = 3: follows no role", "roles.teacher.of = 'policy'"],
+    ),
+    "role that never moves": (
+        [
+            SFT,
+            c("objective", "{'terms': {'distill': 1.0}}"),
+            c("roles", "{'teacher': {'of': 'policy', 'sync_weight': 0.5}}"),
+        ],
+        ["roles.teacher.sync_weight = 0.5", "Set roles.teacher.sync_every"],
+    ),
     "encoder that is to answer": ([SFT, c("model.causal", False)], ["eval.generate = ", "an encoder", "Set it to 0"]),
     "classifier that is to answer": (
         [SFT, c("model.num_labels", 2), c("eval.generate", 0), c("rollout.share", 0.5), c("data.pack", False)],

@@ -55,6 +55,7 @@ class Model(NamedTuple):
         entries each token may see (sliding windows are applied on top, by cache index).
       of: the role whose parameters it shares, but for those that it has itself; "" for none.
       adapter: what is trained beside its kernels, and in its specs; None for none.
+      synced: whether it follows the role `of`, of which it has what is trained as it was a while ago.
     """
 
     config: ModelConfig
@@ -69,6 +70,7 @@ class Model(NamedTuple):
     decode: Callable[..., tuple[jax.Array, Cache]]
     of: str = ""
     adapter: Adapter | None = None
+    synced: bool = False
 
     @property
     def virtual_tokens(self) -> int:

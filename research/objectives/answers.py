@@ -126,6 +126,11 @@ def reference_log_probs(forward: Forward, batch: Batch, places: Places, referenc
     return log_probs(forward, places, "reference").target if reference == "role" else None
 
 
+def is_synced(forward: Forward, reference: str) -> bool:
+    """Whether the reference follows the policy, so that what is apart from it isn't what has changed since step 0."""
+    return reference == "role" and forward.models["reference"].synced
+
+
 def cached_fields(reference: str) -> tuple[str, ...]:
     return ("reference_log_prob",) if reference == "cached" else ()
 

@@ -124,7 +124,7 @@ class Pairs:
     def loss(self, forward: Forward, batch: Batch, context: Context) -> LossOut:
         """The sum over pairs, and their number."""
         places, policy, reference = self._read(forward, batch)
-        out = self.of_answers(places, policy, reference, context)
+        out = self.of_answers(places, policy, reference, context, answers.is_synced(forward, self.reference))
         unused = jnp.sum((batch["side"] >= SIDES) & (batch["positions"] == 0)).astype(jnp.float32)
         documents = jnp.sum((batch["side"] >= 0) & (batch["positions"] == 0)).astype(jnp.float32)
         return out._replace(metrics=out.metrics | {"unused": (unused, documents)})
@@ -154,9 +154,14 @@ class Pairs:
         return places, policy, answers.reference_log_probs(forward, batch, places, self.reference)
 
     def of_answers(
-        self, places: Places, policy: TargetLogProbs, reference: Float[Array, "B T"] | None, context: Context
+        self,
+        places: Places,
+        policy: TargetLogProbs,
+        reference: Float[Array, "B T"] | None,
+        context: Context,
+        synced: bool = False,
     ) -> LossOut:
-        """The loss, from what policy and reference say of each token."""
+        """The loss, from what policy and reference say of each token. `synced`: the reference follows the policy."""
         tables = self.tables(places, policy, reference)
         values = jnp.where(tables.present, self._values(tables, context) * tables.weights, 0.0)
         loss_sum, count = jnp.sum(values), jnp.sum(tables.present).astype(jnp.float32)
@@ -171,7 +176,7 @@ class Pairs:
             loss_sum += self.sft * share * jnp.sum(nll)
             metrics["sft_nll"] = jnp.sum(nll), jnp.sum(tables.lengths[:, :, 0])
         rewards = self._rewards(tables)
-        base = tables.log_probs if not self.row.reference else tables.policy - tables.reference
+        base = tables.policy - tables.reference if self.row.reference and not synced else tables.log_probs
         sums = {"chosen": jnp.sum(base[:, :, 0]), "rejected": jnp.sum(base[:, :, 1]), "count": count}
         hashes = _by_side(places.hashes())
         same = (hashes[:, :, 0] == hashes[:, :, 1]) & (tables.lengths[:, :, 0] == tables.lengths[:, :, 1])

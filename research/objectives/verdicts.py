@@ -54,7 +54,8 @@ class Verdicts:
         if self.kind == "kto":
             total, count = jnp.sum(context.gathered, axis=0)
             kl = jnp.maximum(total / jnp.maximum(count, 1.0), 0.0)
-        return self.of_answers(places, judged, kl, policy.target, reference, context)
+        said = policy.target, reference
+        return self.of_answers(places, judged, kl, said, context, answers.is_synced(forward, self.reference))
 
     def _read(self, forward: Forward, batch: Batch) -> tuple[Places, TargetLogProbs, Float[Array, "B T"]]:
         places = answers.judged(forward, batch, self.reference)
@@ -66,14 +67,24 @@ class Verdicts:
         places: Places,
         judged: Float[Array, "B N"],
         kl: Float[Array, ""],
-        policy: Float[Array, "B T"],
-        reference: Float[Array, "B T"],
+        said: tuple[Float[Array, "B T"], Float[Array, "B T"]],
         context: Context,
+        synced: bool = False,
     ) -> LossOut:
-        """The loss, from what policy and reference say of each token. `judged`: 1 or 0 of each answer, -1 of none."""
+        """The loss, from what policy and reference say of each token.
+
+        Args:
+          places: of the answers.
+          judged: 1 or 0 of each answer, -1 of none.
+          kl: between policy and reference.
+          said: by the two.
+          context: of the loss.
+          synced: the reference follows the policy.
+        """
         present, desirable = judged >= 0, judged == 1
-        log_probs, options = places.sums(policy), self.options
-        ratios = jnp.where(present, log_probs - jax.lax.stop_gradient(places.sums(reference)), 0.0)
+        log_probs, options = places.sums(said[0]), self.options
+        ratios = jnp.where(present, log_probs - jax.lax.stop_gradient(places.sums(said[1])), 0.0)
+        base = log_probs if synced else ratios
         values = jnp.where(present, preferences.kto(ratios, desirable, kl, options), 0.0)
         at_start = jnp.where(present, preferences.kto(jnp.zeros_like(ratios), desirable, 0.0, options), 0.0)
         count = jnp.sum(present).astype(jnp.float32)
@@ -81,7 +92,7 @@ class Verdicts:
         sums = {}
         for name, which in (("desirable", desirable), ("undesirable", present & ~desirable)):
             number = jnp.sum(which).astype(jnp.float32)
-            sums |= {name: jnp.sum(jnp.where(which, ratios, 0.0)), f"{name}_count": number}
+            sums |= {name: jnp.sum(jnp.where(which, base, 0.0)), f"{name}_count": number}
             for metric, x in (
                 ("reward", options.beta * ratios),
                 ("log_prob", log_probs),

@@ -121,7 +121,7 @@ def make(config: Config, topology: Topology) -> Plan:
     model_flops = tokens * sum(each.total for each in flops.values())
     bytes_of = {
         "parameters": bytes_on_a_device(parts.state.params),
-        "optimizer": bytes_on_a_device([parts.state.opt_state, parts.state.ema, parts.state.carry]),
+        "optimizer": bytes_on_a_device([parts.state.opt_state, parts.state.ema, parts.state.carry, parts.state.synced]),
         "frozen": bytes_on_a_device(parts.frozen),
         "batch": bytes_on_a_device(parts.batch),
     }

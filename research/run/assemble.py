@@ -54,16 +54,18 @@ class Beginning:
       optimizer: of what is trained.
       ema: whether there is a moving average.
       carry: of the terms.
+      syncs: of the roles that follow another.
     """
 
     roles: roles_lib.Roles
     optimizer: optax.GradientTransformation
     ema: bool
     carry: Callable[[], Any]
+    syncs: Mapping[str, train.Sync] = dataclasses.field(default_factory=dict)
 
     def state(self, trained: dict[str, Any], key: jax.Array) -> train.TrainState:
         """The state with some parameters."""
-        return train.init_state(trained, self.optimizer, key, self.ema, self.carry())
+        return train.init_state(trained, self.optimizer, key, self.ema, self.carry(), self.syncs)
 
     def draw(self, seed: jax.Array) -> tuple[train.TrainState, dict[str, Any]]:
         """The state with random parameters, and what isn't trained of its roles."""
@@ -105,9 +107,11 @@ def assemble(
     term_specs = {name: tree for name, term in terms.items() if (tree := term.specs(models))}
     roles = roles_lib.make_roles(config, _trained_roles(terms), models, term_specs)
     optimizer = _make_optimizer(config, roles)
-    beginning = Beginning(roles, optimizer, config.ema_decay > 0, functools.partial(init_carry, terms, batch))
+    beginning = Beginning(
+        roles, optimizer, config.ema_decay > 0, functools.partial(init_carry, terms, batch), _syncs(config)
+    )
     placed = params.shardings(roles.trained, mesh, rules)
-    state = _place_state(beginning.state, optimizer, params.abstract(roles.trained, placed), placed, mesh)
+    state = _place_state(beginning, optimizer, params.abstract(roles.trained, placed), placed, mesh)
     frozen = params.abstract(roles.frozen, params.shardings(roles.frozen, mesh, rules))
     rows = fields.shardings(mesh, batch, rules)
     where = jax.tree.map(lambda x: x.sharding, (state, {role: frozen[role] for role in roles.partial}))
@@ -181,6 +185,7 @@ def _make_step(
         microbatches=config.microbatches,
         ema_decay=config.ema_decay,
         sources=sources,
+        syncs=_syncs(config),
     )
 
 
@@ -234,8 +239,19 @@ def make_models(
         models = {"policy": transformer.make_model(configs["policy"], rules, adapter)}
     for role, section in config.roles.items():
         shared = adapter if section.of == "policy" and (section.adapter or adapter.changes_base) else None
-        models[role] = transformer.make_model(configs[role], rules, shared)._replace(of=section.of)
+        models[role] = transformer.make_model(configs[role], rules, shared)._replace(
+            of=section.of, synced=section.sync_every > 0
+        )
     return models
+
+
+def _syncs(config: Config) -> dict[str, train.Sync]:
+    """Of each role that follows another."""
+    return {
+        role: train.Sync(section.of, section.sync_every, section.sync_weight)
+        for role, section in config.roles.items()
+        if section.sync_every
+    }
 
 
 def compile_step(parts: Parts, stack: contextlib.ExitStack) -> Callable[[], Any]:
@@ -338,10 +354,10 @@ def _make_rollout(
     return jax.jit(rollout, out_shardings=placed)
 
 
-def _place_state(init_state, optimizer, abstract, placed, mesh) -> train.TrainState:
+def _place_state(beginning: Beginning, optimizer, abstract, placed, mesh) -> train.TrainState:
     """The abstract TrainState: moments lie where their parameters lie, all else on every device."""
     replicated = sharding.named(mesh, ())
-    state = jax.eval_shape(init_state, abstract, jax.ShapeDtypeStruct((2,), jnp.uint32))
+    state = jax.eval_shape(beginning.state, abstract, jax.ShapeDtypeStruct((2,), jnp.uint32))
 
     def hole(x: Any) -> bool:  # where one of several optimizers has nothing to do
         return isinstance(x, optax.MaskedNode)
@@ -358,8 +374,9 @@ def _place_state(init_state, optimizer, abstract, placed, mesh) -> train.TrainSt
     opt_state = optax.tree_utils.tree_map_params(
         optimizer, like, state.opt_state, abstract, transform_non_params=everywhere, is_leaf=hole
     )
-    rest = jax.tree.map(everywhere, state.replace(params=None, opt_state=None, ema=None))
-    return rest.replace(params=abstract, opt_state=opt_state, ema=state.ema and abstract)
+    rest = jax.tree.map(everywhere, state.replace(params=None, opt_state=None, ema=None, synced={}))
+    synced = {role: abstract[sync.owner] for role, sync in beginning.syncs.items()}
+    return rest.replace(params=abstract, opt_state=opt_state, ema=state.ema and abstract, synced=synced)
 
 
 def _check_reads(config: Config, terms: Terms, models: Mapping[str, Any], batch: Batch) -> None:

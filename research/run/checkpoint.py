@@ -150,12 +150,14 @@ class Checkpointer:
         items = {"run": ocp.args.JsonRestore()}
         if jax.tree.leaves(buffer):
             items["buffer"] = ocp.args.StandardRestore(buffer)
-        # One from before trained and frozen parameters were two trees, or from before objectives had carries.
+        # One from before trained and frozen parameters were two trees, or from before objectives had carries and
+        # roles followed others.
         older = checkpoints.restore_two_trees(folder / "state", tree, like)
         if older is None:
             there = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
-            if "carry" not in tree and not like.carry:
-                del there["carry"]
+            for name in ("carry", "synced"):
+                if name not in tree and not there[name]:
+                    del there[name]
             items["state"] = ocp.args.StandardRestore(there)
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))

@@ -52,7 +52,7 @@ class Evaluation:
         and shows some answers."""
         key = jax.random.PRNGKey(self.config.seed)
         trained = state.params if state.ema is None else state.ema
-        scores = whole_loss(self.terms, self.loss(trained, frozen, state.carry))
+        scores = whole_loss(self.terms, self.loss(trained, {**frozen, **state.synced}, state.carry))
         policy = params.join(trained.get("policy", {}), frozen.get("policy", {}))
         if self.answers is not None:
             judged, samples = self.answers(policy, key)

@@ -129,6 +129,8 @@ FIELDS: dict[str, Rule] = {
     **_rules(_START, "model", "init_from init_std new_rows"),
     "roles.NAME.of": _MODEL,
     "roles.NAME.adapter": _MODEL,
+    "roles.NAME.sync_every": Rule(Effect.SAID, "the checkpoint has the parameters of a role that follows", switch=True),
+    "roles.NAME.sync_weight": _SAID,
     **_rules(_TOKENIZER, "tokenizer", "kind vocab_size eos_token added_tokens"),
     **_rules(
         _DATA,
@@ -165,7 +167,8 @@ def rule_of(field: str) -> Rule:
     """
     parts = field.split(".")
     if parts[0] == "roles" and len(parts) > 2:
-        parts = ["roles", "NAME", parts[2]] if parts[2] in ("of", "adapter") else ["model", *parts[2:]]
+        own = f"roles.NAME.{parts[2]}" in FIELDS
+        parts = ["roles", "NAME", parts[2]] if own else ["model", *parts[2:]]
     if parts[:2] == ["optimizer", "groups"] and ".".join(["optimizer", *parts[3:]]) in FIELDS:
         parts = ["optimizer", *parts[3:]]
     for size in range(len(parts), 0, -1):

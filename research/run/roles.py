@@ -41,7 +41,7 @@ class Roles:
     @property
     def references(self) -> list[str]:
         """The roles that are another one as it began: what that one trains is theirs alone."""
-        return [role for role, model in self.models.items() if model.of and role not in self.whole]
+        return [role for role, model in self.models.items() if model.of and not model.synced and role not in self.whole]
 
     @property
     def partial(self) -> list[str]:
@@ -124,7 +124,13 @@ def make_roles(
             roles.frozen[role] = held(config, model, own)
             roles.whole[role] = roles.frozen[role]
     for role, model in models.items():
-        if model.of and role not in roles.whole:
+        if model.synced:
+            if model.of not in roles.cut:
+                raise InputError(
+                    f"roles.{role}.sync_every: nothing of {model.of!r} is trained: there is nothing to follow. "
+                    "Leave it out."
+                )
+        elif model.of and role not in roles.whole:
             _check_reference(roles, role)
             own = roles.trained[model.of] if model.adapter else kernels.bare(roles.trained[model.of])
             roles.frozen[role] = params.held_in(own, float_dtype(config, model))

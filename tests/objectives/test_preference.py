@@ -149,7 +149,7 @@ def test_kto_of_trl(name):
 
     def loss(policy):
         reference = jnp.asarray(case.inputs["ref_per_token_logps"], jnp.float32)
-        out = term.of_answers(places, judged, jnp.float32(kl), policy, reference, context)
+        out = term.of_answers(places, judged, jnp.float32(kl), (policy, reference), context)
         return out.loss_sum / out.weight
 
     value, gradient = jax.value_and_grad(loss)(policy)

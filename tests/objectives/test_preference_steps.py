@@ -142,8 +142,8 @@ def make_batch(units, rows, packed):
 def policies():
     """Policy and reference, a little apart."""
     model = SMALL
-    first, second = (params.init(model.specs, jax.random.PRNGKey(seed)) for seed in (0, 1))
-    return model, first, jax.tree.map(lambda x, y: 0.9 * x + 0.1 * y, first, second)
+    first, second = (params.init(model.specs, jax.random.PRNGKey(seed)) for seed in (0, 3))
+    return model, first, jax.tree.map(lambda x, y: 0.5 * x + 0.5 * y, first, second)
 
 
 def gradients(policies, batch, microbatches=1, mesh=None):
@@ -201,3 +201,29 @@ def test_sharded_pairs_learn_as_those_of_one_device(policies, unpacked):
     with jax.set_mesh(mesh):
         cut = gradients(policies, make_batch(make_units(), ROWS, packed=True), microbatches=2, mesh=mesh)
     assert_same(cut, unpacked)
+
+
+def test_a_reference_that_follows_moves_every_so_many_steps(policies):
+    """And is no part of the gradient: what it follows with is state."""
+    model, policy, _ = policies
+    terms = objectives.load({"terms": {"preference": {"beta": 1.0}}})
+    models = {"policy": model, "reference": model._replace(of="policy", synced=True)}
+    syncs = {"reference": train.Sync("policy", 2, 0.25)}
+    optimizer = optax.sgd(0.1)
+    step = jax.jit(train.TrainStep(terms, models, optimizer, lambda t: jnp.ones(()), syncs=syncs))
+    batch = make_batch(make_units(), ROWS, packed=True)
+    carry = init_carry(terms, batch)
+    state = train.init_state({"policy": policy}, optimizer, jax.random.PRNGKey(0), carry=carry, syncs=syncs)
+    losses, references = [], [policy]
+    for _ in range(3):
+        state, metrics = step(state, {}, batch)
+        losses.append(train.means([metrics])["loss"])
+        references.append(state.synced["reference"])
+        if len(references) == 3:
+            moved = jax.tree.map(lambda new, old: 0.25 * new + 0.75 * old, state.params["policy"], policy)
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-5)
+    assert losses[1] < 0.99 * losses[0]
+    jax.tree.map(np.testing.assert_array_equal, references[1], policy)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), references[2], moved)
+    jax.tree.map(np.testing.assert_array_equal, references[3], references[2])
+    assert train.means([metrics])["change_chosen"] != 0
