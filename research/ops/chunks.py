@@ -13,14 +13,18 @@ from research.devices.sharding import Rules
 # does its copy where the kernel is the transpose of an embedding. Elsewhere the gradient takes half, and fewer tokens
 # would leave the time to the reading and writing below.
 _CHUNK_BYTES = {"cpu": 80 * 2**20, "gpu": 256 * 2**20, "tpu": 256 * 2**20}
+# Where no kernel's gradient is added to, which a frozen head has none of, chunks of fewer tokens cost a CPU nothing.
+_FROZEN_BYTES = {**_CHUNK_BYTES, "cpu": 20 * 2**20}
 # Tokens of a chunk on one device: enough for the matrix products to outweigh the reading and writing of the kernel's
 # gradient [D, V], which each chunk adds to. On a CPU more of them only leave the cache.
 _CHUNK_TOKENS = {"cpu": 512, "gpu": 2048, "tpu": 2048}
 
 
-def chunk_bytes() -> int:
-    """The most that a chunk's logits may take on one device of the platform, in bytes."""
-    return _CHUNK_BYTES.get(sharding.platform(), _CHUNK_BYTES["gpu"])
+def chunk_bytes(frozen: bool = False) -> int:
+    """The most that a chunk's logits may take on one device of the platform, in bytes; `frozen`: of a head that takes
+    no gradient."""
+    most = _FROZEN_BYTES if frozen else _CHUNK_BYTES
+    return most.get(sharding.platform(), most["gpu"])
 
 
 def chunk_tokens() -> int:
@@ -29,7 +33,11 @@ def chunk_tokens() -> int:
 
 
 def chunk_size(
-    hidden: Float[Array, "B T D"], logits_per_token: int, rules: Rules | None, tokens: int | None = None
+    hidden: Float[Array, "B T D"],
+    logits_per_token: int,
+    rules: Rules | None,
+    tokens: int | None = None,
+    frozen: bool = False,
 ) -> int:
     """As many positions as `chunk_tokens` and `chunk_bytes` allow on each device of the mesh in context.
 
@@ -38,12 +46,13 @@ def chunk_size(
       logits_per_token: V, of all heads that a chunk has the logits of.
       rules: how the mesh cuts the tokens and the vocabulary; None where it cuts nothing.
       tokens: of a chunk on one device; by default `chunk_tokens`, and at least D.
+      frozen: see `chunk_bytes`.
     """
     B, T, D = hidden.shape
     tokens = tokens or max(D, chunk_tokens())
     rows = B / sharding.axis_parts("batch", rules) / time_parts(T, rules)
     bytes_per_token = 4 * logits_per_token / sharding.axis_parts("vocab", rules)
-    return int(max(1, min(T, min(tokens, chunk_bytes() / bytes_per_token) // rows)))
+    return int(max(1, min(T, min(tokens, chunk_bytes(frozen) / bytes_per_token) // rows)))
 
 
 def time_parts(T: int, rules: Rules | None) -> int:

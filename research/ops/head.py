@@ -259,7 +259,8 @@ def weighted_sum(
     Returns:
       The sum, the values [B, T] and the details. Only the sum has a gradient.
     """
-    scan = _Scan(compare, chunk or chunk_size(hidden, head.size, head.rules), skip)
+    sizes = [chunk or chunk_size(hidden, head.size, head.rules, frozen=frozen) for frozen in (False, True)]
+    scan = _Scan(compare, sizes[0], skip, sizes[1])
     extras, shared = jax.lax.stop_gradient((extras, shared))
     return _weighted_sum(scan, hidden, head, weights, extras, shared)
 
@@ -302,11 +303,12 @@ class _Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class _Scan:
-    """The loop over chunks; see `weighted_sum`."""
+    """The loop over chunks; see `weighted_sum`. `chunk_if_frozen` is of a kernel that takes no gradient; 0: `chunk`."""
 
     compare: Compare
     chunk: int
     skip: bool = False
+    chunk_if_frozen: int = 0
 
     def run(
         self,
@@ -319,7 +321,9 @@ class _Scan:
     ) -> tuple[PyTree, PyTree, Float[Array, "B T D"] | None, Head | None]:
         """Returns values and details [B, T, ...] and, where `wanted`, the gradients of sum(weights * values) by hidden
         and head, None for each that isn't."""
-        chunks = Chunks(hidden.shape[1], self.chunk, time_parts(hidden.shape[1], head.rules))
+        frozen = self.chunk_if_frozen and wanted is not None and not wanted.kernel
+        size = self.chunk_if_frozen if frozen else self.chunk
+        chunks = Chunks(hidden.shape[1], size, time_parts(hidden.shape[1], head.rules))
         shards, zeros = head.token_shards(hidden), ((None, None), None)
         if wanted is not None:
             kernels = head.zero_gradients(wanted, shards, accumulator(hidden))
