@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from text_cases import CHATML, INST, make_folder
 
 from research.errors import InputError
 from research.sources import comparisons, dataset
@@ -384,3 +385,37 @@ def test_virtual_tokens_stand_in_front_of_both_answers(tmp_path):
             assert batch["tokens"][row][at][:3].tolist() == [300, 301, 302]
             assert len(set(batch["pair"][row][at])) == len(set(batch["side"][row][at])) == 1
             assert (batch["pair"][row][at] > 0).all()
+
+
+@pytest.mark.parametrize("template", [CHATML, INST], ids=["chatml", "inst"])
+def test_under_a_models_own_template_only_answers_are_learned(tmp_path, template):
+    """Both documents begin with the same tokens, whatever the prompt holds; of each the last answer is learned."""
+    tokenizer = make_folder(tmp_path / "model", "gpt2", template)
+    begin = [user("Hi"), assistant("Hello"), user("2 + 2?")]
+    records = [{"chosen": [*begin, assistant("It is 4.")], "rejected": [*begin, assistant("Five, I think.")]}]
+    spec = DataSpec(
+        path=write(tmp_path, records),
+        seq_len=256,
+        eval_fraction=0.0,
+        cache_dir=str(tmp_path / "cache"),
+        template="model",
+    )
+    batch = all_rows(dataset.load(spec, TokenizerSpec(), tokenizer))
+    chosen, rejected = ((batch["side"][0] == side).nonzero()[0] for side in (0, 1))
+    tokens, learned = batch["tokens"][0], batch["loss_mask"][0] > 0
+    prompt = int(np.argmax(learned[chosen]))
+    assert prompt > 0
+    np.testing.assert_array_equal(tokens[chosen][:prompt], tokens[rejected][:prompt])
+    assert not learned[rejected][:prompt].any()
+    answers = [tokenizer.decode(tokens[at][learned[at]].tolist()).strip() for at in (chosen, rejected)]
+    assert answers == ["It is 4.", "Five, I think."]
+
+
+def test_transcripts_of_several_turns():
+    begin = "\n\nHuman: Hi\n\nAssistant: Hello:\n\n1. one\n2. two\n\nHuman: And?\n\nAssistant:"
+    _, comparison = read({"chosen": begin + " Three.", "rejected": begin + " No.\n\nHuman: Why?\n\nAssistant: So."})
+    prompt, answers = texts(comparison)
+    assert prompt == [("user", "Hi"), (SHOWN, "Hello:\n\n1. one\n2. two"), ("user", "And?")]
+    assert answers == [["Three."], ["No.", "Why?", "So."]]
+    error = bad({"chosen": begin + " Three.\n\nAssistant: Four.", "rejected": begin + " No."})
+    assert error.reason == "roles out of order"
