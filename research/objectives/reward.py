@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -25,6 +24,7 @@ def make(
     margin: bool = False,
     centering: float = 0.0,
     label_smoothing: float = 0.0,
+    flipped: float = 0.0,
     share: float = 1.0,
 ) -> Objective:
     """Mean loss over the comparisons of a batch, or over its scores. The reward of an answer is the logit at its last
@@ -36,6 +36,8 @@ def make(
       margin: of "bradley_terry": the reward of the preferred answer is to be higher by the data's margin.
       centering: the weight of the squared sum of two compared rewards.
       label_smoothing: of "bradley_terry", in [0, 0.5): how likely a preference is the wrong way round.
+      flipped: of "bradley_terry", in [0, 0.5): the share of preferences that are the wrong way round, as a part of the
+        model of them; the metrics are those of this model.
       share: the share of the comparisons, or scores, that each member of an ensemble learns from: its own, the same
         ones in each epoch.
 
@@ -48,14 +50,20 @@ def make(
         raise InputError(f"centering = {centering}: must be 0 or more, and finite.")
     if not 0 <= label_smoothing < 0.5:
         raise InputError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5).")
+    if not 0 <= flipped < 0.5:
+        raise InputError(f"flipped = {flipped}: must be in [0, 0.5).")
+    if flipped and label_smoothing:
+        raise InputError(f"flipped = {flipped}, and label_smoothing = {label_smoothing}: give one of them.")
     if not 0 < share <= 1:
         raise InputError(f"share = {share}: must be in (0, 1].")
-    others = {"margin": margin, "label_smoothing": label_smoothing} if loss != "bradley_terry" else {}
+    others = (
+        {"margin": margin, "label_smoothing": label_smoothing, "flipped": flipped} if loss != "bradley_terry" else {}
+    )
     others |= {"centering": centering} if loss == "regression" else {}
     for name, value in others.items():
         if value:
             raise InputError(f"{name} = {value}: loss = {loss!r} has no such option. Leave it out.")
-    return Reward(loss, margin, centering, label_smoothing, share).objective()
+    return Reward(loss, margin, centering, label_smoothing, flipped, share).objective()
 
 
 class Read(NamedTuple):
@@ -83,6 +91,7 @@ class Reward:
     margin: bool
     centering: float
     label_smoothing: float
+    flipped: float
     share: float
 
     def objective(self) -> Objective:
@@ -129,14 +138,15 @@ class Reward:
         pairs, answers = _Pairs.of(read), read.answers
         if self.kind == "bradley_terry":
             margin = answers.read(batch["margin"])[:, :, None, None] if self.margin else 0.0
-            each = rewards.bradley_terry(pairs.chosen, pairs.rejected, margin, label_smoothing=self.label_smoothing)
+            options = {"label_smoothing": self.label_smoothing, "flipped": self.flipped}
+            each = rewards.bradley_terry(pairs.chosen, pairs.rejected, margin, **options)
             losses, weights = pairs.sum(each, read.weights), jnp.sum(pairs.weights, axis=2)
         else:
             each = rewards.plackett_luce(read.rewards, answers.not_better())
             losses = jnp.where(answers.decided(), jnp.mean(read.weights * each, axis=-1), 0)
             weights = jnp.where(answers.decided(), 1 / jnp.maximum(answers.rivals(), 1).astype(jnp.float32), 0)
         weights = weights * jnp.mean(read.weights, axis=-1)
-        weight, metrics = jnp.sum(weights), pairs.metrics()
+        weight, metrics = jnp.sum(weights), pairs.metrics(self.flipped)
         if self.centering:
             squares = self.centering * pairs.sum(rewards.centering(pairs.chosen, pairs.rejected), read.weights)
             losses = losses + squares
@@ -214,15 +224,19 @@ class _Pairs(NamedTuple):
         weights = self.weights[..., None] * members[:, :, None]
         return jnp.sum(jnp.where(weights > 0, weights * values, 0), axis=(2, 3)) / members.shape[-1]
 
-    def metrics(self) -> Sums:
+    def metrics(self, flipped: float = 0.0) -> Sums:
         """Of the ensemble's mean reward, over all comparisons: `accuracy`, also of those in which the longer answer was
-        preferred and of those in which the shorter was; `log_loss`, -log sigmoid of the difference; `margin`, the
+        preferred and of those in which the shorter was; `log_loss`, -log p of the preferences; `margin`, the
         difference, `chosen` and `rejected`; `identical`, the share with one answer on both sides; `calibration_error`;
         of several members `agreement` and the standard deviation of their margins, `spread`."""
         weights, each = self.weights, self.chosen - self.rejected
         difference = jnp.mean(each, axis=-1)
         count, correct = jnp.sum(weights), rewards.right(difference)
-        sums = {"accuracy": correct, "margin": difference, "log_loss": jax.nn.softplus(-difference)}
+        sums = {
+            "accuracy": correct,
+            "margin": difference,
+        }
+        sums["log_loss"] = rewards.bradley_terry(difference, jnp.zeros_like(difference), flipped=flipped)
         sums["identical"] = self.identical.astype(jnp.float32)
         sums |= {"chosen": jnp.mean(self.chosen, axis=-1), "rejected": jnp.mean(self.rejected, axis=-1)}
         if each.shape[-1] > 1:
@@ -231,4 +245,4 @@ class _Pairs(NamedTuple):
         for name, here in (("longer", self.lengths > 0), ("shorter", self.lengths < 0)):
             own = jnp.where(here, weights, 0)
             metrics[f"accuracy_where_{name}_wins"] = jnp.sum(own * correct), jnp.sum(own)
-        return metrics | {"calibration_error": (rewards.calibration_sums(difference, weights), count)}
+        return metrics | {"calibration_error": (rewards.calibration_sums(difference, weights, flipped), count)}

@@ -5,6 +5,7 @@ Axes: B rows of a batch, S answers of a row, M members of an ensemble. Which ans
 All is in float32, or in float64 where the rewards are.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -126,6 +127,7 @@ def bradley_terry(
     margin: Float[Array, "*N"] | float = 0.0,
     *,
     label_smoothing: float = 0.0,
+    flipped: float = 0.0,
 ) -> Float[Array, "*N"]:
     """-log sigmoid(r_chosen - r_rejected - margin): the probability that the preferred answer wins under the model of
     Bradley and Terry (Biometrika 39, 1952).
@@ -135,8 +137,14 @@ def bradley_terry(
       margin: by how much the reward is to be higher (Touvron et al. 2023, arXiv:2307.09288, equation 2).
       label_smoothing: how likely a preference is the wrong way round: the loss of the swapped answers has this weight,
         and the other the rest.
+      flipped: the share of preferences that are the wrong way round, however far apart the answers are: the loss is
+        -log((1 - flipped) p + flipped (1 - p)), p the sigmoid above. Unlike label_smoothing it is the likelihood of
+        such labels, and rewards may grow apart as far as the rest of them say.
     """
     difference = chosen - rejected
+    if flipped:
+        x = difference - margin
+        return -jnp.logaddexp(math.log1p(-flipped) + jax.nn.log_sigmoid(x), math.log(flipped) + jax.nn.log_sigmoid(-x))
     loss = jax.nn.softplus(margin - difference)
     if not label_smoothing:
         return loss
@@ -163,14 +171,16 @@ def plackett_luce(rewards: Float[Array, "B S M"], not_better: Bool[Array, "B S S
     return jnp.where(any_there, jax.nn.logsumexp(others, axis=2) - rewards, 0)
 
 
-def calibration_sums(difference: Float[Array, "*N"], weights: Float[Array, "*N"]) -> Float[Array, "10"]:
+def calibration_sums(
+    difference: Float[Array, "*N"], weights: Float[Array, "*N"], flipped: float = 0.0
+) -> Float[Array, "10"]:
     """Sums of weight times (confidence - correctness) over the pairs of each of ten bins of confidence, from 0.5 to 1.
 
     The absolute values of the sums over all pairs, added up and divided by the weight, are the expected calibration
     error (Guo et al. 2017, arXiv:1706.04599, equation 3): how far the probability of the likelier answer, sigmoid of
-    the absolute difference of rewards, is from how often it was preferred.
+    the absolute difference of rewards, is from how often it was preferred. `flipped`: see bradley_terry.
     """
-    confidence = jax.nn.sigmoid(jnp.abs(difference))
+    confidence = flipped + (1 - 2 * flipped) * jax.nn.sigmoid(jnp.abs(difference))
     gap = weights * (confidence - right(difference))
     number = jnp.clip(((confidence - 0.5) * (2 * BINS)).astype(jnp.int32), 0, BINS - 1)
     return jnp.stack([jnp.sum(jnp.where(number == i, gap, 0)) for i in range(BINS)])

@@ -32,6 +32,7 @@ TERMS = {
     "margin": {"margin": True, "label_smoothing": 0.2, "centering": 0.3},
     "lists": {"loss": "plackett_luce", "centering": 0.1},
     "share": {"share": 0.6},
+    "flipped": {"flipped": 0.2},
     "scores": {"loss": "regression"},
 }
 
@@ -118,6 +119,10 @@ def test_losses_and_metrics_are_of_the_rewards_at_the_last_tokens():
     close(outs["scores"][:2], (np.square(errors).mean(1).sum(), len(scored)))
     close(outs["scores"][2]["squared_error"][0], np.square(errors.mean(1)).sum())
     assert len(scored) < 2 * len(pairs)
+    p = 1 / (1 + np.exp(-mean))
+    close(outs["flipped"][2]["log_loss"][0], -np.log(0.8 * p + 0.2 * (1 - p)).sum())
+    sums = rewards.calibration_sums(jnp.asarray(mean), jnp.ones(len(pairs)), 0.2)
+    close(train.means([outs["flipped"][2]])["calibration_error"], np.abs(sums).sum() / len(pairs))
     assert 0.3 < outs["share"][1] / len(pairs) < 0.9
 
 
@@ -203,6 +208,7 @@ def test_what_a_run_says():
         ({"loss": "bradley_tery"}, "Did you mean 'bradley_terry'"),
         ({"centering": -1.0}, "objective.terms.r.centering = -1.0: must be 0 or more"),
         ({"label_smoothing": 0.5}, "must be in \\[0, 0.5\\)"),
+        ({"flipped": 0.1, "label_smoothing": 0.1}, "give one of them"),
         ({"share": 0.0}, "must be in \\(0, 1\\]"),
         ({"loss": "plackett_luce", "margin": True}, "loss = 'plackett_luce' has no such option"),
         ({"loss": "regression", "centering": 0.1}, "loss = 'regression' has no such option"),

@@ -42,6 +42,9 @@ def test_smoothed_labels_are_the_loss_of_swapped_answers():
     smoothed = rewards.bradley_terry(chosen, rejected, margin, label_smoothing=0.1)
     both = rewards.bradley_terry(chosen, rejected, margin), rewards.bradley_terry(rejected, chosen, margin)
     np.testing.assert_allclose(smoothed, 0.9 * both[0] + 0.1 * both[1], rtol=1e-6)
+    p = 1 / (1 + np.exp(margin - chosen + rejected))
+    flipped = rewards.bradley_terry(chosen, rejected, margin, flipped=0.1)
+    np.testing.assert_allclose(flipped, -np.log(0.9 * p + 0.1 * (1 - p)), rtol=1e-6)
     equal = rewards.bradley_terry(jnp.ones(1), jnp.ones(1), label_smoothing=0.3)
     np.testing.assert_allclose(equal, np.log(2), rtol=1e-6)
 
