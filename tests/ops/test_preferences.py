@@ -1,6 +1,7 @@
 """The losses of preferences as functions of scores."""
 
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -126,3 +127,8 @@ def test_partners_have_the_same_rank():
     present = jnp.array([True, False, True, True])
     partners = preferences.partners(values, others, present, jnp.array([0, 2, 3]))
     np.testing.assert_array_equal(partners, [30, 10, 20])
+
+
+def test_the_page_on_preferences_has_every_loss():
+    page = (pathlib.Path(__file__).parents[2] / "docs/preferences.md").read_text()
+    assert all(f"| `{kind}` |" in page and row.source in page for kind, row in LOSSES.items())
