@@ -122,4 +122,11 @@ def _export_adapter(args: SimpleNamespace, model: Any) -> None:
             f"{trained.base} (root mean square): beside that it gives other logits. --merge writes the kernels as held",
             file=sys.stderr,
         )
+    if trained.kind == "prefix" and any(model.config.sliding_window):
+        shortest = min(filter(None, model.config.sliding_window))
+        print(
+            f"{args.model}: PEFT's layers with a sliding window see no prefix beyond it, and here they do: logits are "
+            f"the same up to {shortest} tokens, the prefix among them",
+            file=sys.stderr,
+        )
     print(f"{args.output}: {trained.kind} for {trained.base}, {size / 1e6:,.1f} MB; PEFT reads it", file=sys.stderr)

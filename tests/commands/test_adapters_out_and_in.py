@@ -31,6 +31,7 @@ CASES = {
     "phi3": LORA,
     "p_tuning": {"kind": "p_tuning", "tokens": 3, "hidden": 8},
     "prefix": {"kind": "prefix", "tokens": 3},
+    "gemma3_text": {"kind": "prompt", "tokens": 3},  # whose embeddings are scaled, and virtual tokens not
     "gpt_neox": {"kind": "lora", "rank": 3, "targets": "q|v|o|up", "also": "final_norm/.*"},
     "qwen2": {"kind": "lora", "rank": 2, "targets": "q|v", "also": "embed"},  # whose head is the embedding
     "head": {"kind": "lora", "rank": 2, "targets": "q|embed", "also": "head|layers/1/attention_norm/scale"},

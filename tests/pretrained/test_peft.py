@@ -105,6 +105,20 @@ def test_folders_that_are_not_read_say_why():
         loading.open_adapter(str(GOLDEN), source)
 
 
+def test_virtual_tokens_are_of_models_that_take_them_as_they_are(tmp_path):
+    source = loading.find(str(GOLDEN / "hf_tiny/gemma3_text"))
+    rows = {"prompt/rows": {(): np.ones((3, 32), np.float32)}}
+    trained = peft.Trained("prompt", False, rows, {}, "base", {})
+    peft.write(tmp_path / "folder", families.load("gemma3_text", "a test"), source.config, trained)
+    saved = loading.open_adapter(str(tmp_path / "folder"), source)
+    np.testing.assert_array_equal(saved.leaves()["prompt/rows"][()], rows["prompt/rows"][()])
+    other = loading.find(str(GOLDEN / "hf_tiny/gemma2"))
+    with pytest.raises(InputError, match=r"adapter_config.json: virtual tokens of a Gemma 2 are scaled by"):
+        loading.open_adapter(str(tmp_path / "folder"), other)
+    with pytest.raises(InputError, match=r"adapter: virtual tokens of a Gemma 2"):
+        peft.write(tmp_path / "other", families.load("gemma2", "a test"), other.config, trained)
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"changes model.layers.0.self_attn.q_proj, and .*made for 'hf_tiny/llama'"):
         model_with("lora_qv", base="gpt2")

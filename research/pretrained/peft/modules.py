@@ -141,6 +141,16 @@ def tied_head(family: ModuleType, c: ModelConfig) -> str | None:
     return next((tensor.name for tensor in apart if tensor.paths == ("head",)), None)
 
 
+def check_virtual_tokens(family: ModuleType, where: object) -> None:
+    """Raises InputError where virtual tokens don't mean one thing: transformers scales embeddings of Gemma 3 where it
+    looks them up, and those of Gemma 2 there only since version 5; before, whatever the first layer was given."""
+    if family.__name__.endswith(".gemma2"):
+        raise InputError(
+            f"{where}: virtual tokens of a Gemma 2 are scaled by transformers before version 5 and not by later ones, "
+            "so that a folder doesn't say which model it is for. Use a prefix or LoRA."
+        )
+
+
 def split(x: np.ndarray, name: str, tensor: Tensor, c: ModelConfig, where: object) -> Iterator[tuple[str, np.ndarray]]:
     """A tensor of transformers as the parameters of ours that it holds: (name, values).
 

@@ -494,8 +494,8 @@ class _InFront:
             if re.fullmatch(_OF_ENCODERS, name):  # of networks that the folder no longer has
                 reader.take(name)
         reader.finish()
-        if c.embed_scale and not prefix:
-            raise _refuse(reader.where, "peft_type", "virtual tokens", "the model multiplies its embeddings")
+        if not prefix:
+            modules_lib.check_virtual_tokens(reader.family, reader.where)
         entry = reader.shared.get("prompt_embeddings")
         width = c.num_layers * 2 * c.num_kv_heads * c.dim_per_head if prefix else c.d_model
         if entry is None or entry.shape != (tokens, width):

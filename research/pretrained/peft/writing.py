@@ -378,8 +378,7 @@ def _write_vera(writer: _Writer) -> None:
 
 
 def _write_prompt(writer: _Writer) -> None:
-    if writer.c.embed_scale:
-        raise InputError("adapter: the model multiplies its embeddings, which PEFT's virtual tokens aren't made for.")
+    modules_lib.check_virtual_tokens(writer.family, "adapter")
     rows = writer.trained.leaves["prompt/rows"][()]
     writer.in_front(rows, "PROMPT_TUNING", writer.c.d_model, writer.c.num_heads)
 
