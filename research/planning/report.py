@@ -14,16 +14,16 @@ from research.planning.topology import Topology
 def describe(config: Config, topology: Topology, plan: Plan) -> str:
     """The figures, a line each."""
     estimate = "" if topology.exact else " (an estimate: compiled for simulated CPU devices)"
-    frozen = f", frozen {plan.frozen_parameters / 1e9:.2f} B" if plan.frozen_parameters else ""
+    frozen = f", frozen {_number(plan.frozen_parameters)}" if plan.frozen_parameters else ""
     lines = [
         f"topology    {topology.name}: {topology.count} devices, mesh {_shape(plan) or 'one chip'}{estimate}",
-        f"model       {plan.parameters / 1e9:.2f} B parameters{frozen}"
+        f"model       {_number(plan.parameters)} parameters{frozen}"
         f"; remat {config.model.remat}, {config.microbatches} microbatches",
         f"step        {plan.tokens:,} tokens, {plan.model_flops:.3g} model FLOPs",
         *_memory(config, topology, plan),
         *_adapted(config, plan.policy),
         *(
-            f"network     {each.kind}: {each.calls:,} calls, {each.bytes / GIB:.2f} GiB a chip"
+            f"network     {each.kind}: {each.calls:,} calls, {_size(each.bytes)} a chip"
             for each in plan.collectives
             if each.bytes
         ),
@@ -58,13 +58,12 @@ def _shape(plan: Plan) -> str:
 
 
 def _memory(config: Config, topology: Topology, plan: Plan) -> Iterator[str]:
-    kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in plan.bytes_of.items() if size >= 0.005 * GIB)
-    memory = plan.memory / GIB
+    kinds = ", ".join(f"{kind} {_size(size)}" for kind, size in plan.bytes_of.items() if size > plan.used / 1000)
     if plan.compiler:
-        yield f"memory      DOESN'T FIT: the compiler {plan.compiler}. GiB a chip before temporaries: {kinds}"
+        yield f"memory      DOESN'T FIT: the compiler {plan.compiler}. Before temporaries, a chip: {kinds}"
     else:
-        verdict = "fits" if plan.fits else f"DOESN'T FIT, by {plan.used / GIB - memory:.2f} GiB"
-        yield f"memory      {plan.used / GIB:.2f} of {memory:.1f} GiB a chip: {verdict}. {kinds}".rstrip()
+        verdict = "fits" if plan.fits else f"DOESN'T FIT, by {_size(plan.used - plan.memory)}"
+        yield f"memory      {_size(plan.used)} of {plan.memory / GIB:.1f} GiB a chip: {verdict}. {kinds}".rstrip()
     if not plan.fits:
         yield f"            {_advice(config, topology, plan)}"
 
@@ -86,7 +85,11 @@ def _adapted(config: Config, policy: Adapted | None) -> Iterator[str]:
     )
 
 
-def _size(size: int) -> str:
+def _number(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
+
+
+def _size(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.3g} MiB"
 
 

@@ -119,6 +119,8 @@ def test_bytes_are_those_of_one_device():
     text = report.describe(small(**{"plan.prices.H100": 2.0}), eight, cut)
     assert "an estimate: compiled for simulated CPU devices" in text
     assert "plan.prices.H100 = 2.0" in text
+    assert f"model       {cut.parameters / 1e6:.3g} M parameters" in text  # not 0.00 B, and 0.00 GiB
+    assert f"memory      {cut.used / 2**20:.3g} MiB of 74.5 GiB a chip: fits. parameters" in text
 
 
 @needs_libtpu
