@@ -103,13 +103,13 @@ def _export(args: SimpleNamespace) -> None:
         print(f"{args.model}: comes without a tokenizer, and so does the export", file=sys.stderr)
     if not_finite:
         print(f"{args.model}: {len(not_finite)} tensors hold NaN or infinity, {not_finite[0]} first", file=sys.stderr)
-    written = ", ".join(f"{n / 1e6:,.1f} MB of {dtype}" for dtype, n in sizes.items())
+    written = ", ".join(f"{_size(n)} of {dtype}" for dtype, n in sizes.items())
     print(f"{args.output}: {architecture}, {written}", file=sys.stderr)
 
 
 def _export_adapter(args: SimpleNamespace, model: Any) -> None:
     """Writes the adapter of a run as a folder of PEFT."""
-    from research.pretrained import peft, save  # late, as above
+    from research.pretrained import checkpoints, peft, save  # late, as above
 
     if args.max_shard_gb != _SHARD_GB:
         raise InputError(f"--max_shard_gb = {args.max_shard_gb}: an adapter is one file. Leave it out, or --merge.")
@@ -129,4 +129,11 @@ def _export_adapter(args: SimpleNamespace, model: Any) -> None:
             f"the same up to {shortest} tokens, the prefix among them",
             file=sys.stderr,
         )
-    print(f"{args.output}: {trained.kind} for {trained.base}, {size / 1e6:,.1f} MB; PEFT reads it", file=sys.stderr)
+    base = trained.base
+    if checkpoints.steps(base):  # a run, which PEFT doesn't read
+        base = f"what understudy export --model={base} writes"
+    print(f"{args.output}: {trained.kind}, {_size(size)}; PEFT reads it beside {base}", file=sys.stderr)
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 5e4 else f"{size / 1e3:,.1f} kB"

@@ -148,7 +148,7 @@ def _read_merged(workdir: str, start: Start, specs: Any, placements: Any, **whic
     if adapter.merged is not None and model == specs:
         raise InputError(
             f"{workdir}: its adapter ({adapter.kind}) puts something in front of every document, which can't be merged "
-            "into a model. Use the run itself to generate, score and evaluate."
+            "into a model. Use the run itself to generate, score and evaluate; an export without --merge has it alone."
         )
     whole = adapter.specs(params.held_in(params.named(specs, names), jnp.float32))
     where = params.shardings(whole, jax.tree.leaves(placements)[0].mesh, start.model.rules)

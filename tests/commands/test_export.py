@@ -1,8 +1,10 @@
 """Real models through training and out again: what is trained from a checkpoint is exported, read back, and resumed."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import goldens
 import jax
@@ -15,6 +17,7 @@ import transformers
 from research import config, loading
 from research.commands import export
 from research.errors import InputError
+from research.pretrained import peft
 from research.run import checkpoint, run
 
 LLAMA = Path(goldens.__file__).parent / "golden/hf_tiny/llama"
@@ -85,6 +88,19 @@ def test_a_trained_model_is_exported_and_read_back(trained, tmp_path, capfd):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_adapter_of_a_run_that_began_with_a_run_says_what_it_is_beside(trained, monkeypatch, capfd):
+    """PEFT reads no workdir."""
+    began, workdir, _ = trained
+    monkeypatch.setattr(peft, "write", lambda *arguments: 33_280)
+    for base, words in ((workdir, f"what understudy export --model={workdir} writes"), (began, f"{began}")):
+        written = SimpleNamespace(kind="lora", base=str(base))
+        model = SimpleNamespace(run_adapter=SimpleNamespace(written=lambda w=written: w), holding_error=lambda: None)
+        model.config, model.origin = loading.find(str(workdir)).config, {}
+        flags = SimpleNamespace(output="x", dtype="", max_shard_gb=5.0, model="runs/lora")
+        export._export_adapter(flags, model)
+        assert capfd.readouterr().err == f"x: lora, 33.3 kB; PEFT reads it beside {words}\n"
+
+
 def test_a_causal_model_becomes_a_prefix_lm_and_stays_one_when_exported(trained, tmp_path, capfd):
     began, _, data = trained
     model = {"init_from": str(began), "prefix": True}
@@ -117,7 +133,7 @@ def test_transformers_reads_the_config_and_the_tokenizer(trained, tmp_path):
 def test_dtype_shards_and_step_are_as_asked_for(trained, tmp_path, capfd):
     flags = (f"--model={trained[1]}", "--dtype=bfloat16", "--max_shard_gb=0.00002", "--step=1")
     assert main(*flags, f"--output={tmp_path / 'out'}") == 0
-    assert "0.0 MB of bfloat16" in capfd.readouterr().err
+    assert re.search(r" [1-9][\d.]* kB of bfloat16", capfd.readouterr().err)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
     first = parameters(trained[1], step=1)
