@@ -116,6 +116,10 @@ CASES = {
         [SFT, c("data.path", "DIR/good.jsonl")],
         ["nothing is held out", "all records ask the same", "Give more data", "eval.every = 0"],
     ),
+    "one document": (
+        [SFT, c("data.path", "DIR/README.txt")],
+        ["nothing is held out", "there is one record; a .txt becomes one for each 16 KiB"],
+    ),
     "nothing to be held out": (
         [SFT, c("data.eval_fraction", 0.0)],
         ["nothing is held out", "data.eval_fraction = 0", "Raise it"],

@@ -155,6 +155,8 @@ def _check_held_out(config: Config, data: dataset.Data) -> None:
         reason, remedy = "no part is to be", "Raise it"
     else:
         reason, remedy = "all records ask the same", "Give more data"
+        if sum(source["records"] for source in data.report["sources"]) == 1:
+            reason = "there is one record; a .txt becomes one for each 16 KiB"
     raise InputError(
         f"data.eval_fraction = {fraction}: nothing is held out to evaluate on ({reason}). {remedy}, name "
         "data.eval_path, or set eval.every = 0 and checkpoint.best_metric = ''."
