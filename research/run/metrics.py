@@ -216,8 +216,13 @@ def describe(values: Mapping[str, float]) -> str:
     for name, value in values.items():
         group, slash, rest = name.partition("/")
         if group != "train":
-            groups.setdefault(group if slash else "", []).append(f"{rest or name} {value:.4g}")
+            groups.setdefault(group if slash else "", []).append(f"{rest or name} {_shown(value)}")
     return "  ".join(train + ["  ".join([*filter(None, [group]), *shown]) for group, shown in groups.items()])
+
+
+def _shown(value: float) -> str:
+    """Four digits, and a count with all of its own."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 and float(value).is_integer() else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

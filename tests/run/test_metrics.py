@@ -202,6 +202,8 @@ def test_describe_and_duration():
     assert describe({"eval/sort/exact_match": 0.5, "train/loss": math.nan, "x": 1}) == (
         "loss nan  eval  sort/exact_match 0.5  x 1"
     )
+    startup = {"startup/trained_parameters": 98_624.0, "startup/seconds": 12_345.6, "x": math.inf}
+    assert describe(startup) == "startup  trained_parameters 98,624  seconds 1.235e+04  x inf"
     assert [duration(s) for s in (0, 83, 3723, 2 * 86400 + 3723)] == ["0:00", "1:23", "1:02:03", "2d 1:02:03"]
 
 
