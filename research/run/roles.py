@@ -1,6 +1,7 @@
 """Which parameters of a run's roles are trained and which are frozen, and where they begin."""
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from research import loading, params
 from research.config import Config
 from research.errors import InputError
 from research.models import kernels, transformer
+from research.models.adapters.lora import CONSTANTS
 from research.models.flops import Flops, per_token
 from research.ops import quantized
 
@@ -190,7 +192,9 @@ def _divide(config: Config, roles: Roles, role: str, own: Tree) -> None:
         for name, group in config.optimizer.groups.items():
             cut = params.cut(cut, group["match"], f"optimizer.groups.{name}.match", prefix=f"{role}/")
     masks = [params.matching(cut, pattern, field) for field, pattern in patterns.items()]
-    mask = jax.tree.map(lambda *each: any(each), *masks)
+    mask = jax.tree_util.tree_map_with_path(
+        lambda path, *each: any(each) and not re.fullmatch(CONSTANTS, params.whole_name(path)), *masks
+    )
     trained, rest = params.split(cut, mask)
     rest = held(config, roles.models[role], rest)
     names = {

@@ -201,12 +201,26 @@ def test_what_cannot_be_honoured_is_refused():
         parts_of({"adapter": {**LORA, "rank": 17}})
     with pytest.raises(InputError, match=r"roles.teacher.adapter = .*: must be of type bool"):
         parts_of({"adapter": LORA, "roles": {"teacher": {"init_from": "x", "adapter": LORA}}})
+    with pytest.raises(InputError, match=r"adapter.alpha_pattern\['q'\] = nan: must be a finite number above 0"):
+        parts_of({"adapter": {**LORA, "alpha_pattern": {"q": float("nan")}}})
+    with pytest.raises(InputError, match=r"adapter.d = 0: must not be 0"):
+        parts_of({"adapter": {"kind": "vera", "rank": 2, "d": 0.0}})
+    with pytest.raises(InputError, match=r"adapter.kind = 'begin': no module .* vera\.$") as error:
+        parts_of({"adapter": {"kind": "begin"}})
+    assert "starts" not in str(error.value)
     with pytest.raises(InputError, match=r"optimizer.name = 'muon': what is trained has no matrix for it"):
         parts_of({"adapter": {"kind": "prompt", "tokens": 3}}, optimizer={"name": "muon"})
     with pytest.raises(InputError, match=r"frozen_dtype = 'nf4': has no effect, since nothing is frozen"):
         parts_of({}, frozen_dtype="nf4")
     with pytest.raises(InputError, match=r"frozen_dtype = 'int8': has no effect, since no kernel of the layers is"):
         parts_of({"adapter": {"kind": "layers", "match": "layers/.*"}}, frozen_dtype="int8")
+
+
+def test_what_is_trained_besides_is_no_constant_of_the_adapter():
+    trained = parts_of({"adapter": {**LORA, "dropout": 0.1, "also": "layers/.*"}}).roles.trained["policy"]
+    q = trained["layers"]["attention"]["q"]
+    assert set(q) == {"kernel", "lora"}
+    assert set(q["lora"]) == {"a", "b"}
 
 
 def test_a_head_that_is_the_embedding_is_trained_with_it_or_refused():

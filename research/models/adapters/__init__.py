@@ -20,7 +20,7 @@ from research.models.adapters.types import Adapter
 
 __all__ = ["Adapter", "load", "naming_fields"]
 
-_PARTS = ("targets", "types")  # modules of this package that are no kinds
+_PARTS = ("starts", "targets", "types")  # modules of this package that are no kinds
 
 
 def load(spec: Mapping[str, Any], field: str = "adapter", tokenizer: Any = None) -> Adapter | None:

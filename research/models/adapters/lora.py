@@ -1,6 +1,7 @@
 """LoRA (arXiv:2106.09685): beside a frozen kernel W the product of two narrow matrices, x W + scale (x A) B."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,8 +72,8 @@ def make(
     if alpha <= 0:
         raise InputError(f"alpha = {alpha}: must be above 0: A and B are scaled by it.")
     for pattern, value in alpha_pattern.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise InputError(f"alpha_pattern[{pattern!r}] = {value!r}: must be a number above 0.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise InputError(f"alpha_pattern[{pattern!r}] = {value!r}: must be a finite number above 0.")
     lora = Lora(rank, alpha, dropout, targets, exclude, rank_pattern, alpha_pattern, rslora, dora, init, decay, bias)
     trained = {"adapter.targets": LEAVES} | _trained_biases(bias, targets, exclude) | also_trained(also)
     begin = starts.Begin(init, dora) if dora or init in starts.KINDS else None
@@ -81,6 +82,7 @@ def make(
 
 
 LEAVES = r"(.*/)?(embed_)?lora/(a|b|magnitude)"  # the names of what is trained
+CONSTANTS = r"(.*/)?(embed_)?(lora|vera)/(scale|dropout)"  # the names of what no option trains, see `constant`
 
 
 def _trained_biases(bias: str, targets: str, exclude: str) -> dict[str, str]:

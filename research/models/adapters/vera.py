@@ -37,6 +37,8 @@ def make(
         raise InputError(f"rank = {rank}: must be at least 1.")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout = {dropout}: must be in [0, 1).")
+    if d == 0:
+        raise InputError("d = 0: must not be 0: both vectors would begin as 0, and neither would have a gradient.")
     trained = {"adapter.targets": r"(.*/)?vera/(d|out)"} | also_trained(also)
     return Adapter(Vera(rank, targets, exclude, float(d), dropout).specs, trained, dropout=dropout)
 
