@@ -5,7 +5,6 @@ import json
 import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import EXPERIMENTS, STUDIES, assert_same, load, parameters, values_of
@@ -14,7 +13,7 @@ from experiments import denoise
 from research import config, loading, objectives, optim
 from research.devices import compilation, sharding
 from research.run import assemble, checkpoint, metrics, run
-from research.sources import special_tokens
+from research.sources import fields, special_tokens
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 from research.studies import study
 
@@ -65,7 +64,10 @@ def test_study_adds_up_at_full_size(name, tmp_path):
         assert len({stage.id for stage in plan.stages}) == len(plan.stages) > 6
 
 
-@pytest.mark.parametrize("name", [*EXPERIMENTS, *(f"denoise:{way}" for way in denoise.WAYS)])
+WAYS = [*(f"denoise:{way}" for way in denoise.WAYS), *(f"preference:{way}" for way in ("kto", "orpo"))]
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *WAYS])
 @pytest.mark.parametrize("mesh", [{"data": 1}, {"fsdp": 8, "tensor": 4}])
 def test_experiment_traces_at_full_size(name, mesh):
     name, _, arg = name.partition(":")
@@ -73,18 +75,15 @@ def test_experiment_traces_at_full_size(name, mesh):
     devices = int(np.prod(list(mesh.values())))
     c = config.parse({**config.to_dict(c), "batch_size": 32 * c.microbatches})
     config.check(c, num_devices=devices)
-    fields = {
-        k: jax.ShapeDtypeStruct((c.batch_size, c.seq_len), jnp.int32) for k in ("tokens", "segment_ids", "positions")
-    } | {"loss_mask": jax.ShapeDtypeStruct((c.batch_size, c.seq_len), jnp.float32)}
-    if c.model.num_labels:
-        shape = (c.batch_size, c.seq_len, c.model.num_labels)
-        fields["label_probs"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if any(source.get("view", {}).get("kind") == "denoise" for source in c.data.sources.values()):
-        fields["prefix"] = fields["tokens"]
     tokenizer = make_tokenizer(TokenizerSpec("byte"), lambda: iter(())).with_tokens([special_tokens.MASK])
+    terms = objectives.load(c.objective, tokenizer)
+    names = {*fields.group("text"), *(name for term in terms.values() for name in term.objective.fields)}
+    if any(source.get("view", {}).get("kind") == "denoise" for source in c.data.sources.values()):
+        names.add("prefix")
+    spec = fields.spec(sorted(names), c.batch_size, {"time": c.seq_len, "labels": c.model.num_labels})
     abstract = sharding.make_abstract_mesh(mesh, devices)
     with jax.sharding.use_abstract_mesh(abstract):
-        parts = assemble.assemble(c, objectives.load(c.objective, tokenizer), abstract, fields, vocab_size=300)
+        parts = assemble.assemble(c, terms, abstract, spec, vocab_size=300)
         state, out = jax.eval_shape(parts.step, parts.state, parts.frozen, parts.batch, parts.rates)
     assert out["loss"][0].shape == ()
     jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), state, parts.state)
