@@ -10,9 +10,9 @@
 on generated preferences, whose utility is planted: `eval/accuracy` and `eval/calibration_error` are of held-out labels,
 of which as many are the wrong way round as in training, and `eval/utility/accuracy` is of labels that are all right.
 
-Cost: 0.13 M parameters, 0.82 M tokens; 25 s of CPU time. Expect: accuracy 0.91 (more than 0.90 can't be expected of
-labels of which a tenth is wrong), of right labels 0.999, calibration error 0.01; `:plain` learns as much, with a
-calibration error of 0.10. docs/preferences.md says why.
+Cost: 0.13 M parameters, 0.82 M tokens; 25 s of CPU time. Expect: accuracy 0.90 (more can't be expected of labels
+of which a tenth is wrong), of right labels 0.998, calibration error 0.01; `:plain` learns as much, with a
+calibration error of 0.11. docs/preferences.md says why.
 """
 
 import functools
