@@ -104,6 +104,7 @@ OTHER = {
     "plan.prices": {"v4": 1.0},
     "rules": {"embed": None},
     "mesh.data": 1,
+    "model.prefix": True,
     "adapter": {"kind": "bias"},
 }
 
