@@ -33,7 +33,7 @@ def _cache_dir(tmp_path_factory):
 
 
 _MAPS = Path("/proc/self/maps")
-_MOST_MAPS = 30_000
+_MOST_MAPS = 20_000
 
 
 @pytest.fixture(scope="module", autouse=True)
