@@ -111,7 +111,7 @@ def assemble(
         roles, optimizer, config.ema_decay > 0, functools.partial(init_carry, terms, batch), _syncs(config)
     )
     placed = params.shardings(roles.trained, mesh, rules)
-    state = _place_state(beginning, optimizer, params.abstract(roles.trained, placed), placed, mesh)
+    state = _place_state(beginning, params.abstract(roles.trained, placed), mesh)
     frozen = params.abstract(roles.frozen, params.shardings(roles.frozen, mesh, rules))
     rows = fields.shardings(mesh, batch, rules)
     where = jax.tree.map(lambda x: x.sharding, (state, {role: frozen[role] for role in roles.partial}))
@@ -219,10 +219,7 @@ def _make_optimizer(config: Config, roles: roles_lib.Roles) -> optax.GradientTra
 
 def abstract_moments(config: Config, roles: roles_lib.Roles, trained: Any, mesh: Any) -> Any:
     """The optimizer's state, abstract: that of `roles.trained`, whose abstract parameters are `trained`."""
-    optimizer = _make_optimizer(config, roles)
-    beginning = Beginning(roles, optimizer, False, dict)
-    placed = jax.tree.map(lambda x: x.sharding, trained)
-    return _place_state(beginning.state, optimizer, trained, placed, mesh).opt_state
+    return _place_state(Beginning(roles, _make_optimizer(config, roles), False, dict), trained, mesh).opt_state
 
 
 def make_models(
@@ -354,7 +351,7 @@ def _make_rollout(
     return jax.jit(rollout, out_shardings=placed)
 
 
-def _place_state(beginning: Beginning, optimizer, abstract, placed, mesh) -> train.TrainState:
+def _place_state(beginning: Beginning, abstract: dict[str, Any], mesh: Any) -> train.TrainState:
     """The abstract TrainState: moments lie where their parameters lie, all else on every device."""
     replicated = sharding.named(mesh, ())
     state = jax.eval_shape(beginning.state, abstract, jax.ShapeDtypeStruct((2,), jnp.uint32))
@@ -372,7 +369,7 @@ def _place_state(beginning: Beginning, optimizer, abstract, placed, mesh) -> tra
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
 
     opt_state = optax.tree_utils.tree_map_params(
-        optimizer, like, state.opt_state, abstract, transform_non_params=everywhere, is_leaf=hole
+        beginning.optimizer, like, state.opt_state, abstract, transform_non_params=everywhere, is_leaf=hole
     )
     rest = jax.tree.map(everywhere, state.replace(params=None, opt_state=None, ema=None, synced={}))
     synced = {role: abstract[sync.owner] for role, sync in beginning.syncs.items()}

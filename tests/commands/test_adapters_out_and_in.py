@@ -184,7 +184,7 @@ def test_each_record_names_its_adapter(trained, tmp_path):
 
     def answers(*flags):
         output = tmp_path / "out.jsonl"
-        assert generate.main([*common, *flags, f"--output={output}"]) == 0
+        assert generate.main([*common, *flags, f"--output={output}", "--overwrite"]) == 0
         return [json.loads(line)["tokens"] for line in output.read_text().splitlines()]
 
     each = answers(*several)
@@ -261,7 +261,7 @@ def test_an_evaluation_takes_one_adapter(trained, tmp_path):
 
     def loss(model, *flags):
         flags = [f"--model={model}", f"--task=perplexity,limit=4:{base.parent / 'data.jsonl'}", *flags]
-        status = evaluate.main([*flags, f"--output={tmp_path / 'results.json'}"])
+        status = evaluate.main([*flags, "--overwrite", f"--output={tmp_path / 'results.json'}"])
         return status, json.dumps(json.loads((tmp_path / "results.json").read_text())["results"])
 
     assert loss(base, f"--adapter={folder}")[1] == loss(base, f"--adapter={workdir}")[1] != loss(base)[1]
