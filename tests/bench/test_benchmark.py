@@ -58,6 +58,7 @@ class InProcess(peers.Peer):
             return json.loads(json.dumps(getattr(self.peer, name)(**values)))
 
 
+@pytest.mark.slow
 def test_train_step_in_turn_with_a_peer(lines, monkeypatch, tmp_path):
     monkeypatch.setattr(peers, "Peer", InProcess)
     out = tmp_path / "out.jsonl"

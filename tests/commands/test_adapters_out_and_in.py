@@ -86,7 +86,7 @@ def logits_of(loaded, values=None):
         return np.asarray(loaded.model.unembed(values).logits(hidden))
 
 
-_EACH_RUN = ("llama", "p_tuning", "phi3")  # the others are slow tests: each trains and exports
+_EACH_RUN = ("llama", "phi3")  # the others are slow tests: each trains and exports
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,7 @@ def test_an_init_that_changes_the_model_is_written_as_the_difference(trained):
     assert (values["r"], values["lora_alpha"], values["init_lora_weights"]) == (4, 6, True)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_an_adapter_resumes(trained, tmp_path):
     base, _, folder = trained("vera")  # of which not all is in checkpoints
     adapter = {"init_from": str(folder), "also": "final_norm/scale", "dropout": 0.1}

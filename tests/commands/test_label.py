@@ -140,6 +140,7 @@ def test_a_classifier_with_something_in_front_of_texts_labels(kind, folder, data
         np.testing.assert_allclose(record["probs"], jax.nn.softmax(logits), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_several_models_are_averaged(folder, data, classifier, labelled):
     other = classify(folder / "other", data, classifier, trainable="head", seed=1, steps=8)
     alone = run_label(other, data, folder / "other.jsonl")

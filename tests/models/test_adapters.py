@@ -221,7 +221,7 @@ def moved(model, values):
     return params.join(structure.unflatten(noisy), rest)
 
 
-@pytest.mark.parametrize("kind", quantized.KINDS)
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_loftq_makes_up_for_what_quantising_loses(kind):
     """What the model computes is nearer to the float base than that of its quantised kernels alone, as each map is."""
     adapter = adapters.load({"kind": "lora", "rank": 4, "init": "loftq"})
@@ -279,7 +279,13 @@ def build(name):
     return small(adapter, **fields)
 
 
-@pytest.mark.parametrize("name", [*SAME, *CLOSE, *MORE])
+_DEAR = ("experts",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in _DEAR else ()) for name in (*SAME, *CLOSE, *MORE)],
+)
 def test_decoding_is_as_training_reads(name):
     model, own, _, _ = build(name)
     own = moved(model, own)

@@ -16,7 +16,7 @@ from research.ops import quantized
 from research.pretrained import load
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = ["llama", "mixtral"]
+NAMES = ["llama", pytest.param("mixtral", marks=pytest.mark.slow)]
 
 
 def batch_of(rows):
@@ -67,6 +67,7 @@ def loss(model, trained, values, rows):
     return jnp.sum(jnp.square(model.hidden({**values, **trained}, rows)))
 
 
+@pytest.mark.slow
 def test_experts_on_a_mesh_are_those_of_one_device():
     results = []
     for mesh in (one_device(), sharding.make_mesh({"fsdp": 2, "expert": 2}, jax.devices()[:4])):

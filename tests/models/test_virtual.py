@@ -30,6 +30,7 @@ SPECS = {
     "prefix": {"kind": "prefix", "tokens": 3},
     "projected": {"kind": "prefix", "tokens": 2, "projection": True},
 }
+MOST = [pytest.param(name, marks=pytest.mark.slow if name == "p_tuning" else ()) for name in SPECS]
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 8, 2, 9]]
 
 
@@ -67,7 +68,7 @@ def documents(batch):
     return found
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", MOST)
 @pytest.mark.parametrize("attention", ["reference", "cpu"])
 def test_a_packed_document_is_as_if_alone(name, attention):
     model, values = build(name, attention=attention)
@@ -128,7 +129,7 @@ def test_virtual_tokens_are_of_a_documents_prefix_where_it_has_one():
     assert batch["prefix"].sum() == 5
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", MOST)
 def test_decoding_is_teacher_forcing(name):
     model, values = build(name)
     config = SamplingConfig(max_new_tokens=5, temperature=0.0)

@@ -167,7 +167,11 @@ def test_a_memory_is_as_if_its_keys_came_before_the_document():
 
 @pytest.mark.parametrize(
     ("implementation", "axes"),
-    [("cpu", ("data", "fsdp")), ("reference", ("data", "fsdp")), ("auto", ("data", "sequence"))],
+    [
+        ("cpu", ("data", "fsdp")),
+        ("reference", ("data", "fsdp")),
+        pytest.param("auto", ("data", "sequence"), marks=pytest.mark.slow),
+    ],
 )
 def test_a_memory_on_a_mesh_is_the_same(implementation, axes):
     x, memory = make_inputs(B=4, T=72), make_memory()

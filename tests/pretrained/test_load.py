@@ -86,6 +86,7 @@ def test_a_mixture_of_experts_on_a_mesh_is_that_of_one_device(learning):
     )
 
 
+@pytest.mark.slow
 def test_the_host_holds_few_tensors_at_once(tmp_path, monkeypatch):
     """Writing and reading 17 MB with 1 MB at a time takes a few MB of numpy's memory."""
     c = ModelConfig(vocab_size=64, num_layers=16, d_model=128, d_ff=512, tie_embeddings=False)
@@ -365,7 +366,7 @@ def test_a_family_without_a_head_of_its_own_refuses_one(part, tmp_path):
 
 
 @pytest.mark.parametrize("kind", quantized.KINDS)
-@pytest.mark.parametrize("name", ["hf_tiny/llama", "hf_tiny/mixtral"])
+@pytest.mark.parametrize("name", ["hf_tiny/llama", pytest.param("hf_tiny/mixtral", marks=pytest.mark.slow)])
 def test_kernels_are_quantised_as_they_are_read_the_same_on_a_mesh(name, kind):
     found, exact = read(name, one_device())
     specs = quantized.held_in(make_specs(found.config), kind)

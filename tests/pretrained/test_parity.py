@@ -207,6 +207,7 @@ def test_the_scale_of_gpt_2s_scores(name, tmp_path):
     assert save.choose(model.config, {})[1].items() >= {k: v for k, v in fields.items() if "reorder" not in k}.items()
 
 
+@pytest.mark.slow
 def test_scores_divided_by_the_layer_are_queries_divided_by_it(tmp_path):
     """Also where layers are read in periods, where a pass stops between them, and in the gradient."""
     c = dataclasses.replace(opened("hf_tiny/gpt2").model.config, num_layers=5, sliding_window=(3, 0))

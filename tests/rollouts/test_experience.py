@@ -59,6 +59,7 @@ def train(workdir, steps, **options):
     return run.run(load("sft", **OPTIONS, steps=steps, **options), str(workdir), make_experience=replayed)
 
 
+@pytest.mark.slow
 def test_resumed_in_the_middle_of_an_epoch_is_uninterrupted(tmp_path):
     whole = train(tmp_path / "whole", 7)
     assert whole["train/served"] == 7

@@ -49,7 +49,7 @@ def finished(tmp_path_factory):
     return runs.Finished(tmp_path_factory, lambda name, **fields: config_of(CASES[name], **fields))
 
 
-_EACH_RUN = ("lora with dropout", "dora from pissa", "prefix")
+_EACH_RUN = ("lora with dropout", "prefix")
 _MOST_SLOW = [pytest.param(name, marks=() if name in _EACH_RUN else pytest.mark.slow) for name in CASES]
 
 
@@ -110,7 +110,9 @@ def test_a_kind_that_adds_no_parameters_begins_with_a_model(kind, finished):
     jax.tree.map(np.testing.assert_array_equal, values, loading.load_model(workdir).params)
 
 
-@pytest.mark.parametrize("name", ["dora from pissa", pytest.param("vera", marks=pytest.mark.slow), "bias"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dora from pissa", "vera")), "bias"]
+)
 def test_a_run_is_loaded_as_it_was_trained(name, finished):
     """The loss of a model that is loaded, its adapter merged, is the one that the run evaluates with it apart."""
     workdir = str(finished(name))

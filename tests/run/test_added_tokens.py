@@ -144,6 +144,7 @@ def test_a_padded_vocabulary_has_room_and_new_rows_a_rate_of_their_own(fields, t
     np.testing.assert_allclose(np.abs(after["lm_head.weight"][261:263] - head), 0.1, rtol=0.15)  # AdamW's first step
 
 
+@pytest.mark.slow
 def test_an_encoder_with_a_bias_of_its_head_grows(tmp_path):
     """BERT, whose vocabulary of 80 is full, gets a mask token and learns to fill it in."""
     words = {"[UNK]": 0, "</s>": 1, **{f"{i}": 2 + i for i in range(78)}}

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from research import config
 from research.commands import generate
 from research.run.run import run
@@ -32,6 +34,7 @@ def values(tmp_path, gaps):
     }
 
 
+@pytest.mark.slow
 def test_a_run_with_fim_is_measured_and_fills_in(tmp_path, capsys):
     for name in ("a", "b"):
         texts = [{"text": f"<<{name * (i % 9 + 1)}{i}>>"} for i in range(40)]

@@ -1,6 +1,7 @@
 """A run with two named terms of one kind and named sources: its metrics, and that stopping it loses nothing."""
 
 import numpy as np
+import pytest
 from runs import check_resumed, load, parameters
 
 from research import config
@@ -13,6 +14,7 @@ TERMS = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_with_two_terms_of_a_kind_and_two_sources(tmp_path):
     few = {"eval.every": 0, "checkpoint.best_metric": "", "data.path": "tasks:copy"}
     run.run(load("sft", steps=1, **few), str(tmp_path / "teacher"))

@@ -121,6 +121,7 @@ def test_a_mesh_and_microbatches_change_nothing(lora, whole_lora, tmp_path):
             np.testing.assert_allclose(values[key], expected[key], rtol=1e-3, atol=1e-4, err_msg=key)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_run_has_the_kernels_that_it_was_trained_beside(base, whole, whole_lora):
     """Decoding, evaluations and exports read it so: dequantised, not as the base had it."""
     values, original = loading.load_model(str(whole)).params, loading.load_model(base).params
@@ -139,6 +140,7 @@ def test_a_model_of_the_run_has_the_kernels_that_it_was_trained_beside(base, who
     assert np.abs(values["final_norm"]["scale"] - original["final_norm"]["scale"]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_an_export_says_how_far_the_kernels_are_from_the_base(base, whole_lora, tmp_path, capsys):
     assert export.main([f"--model={whole_lora}", f"--output={tmp_path / 'merged'}", "--merge"]) == 0
     message = re.search(r"beside kernels held in nf4, .* they are (.*)% from", capsys.readouterr().err)

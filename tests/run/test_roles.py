@@ -48,8 +48,8 @@ def parts_of(case, **fields):
     return runs.parts_of(config_of(case, **fields))
 
 
-# Two cases run whole by default; the others are slow.
-WHOLE = [pytest.param(name, marks=() if name in ("two models", "reference") else pytest.mark.slow) for name in CASES]
+# One case runs whole by default; the others are slow.
+WHOLE = [pytest.param(name, marks=() if name == "two models" else pytest.mark.slow) for name in CASES]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs/self_supervision.md"
 SMALL = {"data.max_records": 20, "eval.tasks": ()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", denoise.WAYS)
 def test_every_way_takes_two_steps(way, tmp_path):
     final = run.run(load("denoise", f"{way},debug", **SMALL), str(tmp_path / "w"))

@@ -391,6 +391,7 @@ def test_keep_going_still_reports(tmp_path, experiment, runs, capsys):
     assert "not done: student-s0-" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_stages_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
     """What needs another waits for it; what fails is told with its log, and the others go on."""
     monkeypatch.setenv("GO", str(tmp_path / "go"))
