@@ -147,13 +147,15 @@ def test_packing_changes_nothing():
 @pytest.mark.parametrize("cut", ["microbatches", "mesh"])
 def test_cutting_a_batch_changes_nothing(cut):
     if cut == "microbatches":
-        close(jax.jit(functools.partial(losses, terms_of(**TERMS), microbatches=4))(VALUES, packed()), whole())
+        close(
+            jax.jit(functools.partial(losses, terms_of(**TERMS), microbatches=4))(VALUES, packed()), whole(), atol=1e-4
+        )
         return
     mesh = sharding.make_mesh({"fsdp": 2, "sequence": 2, "tensor": 2})
     with jax.set_mesh(mesh):
         values = jax.device_put(VALUES, params.shardings(MODEL.specs, mesh))
         batch = jax.device_put(packed(), sharding.named(mesh, ("batch", "time")))
-        close(jax.jit(functools.partial(losses, terms_of(**TERMS)))(values, batch), whole())
+        close(jax.jit(functools.partial(losses, terms_of(**TERMS)))(values, batch), whole(), atol=1e-4)
 
 
 def test_a_training_of_trl():
