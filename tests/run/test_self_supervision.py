@@ -77,6 +77,7 @@ def shown():
     return config.parse(names["get_config"]("debug").to_dict())
 
 
+@pytest.mark.slow
 def test_three_kinds_of_text_learn_each_in_its_way(shown, tmp_path):
     final = run.run(shown, str(tmp_path / "w"))
     weights = {"fill": 1.0, "read": 1.0, "restore": 0.5}
