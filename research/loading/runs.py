@@ -48,8 +48,7 @@ def read_run(
         return checkpoints.restore_params(workdir, {start.role: like}, step=step, ema=ema)[0][start.role]
     values = start.read(held, params.shardings(held, mesh, start.model.rules))
     frozen.check_unchanged(workdir, start, marks, values)
-    where = {params.path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(placements)}
-    own = read_trained(workdir, start.role, trained, where, step=step, ema=ema)
+    own = read_trained(workdir, start.role, trained, dict(params.named_leaves(placements)), step=step, ema=ema)
     put = lambda values, own: params.put(plain(values), own)  # noqa: E731
     donated = 0 if held == specs else ()  # quantised kernels have no room for others
     return jax.jit(put, donate_argnums=donated, out_shardings=placements)(values, own)

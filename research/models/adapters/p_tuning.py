@@ -8,7 +8,7 @@ import dataclasses
 
 from research.errors import InputError
 from research.models.adapters import prompt
-from research.models.adapters.types import Adapter
+from research.models.adapters.types import Adapter, also_trained
 from research.models.specs import Specs
 from research.params import ParamSpec
 
@@ -28,7 +28,7 @@ def make(tokens: int = 20, hidden: int = 0, decay: bool = False, also: str = "")
     prompt.check_tokens(tokens)
     if hidden < 0:
         raise InputError(f"hidden = {hidden}: must be at least 0, which is as wide as the model.")
-    own = prompt.trained({"adapter.kind": r"prompt/.*"}, also)
+    own = {"adapter.kind": r"prompt/.*"} | also_trained(also)
     return Adapter(Encoder(tokens, hidden, decay).specs, own, virtual_tokens=tokens, merged=prompt.merged(tokens))
 
 

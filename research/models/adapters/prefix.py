@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from research.errors import InputError
 from research.models import kernels, virtual
 from research.models.adapters import p_tuning, prompt
-from research.models.adapters.types import Adapter
+from research.models.adapters.types import Adapter, also_trained
 from research.models.specs import Params, Specs
 from research.params import ParamSpec
 
@@ -52,9 +52,7 @@ def make(
     if hidden < 0:
         raise InputError(f"hidden = {hidden}: must be at least 0, which is the width of an entry.")
     specs = Projected(tokens, hidden, decay).specs if projection else Entries(tokens, init, decay).specs
-    own = prompt.trained(
-        {"adapter.kind": r"prefix_encoder/.*|layers/attention/prefix/.*" if projection else _OWN}, also
-    )
+    own = {"adapter.kind": rf"prefix_encoder/.*|{_OWN}" if projection else _OWN} | also_trained(also)
     begin = Begin(virtual.cyclic(ids, tokens) if ids else []) if init == "text" else None
     return Adapter(specs, own, init=begin, prefix=tokens, merged=merged(tokens))
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from research.errors import InputError, did_you_mean
 from research.models import added_rows, virtual
-from research.models.adapters.types import Adapter
+from research.models.adapters.types import Adapter, also_trained
 from research.models.specs import Params, Specs
 from research.params import ParamSpec
 
@@ -39,16 +39,11 @@ def make(
     begin = Begin(init, tokens, ids, None if tokenizer is None else tokenizer.size)
     return Adapter(
         plain(tokens, decay),
-        trained({"adapter.kind": r"prompt/rows"}, also),
+        {"adapter.kind": r"prompt/rows"} | also_trained(also),
         init=None if init == "random" else begin,
         virtual_tokens=tokens,
         merged=merged(tokens),
     )
-
-
-def trained(own: dict[str, str], also: str) -> dict[str, str]:
-    """Adapter.trained with what is trained besides."""
-    return own | ({"adapter.also": also} if also else {})
 
 
 def check_tokens(tokens: int) -> None:
