@@ -80,6 +80,15 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """An InputError of what is done within begins with where its cause stands, such as file:line."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+@contextlib.contextmanager
 def own_code(path: str) -> Iterator[None]:
     """Runs code of a user's file. An exception in it becomes an InputError of one line: file, line and error."""
     try:

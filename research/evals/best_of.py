@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from research.errors import InputError
+from research.errors import InputError, located
 from research.evals import record_rewards
 from research.evals.record_rewards import Answers
 from research.evals.scoring import BATCH_TOKENS, ratio_of_sums
@@ -106,7 +106,10 @@ def make_best_of(
     Raises:
       InputError: a record is at fault.
     """
-    questions = [_question(where, record) for where, record in items]
+    questions = []
+    for where, record in items:
+        with located(where):
+            questions.append(read_question(record))
     documents = record_rewards.encode(
         [q.answers for q in questions], tokenizer, template, [where for where, _ in items]
     )
@@ -123,13 +126,6 @@ def make_best_of(
         return _metrics(pairs, samples) | {"truncated": float(truncated)}, samples
 
     return evaluate
-
-
-def _question(where: str, record: Record) -> Question:
-    try:
-        return read_question(record)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def score(rewards: np.ndarray, right: int) -> float:

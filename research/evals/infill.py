@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from research.devices import distributed, sharding
-from research.errors import InputError, did_you_mean
+from research.errors import InputError, did_you_mean, located
 from research.evals.scoring import padded_length
 from research.models import virtual
 from research.models.generation import Generate, generate_batches, make_generate
@@ -81,10 +81,8 @@ def read_gaps(
     """
     gaps = []
     for where, record in items:
-        try:
+        with located(where):
             gaps.append(draw_gap(_text(record), span, context) if is_text(record) else _read_gap(record))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
     kept = [gap for gap in gaps if gap is not None]
     if not kept:
         raise InputError(f"none of {len(gaps)} texts has {span[0] + 2} words. Give longer ones, or lower span.")

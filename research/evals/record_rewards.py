@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ import tqdm
 
 from research import files, params
 from research.devices import distributed, sharding
-from research.errors import InputError
+from research.errors import InputError, located
+from research.evals.record_scores import Item, read_chunks
 from research.evals.scoring import BATCH_TOKENS, Example, compute_windows, constrain
 from research.loading import LoadedModel
 from research.models import virtual
@@ -161,7 +162,7 @@ class RecordRewarder:
         rewarders = [make_rewarder(member.model, batch_tokens=self.batch_tokens) for member in self.members]
         with files.ResumableLines(output, identity, _REASONS) as lines, tqdm.tqdm(total=total, disable=None) as bar:
             number = 0
-            for items in _chunks(origin):
+            for items in read_chunks(origin, ADDED, _TOGETHER):
                 if number + len(items) > lines.done:
                     rows = self._rewarded(items, rewarders)
                     lines.append(rows[max(0, lines.done - number) :])
@@ -174,19 +175,22 @@ class RecordRewarder:
         """How many records there are, and hashes of what decides the result; all of them are checked."""
         hashes = {name: hashlib.blake2b(digest_size=16) for name in ("data", "tokens")}
         total = 0
-        for items in _chunks(origin):
+        for items in read_chunks(origin, ADDED, _TOGETHER):
             total += len(items)
-            for _, record in items:
-                hashes["data"].update(files.json_line(record, default=str))
+            for item in items:
+                hashes["data"].update(files.json_line(item.record, default=str))
+            answers = _answers(items)
             for member in self.members:
-                for document in itertools.chain.from_iterable(self._documents(member, items)):
+                for document in itertools.chain.from_iterable(self._documents(member, items, answers)):
                     hashes["tokens"].update(document.tobytes() + b"\n")
         if not total:
             raise InputError("--data: holds no record. Write one JSON object a line.")
         return total, {name: value.hexdigest() for name, value in hashes.items()}
 
-    def _documents(self, member: LoadedModel, items: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[np.ndarray]]:
-        answers, where = _read_all(items), [place for place, _ in items]
+    def _documents(
+        self, member: LoadedModel, items: Sequence[Item], answers: Sequence[Answers]
+    ) -> list[list[np.ndarray]]:
+        where = [item.where for item in items]
         documents = encode(answers, member.tokenizer, self.template or member.template, where)
         longest = member.model.max_length
         for place, document in ((w, x) for w, each in zip(where, documents, strict=True) for x in each):
@@ -197,60 +201,37 @@ class RecordRewarder:
                 )
         return [[document[:longest] for document in each] for each in documents]
 
-    def _rewarded(
-        self, items: Sequence[tuple[str, Mapping[str, Any]]], rewarders: Sequence[Callable[..., np.ndarray]]
-    ) -> list[bytes]:
+    def _rewarded(self, items: Sequence[Item], rewarders: Sequence[Callable[..., np.ndarray]]) -> list[bytes]:
         """The lines of records with their rewards."""
-        values = []
+        values, answers = [], _answers(items)
         for member, rewarder in zip(self.members, rewarders, strict=True):
-            documents = self._documents(member, items)
+            documents = self._documents(member, items, answers)
             with jax.set_mesh(member.mesh):
                 values.append(rewarder(member.params, list(itertools.chain.from_iterable(documents))))
         rewards = np.concatenate(values, axis=1, dtype=np.float64)
         if not np.isfinite(rewards).all():
             raise InputError("--model: gives rewards that are no numbers. Look at the model's weights.")
-        counts = [len(each) for each in documents]
-        parts = np.split(rewards, np.cumsum(counts)[:-1])
-        return [_line(record, part) for (_, record), part in zip(items, parts, strict=True)]
+        parts = np.split(rewards, np.cumsum([len(each.turns) for each in answers])[:-1])
+        rows = zip(items, answers, parts, strict=True)
+        return [_line(item.record, each.several, part) for item, each, part in rows]
 
 
-def _line(record: Mapping[str, Any], rewards: np.ndarray) -> bytes:
-    """A record with its rewards [answers, members] after its last field."""
+def _answers(items: Sequence[Item]) -> list[Answers]:
+    answers = []
+    for item in items:
+        with located(item.where):
+            answers.append(read_answers(item.record))
+    return answers
+
+
+def _line(record: Mapping[str, Any], several: bool, rewards: np.ndarray) -> bytes:
+    """A record with its rewards [answers, members] after its last field: lists where it has several answers."""
     added = {"reward": rewards.mean(axis=1)}
     if rewards.shape[1] > 1:
         added["reward_std"] = rewards.std(axis=1)
     values = {name: [round(float(x), 6) for x in value] for name, value in added.items()}
-    if read_answers(record).several:
+    if several:
         values = {name.replace("reward", "rewards"): value for name, value in values.items()}
     else:
         values = {name: value[0] for name, value in values.items()}
     return files.json_line({**record, **values}, default=str)
-
-
-def _chunks(origin: entries.Origin) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """Records, some at a time, each with where it stands."""
-    items = []
-    for where, raw in origin.read():
-        try:
-            record = records.parse(raw)
-            for name in ADDED:
-                if name in record:
-                    raise InputError(f"has a field {name!r} already, which is to be added. Rename or drop it.")
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-        items.append((where, record))
-        if len(items) == _TOGETHER:
-            yield items
-            items = []
-    if items:
-        yield items
-
-
-def _read_all(items: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Answers]:
-    answers = []
-    for where, record in items:
-        try:
-            answers.append(read_answers(record))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-    return answers

@@ -9,14 +9,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
 import tqdm
 
 from research import files, params
-from research.errors import InputError
+from research.errors import InputError, located
 from research.evals.markers import texts_of
 from research.evals.scoring import Example, encode_records, make_token_scorer
 from research.loading import LoadedModel
@@ -45,6 +45,35 @@ def find_records(data: str) -> entries.Origin:
     if origin.generated:
         raise InputError(f"--data = {data}: is generated. Give a file.")
     return origin
+
+
+class Item(NamedTuple):
+    """A record: where it stands, as it came, and parsed."""
+
+    where: str
+    raw: records.Raw
+    record: dict[str, Any]
+
+
+def read_chunks(origin: entries.Origin, added: Sequence[str], size: int) -> Iterator[list[Item]]:
+    """Records, `size` at a time.
+
+    Raises:
+      InputError: one can't be read, or has a field of `added` already.
+    """
+    items = []
+    for where, raw in origin.read():
+        with located(where):
+            record = records.parse(raw)
+            for name in added:
+                if name in record:
+                    raise InputError(f"has a field {name!r} already, which is to be added. Rename or drop it.")
+        items.append(Item(where, raw, record))
+        if len(items) == size:
+            yield items
+            items = []
+    if items:
+        yield items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +155,14 @@ class RecordScorer:
         lengths, adapters = array.array("q"), []
         hashes = {name: hashlib.blake2b(digest_size=16) for name in ("data", "tokens")}
         spelled, first = 0, ""
-        for items in _chunks(origin, hashes["data"]):
+        for items in read_chunks(origin, ADDED, _ENCODED_AT_ONCE):
+            for item in items:
+                hashes["data"].update(_json(item.raw))
             if self.loaded.tokenizer is not None:
-                count, marker = count_markers((texts_of(record) for _, record in items), self.loaded.tokenizer)
+                count, marker = count_markers((texts_of(item.record) for item in items), self.loaded.tokenizer)
                 spelled, first = spelled + count, first or marker
-            adapters += [self.loaded.adapter_of(record, where) for where, record in items]
-            for example in self._examples(items):
+            adapters += [self.loaded.adapter_of(item.record, item.where) for item in items]
+            for example in self._examples([(item.where, item.record) for item in items]):
                 lengths.append(len(example.tokens))
                 content = example.tokens.tobytes() + example.mask.tobytes()
                 hashes["tokens"].update(content)
@@ -151,26 +182,6 @@ class RecordScorer:
                 yield _shorten(where, example, longest, self.on_long)
             else:
                 yield example
-
-
-def _chunks(origin: entries.Origin, content: Any) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """Records, a few hundred at a time, each with where it stands; their bytes go into the hash `content`."""
-    items = []
-    for where, raw in origin.read():
-        try:
-            record = records.parse(raw)
-            for name in ADDED:
-                if name in record:
-                    raise InputError(f"has a field {name!r} already, which is to be added. Rename or drop it.")
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-        content.update(_json(raw))
-        items.append((where, record))
-        if len(items) == _ENCODED_AT_ONCE:
-            yield items
-            items = []
-    if items:
-        yield items
 
 
 def _shorten(where: str, example: Example, max_length: int, on_long: str) -> Example:

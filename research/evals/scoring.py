@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from research.devices import distributed, sharding
-from research.errors import InputError
+from research.errors import InputError, located
 from research.models import virtual
 from research.models.transformer import Model
 from research.ops.chunks import chunk_bytes, chunk_tokens
@@ -88,7 +88,7 @@ def encode_records(
     # Documents and conversations apart, since the model's own chat template is for the latter alone.
     turns: tuple[list[tuple[int, list[records.Turn]]], ...] = ([], [])
     for i, (where, record) in enumerate(items):
-        try:
+        with located(where):
             if _is_tokens(record):
                 ids = _token_ids(record["tokens"], vocab_size)
                 examples[i] = Example(ids, np.ones(len(ids), bool))
@@ -97,8 +97,6 @@ def encode_records(
                 raise InputError("holds text, and the model has no tokenizer. Give ids in a field 'tokens'.")
             one = records.check(dict(record), records.detect_format(record, {}), {})
             turns[one[0][0] == "text"].append((i, one))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
     for kind in filter(None, turns):
         places = [items[i][0] for i, _ in kind]
         tokens, mask, lengths = formats.encode([one for _, one in kind], tokenizer, template, places)

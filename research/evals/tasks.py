@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from research.errors import InputError, did_you_mean
+from research.errors import InputError, did_you_mean, located
 from research.evals import infill
 from research.evals.best_of import make_best_of
 from research.evals.generation import make_generation
@@ -196,10 +196,8 @@ def _read(spec: str, entry: str, limit: int) -> list[tuple[str, dict[str, Any]]]
     entries.say_files(f"task {spec}", origin)
     items = []
     for where, raw in itertools.islice(origin.read(), limit or None):
-        try:
+        with located(where):
             items.append((where, records_lib.parse(raw)))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
     if not items:
         raise InputError("holds no record. Write one JSON object a line.")
     return items
@@ -219,10 +217,8 @@ def _name(entry: str) -> str:
 def _each(items: list[tuple[str, Record]], read: Callable[[Record], Record]) -> list[Record]:
     records = []
     for where, record in items:
-        try:
+        with located(where):
             records.append(read(record))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
     return records
 
 

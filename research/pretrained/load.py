@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from research import files
 from research import params as params_lib
-from research.errors import InputError
+from research.errors import InputError, located
 from research.models.config import ModelConfig
 from research.ops import quantized
 from research.pretrained import families
@@ -160,10 +160,8 @@ def make_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     """A ModelConfig of float32; whole numbers in place of fractions become such."""
     kinds = {f.name: type(f.default) for f in dataclasses.fields(ModelConfig)}
     values = {k: float(v) if kinds[k] is float else v for k, v in values.items()}
-    try:
+    with located(where):
         return ModelConfig(**values)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def tensor_names(family: ModuleType, c: ModelConfig) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from research import files
-from research.errors import InputError
+from research.errors import InputError, located
 from research.sources import entries, records, verification
 
 _ADDED = ("completion", "tokens", "logprob")  # what `understudy generate` adds to a record
@@ -46,10 +46,8 @@ def _read(data: str, ended: int, verified: bool) -> tuple[Sequence[dict[str, Any
     good: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for where, raw in origin.read():
-        try:
+        with located(where):
             record = records.parse(raw)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
         if not set(_ADDED) <= record.keys():
             raise InputError(f"{where}: has no completion. Give what `understudy generate --output` wrote.")
         _check_types(where, record)

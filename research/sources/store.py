@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research import files
-from research.errors import InputError
+from research.errors import InputError, located
 from research.sources import answers, chat, comparisons, entries, formats, json_limits, records, views
 from research.sources import fields as table
 from research.sources.cache import cached, code_digest, digest
@@ -265,10 +265,8 @@ def _write_view(partial: Path, store: Store, view: views.View, where: str) -> No
         for i, (start, end) in enumerate(zip(ends - store.length, ends, strict=True)):
             tokens = store.tokens[start:end].astype(np.int32)
             mask = np.ones(len(tokens), bool) if store.mask is None else np.array(store.mask[start:end])
-            try:
+            with located(where):
                 seen = view.documents(views.Document(tokens, mask), np.random.default_rng(int(store.key[i])))
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from error
             for n, document in enumerate(seen):
                 _check_document(document, view, where)
                 if store.labels is not None:  # a label is read at the last token, whichever that is
