@@ -135,6 +135,9 @@ class Command:
         if name in self.renamed:
             now = self.renamed[name]
             return InputError(f"--{name}: is called --{now} now. Write --{now}{'' if value is None else f'={value}'}.")
+        field = f"config.{name.partition('.')[2]}"
+        if self.experiment and "." in name and difflib.get_close_matches(name, [field]):
+            return InputError(f"--{name}: no such flag. Did you mean '--{field}'?")
         if self.experiment and not difflib.get_close_matches(name, self._names()):
             return InputError(
                 f"--{name}: no such flag. A field of the config is set by --config.FIELD=VALUE; see docs/configs.md."

@@ -250,7 +250,9 @@ def test_command_line_errors(tmp_path, capsys):
     assert main([f"--config={tmp_path}/no.py", "--workdir=out"]) == BAD_INPUT
     assert f"there is no file '{tmp_path}/no.py'" in capsys.readouterr().err
     assert main(["--config=x.py", "--workdir=out", "--confg.seed=1"]) == BAD_INPUT
-    assert "--confg.seed: no such flag" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--confg.seed: no such flag" in err
+    assert "Did you mean '--config.seed'?" in err
 
 
 def wait_for(path):
