@@ -1,0 +1,311 @@
+"""Advantages: how much better an answer is than what was to be expected.
+
+An advantage is a reward less a baseline, divided by a scale. `KINDS` has a row for each baseline: its function and
+where it was published. Rewards of answers are small and live on the host: functions of [P, G] are numpy's, compute in
+float64 and return float32. What is of each token may lie on many devices: functions of [B, T] are JAX's.
+
+NaN is the reward of an answer that can't be judged. Such an answer counts in no mean and no deviation, and its
+advantage is 0. Where all judged answers of a group have one reward, what is compared with the group is exactly 0.
+
+Axes: P prompts, G answers to each, R rewards, B rows, T tokens.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from research.errors import InputError, did_you_mean
+
+SCALES = ("group", "batch", "none")
+WHITENINGS = ("none", "answers", "tokens")
+COMBINATIONS = ("rewards", "advantages")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageSpec:
+    """How advantages are made of rewards: the config's `advantage`.
+
+    Attributes:
+      kind: the baseline, of KINDS.
+      scale: what the difference is divided by: the standard deviation of its group's rewards, of the batch's, or
+        "none".
+      whiten: "answers": advantages then get mean 0 and deviation 1 over the batch's answers; "tokens": over its tokens,
+        so that a long answer counts for more.
+      combine: several rewards are summed by weight before they are compared ("rewards"), or each is compared by itself
+        and the results are summed by weight ("advantages"; GDPO, arXiv:2601.05242).
+      clip: (least, greatest) of the summed reward; None for none.
+      epsilon: what is added to deviations. TRL has 1e-4, verl 1e-6.
+      decay: of "ema": the share of itself that the running mean keeps at each rollout.
+    """
+
+    kind: str = "group"
+    scale: str = "group"
+    whiten: str = "none"
+    combine: str = "rewards"
+    clip: tuple[float, float] | None = None
+    epsilon: float = 1e-4
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name, known in (("kind", KINDS), ("scale", SCALES), ("whiten", WHITENINGS), ("combine", COMBINATIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(
+                    f"advantage.{name} = {value!r}: must be one of {', '.join(known)}.{did_you_mean(value, known)}"
+                )
+        if self.clip is not None and not (len(self.clip) == 2 and self.clip[0] < self.clip[1]):
+            raise InputError(f"advantage.clip = {self.clip}: must be (least, greatest) of a reward, or None.")
+        apart = self.combine == "advantages"
+        if apart and (self.clip is not None or {"greedy", "average"} & set(KINDS[self.kind].reads)):
+            what = f"kind = {self.kind!r}" if self.clip is None else f"clip = {self.clip}"
+            raise InputError(
+                f"advantage.{what}: is about the summed reward, and combine = 'advantages' sums none. "
+                "Leave one of them out."
+            )
+        if not 0 < self.epsilon < math.inf:
+            raise InputError(f"advantage.epsilon = {self.epsilon}: must be above 0, and finite.")
+        if not 0 <= self.decay < 1:
+            raise InputError(f"advantage.decay = {self.decay}: must be in [0, 1).")
+
+    def check(self, answers: int) -> None:
+        """Raises InputError where groups of so many answers are too small for the baseline or the scale."""
+        if answers > 1:
+            return
+        for name, value, small in (
+            ("kind", self.kind, KINDS[self.kind].compares),
+            ("scale", self.scale, self.scale == "group"),
+        ):
+            if small:
+                raise InputError(
+                    f"advantage.{name} = {value!r}: compares the answers to one prompt, and rollout.answers = "
+                    f"{answers}. Raise it to 2 or more, or take kind = 'batch' with scale = 'batch' or 'none'."
+                )
+
+
+class Facts(NamedTuple):
+    """What a baseline may read besides rewards.
+
+    Attributes:
+      lengths: tokens of each answer.
+      greedy: the reward of each prompt's greedy answer; NaN where it can't be judged: then the others' advantage is 0.
+      average: the running mean of rewards before this batch; 0 before the first.
+    """
+
+    lengths: Float[np.ndarray, "P G"] | None = None
+    greedy: Float[np.ndarray, " P"] | None = None
+    average: float = 0.0
+
+
+_NO_FACTS = Facts()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A baseline.
+
+    Attributes:
+      function: (rewards [P, G], facts) -> baselines [P, G]. Where the reward is NaN its value means nothing.
+      source: the paper, and the equation.
+      compares: it is of the answers to one prompt, of which there are to be 2 or more.
+      reads: the Facts that it reads.
+    """
+
+    function: Callable[[Float[np.ndarray, "P G"], Facts], Float[np.ndarray, "P G"]]
+    source: str
+    compares: bool = False
+    reads: tuple[str, ...] = ()
+
+
+class RunningMean(NamedTuple):
+    """A running mean of rewards, with what its weights add up to, so that it is a mean from the first batch on."""
+
+    total: float = 0.0
+    weight: float = 0.0
+
+    @property
+    def value(self) -> float:
+        """The mean; 0 before the first batch."""
+        return self.total / self.weight if self.weight else 0.0
+
+    def after(self, rewards: Float[np.ndarray, "*N"], decay: float) -> "RunningMean":
+        """The mean that has seen the judged rewards of one more batch."""
+        judged = ~np.isnan(rewards)
+        if not judged.any():
+            return self
+        mean = float(np.mean(rewards[judged], dtype=np.float64))
+        return RunningMean(decay * self.total + (1 - decay) * mean, decay * self.weight + 1 - decay)
+
+
+def group(rewards: Float[np.ndarray, "P G"], facts: Facts) -> Float[np.ndarray, "P G"]:
+    """The mean of the prompt's answers."""
+    return np.broadcast_to(_mean(rewards, 1), rewards.shape)
+
+
+def leave_one_out(rewards: Float[np.ndarray, "P G"], facts: Facts) -> Float[np.ndarray, "P G"]:
+    """The mean of the prompt's other answers. NaN where there is none."""
+    judged = ~np.isnan(rewards)
+    others = np.sum(judged, axis=1, keepdims=True) - 1
+    total = np.sum(np.where(judged, rewards, 0), axis=1, keepdims=True)
+    return np.where(others > 0, (total - np.where(judged, rewards, 0)) / np.maximum(others, 1), np.nan)
+
+
+def batch(rewards: Float[np.ndarray, "P G"], facts: Facts) -> Float[np.ndarray, "P G"]:
+    """The mean of all answers."""
+    return np.broadcast_to(_mean(rewards, None), rewards.shape)
+
+
+def ema(rewards: Float[np.ndarray, "P G"], facts: Facts) -> Float[np.ndarray, "P G"]:
+    """The running mean of the answers of earlier batches."""
+    return np.full_like(rewards, facts.average)
+
+
+def greedy(rewards: Float[np.ndarray, "P G"], facts: Facts) -> Float[np.ndarray, "P G"]:
+    """The reward of the answer that is made of the likeliest tokens."""
+    return np.broadcast_to(np.asarray(facts.greedy, np.float64)[:, None], rewards.shape)
+
+
+def opo(rewards: Float[np.ndarray, "P G"], facts: Facts) -> Float[np.ndarray, "P G"]:
+    """The mean of the prompt's answers, each weighed by its length. That has the least variance where the squared norm
+    of an answer's gradient grows as its length."""
+    weights = np.where(np.isnan(rewards), 0.0, np.asarray(facts.lengths, np.float64))
+    total = np.sum(weights, axis=1, keepdims=True)
+    mean = np.sum(weights * np.nan_to_num(rewards), axis=1, keepdims=True) / np.maximum(total, 1)
+    return np.broadcast_to(np.where(total > 0, mean, _mean(rewards, 1)), rewards.shape)
+
+
+def none(rewards: Float[np.ndarray, "P G"], facts: Facts) -> Float[np.ndarray, "P G"]:
+    """0."""
+    return np.zeros_like(rewards)
+
+
+KINDS: dict[str, Kind] = {
+    "group": Kind(
+        group,
+        "GRPO, arXiv:2402.03300, section 4.1.2; with scale = 'none' Dr. GRPO, arXiv:2503.20783, section 3.2",
+        compares=True,
+    ),
+    "gpg": Kind(
+        group,
+        "GPG, arXiv:2504.02546, equation 7: group, times (answers / answers in groups that don't agree)",
+        compares=True,
+    ),
+    "leave_one_out": Kind(leave_one_out, "RLOO, arXiv:2402.14740, section 3.3", compares=True),
+    "opo": Kind(opo, "OPO, arXiv:2505.23585, section 4", compares=True, reads=("lengths",)),
+    "batch": Kind(batch, "REINFORCE++, arXiv:2501.03262, with whitening over answers"),
+    "ema": Kind(ema, "Williams 1992, doi:10.1007/BF00992696, section 4: reinforcement comparison", reads=("average",)),
+    "greedy": Kind(greedy, "ReMax, arXiv:2310.10505, equation 4", reads=("greedy",)),
+    "none": Kind(none, "REINFORCE, Williams 1992, doi:10.1007/BF00992696, without a baseline"),
+}
+
+
+def sum_rewards(
+    rewards: Float[np.ndarray, "P G R"], weights: Float[np.ndarray, " R"], clip: tuple[float, float] | None = None
+) -> Float[np.ndarray, "P G"]:
+    """The rewards of each answer, summed by weight and clipped, in float32. Those that can't judge it are left out; NaN
+    where none can."""
+    total = np.sum(np.nan_to_num(np.asarray(rewards, np.float64)) * weights, axis=2)
+    total = total if clip is None else np.clip(total, *clip)
+    return np.where(np.all(np.isnan(rewards), axis=2), np.nan, total).astype(np.float32)
+
+
+def agree(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, " P"]:
+    """Whether all judged answers to a prompt have one reward, so that a comparison says nothing; also where fewer than
+    two are judged."""
+    judged = ~np.isnan(rewards)
+    most = np.max(np.where(judged, rewards, -np.inf), axis=1)
+    least = np.min(np.where(judged, rewards, np.inf), axis=1)
+    return (np.sum(judged, axis=1) < 2) | (most == least)
+
+
+def advantages(
+    spec: AdvantageSpec,
+    rewards: Float[np.ndarray, "P G R"],
+    weights: Float[np.ndarray, " R"],
+    facts: Facts = _NO_FACTS,
+) -> Float[np.ndarray, "P G"]:
+    """The advantage of each answer, in float32: never NaN, 0 where it can't be judged.
+
+    Args:
+      spec: see AdvantageSpec. Whitening over tokens is `whiten`, and isn't done here.
+      rewards: each reward's judgement of each answer to each prompt; NaN where it has none.
+      weights: of the rewards.
+      facts: what spec.kind reads.
+    """
+    if spec.combine == "rewards":
+        values = of_reward(spec, sum_rewards(rewards, weights, spec.clip), facts)
+    else:
+        each = [of_reward(spec, rewards[:, :, r], facts) for r in range(rewards.shape[2])]
+        values = np.sum(np.nan_to_num(np.stack(each, axis=2)) * np.asarray(weights, np.float64), axis=2)
+        values = np.where(np.all(np.isnan(rewards), axis=2), np.nan, values)
+    if spec.whiten == "answers":
+        values = (values - _mean(values, None)) / (_deviation(values, None) + spec.epsilon)
+    return np.nan_to_num(values).astype(np.float32)
+
+
+def of_reward(spec: AdvantageSpec, rewards: Float[np.ndarray, "P G"], facts: Facts) -> Float[np.ndarray, "P G"]:
+    """(reward - baseline) / scale of one reward, in float64; NaN where there is no reward or no baseline."""
+    kind, rewards = KINDS[spec.kind], np.asarray(rewards, np.float64)
+    values = rewards - kind.function(rewards, facts)
+    same = agree(rewards)[:, None]
+    if kind.compares:  # exact, where rounding of the mean would be divided by next to nothing
+        values = np.where(same & ~np.isnan(values), 0.0, values)
+    if spec.kind == "gpg":
+        judged = ~np.isnan(rewards)
+        values = values * (np.sum(judged) / max(np.sum(judged & ~same), 1))
+    if spec.scale == "none":
+        return values
+    return values / (_deviation(rewards, 1 if spec.scale == "group" else None) + spec.epsilon)
+
+
+def whiten(
+    values: Float[Array, "B T"], mask: Float[Array, "B T"], *, shift: bool = True, epsilon: float = 1e-8
+) -> Float[Array, "B T"]:
+    """(values - mean) / sqrt(unbiased variance + epsilon) over the tokens of `mask`; 0 at all others.
+
+    Args:
+      values: of each token.
+      mask: 1 at those that count, else 0. With none or one there is nothing to whiten, and the result is 0.
+      shift: whether the mean is subtracted; PPO's rewards keep it.
+      epsilon: added to the variance, as in verl's masked_whiten.
+    """
+    count = jnp.sum(mask)
+    mean = jnp.sum(mask * values) / jnp.maximum(count, 1)
+    centred = jnp.where(mask > 0, values - mean, 0)
+    variance = jnp.sum(jnp.square(centred)) / jnp.maximum(count - 1, 1)
+    scaled = centred * jax.lax.rsqrt(variance + epsilon)
+    return scaled if shift else jnp.where(mask > 0, scaled + mean, 0)
+
+
+def returns_to_go(rewards: Float[Array, "B T"], mask: Float[Array, "B T"], gamma: float = 1.0) -> Float[Array, "B T"]:
+    """The sum of a token's reward and those of later tokens of its answer, each discounted by gamma for each token
+    between; 0 outside of `mask` (REINFORCE++, arXiv:2501.03262, equation 6)."""
+
+    def step(later: Float[Array, " B"], token: tuple[Array, Array]) -> tuple[Array, Array]:
+        reward, inside = token
+        total = jnp.where(inside > 0, reward + gamma * later, 0)
+        return total, total
+
+    _, returns = jax.lax.scan(step, jnp.zeros_like(rewards[:, 0]), (rewards.T, mask.T), reverse=True)
+    return returns.T
+
+
+def _mean(values: Float[np.ndarray, "P G"], axis: int | None) -> Float[np.ndarray, "..."]:
+    """The mean of what is no NaN, with the axis kept; NaN where there is nothing."""
+    judged = ~np.isnan(values)
+    count = np.sum(judged, axis=axis, keepdims=True)
+    total = np.sum(np.where(judged, values, 0), axis=axis, keepdims=True)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _deviation(values: Float[np.ndarray, "P G"], axis: int | None) -> Float[np.ndarray, "..."]:
+    """The unbiased standard deviation of what is no NaN, with the axis kept; 0 where there are fewer than two."""
+    judged = ~np.isnan(values)
+    squares = np.where(judged, np.square(values - _mean(values, axis)), 0)
+    count = np.sum(judged, axis=axis, keepdims=True)
+    return np.sqrt(np.sum(squares, axis=axis, keepdims=True) / np.maximum(count - 1, 1))
