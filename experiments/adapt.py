@@ -103,6 +103,7 @@ def get_config(arg: str = ""):
         "metrics": ("eval/accuracy", "eval/loss") if larger else METRICS,
         "text": "Answer the question." if larger else "reverse: abcdef",  # what prefix_text and prompt_text begin with
         "tokens": 20 if larger else 16,  # of prefixes and prompts
+        "longer_rows": larger,  # rows have room for a prompt besides, so that it displaces no example that is as long
         "rates": ConfigDict(LARGER if larger else RATES),
         "base_steps": 500,
         "store": "",
@@ -140,25 +141,29 @@ def study(config, add):
     s = config.study
     start = config.model.init_from or add.train("base", _base(config)).workdir
 
-    def run(way, rate, seed):
+    def run(way, rate, seed, **options):
         values = config.copy_and_resolve_references()
         values.seed, values.model.init_from = seed, start
         _leave_shape(values)
         _set_way(values, way, rate)
-        return add.train(f"{way}-{rate:g}-s{seed}", values)
+        return add.train(f"{way}-{rate:g}-s{seed}", values, **options)
 
-    tried = {way: {rate: run(way, rate, 0) for rate in s.rates[way]} for way in s.ways}
+    tried = {way: {rate: run(way, rate, 0, may_diverge=True) for rate in s.rates[way]} for way in s.ways}
     yield  # until it is known which rate is the best
     ways = []
     for way, stages in tried.items():
         losses = {rate: _held_out_loss(stage) for rate, stage in stages.items()}
         rate = min(losses, key=losses.__getitem__)
+        if losses[rate] == math.inf:
+            raise InputError(f"--config.study.rates.{way} = {s.rates[way]}: diverges at each. Give lower ones.")
         ways.append(adapt_report.Way(way, rate, losses, [run(way, rate, seed).workdir for seed in range(s.seeds)]))
     return functools.partial(adapt_report.report, ways, s.metrics)
 
 
 def _held_out_loss(stage) -> float:
-    loss = finished(stage)["metrics"]["eval/loss"]
+    """Of a run in the search; infinite where it diverged, which is the worst."""
+    end = finished(stage)
+    loss = math.inf if "diverged" in end else end["metrics"]["eval/loss"]
     return loss if math.isfinite(loss) else math.inf
 
 
@@ -195,6 +200,8 @@ def _set_way(config: ConfigDict, way: str, rate: float) -> None:
     adapter = dict(WAYS[way])
     if adapter.get("kind") in ("prefix", "prompt"):
         adapter["tokens"] = config.study.tokens
+    if adapter.get("kind") == "prompt" and config.study.longer_rows:
+        config.seq_len += config.study.tokens
     if adapter.get("init") == "text":
         adapter["text"] = config.study.text
     config.adapter = adapter

@@ -20,6 +20,9 @@ def plan(tmp_path, *flags, arg=":compare"):
 def finish(stage, loss):
     folder = Path(stage.workdir)
     folder.mkdir(parents=True, exist_ok=True)
+    if loss is None:
+        (folder / "failed.json").write_text(json.dumps({"error": "not finite", "diverged": True}))
+        return
     (folder / "done.json").write_text(json.dumps({"step": stage.settings["steps"], "metrics": {"eval/loss": loss}}))
 
 
@@ -49,6 +52,25 @@ def test_each_way_is_compared_at_the_best_of_its_rates(tmp_path):
     assert tuple(metrics) == adapt.METRICS
     assert [way.name for way in ways] == list(adapt.WAYS)
     assert all(way.rate == max(way.rates) and way.at_the_edge and len(way.runs) == 3 for way in ways)
+
+
+def test_a_rate_that_diverges_is_the_worst_in_the_search_alone(tmp_path):
+    flags = ["--config.model.init_from=MODEL", "--config.study.ways=('norms','bias')", "--config.study.seeds=2"]
+    tried = plan(tmp_path, *flags).stages
+    for stage, loss in zip(tried, (None, 0.5, 0.75, None, None, 0.25), strict=True):
+        finish(stage, loss)
+    (norms, bias) = (plan(tmp_path, *flags)).stages[6:]
+    assert [norms.name, bias.name] == ["norms-0.1-s1", "bias-0.1-s1"]
+    assert (tried[0].may_diverge, norms.may_diverge) == (True, False)
+    for stage in (norms, bias):
+        finish(stage, 0.5)
+    ways = plan(tmp_path, *flags).report.args[0]
+    assert [way.diverged for way in ways] == [[0.03], [0.01, 0.03]]
+    for stage in tried[:3]:
+        finish(stage, None)
+        Path(stage.workdir, "done.json").unlink(missing_ok=True)
+    with pytest.raises(InputError, match=r"study\.rates\.norms = .*diverges at each. Give lower"):
+        plan(tmp_path, *flags)
 
 
 def test_a_run_alone_is_that_of_the_study_at_its_middle_rate(tmp_path):
@@ -84,6 +106,8 @@ def test_a_model_and_data_of_ones_own(tmp_path):
     assert {stage.settings["model"]["init_from"] for stage in stages} == {"MODEL"}
     rates = [stage.settings["optimizer"]["learning_rate"] for stage in stages if stage.name.startswith("lora")]
     assert tuple(rates) == adapt.LARGER["lora"]
+    lengths = {stage.name.partition("-")[0]: stage.settings["seq_len"] for stage in stages}
+    assert lengths == dict.fromkeys(("full", "lora", "prefix_text", "norms"), 256) | {"prompt_text": 276}
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ class Way:
     Attributes:
       name: as the study calls it.
       rate: its learning rate.
-      rates: the learning rates that were tried, and the held-out loss of each on one seed.
+      rates: the learning rates that were tried, and the held-out loss of each on one seed; inf where it diverged.
       runs: workdirs at `rate`, one a seed.
     """
 
@@ -41,6 +41,11 @@ class Way:
     rate: float
     rates: Mapping[float, float]
     runs: Sequence[str]
+
+    @property
+    def diverged(self) -> list[float]:
+        """The learning rates at which it diverged."""
+        return sorted(rate for rate, loss in self.rates.items() if math.isinf(loss))
 
     @property
     def at_the_edge(self) -> bool:
@@ -149,10 +154,20 @@ def table(results: Sequence[Result], metrics: Sequence[str]) -> tuple[list[str],
 
 def _remarks(results: Sequence[Result]) -> list[str]:
     """What a reader of the table should know besides."""
+    remarks = []
     edge = [result.way.name for result in results if len(result.way.rates) > 1 and result.way.at_the_edge]
-    if not edge:
-        return []
-    return [f"At the lowest or highest rate that was tried, so that another may be better: {', '.join(edge)}."]
+    if edge:
+        remarks.append(
+            f"At the lowest or highest rate that was tried, so that another may be better: {', '.join(edge)}."
+        )
+    diverged = [f"{r.way.name} at {_rates(r.way.diverged)}" for r in results if r.way.diverged]
+    if diverged:
+        remarks.append(f"Diverged, which counts as the worst loss: {'; '.join(diverged)}.")
+    return remarks
+
+
+def _rates(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def _write_page(out: Path, results: Sequence[Result], metrics: Sequence[str], remarks: Sequence[str]) -> None:
@@ -165,13 +180,16 @@ def _write_page(out: Path, results: Sequence[Result], metrics: Sequence[str], re
         png = {theme: plots.plot_costs(metric, title, points, theme) for theme in plots.THEMES}
         (out / f"{metric.replace('/', '_')}_over_{name}.png").write_bytes(png["light"])
         pictures += pages.picture(png, f"{metric} over {title}")
-    rates = [
-        [r.way.name, ", ".join(f"{rate:g}: {loss:.4g}" for rate, loss in sorted(r.way.rates.items()))] for r in results
-    ]
+    losses = {r.way.name: sorted(r.way.rates.items()) for r in results}
+    rates = [[name, ", ".join(f"{rate:g}: {_loss(loss)}" for rate, loss in own)] for name, own in losses.items()]
     body = ["<h1>Adaptation</h1>", *(f"<p>{pages.escape(text)}</p>" for text in remarks)]
     body += [pages.table(*table(results, metrics), "numbers"), f'<div class="plots">{pictures}</div>']
     body += ["<h2>Learning rates</h2>", pages.table(["", "rate: held-out loss of one seed"], rates, "settings")]
     (out / "report.html").write_text(pages.page("Adaptation", body), encoding="utf-8")
+
+
+def _loss(loss: float) -> str:
+    return "diverged" if math.isinf(loss) else f"{loss:.4g}"
 
 
 def _text(cell: Mean) -> str:
@@ -181,24 +199,25 @@ def _text(cell: Mean) -> str:
 
 def _as_csv(results: Sequence[Result]) -> list[list[Any]]:
     measured = [f"{name}{end}" for name in results[0].metrics for end in ("", " low", " high", " before")]
-    lines: list[list[Any]] = [["name", "rate", "seeds", *measured, "trained", "step bytes", "seconds"]]
+    lines: list[list[Any]] = [["name", "rate", "seeds", *measured, "trained", "step bytes", "seconds", "diverged at"]]
     for r in results:
         numbers = [x for name, cell in r.metrics.items() for x in (*cell, r.before[name])]
         numbers += [r.trained, r.step_bytes, r.seconds]
         lines.append([r.way.name, r.way.rate, len(r.way.runs), *("" if math.isnan(x) else x for x in numbers)])
+        lines[-1].append(_rates(r.way.diverged))
     return lines
 
 
 def _as_json(result: Result) -> dict[str, Any]:
-    """A row of table.json; nan, which JSON lacks, becomes None."""
+    """A row of table.json; nan and infinity, which JSON lacks, become None."""
 
     def finite(x: float) -> float | None:
-        return None if math.isnan(x) else x
+        return x if math.isfinite(x) else None
 
     return {
         "name": result.way.name,
         "rate": result.way.rate,
-        "rates": {f"{rate:g}": loss for rate, loss in result.way.rates.items()},
+        "rates": {f"{rate:g}": finite(loss) for rate, loss in result.way.rates.items()},
         "runs": list(result.way.runs),
         **{name: {k: finite(x) for k, x in cell._asdict().items()} for name, cell in result.metrics.items()},
         "before": {name: finite(x) for name, x in result.before.items()},

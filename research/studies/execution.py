@@ -49,7 +49,7 @@ class StageFailed(Exception):
 def run_stage(
     stage: Stage, log: TextIO, *, label: str = "", command: str = "", stop: threading.Event | None = None
 ) -> dict[str, float]:
-    """Runs a stage in this process; returns the final metrics.
+    """Runs a stage in this process; returns the final metrics, none of a run that diverged and may.
 
     Args:
       stage: its folder holds stage.json.
@@ -75,7 +75,10 @@ def run_stage(
     except (InputError, run.Diverged) as error:
         log.write(f"error: {error}\n")
         status = BAD_INPUT if isinstance(error, InputError) else DIVERGED
-        raise failure(stage, str(error), status) from error
+        failed = failure(stage, str(error), status)
+        if status == DIVERGED and stage.may_diverge:
+            return {}
+        raise failed from error
     except (run.Preempted, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -94,7 +97,8 @@ def run_stage(
 
 def failure(stage: Stage, reason: str, status: int) -> StageFailed:
     """The error of a stage, which is noted in its folder."""
-    files.write_json(Path(stage.workdir) / stages.FAULT, {"error": reason})
+    diverged = {"diverged": True} if status == DIVERGED else {}
+    files.write_json(Path(stage.workdir) / stages.FAULT, {"error": reason} | diverged)
     return StageFailed(f"stage {stage.name} in {stage.workdir}: {reason}", status)
 
 

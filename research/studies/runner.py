@@ -190,7 +190,9 @@ class Runner:
 
     def _succeed(self, stage: Stage, metrics: Mapping[str, float], seconds: float) -> None:
         self._seconds[stage.id] = seconds
-        parts = [duration(seconds), _summary(metrics), f"ETA {duration(self._time_left())}" if self._todo else ""]
+        diverged = (finished(stage) or {}).get("diverged")
+        end = f"diverged: {diverged}" if diverged else _summary(metrics)
+        parts = [duration(seconds), end, f"ETA {duration(self._time_left())}" if self._todo else ""]
         self._print(stage, *filter(None, parts))
 
     def _fail(self, stage: Stage, error: StageFailed) -> None:

@@ -60,6 +60,7 @@ class Stage:
       files: local file or folder that occurs in `settings` -> hash of its contents.
       digest: hash of all this.
       workdir: its folder. In a study STORE/NAME-HASH, NAME being what the stage was called when it was first begun.
+      may_diverge: whether a run that diverges is finished, too; not hashed.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Stage:
     files: Mapping[str, str]
     digest: str
     workdir: str
+    may_diverge: bool = False
 
     @property
     def id(self) -> str:
@@ -95,17 +97,19 @@ class Plan:
     def stages(self) -> list[Stage]:
         return list(self._stages.values())
 
-    def train(self, name: str, config: Mapping[str, Any] | ConfigDict) -> Stage:
-        """Adds a run. The same run twice is one stage, under the first name.
+    def train(self, name: str, config: Mapping[str, Any] | ConfigDict, *, may_diverge: bool = False) -> Stage:
+        """Adds a run. The same run twice is one stage, as it was added first.
 
         Args:
           name: letters, digits and _ . + = -
           config: a config of a run, or the fields of it that differ from the defaults; a section `study` is left out.
+          may_diverge: that it diverges is a result, as in a search of learning rates; see `finished`. Else it is a
+            failure, which ends the study.
 
         Raises:
           InputError: the config can't work, or names data that isn't there.
         """
-        return self._add(name, "train", run_settings(name, config, self.stages))
+        return self._add(name, "train", run_settings(name, config, self.stages), may_diverge)
 
     def command(self, name: str, module: str, args: Mapping[str, Any]) -> Stage:
         """Adds a call of module.main(argv), which returns an exit status; called again, it goes on or begins anew.
@@ -127,7 +131,7 @@ class Plan:
             raise InputError(f"stage {name}: there is no module {module!r} to run. {remedy}")
         return self._add(name, "command", {"module": module, "args": _as_json(dict(args))})
 
-    def _add(self, name: str, kind: str, settings: Mapping[str, Any]) -> Stage:
+    def _add(self, name: str, kind: str, settings: Mapping[str, Any], may_diverge: bool = False) -> Stage:
         if not re.fullmatch(r"\w[\w.+=-]*", name, re.ASCII):
             raise InputError(f"stage {name!r}: a name is of letters, digits and _ . + = -")
         stage = make_stage(name, kind, settings, self.stages)
@@ -136,7 +140,7 @@ class Plan:
             names = [f"{name}-{stage.digest}", *sorted(glob.glob(f"*-{stage.digest}", root_dir=self.store))]
             folder = names[0] if names[0] in names[1:] else names[-1]
             workdir = os.path.join(self.store, folder)
-            self._stages[stage.digest] = dataclasses.replace(stage, workdir=workdir)
+            self._stages[stage.digest] = dataclasses.replace(stage, workdir=workdir, may_diverge=may_diverge)
         return self._stages[stage.digest]
 
 
@@ -357,9 +361,10 @@ def _file_hash(path: str, size: int, modified: int) -> str:
 
 
 def state(stage: Stage) -> str:
-    """How a stage stands on disk: "done", "running" (in any process), "failed", "begun" or "new"."""
-    if finished(stage) is not None:
-        return "done"
+    """How a stage stands on disk: "done", "diverged" where it may, "running" (anywhere), "failed", "begun" or "new"."""
+    done = finished(stage)
+    if done is not None:
+        return "diverged" if "diverged" in done else "done"
     log = os.path.join(stage.workdir, LOG)
     if not os.path.exists(log):
         return "new"
@@ -372,8 +377,12 @@ def state(stage: Stage) -> str:
 
 
 def finished(stage: Stage) -> dict[str, Any] | None:
-    """What a stage left at its end, {"metrics": ...} of a run; None where it isn't done."""
+    """What a stage left at its end; None where it isn't done.
+
+    Of a run {"metrics": ...}; of one that diverged, where it may, {"metrics": {}, "diverged": what it said}.
+    """
     done = files.read_json(os.path.join(stage.workdir, DONE), None)
-    if done is not None and stage.kind == "train" and done.get("step") != stage.settings["steps"]:
-        return None
-    return done
+    if done is not None and not (stage.kind == "train" and done.get("step") != stage.settings["steps"]):
+        return done
+    fault = files.read_json(os.path.join(stage.workdir, FAULT), {}) if stage.may_diverge else {}
+    return {"metrics": {}, "diverged": fault["error"]} if fault.get("diverged") else None

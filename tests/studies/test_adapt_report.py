@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_the_table_has_quality_and_costs(tmp_path, capsys):
     lora = [write(tmp_path / f"lora{i}", quality) for i, quality in enumerate((0.5, 0.75, 1.0))]
     norms = [write(tmp_path / "norms", 0.25, loss=0.75, trained=10.0)]
     ways = [
-        Way("lora", 0.01, {0.001: 0.9, 0.01: 0.5, 0.1: 0.8}, lora),
+        Way("lora", 0.01, {0.001: 0.9, 0.01: 0.5, 0.1: math.inf}, lora),
         Way("norms", 0.1, {0.01: 0.9, 0.1: 0.75}, norms),
     ]
     adapt_report.report(ways, [METRIC, "eval/loss"], str(tmp_path / "out"))
@@ -41,15 +42,17 @@ def test_the_table_has_quality_and_costs(tmp_path, capsys):
     assert cells["lora"].split()[-3:] == ["1,000", "3.0", "80"]  # the median of 50, 100 and 80 ms
     assert cells["norms"].split() == ["norms", "0.1", "1", "0.25", "0.75", "10", "3.0", "80"]
     assert "so that another may be better: norms." in printed
+    assert "Diverged, which counts as the worst loss: lora at 0.1." in printed
     with open(tmp_path / "out/table.csv", newline="") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert (rows["lora"][f"{METRIC} before"], rows["norms"][f"{METRIC} low"]) == ("0.125", "")
     table = json.loads((tmp_path / "out/table.json").read_text())
-    assert table[0]["rates"] == {"0.001": 0.9, "0.01": 0.5, "0.1": 0.8}
+    assert table[0]["rates"] == {"0.001": 0.9, "0.01": 0.5, "0.1": None}
+    assert (rows["lora"]["diverged at"], rows["norms"]["diverged at"]) == ("0.1", "")
     assert table[1]["eval/loss"] == {"value": 0.75, "low": None, "high": None}
     for name in ("eval_test_exact_match_over_trained.png", "eval_loss_over_step_bytes.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    assert "0.001: 0.9, 0.01: 0.5, 0.1: 0.8" in (tmp_path / "out/report.html").read_text()
+    assert "0.001: 0.9, 0.01: 0.5, 0.1: diverged" in (tmp_path / "out/report.html").read_text()
 
 
 def test_a_run_without_the_metric_is_named(tmp_path):

@@ -19,7 +19,7 @@ from research.run import checkpoint, metrics, run
 from research.studies import execution, stages
 from research.studies.execution import BAD_INPUT, DIVERGED, FAILED, STOPPED
 from research.studies.runner import run_stages
-from research.studies.stages import Plan, state
+from research.studies.stages import Plan, finished, state
 
 # A command's module: `mode` says how it ends; each call is noted in OUTPUT.calls.
 TOY = """
@@ -365,6 +365,30 @@ def test_a_failure_ends_the_study_and_names_the_stage(tmp_path, runs, seed, stat
     assert not (tmp_path / "runs/x/report.txt").exists()
     if seed == 15:
         assert "Traceback" in (pathlib.Path(stage["workdir"]) / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_may_diverge_is_a_result(tmp_path, runs, capsys, elsewhere):
+    def plan(**options):
+        add = Plan(f"{tmp_path}/store")
+        return add, add.train("hot", RUN | {"seed": 13}, **options), add.train("good", RUN)
+
+    add, hot, good = plan(may_diverge=True)
+    if elsewhere:  # as it leaves its folder in a process of its own
+        os.makedirs(hot.workdir)
+        stages.write_stage(hot)
+        assert execution.run_stage(stages.read_stage(hot.workdir), sys.stderr) == {}
+    assert run_stages(add.stages) == {}
+    assert stems(runs) == ["hot", "good"]
+    assert finished(hot) == {"metrics": {}, "diverged": "step 3: loss not finite"}
+    assert [stages.state(stage) for stage in (hot, good)] == ["diverged", "done"]
+    assert ("diverged: step 3: loss not finite" in capsys.readouterr().out) == (not elsewhere)
+    run_stages(add.stages)
+    assert len(runs) == 2  # it isn't tried again
+    add, same, _ = plan()
+    assert same.workdir == hot.workdir
+    with pytest.raises(execution.StageFailed, match="step 3: loss not finite"):
+        run_stages(add.stages)
 
 
 def test_keep_going_leaves_out_what_needs_the_failed_stage(tmp_path, runs, capsys):
