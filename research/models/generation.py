@@ -30,7 +30,9 @@ class Completion(NamedTuple):
     logprobs: list[float]
 
 
-def make_generate(model: Model, config: SamplingConfig, vocab_size: int | None = None) -> Generate:
+def make_generate(
+    model: Model, config: SamplingConfig, vocab_size: int | None = None, *, of_draws: bool = False
+) -> Generate:
     """Returns generate(params, prompts, lengths, key, rows=None, limits=None, *, slots=None) -> Generated, jitted.
 
     It takes
@@ -48,12 +50,13 @@ def make_generate(model: Model, config: SamplingConfig, vocab_size: int | None =
       model: to decode with.
       config: how to choose tokens.
       vocab_size: ids from here on, which pad the model's vocabulary, are never chosen; None: there are none.
+      of_draws: log-probabilities are those that tokens were drawn with, and not the model's.
 
     Raises:
       InputError: `vocab_size` or a stop token is beyond the vocabulary, or there is no room for a prompt; when
         called, P + N > model.max_length, or `slots` is below 1.
     """
-    decoder = Decoder(model, config, model.config.vocab_size if vocab_size is None else vocab_size)
+    decoder = Decoder(model, config, model.config.vocab_size if vocab_size is None else vocab_size, of_draws)
     return jax.jit(decoder.generate, static_argnames="slots")
 
 

@@ -92,8 +92,8 @@ def next_logits(head: Head, hidden: Float[Array, "B D"], vocab_size: int) -> Flo
 
 def choose_tokens(
     logits: Float[Array, "B V"], config: SamplingConfig, keys: Key[Array, " B"], numbers: Int[Array, " B"]
-) -> Int[Array, " B"]:
-    """The next token of each row, int32.
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """The next token of each row, int32, and the log of the probability that it was drawn with, float32.
 
     Args:
       logits: float32.
@@ -102,9 +102,10 @@ def choose_tokens(
       numbers: which of its new tokens each row gets, from 0; the draw is made with (key, number).
     """
     if config.temperature == 0:
-        return argmax(logits)
+        return argmax(logits), jnp.zeros(logits.shape[0], jnp.float32)
     logits, ids = filter_logits(logits, config)
     keys = jax.vmap(jax.random.fold_in)(keys, numbers)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
     draws = argmax(logits + noise)  # the Gumbel-max trick, which is jax.random.categorical
-    return jnp.take_along_axis(ids, draws[:, None], axis=1)[:, 0]
+    log_p = jax.nn.log_softmax(logits, axis=1)
+    return tuple(jnp.take_along_axis(x, draws[:, None], axis=1)[:, 0] for x in (ids, log_p))

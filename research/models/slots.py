@@ -35,7 +35,8 @@ class Generated(NamedTuple):
       tokens: int32; 0 after the end of a row.
       lengths: int32, tokens of each row up to and including its stop token.
       logprobs: float32, log-probability of each token under the model's softmax over the ids that may be chosen,
-        before temperature and filters; 0 after the end of a row.
+        before temperature and filters; with Decoder.of_draws under the distribution that it was drawn from, after
+        both. 0 after the end of a row.
     """
 
     tokens: Int[Array, "B N"]
@@ -91,6 +92,7 @@ class Decoder:
       model: to decode with.
       config: how to choose tokens.
       vocab_size: ids from here on are never chosen.
+      of_draws: which log-probabilities are wanted: see Generated.
 
     Raises:
       InputError: `vocab_size` or a stop token is beyond the vocabulary, or there is no room for a prompt.
@@ -99,6 +101,7 @@ class Decoder:
     model: Model
     config: SamplingConfig
     vocab_size: int
+    of_draws: bool = False
 
     def __post_init__(self) -> None:
         c = self.model.config
@@ -226,8 +229,9 @@ class Decoder:
     def _append(self, params: Params, queue: Queue, slots: Slots, hidden: Float[Array, "A D"]) -> Slots:
         """Chooses the next token of every slot from its last hidden state, and writes it down unless it is done."""
         logits = next_logits(self.model.unembed(params), hidden, self.vocab_size)
-        tokens = choose_tokens(logits, self.config, queue.keys[slots.row], slots.count)
-        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), tokens[:, None], axis=1)[:, 0]
+        tokens, drawn = choose_tokens(logits, self.config, queue.keys[slots.row], slots.count)
+        model = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), tokens[:, None], axis=1)[:, 0]
+        logprobs = drawn if self.of_draws else model
         row = jnp.where(slots.done, len(slots.out.lengths), slots.row)  # beyond the end: written nowhere
         count = slots.count + 1
         out = Generated(

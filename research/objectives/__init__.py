@@ -15,18 +15,21 @@ import optax
 from research import options as option_types
 from research.errors import InputError, did_you_mean
 from research.objectives.terms import Coefficient, Term, Terms, naming_fields
-from research.objectives.types import Objective
+from research.objectives.types import Objective, Sampler
 from research.sources import special_tokens, stand_in
 from research.sources.tokenizers import Tokenizer
 
-__all__ = ["Coefficient", "Objective", "Term", "Terms", "load", "needed_tokens"]
+__all__ = ["Coefficient", "Objective", "Sampler", "Term", "Terms", "load", "needed_tokens"]
 
 _PARTS = ("answers", "classes", "pairs", "terms", "types", "verdicts")  # modules of this package that are no objectives
 _FIELDS = ("objective", "weight", "sources")  # of a term, beside its objective's options
+_OF_RUN = ("tokenizer", "sampler")  # parameters of a `make` that the run gives, and no config
 _SCHEDULE = ("start", "end", "steps")
 
 
-def load(spec: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[str, Term]:
+def load(
+    spec: Mapping[str, Any], tokenizer: Tokenizer | None = None, sampler: Sampler | None = None
+) -> dict[str, Term]:
     """The terms of a composed objective, by name.
 
     Args:
@@ -37,6 +40,7 @@ def load(spec: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[st
           and the options of the module's `make`, which may also lie beside the terms: {"terms": ..., name: {options}}.
       tokenizer: of the run, for those whose `make` has a parameter `tokenizer`. None where it isn't known yet, and
         options are only to be checked; a `make` whose parameter has no default is then given a stand-in.
+      sampler: of the run, for those whose `make` has a parameter `sampler`.
 
     Raises:
       InputError: an unknown objective or option, or no term at all.
@@ -49,7 +53,10 @@ def load(spec: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> dict[st
     for name in spec:
         if name != "terms" and name not in terms:
             raise InputError(f"objective.{name}: options for a term that isn't used.{did_you_mean(name, terms)}")
-    return {name: _Entry.read(name, value, spec.get(name, {})).term(tokenizer) for name, value in terms.items()}
+    return {
+        name: _Entry.read(name, value, spec.get(name, {})).term(tokenizer, sampler or Sampler())
+        for name, value in terms.items()
+    }
 
 
 def needed_tokens(spec: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -104,25 +111,27 @@ class _Entry:
         """See the function of this name."""
         module, parameters = self._make()
         options = {**(self.inside or {}), **self.beside}
-        fields = {option: self.field_of(option) for option in (*parameters, *options) if option != "tokenizer"}
+        fields = {option: self.field_of(option) for option in (*parameters, *options) if option not in _OF_RUN}
         with naming_fields(fields):
             return special_tokens.needed_by(module, tokenizer, options, {})
 
-    def term(self, tokenizer: Tokenizer | None) -> Term:
+    def term(self, tokenizer: Tokenizer | None, sampler: Sampler) -> Term:
         """Raises InputError for what `load` says."""
         module, parameters = self._make()
         options = {**(self.inside or {}), **self.beside}
-        accepted = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name != "tokenizer"]
+        accepted = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name not in _OF_RUN]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             self._check_known(options, accepted)
-        elif "tokenizer" in options:
-            self._check_known({"tokenizer"}, accepted)
+        else:
+            self._check_known([name for name in _OF_RUN if name in options], accepted)
         fields = {option: self.field_of(option) for option in (*accepted, *options)}
         option_types.check(module.make, options, fields)
         with naming_fields(fields):
             more = {}
             if "tokenizer" in parameters:
                 more["tokenizer"] = tokenizer or stand_in.tokenizer(module, options, {})
+            if "sampler" in parameters:
+                more["sampler"] = sampler
             objective = module.make(**options, **more)
         return Term(objective, self._coefficient(), self._sources(), self.name, fields)
 

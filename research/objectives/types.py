@@ -198,6 +198,22 @@ def _section(role: str) -> str:
     return "model" if role == "policy" else f"roles.{role}"
 
 
+class Sampler(NamedTuple):
+    """What the answers that a run's policy samples were drawn from: the softmax of logits / temperature over the ids
+    below `vocab_size`. A loss that compares log-probabilities with theirs computes its own in the same way.
+
+    Attributes:
+      temperature: 1 where the policy samples none.
+      vocab_size: ids from here on are never drawn; None where it isn't known.
+      truncated: how the config cuts the distribution short, such as "rollout.top_k = 5"; "" where it doesn't. The
+        answers' log-probabilities are then of the shorter one.
+    """
+
+    temperature: float = 1.0
+    vocab_size: int | None = None
+    truncated: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """A kind of supervision.

@@ -92,13 +92,24 @@ def cross_entropy(
 
 @jax.named_scope("loss")
 def log_probs(
-    hidden: Float[Array, "B T D"], head: Head, targets: Int[Array, "B T"], *, chunk: int | None = None
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    targets: Int[Array, "B T"],
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk: int | None = None,
 ) -> LogProbs:
-    """log p(target) and the entropy of p = softmax(logits); their gradient computes each chunk's logits again.
+    """log p(target) and the entropy of p = softmax(logits / temperature); their gradient computes each chunk's logits
+    again. Where the target isn't in [0, V) its value means nothing, and must not be used.
 
-    Args: see `cross_entropy`. Where the target isn't in [0, V) its value means nothing, and must not be used.
+    Args:
+      hidden, head, targets, chunk: see `cross_entropy`.
+      temperature: above 0.
+      vocab_size: p is over the ids below it, as a sampler's is that never chooses the others; None: over all V.
     """
-    return token_values(_compare_log_probs, hidden, head, targets, chunk=chunk)
+    compare = functools.partial(_compare_log_probs, _Sampled(temperature, vocab_size))
+    return token_values(compare, hidden, head, targets, chunk=chunk)
 
 
 class TargetLogProbs(NamedTuple):
@@ -121,17 +132,20 @@ def target_log_probs(
     *,
     collision: bool = False,
     frozen: bool = False,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
     chunk: int | None = None,
 ) -> TargetLogProbs:
-    """log p(target) of p = softmax(logits), whose gradient computes each chunk's logits again.
+    """log p(target) of p = softmax(logits / temperature), whose gradient computes each chunk's logits again.
 
     Args:
-      hidden, head, targets, chunk: see `log_probs`.
+      hidden, head, targets, temperature, vocab_size, chunk: see `log_probs`.
       collision: whether log sum p^2 is wanted too.
       frozen: nothing has a gradient.
     """
     run = detached_values if frozen else token_values
-    out = run(functools.partial(_compare_targets, collision), hidden, head, targets, chunk=chunk)
+    compare = functools.partial(_compare_targets, _Sampled(temperature, vocab_size), collision)
+    out = run(compare, hidden, head, targets, chunk=chunk)
     return out._replace(collision=jax.lax.stop_gradient(out.collision))
 
 
@@ -141,6 +155,24 @@ class _Details(NamedTuple):
     nll: Float[Array, "B t"]
     logsumexp: Float[Array, "B t"]
     correct: Float[Array, "B t"]
+
+
+class _Sampled(NamedTuple):
+    """The distribution that tokens are drawn from: see `log_probs`."""
+
+    temperature: float
+    vocab_size: int | None
+
+    def logits(self, logits: Float[Array, "B t V"]) -> Float[Array, "B t V"]:
+        """Those whose softmax is the distribution."""
+        logits = logits if self.temperature == 1 else logits / self.temperature
+        if self.vocab_size is None or self.vocab_size >= logits.shape[-1]:
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1])[None, None, :] < self.vocab_size, logits, -jnp.inf)
+
+    def gradient(self, g: Float[Array, "B t V"]) -> Float[Array, "B t V"]:
+        """By the model's logits, of `g` by these."""
+        return g if self.temperature == 1 else g / self.temperature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,14 +225,14 @@ def _target_gradient(
     return g * weights[:, :, None]
 
 
-def _compare_log_probs(logits: Float[Array, "B t V"], targets: Int[Array, "B t"]) -> Comparison:
+def _compare_log_probs(sampled: _Sampled, logits: Float[Array, "B t V"], targets: Int[Array, "B t"]) -> Comparison:
     """LogProbs."""
-    chunk = _Chunk(logits, targets)
+    chunk = _Chunk(sampled.logits(logits), targets)
     log_p = chunk.log_p
     # 0 and not NaN where a token can't come.
     entropy = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, _LOWEST), axis=-1)
     values = LogProbs(-(chunk.logsumexp - chunk.target_logit), entropy)
-    return Comparison(values, None, functools.partial(_log_probs_gradient, chunk, entropy))
+    return Comparison(values, None, lambda weights: sampled.gradient(_log_probs_gradient(chunk, entropy, weights)))
 
 
 def _log_probs_gradient(chunk: _Chunk, entropy: Float[Array, "B t"], weights: LogProbs) -> Float[Array, "B t V"]:
@@ -210,12 +242,14 @@ def _log_probs_gradient(chunk: _Chunk, entropy: Float[Array, "B t"], weights: Lo
     return g - weights.entropy[:, :, None] * (p * (jnp.maximum(chunk.log_p, _LOWEST) + entropy[:, :, None]))
 
 
-def _compare_targets(collision: bool, logits: Float[Array, "B t V"], targets: Int[Array, "B t"]) -> Comparison:
+def _compare_targets(
+    sampled: _Sampled, collision: bool, logits: Float[Array, "B t V"], targets: Int[Array, "B t"]
+) -> Comparison:
     """TargetLogProbs."""
-    chunk = _Chunk(logits, targets)
-    pairs = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * chunk.logsumexp if collision else None
+    chunk = _Chunk(sampled.logits(logits), targets)
+    pairs = jax.nn.logsumexp(2 * chunk.logits, axis=-1) - 2 * chunk.logsumexp if collision else None
     values = TargetLogProbs(-(chunk.logsumexp - chunk.target_logit), pairs)
-    return Comparison(values, None, functools.partial(_targets_gradient, chunk))
+    return Comparison(values, None, lambda weights: sampled.gradient(_targets_gradient(chunk, weights)))
 
 
 def _targets_gradient(chunk: _Chunk, weights: TargetLogProbs) -> Float[Array, "B t V"]:

@@ -24,7 +24,7 @@ from research.sources.types import Source, State
 
 _TOKENIZER_CHARS = 100_000_000  # a trained tokenizer sees at most so much text, shared among the sources
 _KEYS = 2**64
-_OF_ROWS = ("pack", "shuffle", "mismatches", "eval_fraction", "annotations", "cache_dir")
+_OF_ROWS = ("pack", "shuffle", "mismatches", "keep_records", "eval_fraction", "annotations", "cache_dir")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -262,6 +262,11 @@ def _open(entry: Entry, origin: Origin, spec: DataSpec, tokenizer: Tokenizer, te
             f"data.sources.{entry.name}.view: a teacher reads the same documents in its own tokens, and a view is of "
             "the policy's. Take the view out, or use a teacher with the policy's tokenizer."
         )
+    if options.view and spec.keep_records:
+        raise InputError(
+            f"data.sources.{entry.name}.view: shows other documents than the records that rewards judge by. Take the "
+            "view out."
+        )
 
     def tokens(tokenizer: Tokenizer) -> Store:
         return open_store(
@@ -273,6 +278,7 @@ def _open(entry: Entry, origin: Origin, spec: DataSpec, tokenizer: Tokenizer, te
             on_bad_record=options.on_bad_record,
             classes=entry.classes(spec),
             cache_dir=spec.cache_dir,
+            keep_records=spec.keep_records,
         )
 
     store, other = tokens(tokenizer), None if teacher is None else tokens(teacher)

@@ -76,6 +76,14 @@ class FakeText:
         values = self.drawn(self.unit, lambda count: self.rng.integers(0, 2, count))
         return np.where(self.side == 1, -1, values)
 
+    def normal(self, number: np.ndarray) -> np.ndarray:
+        """[B, T]: for each value of `number` [B, T] in a row a draw from the normal distribution."""
+        return self.drawn(number, self.rng.standard_normal)
+
+    def predicted(self, values: np.ndarray) -> np.ndarray:
+        """[B, T]: `values` where the next token is one of an answer, else 0."""
+        return np.where(np.roll(self.loss_mask, -1, axis=1) * (1 - self.last) > 0, values, 0)
+
     def labels(self) -> np.ndarray:
         """[B, T, C] float32: one random class at the end of each document."""
         count = self.sizes["labels"]
@@ -131,6 +139,10 @@ class Field:
 
 # "text" is in every batch. "labels": C classes. "annotations": what a teacher said, of its K likeliest tokens.
 # "reference": what a reference says of the token that follows, where it is one to be predicted.
+# "rollout": of answers that the policy sampled: the advantage of the token that follows, and the log of the probability
+# that it was drawn with. "old": the same by the policy as it was before the rollout's first update. "critic": what a
+# critic said of the tokens up to here then, and the return that it is to predict. All of "reference", "rollout", "old"
+# and "critic" stand where an answer's token is predicted, one before it, and are 0 elsewhere.
 # "parallel": the same documents in the tokens of a teacher's own tokenizer. "source": which of data.sources. "virtual":
 # 1 at the virtual tokens that the policy's adapter puts in front of each document (models.virtual). "prefix":
 # 1 at the first tokens of a document that a prefix LM (ModelConfig.prefix) shows to each other whole.
@@ -159,6 +171,13 @@ TABLE: dict[str, Field] = {
     "reference_log_prob": Field(
         np.float32, ("time",), 0, lambda text: text.log_probs[:, :, 0] * text.loss_mask, "reference"
     ),
+    "advantage": Field(np.float32, ("time",), 0, lambda text: text.predicted(text.normal(text.segment_ids)), "rollout"),
+    "sampler_log_prob": Field(
+        np.float32, ("time",), 0, lambda text: text.predicted(text.log_probs[:, :, 0]), "rollout"
+    ),
+    "old_log_prob": Field(np.float32, ("time",), 0, lambda text: text.predicted(text.log_probs[:, :, 0]), "old"),
+    "value": Field(np.float32, ("time",), 0, lambda text: text.predicted(text.normal(text.segment_ids)), "critic"),
+    "returns": Field(np.float32, ("time",), 0, lambda text: text.predicted(text.normal(text.segment_ids)), "critic"),
     "source": Field(np.int32, ("time",), 0, lambda text: (text.segment_ids - 1) % 2, "source"),
     "virtual": Field(np.int32, ("time",), 0, lambda text: np.zeros_like(text.tokens), "virtual"),
     "prefix": Field(np.int32, ("time",), 0, lambda text: 1 - text.loss_mask, "prefix"),

@@ -78,10 +78,12 @@ class DataSpec(DataSection):
       seq_len: T, tokens in a row.
       mismatches: behind each answer with a verdict comes its prompt with the answer to another one, since the objective
         reads that.
+      keep_records: records are kept beside their tokens, since rewards judge answers by them.
     """
 
     seq_len: int = 1024
     mismatches: bool = False
+    keep_records: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,27 @@ READING = digest(
 SAMPLES = 256  # raw records kept beside the tokens
 _CHUNK_EXAMPLES, _CHUNK_CHARS = 1024, 4_000_000
 _EXAMPLE = np.dtype([("key", "<u8"), ("length", "<i8"), ("supervised", "<i8"), ("bytes", "<i8")])
+
+
+class Records:
+    """The raw records of a source's examples, read from disk one by one.
+
+    Args:
+      folder: of the store.
+    """
+
+    def __init__(self, folder: Path):
+        self._path, self._ends = folder / "records.jsonl", np.load(folder / "records.npy")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, example: int) -> dict[str, Any]:
+        """The record that example number `example` was made of."""
+        with open(self._path, "rb") as file:
+            start = int(self._ends[example - 1]) if example else 0
+            file.seek(start)
+            return json.loads(file.read(int(self._ends[example]) - start))
 
 
 class Example(NamedTuple):
@@ -80,6 +101,7 @@ class Store:
       was_cached: nothing had to be tokenised.
       folder: where it lies; the name stands for all that it was made of.
       content: a hash of the tokens, and of what else there is of each.
+      records: [E] what each example was made of; None unless that was asked for.
     """
 
     tokens: np.ndarray
@@ -96,6 +118,7 @@ class Store:
     was_cached: bool
     folder: Path
     content: str
+    records: Records | None = None
 
 
 def read_examples(
@@ -179,8 +202,10 @@ def open_store(
     on_bad_record: str,
     classes: Classes = NUMBERED,
     cache_dir: str = "",
+    keep_records: bool = False,
 ) -> Store:
-    """Returns the tokens of `origin`, from the cache where they have been made of the same things before.
+    """Returns the tokens of `origin`, from the cache where they have been made of the same things before; with
+    `keep_records` beside the records that they were made of.
 
     Raises:
       InputError: a record is bad, the template can't be used, or the cache can't be written.
@@ -191,13 +216,14 @@ def open_store(
         "tokenizer": tokenizer.fingerprint(),
         "options": [format, dict(sorted(fields.items())), template, on_bad_record, *classes],
         "code": READING,
-    }
+    } | ({"records": True} if keep_records else {})
     folder = files.cache_root(cache_dir) / "tokens" / digest([json.dumps(identity)])
 
     def build(partial: Path) -> None:
         counts: Counter[str] = Counter()
         examples = read_examples(origin, format, fields, on_bad_record, counts, classes)
-        if not _write(partial, examples, tokenizer, template, counts, on_bad_record == "skip"):
+        writing = _Writing(tokenizer, template, counts, on_bad_record == "skip", keep_records)
+        if not _write(partial, examples, writing):
             raise _none_usable(origin.name, counts)
 
     was_cached = cached(folder, build)
@@ -252,6 +278,7 @@ def _read(folder: Path, was_cached: bool) -> Store:
         was_cached=was_cached,
         folder=folder,
         content=meta["content"],
+        records=Records(folder) if (folder / "records.npy").is_file() else None,
     )
 
 
@@ -319,18 +346,32 @@ def _check_document(document: views.Document, view: views.View, where: str) -> N
         )
 
 
-def _write(
-    partial: Path,
-    examples: Iterator[Example],
-    tokenizer: Tokenizer,
-    template: str,
-    counts: Counter[str],
-    skip: bool,
-) -> bool:
+class _Writing(NamedTuple):
+    """How a store is written.
+
+    Attributes:
+      tokenizer, template: make tokens of the examples.
+      counts: takes up what becomes of them.
+      skip: those that the template refuses are skipped.
+      keep_records: they are kept beside the tokens.
+    """
+
+    tokenizer: Tokenizer
+    template: str
+    counts: Counter[str]
+    skip: bool
+    keep_records: bool
+
+
+def _write(partial: Path, examples: Iterator[Example], writing: _Writing) -> bool:
     """Writes the examples' tokens and what belongs to them; returns whether there are any."""
+    tokenizer, template, counts, skip, keep_records = writing
     dtype = "<u2" if tokenizer.size <= 2**16 else "<u4"
-    columns, samples, text, marker = _Columns([], [], []), [], False, ""
-    with open(partial / "tokens.bin", "wb") as tokens_file, open(partial / "mask.bin", "wb") as mask_file:
+    columns, samples, text, marker = _Columns([], [], [], []), [], False, ""
+    with contextlib.ExitStack() as stack:
+        open_file = lambda name: stack.enter_context(open(partial / name, "wb"))  # noqa: E731
+        tokens_file, mask_file = open_file("tokens.bin"), open_file("mask.bin")
+        records_file = open_file("records.jsonl") if keep_records else None
         for chunk in _chunks(examples):
             text = chunk[0].turns[0][0] == "text"
             tokens, mask, lengths, chunk = _encode(chunk, tokenizer, template, counts, skip)
@@ -338,6 +379,8 @@ def _write(
                 continue
             tokens_file.write(tokens.astype(dtype).tobytes())
             columns.add(chunk, mask, lengths)
+            if records_file is not None:
+                columns.ends.extend(_write_records(records_file, chunk))
             first = _count(chunk, tokenizer, counts)
             marker = marker or first
             if not text:
@@ -363,11 +406,13 @@ class _Columns(NamedTuple):
       rows: arrays of _EXAMPLE, a row for each document.
       labels: of the examples that have one.
       judged: of each comparison, see answers.of_comparison.
+      ends: where the record of each document ends in records.jsonl; empty where they aren't kept.
     """
 
     rows: list[np.ndarray]
     labels: list[int | list[float]]
     judged: list[np.ndarray]
+    ends: list[int]
 
     def add(self, chunk: list[Example], mask: np.ndarray, lengths: np.ndarray) -> None:
         """Adds examples; `mask` is that of all their tokens, and `lengths` those of their documents."""
@@ -387,6 +432,16 @@ class _Columns(NamedTuple):
             np.save(folder / "labels.npy", _distributions(self.labels))
         if self.judged:
             np.save(folder / "answers.npy", answers.numbered(self.judged))
+        if self.ends:
+            np.save(folder / "records.npy", np.array(self.ends, np.int64))
+
+
+def _write_records(file: BinaryIO, chunk: list[Example]) -> Iterator[int]:
+    """Writes the record of each document of the examples; yields where each ends. Those of one example are the same."""
+    for example in chunk:
+        for _ in example.documents:
+            file.write(json.dumps(example.record, default=str).encode())
+            yield file.tell()
 
 
 def _count(chunk: list[Example], tokenizer: Tokenizer, counts: Counter[str]) -> str:

@@ -185,15 +185,18 @@ def test_sharded_over_batch_and_vocabulary_equals_one_device():
     _close(sharded, jax.jit(f)(*args), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("by_token", [False, True])
-def test_log_probs_entropies_and_their_gradients(by_token):
+@pytest.mark.parametrize(("by_token", "temperature", "size"), [(False, 1.0, None), (True, 0.7, 27)])
+def test_log_probs_entropies_and_their_gradients(by_token, temperature, size):
     hidden, kernel, bias, targets, weights = _inputs()
+    targets = targets if size is None else targets % size
 
     def ours(h, k, b):
-        return log_probs(h, _head(k, b, 2.0, by_token), targets, chunk=4)
+        head = _head(k, b, 2.0, by_token)
+        return log_probs(h, head, targets, temperature=temperature, vocab_size=size, chunk=4)
 
     def theirs(h, k, b):
-        log_p = jax.nn.log_softmax(2.0 * jnp.tanh((h @ k + b[None, None]) / 2.0))
+        logits = 2.0 * jnp.tanh((h @ k + b[None, None]) / 2.0)[:, :, :size]
+        log_p = jax.nn.log_softmax(logits / temperature)
         target = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
         return losses.LogProbs(target, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1))
 
@@ -207,6 +210,9 @@ def test_log_probs_entropies_and_their_gradients(by_token):
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(hidden, kernel, bias)
 
     _close(gradient(ours), gradient(theirs), rtol=1e-5, atol=1e-5)
+    head = _head(kernel, bias, 2.0, by_token)
+    alone = losses.target_log_probs(hidden, head, targets, temperature=temperature, vocab_size=size).target
+    np.testing.assert_allclose(alone, ours(hidden, kernel, bias).target, rtol=1e-5, atol=1e-6)
 
 
 def test_an_entropy_without_an_impossible_token():
