@@ -119,7 +119,8 @@ def study(config, add):
             run = add.train(f"{way}{'-noise' if s.noise else ''}-s{seed}", values).workdir
             reported[way].append(run if s.noise else answers(way, run, start, seed))
     runs = {way: workdirs for way, workdirs in reported.items() if workdirs}
-    return functools.partial(compare_report.report, runs, NOISE_METRICS if s.noise else METRICS)
+    metrics, base = (NOISE_METRICS, "dpo") if s.noise else (METRICS, "start")
+    return functools.partial(compare_report.report, runs, metrics, base=base)
 
 
 def _start(config: ConfigDict) -> ConfigDict:

@@ -41,6 +41,8 @@ class Way:
       means: metric -> mean over the seeds of its last value; None where no run has it.
       recovered: metric -> share of the gap between a weak way and a strong one, None of these two; metrics without a
         gap aren't there.
+      differences: metric -> mean over the seeds of what it has more of the metric than another way, whose run of the
+        same place is subtracted; None where one of the two has none, or their runs aren't as many.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Way:
     curves: Sequence[Mapping[str, Mapping[int, float]]]
     means: Mapping[str, Mean | None]
     recovered: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    differences: Mapping[str, Mean | None] = dataclasses.field(default_factory=dict)
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -87,11 +90,16 @@ def _student_probability(angle: float, freedom: int) -> float:
 
 
 def report(
-    runs: Mapping[str, Sequence[str]], metrics: Sequence[str], workdir: str, *, gap: tuple[str, str] | None = None
+    runs: Mapping[str, Sequence[str]],
+    metrics: Sequence[str],
+    workdir: str,
+    *,
+    gap: tuple[str, str] | None = None,
+    base: str = "",
 ) -> None:
     """Writes table.csv, table.json, a PNG for each metric and report.html into a folder, and prints the table.
 
-    A study returns functools.partial(report, runs, metrics), or one with `gap` set as well.
+    A study returns functools.partial(report, runs, metrics), or one with `gap` or `base` set as well.
 
     Args:
       runs: name of a way to train -> workdirs of its runs, one a seed.
@@ -99,6 +107,8 @@ def report(
       workdir: of the study.
       gap: names of a weak way and of a strong one: the table gets a column for each metric with the share of the gap
         between their means that a way has recovered (PGR, arXiv:2312.09390, section 3.1), without interval.
+      base: name of a way that the others are compared with, seed by seed: a second table has the mean differences.
+        Where runs of a seed share their start or their data, these have narrower intervals than the means.
 
     Raises:
       InputError: no run of any way has a metric, or matplotlib isn't installed: the tables are written then.
@@ -109,14 +119,18 @@ def report(
             raise InputError(f"{metric}: no run of the study has this metric. Look at their eval sections.")
     if gap:
         ways = with_recovered(ways, *gap)
+    if base:
+        ways = with_differences(ways, base)
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(out / "table.json", [_as_json(way) for way in ways])
     _write_csv(out / "table.csv", ways, metrics)
     header, rows = table(ways, metrics)
     print(text_table([header, *rows]))
+    if base:
+        print(f"\n{_heading(base)}:\n{text_table([['', *metrics], *difference_rows(ways)])}")
     print(f"\n{METHOD}\n\nin full in {out / 'report.html'}, {out / 'table.csv'} and {out / 'table.json'}")
-    _write_page(out, ways, metrics)
+    _write_page(out, ways, metrics, base)
 
 
 def read_way(name: str, runs: Sequence[str], metrics: Sequence[str]) -> Way:
@@ -124,7 +138,7 @@ def read_way(name: str, runs: Sequence[str], metrics: Sequence[str]) -> Way:
     curves = [_read_curves(run, metrics) for run in runs]
     means: dict[str, Mean | None] = {}
     for metric in metrics:
-        last = [curve[metric][max(curve[metric])] for curve in curves if curve[metric]]
+        last = _last(curves, metric)
         means[metric] = mean(last) if last else None
     return Way(name, list(runs), curves, means)
 
@@ -153,6 +167,30 @@ def with_recovered(ways: Sequence[Way], weak: str, strong: str) -> list[Way]:
     return shares
 
 
+def with_differences(ways: Sequence[Way], base: str) -> list[Way]:
+    """The ways with their differences from one of them, which gets none itself.
+
+    Args:
+      ways: all of them; the runs of each stand in the same order of seeds.
+      base: name of the one that is subtracted.
+    """
+    other = next(way for way in ways if way.name == base)
+    compared = []
+    for way in ways:
+        differences: dict[str, Mean | None] = {}
+        for metric in way.means:
+            values, others = _last(way.curves, metric), _last(other.curves, metric)
+            paired = len(values) == len(others) == len(way.runs) == len(other.runs)
+            differences[metric] = mean(np.subtract(values, others).tolist()) if paired else None
+        compared.append(dataclasses.replace(way, differences=differences) if way is not other else way)
+    return compared
+
+
+def difference_rows(ways: Sequence[Way]) -> list[list[str]]:
+    """Returns a row of text for each way that is compared with another."""
+    return [[way.name, *map(_text, way.differences.values())] for way in ways if way.differences]
+
+
 def table(ways: Sequence[Way], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Returns the heading and the rows, as text."""
     header = ["", "seeds", *metrics, *(f"PGR of {metric}" for metric in ways[0].recovered)]
@@ -173,7 +211,7 @@ def _write_csv(path: Path, ways: Sequence[Way], metrics: Sequence[str]) -> None:
             writer.writerow([way.name, len(way.runs), *("" if math.isnan(x) else x for x in numbers)])
 
 
-def _write_page(out: Path, ways: Sequence[Way], metrics: Sequence[str]) -> None:
+def _write_page(out: Path, ways: Sequence[Way], metrics: Sequence[str], base: str) -> None:
     """Writes the plots and report.html."""
     plots = pages.load_plots()
     curves, pictures = {way.name: way.curves for way in ways}, ""
@@ -182,6 +220,11 @@ def _write_page(out: Path, ways: Sequence[Way], metrics: Sequence[str]) -> None:
         (out / f"{metric.replace('/', '_')}.png").write_bytes(png["light"])
         pictures += pages.picture(png, metric)
     body = [f"<h1>Comparison</h1><p>{pages.escape(METHOD)}</p>", pages.table(*table(ways, metrics), "numbers")]
+    if base:
+        body += [
+            f"<h2>{pages.escape(_heading(base))}</h2>",
+            pages.table(["", *metrics], difference_rows(ways), "numbers"),
+        ]
     body.append(f'<div class="plots">{pictures}</div>')
     (out / "report.html").write_text(pages.page("Comparison", body), encoding="utf-8")
 
@@ -196,6 +239,16 @@ def _read_curves(run: str, metrics: Sequence[str]) -> dict[str, dict[int, float]
     return curves
 
 
+def _last(curves: Sequence[Mapping[str, Mapping[int, float]]], metric: str) -> list[float]:
+    """The last value of a metric in each run that has it."""
+    return [curve[metric][max(curve[metric])] for curve in curves if curve[metric]]
+
+
+def _heading(base: str) -> str:
+    """What the table of differences is called."""
+    return f"Differences from {base}, seed by seed"
+
+
 def _text(cell: Mean | None) -> str:
     if cell is None:
         return "-"
@@ -204,9 +257,12 @@ def _text(cell: Mean | None) -> str:
 
 def _as_json(way: Way) -> dict[str, Any]:
     """A row of table.json; nan, which JSON lacks, becomes None."""
-    means = {
-        metric: cell and {name: None if math.isnan(x) else x for name, x in cell._asdict().items()}
-        for metric, cell in way.means.items()
-    }
+    means = {metric: _interval(cell) for metric, cell in way.means.items()}
     shares = {f"PGR of {metric}": share for metric, share in way.recovered.items()}
-    return {"name": way.name, "seeds": len(way.runs), **means, "runs": list(way.runs), **shares}
+    differences = {f"difference of {metric}": _interval(cell) for metric, cell in way.differences.items()}
+    return {"name": way.name, "seeds": len(way.runs), **means, "runs": list(way.runs), **shares, **differences}
+
+
+def _interval(cell: Mean | None) -> dict[str, float | None] | None:
+    """A mean in table.json."""
+    return cell and {name: None if math.isnan(x) else x for name, x in cell._asdict().items()}

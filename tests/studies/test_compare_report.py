@@ -59,6 +59,23 @@ def test_the_gap_recovered_is_a_ratio_of_means(tmp_path, capsys):
     assert table == {"weak": None, "student": pytest.approx(0.375), "ceiling": None}
 
 
+def test_differences_are_of_runs_of_one_seed(tmp_path, capsys):
+    values = {"start": [1.0, 5.0, 9.0], "taught": [2.0, 6.1, 10.2], "short": [1.0]}
+    runs = {k: [write(tmp_path / f"{k}{i}", {1: x}) for i, x in enumerate(v)] for k, v in values.items()}
+    compare_report.report(runs, ["eval/loss"], str(tmp_path / "out"), base="start")
+    want = stats.ttest_rel(values["taught"], values["start"]).confidence_interval(0.95)
+    printed = capsys.readouterr().out
+    assert "Differences from start, seed by seed" in printed
+    assert f"taught  1.1 [{want.low:.4g}, {want.high:.4g}]" in printed
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out/table.json").read_text())}
+    assert rows["taught"]["difference of eval/loss"] == pytest.approx(
+        {"value": 1.1, "low": want.low, "high": want.high}
+    )
+    assert rows["short"]["difference of eval/loss"] is None
+    assert "difference of eval/loss" not in rows["start"]
+    assert f"1.1 [{want.low:.4g}, {want.high:.4g}]" in (tmp_path / "out/report.html").read_text()
+
+
 def test_a_metric_that_nobody_has_is_named(tmp_path):
     runs = {"alone": [write(tmp_path / "a", {0: 1.0})]}
     with pytest.raises(InputError, match="eval/lss: no run of the study has this metric"):
