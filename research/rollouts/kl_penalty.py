@@ -1,0 +1,72 @@
+"""The KL to a reference as a part of the reward, and the controller of its weight."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from research.errors import InputError, did_you_mean
+
+ESTIMATORS = ("k1", "k2", "k3")
+_MOST_LOG_RATIO = 20.0  # e^20 is far beyond any use, and squared still finite in float32
+_MOST_CHANGE = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class KlPenalty:
+    """What a token's reward is lowered by where the policy has left the reference.
+
+    Attributes:
+      weight: of the KL in the reward, or where it begins; 0 for none.
+      estimator: of log p - log p_ref = d at the sampled tokens, as in joschu.net/blog/kl-approx.html: "k1" is d, "k2"
+        d^2 / 2, "k3" e^-d - 1 + d. Only k1 gives the gradient of KL(policy || reference), since the reward is a
+        constant: docs/rl.md has what the others give.
+      clip: each token's estimate is held within -clip and clip; 0 for no bounds.
+      target: the controller steers to this KL of an answer, in nats, summed over its tokens; 0 keeps the weight.
+      horizon: answers in which the controller changes the weight by its part of the error (arXiv:1909.08593, section
+        2.2, whose K is answers / horizon).
+    """
+
+    weight: float = 0.0
+    estimator: str = "k1"
+    clip: float = 0.0
+    target: float = 0.0
+    horizon: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            raise InputError(f"estimator = {self.estimator!r}: not known.{did_you_mean(self.estimator, ESTIMATORS)}")
+        for name in ("weight", "clip", "target"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} = {getattr(self, name)}: must be 0 or more, and finite.")
+        if self.horizon < 1:
+            raise InputError(f"horizon = {self.horizon}: must be 1 or more.")
+        if not self.weight:
+            for field in dataclasses.fields(self):
+                if getattr(self, field.name) != field.default:
+                    raise InputError(f"{field.name} = {getattr(self, field.name)!r}: has no effect with weight = 0.")
+        if self.horizon != KlPenalty.horizon and not self.target:
+            raise InputError(f"horizon = {self.horizon}: is the controller's, and target = 0. Set it, or leave it out.")
+
+    def estimates(
+        self, log_probs: Float[Array, "N T"], reference: Float[Array, "N T"], mask: Float[Array, "N T"]
+    ) -> Float[Array, "N T"]:
+        """The estimated KL at each token of the mask, to be multiplied by the weight; 0 elsewhere."""
+        d = jnp.where(mask > 0, log_probs - reference, 0)
+        match self.estimator:
+            case "k2":
+                d = jnp.square(d) / 2
+            case "k3":
+                d = jnp.exp(jnp.minimum(-d, _MOST_LOG_RATIO)) - 1 + d
+        return jnp.clip(d, -self.clip, self.clip) if self.clip else d
+
+    def next_weight(
+        self, weight: Float[Array, ""], kl: Float[Array, ""], answers: Float[Array, ""] | int
+    ) -> Float[Array, ""]:
+        """The weight after a rollout of so many answers, in which it was `weight` and the mean KL of an answer `kl`:
+        weight (1 + clip(kl / target - 1, -0.2, 0.2) answers / horizon); without a target the same."""
+        if not self.target:
+            return weight
+        error = jnp.clip(kl / self.target - 1, -_MOST_CHANGE, _MOST_CHANGE)
+        return weight * jnp.maximum(1 + error * answers / self.horizon, 0)
