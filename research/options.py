@@ -1,14 +1,16 @@
 """Values of a config as the types that they are to have, and the modules that it names: objectives, views, adapters."""
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import math
 import os
 import pkgutil
+import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from research.errors import MOST_SEED, InputError, did_you_mean, own_code
@@ -86,6 +88,18 @@ def check(make: Callable[..., Any], values: Mapping[str, Any], fields: Mapping[s
         hints = {}
     for option, value in values.items():
         convert(hints.get(option, Any), value, fields[option])
+
+
+@contextlib.contextmanager
+def naming_fields(fields: Mapping[str, str]) -> Iterator[None]:
+    """An InputError raised within that begins with an option's name begins with the config's field for it instead."""
+    try:
+        yield
+    except InputError as error:
+        first = re.match(r"\w+(?=[ =:,])", str(error))
+        if first is None or first[0] not in fields:
+            raise
+        raise InputError(fields[first[0]] + str(error)[first.end() :]) from error
 
 
 def module(package: types.ModuleType, kind: str, field: str, parts: Sequence[str] = ()) -> types.ModuleType:

@@ -11,13 +11,13 @@ A task is written KIND[,OPTION=VALUE...]:DATA, where DATA is an entry as in data
   best_of:x.jsonl                              prompt, right and wrong answers, to a reward model; see best_of.py
 
 Options of all: name (in results; default: that of the file), limit (the first so many records). Of all but infill:
-template (default: the model's). Of exact_match: verifier (see VERIFIERS), max_new_tokens (default: 256, or half of the
-model's max_length if that is less), batch_size (default: 64). Of infill: form (see infill.py), max_new_tokens (default:
-8 more than the longest middle has), batch_size (default: 64), and of records with text: span (how many words are
-missing: N, or MIN-MAX; default: 1-8) and context (the most words that are shown on either side; default: 64).
+template (default: the model's). Of exact_match: verifier (see VERIFIERS in sources/verification.py), max_new_tokens
+(default: 256, or half of the model's max_length if that is less), batch_size (default: 64). Of infill: form (see
+infill.py), max_new_tokens (default: 8 more than the longest middle has), batch_size (default: 64), and of records with
+text: span (how many words are missing: N, or MIN-MAX; default: 1-8) and context (the most words that are shown on
+either side; default: 64).
 """
 
-import decimal
 import functools
 import itertools
 import json
@@ -63,8 +63,6 @@ _OPTIONS = {
     "best_of": _COMMON,
     "infill": ("name", "limit", "form", "max_new_tokens", "batch_size", "span", "context"),
 }
-# Digits with or without commas between thousands, a fraction, an exponent; a sign, but not the minus of 7-3.
-_NUMBER = re.compile(r"(?:(?<![\w)])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?")
 
 
 class Evaluation(NamedTuple):
@@ -178,7 +176,7 @@ def parse(spec: str) -> tuple[str, dict[str, str], str]:
         if name in options:
             raise InputError(f"task {spec}: option {name!r} is there twice. Leave one out.")
         options[name] = value
-    for name, known in (("template", TEMPLATES), ("verifier", VERIFIERS), ("form", infill.FORMS)):
+    for name, known in (("template", TEMPLATES), ("verifier", verification.VERIFIERS), ("form", infill.FORMS)):
         if name in options and options[name] not in known:
             raise InputError(f"task {spec}: {name}={options[name]} isn't known.{did_you_mean(options[name], known)}")
     return kind, options, entry
@@ -235,7 +233,7 @@ def _exact_match(items, options, model, tokenizer, template) -> Answer:
             )
         if records_lib.calls(turns[-1]):
             raise InputError("has a last turn that calls tools, and no text is right there. Drop the record.")
-        if verifier == "number" and last_number(turns[-1][1]) is None:
+        if verifier == "number" and verification.last_number(turns[-1][1]) is None:
             raise InputError(f"has no number in its answer {turns[-1][1][:40]!r}. Mend it, or use another verifier.")
         return records_lib.canonical(record, fields)
 
@@ -250,7 +248,7 @@ def _exact_match(items, options, model, tokenizer, template) -> Answer:
         sampling,
         tokenizer,
         records,
-        verify=VERIFIERS[verifier],
+        verify=verification.VERIFIERS[verifier],
         template=template,
         batch_size=min(len(records), _whole(options, "batch_size", 64)),
         where=[place for place, _ in items],
@@ -316,31 +314,3 @@ def _with_text(record: Record, field: str) -> dict[str, Any]:
     """The record with `field` as text, where it is a number."""
     value = record.get(field)
     return {**record, field: str(value)} if type(value) in (int, float) else dict(record)
-
-
-def last_number(text: str) -> decimal.Decimal | None:
-    """The last number in `text`, or None. "It is 1,234.50." has 1234.5, "x = -2" has -2 and "7-3" has 3."""
-    numbers = _NUMBER.findall(text)
-    return decimal.Decimal(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None
-
-
-def _same_number(record: Record, completion: str) -> bool:
-    number = last_number(completion)
-    return number is not None and number == last_number(record["response"])
-
-
-def _same_text(record: Record, completion: str) -> bool:
-    return completion.strip() == record["response"].strip()
-
-
-def _contains(record: Record, completion: str) -> bool:
-    return record["response"].strip().casefold() in completion.casefold()
-
-
-# (record, completion) -> is it right?
-VERIFIERS: dict[str, Callable[[Record, str], bool]] = {
-    "task": verification.verify_record,  # that of the record's task, where it has one; else as "exact"
-    "exact": _same_text,  # the response, white space around it aside
-    "number": _same_number,  # the last number of the completion is the last of the response
-    "contains": _contains,  # the response is somewhere in the completion, in whatever case
-}

@@ -14,7 +14,7 @@ import optax
 
 from research import options as option_types
 from research.errors import InputError, did_you_mean
-from research.objectives.terms import Coefficient, Term, Terms, naming_fields
+from research.objectives.terms import Coefficient, Term, Terms
 from research.objectives.types import Objective, Sampler
 from research.sources import special_tokens, stand_in
 from research.sources.tokenizers import Tokenizer
@@ -112,7 +112,7 @@ class _Entry:
         module, parameters = self._make()
         options = {**(self.inside or {}), **self.beside}
         fields = {option: self.field_of(option) for option in (*parameters, *options) if option not in _OF_RUN}
-        with naming_fields(fields):
+        with option_types.naming_fields(fields):
             return special_tokens.needed_by(module, tokenizer, options, {})
 
     def term(self, tokenizer: Tokenizer | None, sampler: Sampler) -> Term:
@@ -126,7 +126,7 @@ class _Entry:
             self._check_known([name for name in _OF_RUN if name in options], accepted)
         fields = {option: self.field_of(option) for option in (*accepted, *options)}
         option_types.check(module.make, options, fields)
-        with naming_fields(fields):
+        with option_types.naming_fields(fields):
             more = {}
             if "tokenizer" in parameters:
                 more["tokenizer"] = tokenizer or stand_in.tokenizer(module, options, {})

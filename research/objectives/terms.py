@@ -1,10 +1,8 @@
 """The terms of a composed objective on one batch: their losses, what they gather, and their metrics."""
 
-import contextlib
 import dataclasses
-import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from research.errors import InputError, did_you_mean
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective
+from research.options import naming_fields
 from research.sources import fields
 
 Coefficient = Callable[[jax.Array], jax.Array]  # step -> weight of a term
@@ -82,18 +81,6 @@ class Term:
 
 
 Terms = Mapping[str, Term]
-
-
-@contextlib.contextmanager
-def naming_fields(fields: Mapping[str, str]) -> Iterator[None]:
-    """An InputError raised within that begins with an option's name begins with the config's field for it instead."""
-    try:
-        yield
-    except InputError as error:
-        first = re.match(r"\w+(?=[ =:,])", str(error))
-        if first is None or first[0] not in fields:
-            raise
-        raise InputError(fields[first[0]] + str(error)[first.end() :]) from error
 
 
 class Inputs(NamedTuple):

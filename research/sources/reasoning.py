@@ -30,6 +30,18 @@ _EXAMPLES = {  # These leave the answer out, as many are right, but show one in 
     "rubiks_cube": "example_correct_answer",
 }
 _ANY_TEXT_SCORES = {"game_of_life_halting"}  # Its scorer does: compare with the answer instead.
+EVALUATING = {  # Their scorers call eval, or sympy's parse_expr, which calls it, on the completion.
+    "binary_matrix",
+    "composite",  # of any others
+    "countdown",
+    "intermediate_integration",
+    "n_queens",
+    "polynomial_multiplication",
+    "puzzle24",
+    "simple_integration",
+    "spiral_matrix",
+    "string_insertion",
+}
 
 
 def records(name: str, count: int, seed: int) -> Iterator[dict[str, str]]:
@@ -67,8 +79,16 @@ def records(name: str, count: int, seed: int) -> Iterator[dict[str, str]]:
 def verify(task: str, entry: str | None, completion: str) -> bool:
     """Whether the dataset's scorer gives `completion` the full score, 1.0; partial credit is not enough.
 
+    The arguments and what is raised are those of `score`.
+    """
+    return score(task, entry, completion) >= 1.0
+
+
+def score(task: str, entry: str | None, completion: str) -> float:
+    """What the dataset's scorer gives `completion`, from 0.0 to 1.0; 0.0 where it fails.
+
     White space around the completion is ignored. Some scorers evaluate the completion as an expression, with
-    no limit on time or on what it calls: judge only text of models that you trust that far.
+    no limit on time or on what it calls: judge only text of models that you trust that far (see `evaluates`).
 
     Args:
       task: "reasoning_gym:" and the dataset's name, as in a record.
@@ -83,12 +103,18 @@ def verify(task: str, entry: str | None, completion: str) -> bool:
     name, completion = task.removeprefix(PREFIX), completion.strip()
     original = ast.literal_eval(entry)
     if name.partition("?")[0] in _ANY_TEXT_SCORES:
-        return completion == original["answer"]
+        return float(completion == original["answer"])
     scorer = _scorer(name)
     try:
-        return scorer(completion, original) >= 1.0
+        return float(scorer(completion, original))
     except Exception:  # Scorers parse the completion, and some raise what they like when they can't.
-        return False
+        return 0.0
+
+
+def evaluates(task: str) -> bool:
+    """Whether the scorer of a task may run what a model wrote as Python code: a policy that is rewarded by it could
+    find out."""
+    return task.startswith(PREFIX) and task.removeprefix(PREFIX).partition("?")[0] in EVALUATING
 
 
 @functools.cache

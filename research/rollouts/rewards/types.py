@@ -1,6 +1,6 @@
-"""What a reward is: a function from answers to numbers."""
+"""What a reward is: a function from an answer to a number."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 
@@ -23,9 +23,10 @@ class Sample(NamedTuple):
 
 
 class Reward(Protocol):
-    """Judges answers. It may hold what it likes; it is pickled into the worker processes that run it.
+    """Judges an answer: a finite number, or None where it can't be judged, which keeps it out of baselines.
 
-    A number for each sample, in their order; None where the sample can't be judged, which keeps it out of baselines.
+    It runs in worker processes, each of which makes its own from the config. An InputError ends the run; any other
+    exception costs the sample. The same sample always gets the same number.
     """
 
-    def __call__(self, samples: Sequence[Sample]) -> Sequence[float | None]: ...
+    def __call__(self, sample: Sample) -> float | None: ...
