@@ -18,7 +18,8 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant", "inverse_sqrt")
 DECAY_SHAPES = ("linear", "cosine", "1-sqrt")
 # Options of one schedule -> that schedule.
 _OF_SCHEDULE = {"decay_fraction": "wsd", "decay_shape": "wsd", "timescale": "inverse_sqrt", "cycles": "cosine"}
-GROUP_FIELDS = ("match", "learning_rate", "weight_decay", "warmup_steps", "clip_norm")
+GROUP_FIELDS = ("match", "learning_rate", "weight_decay", "delay_steps", "warmup_steps", "clip_norm")
+_COUNTS = ("delay_steps", "warmup_steps")
 Tree = Any  # a pytree
 Schedule = Callable[..., jax.Array]  # (step, the highest rate, by default the spec's own) -> learning rate
 Rates = Mapping[str, jax.typing.ArrayLike]  # group of parameters, "" for the rest -> the highest learning rate
@@ -33,6 +34,8 @@ class OptimizerSpec:
       learning_rate: the highest of the schedule.
       schedule: of the learning rate after the warm-up: "cosine", "linear", "wsd" (constant, then down to the end),
         "constant" or "inverse_sqrt".
+      delay_steps: steps at a rate of 0 before the schedule, which then has the rest: of a group that waits for another,
+        such as a policy for its critic.
       warmup_steps: steps of linear warm-up, counted in `steps`. Step 0 runs at start_ratio, step `warmup_steps` is the
         first at `learning_rate`.
       start_ratio: where the warm-up starts, as a fraction of learning_rate. With 0 the first step changes nothing.
@@ -56,13 +59,15 @@ class OptimizerSpec:
       mu_dtype: dtype of the first moment or momentum, "float32" or "bfloat16".
       groups: parameters with values of their own: {"head": {"match": "policy/head.*", "learning_rate": 1e-3}}. `match`
         is a regular expression on whole names, whose first part is the role ("value/.*" is all of a role); the others
-        are learning_rate, weight_decay, warmup_steps and clip_norm. A group with a clip_norm is clipped by its own
-        norm, and counts in no other. What a group leaves out, and what is in no group, goes by the fields above.
+        are learning_rate, weight_decay, delay_steps, warmup_steps and clip_norm. A group with a clip_norm is clipped by
+        its own norm, and counts in no other. What a group leaves out, and what is in no group, goes by the fields
+        above.
     """
 
     name: str = "adamw"
     learning_rate: float = 1e-3
     schedule: str = "cosine"
+    delay_steps: int = 0
     warmup_steps: int = 0
     start_ratio: float = 0.0
     end_ratio: float = 0.0
@@ -97,7 +102,7 @@ def check(spec: OptimizerSpec, steps: int, section: str = "optimizer") -> None:
         if value not in options:
             raise InputError(f"{section}.{field} = {value!r}: not known.{did_you_mean(str(value), options)}")
     for fields, valid, remedy in (
-        (("learning_rate", "weight_decay", "clip_norm", "warmup_steps"), _is_size, "must be 0 or more, and finite"),
+        (("learning_rate", "weight_decay", "clip_norm", *_COUNTS), _is_size, "must be 0 or more, and finite"),
         (("b1", "b2", "momentum"), lambda x: 0 <= x < 1, "must be in [0, 1)"),
         (
             ("start_ratio", "end_ratio"),
@@ -114,6 +119,11 @@ def check(spec: OptimizerSpec, steps: int, section: str = "optimizer") -> None:
                 raise InputError(f"{section}.{field} = {getattr(spec, field)}: {remedy}.")
     if steps < 1:
         raise InputError(f"steps = {steps}: must be 1 or more.")
+    if spec.delay_steps and spec.delay_steps >= steps:
+        raise InputError(
+            f"{section}.delay_steps = {spec.delay_steps}: leaves none of steps = {steps}. Lower it, or raise steps."
+        )
+    steps -= spec.delay_steps
     if spec.warmup_steps > steps:
         raise InputError(
             f"{section}.warmup_steps = {spec.warmup_steps} is more than steps = {steps}. Lower it, or raise steps."
@@ -132,7 +142,7 @@ def check(spec: OptimizerSpec, steps: int, section: str = "optimizer") -> None:
             f"optimizer.decay_fraction = {spec.decay_fraction} asks for are more than steps = {steps}. Lower either."
         )
     for name in spec.groups:
-        check(group_spec(spec, name), steps, f"optimizer.groups.{name}")
+        check(group_spec(spec, name), steps + spec.delay_steps, f"optimizer.groups.{name}")
 
 
 def group_spec(spec: OptimizerSpec, name: str) -> OptimizerSpec:
@@ -148,7 +158,7 @@ def group_spec(spec: OptimizerSpec, name: str) -> OptimizerSpec:
     for field, value in own.items():
         if field not in GROUP_FIELDS:
             raise InputError(f"{where}.{field}: no such field of a group.{did_you_mean(field, GROUP_FIELDS)}")
-        if isinstance(value, bool) or not isinstance(value, int if field == "warmup_steps" else int | float):
+        if isinstance(value, bool) or not isinstance(value, int if field in _COUNTS else int | float):
             raise InputError(f"{where}.{field} = {value!r}: must be a number.")
     return dataclasses.replace(spec, **own, groups={})
 
@@ -198,18 +208,20 @@ def make_schedule(spec: OptimizerSpec, steps: int) -> Schedule:
                      ("cosine") or 1 - sqrt(1 - d) ("1-sqrt")
       constant:      1
       inverse_sqrt:  sqrt(s / (t - w + s)) with s = `timescale`, by default w, or 10 000 where w = 0; at least end
-    times learning_rate, in whose place schedule(t, rate) has another. It starts there, where the warm-up ends.
+    times learning_rate, in whose place schedule(t, rate) has another. It starts there, where the warm-up ends. With
+    d = delay_steps it is 0 before step d, and t and steps are counted from there.
 
     Raises:
       InputError: see `check`.
     """
     check(spec, steps)
+    steps -= spec.delay_steps
     warmup, end = spec.warmup_steps, spec.end_ratio
     decay_steps = _decay_steps(spec, steps) if spec.schedule == "wsd" else max(steps - warmup, 1)
     timescale = spec.timescale or warmup or 10_000
 
     def schedule(step: jax.typing.ArrayLike, highest: jax.typing.ArrayLike = spec.learning_rate) -> jax.Array:
-        t = jnp.asarray(step, dtype=float)
+        t = jnp.asarray(step, dtype=float) - spec.delay_steps
         remaining = jnp.clip((steps - t) / decay_steps, 0.0, 1.0)
         if spec.cycles > 1:  # in whole numbers, so that it is 1 at the first step of a cycle
             remaining = jnp.where(t < steps, 1 - (t - warmup) * spec.cycles % decay_steps / decay_steps, 0.0)
@@ -225,7 +237,8 @@ def make_schedule(spec: OptimizerSpec, steps: int) -> Schedule:
             case "constant", _:
                 ratio = jnp.ones_like(t)
         rise = spec.start_ratio + (1 - spec.start_ratio) * t / max(warmup, 1)
-        return highest * jnp.where(t < warmup, rise, ratio)
+        rate = highest * jnp.where(t < warmup, rise, ratio)
+        return jnp.where(t < 0, jnp.zeros_like(rate), rate) if spec.delay_steps else rate
 
     return schedule
 

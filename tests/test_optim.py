@@ -347,6 +347,14 @@ def test_groups_have_schedules_of_their_own():
     np.testing.assert_allclose(schedules["head"](2), 0.02, rtol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_a_delay_is_a_rate_of_0_before_the_schedule_of_the_steps_that_are_left(schedule):
+    spec = OptimizerSpec(learning_rate=0.1, schedule=schedule, warmup_steps=2, start_ratio=0.5, end_ratio=0.1)
+    delayed = make_schedule(dataclasses.replace(spec, delay_steps=4), 14)(jnp.arange(14))
+    np.testing.assert_array_equal(delayed[:4], 0)
+    np.testing.assert_allclose(delayed[4:], make_schedule(spec, 10)(jnp.arange(10)), rtol=1e-6)
+
+
 def test_rates_that_update_is_told_stand_for_those_of_the_spec():
     values = {"policy": {"body": jnp.ones((6, 4)), "head": jnp.ones(4)}}
     specs, decays = {"policy": SPECS["policy"]}, {"policy": DECAYS["policy"]}
@@ -388,6 +396,8 @@ def test_a_spec_without_groups_gives_the_numbers_and_the_state_of_one_with_an_id
         ({"a": {"match": "value/.*", "clip_norm": "1"}}, r"groups\.a\.clip_norm = '1': must be a number"),
         ({"a": {"match": "value/.*", "clip_norm": -1}}, r"groups\.a\.clip_norm = -1: must be 0 or more"),
         ({"a": {"match": "value/.*", "warmup_steps": 11}}, r"groups\.a\.warmup_steps = 11 is more than steps = 10"),
+        ({"a": {"match": "value/.*", "delay_steps": 10}}, r"groups\.a\.delay_steps = 10: leaves none of steps = 10"),
+        ({"a": {"match": "value/.*", "delay_steps": 0.5}}, r"groups\.a\.delay_steps = 0\.5: must be a number"),
         (
             {"a": {"match": ".*head"}, "b": {"match": "value/.*"}},
             r"groups\.b\.match .* matches value/head, which is in .*\.a",

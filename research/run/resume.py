@@ -145,8 +145,8 @@ FIELDS: dict[str, Rule] = {
     **_rules(
         _SAID,
         "optimizer",
-        "learning_rate schedule warmup_steps start_ratio end_ratio decay_fraction decay_shape timescale cycles b1 b2 "
-        "eps momentum nesterov muon_scaling",
+        "learning_rate schedule delay_steps warmup_steps start_ratio end_ratio decay_fraction decay_shape timescale "
+        "cycles b1 b2 eps momentum nesterov muon_scaling",
     ),
     **_rules(_FREE, "checkpoint", "every keep_last"),
     **_rules(_SAID, "checkpoint", "best_metric best_mode"),
