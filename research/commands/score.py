@@ -17,6 +17,8 @@ With --reward MODEL is a reward model: a run of the objective reward, or a ...Fo
   reward_std, rewards_std   how far the members of an ensemble are apart: a head with several rewards, or several
               models, parted by commas; reward is then their mean
 
+With --reward and --reference MODEL is a policy, and its rewards are implicit: beta (log p - log p_ref) of an answer.
+
 Everything is read and checked before anything is computed. A killed run leaves OUTPUT.partial with whole lines, and the
 same command goes on from there.
 """
@@ -24,13 +26,16 @@ same command goes on from there.
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from research import cli, files
 from research.cli import Flag
 from research.errors import InputError
+
+_BETA = 0.1  # as the objective preference has it
 
 COMMAND = cli.Command(
     "score",
@@ -49,7 +54,23 @@ COMMAND = cli.Command(
         ),
         Flag("output", "where the records go, as JSON lines", metavar="FILE", parse=cli.path, required=True),
         cli.OVERWRITE,
-        Flag("reward", "write rewards, of a reward model or several", False),
+        Flag("reward", "write rewards, of a reward model or several, or of policies", False),
+        Flag(
+            "reference",
+            "the policies' reference, to write their implicit rewards",
+            shown="none",
+            metavar="MODEL",
+            parse=cli.path,
+            of=("reward",),
+        ),
+        Flag(
+            "beta",
+            "of the implicit rewards: that of the policies' training",
+            _BETA,
+            metavar="X",
+            parse=cli.above_zero,
+            of=("reference",),
+        ),
         Flag("per_token", "also write the log-probability of each scored token", False),
         Flag(
             "on_long",
@@ -66,6 +87,7 @@ COMMAND = cli.Command(
     examples=(
         "understudy score --model=runs/sft --data=texts.jsonl --output=scored.jsonl",
         "understudy score --reward --model=runs/reward --data=pairs.jsonl --output=scored.jsonl",
+        "understudy score --reward --model=runs/dpo --reference=runs/sft --data=pairs.jsonl --output=scored.jsonl",
     ),
     renamed={"input": "data", "checkpoint": "model"},
     resumable=True,
@@ -90,15 +112,33 @@ def _score(args: SimpleNamespace) -> None:
     mesh = sharding.make_mesh(args.mesh)
     load = functools.partial(loading.load_model, step=args.step, ema=args.ema, mesh=mesh, adapter=args.adapter)
     if args.reward:
-        members = [load(name, check=record_rewards.check_reward_model).with_adapter() for name in args.model]
-        truncate = args.on_long == "truncate"
-        scorer = record_rewards.RecordRewarder(members, args.template, truncate, args.batch_tokens)
+        truncate, beta = args.on_long == "truncate", args.beta if args.reference else None
+        scorer = record_rewards.RecordRewarder(_rewarders(args, load), args.template, truncate, beta)
     else:
         loaded = load(args.model[0], needs_tokenizer=False)
         template = loaded.template_for(args.template)
         scorer = record_scores.RecordScorer(loaded, template, args.on_long, args.per_token, args.batch_tokens)
     count = scorer.write(origin, Path(args.output))
     print(f"{count:,} records scored: {args.output}", file=sys.stderr)
+
+
+def _rewarders(args: SimpleNamespace, load: Callable[..., Any]) -> list[Any]:
+    """What gives rewards, by args.model and args.reference. `load` is loading.load_model, with all but a name."""
+    from research import loading  # late: see _score
+    from research.evals import record_rewards
+
+    if not args.reference:
+        members = [load(name, check=record_rewards.check_reward_model).with_adapter() for name in args.model]
+        return [record_rewards.HeadRewarder(member, args.batch_tokens) for member in members]
+    policies = [load(name).with_adapter() for name in args.model]
+    reference = loading.load_model(args.reference, mesh=policies[0].mesh)
+    for name, policy in zip(args.model, policies, strict=True):
+        if policy.tokenizer.backend.get_vocab() != reference.tokenizer.backend.get_vocab():
+            raise InputError(
+                f"--reference = {args.reference}: has another tokenizer than {name}. Name the model that {name} was "
+                "trained against."
+            )
+    return [record_rewards.PolicyRewarder(policy, reference, args.beta, args.batch_tokens) for policy in policies]
 
 
 def _check_together(args: SimpleNamespace) -> None:

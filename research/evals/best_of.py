@@ -113,7 +113,7 @@ def make_best_of(
     documents = record_rewards.encode(
         [q.answers for q in questions], tokenizer, template, [where for where, _ in items]
     )
-    whole = [document for each in documents for document in each]
+    whole = [example.tokens for each in documents for example in each]
     cut = [document[-model.max_length :] for document in whole]
     truncated = sum(len(a) > len(b) for a, b in zip(whole, cut, strict=True))
     ends = np.cumsum([len(each) for each in documents])[:-1]

@@ -1,4 +1,4 @@
-"""Rewards of the answers in records, by one reward model or by an ensemble of several."""
+"""Rewards of the answers in records, by one reward model or by an ensemble of several; or a policy's implicit ones."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from research import files, params
 from research.devices import distributed, sharding
 from research.errors import InputError, located
 from research.evals.record_scores import Item, read_chunks
-from research.evals.scoring import BATCH_TOKENS, Example, compute_windows, constrain
+from research.evals.scoring import BATCH_TOKENS, Example, compute_windows, constrain, make_token_scorer
 from research.loading import LoadedModel
 from research.models import virtual
 from research.models.config import ModelConfig
@@ -31,7 +31,8 @@ _TOGETHER = 1024  # records: scored together, and written together
 _REASONS = {
     "data": "--data holds other records",
     "tokens": "--template, --on_long or the tokenizer gives other tokens",
-    "weights": "--model has other weights",
+    "weights": "--model or --reference has other weights",
+    "beta": "--beta was {}",
 }
 
 
@@ -85,20 +86,22 @@ def _unsorted(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def encode(
     answers: Sequence[Answers], tokenizer: Tokenizer, template: str, where: Sequence[str]
-) -> list[list[np.ndarray]]:
-    """The tokens of each answer of each record, as training on preferences has them.
+) -> list[list[Example]]:
+    """Each answer of each record, as training on preferences has it: what a policy learns of it is scored.
 
     Raises:
       InputError: an answer is at fault; it is named.
     """
     flat = [(i, turns) for i, each in enumerate(answers) for turns in each.turns]
-    tokens: list[list[np.ndarray]] = [[] for _ in answers]
+    examples: list[list[Example]] = [[] for _ in answers]
     kinds = ([pair for pair in flat if (pair[1][0].role == "text") == text] for text in (False, True))
     for kind in filter(None, kinds):  # apart: the model's own chat template is for conversations alone
-        ids, _, lengths = formats.encode([turns for _, turns in kind], tokenizer, template, [where[i] for i, _ in kind])
-        for (i, _), document in zip(kind, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
-            tokens[i].append(document)
-    return tokens
+        places = [where[i] for i, _ in kind]
+        ids, mask, lengths = formats.encode([turns for _, turns in kind], tokenizer, template, places)
+        ends = np.cumsum(lengths)
+        for (i, _), start, end in zip(kind, ends - lengths, ends, strict=True):
+            examples[i].append(Example(ids[start:end], mask[start:end].astype(bool)))
+    return examples
 
 
 def make_rewarder(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> Callable[..., np.ndarray]:
@@ -131,21 +134,87 @@ def _last_logits(model: Model, params: Any, batch: Mapping[str, jax.Array]) -> j
     return sharding.replicate(jnp.sum(logits * batch["weights"][..., None], axis=1))
 
 
-@dataclasses.dataclass(frozen=True)
-class RecordRewarder:
-    """Reward models and how they read records.
+class Rewarder(Protocol):
+    """What gives answers rewards.
 
     Attributes:
-      members: the models, each under its mesh; the members of all of them are one ensemble.
-      template: how records are put to each; None for its own.
-      truncate: an answer longer than a model takes loses its end; else it is an error.
+      models: what it is made of, the one whose tokenizer and template are used first, all under one mesh.
+    """
+
+    @property
+    def models(self) -> Sequence[LoadedModel]: ...
+
+    def rewards(self, examples: Sequence[Example]) -> np.ndarray:
+        """[N, M] float32, of M members. Call it under the mesh."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeadRewarder:
+    """A reward model, with a member for each number of its head. `batch_tokens`: see scoring."""
+
+    loaded: LoadedModel
+    batch_tokens: int = BATCH_TOKENS
+
+    @property
+    def models(self) -> Sequence[LoadedModel]:
+        return (self.loaded,)
+
+    def rewards(self, examples: Sequence[Example]) -> np.ndarray:
+        return self._compute(self.loaded.params, [example.tokens for example in examples])
+
+    @functools.cached_property
+    def _compute(self) -> Callable[..., np.ndarray]:
+        return make_rewarder(self.loaded.model, batch_tokens=self.batch_tokens)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PolicyRewarder:
+    """The implicit reward of a policy, beta (log p(answer) - log p_ref(answer)): that of which it is the best policy
+    that stays near its reference (Rafailov et al. 2023, arXiv:2305.18290, equation 5, but for what depends on the
+    prompt alone).
+
+    Attributes:
+      policy, reference: language models, of one tokenizer.
+      beta: of its training.
       batch_tokens: see scoring.
     """
 
-    members: Sequence[LoadedModel]
+    policy: LoadedModel
+    reference: LoadedModel
+    beta: float
+    batch_tokens: int = BATCH_TOKENS
+
+    @property
+    def models(self) -> Sequence[LoadedModel]:
+        return self.policy, self.reference
+
+    def rewards(self, examples: Sequence[Example]) -> np.ndarray:
+        log_probs = [
+            np.array([np.sum(each, dtype=np.float64) for each in compute(loaded.params, examples)])
+            for compute, loaded in zip(self._compute, self.models, strict=True)
+        ]
+        return (self.beta * (log_probs[0] - log_probs[1])[:, None]).astype(np.float32)
+
+    @functools.cached_property
+    def _compute(self) -> list[Callable[..., list[np.ndarray]]]:
+        return [make_token_scorer(each.model, batch_tokens=self.batch_tokens) for each in self.models]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordRewarder:
+    """What gives records rewards, and how it reads them.
+
+    Attributes:
+      rewarders: the members of all of them are one ensemble.
+      template: how records are put to each; None for its own.
+      truncate: an answer longer than a model takes loses its end; else it is an error.
+      beta: of policies; None of reward models.
+    """
+
+    rewarders: Sequence[Rewarder]
     template: str | None
     truncate: bool
-    batch_tokens: int
+    beta: float | None = None
 
     def write(self, origin: entries.Origin, output: Path) -> int:
         """Writes the records with the rewards of their answers into `output`, and returns how many there are.
@@ -158,13 +227,13 @@ class RecordRewarder:
             another command.
         """
         total, identity = self._identity(origin)
-        identity["weights"] = " ".join(params.checksum(member.params) for member in self.members)
-        rewarders = [make_rewarder(member.model, batch_tokens=self.batch_tokens) for member in self.members]
+        models = itertools.chain.from_iterable(rewarder.models for rewarder in self.rewarders)
+        identity |= {"weights": " ".join(params.checksum(model.params) for model in models), "beta": self.beta}
         with files.ResumableLines(output, identity, _REASONS) as lines, tqdm.tqdm(total=total, disable=None) as bar:
             number = 0
             for items in read_chunks(origin, ADDED, _TOGETHER):
                 if number + len(items) > lines.done:
-                    rows = self._rewarded(items, rewarders)
+                    rows = self._rewarded(items)
                     lines.append(rows[max(0, lines.done - number) :])
                 number += len(items)
                 bar.update(len(items))
@@ -180,34 +249,32 @@ class RecordRewarder:
             for item in items:
                 hashes["data"].update(files.json_line(item.record, default=str))
             answers = _answers(items)
-            for member in self.members:
-                for document in itertools.chain.from_iterable(self._documents(member, items, answers)):
-                    hashes["tokens"].update(document.tobytes() + b"\n")
+            for rewarder in self.rewarders:
+                for example in itertools.chain.from_iterable(self._examples(rewarder, items, answers)):
+                    hashes["tokens"].update(example.tokens.tobytes() + example.mask.tobytes() + b"\n")
         if not total:
             raise InputError("--data: holds no record. Write one JSON object a line.")
         return total, {name: value.hexdigest() for name, value in hashes.items()}
 
-    def _documents(
-        self, member: LoadedModel, items: Sequence[Item], answers: Sequence[Answers]
-    ) -> list[list[np.ndarray]]:
-        where = [item.where for item in items]
-        documents = encode(answers, member.tokenizer, self.template or member.template, where)
-        longest = member.model.max_length
-        for place, document in ((w, x) for w, each in zip(where, documents, strict=True) for x in each):
-            if len(document) > longest and not self.truncate:
+    def _examples(self, rewarder: Rewarder, items: Sequence[Item], answers: Sequence[Answers]) -> list[list[Example]]:
+        where, first = [item.where for item in items], rewarder.models[0]
+        examples = encode(answers, first.tokenizer, self.template or first.template, where)
+        longest = min(each.model.max_length for each in rewarder.models)
+        for place, example in ((w, x) for w, each in zip(where, examples, strict=True) for x in each):
+            if len(example.tokens) > longest and not self.truncate:
                 raise InputError(
-                    f"{place}: has {len(document)} tokens, and the model takes {longest}. Shorten it, or use "
+                    f"{place}: has {len(example.tokens)} tokens, and the model takes {longest}. Shorten it, or use "
                     "--on_long=truncate."
                 )
-        return [[document[:longest] for document in each] for each in documents]
+        return [[Example(x.tokens[:longest], x.mask[:longest]) for x in each] for each in examples]
 
-    def _rewarded(self, items: Sequence[Item], rewarders: Sequence[Callable[..., np.ndarray]]) -> list[bytes]:
+    def _rewarded(self, items: Sequence[Item]) -> list[bytes]:
         """The lines of records with their rewards."""
         values, answers = [], _answers(items)
-        for member, rewarder in zip(self.members, rewarders, strict=True):
-            documents = self._documents(member, items, answers)
-            with jax.set_mesh(member.mesh):
-                values.append(rewarder(member.params, list(itertools.chain.from_iterable(documents))))
+        for rewarder in self.rewarders:
+            examples = self._examples(rewarder, items, answers)
+            with jax.set_mesh(rewarder.models[0].mesh):
+                values.append(rewarder.rewards(list(itertools.chain.from_iterable(examples))))
         rewards = np.concatenate(values, axis=1, dtype=np.float64)
         if not np.isfinite(rewards).all():
             raise InputError("--model: gives rewards that are no numbers. Look at the model's weights.")

@@ -11,10 +11,13 @@ from research.errors import InputError
 from research.sources.comparisons import Comparison
 
 # Of each document: the number of its unit, whose documents are neighbours; its rank there, -1 where nothing is
-# compared; margin and score, NaN where nobody says them; and the verdict, -1 where there is none. In rows, a document
-# may be a prompt of `head` tokens, and then what lies at the address `tail`: the answer to another prompt. Else `tail`
-# is -1.
-_SAID = (("unit", "<i8"), ("side", "<i4"), ("margin", "<f4"), ("score", "<f4"), ("desirable", "<i4"))
+# compared; margin, score and preference (of the pair, how probably the chosen answer is the better one), NaN where
+# nobody says them; and the verdict, -1 where there is none. In rows, a document may be a prompt of `head` tokens, and
+# then what lies at the address `tail`: the answer to another prompt. Else `tail` is -1.
+_SAID = (
+    *(("unit", "<i8"), ("side", "<i4"), ("margin", "<f4"), ("score", "<f4"), ("preference", "<f4")),
+    ("desirable", "<i4"),
+)
 DTYPE = np.dtype([*_SAID, ("head", "<i8"), ("tail", "<i8")])
 
 
@@ -23,7 +26,7 @@ def nothing(count: int) -> np.ndarray:
     values = np.zeros(count, DTYPE)
     values["unit"] = np.arange(count)
     values["side"] = values["desirable"] = values["tail"] = -1
-    values["margin"] = values["score"] = np.nan
+    values["margin"] = values["score"] = values["preference"] = np.nan
     return values
 
 
@@ -35,6 +38,7 @@ def of_comparison(comparison: Comparison) -> np.ndarray:
         values["side"] = np.arange(len(values))
     values["score"] = comparison.scores
     values["margin"] = comparison.margin
+    values["preference"] = comparison.probability
     if comparison.desirable is not None:
         values["desirable"] = comparison.desirable
     return values
@@ -50,7 +54,7 @@ def numbered(answers: Sequence[np.ndarray]) -> np.ndarray:
 def field_names(answers: np.ndarray) -> tuple[str, ...]:
     """The batch fields that say what is said of documents."""
     names: tuple[str, ...] = ("pair", "side") if np.any(answers["side"] >= 0) else ()
-    for name in ("margin", "score"):
+    for name in ("margin", "score", "preference"):
         names += () if np.all(np.isnan(answers[name])) else (name,)
     return names + (("desirable",) if np.any(answers["desirable"] >= 0) else ())
 
@@ -70,6 +74,7 @@ def field_values(answers: np.ndarray, row: np.ndarray) -> dict[str, np.ndarray]:
         "side": answers["side"],
         "margin": np.nan_to_num(answers["margin"]),
         "score": answers["score"],
+        "preference": np.nan_to_num(answers["preference"], nan=1.0),
         "desirable": answers["desirable"],
     }
 

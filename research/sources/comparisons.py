@@ -8,6 +8,9 @@ Formats, and the spellings of other libraries and data sets that are read as suc
               overall_score); answers with a rank.
   unpaired    prompt, response, and label (true or false) or score; TRL's prompt, completion, label.
 Prompts and answers are texts or lists of messages.
+
+Where the options name a column of rewards, which `understudy score --reward` writes, these say which answer of a pair
+is the better one, and how probably, whatever the record says: they are a model's labels.
 """
 
 import hashlib
@@ -44,6 +47,7 @@ class Comparison(NamedTuple):
       margin: by how much the first is better than the second; NaN where nobody says it.
       desirable: whether the only answer is; None where nobody says it.
       ties: some answers have equal scores; which of them comes first is a matter of chance.
+      probability: how probably the first of two is the better one; NaN where nobody says it.
     """
 
     prompt: list[Turn]
@@ -52,6 +56,7 @@ class Comparison(NamedTuple):
     margin: float = math.nan
     desirable: bool | None = None
     ties: bool = False
+    probability: float = math.nan
 
     @property
     def identical(self) -> bool:
@@ -150,10 +155,46 @@ def _read_pair(record: Mapping[str, Any], fields: Mapping[str, str]) -> Comparis
             f"{names[0]} = {scores[0]} is less than {names[1]} = {scores[1]}. Swap the answers, or drop the record.",
         )
     margin = scores[0] - scores[1] if math.isnan(margin) else margin
-    return Comparison(*_turns(record, prompt, sides), scores, margin)
+    pair = Comparison(*_turns(record, prompt, sides), scores, margin)
+    return _by_rewards(pair, _rewards(record, fields["rewards"])) if "rewards" in fields else pair
+
+
+def _rewards(record: Mapping[str, Any], column: str) -> tuple[float, float]:
+    """The rewards of the chosen answer and of the rejected one."""
+    values = value_of(record, "rewards", column)
+    if not isinstance(values, list | tuple) or len(values) != 2 or not all(map(_is_number, values)):
+        raise BadRecord(
+            "wrong rewards",
+            f"field {column!r} must have two numbers, of the chosen answer and of the rejected one. Write them with "
+            "understudy score --reward.",
+        )
+    return float(values[0]), float(values[1])
+
+
+def _by_rewards(pair: Comparison, rewards: tuple[float, float]) -> Comparison:
+    """The pair as rewards have it: the answer of the higher one first, which is the better one with the probability
+    that the model of Bradley and Terry gives it. Which of two equal ones is first is a matter of chance."""
+    difference = rewards[0] - rewards[1]
+    swapped = difference < 0 or (difference == 0 and _chance(pair.answers[0]) > _chance(pair.answers[1]))
+    order = [1, 0] if swapped else [0, 1]
+    answers, scores = ([values[i] for i in order] for values in (pair.answers, pair.scores))
+    probability = 1 / (1 + math.exp(-abs(difference)))
+    return Comparison(pair.prompt, answers, scores, ties=difference == 0, probability=probability)
+
+
+def _chance(answer: Any) -> bytes:
+    """What orders answers that nothing else orders."""
+    return hashlib.blake2b(repr(answer).encode("utf-8", "replace")).digest()
 
 
 def _read_list(record: Mapping[str, Any], fields: Mapping[str, str]) -> Comparison:
+    if "rewards" in fields:
+        remedy = f'{{"scores": "{fields["rewards"]}"}}'
+        raise BadRecord(
+            "rewards, and no pair",
+            "is a list of answers: its rewards are scores.",
+            option=("fields", f"Name them so in %s: {remedy}."),
+        )
     prompt = _messages(record, "prompt", _column(record, "prompt", fields), "user")
     column = _column(record, "responses", fields)
     values = value_of(record, "responses", column)
@@ -166,7 +207,7 @@ def _read_list(record: Mapping[str, Any], fields: Mapping[str, str]) -> Comparis
         return Comparison(*_turns(record, prompt, answers), [math.nan] * len(answers))
     if len(set(scores)) == 1:
         raise BadRecord("all answers tie", f"all {len(scores)} answers have the score {scores[0]}. Drop the record.")
-    chance = [hashlib.blake2b(repr(answer).encode("utf-8", "replace")).digest() for answer in answers]
+    chance = [_chance(answer) for answer in answers]
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], chance[i]))
     prompt, answers = _turns(record, prompt, [answers[i] for i in order])
     ranked = "rank" in values[0] if isinstance(values[0], dict) else False
@@ -175,6 +216,9 @@ def _read_list(record: Mapping[str, Any], fields: Mapping[str, str]) -> Comparis
 
 
 def _read_unpaired(record: Mapping[str, Any], fields: Mapping[str, str]) -> Comparison:
+    if "rewards" in fields:
+        remedy = "Leave them out of %s."
+        raise BadRecord("rewards, and no pair", "has one answer: rewards are of pairs.", option=("fields", remedy))
     prompt = _messages(record, "prompt", _column(record, "prompt", fields), "user")
     answer = _messages(record, "response", _column(record, "response", fields), "assistant")
     score, column = _number(record, "score", fields), fields.get("label", "label")

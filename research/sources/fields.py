@@ -148,8 +148,9 @@ class Field:
 # 1 at the first tokens of a document that a prefix LM (ModelConfig.prefix) shows to each other whole.
 # "comparisons": answers to one prompt, each a document with the prompt before it, lie side by side in one row, the best
 # first: `pair` is the number of the comparison in its row, from 1; `side` the rank of the answer, 0 the best (chosen).
-# "margins": by how much the chosen answer of a pair is better, 0 where nobody says it. "scores": how good a document
-# is, NaN where nobody says it. "verdicts": whether an answer is desirable, 1 or 0; -1 where nobody says it.
+# "margins": by how much the chosen answer of a pair is better, 0 where nobody says it. "preferences": how probably it
+# is the better one, 1 where nobody says it. "scores": how good a document is, NaN where nobody says it. "verdicts":
+# whether an answer is desirable, 1 or 0; -1 where nobody says it.
 # "mismatches": 1 at the tokens of an answer that stands behind another's prompt, where loss_mask is 0.
 TABLE: dict[str, Field] = {
     "tokens": Field(np.int32, ("time",), 0, lambda text: text.tokens, "text"),
@@ -186,6 +187,13 @@ TABLE: dict[str, Field] = {
     "margin": Field(np.float32, ("time",), 0, lambda text: text.drawn(text.unit, text.rng.random), "margins"),
     "score": Field(
         np.float32, ("time",), np.nan, lambda text: text.drawn(text.segment_ids - 1, text.rng.standard_normal), "scores"
+    ),
+    "preference": Field(
+        np.float32,
+        ("time",),
+        1,
+        lambda text: text.drawn(text.unit, lambda n: text.rng.uniform(0.5, 1, n)),
+        "preferences",
     ),
     "desirable": Field(np.int32, ("time",), -1, FakeText.verdicts, "verdicts"),
     "mismatched": Field(np.int32, ("time",), 0, lambda text: text.answers - text.loss_mask, "mismatches"),

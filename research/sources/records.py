@@ -15,7 +15,7 @@ Raw = bytes | dict[str, Any]  # a line of JSON, or a record that its reader has 
 FORMATS = ("text", "prompt_response", "messages", "labelled", "preference", "ranked", "unpaired")
 FIELDS = (
     *("text", "prompt", "response", "messages", "label", "probs", "chosen", "rejected", "margin"),
-    *("score_chosen", "score_rejected", "responses", "scores", "score"),
+    *("score_chosen", "score_rejected", "responses", "scores", "score", "rewards"),
 )
 ROLES = ("system", "user", "assistant", "tool")
 # What other libraries hand to a chat template or take for a mask, and no template is given here.

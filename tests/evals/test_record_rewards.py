@@ -45,7 +45,7 @@ def alone():
 
     def read(model, text):
         turns = [Turn("user", text[0]), Turn("assistant", text[1])] if isinstance(text, tuple) else [Turn("text", text)]
-        ((tokens,),) = record_rewards.encode([record_rewards.Answers([turns], False)], TOKENIZER, "chat", ["x"])
+        (((tokens, _),),) = record_rewards.encode([record_rewards.Answers([turns], False)], TOKENIZER, "chat", ["x"])
         row = np.zeros((3, 1, 64), np.int32)
         row[:, 0, : len(tokens)] = tokens, np.ones(len(tokens)), np.arange(len(tokens))
         out = logits(VALUES[model], dict(zip(("tokens", "segment_ids", "positions"), row, strict=True)))
@@ -103,6 +103,39 @@ def test_bad_records_and_flags_are_named(run, records, flags, words, capsys):
     status, lines = run(records, "--model=a", *flags)
     assert (status, lines) == (2, None)
     assert words in capsys.readouterr().err
+
+
+def test_implicit_rewards_are_of_the_answers_log_probs(run, monkeypatch):
+    model = make_model(ModelConfig(**SIZE, max_length=64))
+    weights = {name: params.init(model.specs, jax.random.PRNGKey(i)) for i, name in enumerate(("policy", "start"))}
+    weights = jax.tree.map(lambda x: 6 * x, weights)
+
+    def load(name, **options):
+        return LoadedModel(model, weights[name], TOKENIZER, "chat", MESH)
+
+    monkeypatch.setattr("research.loading.load_model", load)
+    status, (pair, _, one, *_) = run(RECORDS, "--model=policy", "--reference=start", "--beta=0.5")
+    assert status == 0
+    assert pair["rewards"][1] == one["reward"]  # of the same answer
+    turns = [Turn("user", "one"), Turn("assistant", "two")]
+    (((tokens, mask),),) = record_rewards.encode([record_rewards.Answers([turns], False)], TOKENIZER, "chat", ["x"])
+    assert TOKENIZER.decode(tokens[mask].tolist()).startswith("two")
+    row = np.stack([tokens, np.ones(len(tokens), int), np.arange(len(tokens))])[:, None].astype(np.int32)
+    batch = dict(zip(("tokens", "segment_ids", "positions"), row, strict=True))
+    log_p = jax.jit(lambda own: jax.nn.log_softmax(model.unembed(own).logits(model.hidden(own, batch)))[0])
+    at = np.flatnonzero(mask)
+    sums = [np.asarray(log_p(weights[name]))[at - 1, tokens[at]].sum() for name in ("policy", "start")]
+    np.testing.assert_allclose(pair["rewards"][0], 0.5 * (sums[0] - sums[1]), atol=1e-4)
+    assert abs(pair["rewards"][0]) > 0.1
+
+
+def test_flags_of_implicit_rewards_go_together(run, capsys):
+    for flags, words in (
+        (("--model=a", "--beta=0.5"), "--beta = 0.5: is of --reference"),
+        (("--model=a", "--reference=b", "--beta=0"), "--beta"),
+    ):
+        assert run(RECORDS, *flags) == (2, None)
+        assert words in capsys.readouterr().err
 
 
 def test_a_language_model_is_no_reward_model():

@@ -274,6 +274,52 @@ def test_what_is_wrong_with_a_record_is_said(record, reason, fault):
     assert re.search(fault, str(error))
 
 
+REWARDED = {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2, "by": [-1.0, 0.5]}
+
+
+def test_rewards_that_are_named_say_which_answer_is_better_and_how_probably(tmp_path):
+    _, comparison = read(REWARDED, rewards="by")
+    assert texts(comparison)[1] == [["b"], ["a"]]
+    assert comparison.probability == pytest.approx(1 / (1 + math.exp(-1.5)))
+    assert math.isnan(comparison.margin)
+    assert texts(read(REWARDED)[1])[1] == [["a"], ["b"]]  # else they are another column
+    (better, worse) = comparisons.read_all(REWARDED, "unpaired", {"rewards": "by"})
+    assert [(turns[0].text, each.desirable) for each in (better, worse) for turns in each.answers] == [
+        ("b", True),
+        ("a", False),
+    ]
+    equal = [
+        read(REWARDED | {"prompt": "q", "chosen": x, "rejected": "b", "by": [1, 1]}, rewards="by")[1] for x in "acdefgh"
+    ]
+    assert {(each.ties, each.probability) for each in equal} == {(True, 0.5)}
+    assert len({texts(each)[1][0] == ["b"] for each in equal}) == 2  # whichever the record calls chosen
+    records = [REWARDED, {"prompt": "r", "chosen": "c", "rejected": "d", "by": [3, 1]}]
+    data = load(tmp_path, records, fields={"rewards": "by"})
+    found = documents(all_rows(data), data.tokenizer, ("preference",))
+    firsts = {sides[0][0].strip(): [p for *_, p in sides] for sides in found.values()}
+    for text, p in (("q", 1.5), ("r", 2.0)):
+        ((_, values),) = [(k, v) for k, v in firsts.items() if text in k]
+        np.testing.assert_allclose(values, 1 / (1 + math.exp(-p)), rtol=1e-6)
+    assert "preference" not in all_rows(load(tmp_path, records))
+
+
+@pytest.mark.parametrize(
+    ("record", "fault"),
+    [
+        ({"by": [1.0]}, "'by' must have two numbers"),
+        ({"by": [1.0, math.nan]}, "'by' must have two numbers"),
+        ({"by": None}, "'by'"),
+        ({"chosen": None, "rejected": None, "responses": ["a", "b"]}, "its rewards are scores"),
+        ({"response": "x", "label": True}, "rewards are of pairs"),
+    ],
+)
+def test_rewards_that_are_none_of_a_pair_are_named(record, fault):
+    whole = {key: value for key, value in (REWARDED | record).items() if key == "by" or value is not None}
+    if "response" in record:
+        whole = {"prompt": "q", **record, "by": [1, 2]}
+    assert fault in str(bad(whole, rewards="by"))
+
+
 def test_a_named_column_must_be_there():
     record = {"prompt": "q", "response": "a", "good": None}
     assert bad(record, label="good").reason == "no label"
