@@ -16,6 +16,7 @@ from research.ops.rewards import Answers
 
 _OFF_START = 0.1
 _TEXT = ("tokens", "segment_ids", "positions")
+FIELDS = (*_TEXT, "pair", "side")  # by which compared answers are known
 LOSSES = ("bradley_terry", "plackett_luce", "regression")
 
 
@@ -80,6 +81,37 @@ class Read(NamedTuple):
     weights: Float[Array, "B S M"]
 
 
+def read(forward: Forward, batch: Batch, share: float = 1.0) -> Read:
+    """The policy's rewards of the batch's answers; where no answers are compared, of its documents.
+
+    Args:
+      forward, batch: see Objective.loss.
+      share: see `make`.
+
+    Raises:
+      InputError: its head predicts tokens; or `share` is of an ensemble, and there is none.
+    """
+    if not forward.models["policy"].config.num_labels:
+        raise InputError(
+            "model.num_labels = 0: the model's head predicts tokens, and a reward is one number. Set it to 1, or "
+            "to the number of an ensemble's members."
+        )
+    logits = class_logits(forward)
+    members = logits.shape[-1]
+    if share < 1 and members < 2:
+        raise InputError(
+            f"share = {share}: is of an ensemble, and the model has one reward. Set model.num_labels to the "
+            "number of members, or leave it out."
+        )
+    text = (batch[name] for name in _TEXT)
+    none = jnp.zeros_like(batch["tokens"])
+    answers = rewards.find_answers(*text, batch.get("pair", none), batch.get("side", none - 1))
+    learned = jnp.ones((*answers.at.shape, members), jnp.float32)
+    if share < 1:
+        learned = answers.members(members, share)
+    return Read(answers, answers.read(logits), learned)
+
+
 Sums = dict[str, tuple[Float[Array, "..."], Float[Array, ""]]]
 
 
@@ -102,36 +134,8 @@ class Reward:
         return Objective(loss=self.loss, fields=(*_TEXT, *compared, *graded), notices=told, labels=1)
 
     def loss(self, forward: Forward, batch: Batch, context: Context) -> LossOut:
-        read = self.read(forward, batch)
-        if self.kind == "regression":
-            return self._regression(read, batch)
-        return self._preference(read, batch)
-
-    def read(self, forward: Forward, batch: Batch) -> Read:
-        """The policy's rewards of the batch's answers.
-
-        Raises:
-          InputError: its head predicts tokens; or `share` is of an ensemble, and there is none.
-        """
-        if not forward.models["policy"].config.num_labels:
-            raise InputError(
-                "model.num_labels = 0: the model's head predicts tokens, and a reward is one number. Set it to 1, or "
-                "to the number of an ensemble's members."
-            )
-        logits = class_logits(forward)
-        members = logits.shape[-1]
-        if self.share < 1 and members < 2:
-            raise InputError(
-                f"share = {self.share}: is of an ensemble, and the model has one reward. Set model.num_labels to the "
-                "number of members, or leave it out."
-            )
-        text = (batch[name] for name in _TEXT)
-        none = jnp.zeros_like(batch["tokens"])
-        answers = rewards.find_answers(*text, batch.get("pair", none), batch.get("side", none - 1))
-        learned = jnp.ones((*answers.at.shape, members), jnp.float32)
-        if self.share < 1:
-            learned = answers.members(members, self.share)
-        return Read(answers, answers.read(logits), learned)
+        of_batch = read(forward, batch, self.share)
+        return self._regression(of_batch, batch) if self.kind == "regression" else self._preference(of_batch, batch)
 
     def _preference(self, read: Read, batch: Batch) -> LossOut:
         """The loss of comparisons, each of which counts as one."""

@@ -1,6 +1,8 @@
-"""Weak-to-strong generalisation: a classifier learns from a weaker one's labels, and isn't to copy its mistakes.
+"""Weak-to-strong generalisation: a classifier, or a reward model, learns from a weaker one's labels, and isn't to copy
+its mistakes.
 
-Burns et al., arXiv:2312.09390. The losses and their sources are in ops/class_losses.py.
+Burns et al., arXiv:2312.09390. The losses and their sources are in ops/class_losses.py. The class of a pair of answers
+is which of them is the better one.
 """
 
 import dataclasses
@@ -12,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.errors import InputError, did_you_mean
-from research.objectives import classify
-from research.objectives.classify import Predictions
+from research.objectives import classify, reward
+from research.objectives.classify import HEADS, Predictions
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective
 from research.ops import class_losses
 from research.ops.class_losses import RunningThresholds, ThresholdSums
@@ -21,6 +23,8 @@ from research.sources.tokenizers import Tokenizer
 
 _NAMES = {"accuracy": "agreement"}  # labels are the weaker model's: who predicts them agrees, and may be wrong
 OWN_LABELS = ("batch", "running", "argmax", "soft")
+PAIRS = "pairs"
+_OF_FREQUENCIES = {"own_labels": ("batch", "running"), "balance": (True,)}
 
 _UNIT = (lambda x: 0 <= x <= 1, "in [0, 1]")
 _POSITIVE = (lambda x: x > 0, "above 0")
@@ -45,11 +49,14 @@ def make(
     tokenizer: Tokenizer | None = None,
     **options: Any,
 ) -> Objective:
-    """Mean loss over the documents with a label; weak labels come with the batch (`label_probs`, as in classify).
+    """Mean loss over the documents with a label; weak labels come with the batch (`label_probs`, as in classify). Of
+    pairs it is the mean over pairs, and the weak label how probably the chosen answer is the better one (`preference`).
 
     Args:
       loss: one of LOSSES.
-      head, words: see classify.
+      head: see classify; or "pairs": the logits are the rewards of two answers, as the objective reward reads them, so
+        that the first is the better one with the probability sigmoid of their difference.
+      words: see classify.
       tokenizer: the run's.
       options: of the loss: the fields of its class in LOSSES, which has their defaults.
 
@@ -58,16 +65,57 @@ def make(
     """
     if loss not in LOSSES:
         raise InputError(f"loss = {loss!r}: no such loss.{did_you_mean(str(loss), LOSSES)}")
+    if head not in (*HEADS, PAIRS):
+        raise InputError(f"head = {head!r}: no such head.{did_you_mean(str(head), (*HEADS, PAIRS))}")
     _check_options(loss, options)
+    if head == PAIRS:
+        if words:
+            raise InputError(f"head = 'pairs' with words = {list(words)}: words are for head = 'words'.")
+        kind = LOSSES[loss](**_of_pairs(loss, options))
+        return WeakToStrong(kind, read_pairs, (*reward.FIELDS, "preference"), labels=1).objective()
     return WeakToStrong(LOSSES[loss](**options), classify.make_reader(head, words, tokenizer)).objective()
+
+
+def read_pairs(forward: Forward, batch: Batch) -> Predictions:
+    """The compared answers: two classes, of which the first is that the chosen answer is the better one. The logits are
+    the rewards of both. The axes are those of Answers.better, and the weights Answers.pair_weights.
+
+    Raises:
+      InputError: the policy's head doesn't give one number.
+    """
+    read = reward.read(forward, batch)
+    members = read.rewards.shape[-1]
+    if members > 1:
+        raise InputError(f"model.num_labels = {members}: head = 'pairs' is about one reward. Set it to 1.")
+    scores = read.rewards[..., 0]
+    logits = jnp.stack(jnp.broadcast_arrays(scores[:, :, None], scores[:, None]), axis=-1)
+    better = jnp.broadcast_to(read.answers.read(batch["preference"])[:, :, None], logits.shape[:-1])
+    return Predictions(logits, jnp.stack([better, 1 - better], axis=-1), read.answers.pair_weights())
+
+
+def _of_pairs(loss: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a loss of pairs.
+
+    Raises:
+      InputError: one is about how frequent classes are. Which answer of a pair stands first says nothing, so that
+        either class is as frequent as the other, and a threshold that makes it so is at a probability of 1/2.
+    """
+    for name, values in _OF_FREQUENCIES.items():
+        if options.get(name) in values:
+            raise InputError(
+                f"{name} = {options[name]!r}: is about how frequent classes are, and of pairs either answer is as "
+                "likely to be the better one. Leave it out: own labels are hardened at a probability of 1/2."
+            )
+    of_own = loss == AuxiliaryConfidence.name
+    return ({"own_labels": "argmax"} if of_own else {}) | dict(options)
 
 
 class Result(NamedTuple):
     """What a loss makes of a batch.
 
     Attributes:
-      loss_sum: over the labelled documents.
-      metrics: name -> values at each position, or one for all; reported as means over the labelled documents.
+      loss_sum: over the labelled documents, or over the pairs.
+      metrics: name -> values at each of them, or one for all; reported as means over them.
       statistics: see LossOut.
     """
 
@@ -277,17 +325,27 @@ LOSSES: dict[str, type[Loss]] = {
 
 @dataclasses.dataclass(frozen=True)
 class WeakToStrong:
-    """A loss on the classes that a reader finds in a batch."""
+    """A loss on the classes that a reader finds in a batch.
+
+    Attributes:
+      kind: the loss.
+      reader: (forward, batch) -> Predictions.
+      fields: of the batch, which the reader needs.
+      labels: see Objective.
+    """
 
     kind: Loss
-    reader: classify.Reader
+    reader: Callable[[Forward, Batch], Predictions]
+    fields: tuple[str, ...] = classify.FIELDS
+    labels: int = 0
 
     def objective(self) -> Objective:
         """This as an objective."""
         running = getattr(self.kind, "own_labels", "") == "running"
         return Objective(
             loss=self.loss,
-            fields=classify.FIELDS,
+            fields=self.fields,
+            labels=self.labels,
             gather=self.gather if self.kind.gathers() else None,
             init_carry=_first_thresholds if running else None,
             update=self.next_thresholds if running else None,
