@@ -4,6 +4,7 @@
     python -m research.main --config=experiments/reward.py:noisy     # three tenths are
     python -m research.main --config=experiments/reward.py:plain     # a loss that doesn't know; or :smoothed
     python -m research.main --config=experiments/reward.py:compare   # a study of all these, over seeds
+    python -m research.main --config=experiments/reward.py:weak_to_strong  # a study of learning from a weak model
     python -m research.main --config=experiments/reward.py:smollm2 --config.model.init_from=MODEL \\
         --config.data.path=pairs.jsonl
 
@@ -13,15 +14,26 @@ of which as many are the wrong way round as in training, and `eval/utility/accur
 Cost: 0.13 M parameters, 0.82 M tokens; 25 s of CPU time. Expect: accuracy 0.90 (more can't be expected of labels
 of which a tenth is wrong), of right labels 0.998, calibration error 0.01; `:plain` learns as much, with a
 calibration error of 0.11. docs/preferences.md says why.
+
+In `:weak_to_strong` a weak reward model, which learned from few pairs, and a weak policy, by its implicit rewards, say
+which of two answers is the better one, and stronger reward models learn from that (Burns et al., arXiv:2312.09390).
 """
 
+import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from experiments import base
+from research import config as config_lib
+from research import params
 from research.errors import InputError
-from research.studies import compare_report
+from research.models.config import ModelConfig
+from research.models.specs import make_specs
+from research.studies import compare_report, pgr_report
+from research.studies.stages import Plan
 
 TASK = "preferences:reverse"
 FEW, MANY = 0.1, 0.3  # the shares of labels that are the wrong way round
@@ -35,15 +47,28 @@ WAYS: dict[str, tuple[float, dict[str, float]]] = {
     "30-smoothed": (MANY, {"label_smoothing": MANY}),
     "30-flipped": (MANY, {"flipped": MANY}),
 }
+WEAK = {"num_layers": 1, "d_model": 32, "num_heads": 2, "num_kv_heads": 2, "d_ff": 96}
+BETA = 0.1  # of the weak policy's training, and so of its rewards
+# What students learn with: options of objectives/weak_to_strong.py.
+STUDENTS: dict[str, dict[str, Any]] = {
+    "soft": {"loss": "cross_entropy"},
+    "hard": {"loss": "hard_cross_entropy"},
+    "confidence": {"loss": "auxiliary_confidence", "coefficient": 0.5, "warmup_steps": 30},
+    "product": {"loss": "product_of_confidence"},
+    "reverse_kl": {"loss": "reverse_kl"},
+    "adaptive": {"loss": "adaptive_confidence"},
+}
 
 
 def get_config(arg: str = ""):
-    chosen = base.variants(arg, "noisy", "plain", "smoothed", "compare", "smollm2")
-    alone, others = chosen & {"compare", "smollm2"}, chosen & {"noisy", "plain", "smoothed"}
+    chosen = base.variants(arg, "noisy", "plain", "smoothed", "compare", "smollm2", "weak_to_strong")
+    alone = chosen & {"compare", "smollm2", "weak_to_strong"}
+    others = chosen & {"noisy", "plain", "smoothed"}
     if len(alone) > 1 or (alone and others) or {"plain", "smoothed"} <= chosen:
         clash = ",".join(sorted(chosen))
         raise InputError(
-            f"--config=...:{clash}: compare and smollm2 stand alone, and plain and smoothed are two losses."
+            f"--config=...:{clash}: compare, smollm2 and weak_to_strong stand alone, and plain and smoothed are two "
+            "losses."
         )
     config = base.get_config()
     config.steps, config.batch_size, config.seq_len = 400, 16, 128
@@ -68,7 +93,36 @@ def get_config(arg: str = ""):
     if "compare" in chosen:
         with config.unlocked():
             config.study = ConfigDict({"seeds": 2 if "debug" in chosen else 3, "store": ""})
+    if "weak_to_strong" in chosen:
+        _set_weak_to_strong(config, debug="debug" in chosen)
     return config
+
+
+def _set_weak_to_strong(config: ConfigDict, debug: bool) -> None:
+    """Sets the study's fields, and of the runs what all have in common."""
+    study = {
+        "data": f"{TASK}/0",
+        "weak_records": 100,
+        "strong_records": 3000,
+        "test_records": 1500,
+        "weak_steps": 30,
+        "start_steps": 60,  # of the language model that the weak policy begins with
+        "policy_steps": 30,
+        "students": tuple(STUDENTS),
+        "students_of_policy": ("soft", "hard", "confidence"),
+        "seeds": 3,
+        "store": "",
+    }
+    config.steps = 100
+    config.eval.tasks = ()
+    if debug:
+        study |= {"weak_records": 40, "strong_records": 60, "test_records": 20, "seeds": 2}
+        study |= {"weak_steps": 2, "start_steps": 2, "policy_steps": 2, "students": ("soft", "confidence")}
+        study |= {"students_of_policy": ("hard",)}
+        config.steps = 2
+    config.eval.update(every=config.steps, batches=20, generate=0)
+    with config.unlocked():
+        config.study = ConfigDict(study)
 
 
 def finish(config, arg, overrides):
@@ -80,6 +134,9 @@ def finish(config, arg, overrides):
 
 
 def study(config, add):
+    if "students" in config.study:
+        return _WeakToStrong(config, add).report()
+
     def run(way, seed):
         values = config.copy_and_resolve_references()
         values.seed = seed
@@ -104,3 +161,97 @@ def _set_larger(config: ConfigDict) -> None:
     config.tokenizer.kind, config.data.path = "auto", ""
     config.optimizer.update(name="adamw", learning_rate=2e-5, warmup_steps=10, weight_decay=0.0)
     config.eval.update(every=50, batches=40)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WeakToStrong:
+    """The stages of the study of learning from a weak model.
+
+    Attributes:
+      config: of the study.
+      add: takes stages.
+    """
+
+    config: ConfigDict
+    add: Plan
+
+    def report(self) -> functools.partial:
+        """Adds the stages; returns what reports them."""
+        s = self.config.study
+        parts = f"weak:{s.weak_records},strong:{s.strong_records},test:{s.test_records}"
+        count = 2 * (s.weak_records + s.strong_records + s.test_records)  # prompts that come twice are dropped
+        flags = {"data": s.data, "parts": parts, "output": "{workdir}", "examples": count}
+        files = self.add.command("split", "split", flags).workdir
+        return functools.partial(pgr_report.report, [x for seed in range(s.seeds) for x in self.cells(files, seed)])
+
+    def cells(self, files: str, seed: int) -> list[dict[str, Any]]:
+        """Adds the stages of a seed; returns the report's cells."""
+        s = self.config.study
+        ceiling = self.train("ceiling", seed, f"{files}/strong.jsonl", {"reward": {}})
+        ceiling = self.score(f"ceiling-s{seed}-test", {"model": ceiling}, f"{files}/test.jsonl")
+        weak = {
+            "reward model": ({"model": self.weak_model(f"{files}/weak.jsonl", seed)}, s.students),
+            "policy": (self.weak_policy(f"{files}/weak.jsonl", seed), s.students_of_policy),
+        }
+        cells = []
+        for kind, (supervisor, students) in weak.items():
+            name = f"{kind.replace(' ', '-')}-s{seed}"
+            labels = self.score(f"labels-{name}", supervisor, f"{files}/strong.jsonl")
+            tested = self.score(f"weak-{name}-test", supervisor, f"{files}/test.jsonl")
+            for student in students:
+                options = {"weak_to_strong": {"head": "pairs", **STUDENTS[student]}}
+                model = self.train(f"{student}-{kind.replace(' ', '-')}", seed, labels, options, labelled=True)
+                model = self.score(f"{student}-{name}-test", {"model": model}, f"{files}/test.jsonl")
+                cells.append(
+                    {"weak_size": kind, "strong_size": "reward model", "loss": student, "seed": seed}
+                    | {"weak": tested, "student": model, "ceiling": ceiling}
+                    | {"weak_params": _count(WEAK), "strong_params": _count(MODEL)}
+                )
+        return cells
+
+    def train(
+        self, name: str, seed: int, data: str, terms: Mapping[str, Mapping[str, Any]], labelled: bool = False
+    ) -> str:
+        """Adds the run of a strong model; returns its folder. `labelled`: by the rewards in the data."""
+        run = self.run(seed, data, terms, self.config.steps)
+        if labelled:
+            run.data.fields = {"rewards": "rewards"}
+        return self.add.train(f"{name}-s{seed}", run).workdir
+
+    def run(self, seed: int, data: str, terms: Mapping[str, Mapping[str, Any]], steps: int) -> ConfigDict:
+        """The config of a run."""
+        run = self.config.copy_and_resolve_references()
+        run.seed, run.steps, run.eval.every = seed, steps, steps
+        run.optimizer.warmup_steps = max(1, steps // 10)
+        run.data.update(path=data, eval_path="")
+        run.objective = {"terms": terms}
+        return run
+
+    def weak_model(self, data: str, seed: int) -> str:
+        """Adds the weak reward model; returns its folder."""
+        run = self.run(seed, data, {"reward": {}}, self.config.study.weak_steps)
+        run.model.update(WEAK)
+        return self.add.train(f"weak-s{seed}", run).workdir
+
+    def weak_policy(self, data: str, seed: int) -> dict[str, Any]:
+        """Adds the weak policy, and what it begins with; returns the flags that score takes for its rewards."""
+        s = self.config.study
+        run = self.run(seed, data, {"sft": {}}, s.start_steps)
+        run.model.update(WEAK, num_labels=0)
+        start = self.add.train(f"weak-start-s{seed}", run).workdir
+        run = self.run(seed, data, {"preference": {"beta": BETA}}, s.policy_steps)
+        run.model.update(config_lib.defaults()["model"], init_from=start)
+        run.roles = {"reference": {"init_from": start}}
+        run.optimizer.update(name="adamw", learning_rate=1e-3)
+        policy = self.add.train(f"weak-policy-s{seed}", run).workdir
+        return {"model": policy, "reference": start, "beta": BETA}
+
+    def score(self, name: str, model: Mapping[str, Any], data: str) -> str:
+        """Adds a scoring; returns the file with the rewards."""
+        flags = {"reward": True, **model, "data": data, "output": "{workdir}/rewards.jsonl", "overwrite": True}
+        return f"{self.add.command(name, 'score', flags).workdir}/rewards.jsonl"
+
+
+def _count(sizes: Mapping[str, int]) -> int:
+    """Number of parameters of a model of bytes."""
+    return params.count(make_specs(ModelConfig(**sizes, vocab_size=384, num_labels=1)))

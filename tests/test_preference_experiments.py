@@ -7,6 +7,7 @@ import pytest
 
 from experiments import preference, reward
 from research import cli
+from research.commands.study import main
 from research.errors import InputError
 from research.run import metrics
 from research.sources import preferences
@@ -56,7 +57,7 @@ def test_policies_begin_with_the_start_of_their_seed(arg, ways, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("reward.py:compare,noisy",), "compare and smollm2 stand alone"),
+        (("reward.py:compare,noisy",), "compare, smollm2 and weak_to_strong stand alone"),
         (("reward.py:plain,smoothed",), "two losses"),
         (("reward.py:smollm2",), "--config.model.init_from: is missing"),
         (("reward.py:smollm2", "--config.model.init_from=x"), "--config.data.path: is missing"),
@@ -97,3 +98,50 @@ def test_answers_have_the_utility_that_is_planted_and_a_divergence_of_0_from_the
     planted = [preferences.utility(record, line["completion"]) for record, line in zip(asked, lines, strict=True)]
     assert same["answers/utility"] == pytest.approx(sum(planted) / 6)
     assert same["answers/length"] <= 4
+
+
+def test_students_learn_from_the_rewards_of_the_weak_models_of_their_seed(tmp_path):
+    planned = plan(tmp_path, "reward.py:weak_to_strong,debug")
+    stages = {stage.name: stage for stage in planned.stages}
+    parts = stages["split"].workdir
+    for seed in range(2):
+        weak, policy, start = (stages[f"weak-{name}s{seed}"] for name in ("", "policy-", "start-"))
+        assert {stage.settings["data"]["path"] for stage in (weak, policy, start)} == {f"{parts}/weak.jsonl"}
+        assert (
+            policy.settings["model"]["init_from"] == policy.settings["roles"]["reference"]["init_from"] == start.workdir
+        )
+        flags = {
+            "reward-model": {"model": weak.workdir},
+            "policy": {"model": policy.workdir, "reference": start.workdir},
+        }
+        for kind, student in (("reward-model", "soft"), ("reward-model", "confidence"), ("policy", "hard")):
+            labels, run = stages[f"labels-{kind}-s{seed}"], stages[f"{student}-{kind}-s{seed}"].settings
+            assert labels.settings["args"]["data"] == f"{parts}/strong.jsonl"
+            assert flags[kind].items() <= labels.settings["args"].items()
+            assert run["data"]["path"] == f"{labels.workdir}/rewards.jsonl"
+            assert run["data"]["fields"] == {"rewards": "rewards"}
+            assert run["objective"]["terms"]["weak_to_strong"]["head"] == "pairs"
+        assert stages[f"ceiling-s{seed}"].settings["data"] | {"path": "", "fields": {}} == run["data"] | {
+            "path": "",
+            "fields": {},
+        }
+    cells = planned.report.args[0]
+    assert [(cell["seed"], cell["weak_size"], cell["loss"]) for cell in cells[:3]] == [
+        (0, "reward model", "soft"),
+        (0, "reward model", "confidence"),
+        (0, "policy", "hard"),
+    ]
+    assert all(cell[part].endswith("/rewards.jsonl") for cell in cells for part in ("weak", "student", "ceiling"))
+
+
+@pytest.mark.slow
+def test_the_study_of_learning_from_a_weak_model_has_a_table(tmp_path, capsys):
+    flags = [f"--workdir={tmp_path}/w", "--config.study.seeds=1"]
+    assert main(["--config=experiments/reward.py:weak_to_strong,debug", *flags]) == 0
+    groups = json.loads((tmp_path / "w/table.json").read_text())["groups"]
+    assert [(group["weak_size"], group["loss"], group["examples"]) for group in groups] == [
+        ("reward model", "soft", 20),
+        ("reward model", "confidence", 20),
+        ("policy", "hard", 20),
+    ]
+    assert "reward model  reward model  soft" in capsys.readouterr().out

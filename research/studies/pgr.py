@@ -80,6 +80,9 @@ class Group:
 def read_predictions(path: str) -> Predictions:
     """Reads {"gold": class, "probs": [C floats]} lines; the answer is the first of the most probable classes.
 
+    {"rewards": [of chosen, of rejected]} of a pair is read too: its true class is 0, that the chosen answer is the
+    better one, which is also the answer where its reward is the higher one; of equal rewards it is 1.
+
     Raises:
       InputError: a line has no such fields, or holds no probabilities.
     """
@@ -88,19 +91,22 @@ def read_predictions(path: str) -> Predictions:
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
-                probs = np.asarray(record["probs"], np.float64)
-                gold.append(int(record["gold"]))
+                of_pair = "rewards" in record
+                values = np.asarray(record["rewards" if of_pair else "probs"], np.float64)
+                gold.append(0 if of_pair else int(record["gold"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f'{path}:{number}: no {{"gold": class, "probs": [...]}} ({type(error).__name__}: {error}). Label '
-                    "records that have their true class with understudy label."
+                    "records that have their true class with understudy label, or pairs with understudy score --reward."
                 ) from None
-            if probs.ndim != 1 or not np.isfinite(probs).all() or not 0 <= gold[-1] < len(probs):
+            if of_pair and values.shape != (2,):
+                raise InputError(f"{path}:{number}: rewards = {record['rewards']}: a pair has two. Score pairs.")
+            if values.ndim != 1 or not np.isfinite(values).all() or not 0 <= gold[-1] < len(values):
                 raise InputError(
-                    f"{path}:{number}: gold = {gold[-1]}, probs = {record['probs']}: probs must be finite numbers, and "
+                    f"{path}:{number}: gold = {gold[-1]}, probs = {values.tolist()}: probs must be finite numbers, and "
                     "gold the number of one of them. Label the records again."
                 )
-            answers.append(int(probs.argmax()))
+            answers.append(int(values[0] <= values[1]) if of_pair else int(values.argmax()))
     if not gold:
         raise InputError(f"{path}: is empty. Label the test records again.")
     return Predictions(path, np.array(gold), np.array(answers))

@@ -142,9 +142,17 @@ def test_several_classes_and_ties(tmp_path):
     assert (got.gold.tolist(), got.answers.tolist()) == ([2, 0], [1, 0])
 
 
+def test_rewards_of_a_pair_are_read_as_answers(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(f'{{"rewards": {pair}, "chosen": "a"}}\n' for pair in ([2.0, -1], [-3, -2.5], [1, 1])))
+    got = read_predictions(str(path))
+    assert (got.gold.tolist(), got.answers.tolist()) == ([0, 0, 0], [0, 1, 1])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ('{"rewards": [1, 2, 3]}', "x:1: rewards = .* a pair has two"),
         ("{", "x:1: no .*JSONDecodeError"),
         ('{"gold": 1}', "x:1: no .*KeyError: 'probs'"),
         ('{"gold": null, "probs": [1.0]}', "x:1: no .*TypeError"),
