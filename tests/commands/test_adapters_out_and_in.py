@@ -34,6 +34,14 @@ CASES = {
     "gemma3_text": {"kind": "prompt", "tokens": 3},  # whose embeddings are scaled, and virtual tokens not
     "gpt_neox": {"kind": "lora", "rank": 3, "targets": "q|v|o|up", "also": "final_norm/.*"},
     "qwen2": {"kind": "lora", "rank": 2, "targets": "q|v", "also": "embed"},  # whose head is the embedding
+    "mixtral": {
+        "kind": "lora",
+        "rank": 2,
+        "targets": "q|router|gate|up|layers/1/mlp/down",
+        "rank_pattern": {"layers/0/mlp/up": 3},
+        "alpha_pattern": {"layers/1/mlp/router": 5.0},
+    },
+    "qwen3_moe": {"kind": "lora", "rank": 3, "rslora": True, "targets": "up|down", "also": "layers/mlp/router/kernel"},
     "head": {"kind": "lora", "rank": 2, "targets": "q|embed", "also": "head|layers/1/attention_norm/scale"},
     "gpt2": {
         "kind": "lora",

@@ -1,7 +1,7 @@
 """Adapters in folders as PEFT writes them: adapter_config.json and adapter_model.safetensors.
 
-modules.py says which module of transformers is which map of ours, reading.py makes options and parameters of a folder,
-and writing.py the reverse.
+modules.py and experts.py say which module of transformers is which map of ours, reading.py makes options and
+parameters of a folder, and writing.py the reverse.
 """
 
 from research.pretrained.peft.reading import Saved, is_folder, open_folder, understand

@@ -42,6 +42,8 @@ class Module:
     num_in: int
     c: ModelConfig
 
+    num_lead = 0  # how many of a kernel's axes come before those that are summed over
+
     @property
     def name(self) -> str:
         """With {layer} for its number."""
@@ -74,6 +76,10 @@ class Module:
     def outs(self) -> int:
         """The number of outputs, of all maps together."""
         return sum(int(np.prod(shape[self.num_in :])) for shape in self.shapes)
+
+    def rank(self, a: tuple[int, ...]) -> int:
+        """The rank, of an A of this shape in PEFT."""
+        return a[0]
 
     def read_inputs(self, x: np.ndarray) -> np.ndarray:
         """[r, in] of PEFT -> ours [*in, r]."""

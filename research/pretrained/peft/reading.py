@@ -19,7 +19,9 @@ from research import files, params
 from research.errors import InputError
 from research.models import virtual
 from research.models.config import ModelConfig
+from research.pretrained.peft import experts as experts_lib
 from research.pretrained.peft import modules as modules_lib
+from research.pretrained.peft.experts import Experts
 from research.pretrained.peft.modules import Module
 from research.pretrained.readers import Entry, open_file
 
@@ -40,7 +42,7 @@ _HARMLESS = re.compile(
     "auto_mapping|base_model_name_or_path|revision|peft_version|peft_type|task_type|inference_mode|megatron_core|"
     "target_modules|exclude_modules|layers_to_transform|layers_pattern|modules_to_save|bias|fan_in_fan_out|loftq_config|"
     "qalora_group_size|ensure_weight_tying|projection_prng_key|save_projection|d_initial|init_weights|init_ia3_weights|"
-    "runtime_config"
+    "runtime_config|target_parameters"
 )
 _OF_ENCODERS = "encoder_.*|prefix_projection|prompt_tuning_.*|tokenizer_.*|num_layers|num_attention_heads|token_dim"
 _INITS = {True: "default", False: "default", "gaussian": "default", "orthogonal": "default", "eva": "default"}
@@ -202,7 +204,8 @@ class _Reader:
         self.whole: dict[str, Entry] = {}
         self.shared: dict[str, Entry] = {}
         self._left = dict(folder.config)
-        for name, entry in folder.entries.items():
+        for stored, entry in folder.entries.items():
+            name = experts_lib.current_name(stored)
             added = re.fullmatch(r"base_model\.model\.(.+)\.((?:lora|ia3|vera)_\w+)(?:\.weight)?", name)
             if added:
                 self.parts[added[1]][added[2]] = entry
@@ -210,6 +213,7 @@ class _Reader:
                 self.whole[re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", name.removeprefix(_PREFIX))] = entry
             else:
                 self.shared[name.removeprefix("base_model.")] = entry
+        self.parts = experts_lib.gathered(self.parts, family, c)
 
     @property
     def made_for(self) -> str | None:
@@ -232,15 +236,18 @@ class _Reader:
             if not _HARMLESS.fullmatch(name) and value not in (None, False, {}, []):
                 raise _refuse(self.where, name, value)
 
-    def modules(self) -> list[tuple[Module, int | None, dict[str, Entry]]]:
+    def modules(self) -> list[tuple[Module | Experts, int | None, dict[str, Entry]]]:
         """(module, layer, its tensors) of all that the adapter changes; the embedding has no layer.
 
         Raises:
           InputError: the model has no such module.
         """
+        maps: list[Module | Experts] = list(modules_lib.modules(self.family, self.c))
+        if self.folder.config["peft_type"] == "LORA":
+            maps += [*experts_lib.stacked(self.family, self.c), *experts_lib.apart(self.family, self.c)]
         known = {
-            name: (module, at[0] if at else None)
-            for module in modules_lib.modules(self.family, self.c)
+            experts_lib.current_name(name): (module, at[0] if at else None)
+            for module in maps
             for name, at in module.places
         }
         for name in self.parts:
@@ -248,18 +255,18 @@ class _Reader:
                 some = ", ".join(list(dict.fromkeys(module.name for module, _ in known.values())))
                 raise InputError(
                     f"{self.folder.where}: changes {name}, and the model has {some} ({self.c.num_layers} layers). It "
-                    f"was made for {self.made_for!r}: name that model. Experts and "
-                    "heads are changed whole or by an adapter of ours alone."
+                    f"was made for {self.made_for!r}: name that model. Heads are "
+                    "changed whole, and experts all of a layer."
                 )
         return [(*known[name], entries) for name, entries in self.parts.items()]
 
-    def read(self, module: Module, layer: int | None, ending: str, shape: tuple[int, ...]) -> np.ndarray:
+    def read(self, module: Module | Experts, layer: int | None, ending: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor beside a module, in float32.
 
         Raises:
           InputError: it is missing, or has another shape; 0 stands for any number.
         """
-        name = module.tensor.name.format(layer=layer).removesuffix(".weight")
+        name = experts_lib.current_name(module.name.format(layer=layer))
         entry = self.parts[name].get(ending)
         if entry is None:
             raise InputError(f"{self.folder.where}: lacks {ending} of {name}. Save it anew.")
@@ -277,7 +284,7 @@ class _Reader:
         Raises:
           InputError: the model has no such parameter, or it has another shape.
         """
-        targets = [module.tensor.name for module, _, _ in self.modules()]
+        targets = [f"{module.name}.weight" for module, _, _ in self.modules()]
         besides, copies = self._of_model(targets)
         names = [
             path if not at or len(parts) == self.c.num_layers else path.replace("layers/", f"layers/{at[0]}/", 1)
@@ -290,7 +297,8 @@ class _Reader:
     def _of_model(self, targets: list[str]) -> tuple[Leaves, Leaves]:
         """Parameters of the model that the folder has: those that were trained, and an embedding that only stands
         beside what is added to it. `targets` are the tensors that something is added to."""
-        known = modules_lib.parameter_places(self.family, self.c)
+        places = modules_lib.parameter_places(self.family, self.c)
+        known = {experts_lib.current_name(name): place for name, place in places.items()}
         trained: Leaves = collections.defaultdict(dict)
         copies: Leaves = collections.defaultdict(dict)
         for name, entry in self.whole.items():
@@ -341,7 +349,6 @@ class _Lora:
         reader = self.reader
         rank, alpha = reader.take("r", 8), reader.take("lora_alpha", 8)
         alphas, ranks = reader.take("alpha_pattern", {}), reader.take("rank_pattern", {})
-        del ranks  # the tensors' shapes say them
         init = reader.take("init_lora_weights", True)
         if init not in _INITS:
             raise _refuse(
@@ -355,8 +362,10 @@ class _Lora:
         places: dict[str, list[int]] = collections.defaultdict(list)
         rank_pattern, alpha_pattern = {}, {}
         for module, layer, entries in reader.modules():
-            own_rank = entries[_ending("A", module)].shape[0] if _ending("A", module) in entries else rank
-            name = module.tensor.name.format(layer=layer).removesuffix(".weight")
+            own_rank = module.rank(entries[_ending("A", module)].shape) if _ending("A", module) in entries else rank
+            name = module.name.format(layer=layer)
+            if isinstance(module, Experts):
+                self._check_experts(name, module, entries, ranks.get(_pattern_key(ranks, name), rank))
             own_alpha = float(alphas.get(_pattern_key(alphas, name), alpha))
             for path in module.paths:
                 places[path].append(0 if layer is None else layer)
@@ -369,6 +378,15 @@ class _Lora:
         options |= {"rank_pattern": rank_pattern} if rank_pattern else {}
         options |= {"alpha_pattern": alpha_pattern} if alpha_pattern else {}
         return reader.make(options, functools.partial(self.leaves, "dora" in options))
+
+    def _check_experts(self, name: str, module: Experts, entries: Mapping[str, Entry], rank: int) -> None:
+        """Raises InputError where A is of another number of experts. Of other maps the shapes say the rank."""
+        rows = entries["lora_A"].shape[0] if "lora_A" in entries else 0
+        if rows != rank * module.num_experts:
+            raise InputError(
+                f"{self.reader.folder.where}: lora_A of {name} has {rows} rows, and {module.num_experts} experts of "
+                f"rank {rank} ask for another number. It was made for {self.reader.made_for!r}: name that model."
+            )
 
     def leaves(self, dora: bool) -> Leaves:
         """The parameters, by our names."""
@@ -387,13 +405,14 @@ class _Lora:
         return leaves
 
 
-def _ending(letter: str, module: Module) -> str:
+def _ending(letter: str, module: Module | Experts) -> str:
     return f"lora_embedding_{letter}" if module.paths == ("embed",) else f"lora_{letter}"
 
 
 def _pattern_key(patterns: Mapping[str, Any], name: str) -> str:
     """The key of PEFT's rank_pattern or alpha_pattern for a module: the first that the end of its name matches."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), name)
+    names = (name, experts_lib.current_name(name), f"{experts_lib.current_name(name)}.weight")
+    return next((key for key in patterns if any(re.match(rf"(.*\.)?({key})$", each) for each in names)), name)
 
 
 class _Ia3:

@@ -6,8 +6,10 @@ as blocks along the diagonal of a matrix of as many times the rank. Its alpha is
 
 import collections
 import dataclasses
+import functools
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +24,9 @@ from research.models import kernels, virtual
 from research.models.config import ModelConfig
 from research.models.specs import Params, Specs
 from research.pretrained import save
+from research.pretrained.peft import experts as experts_lib
 from research.pretrained.peft import modules as modules_lib
+from research.pretrained.peft.experts import Experts
 from research.pretrained.peft.modules import Module
 from research.pretrained.peft.reading import BASE, CONFIG, TENSORS, Leaves
 
@@ -67,7 +71,8 @@ def leaves_of(values: Params, specs: Specs) -> Leaves:
             rank = ranks[place][at[0] if at else 0]
             if rank == 0:
                 return
-            x = x[..., :rank] if leaf == "a" else x[:rank] if leaf == "b" else x
+            if leaf in ("a", "b"):
+                x = np.take(x, range(rank), axis=_rank_axis(specs, name))
         leaves[name][at] = x
 
     for path, x in params.named_leaves({name: part for name, part in values.items() if name != "layers"}):
@@ -78,6 +83,12 @@ def leaves_of(values: Params, specs: Specs) -> Leaves:
             for i in range(piece.first, piece.stop):
                 keep(f"layers/{path}", (i,), stack[i - piece.first])
     return dict(leaves)
+
+
+def _rank_axis(specs: Specs, name: str) -> int:
+    """Which axis of a parameter of one layer is the rank."""
+    spec = functools.reduce(operator.getitem, name.split("/"), specs)
+    return spec.axes.index("rank") - (spec.axes[0] == "layers")
 
 
 def _ranks(specs: Specs) -> dict[str, list[int]]:
@@ -134,7 +145,7 @@ class _Writer:
 
     def __init__(self, family: ModuleType, c: ModelConfig, trained: Trained):
         self.family, self.c, self.trained = family, c, trained
-        self.modules = modules_lib.modules(family, c)
+        self.modules: list[Module | Experts] = [*modules_lib.modules(family, c), *experts_lib.stacked(family, c)]
         self.tensors: dict[str, np.ndarray] = {}
         head = any(name == "head" for name in trained.leaves)
         task = "CAUSAL_LM" if not c.num_labels else "SEQ_CLS" if head else None
@@ -146,9 +157,9 @@ class _Writer:
         }
         self._kernels: set[str] = set()
 
-    def targets(self, ending: str) -> list[tuple[Module, str, tuple[int, ...], list[str]]]:
+    def targets(self, ending: str) -> list[tuple[Module | Experts, str, tuple[int, ...], list[str]]]:
         """(module, its name, where it is in our stacks, our maps with something beside them) of all modules at which an
-        adapter is; sets target_modules.
+        adapter is; sets target_modules and target_parameters.
 
         Args:
           ending: of the parameters' names, such as "lora/a".
@@ -166,10 +177,11 @@ class _Writer:
         for name, parts in self.trained.leaves.items():
             lost = [at for at in parts if name.endswith(ending) and (name, at) not in written]
             if lost:
-                raise InputError(
-                    f"{name}: is of experts, which transformers keeps as one tensor, and PEFT not. {_MERGE}"
-                )
-        self.config["target_modules"] = self._shortest([name for _, name, _, _ in places])
+                raise InputError(f"{name}: lies beside what PEFT has no module of. {_MERGE}")
+        parameters = {name: parameter for module, name, _, _ in places if (parameter := _parameter(module, name))}
+        self.config["target_modules"] = self._shortest([name for _, name, _, _ in places if name not in parameters])
+        if parameters:
+            self.config["target_parameters"] = self._shortest_parameters(list(parameters.values()))
         self.config["fan_in_fan_out"] = self._inputs_first([module for module, _, _, _ in places])
         self._kernels |= {
             (path if not at else path.replace("layers/", f"layers/{at[0]}/", 1)) + "/kernel"
@@ -192,6 +204,12 @@ class _Writer:
             alike = {other for other in every if other.rpartition(".")[2] == word}
             short[word if alike <= set(names) else name] = None
         return list(short)
+
+    def _shortest_parameters(self, names: Sequence[str]) -> list[str]:
+        """The names, or their last two words where these are of all layers."""
+        short = [".".join(name.split(".")[-2:]) for name in names]
+        whole = {word for word, count in collections.Counter(short).items() if count == self.c.num_layers}
+        return list(dict.fromkeys(word if word in whole else name for word, name in zip(short, names, strict=True)))
 
     def in_front(self, table: np.ndarray, kind: str, width: int, heads: int) -> None:
         """Writes what stands in front of documents: a row for each of its tokens."""
@@ -222,15 +240,20 @@ class _Writer:
             parts = [own[path][at] for path in tensor.paths if at in own.get(path, {})]
             if not parts:
                 continue
+            name = experts_lib.current_name(name)
             if len(parts) < len(tensor.paths):
                 raise InputError(f"{tensor.paths[0]}: is a part of {name} in transformers. {_MERGE}")
             written |= {(path, at) for path in tensor.paths}
             module, _, leaf = name.rpartition(".")
-            of_map = module in {name for m in self.modules for name, _ in m.places}
+            of_map = module in {experts_lib.current_name(name) for m in self.modules for name, _ in m.places}
             if leaf == "bias" and of_map:
                 biases, key = True, f"{module}.{'base_layer.' if self._has_adapter(module) else ''}bias"
             else:
                 self._check_whole(module, own)
+                if self._has_adapter(module):
+                    raise InputError(
+                        f"{tensor.paths[0]}: is trained, and an adapter is beside it. PEFT has one of them. {_MERGE}"
+                    )
                 modules[module], key = None, name
             self.tensors[_PREFIX + key] = save.join(parts, tensor, self.c)
         for name, parts in own.items():
@@ -250,7 +273,8 @@ class _Writer:
     def _check_whole(self, module: str, own: Mapping[str, Any]) -> None:
         """Raises InputError where only a part of a module's parameters is trained, since PEFT saves all."""
         for name, (tensor, at) in modules_lib.parameter_places(self.family, self.c).items():
-            if name.rpartition(".")[0] == module and not all(at in own.get(path, {}) for path in tensor.paths):
+            own_module = experts_lib.current_name(name).rpartition(".")[0]
+            if own_module == module and not all(at in own.get(path, {}) for path in tensor.paths):
                 raise InputError(f"{tensor.paths[0]}: isn't trained, and PEFT saves {module} whole. {_MERGE}")
 
     def marks(self) -> dict[str, tuple[float, float]]:
@@ -266,19 +290,36 @@ def _is_added(name: str) -> bool:
     return any(f"/{kind}/" in f"/{name.removeprefix('embed_')}" for kind in (*kernels.ADDED, *virtual.PARTS))
 
 
+def _parameter(module: Module | Experts, name: str) -> str | None:
+    """What PEFT calls the parameter that it changes, where it doesn't change a linear module: experts and routers."""
+    if isinstance(module, Experts):
+        return name
+    return f"{experts_lib.current_name(name)}.weight" if module.paths == ("layers/mlp/router",) else None
+
+
+def _place(module: Module | Experts, name: str, wrapped: bool) -> str:
+    """Where the tensors beside a module are. PEFT puts an experts' second parameter around the first (`wrapped`)."""
+    if not isinstance(module, Experts):
+        return experts_lib.current_name(name)
+    return f"{name.rpartition('.')[0]}{'.base_layer' if wrapped else ''}"
+
+
 def _write_lora(writer: _Writer) -> None:
     ranks, alphas = {}, {}
     dora = False
-    for module, name, at, own in writer.targets("lora/a"):
+    targets = writer.targets("lora/a")
+    down = {at for module, _, at, own in targets if isinstance(module, Experts) and len(module.paths) == 1}
+    for module, name, at, own in targets:
         low = [_low_rank(writer, path, at) if path in own else None for path in module.paths]
         a, b, scale = _fused(module, low)
         embed = module.paths == ("embed",)
-        key = f"{_PREFIX}{name}.lora_"
+        key = f"{_PREFIX}{_place(module, name, len(module.paths) > 1 and at in down)}.lora_"
         ending = "" if embed else ".weight"
         writer.tensors[f"{key}{'embedding_' if embed else ''}A{ending}"] = module.write_inputs(a)
         writer.tensors[f"{key}{'embedding_' if embed else ''}B{ending}"] = module.write_outputs(b)
-        ranks[name] = a.shape[-1]
-        alphas[name] = _alpha(scale, ranks[name], writer.trained.rslora)
+        known = _parameter(module, name) or name
+        ranks[known] = a.shape[-1]
+        alphas[known] = _alpha(scale, ranks[known], writer.trained.rslora)
         if any(at in writer.trained.leaves.get(_beside(path, "lora/magnitude"), {}) for path in own):
             if len(own) < len(module.paths):
                 raise InputError(f"{own[0]}: is a part of {name} in transformers, and DoRA is of all of it. {_MERGE}")
@@ -316,21 +357,23 @@ def _low_rank(writer: _Writer, path: str, at: tuple[int, ...]) -> tuple[np.ndarr
 
 
 def _fused(
-    module: Module, parts: Sequence[tuple[np.ndarray, np.ndarray, float] | None]
+    module: Module | Experts, parts: Sequence[tuple[np.ndarray, np.ndarray, float] | None]
 ) -> tuple[np.ndarray, list[np.ndarray], float]:
-    """The low-rank parts of a module's maps as one: a [*in, R], b [R, *out] for each map, and the scale."""
+    """The low-rank parts of a module's maps as one: a [*lead, *in, R], b [*lead, R, *out] of each map, the scale."""
     there = [part for part in parts if part is not None]
     a, _, scale = there[0]
     if len(there) == len(parts) and all(np.array_equal(a, other) and scale == s for other, _, s in there):
         return a, [b for _, b, _ in there], scale
     scale = max(s for _, _, s in there)
     total, start, blocks = sum(a.shape[-1] for a, _, _ in there), 0, []
+    lead = module.num_lead
     for shape, part in zip(module.shapes, parts, strict=True):
-        block = np.zeros((total, *shape[module.num_in :]), np.float32)
+        block = np.zeros((*shape[:lead], total, *shape[lead + module.num_in :]), np.float32)
         if part is not None:
             _, b, own = part
-            block[start : start + len(b)] = b * np.float32(own / scale)
-            start += len(b)
+            rows = (slice(None),) * lead + (slice(start, start + b.shape[lead]),)
+            block[rows] = b * np.float32(own / scale)
+            start += b.shape[lead]
         blocks.append(block)
     return np.concatenate([a for a, _, _ in there], axis=-1), blocks, scale
 
