@@ -98,6 +98,7 @@ def log_probs(
     *,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    frozen_entropy: bool = False,
     chunk: int | None = None,
 ) -> LogProbs:
     """log p(target) and the entropy of p = softmax(logits / temperature); their gradient computes each chunk's logits
@@ -107,9 +108,11 @@ def log_probs(
       hidden, head, targets, chunk: see `cross_entropy`.
       temperature: above 0.
       vocab_size: p is over the ids below it, as a sampler's is that never chooses the others; None: over all V.
+      frozen_entropy: the entropy has no gradient, and costs none.
     """
-    compare = functools.partial(_compare_log_probs, _Sampled(temperature, vocab_size))
-    return token_values(compare, hidden, head, targets, chunk=chunk)
+    compare = functools.partial(_compare_log_probs, _Sampled(temperature, vocab_size), frozen_entropy)
+    out = token_values(compare, hidden, head, targets, chunk=chunk)
+    return out._replace(entropy=jax.lax.stop_gradient(out.entropy)) if frozen_entropy else out
 
 
 class TargetLogProbs(NamedTuple):
@@ -225,20 +228,29 @@ def _target_gradient(
     return g * weights[:, :, None]
 
 
-def _compare_log_probs(sampled: _Sampled, logits: Float[Array, "B t V"], targets: Int[Array, "B t"]) -> Comparison:
+def _compare_log_probs(
+    sampled: _Sampled, frozen_entropy: bool, logits: Float[Array, "B t V"], targets: Int[Array, "B t"]
+) -> Comparison:
     """LogProbs."""
     chunk = _Chunk(sampled.logits(logits), targets)
     log_p = chunk.log_p
     # 0 and not NaN where a token can't come.
     entropy = -jnp.sum(jnp.exp(log_p) * jnp.maximum(log_p, _LOWEST), axis=-1)
     values = LogProbs(-(chunk.logsumexp - chunk.target_logit), entropy)
-    return Comparison(values, None, lambda weights: sampled.gradient(_log_probs_gradient(chunk, entropy, weights)))
+
+    def gradient(weights: LogProbs) -> Float[Array, "B t V"]:
+        of_entropy = None if frozen_entropy else entropy
+        return sampled.gradient(_log_probs_gradient(chunk, of_entropy, weights))
+
+    return Comparison(values, None, gradient)
 
 
-def _log_probs_gradient(chunk: _Chunk, entropy: Float[Array, "B t"], weights: LogProbs) -> Float[Array, "B t V"]:
-    """By the logit of v they are [v = target] - p_v and -p_v (log p_v + entropy)."""
+def _log_probs_gradient(chunk: _Chunk, entropy: Float[Array, "B t"] | None, weights: LogProbs) -> Float[Array, "B t V"]:
+    """By the logit of v they are [v = target] - p_v and -p_v (log p_v + entropy); without `entropy` the first alone."""
     p = jnp.exp(chunk.log_p)
     g = (p - jnp.where(chunk.at_target, 1.0, 0.0)) * -weights.target[:, :, None]
+    if entropy is None:
+        return g
     return g - weights.entropy[:, :, None] * (p * (jnp.maximum(chunk.log_p, _LOWEST) + entropy[:, :, None]))
 
 

@@ -192,13 +192,13 @@ _CLIPS = ("clip_low", "clip_high")
 LOSSES: dict[str, Loss] = {
     "reinforce": Loss(
         reinforce,
-        "REINFORCE, Williams 1992, doi:10.1007/BF00992696, equation 11; of GPG, arXiv:2504.02546, equation 4",
+        "REINFORCE, Williams 1992, doi:10.1007/BF00992696; GPG's too, arXiv:2504.02546",
         ratio=False,
     ),
     "ppo": Loss(
         ppo,
-        "PPO, arXiv:1707.06347, equation 7; dual clip arXiv:1912.09729, equation 5; other bounds above and below "
-        "DAPO, arXiv:2503.14476, equation 10",
+        "PPO, arXiv:1707.06347, equation 7; dual clip arXiv:1912.09729; different bounds above and below DAPO, "
+        "arXiv:2503.14476, equation 8",
         takes=(*_CLIPS, "dual_clip"),
     ),
     "ppo_sequence": Loss(
@@ -224,7 +224,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "gmpo": Loss(
         gmpo,
-        "GMPO, arXiv:2507.20673, equation 4",
+        "GMPO, arXiv:2507.20673",
         takes=_CLIPS,
         defaults={"clip_low": 0.4, "clip_high": 0.4},
         aggregation="seq-mean-token-mean",
@@ -232,7 +232,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "sapo": Loss(
         sapo,
-        "SAPO, arXiv:2511.20347, equations 5 and 6",
+        "SAPO, arXiv:2511.20347",
         takes=("tau_pos", "tau_neg"),
         aggregation="seq-mean-token-mean",
     ),
@@ -302,7 +302,7 @@ KL: dict[str, Kl] = {
         lambda p, ref, r: jnp.exp(_bounded(r)) * k3(p, ref),
         _REVERSE,
         False,
-        "DeepSeek-V3.2, arXiv:2512.02556, section 3.1; TRL's use_bias_correction_kl",
+        "DeepSeek-V3.2, arXiv:2512.02556, equation 7; TRL's use_bias_correction_kl",
     ),
 }
 

@@ -187,19 +187,19 @@ def none(rewards: Float[np.ndarray, "P G"], facts: Facts) -> Float[np.ndarray, "
 KINDS: dict[str, Kind] = {
     "group": Kind(
         group,
-        "GRPO, arXiv:2402.03300, section 4.1.2; with scale = 'none' Dr. GRPO, arXiv:2503.20783, section 3.2",
+        "GRPO, arXiv:2402.03300, section 4.1.2; with scale = 'none' Dr. GRPO, arXiv:2503.20783",
         compares=True,
     ),
     "gpg": Kind(
         group,
-        "GPG, arXiv:2504.02546, equation 7: group, times (answers / answers in groups that don't agree)",
+        "GPG, arXiv:2504.02546: group, times (answers / answers in groups that don't agree)",
         compares=True,
     ),
-    "leave_one_out": Kind(leave_one_out, "RLOO, arXiv:2402.14740, section 3.3", compares=True),
-    "opo": Kind(opo, "OPO, arXiv:2505.23585, section 4", compares=True, reads=("lengths",)),
+    "leave_one_out": Kind(leave_one_out, "RLOO, arXiv:2402.14740", compares=True),
+    "opo": Kind(opo, "OPO, arXiv:2505.23585", compares=True, reads=("lengths",)),
     "batch": Kind(batch, "REINFORCE++, arXiv:2501.03262, with whitening over answers"),
-    "ema": Kind(ema, "Williams 1992, doi:10.1007/BF00992696, section 4: reinforcement comparison", reads=("average",)),
-    "greedy": Kind(greedy, "ReMax, arXiv:2310.10505, equation 4", reads=("greedy",)),
+    "ema": Kind(ema, "reinforcement comparison, Williams 1992, doi:10.1007/BF00992696", reads=("average",)),
+    "greedy": Kind(greedy, "ReMax, arXiv:2310.10505", reads=("greedy",)),
     "none": Kind(none, "REINFORCE, Williams 1992, doi:10.1007/BF00992696, without a baseline"),
 }
 
@@ -284,7 +284,7 @@ def whiten(
 
 def returns_to_go(rewards: Float[Array, "B T"], mask: Float[Array, "B T"], gamma: float = 1.0) -> Float[Array, "B T"]:
     """The sum of a token's reward and those of later tokens of its answer, each discounted by gamma for each token
-    between; 0 outside of `mask` (REINFORCE++, arXiv:2501.03262, equation 6)."""
+    between; 0 outside of `mask` (REINFORCE++, arXiv:2501.03262, equation 8)."""
 
     def step(later: Float[Array, " B"], token: tuple[Array, Array]) -> tuple[Array, Array]:
         reward, inside = token
