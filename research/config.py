@@ -16,7 +16,10 @@ from research.errors import MOST_SEED, InputError, did_you_mean
 from research.models import adapters, added_rows
 from research.models.config import ModelConfig
 from research.ops import quantized
-from research.rollouts.answers import RolloutSpec
+from research.rollouts import rewards
+from research.rollouts import spec as rollout_spec
+from research.rollouts.advantages import AdvantageSpec
+from research.rollouts.spec import RolloutSpec
 from research.sources import spec
 from research.sources.spec import DataSection, DataSpec
 from research.sources.tokenizers import TokenizerSpec
@@ -188,6 +191,10 @@ class Config:
       objective: what is learned: {"terms": {name: weight or {options}}}. docs/objectives.md describes it.
       optimizer: how the parameters follow the gradient.
       rollout: the policy answers the prompts of the data itself, for on-policy objectives.
+      rewards: what judges the policy's answers, for reinforcement learning: {name: weight or {"reward": ..., "weight":
+        ..., and options}}. The batches are then answers of the policy, `batch_size` of them in an update, and carry an
+        `advantage`. {}: the run learns from the data's answers. docs/rl.md describes it.
+      advantage: with `rewards`: how advantages are made of them.
       checkpoint: when to save, and what to keep.
       eval: evaluation on held-out data.
       log: where metrics go.
@@ -217,6 +224,8 @@ class Config:
     data: DataSection = DataSection()
     objective: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"terms": {"next_token": 1.0}})
     rollout: RolloutSpec = RolloutSpec()
+    rewards: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    advantage: AdvantageSpec = AdvantageSpec()
     optimizer: optim.OptimizerSpec = optim.OptimizerSpec()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -282,10 +291,8 @@ def check(config: Config, *, num_devices: int) -> None:
         _check_ahead(config, adapter, model.max_length)
     spec.check(data_spec(config))
     optim.make_schedule(config.optimizer, config.steps)
-    if config.rollout.share and config.data.pack:
-        raise InputError(
-            f"rollout.share = {config.rollout.share}: the policy answers one prompt a row. Set data.pack = False."
-        )
+    rewards.load(config.rewards)
+    rollout_spec.check(config.rollout, config.rewards, config.advantage, config.batch_size, config.data.pack)
 
 
 def _check_ahead(config: Config, adapter: adapters.Adapter, max_length: int) -> None:
@@ -525,7 +532,7 @@ def with_added_rows(config: Config, rows: int, first: int, stop: int) -> Config:
 def data_spec(config: Config) -> DataSpec:
     values = _values(config.data, DataSection)
     values["num_classes"] = config.data.num_classes or config.model.num_labels
-    return DataSpec(**values, seq_len=config.seq_len)
+    return DataSpec(**values, seq_len=config.seq_len, keep_records=bool(config.rewards))
 
 
 def _values(section: Any, cls: type) -> dict[str, Any]:

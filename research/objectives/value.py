@@ -59,17 +59,6 @@ def critic_values(forward: Forward, trunk: bool = True) -> Float[Array, "B T"]:
     return forward.head("critic").logits(jax.lax.stop_gradient(forward.hidden("critic")))[..., 0]
 
 
-def at_tokens(values: Float[Array, "B T"], batch: Batch) -> Float[Array, "B T"]:
-    """What positions that predict hold, placed at the tokens that they predict where these are an answer's; else 0."""
-    values = jnp.where(next_token_targets(batch, batch["loss_mask"])[1] > 0, values, 0)
-    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
-
-
-def at_predicting(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """The inverse of `at_tokens`: what stands at a token, placed at the position before it."""
-    return jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
-
-
 @dataclasses.dataclass(frozen=True)
 class Value:
     """The loss of a critic. The attributes are the options of `make`."""
@@ -90,14 +79,13 @@ class Value:
     def gather(self, forward: Forward, batch: Batch) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """The sum of each row's returns, and of how many tokens."""
         weights = next_token_targets(batch, batch["loss_mask"])[1]
-        returns = at_predicting(batch["returns"])
-        return jnp.sum(returns * weights, axis=1), jnp.sum(weights, axis=1)
+        return jnp.sum(batch["returns"] * weights, axis=1), jnp.sum(weights, axis=1)
 
     def loss(self, forward: Forward, batch: Batch, context: Context) -> LossOut:
         """The loss, and as metrics `explained_variance` (1 - mean squared error / variance of the whole batch's
         returns), `clipped`, the share of tokens whose value was held, and the means `value` and `returns`."""
         weights = next_token_targets(batch, batch["loss_mask"])[1]
-        old, returns = at_predicting(batch["value"]), at_predicting(batch["returns"])
+        old, returns = batch["value"], batch["returns"]
         values = critic_values(forward, self.trunk).astype(jnp.float32)
         losses, held = value_losses(values, old, returns, self.clip)
         weight, sums, counts = jnp.sum(weights), *context.gathered

@@ -35,9 +35,8 @@ class Described:
 
     def assemble(self) -> Any:
         """The run's models and programs: research.run's Parts, with abstract arrays."""
-        return assemble.assemble(
-            self.config, objectives.load(self.config.objective), self.mesh, batch_spec(self.config), self.vocab_size
-        )
+        terms = objectives.load(self.config.objective, sampler=assemble.sampler(self.config, self.vocab_size))
+        return assemble.assemble(self.config, terms, self.mesh, batch_spec(self.config), self.vocab_size)
 
 
 def describe(config: Config, devices: Any = None) -> Described:

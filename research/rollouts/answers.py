@@ -1,6 +1,5 @@
-"""Answers by the policy itself in place of the data's, for on-policy distillation and reinforcement learning."""
+"""Answers by the policy itself in place of the data's, for on-policy distillation."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,47 +9,11 @@ from jaxtyping import Array, Bool, Int
 
 from research.errors import InputError
 from research.models.generation import make_generate
-from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
+from research.rollouts.spec import RolloutSpec
 
 Batch = Mapping[str, jax.Array]
 Rollout = Callable[[Any, Batch, jax.Array], dict[str, jax.Array]]
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutSpec:
-    """How the policy answers.
-
-    Attributes:
-      share: of the rows, by chance anew at each step; the others keep the data's answer. 0: none. GKD's lambda
-        (arXiv:2306.13649, algorithm 1) is this share.
-      max_new_tokens: the longest answer. A row whose prompt leaves less room keeps the data's answer.
-      temperature: logits are divided by it; 0 takes the likeliest token.
-      top_k: only this many of the likeliest tokens are sampled; 0 is all.
-      top_p: only the fewest of the likeliest tokens whose probabilities add up to this (arXiv:1904.09751).
-      slots: how many rows are decoded at once, for less memory; others follow as these end. 0: all.
-    """
-
-    share: float = 0.0
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    slots: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise InputError(f"rollout.share = {self.share}: must be in [0, 1].")
-        if self.slots < 0:
-            raise InputError(f"rollout.slots = {self.slots}: must be at least 0, which decodes all rows at once.")
-        try:
-            self.sampling(())
-        except InputError as error:
-            raise InputError(str(error).replace("sampling.", "rollout.", 1)) from error
-
-    def sampling(self, stop_tokens: tuple[int, ...]) -> SamplingConfig:
-        """How the tokens of an answer are chosen."""
-        return SamplingConfig(self.max_new_tokens, self.temperature, self.top_k, self.top_p, stop_tokens=stop_tokens)
 
 
 def make_rollout(

@@ -34,7 +34,7 @@ class Experience(NamedTuple):
       spec: field -> ShapeDtypeStruct with sharding, of the batches that the step is traced with.
       buffer: ShapeDtypeStructs with shardings of Place.buffer; a checkpoint is restored onto them, whatever mesh it was
         saved on.
-      init: () -> the place before the first batch.
+      init: () -> the place before the first batch. A source begins to be read.
       next: (train state, frozen parameters by role, place) -> (batch, the next place, metrics). Its result depends on
         its arguments alone.
     """
@@ -57,11 +57,16 @@ def make(batches: Prefetch, spec: Mapping[str, jax.ShapeDtypeStruct], rollout: R
 def from_source(batches: Prefetch, spec: Mapping[str, jax.ShapeDtypeStruct]) -> Experience:
     """Passes the batches of a source on."""
 
+    def init() -> Place:
+        first = batches.source.init()
+        batches.start(first)
+        return Place(first)
+
     def step(state: Any, frozen: Any, place: Place) -> tuple[Batch, Place, Metrics]:
         batch, source = batches.next(place.source)
         return batch, place._replace(source=source), {}
 
-    return Experience(spec, (), lambda: Place(batches.source.init()), step)
+    return Experience(spec, (), init, step)
 
 
 def answered(experience: Experience, rollout: Rollout) -> Experience:

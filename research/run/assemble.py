@@ -19,7 +19,10 @@ from research.config import Config
 from research.devices import compilation, distributed, memory, sharding
 from research.errors import InputError, did_you_mean
 from research.models import adapters, transformer
+from research.objectives import terms as terms_lib
 from research.objectives.terms import Terms, init_carry
+from research.objectives.types import Sampler
+from research.rollouts import scores as scores_lib
 from research.rollouts.answers import make_rollout
 from research.run import roles as roles_lib
 from research.sources import fields
@@ -39,6 +42,7 @@ class Parts(NamedTuple):
     step: Callable[..., tuple[train.TrainState, train.Metrics]]  # (state, frozen, batch, rates) -> (state, metrics)
     evaluate: Callable[..., train.Metrics]
     rollout: Callable[..., dict[str, jax.Array]] | None  # (state, frozen, batch) -> batch with answers of the policy
+    scores: Callable[..., dict[str, jax.Array]] | None  # (state, frozen, batch) -> what models say of it; see Scores
     state: train.TrainState  # ShapeDtypeStructs with shardings
     frozen: dict[str, Any]  # the same, of the parameters of each role that aren't trained
     batch: dict[str, jax.ShapeDtypeStruct]
@@ -124,8 +128,9 @@ def assemble(
         begin=jax.jit(beginning.draw, out_shardings=where, compiler_options=compiler_options),
         init_state=jax.jit(beginning.state, out_shardings=where[0], donate_argnums=0),
         step=jax.jit(step, donate_argnums=0, out_shardings=(where[0], None), compiler_options=compiler_options),
-        evaluate=jax.jit(train.EvalStep(terms, models, sources)),
+        evaluate=jax.jit(train.EvalStep(terms_lib.on_data(terms), models, sources)),
         rollout=_make_rollout(config, models["policy"], tokenizer.stop if tokenizer else (), vocab_size, rows),
+        scores=_make_scores(config, models, vocab_size, batch, mesh),
         state=state,
         frozen=frozen,
         batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows[k]) for k, v in batch.items()},
@@ -351,6 +356,33 @@ def _make_rollout(
     return jax.jit(rollout, out_shardings=placed)
 
 
+def sampler(config: Config, vocab_size: int) -> Sampler:
+    """What the policy's answers are drawn from, where rewards judge them.
+
+    Args:
+      config: of the run.
+      vocab_size: of the tokenizer.
+    """
+    if not config.rewards:
+        return Sampler(vocab_size=vocab_size)
+    return Sampler(config.rollout.temperature, vocab_size, config.rollout.cut_short)
+
+
+def _scored(config: Config, batch: Batch) -> tuple[str, ...]:
+    """The batch fields that models give before a rollout's first update."""
+    return tuple(name for name in scores_lib.ROLES if name in batch) if config.rewards else ()
+
+
+def _make_scores(
+    config: Config, models: Mapping[str, transformer.Model], vocab_size: int, batch: Batch, mesh: Any
+) -> Callable[..., dict[str, jax.Array]] | None:
+    """See Scores, jitted, the results on every device; None where models are to say nothing."""
+    if not (names := _scored(config, batch)):
+        return None
+    scores = scores_lib.Scores(models, names, sampler(config, vocab_size))
+    return jax.jit(scores, out_shardings=sharding.named(mesh, ()))
+
+
 def _place_state(beginning: Beginning, abstract: dict[str, Any], mesh: Any) -> train.TrainState:
     """The abstract TrainState: moments lie where their parameters lie, all else on every device."""
     replicated = sharding.named(mesh, ())
@@ -388,22 +420,42 @@ def _check_reads(config: Config, terms: Terms, models: Mapping[str, Any], batch:
         for field in term.objective.fields:
             if field not in batch:
                 raise InputError(
-                    f"objective.terms.{name}: reads the batch field {field!r}, which data.path = "
-                    f"{config.data.path!r} doesn't give.{did_you_mean(field, batch)}"
+                    f"objective.terms.{name}: reads the batch field {field!r}, {_why_absent(config, field, batch)}"
                 )
     read = {role for term in terms.values() for role in term.objective.trainable + term.objective.frozen}
+    for field in _scored(config, batch):
+        role = scores_lib.ROLES[field]
+        if role not in models:
+            raise InputError(
+                f"roles: none is called {role!r}, and the objective reads what it says of answers (the batch field "
+                f'{field!r}). Name it: roles = {{"{role}": {{"init_from": ...}}}}.'
+            )
+        read.add(role)
     read |= {models[role].of for role in read}  # whose trunk they share
     if unread := [role for role in config.roles if role not in read]:
         raise InputError(f"roles.{unread[0]}: no term of the objective reads it. Leave it out, or add the term.")
 
 
+def _why_absent(config: Config, field: str, batch: Batch) -> str:
+    """Why a batch lacks a field that a term reads, and what to do about it; ends a sentence."""
+    if config.rewards:
+        return "and with rewards batches are answers of the policy, of which nothing says that. Leave the term out."
+    if field in (name for group in ("rollout", "old", "critic") for name in fields.group(group)):
+        return 'which is made of rewards, and there are none. Name some, such as rewards = {"exact_match": 1.0}.'
+    return f"which data.path = {config.data.path!r} doesn't give.{did_you_mean(field, batch)}"
+
+
 def _check_answers(config: Config, policy: transformer.Model) -> None:
     """Raises InputError where the policy is to write answers, and can't."""
     generate = config.eval.generate if config.eval.every else 0
-    for field, value in (("rollout.share", config.rollout.share), ("eval.generate", generate)):
+    for field, value, remedy in (
+        ("rollout.share", config.rollout.share, "Set it to 0."),
+        ("eval.generate", generate, "Set it to 0."),
+        ("rewards", dict(config.rewards), "Leave them out."),
+    ):
         if value and (policy.config.num_labels or not policy.config.causal):
             raise InputError(
-                f"{field} = {value}: the policy is {policy.config.kind}, and can't write answers. Set it to 0."
+                f"{field} = {value}: the policy is {policy.config.kind}, and can't write answers. {remedy}"
             )
 
 

@@ -18,6 +18,7 @@ from research.evals import tasks as eval_tasks
 from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
 from research.objectives import Term, Terms
+from research.objectives.terms import on_data
 from research.run import metrics
 from research.run.assemble import Parts
 from research.run.resolve import Inputs
@@ -34,7 +35,7 @@ class Evaluation:
     Attributes:
       config: of the run.
       writer: where scores and samples go.
-      terms: of the objective.
+      terms: of the objective, but for those about rewards.
       loss: (params, frozen, carry) -> scores of the held-out rows.
       answers: (policy's params, key) -> scores and samples of the held-out prompts; None where there are none.
       tasks: those of `eval.tasks`.
@@ -109,21 +110,6 @@ def make_evaluation(
     if not inputs.config.eval.every:
         return None
     config, data, tokenizer = inputs.config, inputs.data, inputs.data.tokenizer
-    batches = list(
-        dataset.eval_batches(data.held_out, config.batch_size, config.eval.batches or None, mine=inputs.rows)
-    )
-    first = next(iter(parts.terms.values()))
-    loss = perplexity.make_perplexity(
-        distributed.one_at_a_time(parts.evaluate),
-        batches,
-        tokenizer.token_bytes(),
-        use_loss_mask=any("loss_mask" in term.objective.fields for term in parts.terms.values()),
-        view=functools.partial(
-            _counted, first, sorted(config.data.sources), any(model.config.prefix for model in parts.models.values())
-        ),
-        put=inputs.put,
-        with_bytes=first.objective.bits_per_byte,
-    )
     records = data.held_out_records[: config.eval.generate]
     answers = None
     if records:
@@ -136,4 +122,31 @@ def make_evaluation(
             template=data.held_out_templates[: config.eval.generate],
             batch_size=min(len(records), ANSWERS_AT_ONCE),
         )
-    return Evaluation(config, writer, parts.terms, loss, answers, loaded)
+    terms = on_data(parts.terms)
+    loss = _make_loss(inputs, parts, terms) if terms else _no_loss
+    return Evaluation(config, writer, terms, loss, answers, loaded)
+
+
+def _no_loss(*_: Any) -> dict[str, float]:
+    """The scores of held-out rows where all terms are about rewards of the policy's own answers."""
+    return {}
+
+
+def _make_loss(inputs: Inputs, parts: Parts, terms: Terms) -> Callable[..., dict[str, float]]:
+    """(params, frozen, carry) -> what terms say of the held-out rows."""
+    config, data = inputs.config, inputs.data
+    batches = list(
+        dataset.eval_batches(data.held_out, config.batch_size, config.eval.batches or None, mine=inputs.rows)
+    )
+    first = next(iter(terms.values()))
+    return perplexity.make_perplexity(
+        distributed.one_at_a_time(parts.evaluate),
+        batches,
+        data.tokenizer.token_bytes(),
+        use_loss_mask=any("loss_mask" in term.objective.fields for term in terms.values()),
+        view=functools.partial(
+            _counted, first, sorted(config.data.sources), any(model.config.prefix for model in parts.models.values())
+        ),
+        put=inputs.put,
+        with_bytes=first.objective.bits_per_byte,
+    )

@@ -19,8 +19,9 @@ from research.errors import InputError
 from research.evals import tasks as eval_tasks
 from research.models import adapters
 from research.objectives import Terms
-from research.run import checkpoint, metrics, resume
+from research.run import assemble, checkpoint, metrics, resume, rollouts
 from research.sources import annotations, dataset, fields, identity, tokenizers
+from research.sources.prompts import Prompts
 from research.sources.types import Source
 
 
@@ -36,7 +37,9 @@ class Inputs:
       bases: role -> the model that its parameters are read from.
       terms: the objective's, by name.
       data: tokenised, split and laid into rows.
-      source: of batches for training.
+      source: of the data's rows.
+      batch: the fields of a batch for training: the source's, or with rewards those of answers.
+      prompts: what the policy answers, where rewards judge that; else None.
       rows: numbers of the rows of a global batch that this process holds.
       changes: what differs from what the run last ran with, where it goes on.
       data_identity: what the data is made of; see sources.identity.
@@ -52,6 +55,8 @@ class Inputs:
     terms: Terms
     data: dataset.Data
     source: Source
+    batch: fields.Spec
+    prompts: Prompts | None
     rows: list[int]
     changes: list[resume.Change]
     data_identity: dict[str, Any]
@@ -118,7 +123,21 @@ def resolve(
         data.train, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle, mine=rows
     )
     return Inputs(
-        config, workdir, resumed, mesh, bases, terms, data, source, rows, changes, data_identity, tasks, frozen_sources
+        config=config,
+        workdir=workdir,
+        resumed=resumed,
+        mesh=mesh,
+        bases=bases,
+        terms=terms,
+        data=data,
+        source=source,
+        batch=rollouts.batch_spec(config, terms, source.spec),
+        prompts=rollouts.make_prompts(config, data, virtual_ids(config, tokenizer.size)),
+        rows=rows,
+        changes=changes,
+        data_identity=data_identity,
+        tasks=tasks,
+        frozen_sources=frozen_sources,
     )
 
 
@@ -243,7 +262,7 @@ def read_data(
       InputError: the data, the tokenizer, the objective and the models don't go together.
     """
     spec = config_lib.data_spec(config)
-    terms = objectives.load(config.objective, tokenizer)
+    terms = objectives.load(config.objective, tokenizer, assemble.sampler(config, tokenizer.size))
     for term in terms.values():
         term.source_numbers(sorted(spec.sources))
     teacher = _teacher_tokenizer(config, bases, terms)

@@ -89,6 +89,9 @@ _SEED = Rule(Effect.REFUSED, "the parameters began with it, and it orders the da
 _ROWS = Rule(Effect.REFUSED, "rows would be laid out anew, and the place in the data would be another")
 _TOKENIZER = Rule(Effect.REFUSED, "the parameters are of the tokens that the run began with")
 _TRAINED = Rule(Effect.REFUSED, "the checkpoint holds what was trained, and its optimizer's state")
+_ROLLOUT = Rule(
+    Effect.REFUSED, "the checkpoint holds the answers of a rollout, some of which may not be trained on yet"
+)
 _STATE = Rule(Effect.REFUSED, "the optimizer's state in the checkpoint is of another kind")
 _AVERAGE = Rule(Effect.SAID, "the checkpoint has a moving average, or has none", switch=True)
 _HELD = Rule(Effect.SAID, "what is trained was trained beside the kernels as they were held", apart=quantized.KINDS)
@@ -139,7 +142,14 @@ FIELDS: dict[str, Rule] = {
         "num_classes prompt examples max_records annotations",
     ),
     "data.cache_dir": _FREE,
-    **_rules(_SAID, "rollout", "share max_new_tokens temperature top_k top_p slots"),
+    **_rules(
+        _SAID,
+        "rollout",
+        "share epochs filter_rounds truncated max_new_tokens temperature top_k top_p min_p slots",
+    ),
+    **_rules(_ROLLOUT, "rollout", "prompts answers"),
+    **_rules(_SAID, "", "rewards"),
+    **_rules(_SAID, "advantage", "kind scale whiten combine clip epsilon decay"),
     **_rules(_STATE, "optimizer", "name scale_by_parameter factor_min_size mu_dtype groups"),
     **_rules(_SWITCH, "optimizer", "weight_decay clip_norm"),
     **_rules(
@@ -240,6 +250,7 @@ def check(workdir: str, before: Config, now: Config) -> list[Change]:
       InputError: a change can't be honoured; the message names it.
     """
     differences = changes(before, now)
+    _check_rewards(workdir, before, now)
     refused = [change for change in differences if change.rule().effect == Effect.REFUSED]
     if refused:
         reasons = dict.fromkeys(change.rule().why for change in refused)
@@ -248,6 +259,20 @@ def check(workdir: str, before: Config, now: Config) -> list[Change]:
             f"run began with, or {_remedy(workdir)}"
         )
     return differences
+
+
+def _check_rewards(workdir: str, before: Config, now: Config) -> None:
+    """Raises InputError where a run's batches would no longer be, or become, the answers of its checkpoint."""
+    what = ""
+    if bool(before.rewards) != bool(now.rewards):
+        what = f"rewards = {dict(before.rewards)} -> {dict(now.rewards)}"
+    elif now.rewards and before.batch_size != now.batch_size:
+        what = f"batch_size = {before.batch_size} -> {now.batch_size}"
+    if what:
+        raise InputError(
+            f"{what}: can't change in {workdir}, where the run goes on: with rewards {_ROLLOUT.why}. Set what the run "
+            f"began with, or {_remedy(workdir)}"
+        )
 
 
 def task_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[Change]:

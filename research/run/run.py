@@ -12,7 +12,7 @@ from research import loading
 from research.config import Config
 from research.devices import distributed, startup
 from research.rollouts import experience as experience_lib
-from research.run import assemble, evaluation, record, resolve, resume
+from research.run import assemble, evaluation, record, resolve, resume, rollouts
 from research.run.checkpoint import Checkpointer, make_checkpointer
 from research.run.loop import Loop, Preempted, stop_on_signals
 from research.run.window import Diverged, Window
@@ -39,7 +39,8 @@ def run(
       command: for the record.
       devices: to make the mesh of; by default all.
       stop: is set where SIGTERM or SIGINT comes, so that the caller knows of one that comes at the run's end.
-      make_experience: (source, batch, rollout) -> where the batches come from; see rollouts.experience.
+      make_experience: (source, batch, rollout) -> where the batches of a run without rewards come from; see
+        rollouts.experience.
 
     Raises:
       InputError: something in the config can't work. Nothing has been written.
@@ -51,19 +52,21 @@ def run(
         return record.stay_finished(config, workdir)
     inputs = resolve.resolve(config, workdir, devices)
     config, tokenizer = inputs.config, inputs.data.tokenizer
-    parts = assemble.assemble(
-        config, inputs.terms, inputs.mesh, inputs.source.spec, tokenizer.size, tokenizer=tokenizer
-    )
+    parts = assemble.assemble(config, inputs.terms, inputs.mesh, inputs.batch, tokenizer.size, tokenizer=tokenizer)
     assemble.check_memory(config, parts, inputs.mesh)
     tasks = evaluation.load_tasks(config, parts.models["policy"], inputs.data)
 
     with jax.set_mesh(inputs.mesh), contextlib.ExitStack() as stack:
         program = assemble.compile_step(parts, stack)
-        batches = stack.enter_context(Prefetch(inputs.source, inputs.put))
-        rollout = parts.rollout and distributed.one_at_a_time(parts.rollout)
-        experience = make_experience(batches, parts.batch, rollout)
+        if inputs.prompts is None:
+            batches = stack.enter_context(Prefetch(inputs.source, inputs.put))
+            rollout = parts.rollout and distributed.one_at_a_time(parts.rollout)
+            experience = make_experience(batches, parts.batch, rollout)
+        else:
+            judge, virtual = rollouts.make_judge(config, stack), resolve.virtual_ids(config, tokenizer.size)
+            experience = rollouts.make_experience(config, parts, inputs.prompts, judge, virtual)
         saver = stack.enter_context(contextlib.closing(make_checkpointer(config, workdir)))
-        state, frozen, place = begin(inputs, parts, experience, batches, saver)
+        state, frozen, place = begin(inputs, parts, experience, saver)
         watch = stack.enter_context(distributed.watch(workdir, config.stall_seconds, (Preempted, Diverged)))
         record.begin(inputs, command, int(state.step))
         if not inputs.resumed:
@@ -95,7 +98,6 @@ def begin(
     inputs: resolve.Inputs,
     parts: assemble.Parts,
     experience: experience_lib.Experience,
-    batches: Prefetch,
     saver: Checkpointer,
 ) -> tuple[TrainState, dict[str, Any], experience_lib.Place]:
     """The state, the frozen parameters and the place in the data: those of the newest checkpoint, or the first ones."""
@@ -103,9 +105,9 @@ def begin(
     if inputs.resumed:
         state, place = saver.restore(parts.state, experience.buffer)
         return state, assemble.resumed_frozen(config, parts, inputs.bases, inputs.mesh, inputs.workdir), place
-    batches.start(inputs.source.init())  # reads the first batches while parameters are read or drawn
+    place = experience.init()  # the first batches are read while parameters are read or drawn
     state, frozen = assemble.initial(config, parts, inputs.bases, inputs.mesh)
-    return state, frozen, experience.init()
+    return state, frozen, place
 
 
 __all__ = ["Diverged", "Preempted", "run"]

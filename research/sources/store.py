@@ -101,6 +101,7 @@ class Store:
       was_cached: nothing had to be tokenised.
       folder: where it lies; the name stands for all that it was made of.
       content: a hash of the tokens, and of what else there is of each.
+      template: how its conversations are written: "model", "chat" or "plain"; "" in a view.
       records: [E] what each example was made of; None unless that was asked for.
     """
 
@@ -118,6 +119,7 @@ class Store:
     was_cached: bool
     folder: Path
     content: str
+    template: str = ""
     records: Records | None = None
 
 
@@ -278,6 +280,7 @@ def _read(folder: Path, was_cached: bool) -> Store:
         was_cached=was_cached,
         folder=folder,
         content=meta["content"],
+        template=meta.get("template", ""),
         records=Records(folder) if (folder / "records.npy").is_file() else None,
     )
 
@@ -319,10 +322,10 @@ def _write_view(partial: Path, store: Store, view: views.View, where: str) -> No
 
 
 def _content(folder: Path) -> str:
-    """A hash of all arrays in a folder."""
+    """A hash of all arrays in a folder, and of the records that are kept."""
     result = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".bin", ".npy"):
+        if file.suffix in (".bin", ".npy", ".jsonl"):
             with open(file, "rb") as f:
                 result.update(file.name.encode() + hashlib.file_digest(f, "blake2b").digest())
     return result.hexdigest()
@@ -395,6 +398,7 @@ def _write(partial: Path, examples: Iterator[Example], writing: _Writing) -> boo
     if columns.judged:
         summary |= {name: counts[name] for name in ("comparisons", "identical", "ties")}
     meta = {"dtype": dtype, "text": text, "samples": samples, "counts": summary, "content": _content(partial)}
+    meta["template"] = template
     (partial / "meta.json").write_text(json.dumps(meta, default=str))
     return True
 

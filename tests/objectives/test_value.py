@@ -15,7 +15,7 @@ from research.models.config import ModelConfig
 from research.models.transformer import make_model
 from research.objectives.terms import Inputs, row_numbers
 from research.objectives.types import Forward
-from research.objectives.value import at_predicting, at_tokens, critic_values, value_losses
+from research.objectives.value import critic_values, value_losses
 from research.sources import fields
 
 CASES = goldens.load("ppo")
@@ -100,7 +100,7 @@ def norm(tree):
 def test_the_loss_and_the_explained_variance():
     data, (_, out, values) = batch(), results("", True, 1)
     here = data["loss_mask"][:, 1:] * (data["segment_ids"][:, 1:] > 0) > 0
-    v, old, returns = values[:, :-1][here], data["value"][:, 1:][here], data["returns"][:, 1:][here]
+    v, old, returns = (x[:, :-1][here] for x in (values, data["value"], data["returns"]))
     error = np.maximum((v - returns) ** 2, (np.clip(v, old - 0.5, old + 0.5) - returns) ** 2) / 2
     np.testing.assert_allclose(out.loss_sum / out.weight, error.mean(), rtol=1e-5)
     explained, spread = out.metrics["explained_variance"]
@@ -124,14 +124,6 @@ def test_microbatches_change_nothing():
     (whole, out, _), (parts, same, _) = results("policy", True, 1), results("policy", False, 2)
     pairs = (whole["critic"], out), (parts["critic"], same)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), *pairs)
-
-
-def test_values_stand_at_the_tokens_that_they_are_of():
-    data = batch()
-    placed = at_tokens(jnp.broadcast_to(jnp.arange(T, dtype=jnp.float32), (B, T)), data)
-    answer = (data["loss_mask"] > 0) & (data["segment_ids"] > 0)
-    np.testing.assert_array_equal(placed, np.where(answer, np.arange(T) - 1, 0))
-    np.testing.assert_array_equal(at_tokens(at_predicting(placed), data), placed)
 
 
 def test_refused():

@@ -13,7 +13,8 @@ from research.models import transformer
 from research.models.config import ModelConfig
 from research.models.generation import make_generate, pad_prompts
 from research.models.sampling import SamplingConfig
-from research.rollouts.answers import RolloutSpec, make_rollout
+from research.rollouts.answers import make_rollout
+from research.rollouts.spec import RolloutSpec
 
 T, N, STOP = 24, 8, 3
 MODEL = transformer.make_model(
@@ -97,4 +98,4 @@ def test_what_cannot_work_is_named():
     with pytest.raises(InputError, match=r"rollout\.slots = -1: must be at least 0"):
         RolloutSpec(slots=-1)
     with pytest.raises(InputError, match=r"rollout\.max_new_tokens = 24 leaves no room for a prompt in seq_len = 24"):
-        make_rollout(MODEL, RolloutSpec(1.0, 24), seq_len=24, stop_tokens=(), vocab_size=32)
+        make_rollout(MODEL, RolloutSpec(1.0, max_new_tokens=24), seq_len=24, stop_tokens=(), vocab_size=32)

@@ -106,6 +106,13 @@ OTHER = {
     "mesh.data": 1,
     "model.prefix": True,
     "adapter": {"kind": "bias"},
+    "rewards": {"exact_match": 0.5},
+    "rollout.truncated": "mask",
+    "advantage.kind": "batch",
+    "advantage.scale": "batch",
+    "advantage.whiten": "answers",
+    "advantage.combine": "advantages",
+    "advantage.clip": (0.0, 1.0),
 }
 
 
@@ -142,6 +149,7 @@ def test_a_change_of_each_field_is_said_refused_or_free(field):
     defaults = config.defaults()
     defaults["optimizer"] |= {"weight_decay": 0.1, "clip_norm": 1.0}
     defaults["ema_decay"] = 0.5
+    defaults["rewards"] = {"exact_match": 1.0} if field == "rewards" else {}
     values, before, now = changed(defaults, field)
     assert before != now
     old, new, rule = config.parse(defaults), config.parse(values), resume.FIELDS[field]
@@ -514,3 +522,20 @@ def test_no_other_command_takes_a_model():
     commands = [importlib.import_module(f"research.commands.{name}").COMMAND for name in names]
     named = {command.name for command in commands if {"model", "step"} & {flag.name for flag in command.flags}}
     assert named == {"evaluate", "export", "generate", "label", "score"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {"rewards": {"length": {"most": 4}}}, r"^rewards = \{\} -> .*: can't change in w"),
+        ({"rewards": {"exact_match": 1.0}}, {}, r"^rewards = \{'exact_match': 1.0\} -> \{\}: can't change in w"),
+        (
+            {"rewards": {"exact_match": 1.0}},
+            {"rewards": {"exact_match": 1.0}, "batch_size": 8},
+            "^batch_size = 32 -> 8",
+        ),
+    ],
+)
+def test_a_rollout_that_is_not_trained_on_yet_stays_what_it_is(before, now, message):
+    with pytest.raises(InputError, match=message):
+        resume.check("w", config.parse(before), config.parse(now))

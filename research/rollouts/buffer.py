@@ -1,0 +1,71 @@
+"""The answers of a rollout as rows of a batch, and the order in which they are trained on.
+
+A row is what stands in front of documents, a prompt and one answer to it. Axes: N rows, T tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from research.rollouts.collection import Group
+
+Arrays = dict[str, np.ndarray]
+
+
+def lay_out(groups: Sequence[Group], seq_len: int, virtual: range, truncated: str) -> Arrays:
+    """The rows of all answers, those of a group one after the other, as batch fields [N, T].
+
+    Args:
+      groups: of a rollout; each prompt leaves room for its answers.
+      seq_len: T.
+      virtual: ids of the tokens in front of each document.
+      truncated: what becomes of answers that were cut off; see RolloutSpec.
+    """
+    rows = [(group, answer) for group in groups for answer in range(len(group.lengths))]
+    names = ("tokens", "segment_ids", "positions", "source", "virtual")
+    batch: Arrays = {name: np.zeros((len(rows), seq_len), np.int32) for name in names}
+    batch |= {name: np.zeros((len(rows), seq_len), np.float32) for name in ("loss_mask", "sampler_log_prob")}
+    ahead = len(virtual)
+    for row, (group, answer) in enumerate(rows):
+        start = ahead + len(group.prompt.tokens)
+        length = int(group.lengths[answer])
+        end = start + length
+        batch["tokens"][row, :ahead] = virtual
+        batch["tokens"][row, ahead:start] = group.prompt.tokens
+        batch["tokens"][row, start:end] = group.tokens[answer, :length]
+        batch["virtual"][row, :ahead] = 1
+        batch["segment_ids"][row, :end] = 1
+        batch["positions"][row, :end] = np.arange(end)
+        batch["source"][row, :end] = group.prompt.source
+        if group.stopped[answer] or truncated == "train":
+            batch["loss_mask"][row, start:end] = 1
+        batch["sampler_log_prob"][row, start - 1 : end - 1] = group.log_probs[answer, :length]
+    return batch
+
+
+def at_prediction(values: np.ndarray, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[N, T] float32: a number of each row [N], or of each token [N, T], where an answer's token is predicted, one
+    before it; 0 elsewhere."""
+    predicts = np.pad(batch["loss_mask"][:, 1:], ((0, 0), (0, 1)))
+    values = values[:, None] if values.ndim == 1 else np.pad(values[:, 1:], ((0, 0), (0, 1)))
+    return np.where(predicts > 0, values, 0).astype(np.float32)
+
+
+def put(values: Mapping[str, np.ndarray], like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Arrays that every process has whole -> global arrays of the dtypes and shardings of `like`."""
+    return {name: _put(np.asarray(values[name], x.dtype), x.sharding) for name, x in like.items()}
+
+
+def _put(value: np.ndarray, sharding: Any) -> jax.Array:
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def minibatch(seed: Sequence[int], rows: int, batch_size: int, served: int) -> Int[np.ndarray, " B"]:
+    """The rows of the update that comes after `served` others of the same rollout: every epoch has all of them once, in
+    an order of its own."""
+    epoch, number = divmod(served, rows // batch_size)
+    order = np.random.default_rng([*seed, epoch]).permutation(rows).astype(np.int32)
+    return order[number * batch_size : (number + 1) * batch_size]

@@ -1,0 +1,179 @@
+"""How the policy answers prompts, and the checks of that which need no data."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from research.errors import InputError, did_you_mean
+from research.models.sampling import SamplingConfig
+from research.rollouts.advantages import AdvantageSpec
+
+TRUNCATED = ("train", "mask", "leave_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSpec:
+    """How the policy answers.
+
+    Attributes:
+      share: of the rows, by chance anew at each step; the others keep the data's answer. 0: none. GKD's lambda
+        (arXiv:2306.13649, algorithm 1) is this share. With `rewards`, all answers are the policy's, and it stays 0.
+      prompts: with `rewards`: how many prompts are answered in one rollout; 0: as many as fill one batch.
+      answers: with `rewards`: G, how many answers each prompt gets.
+      epochs: with `rewards`: how many times the answers of a rollout are trained on, batch by batch, in another order
+        each time.
+      filter_rounds: with `rewards`: prompts whose answers all get one reward teach nothing, and are replaced by others
+        in at most so many further rounds (DAPO's dynamic sampling, arXiv:2503.14476, section 3.2); 0 keeps them all.
+        What is still missing then is filled up with the first of those that agree.
+      truncated: with `rewards`: what becomes of an answer that was cut off at max_new_tokens. "train": it is as any
+        other. "mask": nothing of it is learned, and its reward counts in baselines (DAPO, section 3.4). "leave_out":
+        it has no reward either.
+      max_new_tokens: the longest answer. A row whose prompt leaves less room keeps the data's answer; with `rewards`
+        the prompt is left out.
+      temperature: logits are divided by it; 0 takes the likeliest token.
+      top_k: only this many of the likeliest tokens are sampled; 0 is all.
+      top_p: only the fewest of the likeliest tokens whose probabilities add up to this (arXiv:1904.09751).
+      min_p: only tokens at least this times as probable as the likeliest (arXiv:2407.01082); 0 is all.
+      slots: how many rows are decoded at once, for less memory; others follow as these end. 0: all.
+    """
+
+    share: float = 0.0
+    prompts: int = 0
+    answers: int = 8
+    epochs: int = 1
+    filter_rounds: int = 0
+    truncated: str = "train"
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    slots: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise InputError(f"rollout.share = {self.share}: must be in [0, 1].")
+        if self.slots < 0:
+            raise InputError(f"rollout.slots = {self.slots}: must be at least 0, which decodes all rows at once.")
+        for name, least in (("prompts", 0), ("answers", 1), ("epochs", 1), ("filter_rounds", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"rollout.{name} = {getattr(self, name)}: must be at least {least}.")
+        if self.truncated not in TRUNCATED:
+            known = did_you_mean(self.truncated, TRUNCATED)
+            raise InputError(f"rollout.truncated = {self.truncated!r}: must be one of {', '.join(TRUNCATED)}.{known}")
+        try:
+            self.sampling(())
+        except InputError as error:
+            raise InputError(str(error).replace("sampling.", "rollout.", 1)) from error
+
+    def sampling(self, stop_tokens: tuple[int, ...]) -> SamplingConfig:
+        """How the tokens of an answer are chosen."""
+        return SamplingConfig(
+            self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p, stop_tokens=stop_tokens
+        )
+
+    @property
+    def cut_short(self) -> str:
+        """What leaves some tokens out, as the config spells it; "" where nothing does."""
+        names = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) != getattr(RolloutSpec, name)]
+        return ", ".join(f"rollout.{name} = {getattr(self, name)}" for name in names)
+
+
+class Sizes(NamedTuple):
+    """How many of what a rollout has.
+
+    Attributes:
+      prompts, answers: P prompts with G answers each.
+      batch_size: answers in one update.
+      epochs: times that each answer is trained on.
+    """
+
+    prompts: int
+    answers: int
+    batch_size: int
+    epochs: int
+
+    @property
+    def rows(self) -> int:
+        """N, all answers."""
+        return self.prompts * self.answers
+
+    @property
+    def minibatches(self) -> int:
+        """M, the updates of an epoch."""
+        return self.rows // self.batch_size
+
+    @property
+    def updates(self) -> int:
+        """Those that a rollout serves."""
+        return self.epochs * self.minibatches
+
+
+def sizes(spec: RolloutSpec, batch_size: int) -> Sizes:
+    """How many of what a rollout has.
+
+    Args:
+      spec: of the run.
+      batch_size: answers in one update.
+
+    Raises:
+      InputError: the answers don't fill whole batches.
+    """
+    if not spec.prompts and batch_size % spec.answers:
+        raise InputError(
+            f"batch_size = {batch_size}: counts answers, and isn't a multiple of rollout.answers = {spec.answers}. "
+            "Change either, or set rollout.prompts."
+        )
+    prompts = spec.prompts or batch_size // spec.answers
+    if prompts * spec.answers % batch_size:
+        raise InputError(
+            f"rollout.prompts x rollout.answers = {prompts} x {spec.answers} = {prompts * spec.answers}: isn't a "
+            f"multiple of batch_size = {batch_size}, the answers in one update. Change any of them."
+        )
+    return Sizes(prompts, spec.answers, batch_size, spec.epochs)
+
+
+_OF_REWARDS = ("prompts", "answers", "epochs", "filter_rounds", "truncated")
+
+
+def check(spec: RolloutSpec, rewards: Mapping[str, Any], advantage: AdvantageSpec, batch_size: int, pack: bool) -> None:
+    """Checks the settings of a run's answers against each other.
+
+    Args:
+      spec, rewards, advantage, batch_size: of the config.
+      pack: whether rows hold several documents.
+
+    Raises:
+      InputError: something can't be done, or would have no effect.
+    """
+    if spec.share and pack:
+        raise InputError(f"rollout.share = {spec.share}: the policy answers one prompt a row. Set data.pack = False.")
+    if not rewards:
+        unread = [f"rollout.{name} = {getattr(spec, name)!r}" for name in _OF_REWARDS if _is_set(spec, name)]
+        unread += [
+            f"advantage.{field.name} = {getattr(advantage, field.name)!r}"
+            for field in dataclasses.fields(advantage)
+            if _is_set(advantage, field.name)
+        ]
+        if unread:
+            raise InputError(
+                f"{unread[0]}: has no effect without rewards, which judge the policy's answers. Name some, such as "
+                'rewards = {"exact_match": 1.0}, or leave it out.'
+            )
+        return
+    if spec.share:
+        raise InputError(
+            f"rollout.share = {spec.share}: with rewards all answers are the policy's, none the data's. Leave it out."
+        )
+    if pack:
+        raise InputError("data.pack = True: with rewards the policy answers one prompt a row. Set data.pack = False.")
+    if spec.temperature == 0:
+        raise InputError(
+            "rollout.temperature = 0.0: gives one answer again and again, and rewards compare answers. Raise it."
+        )
+    sizes(spec, batch_size)
+    advantage.check(spec.answers)
+
+
+def _is_set(section: Any, name: str) -> bool:
+    return getattr(section, name) != getattr(type(section), name)

@@ -1,0 +1,111 @@
+"""What a run with rewards is made of: which fields its batches have, its prompts, and its experience."""
+
+import contextlib
+
+from research.config import Config
+from research.devices import distributed
+from research.errors import InputError
+from research.objectives import Terms
+from research.rollouts import rewards
+from research.rollouts import spec as rollout_spec
+from research.rollouts.collection import Collector, Judge
+from research.rollouts.credit import Credit
+from research.rollouts.engines.local import Local
+from research.rollouts.experience import Experience
+from research.rollouts.reinforcement import Reinforcement
+from research.rollouts.rewards import workers
+from research.run.assemble import Parts
+from research.sources import dataset, fields, prompts
+from research.sources.prompts import Prompts
+
+_OF_DATA = ("source", "virtual")  # groups of fields that answers have as their prompts have them
+_OF_ROLLOUTS = ("rollout", "old", "reference", "critic")
+
+
+def batch_spec(config: Config, terms: Terms, rows: fields.Spec) -> fields.Spec:
+    """The fields of a batch that a run trains on.
+
+    Args:
+      config: of the run.
+      terms: of its objective.
+      rows: the fields of the data's rows: without rewards these are a batch.
+
+    Raises:
+      InputError: no term reads what rewards are for.
+    """
+    if not config.rewards:
+        return rows
+    read = {name for term in terms.values() for name in term.objective.fields}
+    if "advantage" not in read:
+        raise InputError(
+            f"rewards = {dict(config.rewards)}: no term of the objective reads 'advantage', so nothing would be "
+            "learned from them. For example: objective.terms = {'policy_gradient': 1.0}."
+        )
+    names = [name for group in ("text", *_OF_DATA) for name in fields.group(group) if name in rows]
+    names += [name for name in fields.read_with(read) if fields.find(name).group in _OF_ROLLOUTS]
+    return fields.spec(names, config.batch_size, {"time": config.seq_len})
+
+
+def make_prompts(config: Config, data: dataset.Data, virtual: range) -> Prompts | None:
+    """The prompts of a run with rewards; None without.
+
+    Args:
+      config: of the run.
+      data: that it reads.
+      virtual: ids of the tokens in front of each document.
+
+    Raises:
+      InputError: see sources.prompts.make_prompts.
+    """
+    if not config.rewards:
+        return None
+    room = config.seq_len - len(virtual) - config.rollout.max_new_tokens
+    return prompts.make_prompts(data.train, data.tokenizer, room=room, seed=config.seed, shuffle=config.data.shuffle)
+
+
+def make_judge(config: Config, stack: contextlib.ExitStack) -> Judge:
+    """The rewards of a run, in processes that are ended with `stack`.
+
+    Raises:
+      InputError: one can't be made.
+    """
+    entries = rewards.load(config.rewards)
+    pools = [stack.enter_context(contextlib.closing(workers.Pool(entry))) for entry in entries.values()]
+    workers.start(pools)
+    return Judge(entries, pools)
+
+
+def make_experience(config: Config, parts: Parts, given: Prompts, judge: Judge, virtual: range) -> Experience:
+    """The experience of a run with rewards.
+
+    Args:
+      config: of the run.
+      parts: of the run.
+      given: the prompts.
+      judge: the rewards.
+      virtual: ids of the tokens in front of each document.
+    """
+    spec, sizes = config.rollout, rollout_spec.sizes(config.rollout, config.batch_size)
+    tokenizer = given.tokenizer
+    collector = Collector(
+        prompts=given,
+        engine=Local(
+            parts.models["policy"], tokenizer.size, prompts=sizes.prompts, longest=given.longest, slots=spec.slots
+        ),
+        judge=judge,
+        sampling=spec.sampling(tokenizer.stop),
+        advantage=config.advantage,
+        count=sizes.prompts,
+        answers=sizes.answers,
+        rounds=spec.filter_rounds,
+        truncated=spec.truncated,
+    )
+    return Reinforcement(
+        collector=collector,
+        credit=Credit(config.advantage, judge.weights, spec.truncated),
+        scores=parts.scores and distributed.one_at_a_time(parts.scores),
+        sizes=sizes,
+        spec=parts.batch,
+        seed=config.seed,
+        virtual=virtual,
+    ).experience()
