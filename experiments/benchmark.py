@@ -3,6 +3,7 @@
     understudy benchmark --config=experiments/benchmark.py:small
     understudy benchmark --config=experiments/benchmark.py:small --only=train,decode --against=hf
     understudy benchmark --config=experiments/benchmark.py:small,lora --only=train --against=peft,peft_compile
+    understudy benchmark --config=experiments/benchmark.py:small,dpo --only=train --against=trl
     understudy benchmark --config=experiments/benchmark.py:smol --only=train --config.batch_size=8
     understudy benchmark --config=experiments/benchmark.py:1b --only=train,decode --decode_batch=64 --steps=20
     python -m research.main --config=experiments/benchmark.py:small
@@ -10,15 +11,14 @@
 `small` (the default): Llama-shaped, 6.82 M parameters, 8 x 256 tokens. `smol`: the shape of SmolLM2-135M (V 49152,
 tied; arXiv:2502.02737), 2 x 256 tokens. `1b`: a Llama of 1.24 B parameters (the shape of Llama 3.2 1B), 8 x 4096 tokens
 for one GPU of 80 GB. AdamW, gradients clipped at 1.0; no evaluation. `lora` trains LoRA of rank 16 on all linear maps
-of one of them, `int8` and `nf4` the same beside a base that is held so (QLoRA).
+of one of them, `int8` and `nf4` the same beside a base that is held so (QLoRA). `dpo` learns from 8 pairs of answers of
+256 tokens each (`smol` 512, `1b` 4096) with a reference of the same shape, `cached` with a reference's log-probs.
 
 Cost: `small`, all parts, a few minutes on 2 CPU cores. On one GPU the line with `1b` is meant to take less than eight
 minutes; the other parts write its 15 GB of training state several times.
 """
 
 from experiments import base
-
-finish = base.finish
 
 SHAPES = {
     "small": {"vocab_size": 4096, "num_layers": 6, "d_model": 256, "num_heads": 8, "num_kv_heads": 4, "d_ff": 768},
@@ -28,10 +28,11 @@ SHAPES = {
 
 
 QUANTIZED = ("int8", "nf4")
+PREFERENCES = ("dpo", "cached")
 
 
 def get_config(arg: str = ""):
-    chosen = base.variants(arg, *SHAPES, "lora", *QUANTIZED)
+    chosen = base.variants(arg, *SHAPES, "lora", *QUANTIZED, *PREFERENCES)
     size = next((name for name in SHAPES if name in chosen), "small")
     config = base.get_config()
     config.steps = 200
@@ -52,7 +53,19 @@ def get_config(arg: str = ""):
         config.adapter = {"kind": "lora", "rank": 16}
     for kind in chosen & set(QUANTIZED):
         config.frozen_dtype = kind
+    if chosen & set(PREFERENCES):
+        config.batch_size, config.seq_len = 8, 1024 if size == "smol" else 2 * config.seq_len  # a pair in each row
+        config.objective = {"terms": {"preference": {"kind": "sigmoid", "cached": "cached" in chosen}}}
+        config.data.path = "preferences:reverse"
     if "debug" in chosen:
         config.model.vocab_size = 0
         return base.debug(config)
     return config
+
+
+def finish(config, arg, overrides):
+    base.finish(config, arg, overrides)
+    chosen = base.variants(arg, *arg.split(","))
+    if "dpo" in chosen and "cached" not in chosen and not config.roles:
+        # A model of the policy's shape. A run, unlike the benchmark, has to be told which.
+        config.roles = {"reference": config.model.to_dict()}

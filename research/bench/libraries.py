@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,25 @@ from typing import Any
 import numpy as np
 
 from research.bench import measure
+
+# Fields of an optimizer -> those of transformers' TrainingArguments.
+_FIELDS_OF_TRL = {
+    "learning_rate": "learning_rate",
+    "b1": "adam_beta1",
+    "b2": "adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+    "clip_norm": "max_grad_norm",
+}
+_TRAINING_OF_TRL = {
+    "optim": "adamw_torch_fused",
+    "lr_scheduler_type": "constant",
+    "max_steps": 1,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "remove_unused_columns": False,
+}
 
 
 class Library:
@@ -133,6 +153,89 @@ class Peft(HuggingFace):
         return peft.PeftModel.from_pretrained(self._model(folder), f"{folder}/adapter", is_trainable=True).train()
 
 
+class Trl(HuggingFace):
+    """TRL's DPOTrainer with fused AdamW, on the pairs in the folder; with `compiled` its torch_compile."""
+
+    def train(
+        self, folder: str, optimizer: dict[str, float], microbatches: int, dtype: str, remat: bool, options: dict
+    ) -> dict:
+        """Trains for a step; returns its loss. `options`: of bench.preferences.trl_options."""
+        os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")  # trl reports each trainer
+        import datasets
+        import trl
+
+        pairs = np.load(f"{folder}/pairs.npz")
+        self.tensors = {name: self.torch.from_numpy(pairs[name]) for name in pairs.files}
+        rows, reference = range(len(pairs["input_ids"]) // 2), f"{folder}/reference"
+        self.clock = _clock()
+        self.trainer = trl.DPOTrainer(
+            self._trained(folder),
+            self._model(reference).eval() if os.path.exists(reference) else None,
+            args=trl.DPOConfig(
+                output_dir=f"{folder}/trl",
+                per_device_train_batch_size=len(rows) // microbatches,
+                gradient_accumulation_steps=microbatches,
+                gradient_checkpointing=remat,
+                torch_compile=self.compiled,
+                bf16=dtype == "bfloat16",
+                use_cpu=self.device == "cpu",
+                **_TRAINING_OF_TRL,
+                **{_FIELDS_OF_TRL[name]: value for name, value in optimizer.items()},
+                **options,
+            ),
+            # What is said here isn't read: `_collate` puts the batch in its place.
+            train_dataset=datasets.Dataset.from_list(
+                [{"prompt": "a", "chosen": "a", "rejected": "a", "row": row} for row in rows]
+            ),
+            processing_class=_stand_in_tokenizer(),
+            data_collator=self._collate,
+            callbacks=[self.clock],
+        )
+        self._begin(lambda: self.run(1))
+        return {"loss": self.trainer.state.log_history[0]["loss"]}
+
+    def run(self, n: int) -> list[float]:
+        """Trains for n steps; returns the seconds of each, without those of reading data."""
+        self.clock.seconds = []
+        self.trainer.args.max_steps = n
+        self.trainer.train()
+        return self.clock.seconds
+
+    def _collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        rows = [example["row"] for example in examples]
+        count = len(self.tensors["input_ids"]) // 2
+        batch = {
+            name: x[rows + [count + row for row in rows]] for name, x in self.tensors.items() if name != "reference"
+        }
+        if "reference" in self.tensors:
+            chosen, rejected = self.tensors["reference"].split(count)
+            batch |= {"ref_chosen_logps": chosen[rows], "ref_rejected_logps": rejected[rows]}
+        return batch
+
+
+def _clock() -> Any:
+    """A callback of transformers' Trainer whose `seconds` are those of each step."""
+    import transformers
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.began)
+
+    return Clock()
+
+
+def _stand_in_tokenizer() -> Any:
+    """A tokenizer of one word, which a trainer can't do without."""
+    import tokenizers
+    import transformers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a", eos_token="a")
+
+
 class PlainJax(Library):
     """jax.jit as one would first write it: autodiff through attention, whole logits, optax.adamw; our linear maps."""
 
@@ -197,7 +300,8 @@ def make(name: str) -> Any:
     """The object whose methods are called."""
     if name == "jax":
         return PlainJax()
-    return (Peft if name.startswith("peft") else HuggingFace)(compiled=name.endswith("_compile"))
+    kind = {"hf": HuggingFace, "peft": Peft, "trl": Trl}[name.partition("_")[0]]
+    return kind(compiled=name.endswith("_compile"))
 
 
 def main(argv: Sequence[str]) -> int:

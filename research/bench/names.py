@@ -9,6 +9,8 @@ PEERS = {
     "hf_compile": ("torch", "transformers"),
     "peft": ("torch", "transformers", "peft"),
     "peft_compile": ("torch", "transformers", "peft"),
+    "trl": ("torch", "transformers", "trl"),
+    "trl_compile": ("torch", "transformers", "trl"),
     "jax": ("jax",),
 }
 MKL = ("intel", "own")  # which of its kernels MKL takes in torch; see mkl.py

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research.bench import machine, measure, peers, prepared, profiling
+from research.bench import machine, measure, peers, preferences, prepared, profiling
 from research.bench.types import Bench, Record, Result, in_ms, peak_memory
 from research.config import Config
 from research.devices import sharding
@@ -105,11 +105,16 @@ def _start_peers(others: peers.Others, bench: Bench, step: prepared.Prepared, na
     for peer in bench.against:
         try:
             check_peer(peer, config)
-            write_work(folder, step, config, name)
+            if peer.startswith("trl"):
+                more = {"options": preferences.trl_options(config)}
+                preferences.write_pairs(folder, step, config)
+            else:
+                more = {}
+                write_work(folder, step, config, name)
         except (measure.Failed, InputError) as error:
             others.fail(peer, str(error))
         else:
-            others.start(peer, "train", work, warm=1)
+            others.start(peer, "train", work | more, warm=1)
 
 
 def check_peer(peer: str, config: Config) -> None:

@@ -13,7 +13,7 @@ import safetensors.numpy
 from experiments import benchmark as experiment
 from research import config as config_lib
 from research import params
-from research.bench import libraries, measure, mkl, names, parts, peers, prepared, profiling, steps
+from research.bench import libraries, measure, mkl, names, parts, peers, preferences, prepared, profiling, steps
 from research.commands import benchmark
 from research.devices import sharding
 from research.errors import Exit, InputError
@@ -216,6 +216,69 @@ def test_a_peer_has_the_policy_and_its_adapter(tmp_path):
 def test_a_peer_does_the_config_s_work_or_none(variant, peer, message):
     with pytest.raises(measure.Failed, match=message):
         steps.check_peer(peer, config_lib.parse(experiment.get_config(variant).to_dict()))
+
+
+@pytest.mark.parametrize(
+    ("objective", "roles", "message"),
+    [
+        ({"terms": {"sft": 1.0}}, {}, "trl knows preference alone"),
+        ({"terms": {"preference": 1.0, "sft": 1.0}}, {}, "trl knows preference alone"),
+        ({"terms": {"preference": {"kind": "kto"}}}, {}, "trl knows kind of sigmoid"),
+        ({"terms": {"preference": 1.0}, "preference": {"sft": 0.1}}, {}, "with beta and cached alone"),
+        ({"terms": {"preference": 1.0}}, {"of": "policy", "sync_every": 2}, "a reference of its own"),
+    ],
+)
+def test_trl_does_the_config_s_work_or_none(objective, roles, message):
+    values = experiment.get_config("debug,dpo").to_dict() | {"objective": objective}
+    values["roles"] = {"reference": roles} if roles else {}
+    with pytest.raises(measure.Failed, match=message):
+        preferences.trl_options(config_lib.parse(values))
+
+
+def test_trl_has_the_options_of_the_objective():
+    def options(variant, **term):
+        values = experiment.get_config(variant)
+        values.objective["terms"]["preference"].update(term)
+        return preferences.trl_options(config_lib.parse(values.to_dict()))
+
+    assert options("dpo") == {"loss_type": "sigmoid", "beta": 0.1, "precompute_ref_log_probs": False}
+    hinge = {"loss_type": "hinge", "beta": 0.5, "precompute_ref_log_probs": True}
+    assert options("dpo,cached", kind="hinge", beta=0.5) == hinge
+
+
+def test_trl_reads_the_documents_of_the_pairs():
+    """Of two packed rows: chosen answers first, each document padded at its end."""
+    read = ("tokens", "segment_ids", "positions", "loss_mask", "pair", "side", "reference_log_prob")
+    batch = fields.fake(fields.spec(read, 2, {"time": 64}), 300)
+    written = preferences.documents(batch)
+    count = batch["pair"].max(axis=1).sum()
+    assert count > 2
+    assert len(written["input_ids"]) == 2 * count
+    row, second = 0, count + 0
+    chosen, rejected = ((batch["pair"][row] == 1) & (batch["side"][row] == side) for side in (0, 1))
+    for which, i in ((chosen, 0), (rejected, second)):
+        length = which.sum()
+        assert written["attention_mask"][i].tolist() == [1] * length + [0] * (written["input_ids"].shape[1] - length)
+        np.testing.assert_array_equal(written["input_ids"][i, :length], batch["tokens"][row, which])
+        np.testing.assert_array_equal(written["completion_mask"][i, :length], batch["loss_mask"][row, which])
+        answer = np.flatnonzero(which & (batch["loss_mask"][row] > 0))
+        said = batch["reference_log_prob"][row, answer - 1].sum()  # a position speaks of the token after it
+        assert written["reference"][i] == pytest.approx(said, rel=1e-5)
+    assert written["completion_mask"].sum() == batch["loss_mask"].sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["dpo", "dpo,cached"])
+def test_trl_finds_the_same_loss(variant, capsys):
+    pytest.importorskip("trl", reason="the peer trl needs torch and trl")
+    flags = [CONFIG + "," + variant, "--only=train", "--steps=2", "--against=trl,hf", "--config.model.num_layers=1"]
+    assert benchmark.main(flags) == 0
+    (record,) = map(json.loads, capsys.readouterr().out.splitlines())
+    theirs = record["against"]["trl"]
+    assert theirs["loss"] == pytest.approx(record["loss"], rel=1e-5)
+    assert record["loss"] != pytest.approx(np.log(2), rel=1e-2)  # the reference is another model
+    assert theirs["seconds"]["n"] == 2
+    assert record["against"]["hf"]["error"] == "peers know next_token and sft alone"
 
 
 def test_kernels_of_mkl_are_told_and_said(monkeypatch, tmp_path):
