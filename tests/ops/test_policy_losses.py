@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from research.ops import policy_losses
+from research.ops.head import Head
+from research.ops.losses import log_probs
 from research.ops.policy_losses import AGGREGATIONS, KL, LOSSES, Options, Samples
 from tests import goldens
 
@@ -321,3 +323,47 @@ def test_bad_answers_that_the_policy_has_left_teach_nothing():
     samples = Samples.of(LOG_PROBS, sampler, A, MASK)
     np.testing.assert_array_equal(policy_losses.near_policy(samples, sampler, 0.4), [[1, 1, 1], [0, 0, 1]])
     np.testing.assert_array_equal(policy_losses.near_policy(samples, sampler, 0.6), np.ones((2, 3)))
+
+
+PPO = goldens.load("ppo")
+
+
+@pytest.mark.parametrize("name", [name for name in PPO if name.startswith("trl_ppo_loss")])
+def test_the_loss_of_trls_ppo_trainer(name):
+    inputs, clip = PPO[name].inputs, PPO[name].hparams["cliprange"]
+    current, old, advantage = (
+        jnp.asarray(inputs[key], jnp.float32) for key in ("new_logprobs", "old_logprobs", "advantages")
+    )
+    mask = 1 - jnp.asarray(inputs["padding_mask"], jnp.float32)
+
+    def loss(log_prob):
+        samples = Samples.of(log_prob, old, advantage, mask)
+        return aggregate(LOSSES["ppo"].function(samples, Options(clip, clip)).values, mask, "token-mean")
+
+    value, gradient = jax.value_and_grad(loss)(current)
+    np.testing.assert_allclose(value, PPO[name].outputs["pg_loss"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, PPO[name].outputs["grad_logprobs"], rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_of_trls_rloo_trainer():
+    case = PPO["trl_rloo_loss_0"]
+    sums, advantage, mask = (
+        jnp.asarray(case.inputs[key], jnp.float32) for key in ("old_sequence_logps", "advantages", "mask")
+    )
+    old = mask * (sums / jnp.sum(mask, axis=1))[:, None]  # of the answer only the sum is known
+    options = Options(case.hparams["epsilon_low"], case.hparams["epsilon_high"])
+
+    def loss(log_prob):
+        samples = Samples.of(log_prob, old, jnp.broadcast_to(advantage[:, None], mask.shape), mask)
+        out = LOSSES["ppo_sequence"].function(samples, options)
+        return aggregate(out.values, mask, LOSSES["ppo_sequence"].aggregation)
+
+    compare(case, loss)
+
+
+@pytest.mark.parametrize("name", ["verl_entropy_0_1.0", "verl_entropy_1_1.0"])
+def test_entropies_are_verls(name):
+    logits, mask = (jnp.asarray(PPO[name].inputs[key], jnp.float32) for key in ("logits", "mask"))
+    head = Head(jnp.eye(logits.shape[-1]), None, 0.0)
+    out = log_probs(logits, head, jnp.zeros(mask.shape, jnp.int32), chunk=mask.shape[1])
+    np.testing.assert_allclose(aggregate(out.entropy, mask, "token-mean"), PPO[name].outputs["entropy"], rtol=1e-5)
