@@ -79,6 +79,17 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word for word in text.split(",") if word)
 
 
+def section(text: str) -> dict[str, object]:
+    """A JSON object, as a section of a config."""
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict) or not parsed:
+        raise ValueError('must be a JSON object, such as {"exact_match": 1.0}.')
+    return parsed
+
+
 def names_by_name(text: str) -> dict[str, str]:
     """A JSON object of texts."""
     try:

@@ -2,8 +2,9 @@
 
 A model that was trained to fill in (docs/data.md, the views fim and denoise) writes what belongs between --prefix and
 --suffix. One that was trained on masked tokens, such as BERT, gives the likeliest tokens for each [MASK] of --fill or
---data. Completions go to stdout, all else to stderr. With --output, a killed run leaves OUTPUT.partial, and the
-same command goes on from there.
+--data. Completions go to stdout, all else to stderr. With --output, each record gets `completion`, `tokens` and
+`logprob`; with --n=8 `completions`, a list, and lists of the others: what `understudy score --reward` and `understudy
+filter` read. A killed run leaves OUTPUT.partial, and the same command goes on from there.
 """
 
 import functools
@@ -81,6 +82,7 @@ COMMAND = cli.Command(
         Flag("top_p", "draw from the likeliest with this mass; 1 is off", 1.0, metavar="X", parse=cli.number),
         Flag("min_p", "draw from those X times as likely as the likeliest", 0.0, metavar="X", parse=cli.number),
         Flag("stop", "end before this text", many=True),
+        Flag("n", "answers to each prompt, each drawn by itself", 1, metavar="N", parse=cli.whole(1)),
         cli.SEED,
         Flag(
             "batch_size",
@@ -94,6 +96,7 @@ COMMAND = cli.Command(
     examples=(
         'understudy generate --model=runs/sft --prompt="What is 2 + 2?"',
         "understudy generate --model=runs/sft --data=prompts.jsonl --output=completions.jsonl",
+        "understudy generate --model=runs/sft --data=prompts.jsonl --output=answers.jsonl --n=8 --temperature=1",
         "understudy generate --model=runs/sft --interactive",
         'understudy generate --model=runs/fim --prefix="def add(a, b):" --suffix="    return total"',
         'understudy generate --model=runs/bert --fill="Paris is the [MASK] of France."',
@@ -103,10 +106,10 @@ COMMAND = cli.Command(
 )
 _FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # of draws -> what turns each off
 _SAMPLING = ("temperature", *_FILTERS)
-_OF_PROMPTS = ("system", "template", "form", "max_new_tokens", "temperature", "top_p", "min_p", "stop", "seed")
+_OF_PROMPTS = ("system", "template", "form", "max_new_tokens", "temperature", "top_p", "min_p", "stop", "n", "seed")
 _OF_MASKS = ("model", "step", "ema", "adapter", "top_k")
 _MASK_CANDIDATES = 5
-_DECIDING = ("model", "step", "ema", "adapter", "system", "form", "max_new_tokens", *_SAMPLING, "stop", "seed")
+_DECIDING = ("model", "step", "ema", "adapter", "system", "form", "max_new_tokens", *_SAMPLING, "stop", "n", "seed")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -148,8 +151,8 @@ def _generate(args: SimpleNamespace) -> None:
     elif args.output:
         flags = {name: getattr(args, name) for name in _DECIDING}
         completions.write_completions(responder, questions, Path(args.output), args.batch_size, flags)
-    elif args.data:
-        for answers in responder.complete(questions, args.batch_size):
+    elif args.data or args.n > 1:
+        for answers in responder.complete(questions, args.batch_size, n=args.n):
             for _, text, _ in answers:
                 print(text, flush=True)
     else:
@@ -178,6 +181,11 @@ def _check_kind(args: SimpleNamespace, config: Any, name: str) -> None:
                 f"--{flag} = {args.texts[flag]}: nothing is drawn without a temperature. Give one, such as "
                 "--temperature=1, or leave it out."
             )
+    if config.causal and args.n > 1 and not args.temperature:
+        raise InputError(
+            f"--n = {args.n}: all answers to a prompt are the same without a temperature. Give one, such as "
+            "--temperature=1, or leave it out."
+        )
 
 
 def _fill(args: SimpleNamespace, loaded: Any, texts: Sequence[Any]) -> None:
@@ -235,5 +243,7 @@ def _check(args: SimpleNamespace) -> None:
         )
     if args.interactive and args.output:
         raise InputError(f"--output = {args.output}: a conversation isn't written to a file. Leave it out.")
+    if args.interactive and args.n > 1:
+        raise InputError(f"--n = {args.n}: a conversation goes on with one answer. Leave it out.")
     if args.output:
         files.check_output(args.output, overwrite=args.overwrite)

@@ -13,7 +13,8 @@ that is the first.
 
 With --reward MODEL is a reward model: a run of the objective reward, or a ...ForSequenceClassification. A record gets
   reward      of its text, its answer or its conversation, read at the last token
-  rewards     where it has several answers: [of chosen, of rejected], or of each of `responses`
+  rewards     where it has several answers: [of chosen, of rejected], or of each of `responses`, or of the
+              `completions` that `understudy generate --n` has written
   reward_std, rewards_std   how far the members of an ensemble are apart: a head with several rewards, or several
               models, parted by commas; reward is then their mean
 

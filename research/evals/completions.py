@@ -65,15 +65,22 @@ class Responder:
         return make_stream(model, self.sampling, self.loaded.tokenizer.size), jax.jit(model.unstack)(values)
 
     def complete(
-        self, prompts: Sequence[Prompt], batch_size: int, *, done: int = 0, ids: Sequence[list[int]] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        batch_size: int,
+        *,
+        n: int = 1,
+        done: int = 0,
+        ids: Sequence[list[int]] | None = None,
     ) -> Iterator[list[tuple[Prompt, str, Completion]]]:
-        """Answers many prompts; yields (prompt, text, tokens and log-probabilities) of a few batches at a time. A batch
-        has prompts for one adapter.
+        """Answers many prompts; yields (prompt, text, tokens and log-probabilities) of a few batches at a time, the
+        answers to a prompt one after the other and together. A batch has prompts for one adapter.
 
         Args:
           prompts: all of them; each is encoded before the first is answered.
-          batch_size: how many are decoded at once.
-          done: how many to leave out at the start. The others' answers are those that they'd have without it.
+          batch_size: how many answers are decoded at once.
+          n: how many answers each gets, each drawn by itself.
+          done: how many prompts to leave out at the start. The others' answers are those that they'd have without it.
           ids: the prompts' tokens, where they have been encoded.
 
         Raises:
@@ -83,30 +90,31 @@ class Responder:
         ids = self.encode_all(prompts) if ids is None else ids
         models = {id(each.model): each.model for each in self.loaded.each}  # adapters share one, but for those in front
         generate = {i: make_generate(m, self.sampling, self.loaded.tokenizer.size) for i, m in models.items()}
-        size = BATCHES_AT_ONCE * batch_size
-        for first in range(done, len(ids), size):
+        total, size = n * len(ids), n * max(1, BATCHES_AT_ONCE * batch_size // n)
+        for first in range(n * done, total, size):
             began = time.perf_counter()
-            rows, completions = range(first, min(first + size, len(ids))), {}
-            for adapter in dict.fromkeys(adapters[i] for i in rows):
-                numbers, (model, values, *_) = [i for i in rows if adapters[i] == adapter], self.loaded.beside(adapter)
+            rows, completions = range(first, min(first + size, total)), {}
+            for adapter in dict.fromkeys(adapters[i // n] for i in rows):
+                numbers = [i for i in rows if adapters[i // n] == adapter]
+                model, values, *_ = self.loaded.beside(adapter)
                 answers = generate_batches(
                     generate[id(model)],
                     values,
-                    [ids[i] for i in numbers],
+                    [ids[i // n] for i in numbers],
                     self.key,
-                    batch_size=min(batch_size, len(ids)),
+                    batch_size=min(batch_size, total),
                     longest=self.encode.longest,
                     numbers=numbers,
-                    progress=functools.partial(_show_progress, first + len(completions), len(ids)),
+                    progress=functools.partial(_show_progress, first + len(completions), total, n),
                 )
                 completions |= zip(numbers, answers, strict=True)
             count, seconds = sum(len(c.tokens) for c in completions.values()), time.perf_counter() - began
             print(f"{count} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
-            yield [(prompts[i], *cut(completions[i], self.decode, self.stops)) for i in rows]
+            yield [(prompts[i // n], *cut(completions[i], self.decode, self.stops)) for i in rows]
 
 
-def _show_progress(first: int, total: int, done: int) -> None:
-    print(f"{first + done} of {total} prompts", file=sys.stderr)
+def _show_progress(first: int, total: int, n: int, done: int) -> None:
+    print(f"{first + done} of {total} {'prompts' if n == 1 else 'answers'}", file=sys.stderr)
 
 
 def make_responder(
@@ -157,7 +165,8 @@ def make_responder(
 def write_completions(
     responder: Responder, prompts: Sequence[Prompt], output: Path, batch_size: int, flags: Mapping[str, Any]
 ) -> None:
-    """Answers prompts into a file of JSON lines: each record with `completion`, `tokens` and `logprob`.
+    """Answers prompts into a file of JSON lines: each record with `completion`, `tokens` and `logprob`; or, of several
+    answers to each, with `completions`, and `tokens` and `logprob` as lists with a value for each.
 
     A killed run leaves OUTPUT.partial, and the same call goes on from there.
 
@@ -166,7 +175,7 @@ def write_completions(
       prompts: all of them.
       output: the file; it is replaced.
       batch_size: how many are decoded at once.
-      flags: what else decides the answers, by flag's name.
+      flags: what else decides the answers, by flag's name; `n` is how many each prompt gets.
 
     Raises:
       InputError: a prompt is at fault, or OUTPUT.partial is the work of another command.
@@ -182,13 +191,20 @@ def write_completions(
     reasons = {name: f"--{name} was {{}}" for name in decides}
     reasons |= {"data": "--data holds other prompts", "tokens": "--template or the tokenizer gives other tokens"}
     with files.ResumableLines(output, decides, reasons) as lines:
-        for answers in responder.complete(prompts, batch_size, done=lines.done, ids=ids):
-            lines.append(prompt.line(**_fields(text, completion)) for prompt, text, completion in answers)
+        n = flags["n"]
+        for answers in responder.complete(prompts, batch_size, n=n, done=lines.done, ids=ids):
+            groups = [answers[i : i + n] for i in range(0, len(answers), n)]
+            lines.append(group[0][0].line(**_fields([answer[1:] for answer in group])) for group in groups)
         lines.finish()
 
 
-def _fields(text: str, completion: Completion) -> dict[str, Any]:
-    return {"completion": text, "tokens": completion.tokens, "logprob": sum(completion.logprobs)}
+def _fields(answers: Sequence[tuple[str, Completion]]) -> dict[str, Any]:
+    """What a record gets: of one answer its values, of several lists of them."""
+    texts, completions = zip(*answers, strict=True)
+    tokens, logprobs = [each.tokens for each in completions], [sum(each.logprobs) for each in completions]
+    if len(answers) == 1:
+        return {"completion": texts[0], "tokens": tokens[0], "logprob": logprobs[0]}
+    return {"completions": list(texts), "tokens": tokens, "logprob": logprobs}
 
 
 def cut(completion: Completion, decode: Decode, stops: Sequence[str]) -> tuple[str, Completion]:

@@ -58,17 +58,36 @@ class Answers(NamedTuple):
 
 
 def read_answers(record: Mapping[str, Any]) -> Answers:
-    """What of a record gets a reward: of `chosen` and `rejected` both, in this order; of `responses` each; else the
-    record's text, its prompt and response, or its conversation.
+    """What of a record gets a reward: what `understudy generate` has written, its `completion` or each of its
+    `completions`; of `chosen` and `rejected` both, in this order; of `responses` each; else the record's text, its
+    prompt and response, or its conversation.
 
     Raises:
       InputError: the record is at fault.
     """
+    if {"tokens", "logprob"} <= record.keys() and {"completion", "completions"} & record.keys():
+        return _generated(record)
     format = comparisons.detect(record, {})
     if not format:
         return Answers([records.check(dict(record), records.detect_format(record, {}), {})], False)
     comparison = comparisons.read(record if format == "unpaired" else _unsorted(record), format, {})
     return Answers([[*comparison.prompt, *answer] for answer in comparison.answers], format != "unpaired")
+
+
+def _generated(record: Mapping[str, Any]) -> Answers:
+    """The answers of a model to the record's prompt, which may be empty."""
+    several = "completions" in record
+    texts = record["completions"] if several else [record["completion"]]
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError("completions: must be a list of texts. Give what `understudy generate` has written.")
+    if "messages" in record or "prompt" in record:
+        messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+        asked = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+        answered = {**record, "messages": [*asked, {"role": "assistant", "content": "-"}]}
+        prompt = records.check(answered, "messages", {})[:-1]
+        return Answers([[*prompt, Turn("assistant", text)] for text in texts], several)
+    beginning = records.check(dict(record), "text", {})[0].text
+    return Answers([[Turn("text", beginning + text)] for text in texts], several)
 
 
 def _unsorted(record: Mapping[str, Any]) -> dict[str, Any]:

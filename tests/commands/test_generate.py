@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 import table_models
 
+from research import files
 from research.commands import generate
 from research.errors import InputError
 from research.evals import completions, conversation
@@ -95,6 +97,38 @@ def test_a_file_of_prompts_goes_to_stdout_or_to_json_lines(run, tmp_path):
     assert run(f"--data={text}", "--batch_size=2")[:2] == (0, f"{ANSWER}\n" * 3)
 
 
+def test_several_answers_to_each_prompt(run, tmp_path, monkeypatch):
+    run.loaded.model = table_models.make(V, scale=0)  # any token is as likely as the next
+    prompts, output = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{c}", "response": "{c}"}}\n' for c in "abc"))
+    flags = (f"--data={prompts}", "--temperature=1", "--max_new_tokens=4", "--batch_size=2")
+
+    def records(*more):
+        status, stdout, _ = run(*flags, f"--output={output}", "--overwrite", *more)
+        assert (status, stdout) == (0, "")
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    got = records("--n=3")
+    assert [record["prompt"] for record in got] == ["a", "b", "c"]
+    for record in got:
+        assert list(record) == ["prompt", "response", "completions", "tokens", "logprob"]
+        assert len({tuple(tokens) for tokens in record["tokens"]}) == len(record["completions"]) == 3
+        assert record["logprob"] == pytest.approx([-len(tokens) * math.log(V) for tokens in record["tokens"]], rel=1e-4)
+        assert record["completions"] == [TOKENIZER.decode(tokens) for tokens in record["tokens"]]
+    # A run that was killed after two prompts is gone on with.
+    whole = output.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.ResumableLines, "finish", lambda self: 1 / 0)
+        with contextlib.suppress(ZeroDivisionError):
+            run(*flags, f"--output={output}", "--overwrite", "--n=3")
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    records("--n=3")
+    assert output.read_bytes() == whole
+    assert len(run(*flags, "--n=3")[1].splitlines()) >= 9
+    assert records("--n=1")[0].keys() == {"prompt", "response", "completion", "tokens", "logprob"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -112,6 +146,9 @@ def test_a_file_of_prompts_goes_to_stdout_or_to_json_lines(run, tmp_path):
             "error: --output = no/such/folder/x.jsonl: there is no folder 'no/such/folder'",
         ),
         (["--interactive", "--output=x.jsonl"], "error: --output = x.jsonl: a conversation"),
+        (["--prompt=a", "--n=0"], "error: --n = 0: must be a whole number, at least 1"),
+        (["--prompt=a", "--n=2"], "error: --n = 2: all answers to a prompt are the same without a temperature"),
+        (["--interactive", "--n=2", "--temperature=1"], "error: --n = 2: a conversation goes on with one answer"),
         (["--data=missing.txt"], "error: --data = missing.txt: can't be read"),
         (["--data=x.csv"], "error: --data = x.csv: ends in neither"),
     ],

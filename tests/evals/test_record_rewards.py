@@ -204,3 +204,23 @@ def test_a_record_without_several_answers_is_named():
         best_of.read_question({"prompt": "x", "response": "y"})
     with pytest.raises(InputError, match="must be 'ref:N' or 'tied:N'"):
         best_of.read_question({"prompt": "x", "chosen": ["y"], "rejected": ["z"], "subset": "Ties", "id": "5"})
+
+
+def test_answers_that_a_model_has_written_get_rewards():
+    """What `understudy generate --output` writes: never the record's own response, an empty answer too."""
+    written = {"tokens": [1], "logprob": -1.0, "response": "no"}
+    read = record_rewards.read_answers
+    several = read({"prompt": "p", **written, "completions": ["a", ""]})
+    assert [[(turn.role, turn.text) for turn in turns] for turns in several.turns] == [
+        [("user", "p"), ("assistant", "a")],
+        [("user", "p"), ("assistant", "")],
+    ]
+    assert several.several
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    for record in ({"messages": messages}, {"messages": [*messages, {"role": "assistant", "content": "old"}]}):
+        one = read({**record, **written, "completion": "a"})
+        assert [turn.text for turn in one.turns[0]] == ["s", "q", "a"]
+        assert not one.several
+    assert read({"text": "t ", **written, "completion": "a"}).turns[0][0].text == "t a"
+    with pytest.raises(InputError, match="completions: must be a list of texts"):
+        read({"prompt": "p", **written, "completions": [1]})
