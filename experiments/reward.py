@@ -55,7 +55,6 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "hard": {"loss": "hard_cross_entropy"},
     "confidence": {"loss": "auxiliary_confidence", "coefficient": 0.5, "warmup_steps": 30},
     "product": {"loss": "product_of_confidence"},
-    "reverse_kl": {"loss": "reverse_kl"},
     "adaptive": {"loss": "adaptive_confidence"},
 }
 
@@ -102,14 +101,14 @@ def _set_weak_to_strong(config: ConfigDict, debug: bool) -> None:
     """Sets the study's fields, and of the runs what all have in common."""
     study = {
         "data": f"{TASK}/0",
-        "weak_records": 100,
+        "weak_records": 20,  # of each seed its own
         "strong_records": 3000,
         "test_records": 1500,
-        "weak_steps": 30,
+        "weak_steps": 60,
         "start_steps": 60,  # of the language model that the weak policy begins with
         "policy_steps": 30,
         "students": tuple(STUDENTS),
-        "students_of_policy": ("soft", "hard", "confidence"),
+        "students_of_policy": ("soft", "hard"),
         "seeds": 3,
         "store": "",
     }
@@ -178,8 +177,11 @@ class _WeakToStrong:
     def report(self) -> functools.partial:
         """Adds the stages; returns what reports them."""
         s = self.config.study
-        parts = f"weak:{s.weak_records},strong:{s.strong_records},test:{s.test_records}"
-        count = 2 * (s.weak_records + s.strong_records + s.test_records)  # prompts that come twice are dropped
+        parts = "".join(f"weak{seed}:{s.weak_records}," for seed in range(s.seeds))
+        parts += f"strong:{s.strong_records},test:{s.test_records}"
+        count = 2 * (
+            s.seeds * s.weak_records + s.strong_records + s.test_records
+        )  # prompts that come twice are dropped
         flags = {"data": s.data, "parts": parts, "output": "{workdir}", "examples": count}
         files = self.add.command("split", "split", flags).workdir
         return functools.partial(pgr_report.report, [x for seed in range(s.seeds) for x in self.cells(files, seed)])
@@ -190,8 +192,8 @@ class _WeakToStrong:
         ceiling = self.train("ceiling", seed, f"{files}/strong.jsonl", {"reward": {}})
         ceiling = self.score(f"ceiling-s{seed}-test", {"model": ceiling}, f"{files}/test.jsonl")
         weak = {
-            "reward model": ({"model": self.weak_model(f"{files}/weak.jsonl", seed)}, s.students),
-            "policy": (self.weak_policy(f"{files}/weak.jsonl", seed), s.students_of_policy),
+            "reward model": ({"model": self.weak_model(files, seed)}, s.students),
+            "policy": (self.weak_policy(files, seed), s.students_of_policy),
         }
         cells = []
         for kind, (supervisor, students) in weak.items():
@@ -227,19 +229,25 @@ class _WeakToStrong:
         run.objective = {"terms": terms}
         return run
 
-    def weak_model(self, data: str, seed: int) -> str:
-        """Adds the weak reward model; returns its folder."""
-        run = self.run(seed, data, {"reward": {}}, self.config.study.weak_steps)
+    def weak_run(self, files: str, seed: int, terms: Mapping[str, Mapping[str, Any]], steps: int) -> ConfigDict:
+        """The config of a run that learns from the few pairs of its seed."""
+        run = self.run(seed, f"{files}/weak{seed}.jsonl", terms, steps)
+        run.data.eval_path = f"{files}/test.jsonl"  # nothing is chosen by it, and of so few pairs none is left
         run.model.update(WEAK)
+        return run
+
+    def weak_model(self, files: str, seed: int) -> str:
+        """Adds the weak reward model; returns its folder."""
+        run = self.weak_run(files, seed, {"reward": {}}, self.config.study.weak_steps)
         return self.add.train(f"weak-s{seed}", run).workdir
 
-    def weak_policy(self, data: str, seed: int) -> dict[str, Any]:
+    def weak_policy(self, files: str, seed: int) -> dict[str, Any]:
         """Adds the weak policy, and what it begins with; returns the flags that score takes for its rewards."""
         s = self.config.study
-        run = self.run(seed, data, {"sft": {}}, s.start_steps)
-        run.model.update(WEAK, num_labels=0)
+        run = self.weak_run(files, seed, {"sft": {}}, s.start_steps)
+        run.model.num_labels = 0
         start = self.add.train(f"weak-start-s{seed}", run).workdir
-        run = self.run(seed, data, {"preference": {"beta": BETA}}, s.policy_steps)
+        run = self.weak_run(files, seed, {"preference": {"beta": BETA}}, s.policy_steps)
         run.model.update(config_lib.defaults()["model"], init_from=start)
         run.roles = {"reference": {"init_from": start}}
         run.optimizer.update(name="adamw", learning_rate=1e-3)

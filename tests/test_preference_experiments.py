@@ -106,7 +106,7 @@ def test_students_learn_from_the_rewards_of_the_weak_models_of_their_seed(tmp_pa
     parts = stages["split"].workdir
     for seed in range(2):
         weak, policy, start = (stages[f"weak-{name}s{seed}"] for name in ("", "policy-", "start-"))
-        assert {stage.settings["data"]["path"] for stage in (weak, policy, start)} == {f"{parts}/weak.jsonl"}
+        assert {stage.settings["data"]["path"] for stage in (weak, policy, start)} == {f"{parts}/weak{seed}.jsonl"}
         assert (
             policy.settings["model"]["init_from"] == policy.settings["roles"]["reference"]["init_from"] == start.workdir
         )
