@@ -1,0 +1,125 @@
+"""Runs with rewards: they go on as if uninterrupted, however they are cut; and what they refuse."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from runs import Finished, parameters, small
+
+from research.errors import InputError
+from research.planning import abstract
+from research.run import metrics, run
+
+DATA = {"path": "tasks:copy", "examples": 40, "pack": False}
+MODEL = {"num_layers": 1, "d_model": 32, "num_heads": 2, "num_kv_heads": 2, "d_ff": 64}
+NEVER = {"exact_match": 1.0, "length": {"most": 3, "over": 4, "weight": 0.5}}
+WAYS = {
+    # 4 updates a rollout: the checkpoint after the third is in the middle of the second epoch.
+    "epochs": {
+        "rollout": {
+            "prompts": 4,
+            "answers": 4,
+            "epochs": 2,
+            "max_new_tokens": 6,
+            "filter_rounds": 1,
+            "temperature": 0.8,
+        },
+        "objective": {"terms": {"policy_gradient": {"old": "trainer", "kl_coef": 0.1}}},
+        "roles": {"reference": {"of": "policy"}},
+        "trainable": "layers/.*",
+        "advantage": {"kind": "ema", "scale": "batch", "whiten": "tokens"},
+    },
+    "masked": {"rollout": {"answers": 4, "max_new_tokens": 1, "truncated": "mask"}, "steps": 2},
+}
+
+
+def config_of(name, **fields):
+    base = {
+        "steps": 5,
+        "batch_size": 8,
+        "data": DATA,
+        "model": MODEL,
+        "rewards": NEVER,
+        "objective": {"terms": {"policy_gradient": 1.0}},
+        "checkpoint": {"every": 3, "keep_last": 9},
+        "eval": {"every": 5, "generate": 2, "max_new_tokens": 4},
+    }
+    return small(**{**base, **WAYS[name], **fields})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return Finished(tmp_path_factory, config_of)
+
+
+def test_resumed_in_the_middle_of_the_epochs_is_uninterrupted(finished, tmp_path):
+    """The answers that are trained on after the checkpoint, the running mean and the next prompts are in it."""
+    finished.check_resumed("epochs", tmp_path)
+    lines = [line for line in metrics.read_metrics(str(finished("epochs"))) if "train/loss" in line]
+    assert [line["train/rollout/staleness"] for line in lines] == [0, 1, 2, 3, 0]
+    assert ["train/reward" in line for line in lines] == [True, False, False, False, True]
+    assert max(line.get("train/rollout/log_prob_gap", 0) for line in lines) < 1e-5
+    assert lines[0]["train/ratio"] == pytest.approx(1, abs=1e-4)
+    assert lines[0]["train/grad_norm"] > 0
+    again = [line for line in metrics.read_metrics(str(tmp_path / "half")) if "train/loss" in line]
+    same = lambda line: {k: v for k, v in line.items() if "seconds" not in k and "/mfu" not in k}  # noqa: E731
+    assert [same(line)["train/loss"] for line in again] == [same(line)["train/loss"] for line in lines]
+    assert again[-1]["train/reward"] == lines[-1]["train/reward"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"microbatches": 2}, {"mesh": {"data": 2, "fsdp": 2}}])
+def test_microbatches_and_devices_change_nothing(finished, tmp_path, fields):
+    finished.check_cut("epochs", tmp_path / "cut", **fields)
+
+
+@pytest.mark.slow
+def test_where_all_answers_are_cut_off_and_masked_nothing_is_learned(finished):
+    state = parameters(finished("masked"))
+    assert state["['updates']"] == 0
+    assert state["['step']"] == 2
+    lines = [line for line in metrics.read_metrics(str(finished("masked"))) if "train/empty_batch" in line]
+    assert [line["train/empty_batch"] for line in lines] == [1, 1]
+    assert lines[0]["train/rollout/truncated"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"objective": {"terms": {"sft": 1.0}}}, r"^rewards = .*: no term of the objective reads 'advantage'"),
+        (
+            {"rewards": {}, "rollout": {}},
+            r"^objective\.terms\.policy_gradient: reads the batch field 'advantage', which is made",
+        ),
+        ({"roles": {}, "trainable": ""}, r"^roles: none is called 'reference', and the objective reads what it says"),
+        ({"rollout": {"answers": 4, "max_new_tokens": 30}}, r"^rollout\.max_new_tokens: leaves 2 tokens for a prompt"),
+        ({"data": {**DATA, "path": "TEXT"}}, r"^rewards: judge answers to prompts"),
+        (
+            {"model": {**MODEL, "num_labels": 2}, "eval": {"every": 0}},
+            r"^rewards = .*: the policy is .*, and can't write answers",
+        ),
+    ],
+)
+def test_refused_before_anything_is_written(tmp_path, fields, message):
+    if fields.get("data"):
+        text = tmp_path / "a.txt"
+        text.write_text("some text " * 4000)
+        fields = {"data": {**fields["data"], "path": str(text)}, "eval": {"every": 0}}
+    advantage = {} if fields.get("rewards") == {} else config_of("epochs").advantage
+    fields = {**fields, "advantage": dataclasses.asdict(advantage) if advantage else {}}
+    with pytest.raises(InputError, match=message):
+        run.run(config_of("epochs", **fields), str(tmp_path / "run"), devices=jax.devices()[:1])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_knows_the_fields_of_answers():
+    described = abstract.describe(config_of("epochs"), jax.devices()[:1])
+    batch = abstract.batch_spec(described.config)
+    names = ("advantage", "sampler_log_prob", "old_log_prob", "reference_log_prob")
+    assert set(names) < set(batch)
+    parts = described.assemble()
+    assert parts.scores is not None
+    out = jax.eval_shape(parts.scores, parts.state, parts.frozen, parts.batch)
+    assert {name: x.shape for name, x in out.items()} == dict.fromkeys(("old_log_prob", "reference_log_prob"), (8, 32))
+    assert np.all([batch[name].dtype == np.float32 for name in names])
