@@ -112,7 +112,7 @@ def decay_mask(specs: Tree) -> Tree:
     return tree_map(lambda s: bool(s.contracts) and s.decays, specs)
 
 
-def matching(specs: Tree, pattern: str, field: str = "trainable", prefix: str = "") -> Tree:
+def matching(specs: Tree, pattern: str, field: str = "trainable", prefix: str = "", *, as_written: bool = True) -> Tree:
     """True for the parameters whose whole name matches a regular expression; "" matches all.
 
     A parameter that is stacked over layers goes by several names: "layers/attention/q/kernel" means all layers, and
@@ -124,19 +124,59 @@ def matching(specs: Tree, pattern: str, field: str = "trainable", prefix: str = 
       pattern: the expression.
       field: of the config, for errors.
       prefix: what all names begin with.
+      as_written: whether the expression is the user's own; not that which an option stands for, of which some
+        alternatives may match nothing.
 
     Raises:
-      InputError: no name matches the expression, or one of its alternatives; or it is faulty.
+      InputError: no name matches the expression, or one of its `alternatives`; or it is faulty.
     """
     masks = _masks(specs, pattern, field, prefix)
     if not any(any(mask) for mask in masks.values()):
         raise _matches_none(specs, f"{field} = {pattern!r}:", pattern, prefix)
-    if not re.search(r"[(\\]|\[[^]]*\|", pattern):  # else "|" may stand inside of something
-        for part in pattern.split("|"):
-            if not any(any(mask) for mask in _masks(specs, part, field, prefix).values()):
-                raise _matches_none(specs, f"{field} = {pattern!r}: {part!r}", part, prefix)
+    for part, narrowed in alternatives(pattern) if as_written else ():
+        if not any(any(mask) for mask in _masks(specs, narrowed, field, prefix).values()):
+            raise _matches_none(specs, f"{field} = {pattern!r}: {part!r}", part, prefix)
     assert all(any(mask) == all(mask) for mask in masks.values()), f"{pattern!r} matches a part of a stack of layers"
     return jax.tree_util.tree_map_with_path(lambda path, _: any(masks[path]), specs, is_leaf=is_spec)
+
+
+def alternatives(pattern: str) -> list[tuple[str, str]]:
+    """The alternatives of an expression and of its groups, each with the expression that has it alone in its place.
+
+    Those of groups that are repeated, or that are more than a group, such as (?!...), stay together. So does all of an
+    expression that refers to its groups by number.
+    """
+    if re.search(r"\\\d", pattern):
+        return []
+    parts, groups = _parse(pattern)
+    if len(parts) > 1:
+        return [(part, part) for part in parts] + [pair for part in parts for pair in alternatives(part)]
+    return [
+        (part, f"{pattern[:start]}(?:{narrowed}){pattern[stop:]}")
+        for start, stop in groups
+        for part, narrowed in alternatives(re.sub(r"^\((\?:)?", "", pattern[start : stop - 1]))
+    ]
+
+
+_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)  # an escape, a class such as [a|b], or a character
+
+
+def _parse(pattern: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The alternatives of an expression that are in no group, and where its plain groups are: (start, stop)."""
+    bars, groups, opened = [], [], []
+    for token in _TOKEN.finditer(pattern):
+        match token[0]:
+            case "(":
+                opened.append(token.start())
+            case ")" if opened:
+                start, stop = opened.pop(), token.end()
+                plain = pattern[start : start + 2] != "(?" or pattern.startswith("(?:", start)
+                if not opened and plain and pattern[stop : stop + 1] not in ("*", "+", "?", "{"):
+                    groups.append((start, stop))
+            case "|" if not opened:
+                bars.append(token.start())
+    edges = [-1, *bars, len(pattern)]
+    return [pattern[a + 1 : b] for a, b in itertools.pairwise(edges)], groups
 
 
 def cut(specs: Tree, pattern: str, field: str = "trainable", prefix: str = "") -> Tree:

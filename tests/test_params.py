@@ -76,6 +76,47 @@ def test_an_alternative_that_matches_nothing_is_an_error(pattern, part):
     params.matching(MODEL.specs, "embed|final_norm/.*")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "part"),
+    [
+        ("layers/(attention/(q|w)|mlp/up)/kernel", "w"),
+        ("(?:embed|haed)", "haed"),
+        ("embed|final_norm/(scale|bias)", "bias"),
+        (r"layers/(\d/)?(attention|mlp)/(q|gate|norm)/kernel", "norm"),
+    ],
+)
+def test_an_alternative_of_a_group_that_matches_nothing_is_an_error(pattern, part):
+    with pytest.raises(InputError) as error:
+        params.matching(params.cut(MODEL.specs, pattern), pattern)
+    assert str(error.value).startswith(f"trainable = {pattern!r}: {part!r} matches none of the parameters")
+    params.matching(params.cut(MODEL.specs, pattern), pattern, as_written=False)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "layers/(?!mlp|x).*",
+        "(layers|attention|q|/|x)*kernel",
+        r"layers/(attention|mlp)/(q|up)/kernel",
+        "[e|x]mbed|head",
+    ],
+)
+def test_what_is_no_alternative_of_a_plain_group_is_not_asked_for(pattern):
+    params.matching(MODEL.specs, pattern)
+
+
+def test_each_alternative_is_named_with_the_expression_that_has_it_alone():
+    assert params.alternatives("a(b|c(?:d|e))f|g") == [
+        ("a(b|c(?:d|e))f", "a(b|c(?:d|e))f"),
+        ("g", "g"),
+        ("b", "a(?:b)f"),
+        ("c(?:d|e)", "a(?:c(?:d|e))f"),
+        ("d", "a(?:c(?:d))f"),
+        ("e", "a(?:c(?:e))f"),
+    ]
+    assert params.alternatives(r"(a|b)\1") == params.alternatives("(a)") == params.alternatives(r"\(a[|)]\)") == []
+
+
 def test_the_head_of_tied_embeddings_is_named():
     specs = {name: spec for name, spec in MODEL.specs.items() if name != "head"}
     with pytest.raises(InputError, match=r"trainable = 'head': .* Where embeddings are tied .*, the head is 'embed'\."):

@@ -109,7 +109,7 @@ def _export(args: SimpleNamespace) -> None:
 
 def _export_adapter(args: SimpleNamespace, model: Any) -> None:
     """Writes the adapter of a run as a folder of PEFT."""
-    from research.pretrained import checkpoints, peft, save  # late, as above
+    from research.pretrained import peft, save  # late, as above
 
     if args.max_shard_gb != _SHARD_GB:
         raise InputError(f"--max_shard_gb = {args.max_shard_gb}: an adapter is one file. Leave it out, or --merge.")
@@ -129,10 +129,21 @@ def _export_adapter(args: SimpleNamespace, model: Any) -> None:
             f"the same up to {shortest} tokens, the prefix among them",
             file=sys.stderr,
         )
-    base = trained.base
-    if checkpoints.steps(base):  # a run, which PEFT doesn't read
-        base = f"what understudy export --model={base} writes"
-    print(f"{args.output}: {trained.kind}, {_size(size)}; PEFT reads it beside {base}", file=sys.stderr)
+    beside = _beside(trained.base)
+    print(f"{args.output}: {trained.kind}, {_size(size)}; PEFT reads it beside {beside}", file=sys.stderr)
+
+
+def _beside(base: str) -> str:
+    """Says what PEFT is to read an adapter beside, of which a run began with the model `base`."""
+    from research.pretrained import checkpoints  # late, as above
+
+    if not (checkpoints.steps(base) or base.lower().endswith(".gguf")):
+        return base
+    return (
+        f"what understudy export --model={base} --output=BASE writes. The base_model_name_or_path of its "
+        f"adapter_config.json is {base}, which transformers doesn't load as it is: set it to BASE for what goes by it, "
+        "such as AutoPeftModel"
+    )
 
 
 def _size(size: int) -> str:

@@ -14,6 +14,7 @@ from research.config import Config
 from research.errors import InputError
 from research.models import kernels, transformer
 from research.models.adapters.lora import CONSTANTS
+from research.models.adapters.types import WRITTEN
 from research.models.flops import Flops, per_token
 from research.ops import quantized
 
@@ -191,10 +192,8 @@ def _divide(config: Config, roles: Roles, role: str, own: Tree) -> None:
             cut = params.cut(cut, pattern, field)
         for name, group in config.optimizer.groups.items():
             cut = params.cut(cut, group["match"], f"optimizer.groups.{name}.match", prefix=f"{role}/")
-    masks = [params.matching(cut, pattern, field) for field, pattern in patterns.items()]
-    mask = jax.tree_util.tree_map_with_path(
-        lambda path, *each: any(each) and not re.fullmatch(CONSTANTS, params.whole_name(path)), *masks
-    )
+    masks = [_trained(cut, pattern, field) for field, pattern in patterns.items()]
+    mask = jax.tree.map(lambda *each: any(each), *masks)
     trained, rest = params.split(cut, mask)
     rest = held(config, roles.models[role], rest)
     names = {
@@ -207,6 +206,25 @@ def _divide(config: Config, roles: Roles, role: str, own: Tree) -> None:
     roles.cut[role], roles.masks[role], roles.trained[role] = cut, mask, trained
     if rest:
         roles.frozen[role] = rest
+
+
+def _trained(specs: Tree, pattern: str, field: str) -> Tree:
+    """True for what an expression trains: what it matches, without the constants of adapters.
+
+    Raises:
+      InputError: it matches nothing else.
+    """
+    as_written = field in WRITTEN or not field.startswith("adapter.")
+    matched = params.matching(specs, pattern, field, as_written=as_written)
+    mask = jax.tree_util.tree_map_with_path(
+        lambda path, own: own and not re.fullmatch(CONSTANTS, params.whole_name(path)), matched
+    )
+    if not any(jax.tree.leaves(mask)):
+        raise InputError(
+            f"{field} = {pattern!r}: matches only what no run trains: scales of adapters, rates of dropout, and "
+            "the two matrices that VeRA's maps share. Leave it out."
+        )
+    return mask
 
 
 def _patterns(config: Config, roles: Roles, role: str) -> dict[str, str]:

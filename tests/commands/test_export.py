@@ -88,17 +88,21 @@ def test_a_trained_model_is_exported_and_read_back(trained, tmp_path, capfd):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_adapter_of_a_run_that_began_with_a_run_says_what_it_is_beside(trained, monkeypatch, capfd):
-    """PEFT reads no workdir."""
+def test_an_adapter_says_what_it_is_beside(trained, monkeypatch, capfd):
+    """transformers loads no workdir, and no GGUF by its name alone."""
     began, workdir, _ = trained
     monkeypatch.setattr(peft, "write", lambda *arguments: 33_280)
-    for base, words in ((workdir, f"what understudy export --model={workdir} writes"), (began, f"{began}")):
+    for base, words in (
+        (began, f"{began}\n"),
+        (workdir, f"what understudy export --model={workdir} --output=BASE writes. The base_model_name_or_path of"),
+        ("x/Q4.gguf", "what understudy export --model=x/Q4.gguf --output=BASE writes. The base_model_name_or_path of"),
+    ):
         written = SimpleNamespace(kind="lora", base=str(base))
         model = SimpleNamespace(run_adapter=SimpleNamespace(written=lambda w=written: w), holding_error=lambda: None)
         model.config, model.origin = loading.find(str(workdir)).config, {}
         flags = SimpleNamespace(output="x", dtype="", max_shard_gb=5.0, model="runs/lora")
         export._export_adapter(flags, model)
-        assert capfd.readouterr().err == f"x: lora, 33.3 kB; PEFT reads it beside {words}\n"
+        assert capfd.readouterr().err.startswith(f"x: lora, 33.3 kB; PEFT reads it beside {words}")
 
 
 def test_a_causal_model_becomes_a_prefix_lm_and_stays_one_when_exported(trained, tmp_path, capfd):

@@ -1,6 +1,7 @@
 """Adapters of PEFT: what is read of its folders computes what PEFT computes, and what is written is what was read."""
 
 import json
+import shutil
 from pathlib import Path
 
 import goldens
@@ -103,6 +104,28 @@ def test_folders_that_are_not_read_say_why():
     source = loading.find(str(GOLDEN / "hf_tiny" / "llama"))
     with pytest.raises(InputError, match=r"neither a folder with adapter_config.json nor a run"):
         loading.open_adapter(str(GOLDEN), source)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("lora_qv", {"peft_type": "XLORA"}, r"'XLORA': only .* PEFT can't merge it into its base either: adapt the"),
+        ("lora_qv", {"layer_replication": [[0, 2], [1, 2]]}, r"layer_replication = .*PEFT can't merge it"),
+        ("lora_qv", {"some_field": 3}, r"some_field = '3': isn't offered here. Merge it into its base in PEFT"),
+        (
+            "lora_qv",
+            {"init_lora_weights": "corda"},
+            r"'corda': changed the base .* Merge it where it was trained, besi",
+        ),
+        ("prompt_tuning", {"some_field": 3}, r"some_field = '3': isn't offered here. PEFT can't merge it"),
+    ],
+)
+def test_what_to_do_is_what_peft_can_do(name, changes, message, tmp_path):
+    shutil.copytree(GOLDEN / "peft_adapters" / name, tmp_path / "folder")
+    file = tmp_path / "folder/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(InputError, match=message):
+        loading.open_adapter(str(file.parent), loading.find(str(GOLDEN / "hf_tiny" / "llama")))
 
 
 def test_virtual_tokens_are_of_models_that_take_them_as_they_are(tmp_path):

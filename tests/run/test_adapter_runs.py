@@ -195,6 +195,16 @@ def test_what_cannot_be_honoured_is_refused():
         parts_of({"adapter": {**LORA, "targets": "q|w"}})
     with pytest.raises(InputError, match=r"adapter.also = 'heed': matches none of the parameters"):
         parts_of({"adapter": {**LORA, "also": "heed"}})
+    with pytest.raises(
+        InputError, match=r"adapter.targets = 'attention/\(q\|w\)': 'w' matches none .* layers/attention/q"
+    ):
+        parts_of({"adapter": {**LORA, "targets": "attention/(q|w)"}})
+    with pytest.raises(InputError, match=r"adapter.also = '\(embed\|heed\)': 'heed' matches none of the parameters"):
+        parts_of({"adapter": {**LORA, "also": "(embed|heed)"}})
+    with pytest.raises(
+        InputError, match=r"adapter.also = 'vera/\.\*': matches only what no run trains: .* VeRA's maps"
+    ):
+        parts_of({"adapter": {"kind": "vera", "rank": 2, "also": "vera/.*"}})
     with pytest.raises(InputError, match=r"adapter.tokens = 31: count in seq_len = 32"):
         parts_of({"adapter": {"kind": "prompt", "tokens": 31}})
     with pytest.raises(InputError, match=r"adapter.tokens = 10: positions begin after them"):

@@ -82,7 +82,8 @@ def make(
 
 
 LEAVES = r"(.*/)?(embed_)?lora/(a|b|magnitude)"  # the names of what is trained
-CONSTANTS = r"(.*/)?(embed_)?(lora|vera)/(scale|dropout)"  # the names of what no option trains, see `constant`
+# The names of what no option trains: see `constant`, and VeRA's shared matrices.
+CONSTANTS = r"(.*/)?((embed_)?(lora|vera)/(scale|dropout)|vera/[ab])"
 
 
 def _trained_biases(bias: str, targets: str, exclude: str) -> dict[str, str]:

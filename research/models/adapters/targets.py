@@ -168,9 +168,8 @@ def _narrow(target: Target, chosen: np.ndarray) -> Target:
 
 def _check_matches(maps: Mapping[str, Target], pattern: str, field: str) -> None:
     """Raises InputError where an expression, or one of its alternatives, matches none of the maps."""
-    parts = [pattern] if re.search(r"[(\\]|\[[^]]*\|", pattern) else pattern.split("|")
-    for part in parts:
-        if not any((target.matches(part, field) & np.array(target.chosen)).any() for target in maps.values()):
+    for part, narrowed in [(pattern, pattern), *params.alternatives(pattern)]:
+        if not any((target.matches(narrowed, field) & np.array(target.chosen)).any() for target in maps.values()):
             subject = f"{field} = {pattern!r}:" + (f" {part!r}" if part != pattern else "")
             hint = ' The head is trained whole: also = "head".' if re.search("head", part) else ""
             raise InputError(f"{subject} matches none of the linear maps, which are {', '.join(maps)}.{hint}")

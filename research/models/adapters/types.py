@@ -9,6 +9,8 @@ import jax
 from research.models.config import ModelConfig
 from research.models.specs import Params, Specs
 
+WRITTEN = ("adapter.also", "adapter.match")  # fields whose expressions are what the user wrote
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:

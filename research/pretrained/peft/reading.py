@@ -3,35 +3,30 @@
 import collections
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
-from research import files, params
+from research import params
 from research.errors import InputError
 from research.models import virtual
 from research.models.config import ModelConfig
 from research.pretrained.peft import experts as experts_lib
 from research.pretrained.peft import modules as modules_lib
 from research.pretrained.peft.experts import Experts
+from research.pretrained.peft.folder import CONFIG, Folder, remedy
 from research.pretrained.peft.modules import Module
-from research.pretrained.readers import Entry, open_file
+from research.pretrained.readers import Entry
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-BASE = "understudy_base"  # in the metadata of TENSORS: params.fingerprint of the kernels that an adapter was made for
 Params = Any
 Leaves = dict[str, dict[tuple[int, ...], np.ndarray]]  # name of a parameter -> (layer,) or () -> its values
 
 _PREFIX = "base_model.model."
-_MERGE = "Merge it into its base in PEFT (merge_and_unload), and read the whole model."
 _NOT_OFFERED = {
     "LOHA": "products of two low-rank matrices, element by element, are no kind here",
     "LOKR": "Kronecker products are no kind here",
@@ -47,44 +42,6 @@ _HARMLESS = re.compile(
 _OF_ENCODERS = "encoder_.*|prefix_projection|prompt_tuning_.*|tokenizer_.*|num_layers|num_attention_heads|token_dim"
 _INITS = {True: "default", False: "default", "gaussian": "default", "orthogonal": "default", "eva": "default"}
 _INITS |= {"pissa": "pissa", "olora": "olora"}
-
-
-class Folder(NamedTuple):
-    """A folder of PEFT whose tensors haven't been read.
-
-    Attributes:
-      where: its path.
-      config: its adapter_config.json.
-      entries: its tensors, by their names.
-      base: the fingerprint of what it was made for; empty where the folder has none.
-    """
-
-    where: Path
-    config: dict[str, Any]
-    entries: dict[str, Entry]
-    base: dict[str, tuple[float, float]]
-
-
-def is_folder(name: str | Path) -> bool:
-    """Whether PEFT wrote this folder."""
-    return (Path(name).expanduser() / CONFIG).is_file()
-
-
-def open_folder(name: str | Path) -> Folder:
-    """Opens a folder.
-
-    Raises:
-      InputError: it is no folder of PEFT, or damaged.
-    """
-    where = Path(name).expanduser()
-    if not is_folder(where):
-        raise InputError(f"{name}: holds no {CONFIG}. Name a folder that PEFT's save_pretrained or an export wrote.")
-    if not (where / TENSORS).is_file():
-        raise InputError(f"{where}: lacks {TENSORS}. Save it anew in PEFT, with safe_serialization=True.")
-    entries = open_file(where / TENSORS)
-    with safetensors.safe_open(where / TENSORS, framework="numpy") as file:
-        base = json.loads((file.metadata() or {}).get(BASE, "{}"))
-    return Folder(where, files.read_json(where / CONFIG), entries, {name: tuple(mark) for name, mark in base.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,12 +136,13 @@ def understand(folder: Folder, family: ModuleType, c: ModelConfig) -> Saved:
     kind = folder.config.get("peft_type")
     if kind not in _KINDS:
         reason = _NOT_OFFERED.get(kind, f"only {', '.join(_KINDS)} are read")
-        raise InputError(f"{folder.where / CONFIG}: peft_type = {kind!r}: {reason}. {_MERGE}")
+        raise InputError(f"{folder.where / CONFIG}: peft_type = {kind!r}: {reason}. {remedy(str(kind))}")
     return _KINDS[kind](_Reader(folder, family, c)).saved()
 
 
-def _refuse(where: Any, field: str, value: Any, reason: str = "isn't offered here") -> InputError:
-    return InputError(f"{where}: {field} = {str(value)[:60]!r}: {reason}. {_MERGE}")
+def _refuse(reader: "_Reader", field: str, value: Any, reason: str = "isn't offered here") -> InputError:
+    what = remedy(reader.folder.config["peft_type"], field)
+    return InputError(f"{reader.where}: {field} = {str(value)[:60]!r}: {reason}. {what}")
 
 
 class _Reader:
@@ -234,7 +192,7 @@ class _Reader:
         """Raises InputError where a field was set that isn't understood."""
         for name, value in self._left.items():
             if not _HARMLESS.fullmatch(name) and value not in (None, False, {}, []):
-                raise _refuse(self.where, name, value)
+                raise _refuse(self, name, value)
 
     def modules(self) -> list[tuple[Module | Experts, int | None, dict[str, Entry]]]:
         """(module, layer, its tensors) of all that the adapter changes; the embedding has no layer.
@@ -306,7 +264,10 @@ class _Reader:
                 self._check_tied(name, entry)
                 continue
             if name not in known:
-                raise InputError(f"{self.folder.where}: holds {name}, and the model has no such tensor. {_MERGE}")
+                raise InputError(
+                    f"{self.folder.where}: holds {name}, and the model has no such tensor. "
+                    f"{remedy(self.folder.config['peft_type'])}"
+                )
             tensor, at = known[name]
             for path, x in modules_lib.split(entry.read(), name, tensor, self.c, self.folder.where):
                 (copies if tensor.name in targets else trained)[path][at] = np.asarray(x, np.float32)
@@ -318,7 +279,8 @@ class _Reader:
         if embed not in self.whole or not np.array_equal(entry.read(), self.whole[embed].read()):
             raise InputError(
                 f"{self.folder.where}: holds {head}, trained apart from {embed}, and in the model they are one matrix "
-                f"(model.tie_embeddings). {_MERGE}"
+                "(model.tie_embeddings). Merge it in PEFT (merge_and_unload), set tie_word_embeddings = False in the "
+                "model's config, save it, and read that."
             )
 
 
@@ -352,7 +314,7 @@ class _Lora:
         init = reader.take("init_lora_weights", True)
         if init not in _INITS:
             raise _refuse(
-                reader.where, "init_lora_weights", init, "changed the base in a way that can't be done again from it"
+                reader, "init_lora_weights", init, "changed the base in a way that can't be done again from it"
             )
         options = {"kind": "lora", "rank": rank, "alpha": float(alpha)}
         options |= {name: True for name in ("rslora", "dora") if reader.take(f"use_{name}", False)}
@@ -469,7 +431,7 @@ class _Vera:
         reader.finish()
         if not {"vera_A", "vera_B"} <= reader.shared.keys():
             raise _refuse(
-                reader.where,
+                reader,
                 "save_projection",
                 False,
                 "the random matrices aren't in the folder, and torch draws others",
@@ -477,7 +439,7 @@ class _Vera:
         places: dict[str, list[int]] = collections.defaultdict(list)
         for module, layer, _ in reader.modules():
             if len(module.paths) > 1:
-                raise _refuse(reader.where, "target_modules", module.name, "holds several maps of ours")
+                raise _refuse(reader, "target_modules", module.name, "holds several maps of ours")
             places[module.paths[0]].append(layer)
         options["targets"] = _targets(places, reader.c)
         return reader.make(options, functools.partial(self.leaves, options["rank"]))
@@ -508,7 +470,7 @@ class _InFront:
         prefix = reader.folder.config["peft_type"] == "PREFIX_TUNING"
         tokens = reader.take("num_virtual_tokens")
         if reader.take("num_transformer_submodules", 1) != 1:
-            raise _refuse(reader.where, "num_transformer_submodules", 2, "is of models with an encoder and a decoder")
+            raise _refuse(reader, "num_transformer_submodules", 2, "is of models with an encoder and a decoder")
         for name in list(reader.config):
             if re.fullmatch(_OF_ENCODERS, name):  # of networks that the folder no longer has
                 reader.take(name)

@@ -27,8 +27,9 @@ from research.pretrained import save
 from research.pretrained.peft import experts as experts_lib
 from research.pretrained.peft import modules as modules_lib
 from research.pretrained.peft.experts import Experts
+from research.pretrained.peft.folder import BASE, CONFIG, TENSORS
 from research.pretrained.peft.modules import Module
-from research.pretrained.peft.reading import BASE, CONFIG, TENSORS, Leaves
+from research.pretrained.peft.reading import Leaves
 
 _PREFIX = "base_model.model."
 _MERGE = "Write a whole model instead: --merge."
