@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from research.models.sampling import SamplingConfig
 from research.rollouts import advantages
 from research.rollouts.advantages import AdvantageSpec
 from research.rollouts.engines.types import Answers, Engine
-from research.rollouts.rewards import Entry, Sample, workers
+from research.rollouts.rewards import Sample, judging
 from research.sources.prompts import Prompt, Prompts
 
 Metrics = dict[str, tuple[float, float]]  # name -> (sum, weight)
@@ -29,7 +29,8 @@ class Group(NamedTuple):
       lengths: int32, of each answer.
       log_probs: float32, log of the probability that each token was drawn with.
       stopped: whether the policy ended the answer; else it was cut off.
-      rewards: float32, of each reward; NaN where it can't judge the answer.
+      rewards: float32, of each reward; NaN where it can't judge the answer, and all of them where one has failed.
+      failed: where a reward was too slow or faulty.
       greedy: float32, the rewards of the answer made of the likeliest tokens; NaN where nothing asks for it.
     """
 
@@ -39,6 +40,7 @@ class Group(NamedTuple):
     log_probs: Float[np.ndarray, "G N"]
     stopped: Bool[np.ndarray, " G"]
     rewards: Float[np.ndarray, "G R"]
+    failed: Bool[np.ndarray, "G R"]
     greedy: Float[np.ndarray, " R"]
 
 
@@ -58,33 +60,37 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """The rewards of a run, in worker processes. Of several processes each judges whole groups, a share of them.
+    """The rewards of a run. Of several processes each judges whole groups, a share of them.
 
     Attributes:
-      entries: the rewards, by name.
-      pools: their workers.
+      rewards: in worker processes.
     """
 
-    entries: Mapping[str, Entry]
-    pools: Sequence[workers.Pool]
+    rewards: judging.Judge
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the rewards."""
+        return tuple(entry.name for entry in self.rewards.entries)
 
     @property
     def weights(self) -> Float[np.ndarray, " R"]:
         """Of the rewards."""
-        return np.array([entry.weight for entry in self.entries.values()], np.float64)
+        return np.array([entry.weight for entry in self.rewards.entries], np.float64)
 
-    def __call__(self, prompts: Sequence[Prompt], answers: Answers, n: int) -> Float[np.ndarray, "P n R"]:
-        """What each reward says of n answers to each prompt, float32; NaN where it can't judge one."""
+    def __call__(
+        self, prompts: Sequence[Prompt], answers: Answers, n: int
+    ) -> tuple[Float[np.ndarray, "P n R"], Bool[np.ndarray, "P n R"]]:
+        """What each reward says of n answers to each prompt, float32, and where it has failed; see Group."""
         mine = range(jax.process_index(), len(prompts), jax.process_count())
-        samples = [self._sample(prompts[i], answers, i * n + j) for i in mine for j in range(n)]
-        verdicts = workers.judge(self.pools, samples)
-        values = [[np.nan if v.value is None else v.value for v in column] for column in verdicts]
-        own = np.full((len(prompts), n, len(self.entries)), np.nan, np.float32)
-        own[list(mine)] = np.array(values, np.float32).T.reshape(len(mine), n, len(self.entries))
-        if jax.process_count() == 1:
-            return own
-        every = multihost_utils.process_allgather(own)
-        return every[np.arange(len(prompts)) % jax.process_count(), np.arange(len(prompts))]
+        judged = self.rewards([self._sample(prompts[i], answers, i * n + j) for i in mine for j in range(n)])
+        own = np.full((2, len(prompts), n, len(self.names)), np.nan, np.float32)
+        for which, values in enumerate((judged.kept(), judged.failed)):
+            own[which, list(mine)] = values.T.reshape(len(mine), n, len(self.names))
+        if jax.process_count() > 1:
+            every = multihost_utils.process_allgather(own)
+            own = every[np.arange(len(prompts)) % jax.process_count(), :, np.arange(len(prompts))].swapaxes(0, 1)
+        return own[0], own[1] > 0
 
     @staticmethod
     def _sample(prompt: Prompt, answers: Answers, row: int) -> Sample:
@@ -145,18 +151,18 @@ class Collector:
         G, tokens = self.answers, [prompt.tokens for prompt in prompts]
         answers = self.engine.generate(tokens, G, self.sampling, _key(seed))
         clock.lap("generation")
-        rewards = self.judge(prompts, answers, G)
+        rewards, failed = self.judge(prompts, answers, G)
         clock.lap("reward")
         greedy = np.full((len(prompts), rewards.shape[2]), np.nan, np.float32)
         if "greedy" in advantages.KINDS[self.advantage.kind].reads:
             likeliest = dataclasses.replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
             single = self.engine.generate(tokens, 1, likeliest, _key(seed))
             clock.lap("generation")
-            greedy = self.judge(prompts, single, 1)[:, 0]
+            greedy = self.judge(prompts, single, 1)[0][:, 0]
             clock.lap("reward")
         arrays = (answers.tokens, answers.lengths, answers.log_probs, answers.stopped)
         columns = [x.reshape(len(prompts), G, *x.shape[1:]) for x in arrays]
-        return [Group(*each) for each in zip(prompts, *columns, rewards, greedy, strict=True)]
+        return [Group(*each) for each in zip(prompts, *columns, rewards, failed, greedy, strict=True)]
 
     def _agree(self, groups: Sequence[Group]) -> Bool[np.ndarray, " P"]:
         return agree(self.advantage, counted(groups, self.truncated), self.judge.weights)
@@ -181,20 +187,24 @@ def agree(
 
 def metrics(groups: Sequence[Group], collector: Collector) -> Metrics:
     """What is reported of a rollout: of the summed reward and of each mean, standard deviation and the share that
-    couldn't be judged; lengths; the shares of answers that were cut off and of groups that agree."""
+    isn't judged, of each the share with which it fails; lengths; the shares of answers that were cut off and of groups
+    that agree."""
     spec, weights = collector.advantage, collector.judge.weights
     rewards = np.stack([group.rewards for group in groups])
     lengths = np.concatenate([group.lengths for group in groups])
     stopped = np.concatenate([group.stopped for group in groups])
     same = agree(spec, counted(groups, collector.truncated), weights)
     values = {"reward": advantages.sum_rewards(rewards, weights, spec.clip)}
-    values |= {f"reward/{name}": rewards[:, :, r] for r, name in enumerate(collector.judge.entries)}
+    values |= {f"reward/{name}": rewards[:, :, r] for r, name in enumerate(collector.judge.names)}
     out: Metrics = {}
     for name, value in values.items():
         judged = value[~np.isnan(value)].astype(np.float64)
         out[name] = (float(judged.sum()), float(judged.size))
         out[f"{name}/deviation"] = (float(judged.std()) if judged.size else 0.0, float(judged.size > 0))
         out[f"{name}/unjudged"] = (float(value.size - judged.size), float(value.size))
+    failed = np.stack([group.failed for group in groups])
+    for r, name in enumerate(collector.judge.names):
+        out[f"reward/{name}/failed"] = (float(failed[:, :, r].sum()), float(failed[:, :, r].size))
     return out | {
         "rollout/tokens": (float(lengths.sum()), float(lengths.size)),
         "rollout/truncated": (float(np.sum(~stopped)), float(stopped.size)),

@@ -13,7 +13,7 @@ from research.rollouts.credit import Credit
 from research.rollouts.engines.local import Local
 from research.rollouts.experience import Experience
 from research.rollouts.reinforcement import Reinforcement
-from research.rollouts.rewards import workers
+from research.rollouts.rewards import judging
 from research.run.assemble import Parts
 from research.sources import dataset, fields, prompts
 from research.sources.prompts import Prompts
@@ -69,10 +69,9 @@ def make_judge(config: Config, stack: contextlib.ExitStack) -> Judge:
     Raises:
       InputError: one can't be made.
     """
-    entries = rewards.load(config.rewards)
-    pools = [stack.enter_context(contextlib.closing(workers.Pool(entry))) for entry in entries.values()]
-    workers.start(pools)
-    return Judge(entries, pools)
+    judge = stack.enter_context(judging.Judge(rewards.load(config.rewards)))
+    judge.start()
+    return Judge(judge)
 
 
 def make_experience(config: Config, parts: Parts, given: Prompts, judge: Judge, virtual: range) -> Experience:

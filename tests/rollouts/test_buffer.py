@@ -16,7 +16,7 @@ def group(prompt, *answers, stopped=(True, True)):
     asked = Prompt(np.array(prompt, np.int32), "", {}, str, 1)
     lengths = np.array([len(answer) for answer in answers], np.int32)
     nothing = np.zeros((2, 1), np.float32)
-    return Group(asked, tokens, lengths, log_probs, np.array(stopped), nothing, nothing[0])
+    return Group(asked, tokens, lengths, log_probs, np.array(stopped), nothing, nothing > 0, nothing[0])
 
 
 GROUPS = [group([5, 6], [7, 8, 2], [2]), group([9], [], [3, 3, 3, 3], stopped=(False, False))]

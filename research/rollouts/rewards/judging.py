@@ -1,4 +1,4 @@
-"""Several rewards of the same answers: their values, their sum by weight, and what the log says of them."""
+"""Several rewards of the same answers: their values, and their sum by weight."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,35 +27,32 @@ class Judged(NamedTuple):
     def total(self) -> np.ndarray:
         """The sum of the rewards by weight, [N] float32, over those that can judge an answer; NaN where none can, or
         one has failed."""
-        known = ~np.isnan(self.values)
-        sums = np.sum(np.where(known, self.values * self.weights[:, None], 0), axis=0, dtype=np.float32)
-        return np.where(known.any(axis=0) & ~self.failed.any(axis=0), sums, np.float32(np.nan))
+        values = self.kept()
+        known = ~np.isnan(values)
+        sums = np.sum(np.where(known, values * self.weights[:, None], 0), axis=0, dtype=np.float32)
+        return np.where(known.any(axis=0), sums, np.float32(np.nan))
 
-    def metrics(self) -> dict[str, float]:
-        """Of each reward the mean and the standard deviation of its values, NAME and NAME_std, where it has some; and
-        the shares of answers that it couldn't judge, NAME_none, and of those, NAME_failed, where it has failed."""
-        metrics = {}
-        for name, values, failed in zip(self.names, self.values, self.failed, strict=True):
-            known = values[~np.isnan(values)].astype(np.float64)
-            if len(known):
-                metrics |= {name: float(known.mean()), f"{name}_std": float(known.std())}
-            metrics |= {f"{name}_none": 1 - len(known) / len(values), f"{name}_failed": float(failed.mean())}
-        return metrics
+    def kept(self) -> np.ndarray:
+        """The values, [R, N] float32; NaN for all rewards of an answer with which one has failed."""
+        return np.where(self.failed.any(axis=0), np.float32(np.nan), self.values)
 
 
 class Judge:
-    """The rewards of a run, and the processes that compute them, which live as long as it does.
+    """Rewards, and the processes that compute them.
 
     It is a context: on leaving it the processes end, whatever has happened.
+
+    Attributes:
+      entries: the rewards.
     """
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         """Starts the processes, and doesn't wait for them."""
-        self._entries = tuple(entries.values())
+        self.entries = tuple(entries.values())
         self._pools: list[workers.Pool] = []
         self._faults: set[str] = set()  # that have been told
         try:
-            for entry in self._entries:
+            for entry in self.entries:
                 self._pools.append(workers.Pool(entry))
         except BaseException:
             self.close()
@@ -76,11 +73,11 @@ class Judge:
             if len(self._faults) < _MOST_FAULTS:
                 print(f"warning: {verdict.fault} Such answers aren't judged.", file=sys.stderr, flush=True)
             self._faults.add(verdict.fault)
-        shape = len(self._entries), len(samples)
+        shape = len(self.entries), len(samples)
         values = np.array([[v.value for v in each] for each in verdicts], np.float32).reshape(shape)  # None is NaN
         failed = np.array([[bool(v.fault) for v in each] for each in verdicts], bool).reshape(shape)
-        weights = np.array([entry.weight for entry in self._entries], np.float32)
-        return Judged(tuple(entry.name for entry in self._entries), weights, values, failed)
+        weights = np.array([entry.weight for entry in self.entries], np.float32)
+        return Judged(tuple(entry.name for entry in self.entries), weights, values, failed)
 
     def close(self) -> None:
         """Ends the processes."""
