@@ -19,7 +19,8 @@ from research.planning import topology as topologies
 from research.run import assemble, metrics, run
 
 VOCAB, ROWS, LENGTH = 32_768, 8, 512
-OBJECTIVES = ("sft", "distill", "weak_to_strong", pytest.param("preference", marks=pytest.mark.slow))
+LONGER = ("preference", "policy_gradient")
+OBJECTIVES = ("sft", "distill", "weak_to_strong", *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER))
 HOST = re.compile(r"\b(infeed|outfeed|send|recv)\(|callback")
 
 
