@@ -45,17 +45,23 @@ class Group(NamedTuple):
 
 
 class Clock:
-    """Adds up seconds by name."""
+    """Adds up seconds by name. Its first lap has no time: what came before it isn't known."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+        self._since: float | None = None
 
     def lap(self, name: str) -> None:
         """Counts the time since the last lap, or the start, as of `name`."""
         now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        if self._since is not None:
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
         self._since = now
+
+    def read(self) -> dict[str, float]:
+        """The seconds since this was called last."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
 
 
 @dataclasses.dataclass(frozen=True)

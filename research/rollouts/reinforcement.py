@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from research import params as params_lib
+from research.devices import distributed
 from research.rollouts import buffer, collection
 from research.rollouts.buffer import Arrays
 from research.rollouts.collection import Clock, Collector, Metrics
@@ -45,7 +46,7 @@ class Reinforcement:
 
     def experience(self) -> Experience:
         """This as an Experience."""
-        return Experience(self.spec, self.buffer, self.init, Steps(self, self._take()))
+        return Experience(self.spec, self.buffer, self.init, Steps(self, self._take(), Clock()))
 
     @property
     def buffer(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -61,20 +62,20 @@ class Reinforcement:
         source = {"row": 0, "rollout": 0, "served": self.sizes.updates, "version": 0, "carry": self.credit.init()}
         return Place(source, buffer.put(empty, self.buffer))
 
-    def collect(self, state: Any, frozen: Any, place: Place) -> tuple[Place, Metrics]:
-        """The place with a new rollout, and what is reported of it."""
-        source, clock = place.source, Clock()
-        version, number = int(state.step), source["rollout"] + 1
+    def collect(self, state: Any, frozen: Any, place: Place, clock: Clock) -> tuple[Place, Metrics]:
+        """The place with a new rollout, and what is reported of it, with the seconds that `clock` has counted."""
+        source, number = place.source, place.source["rollout"] + 1
+        version = int(state.step)  # waits for the updates of the rollout before
+        clock.lap("training")
         policy = params_lib.join(state.params.get("policy", {}), frozen.get("policy", {}))
         self.collector.engine.sync(policy, version)
-        clock.lap("wait")
         groups, row, metrics = self.collector.collect(source["row"], (self.seed, number), clock)
         rows = buffer.lay_out(groups, self._seq_len, self.virtual, self.collector.truncated)
         rows |= self._scored(state, frozen, rows)
         clock.lap("scores")
         fields, carry, more = self.credit(groups, rows, source["carry"])
         metrics |= collection.metrics(groups, self.collector) | more | _agreement(rows)
-        metrics |= {f"rollout/seconds/{name}": (x, 1.0) for name, x in clock.seconds.items() if name != "wait"}
+        metrics |= {f"rollout/seconds/{name}": (x, 1.0) for name, x in clock.read().items()}
         source = {"row": row, "rollout": number, "served": 0, "version": version, "carry": carry}
         return Place(source, buffer.put(rows | fields, self.buffer)), metrics
 
@@ -95,10 +96,8 @@ class Reinforcement:
 
     def _take(self) -> Callable[..., Batch]:
         placed = {name: x.sharding for name, x in self.spec.items()}
-        return jax.jit(
-            lambda rows, index: {name: x[index] for name, x in rows.items()},
-            out_shardings=placed,
-        )
+        take = jax.jit(lambda rows, index: {name: x[index] for name, x in rows.items()}, out_shardings=placed)
+        return distributed.one_at_a_time(take)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,15 +107,17 @@ class Steps:
     Attributes:
       run: collects rollouts.
       take: (the rows of a rollout, numbers of rows [B]) -> these as a batch.
+      clock: counts the seconds of what a rollout is made of, and of the updates before it.
     """
 
     run: Reinforcement
     take: Callable[..., Batch]
+    clock: Clock
 
     def __call__(self, state: Any, frozen: Any, place: Place) -> tuple[Batch, Place, Metrics]:
         metrics: Metrics = {}
         if place.source["served"] >= self.run.sizes.updates:
-            place, metrics = self.run.collect(state, frozen, place)
+            place, metrics = self.run.collect(state, frozen, place, self.clock)
         source, sizes = place.source, self.run.sizes
         index = buffer.minibatch((self.run.seed, source["rollout"]), sizes.rows, sizes.batch_size, source["served"])
         batch = self.take(place.buffer, index)

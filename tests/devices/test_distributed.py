@@ -181,6 +181,35 @@ def test_several_processes_train_an_adapter_as_one_does(tmp_path):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=2e-4), cut, whole)
 
 
+REINFORCEMENT = """
+from experiments import sft
+
+
+def get_config(arg=""):
+    config = sft.get_config("debug")
+    config.data.update(path="tasks:copy", pack=False)
+    config.rewards = {"length": {"most": 3, "over": 8}, "exact_match": 1.0}
+    config.rollout.update(prompts=4, answers=4, epochs=2, max_new_tokens=8, filter_rounds=1)
+    config.objective = {"terms": {"policy_gradient": {"old": "trainer"}}}
+    config.eval.generate = 0
+    return config
+"""
+
+
+@slow
+def test_several_processes_judge_answers_and_learn_as_one_does(tmp_path):
+    (tmp_path / "reinforcement.py").write_text(REINFORCEMENT)
+    found = []
+    for processes, devices, mesh in ((1, 1, {}), (2, 2, {"data": 2, "fsdp": 2})):
+        workdir = tmp_path / str(processes)
+        begun = start(workdir, processes, devices, mesh, steps=6, config=str(tmp_path / "reinforcement.py"))
+        assert finish(begun) == [0] * processes, log(workdir, 0)
+        records = [r for r in metrics.read_metrics(str(workdir)) if "train/loss" in r]
+        found.append([(r["step"], r["train/loss"], r.get("train/reward", 0), r["train/grad_norm"]) for r in records])
+    assert len(found[0]) == 6
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-3, atol=1e-5)
+
+
 @slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_who_name_it_and_one_process_goes_on(killed, alone, tmp_path):
