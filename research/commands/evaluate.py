@@ -7,13 +7,15 @@ A task is KIND[,OPTION=VALUE...]:DATA, and --task may come several times:
   choice:x.jsonl                               {"question", "choices": [...], "answer": text, number from 0, or letter}
   exact_match,verifier=number:x.jsonl          prompt + response or question + answer, or messages
   exact_match,max_new_tokens=16:tasks:reverse  generated, each with its verifier
+  exact_match,samples=8:tasks:reverse          the same of 8 answers to each prompt: avg@8, pass@2, pass@4, pass@8
   infill,span=1:x.jsonl                        {"prefix", "middle", "suffix"}, or text, of which words are left out
   best_of:x.jsonl                              {"prompt", "chosen": [...], "rejected": [...]}, to a reward model
 
 Options of all: name, limit. Of all but infill: template. Of exact_match: verifier (task: that of the record's task,
-else exact; exact; number: the last number; contains), max_new_tokens, batch_size. Of infill: form (auto, psm, spm,
-sentinel, left: the prefix alone, mask: of encoders), max_new_tokens, batch_size; of texts: span (words left out, N or
-MIN-MAX), context (the most words shown on either side).
+else exact; exact; number: the last number; contains), max_new_tokens, batch_size, samples, temperature (1 where there
+are several samples, else 0). Of infill: form (auto, psm, spm, sentinel, left: the prefix alone, mask: of encoders),
+max_new_tokens, batch_size; of texts: span (words left out, N or MIN-MAX), context (the most words shown on either
+side).
 
 --lm_eval=TASK,TASK runs tasks of EleutherAI's lm-evaluation-harness (pip install -e '.[lm-eval]').
 """

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from research.errors import InputError
+from research.evals import repeated
 from research.models.generation import generate_batches, make_generate
 from research.models.sampling import SamplingConfig, longest_prompt
 from research.models.transformer import Model
@@ -43,7 +44,8 @@ def make_generation(
     template: str | Sequence[str],
     batch_size: int,
     where: Sequence[str] = (),
-) -> Callable[[Any, jax.Array], tuple[dict[str, float], list[Sample]]]:
+    n: int = 1,
+) -> Callable[[Any, jax.Array], tuple[dict[str, float], list[Any]]]:
     """Returns evaluate(params, key) -> (metrics, a Sample for each prompt, in the order of `records`).
 
     The metrics are
@@ -51,6 +53,7 @@ def make_generation(
       exact_match/TASK: the same of the records whose `task` is TASK.
       utility: the mean planted utility of completions to the prompts of generated preferences, where there are some.
       skipped_too_long: how many prompts leave no room for config.max_new_tokens and are left out of all else.
+    With n above 1 they are those of `repeated.measure`, and in the place of Samples there are `repeated.Answers`.
 
     Args:
       model: of `params`.
@@ -61,6 +64,7 @@ def make_generation(
       template: how records are put to the model, see sources.formats; or one for each record.
       batch_size: prompts decoded at once.
       where: where each record is from, for errors; empty where that isn't known.
+      n: how many answers each prompt gets.
 
     Raises:
       InputError: no prompt fits, or a record has no prompt.
@@ -82,16 +86,20 @@ def make_generation(
         )
 
     def evaluate(params: Any, key: jax.Array) -> tuple[dict[str, float], list[Sample]]:
-        prompts = [prompt for _, prompt, _ in fitting]
+        prompts = [prompt for _, prompt, _ in fitting for _ in range(n)]
         completions = generate_batches(generate, params, prompts, key, batch_size=batch_size, longest=longest)
-        samples: list[Sample] = []
-        for (record, prompt, decode), completion in zip(fitting, completions, strict=True):
+        samples: list[Any] = []
+        for i, (record, prompt, decode) in enumerate(fitting):
             expected = record["response"] if "response" in record else record["messages"][-1]["content"]
-            text = decode(completion.tokens)
-            correct = bool(verify({**record, "response": expected}, text))
-            task, value = str(record.get("task") or ""), utility(record, text)
-            samples.append(Sample(tokenizer.decode(prompt), expected, text, correct, task, value))
-        return _fractions(samples) | {"skipped_too_long": float(len(rendered) - len(fitting))}, samples
+            texts = [decode(completion.tokens) for completion in completions[i * n : (i + 1) * n]]
+            correct = [bool(verify({**record, "response": expected}, text)) for text in texts]
+            shown, task = tokenizer.decode(prompt), str(record.get("task") or "")
+            if n > 1:
+                samples.append(repeated.Answers(shown, expected, texts, correct, task))
+            else:
+                samples.append(Sample(shown, expected, texts[0], correct[0], task, utility(record, texts[0])))
+        measured = repeated.measure(samples) if n > 1 else _fractions(samples)
+        return measured | {"skipped_too_long": float(len(rendered) - len(fitting))}, samples
 
     return evaluate
 

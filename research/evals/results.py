@@ -87,7 +87,7 @@ def evaluate_harness(
     }
 
 
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(right: float, count: int, z: float = 1.959964) -> tuple[float, float]:
     """The 95 % interval of a share, right / count, by Wilson's score (JASA 22:209, 1927).
 
     It stays within [0, 1], and has a width at 0 and 1 too. Raises ValueError where count is 0.
@@ -101,7 +101,8 @@ def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def interval(name: str, result: Result) -> tuple[float, float] | None:
-    """The 95 % interval of a metric: Wilson's of a share of records, else the normal one of its standard error.
+    """The 95 % interval of a metric: Wilson's of a share of records, else the normal one of its standard error. Of
+    avg@n and pass@k that is held within 0 and 1, and Wilson's where all records agree and the error is 0.
 
     Args:
       name: of the metric, such as "acc" or "exact_match/TASK".
@@ -114,19 +115,30 @@ def interval(name: str, result: Result) -> tuple[float, float] | None:
     right = _outcomes(name, result.samples)
     if right and abs(sum(right) / len(right) - value) < 1e-9:
         return wilson(sum(right), len(right))
-    return None if error is None else (value - 1.96 * error, value + 1.96 * error)
+    if error is None:
+        return None
+    low, high = value - 1.96 * error, value + 1.96 * error
+    if "@" not in name:
+        return low, high
+    count = len(_of_task(name, result.samples))
+    return (max(0.0, low), min(1.0, high)) if error else wilson(value * count, count)
 
 
 def _outcomes(name: str, samples: Sequence[Mapping[str, Any]]) -> list[bool]:
     """Of a metric that is a share of records: which are right; empty of any other."""
-    kind, _, task = name.partition("/")
-    here = [sample for sample in samples if not task or sample.get("task") == task]
+    kind, here = name.partition("/")[0], _of_task(name, samples)
     if kind == "exact_match" and all("correct" in sample for sample in here):
         return [sample["correct"] for sample in here]
     if name in multiple_choice.SHARES and all("right" in sample for sample in here):
         return [sample["right"][name] for sample in here]
     values = [sample.get(kind) for sample in samples]  # the harness has a record's value under the metric's name
     return [bool(value) for value in values] if all(value in (0, 1) for value in values) else []
+
+
+def _of_task(name: str, samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The samples that a metric is of: those of its task, where its name has one."""
+    _, _, task = name.partition("/")
+    return [sample for sample in samples if not task or sample.get("task") == task]
 
 
 def table(results: Mapping[str, Result]) -> str:

@@ -7,20 +7,23 @@ A task is written KIND[,OPTION=VALUE...]:DATA, where DATA is an entry as in data
   choice:x.jsonl                               question, choices, answer; see multiple_choice.py
   exact_match,verifier=number:x.jsonl          prompt + response or question + answer, or messages; see generation.py
   exact_match,max_new_tokens=16:tasks:reverse  generated, with its verifier
+  exact_match,samples=8:tasks:reverse          avg@8 and pass@k of 8 answers to each prompt; see repeated.py
   infill,span=1:x.jsonl                        prefix, middle and suffix, or text; see infill.py
   best_of:x.jsonl                              prompt, right and wrong answers, to a reward model; see best_of.py
 
 Options of all: name (in results; default: that of the file), limit (the first so many records). Of all but infill:
 template (default: the model's). Of exact_match: verifier (see VERIFIERS in sources/verification.py), max_new_tokens
-(default: 256, or half of the model's max_length if that is less), batch_size (default: 64). Of infill: form (see
-infill.py), max_new_tokens (default: 8 more than the longest middle has), batch_size (default: 64), and of records with
-text: span (how many words are missing: N, or MIN-MAX; default: 1-8) and context (the most words that are shown on
-either side; default: 64).
+(default: 256, or half of the model's max_length if that is less), batch_size (default: 64), samples (how many answers
+each prompt gets; default: 1), temperature (default: 0, and 1 with samples above 1). Of infill: form (see infill.py),
+max_new_tokens (default: 8 more than the longest middle has), batch_size (default: 64), and of records with text: span
+(how many words are missing: N, or MIN-MAX; default: 1-8) and context (the most words that are shown on either side;
+default: 64).
 """
 
 import functools
 import itertools
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -59,7 +62,7 @@ _OPTIONS = {
     "perplexity": _COMMON,
     "pseudo_perplexity": _COMMON,
     "choice": _COMMON,
-    "exact_match": (*_COMMON, "verifier", "max_new_tokens", "batch_size"),
+    "exact_match": (*_COMMON, "verifier", "max_new_tokens", "batch_size", "samples", "temperature"),
     "best_of": _COMMON,
     "infill": ("name", "limit", "form", "max_new_tokens", "batch_size", "span", "context"),
 }
@@ -189,6 +192,19 @@ def _whole(options: Mapping[str, str], name: str, default: int, least: int = 1) 
     return int(value)
 
 
+def _temperature(options: Mapping[str, str], samples: int) -> float:
+    text = options.get("temperature", "1" if samples > 1 else "0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise InputError(f"temperature={text}: must be a number, at least 0.")
+    if samples > 1 and not value:
+        raise InputError(f"temperature={text}: all {samples} samples of a prompt would be the same. Raise it.")
+    return value
+
+
 def _read(spec: str, entry: str, limit: int) -> list[tuple[str, dict[str, Any]]]:
     origin = entries.locate(entry, count=limit or _GENERATED_RECORDS, seed=_GENERATED_SEED)
     entries.say_files(f"task {spec}", origin)
@@ -237,9 +253,10 @@ def _exact_match(items, options, model, tokenizer, template) -> Answer:
             raise InputError(f"has no number in its answer {turns[-1][1][:40]!r}. Mend it, or use another verifier.")
         return records_lib.canonical(record, fields)
 
-    default = min(256, model.max_length // 2)
+    default, n = min(256, model.max_length // 2), _whole(options, "samples", 1)
     sampling = SamplingConfig(
         max_new_tokens=_whole(options, "max_new_tokens", default),
+        temperature=_temperature(options, n),
         stop_tokens=tokenizer.stop,
     )
     records = _each(items, read)
@@ -250,10 +267,12 @@ def _exact_match(items, options, model, tokenizer, template) -> Answer:
         records,
         verify=verification.VERIFIERS[verifier],
         template=template,
-        batch_size=min(len(records), _whole(options, "batch_size", 64)),
+        batch_size=min(n * len(records), _whole(options, "batch_size", 64)),
         where=[place for place, _ in items],
+        n=n,
     )
-
+    if n > 1:
+        return answer
     return functools.partial(_with_errors, answer)
 
 
