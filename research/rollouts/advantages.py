@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from research.errors import InputError, did_you_mean
+from research.rollouts.kl_penalty import KlPenalty
 
 SCALES = ("group", "batch", "none")
 WHITENINGS = ("none", "answers", "tokens")
@@ -42,6 +43,10 @@ class AdvantageSpec:
       clip: (least, greatest) of the summed reward; None for none.
       epsilon: what is added to deviations. TRL has 1e-4, verl 1e-6.
       decay: of "ema": the share of itself that the running mean keeps at each rollout.
+      gamma: of "critic": what the return loses with each token that it is further off.
+      lam: of "critic": lambda of generalized advantage estimation, from 0, which trusts the critic, to 1, which trusts
+        the rewards that came.
+      kl: the KL to the role `reference` as a part of the reward.
     """
 
     kind: str = "group"
@@ -51,6 +56,9 @@ class AdvantageSpec:
     clip: tuple[float, float] | None = None
     epsilon: float = 1e-4
     decay: float = 0.9
+    gamma: float = 1.0
+    lam: float = 0.95
+    kl: KlPenalty = KlPenalty()
 
     def __post_init__(self) -> None:
         for name, known in (("kind", KINDS), ("scale", SCALES), ("whiten", WHITENINGS), ("combine", COMBINATIONS)):
@@ -72,9 +80,49 @@ class AdvantageSpec:
             raise InputError(f"advantage.epsilon = {self.epsilon}: must be above 0, and finite.")
         if not 0 <= self.decay < 1:
             raise InputError(f"advantage.decay = {self.decay}: must be in [0, 1).")
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        """Raises InputError where what is of tokens doesn't go together."""
+        critic = self.kind == "critic"
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise InputError(f"advantage.{name} = {value}: must be in [0, 1].")
+        if critic and self.scale == "group":
+            raise InputError(
+                "advantage.scale = 'group': kind = 'critic' compares tokens with the critic's values, and not with a "
+                "group. Set it to 'none', or to 'batch', which divides the tokens' rewards by their deviation."
+            )
+        for name, value in (("whiten", "answers"), ("combine", "advantages")):
+            if critic and getattr(self, name) == value:
+                raise InputError(
+                    f"advantage.{name} = {value!r}: advantages of kind = 'critic' are of tokens. Leave it out."
+                )
+        if self.kl.weight and (self.combine == "advantages" or "greedy" in KINDS[self.kind].reads):
+            what = "combine = 'advantages'" if self.combine == "advantages" else f"kind = {self.kind!r}"
+            raise InputError(
+                f"advantage.kl.weight = {self.kl.weight}: is a part of the summed reward of what was sampled, and "
+                f"{what} compares others. Leave one of them out."
+            )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The batch fields that advantages are made of, besides rewards."""
+        return (("value",) if self.kind == "critic" else ()) + (
+            ("old_log_prob", "reference_log_prob") if self.kl.weight else ()
+        )
 
     def check(self, answers: int) -> None:
-        """Raises InputError where groups of so many answers are too small for the baseline or the scale."""
+        """Raises InputError where groups of so many answers are too small for the baseline or the scale, or a field has
+        no effect."""
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            if value != getattr(AdvantageSpec, name) and self.kind != "critic":
+                raise InputError(
+                    f"advantage.{name} = {value}: is of kind = 'critic', and kind = {self.kind!r}. Leave it out."
+                )
+        self.kl.check()
         if answers > 1:
             return
         for name, value, small in (
@@ -200,6 +248,7 @@ KINDS: dict[str, Kind] = {
     "batch": Kind(batch, "REINFORCE++, arXiv:2501.03262, with whitening over answers"),
     "ema": Kind(ema, "reinforcement comparison, Williams 1992, doi:10.1007/BF00992696", reads=("average",)),
     "greedy": Kind(greedy, "ReMax, arXiv:2310.10505", reads=("greedy",)),
+    "critic": Kind(none, "PPO, arXiv:1707.06347, with arXiv:1506.02438: the critic's values of tokens; see gae"),
     "none": Kind(none, "REINFORCE, Williams 1992, doi:10.1007/BF00992696, without a baseline"),
 }
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from research.rollouts import advantages, buffer
+from research.rollouts import advantages, buffer, gae
 from research.rollouts.advantages import AdvantageSpec, Facts, RunningMean
 from research.rollouts.collection import Group, Metrics, counted
+from research.rollouts.kl_penalty import log_ratios
 
 Carry = dict[str, Any]  # what is remembered from rollout to rollout: of JSON types, in every checkpoint
 
@@ -30,7 +31,7 @@ class Credit:
 
     def init(self) -> Carry:
         """What is remembered before the first rollout."""
-        return {"average": list(RunningMean())}
+        return {"average": list(RunningMean()), "kl_weight": self.spec.kl.weight}
 
     def __call__(
         self, groups: Sequence[Group], batch: Mapping[str, np.ndarray], carry: Carry
@@ -42,7 +43,43 @@ class Credit:
           batch: fields of their N = P G rows, with those of `scores` that the run has.
           carry: of the rollout before.
         """
-        rewards, average = counted(groups, self.truncated), RunningMean(*carry["average"])
+        average, weight = RunningMean(*carry["average"]), carry["kl_weight"]
+        mask = buffer.at_prediction(np.ones(len(batch["tokens"])), batch)
+        kl, metrics = self._kl(batch, mask)
+        rewards = counted(groups, self.truncated)
+        total = advantages.sum_rewards(rewards, self.weights, self.spec.clip)
+        if self.spec.kind == "critic":
+            fields, more = self._by_critic(total.reshape(-1), weight * kl, batch, mask)
+            metrics |= more
+        else:
+            if self.spec.kl.weight:
+                total -= (weight * kl.sum(axis=1)).reshape(total.shape).astype(np.float32)
+            fields = self._by_baseline(groups, total, average, batch)
+        if self.spec.whiten == "tokens":
+            judged = (mask * ~np.isnan(total).reshape(-1, 1)).astype(np.float32)
+            fields["advantage"] = np.asarray(advantages.whiten(fields["advantage"], judged))
+        carry = {"average": list(average.after(total, self.spec.decay)), "kl_weight": weight}
+        if self.spec.kl.weight:
+            metrics["rollout/kl_weight"] = (weight, 1.0)
+            carry["kl_weight"] = self.spec.kl.next_weight(weight, metrics["rollout/kl"][0] / len(mask), len(mask))
+        return fields, carry, metrics
+
+    def _kl(self, batch: Mapping[str, np.ndarray], mask: Float[np.ndarray, "N T"]) -> tuple[np.ndarray, Metrics]:
+        """The estimated KL of each token to the reference, 0 where the reward has none of it; and of an answer."""
+        if not self.spec.kl.weight:
+            return np.zeros_like(mask), {}
+        pair = batch["old_log_prob"], batch["reference_log_prob"]
+        whole = float(log_ratios(*pair, mask).sum())
+        return self.spec.kl.estimates(*pair, mask), {"rollout/kl": (whole, float(len(mask)))}
+
+    def _by_baseline(
+        self,
+        groups: Sequence[Group],
+        total: Float[np.ndarray, "P G"],
+        average: RunningMean,
+        batch: Mapping[str, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """Advantages of answers."""
         facts = Facts(
             lengths=np.stack([group.lengths for group in groups]).astype(np.float32),
             greedy=advantages.sum_rewards(
@@ -50,10 +87,28 @@ class Credit:
             )[:, 0],
             average=average.value,
         )
-        values = advantages.advantages(self.spec, rewards, self.weights, facts).reshape(-1)
-        placed = buffer.at_prediction(values, batch)
-        if self.spec.whiten == "tokens":
-            mask = buffer.at_prediction(np.ones_like(values), batch)
-            placed = np.asarray(advantages.whiten(placed, mask))
-        total = advantages.sum_rewards(rewards, self.weights, self.spec.clip)
-        return {"advantage": placed}, {"average": list(average.after(total, self.spec.decay))}, {}
+        if self.spec.combine == "rewards":  # summed already, with what the KL takes
+            spec = dataclasses.replace(self.spec, clip=None)
+            values = advantages.advantages(spec, total[:, :, None], np.ones(1), facts)
+        else:
+            values = advantages.advantages(self.spec, counted(groups, self.truncated), self.weights, facts)
+        return {"advantage": buffer.at_prediction(values.reshape(-1), batch)}
+
+    def _by_critic(
+        self,
+        scores: Float[np.ndarray, " N"],
+        penalties: Float[np.ndarray, "N T"],
+        batch: Mapping[str, np.ndarray],
+        mask: Float[np.ndarray, "N T"],
+    ) -> tuple[dict[str, np.ndarray], Metrics]:
+        """Advantages and returns of tokens. From answers that can't be judged the critic learns nothing."""
+        values = batch["value"]
+        judged = mask * ~np.isnan(scores)[:, None]
+        rewards = gae.token_rewards(scores, penalties, judged)
+        if self.spec.scale == "batch":
+            rewards = np.asarray(advantages.whiten(*(x.astype(np.float32) for x in (rewards, judged)), shift=False))
+        each, returns = gae.gae(rewards, values, judged, gamma=self.spec.gamma, lam=self.spec.lam)
+        explained = gae.explained_variance(values, returns, judged)
+        metrics = {} if np.isnan(explained) else {"rollout/explained_variance": (explained, 1.0)}
+        returns = np.where(judged > 0, returns, np.where(mask > 0, values, 0))
+        return {"advantage": each.astype(np.float32), "returns": returns.astype(np.float32)}, metrics

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Float
 
 from research.errors import InputError, did_you_mean
 
@@ -35,38 +35,50 @@ class KlPenalty:
     horizon: int = 10_000
 
     def __post_init__(self) -> None:
+        where = "advantage.kl"
         if self.estimator not in ESTIMATORS:
-            raise InputError(f"estimator = {self.estimator!r}: not known.{did_you_mean(self.estimator, ESTIMATORS)}")
+            known = did_you_mean(self.estimator, ESTIMATORS)
+            raise InputError(f"{where}.estimator = {self.estimator!r}: must be one of {', '.join(ESTIMATORS)}.{known}")
         for name in ("weight", "clip", "target"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} = {getattr(self, name)}: must be 0 or more, and finite.")
+                raise InputError(f"{where}.{name} = {getattr(self, name)}: must be 0 or more, and finite.")
         if self.horizon < 1:
-            raise InputError(f"horizon = {self.horizon}: must be 1 or more.")
-        if not self.weight:
-            for field in dataclasses.fields(self):
-                if getattr(self, field.name) != field.default:
-                    raise InputError(f"{field.name} = {getattr(self, field.name)!r}: has no effect with weight = 0.")
+            raise InputError(f"{where}.horizon = {self.horizon}: must be 1 or more.")
+
+    def check(self) -> None:
+        """Raises InputError where a field has no effect."""
+        where = "advantage.kl"
+        for field in () if self.weight else dataclasses.fields(self):
+            if getattr(self, field.name) != field.default:
+                value = getattr(self, field.name)
+                raise InputError(f"{where}.{field.name} = {value!r}: has no effect with {where}.weight = 0. Set that.")
         if self.horizon != KlPenalty.horizon and not self.target:
-            raise InputError(f"horizon = {self.horizon}: is the controller's, and target = 0. Set it, or leave it out.")
+            raise InputError(f"{where}.horizon = {self.horizon}: is the controller's. Set {where}.target, too.")
 
     def estimates(
-        self, log_probs: Float[Array, "N T"], reference: Float[Array, "N T"], mask: Float[Array, "N T"]
-    ) -> Float[Array, "N T"]:
+        self, log_probs: Float[np.ndarray, "N T"], reference: Float[np.ndarray, "N T"], mask: Float[np.ndarray, "N T"]
+    ) -> Float[np.ndarray, "N T"]:
         """The estimated KL at each token of the mask, to be multiplied by the weight; 0 elsewhere."""
-        d = jnp.where(mask > 0, log_probs - reference, 0)
+        d = log_ratios(log_probs, reference, mask)
         match self.estimator:
             case "k2":
-                d = jnp.square(d) / 2
+                d = np.square(d) / 2
             case "k3":
-                d = jnp.exp(jnp.minimum(-d, _MOST_LOG_RATIO)) - 1 + d
-        return jnp.clip(d, -self.clip, self.clip) if self.clip else d
+                d = np.exp(np.minimum(-d, _MOST_LOG_RATIO)) - 1 + d
+        return np.clip(d, -self.clip, self.clip) if self.clip else d
 
-    def next_weight(
-        self, weight: Float[Array, ""], kl: Float[Array, ""], answers: Float[Array, ""] | int
-    ) -> Float[Array, ""]:
+    def next_weight(self, weight: float, kl: float, answers: int) -> float:
         """The weight after a rollout of so many answers, in which it was `weight` and the mean KL of an answer `kl`:
         weight (1 + clip(kl / target - 1, -0.2, 0.2) answers / horizon); without a target the same."""
         if not self.target:
             return weight
-        error = jnp.clip(kl / self.target - 1, -_MOST_CHANGE, _MOST_CHANGE)
-        return weight * jnp.maximum(1 + error * answers / self.horizon, 0)
+        error = min(max(kl / self.target - 1, -_MOST_CHANGE), _MOST_CHANGE)
+        return weight * max(1 + error * answers / self.horizon, 0.0)
+
+
+def log_ratios(
+    log_probs: Float[np.ndarray, "N T"], reference: Float[np.ndarray, "N T"], mask: Float[np.ndarray, "N T"]
+) -> Float[np.ndarray, "N T"]:
+    """log p - log p_ref at each token of the mask, whose sum over an answer has KL(policy || reference) as its mean; 0
+    elsewhere."""
+    return np.where(mask > 0, np.asarray(log_probs, np.float64) - reference, 0.0)

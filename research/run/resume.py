@@ -149,7 +149,8 @@ FIELDS: dict[str, Rule] = {
     ),
     **_rules(_ROLLOUT, "rollout", "prompts answers"),
     **_rules(_SAID, "", "rewards"),
-    **_rules(_SAID, "advantage", "kind scale whiten combine clip epsilon decay"),
+    **_rules(_SAID, "advantage.kl", "weight estimator clip target horizon"),
+    **_rules(_SAID, "advantage", "kind scale whiten combine clip epsilon decay gamma lam"),
     **_rules(_STATE, "optimizer", "name scale_by_parameter factor_min_size mu_dtype groups"),
     **_rules(_SWITCH, "optimizer", "weight_decay clip_norm"),
     **_rules(

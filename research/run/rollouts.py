@@ -41,6 +41,17 @@ def batch_spec(config: Config, terms: Terms, rows: fields.Spec) -> fields.Spec:
             f"rewards = {dict(config.rewards)}: no term of the objective reads 'advantage', so nothing would be "
             "learned from them. For example: objective.terms = {'policy_gradient': 1.0}."
         )
+    critic = config.advantage.kind == "critic"
+    if critic != ("returns" in read):
+        raise InputError(
+            f"advantage.kind = {config.advantage.kind!r}: "
+            + (
+                "nothing trains the critic. Add the term: objective.terms = {'policy_gradient': 1.0, 'value': 0.5}."
+                if critic
+                else "makes no returns, which a term of the objective reads. Set it to 'critic', or leave the term out."
+            )
+        )
+    read.update(config.advantage.fields)
     names = [name for group in ("text", *_OF_DATA) for name in fields.group(group) if name in rows]
     names += [name for name in fields.read_with(read) if fields.find(name).group in _OF_ROLLOUTS]
     return fields.spec(names, config.batch_size, {"time": config.seq_len})

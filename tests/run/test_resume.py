@@ -113,6 +113,7 @@ OTHER = {
     "advantage.whiten": "answers",
     "advantage.combine": "advantages",
     "advantage.clip": (0.0, 1.0),
+    "advantage.kl.estimator": "k2",
 }
 
 
