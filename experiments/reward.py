@@ -17,6 +17,8 @@ calibration error of 0.11. docs/preferences.md says why.
 
 In `:weak_to_strong` a weak reward model, which learned from few pairs, and a weak policy, by its implicit rewards, say
 which of two answers is the better one, and stronger reward models learn from that (Burns et al., arXiv:2312.09390).
+Cost: 70 stages, four minutes of CPU time. Expect: weak reward model 0.77, its students 0.82 to 0.85, ceiling 0.99; weak
+policy 0.85, its students about the same.
 """
 
 import dataclasses
