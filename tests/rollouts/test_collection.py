@@ -11,7 +11,7 @@ from research.rollouts.advantages import AdvantageSpec
 from research.rollouts.collection import Clock, Collector, Judge
 from research.rollouts.credit import Credit
 from research.rollouts.engines.types import Answers
-from research.rollouts.rewards import Entry, workers
+from research.rollouts.rewards import Entry, judging
 from research.sources.prompts import Prompt
 
 LETTERS = "abcdefgh"
@@ -40,16 +40,18 @@ class Prompts:
 
 
 class FakeJudge:
-    """Two rewards: of even prompts the number of the answer, of odd ones 1; and None of answer 0, else 5."""
+    """Two rewards: of even prompts the number of the answer, of odd ones 1; and of answer 0 a failure, else 5."""
 
-    entries = {"number": None, "five": None}  # noqa: RUF012
+    names = ("number", "five")
     weights = np.array([1.0, 0.0])
 
     def __call__(self, prompts, answers, n):
         number = np.arange(n, dtype=np.float32)
         first = np.stack([number if p.record["number"] % 2 == 0 else np.ones(n, np.float32) for p in prompts])
         second = np.broadcast_to(np.where(number == 0, np.nan, 5.0), first.shape)
-        return np.stack([first, second], axis=2).astype(np.float32)
+        return np.stack([first, second], axis=2).astype(np.float32), np.isnan(
+            np.stack([number + 0 * first, second], axis=2)
+        )
 
 
 def collector(rounds=0, kind="group", truncated="train"):
@@ -89,7 +91,8 @@ def test_what_is_reported():
     assert out["reward/deviation"] == pytest.approx(np.sqrt(4 / 12))
     assert out["reward/five"] == 5.0
     assert out["reward/five/deviation"] == 0.0
-    assert out["reward/five/unjudged"] == pytest.approx(1 / 3)
+    assert out["reward/five/unjudged"] == out["reward/five/failed"] == pytest.approx(1 / 3)
+    assert out["reward/number/failed"] == 0.0
     assert out["reward/unjudged"] == 0.0
     assert out["rollout/tokens"] == pytest.approx(8 / 3)
     assert out["rollout/truncated"] == pytest.approx(1 / 3)
@@ -120,26 +123,24 @@ def test_of_several_processes_each_judges_its_groups(monkeypatch):
     """What a process doesn't judge is taken from the one that does."""
     seen = []
 
-    def judge(pools, samples):
-        seen.append([sample.record["number"] for sample in samples])
-        return [[workers.Verdict(float(sample.record["number"])) for sample in samples]]
+    def rewards(samples):
+        numbers = np.array([[sample.record["number"] for sample in samples]], np.float32)
+        seen.append(numbers[0].tolist())
+        return judging.Judged(("a",), np.ones(1, np.float32), numbers, numbers == 1)
 
-    monkeypatch.setattr(workers, "judge", judge)
-    own, prompts = Judge({"a": Entry("a", "exact_match")}, ()), Prompts().read(0, 3)
+    rewards.entries = (Entry("a", "exact_match"),)
+    own, prompts = Judge(rewards), Prompts().read(0, 3)
     answers = Engine().generate([prompt.tokens for prompt in prompts], 2, SamplingConfig(3), (0, 1))
     alone = own(prompts, answers, 2)
-    np.testing.assert_array_equal(alone[:, :, 0], [[0, 0], [1, 1], [2, 2]])
-    parts = []
+    np.testing.assert_array_equal(alone[0][:, :, 0], [[0, 0], [np.nan, np.nan], [2, 2]])
+    np.testing.assert_array_equal(alone[1][:, :, 0], [[False] * 2, [True] * 2, [False] * 2])
+    parts, gather = [], types.SimpleNamespace(process_allgather=lambda x: parts.append(x) or np.stack([x, x]))
+    monkeypatch.setattr(collection, "multihost_utils", gather)
+    monkeypatch.setattr(collection.jax, "process_count", lambda: 2)
     for process in range(2):
-        monkeypatch.setattr(collection.jax, "process_count", lambda: 2)
         monkeypatch.setattr(collection.jax, "process_index", lambda process=process: process)
-        monkeypatch.setattr(
-            collection,
-            "multihost_utils",
-            types.SimpleNamespace(process_allgather=lambda x: parts.append(x) or x[None].repeat(2, 0)),
-        )
         own(prompts, answers, 2)
     assert seen[1:] == [[0, 0, 2, 2], [1, 1]]
-    gathered = types.SimpleNamespace(process_allgather=lambda x: np.stack(parts))
-    monkeypatch.setattr(collection, "multihost_utils", gathered)
-    np.testing.assert_array_equal(own(prompts, answers, 2), alone)
+    gather.process_allgather = lambda x: np.stack(parts[:2])
+    for found, want in zip(own(prompts, answers, 2), alone, strict=True):
+        np.testing.assert_array_equal(found, want)
