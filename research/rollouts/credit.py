@@ -44,7 +44,7 @@ class Credit:
           carry: of the rollout before.
         """
         average, weight = RunningMean(*carry["average"]), carry["kl_weight"]
-        mask = buffer.at_prediction(np.ones(len(batch["tokens"])), batch)
+        mask = buffer.at_prediction(np.ones(len(batch["loss_mask"])), batch)
         kl, metrics = self._kl(batch, mask)
         rewards = counted(groups, self.truncated)
         total = advantages.sum_rewards(rewards, self.weights, self.spec.clip)

@@ -20,7 +20,7 @@ def rollout(rewards, mask):
     lengths = mask.sum(axis=1).astype(np.int32).reshape(P, G)
     stopped, none = np.ones(G, bool), np.full(rewards.shape[2], np.nan, np.float32)
     groups = [Group(None, None, lengths[p], None, stopped, rewards[p].astype(np.float32), none) for p in range(P)]
-    return groups, {"tokens": np.zeros((P * G, mask.shape[1] + 1)), "loss_mask": np.pad(mask, ((0, 0), (1, 0)))}
+    return groups, {"loss_mask": np.pad(mask, ((0, 0), (1, 0)))}
 
 
 def placed(values, mask):
