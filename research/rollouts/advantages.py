@@ -307,9 +307,15 @@ def of_reward(spec: AdvantageSpec, rewards: Float[np.ndarray, "P G"], facts: Fac
     if spec.kind == "gpg":
         judged = ~np.isnan(rewards)
         values = values * (np.sum(judged) / max(np.sum(judged & ~same), 1))
+    return values / divisors(spec, rewards)
+
+
+def divisors(spec: AdvantageSpec, rewards: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
+    """What spec.scale divides the differences of each answer by."""
     if spec.scale == "none":
-        return values
-    return values / (_deviation(rewards, 1 if spec.scale == "group" else None) + spec.epsilon)
+        return np.ones(rewards.shape)
+    deviations = _deviation(np.asarray(rewards, np.float64), 1 if spec.scale == "group" else None)
+    return np.broadcast_to(deviations + spec.epsilon, rewards.shape)
 
 
 def whiten(
@@ -329,19 +335,6 @@ def whiten(
     variance = jnp.sum(jnp.square(centred)) / jnp.maximum(count - 1, 1)
     scaled = centred * jax.lax.rsqrt(variance + epsilon)
     return scaled if shift else jnp.where(mask > 0, scaled + mean, 0)
-
-
-def returns_to_go(rewards: Float[Array, "B T"], mask: Float[Array, "B T"], gamma: float = 1.0) -> Float[Array, "B T"]:
-    """The sum of a token's reward and those of later tokens of its answer, each discounted by gamma for each token
-    between; 0 outside of `mask` (REINFORCE++, arXiv:2501.03262, equation 8)."""
-
-    def step(later: Float[Array, " B"], token: tuple[Array, Array]) -> tuple[Array, Array]:
-        reward, inside = token
-        total = jnp.where(inside > 0, reward + gamma * later, 0)
-        return total, total
-
-    _, returns = jax.lax.scan(step, jnp.zeros_like(rewards[:, 0]), (rewards.T, mask.T), reverse=True)
-    return returns.T
 
 
 def _mean(values: Float[np.ndarray, "P G"], axis: int | None) -> Float[np.ndarray, "..."]:

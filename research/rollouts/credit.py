@@ -51,6 +51,8 @@ class Credit:
         if self.spec.kind == "critic":
             fields, more = self._by_critic(total.reshape(-1), weight * kl, batch, mask)
             metrics |= more
+        elif self.spec.kl.weight and self.spec.kind == "none" and self.spec.whiten != "answers":
+            fields = self._by_returns(total, weight * kl, mask)
         else:
             if self.spec.kl.weight:
                 total -= (weight * kl.sum(axis=1)).reshape(total.shape).astype(np.float32)
@@ -93,6 +95,18 @@ class Credit:
         else:
             values = advantages.advantages(self.spec, counted(groups, self.truncated), self.weights, facts)
         return {"advantage": buffer.at_prediction(values.reshape(-1), batch)}
+
+    def _by_returns(
+        self, total: Float[np.ndarray, "P G"], penalties: Float[np.ndarray, "N T"], mask: Float[np.ndarray, "N T"]
+    ) -> dict[str, np.ndarray]:
+        """Advantages of tokens without a baseline: what comes of each, without the KL of those before it, which it
+        hasn't changed (REINFORCE++, arXiv:2501.03262, equation 8)."""
+        scores = total.reshape(-1)
+        judged = mask * ~np.isnan(scores)[:, None]
+        rewards = gae.token_rewards(scores, penalties, judged)
+        each, _ = gae.gae(rewards, np.zeros_like(rewards), judged, gamma=1.0, lam=1.0)
+        scale = advantages.divisors(self.spec, total).reshape(-1, 1)
+        return {"advantage": (each / scale).astype(np.float32)}
 
     def _by_critic(
         self,

@@ -25,6 +25,7 @@ class Preset:
 
 
 _CLIP = {"kind": "ppo", "clip_low": 0.2, "clip_high": 0.2}
+_KL_IN_REWARD = {"kl": {"weight": 0.05}}
 _REFERENCE = "a reference (roles.reference)"
 
 PRESETS: dict[str, Preset] = {
@@ -32,6 +33,12 @@ PRESETS: dict[str, Preset] = {
         "Williams 1992, doi:10.1007/BF00992696",
         {"kind": "reinforce", "aggregation": "seq-mean-token-sum"},
         {"kind": "none", "scale": "none"},
+    ),
+    "ppo": Preset(
+        "arXiv:1707.06347; of language models arXiv:2203.02155",
+        {**_CLIP, "aggregation": "token-mean"},
+        {"kind": "critic", "scale": "none", "whiten": "tokens", "lam": 0.95, **_KL_IN_REWARD},
+        besides=f"{_REFERENCE}; a critic (roles.critic, the term value)",
     ),
     "grpo": Preset(
         "arXiv:2402.03300",
@@ -55,14 +62,14 @@ PRESETS: dict[str, Preset] = {
     "rloo": Preset(
         "arXiv:2402.14740; its clip is TRL's",
         {"kind": "ppo_sequence", "clip_low": 0.2, "clip_high": 0.2},
-        {"kind": "leave_one_out", "scale": "none"},
-        besides="the KL to the reference is in the reward",
+        {"kind": "leave_one_out", "scale": "none", **_KL_IN_REWARD},
+        besides=_REFERENCE,
     ),
     "reinforce++": Preset(
         "arXiv:2501.03262",
         {**_CLIP, "aggregation": "token-mean"},
-        {"kind": "none", "scale": "none", "whiten": "tokens"},
-        besides="the KL to the reference is in the reward",
+        {"kind": "none", "scale": "none", "whiten": "tokens", **_KL_IN_REWARD},
+        besides=_REFERENCE,
     ),
     "reinforce++_baseline": Preset(
         "arXiv:2501.03262, for groups of answers",

@@ -19,7 +19,9 @@ def rollout(rewards, mask):
     P, G, _ = rewards.shape
     lengths = mask.sum(axis=1).astype(np.int32).reshape(P, G)
     stopped, none = np.ones(G, bool), np.full(rewards.shape[2], np.nan, np.float32)
-    groups = [Group(None, None, lengths[p], None, stopped, rewards[p].astype(np.float32), none) for p in range(P)]
+    failed = np.zeros(rewards.shape[1:], bool)
+    rewards = rewards.astype(np.float32)
+    groups = [Group(None, None, lengths[p], None, stopped, rewards[p], failed, none) for p in range(P)]
     return groups, {"loss_mask": np.pad(mask, ((0, 0), (1, 0)))}
 
 
@@ -87,6 +89,20 @@ def test_whitened_over_the_tokens_that_are_judged():
     here = advantage[(mask > 0) & (np.arange(4) != 2)[:, None]]
     np.testing.assert_allclose([here.mean(), here.std(ddof=1)], [0, 1], atol=1e-5)
     np.testing.assert_array_equal(advantage[2], 0)
+
+
+@pytest.mark.parametrize("scale", ["none", "batch"])
+def test_without_a_baseline_a_token_bears_the_kl_of_those_to_come(scale):
+    """REINFORCE++: of a token what it decided, itself and later, and not what came before it."""
+    groups, batch, mask, (_, old, reference) = critic_rollout()
+    spec = AdvantageSpec("none", scale, kl=KlPenalty(weight=0.1))
+    fields, _, _ = credit(spec)(groups, batch, credit(spec).init())
+    penalties = 0.1 * mask * (old - reference)
+    to_come = np.cumsum(penalties[:, ::-1], axis=1)[:, ::-1]
+    scores = np.array([1.0, 0.0, np.nan, 1.0])
+    divisor = np.nanstd(scores, ddof=1) + 1e-4 if scale == "batch" else 1
+    expected = np.nan_to_num((scores[:, None] - to_come) * mask / divisor)
+    np.testing.assert_allclose(fields["advantage"], placed(expected, mask), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
