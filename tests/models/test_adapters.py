@@ -146,7 +146,7 @@ def test_a_model_is_as_peft_has_it(base, name):
 def test_gradients_are_those_of_peft(base, name):
     case, adapter = GOLDENS[name], adapter_of(name)
     model, values = loaded(base, name)
-    masks = [params.matching(model.specs, pattern) for pattern in adapter.trained.values()]
+    masks = [params.matching(model.specs, pattern, as_written=False) for pattern in adapter.trained.values()]
     mask = jax.tree.map(lambda *each: any(each), *masks)
     trained, frozen = params.split(values, mask)
     specs, _ = params.split(model.specs, mask)
@@ -214,7 +214,7 @@ def small(adapter, **fields):
 
 def moved(model, values):
     """The parameters with noise on all that the adapter adds or trains."""
-    masks = [params.matching(model.specs, pattern) for pattern in model.adapter.trained.values()]
+    masks = [params.matching(model.specs, pattern, as_written=False) for pattern in model.adapter.trained.values()]
     trained, rest = params.split(values, jax.tree.map(lambda *each: any(each), *masks))
     leaves, structure = jax.tree.flatten(trained)
     noisy = [x + 0.03 * jax.random.normal(jax.random.PRNGKey(i), x.shape) for i, x in enumerate(leaves)]
@@ -405,8 +405,8 @@ def test_a_training_goes_as_peft_trains(base):
     for name, x in case.inputs.items():
         if name.startswith("lora_A_init/"):
             values = put(values, *path_of("base_model.model." + name.removeprefix("lora_A_init/")), x)
-    trained, frozen = params.split(values, params.matching(model.specs, lora.LEAVES))
-    specs, _ = params.split(model.specs, params.matching(model.specs, lora.LEAVES))
+    trained, frozen = params.split(values, params.matching(model.specs, lora.LEAVES, as_written=False))
+    specs, _ = params.split(model.specs, params.matching(model.specs, lora.LEAVES, as_written=False))
     spec = optim.OptimizerSpec(learning_rate=0.01, warmup_steps=2, weight_decay=0.01, b2=0.999)
     optimizer = optim.make_optimizer(spec, 8, params.decay_mask(specs))
     state, labels = optimizer.init(trained), case.inputs["labels"]
