@@ -16,6 +16,7 @@ from research.models.transformer import make_model
 from research.objectives.policy_gradient import notices
 from research.objectives.terms import Inputs, row_numbers
 from research.objectives.types import Sampler
+from research.ops.policy_losses import LOSSES
 from research.sources import fields
 
 B, T, V, KNOWN, TEMPERATURE = 8, 16, 32, 30, 0.7
@@ -209,6 +210,50 @@ def test_padding_of_the_token_that_ends_answers_changes_nothing():
     batch = rollout()
     padded = {**batch, "tokens": np.where(batch["segment_ids"] > 0, batch["tokens"], KNOWN - 1)}
     close(of_batch(VALUES, padded), whole())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_policy_learns_which_answer_is_right(kind):
+    """The right token is the one after the last, and a third of the reward. Four updates a rollout, so
+    that ratios leave 1; the bounds hold the tokens of answers that the policy has left."""
+    prompts, answers, length, steps = 8, 8, 3, 40
+    term = terms_of(Sampler(), it={"kind": kind} | ({"clip_low": 0.2, "clip_high": 0.2} if kind == "gspo" else {}))
+    step = train.TrainStep(term, {"policy": MODEL}, optax.rmsprop(0.02), lambda t: t)
+    rows = prompts * answers
+    prompt = jnp.repeat(jnp.arange(prompts), answers)
+    ones = jnp.ones((rows, length + 1))
+    text = {"segment_ids": ones.astype(int), "positions": jnp.tile(jnp.arange(length + 1), (rows, 1))}
+    text["loss_mask"] = ones.at[:, 0].set(0)
+
+    def sample(values, key):
+        tokens, log_probs = [prompt], []
+        for part in jax.random.split(key, length):
+            logits = values["policy"]["embed"][tokens[-1]] @ values["policy"]["head"]
+            tokens.append(jax.random.categorical(part, logits))
+            log_probs.append(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[-1][:, None], 1))
+        log_probs = jnp.pad(jnp.concatenate(log_probs, axis=1), ((0, 0), (0, 1)))
+        return jnp.stack(tokens, axis=1), log_probs
+
+    @jax.jit
+    def rollout_and_updates(values, moments, key):
+        tokens, log_probs = sample(values, key)
+        right = jnp.mean((tokens[:, 1:] == (tokens[:, :-1] + 1) % V).astype(jnp.float32), axis=1)
+        advantage = jnp.repeat((right - jnp.mean(right.reshape(prompts, -1), 1).repeat(answers))[:, None], 4, 1)
+        batch = {**text, "tokens": tokens, "sampler_log_prob": log_probs, "advantage": advantage}
+        inputs = Inputs(key, jnp.zeros((), jnp.int32), row_numbers(batch), {})
+        for _ in range(4):
+            gradient, _ = step.gradients(values, {}, batch, inputs)
+            updates, moments = step.optimizer.update(gradient, moments)
+            values = optax.apply_updates(values, updates)
+        return values, moments, jnp.mean(right)
+
+    values, moments, scores = VALUES, step.optimizer.init(VALUES), []
+    for key in jax.random.split(jax.random.PRNGKey(1), steps):
+        values, moments, right = rollout_and_updates(values, moments, key)
+        scores.append(float(right))
+    assert np.mean(scores[:3]) < 0.2
+    assert np.mean(scores[-3:]) > 0.7, scores
 
 
 def test_the_first_update_says_so_where_sampler_and_trainer_differ():
