@@ -11,8 +11,8 @@ on generated preferences, whose utility is planted. `:start` learns to answer as
 which was preferred by mistake; the others begin there. The study draws answers of all at a temperature of 1, and
 reports their utility, how many are right, and how far from the start the policy has gone.
 
-Cost: 0.37 M parameters; a minute of CPU time for `:start`, a quarter of one for the others. Expect: answers of the
-start have a mean utility of 1.26 and 0.64 are right; after `:dpo` 2.16 and 0.89, at a KL of 1.4 nats an answer.
+Cost: 0.37 M parameters; 39 s of CPU time for `:start`, 10 to 17 s for the others. Expect: answers of the start have a
+mean utility of 1.24 and 0.64 are right; after `:dpo` 1.92 and 0.82, at a KL of 1.6 nats an answer.
 """
 
 import functools
@@ -38,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 ALONE = ("simpo", "orpo")  # without a reference
 COMPARED, NOISY = ("dpo", "kto", "simpo", "orpo"), ("dpo", "cdpo", "robust")
-RATES = {"dpo": 1.5e-4, "kto": 2e-4, "simpo": 1.5e-4, "orpo": 5e-4, "cdpo": 1.5e-4, "robust": 1.5e-4}
+RATES = {"dpo": 1e-4, "kto": 2e-4, "simpo": 1.5e-4, "orpo": 5e-4, "cdpo": 1e-4, "robust": 1e-4}
 LARGER_RATE = 5e-6
 AS_IT_BEGAN = {"of": "policy", "sync_every": 1_000_000}  # the reference where no model is named: in the debug form
 METRICS = ("answers/utility", "answers/exact_match", "answers/kl", "answers/length")
