@@ -30,6 +30,24 @@ WAYS = {
         "trainable": "layers/.*",
         "advantage": {"kind": "ema", "scale": "batch", "whiten": "tokens"},
     },
+    "adapter": {
+        "adapter": {"kind": "lora", "rank": 2},
+        "roles": {"reference": {"of": "policy", "adapter": False}},
+        "objective": {"terms": {"policy_gradient": {"kl_coef": 0.1}, "sft": {"weight": 0.1, "sources": ["copy"]}}},
+        "data": {
+            "path": "",
+            "sources": {"copy": {"path": "tasks:copy"}, "reverse": {"path": "tasks:reverse"}},
+            "examples": 40,
+            "pack": False,
+        },
+        "rollout": {"prompts": 4, "answers": 4, "max_new_tokens": 6, "top_k": 0, "slots": 4},
+    },
+    "virtual": {
+        "adapter": {"kind": "prompt", "tokens": 3},
+        "rollout": {"answers": 4, "max_new_tokens": 6},
+        "rewards": {"length": {"unit": "characters", "most": 1, "over": 8}},
+        "advantage": {"kind": "greedy", "scale": "none"},
+    },
     "masked": {"rollout": {"answers": 4, "max_new_tokens": 1, "truncated": "mask"}, "steps": 2},
 }
 
@@ -66,6 +84,21 @@ def test_resumed_in_the_middle_of_the_epochs_is_uninterrupted(finished, tmp_path
     same = lambda line: {k: v for k, v in line.items() if "seconds" not in k and "/mfu" not in k}  # noqa: E731
     assert [same(line)["train/loss"] for line in again] == [same(line)["train/loss"] for line in lines]
     assert again[-1]["train/reward"] == lines[-1]["train/reward"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adapter", "virtual"])
+def test_adapters_learn_from_rewards(finished, tmp_path, name):
+    """With the policy without its adapter as reference, of two sources, in turns; and behind virtual tokens. The ratio
+    to the sampler, which reads and writes what is in front by itself, is 1 before the first update."""
+    finished.check_resumed(name, tmp_path)
+    lines = [line for line in metrics.read_metrics(str(finished(name))) if "train/loss" in line]
+    term = "policy_gradient/" if name == "adapter" else ""
+    assert lines[0][f"train/{term}ratio"] == pytest.approx(1, abs=1e-4)
+    assert abs(lines[0][f"train/{term}old_kl"]) < 1e-5
+    assert max(line["train/grad_norm"] for line in lines) > 0
+    if name == "adapter":
+        assert min(lines[0][f"train/tokens/{source}"] for source in ("copy", "reverse")) > 0
 
 
 @pytest.mark.slow
