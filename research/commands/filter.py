@@ -102,7 +102,13 @@ def _judged(args: SimpleNamespace, answers: Sequence[Any]) -> list[Any]:
         )
         for answer in answers
     ]
-    with judging.Judge(rewards.load(args.rewards)) as judge:
+    entries = rewards.load(args.rewards)
+    if of_runs := [name for name, entry in entries.items() if entry.by_model]:
+        raise InputError(
+            f"--rewards: {of_runs[0]} is the reward of a model in a run. Let `understudy score --reward` write rewards "
+            "of models into the file."
+        )
+    with judging.Judge(entries) as judge:
         judge.start()
         totals = judge(samples).total().tolist()
     return [answer._replace(reward=round(total, 6)) for answer, total in zip(answers, totals, strict=True)]

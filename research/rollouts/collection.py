@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from research.rollouts.rewards import Sample, judging
 from research.sources.prompts import Prompt, Prompts
 
 Metrics = dict[str, tuple[float, float]]  # name -> (sum, weight)
+ModelJudge = Callable[[Sequence[Prompt], Answers, int], Float[np.ndarray, "P n R"]]  # NaN where no model judges
 
 
 class Group(NamedTuple):
@@ -130,13 +131,16 @@ class Collector:
     rounds: int
     truncated: str
 
-    def collect(self, first: int, seed: Sequence[int], clock: Clock) -> tuple[list[Group], int, Metrics]:
+    def collect(
+        self, first: int, seed: Sequence[int], clock: Clock, models: ModelJudge | None = None
+    ) -> tuple[list[Group], int, Metrics]:
         """P groups, the place of the next prompt, and how many were filtered.
 
         Args:
           first: the place of the first prompt in the order of all.
           seed: of the draws.
           clock: takes the time of generation and of rewards.
+          models: the rewards that models of the run give; None where there are none.
         """
         kept: list[Group] = []
         spare: list[Group] = []
@@ -144,7 +148,7 @@ class Collector:
         for number in range(1 + self.rounds):
             wanted = self.prompts.read(place, self.count - len(kept))
             place += len(wanted)
-            groups = self._groups(wanted, (*seed, number), clock)
+            groups = self._groups(wanted, (*seed, number), clock, models)
             agreeing = self._agree(groups) if self.rounds else np.zeros(len(groups), bool)
             kept += [group for group, same in zip(groups, agreeing, strict=True) if not same]
             spare += [group for group, same in zip(groups, agreeing, strict=True) if same]
@@ -153,22 +157,34 @@ class Collector:
         metrics = {"rollout/filtered": (float(len(spare)), float(place - first))} if self.rounds else {}
         return kept + spare[: self.count - len(kept)], place, metrics
 
-    def _groups(self, prompts: Sequence[Prompt], seed: Sequence[int], clock: Clock) -> list[Group]:
+    def _groups(
+        self, prompts: Sequence[Prompt], seed: Sequence[int], clock: Clock, models: ModelJudge | None
+    ) -> list[Group]:
         G, tokens = self.answers, [prompt.tokens for prompt in prompts]
         answers = self.engine.generate(tokens, G, self.sampling, _key(seed))
         clock.lap("generation")
-        rewards, failed = self.judge(prompts, answers, G)
+        rewards, failed = self._judged(prompts, answers, G, models)
         clock.lap("reward")
         greedy = np.full((len(prompts), rewards.shape[2]), np.nan, np.float32)
         if "greedy" in advantages.KINDS[self.advantage.kind].reads:
             likeliest = dataclasses.replace(self.sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
             single = self.engine.generate(tokens, 1, likeliest, _key(seed))
             clock.lap("generation")
-            greedy = self.judge(prompts, single, 1)[0][:, 0]
+            greedy = self._judged(prompts, single, 1, models)[0][:, 0]
             clock.lap("reward")
         arrays = (answers.tokens, answers.lengths, answers.log_probs, answers.stopped)
         columns = [x.reshape(len(prompts), G, *x.shape[1:]) for x in arrays]
         return [Group(*each) for each in zip(prompts, *columns, rewards, failed, greedy, strict=True)]
+
+    def _judged(
+        self, prompts: Sequence[Prompt], answers: Answers, n: int, models: ModelJudge | None
+    ) -> tuple[Float[np.ndarray, "P n R"], Bool[np.ndarray, "P n R"]]:
+        """See Judge, with what models say."""
+        rewards, failed = self.judge(prompts, answers, n)
+        if models is None:
+            return rewards, failed
+        given = models(prompts, answers, n)
+        return np.where(failed.any(axis=2, keepdims=True) | np.isnan(given), rewards, given), failed
 
     def _agree(self, groups: Sequence[Group]) -> Bool[np.ndarray, " P"]:
         return agree(self.advantage, counted(groups, self.truncated), self.judge.weights)

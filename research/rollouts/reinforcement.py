@@ -6,6 +6,7 @@ the run has come in Place.source, so that a run that was stopped between two min
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from research.rollouts.buffer import Arrays
 from research.rollouts.collection import Clock, Collector, Metrics
 from research.rollouts.credit import Credit
 from research.rollouts.experience import Batch, Experience, Place
+from research.rollouts.model_rewards import ModelRewards
 from research.rollouts.spec import Sizes
 
 
@@ -30,6 +32,7 @@ class Reinforcement:
       collector: collects a rollout's groups.
       credit: makes advantages of their rewards.
       scores: (train state, frozen, batch) -> the fields that models say; None where nothing asks for any.
+      model_rewards: the rewards that models give; None where there are none.
       sizes: how many of what a rollout has.
       spec: field -> ShapeDtypeStruct with sharding, of the batches that the step takes.
       seed: of the run.
@@ -39,6 +42,7 @@ class Reinforcement:
     collector: Collector
     credit: Credit
     scores: Callable[..., dict[str, jax.Array]] | None
+    model_rewards: ModelRewards | None
     sizes: Sizes
     spec: Mapping[str, jax.ShapeDtypeStruct]
     seed: int
@@ -69,7 +73,8 @@ class Reinforcement:
         clock.lap("training")
         policy = params_lib.join(state.params.get("policy", {}), frozen.get("policy", {}))
         self.collector.engine.sync(policy, version)
-        groups, row, metrics = self.collector.collect(source["row"], (self.seed, number), clock)
+        models = self.model_rewards and functools.partial(self.model_rewards, state, frozen)
+        groups, row, metrics = self.collector.collect(source["row"], (self.seed, number), clock, models)
         rows = buffer.lay_out(groups, self._seq_len, self.virtual, self.collector.truncated)
         rows |= self._scored(state, frozen, rows)
         clock.lap("scores")

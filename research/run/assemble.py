@@ -22,6 +22,7 @@ from research.models import adapters, transformer
 from research.objectives import terms as terms_lib
 from research.objectives.terms import Terms, init_carry
 from research.objectives.types import Sampler
+from research.rollouts import model_rewards, rewards
 from research.rollouts import scores as scores_lib
 from research.rollouts.answers import make_rollout
 from research.run import roles as roles_lib
@@ -43,6 +44,7 @@ class Parts(NamedTuple):
     evaluate: Callable[..., train.Metrics]
     rollout: Callable[..., dict[str, jax.Array]] | None  # (state, frozen, batch) -> batch with answers of the policy
     scores: Callable[..., dict[str, jax.Array]] | None  # (state, frozen, batch) -> what models say of it; see Scores
+    reward_members: Callable[..., dict[str, jax.Array]] | None  # (state, frozen, batch) -> see model_rewards.Members
     state: train.TrainState  # ShapeDtypeStructs with shardings
     frozen: dict[str, Any]  # the same, of the parameters of each role that aren't trained
     batch: dict[str, jax.ShapeDtypeStruct]
@@ -107,6 +109,7 @@ def assemble(
     _check_reads(config, terms, models, batch)
     _check_classes(config, models["policy"], batch)
     _check_answers(config, models["policy"])
+    _check_reward_roles(config, terms, models)
     _check_prefixes(terms, models, batch)
     term_specs = {name: tree for name, term in terms.items() if (tree := term.specs(models))}
     roles = roles_lib.make_roles(config, _trained_roles(terms), models, term_specs)
@@ -131,6 +134,7 @@ def assemble(
         evaluate=jax.jit(train.EvalStep(terms_lib.on_data(terms), models, sources)),
         rollout=_make_rollout(config, models["policy"], tokenizer.stop if tokenizer else (), vocab_size, rows),
         scores=_make_scores(config, models, vocab_size, batch, mesh),
+        reward_members=_make_reward_members(config, models, mesh),
         state=state,
         frozen=frozen,
         batch={k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows[k]) for k, v in batch.items()},
@@ -383,6 +387,42 @@ def _make_scores(
     return jax.jit(scores, out_shardings=sharding.named(mesh, ()))
 
 
+def _reward_roles(config: Config) -> dict[str, str]:
+    """Reward -> the role whose model gives it."""
+    entries = rewards.load(config.rewards)
+    return {name: entry.make().role for name, entry in entries.items() if entry.by_model}
+
+
+def _make_reward_members(
+    config: Config, models: Mapping[str, transformer.Model], mesh: Any
+) -> Callable[..., dict[str, jax.Array]] | None:
+    """See model_rewards.Members, jitted, the results on every device; None where no model gives a reward."""
+    if not (roles := _reward_roles(config)):
+        return None
+    members = model_rewards.Members(models, tuple(sorted(set(roles.values()))))
+    return jax.jit(members, out_shardings=sharding.named(mesh, ()))
+
+
+def _check_reward_roles(config: Config, terms: Terms, models: Mapping[str, transformer.Model]) -> None:
+    """Raises InputError where a model that is to give a reward can't."""
+    for name, role in _reward_roles(config).items():
+        where = f"rewards.{name}.role = {role!r}"
+        if role not in config.roles:
+            raise InputError(
+                f'{where}: there is no such role. Name its model: roles = {{"{role}": {{"init_from": ...}}}}.'
+            )
+        model = models[role]
+        if model.of or role in _trained_roles(terms):
+            raise InputError(f"{where}: is trained, or shares {model.of or role!r}. A reward model is one of its own.")
+        if not model.config.num_labels:
+            raise InputError(
+                f"{where}: is {model.config.kind}, and no reward model. Name a run of the objective reward, or a "
+                "...ForSequenceClassification of transformers."
+            )
+        if config.seq_len > model.max_length:
+            raise InputError(f"{where}: takes {model.max_length} tokens, and seq_len = {config.seq_len}. Lower that.")
+
+
 def _place_state(beginning: Beginning, abstract: dict[str, Any], mesh: Any) -> train.TrainState:
     """The abstract TrainState: moments lie where their parameters lie, all else on every device."""
     replicated = sharding.named(mesh, ())
@@ -431,9 +471,11 @@ def _check_reads(config: Config, terms: Terms, models: Mapping[str, Any], batch:
                 f'{field!r}). Name it: roles = {{"{role}": {{"init_from": ...}}}}.'
             )
         read.add(role)
-    read |= {models[role].of for role in read}  # whose trunk they share
+    read |= set(_reward_roles(config).values())
+    read |= {models[role].of for role in read & models.keys()}  # whose trunk they share
     if unread := [role for role in config.roles if role not in read]:
-        raise InputError(f"roles.{unread[0]}: no term of the objective reads it. Leave it out, or add the term.")
+        what = "no term of the objective, and no reward," if config.rewards else "no term of the objective"
+        raise InputError(f"roles.{unread[0]}: {what} reads it. Leave it out, or add the term.")
 
 
 def _why_absent(config: Config, field: str, batch: Batch) -> str:

@@ -6,12 +6,13 @@ from research.config import Config
 from research.devices import distributed
 from research.errors import InputError
 from research.objectives import Terms
-from research.rollouts import rewards
+from research.rollouts import model_rewards, rewards
 from research.rollouts import spec as rollout_spec
 from research.rollouts.collection import Collector, Judge
 from research.rollouts.credit import Credit
 from research.rollouts.engines.local import Local
 from research.rollouts.experience import Experience
+from research.rollouts.model_rewards import ModelRewards
 from research.rollouts.reinforcement import Reinforcement
 from research.rollouts.rewards import judging
 from research.run.assemble import Parts
@@ -85,6 +86,15 @@ def make_judge(config: Config, stack: contextlib.ExitStack) -> Judge:
     return Judge(judge)
 
 
+def _model_rewards(parts: Parts, judge: Judge) -> ModelRewards | None:
+    """The rewards that models of the run give; None where there are none."""
+    if parts.reward_members is None:
+        return None
+    made = tuple(entry.make() if entry.by_model else None for entry in judge.rewards.entries)
+    like = {name: parts.batch[name] for name in model_rewards.FIELDS}
+    return ModelRewards(distributed.one_at_a_time(parts.reward_members), made, like)
+
+
 def make_experience(config: Config, parts: Parts, given: Prompts, judge: Judge, virtual: range) -> Experience:
     """The experience of a run with rewards.
 
@@ -114,6 +124,7 @@ def make_experience(config: Config, parts: Parts, given: Prompts, judge: Judge, 
         collector=collector,
         credit=Credit(config.advantage, judge.weights, spec.truncated),
         scores=parts.scores and distributed.one_at_a_time(parts.scores),
+        model_rewards=_model_rewards(parts, judge),
         sizes=sizes,
         spec=parts.batch,
         seed=config.seed,

@@ -117,6 +117,11 @@ def test_answers_are_kept_by_rewards_that_are_computed(tmp_path, capsys):
         ([completion("a", "b", reward=1.0)], ["--pairs"], ["nothing is left (1 of equal rewards)"]),
         ([completion("a", "b", reward="1")], ["--best"], ["in.jsonl:1: reward = '1': isn't what"]),
         ([completion("a", "b")], ['--rewards={"exact_match": 1}'], ["--rewards: nothing is chosen by them"]),
+        (
+            [completion("a", "b")],
+            ["--best", '--rewards={"reward_model": 1}'],
+            ["is the reward of a model in a run"],
+        ),
         ([completion("a", "b")], ["--best", "--rewards=exact_match"], ["must be a JSON object, such as"]),
         ([completion("a", "b")], ["--best", '--rewards={"exact": 1}'], ["rewards.exact: no module", "'exact_match'"]),
         (

@@ -22,6 +22,7 @@ from research.rollouts.rewards.types import Reward, Sample
 __all__ = ["Entry", "Reward", "Sample", "load"]
 
 _PARTS = ("judging", "texts", "types", "workers")  # modules of this package that are no rewards
+_MODEL = "reward_model"  # the one that the run's devices compute
 _FIELDS = ("reward", "weight", "seconds", "workers")  # of an entry, beside its reward's options
 
 
@@ -68,6 +69,11 @@ class Entry:
         return file if colon else ""
 
     @property
+    def by_model(self) -> bool:
+        """Whether a model of the run gives the reward, in the place of a worker."""
+        return self.reward == _MODEL
+
+    @property
     def file(self) -> str:
         """The file with the reward's code."""
         return self.path or str(self._find()[0].__file__)
@@ -75,6 +81,9 @@ class Entry:
     def check(self) -> None:
         """Raises InputError where there is no such reward, or its options can't be used. Code of a file with a function
         isn't run, but read: only the workers run it."""
+        for name in ("seconds", "workers") if self.by_model else ():
+            if getattr(self, name) != getattr(Entry, name):
+                raise InputError(f"{self.field(name)}: is of worker processes, and a model has none. Leave it out.")
         if self.path:
             _read(self.path, self.field("reward"))
         else:

@@ -38,7 +38,7 @@ class Judged(NamedTuple):
 
 
 class Judge:
-    """Rewards, and the processes that compute them.
+    """Rewards, and the processes that compute them. What a model of the run gives is NaN here.
 
     It is a context: on leaving it the processes end, whatever has happened.
 
@@ -49,18 +49,18 @@ class Judge:
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         """Starts the processes, and doesn't wait for them."""
         self.entries = tuple(entries.values())
-        self._pools: list[workers.Pool] = []
+        self._pools: dict[str, workers.Pool] = {}
         self._faults: set[str] = set()  # that have been told
         try:
-            for entry in self.entries:
-                self._pools.append(workers.Pool(entry))
+            for entry in (entry for entry in self.entries if not entry.by_model):
+                self._pools[entry.name] = workers.Pool(entry)
         except BaseException:
             self.close()
             raise
 
     def start(self) -> None:
         """Waits until all rewards are made. Raises InputError where one can't be."""
-        workers.start(self._pools)
+        workers.start(list(self._pools.values()))
 
     def __call__(self, samples: Sequence[Sample]) -> Judged:
         """Judges answers. A new kind of fault is told once, on a line of standard error.
@@ -68,7 +68,8 @@ class Judge:
         Raises:
           InputError: a reward can't be made, refuses a record, or has never done but fail.
         """
-        verdicts = workers.judge(self._pools, samples)
+        judged = dict(zip(self._pools, workers.judge(list(self._pools.values()), samples), strict=True))
+        verdicts = [judged.get(entry.name, [workers.Verdict(None)] * len(samples)) for entry in self.entries]
         for verdict in (each for one in verdicts for each in one if each.fault and each.fault not in self._faults):
             if len(self._faults) < _MOST_FAULTS:
                 print(f"warning: {verdict.fault} Such answers aren't judged.", file=sys.stderr, flush=True)
@@ -82,7 +83,7 @@ class Judge:
     def close(self) -> None:
         """Ends the processes."""
         while self._pools:
-            self._pools.pop().close()
+            self._pools.popitem()[1].close()
 
     def __enter__(self) -> "Judge":
         return self

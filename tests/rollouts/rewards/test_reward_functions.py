@@ -130,6 +130,10 @@ def test_all_scorers_that_run_answers_are_known():
         ({"length": {"most": 1, "unit": "letters"}}, "^rewards.length.unit = 'letters': no such unit"),
         ({"overlong": {"longest": 8, "margin": 8}}, "^rewards.overlong.margin = 8: must be above 0, and below"),
         ({"similarity": {"kind": "rouge"}}, r"^rewards.similarity.kind = 'rouge': .* 'rouge_l'\?"),
+        ({"reward_model": {"combine": "max"}}, r"^rewards.reward_model.combine = 'max': no such way. Known: mean, min"),
+        ({"reward_model": {"combine": "variance"}}, "^rewards.reward_model.penalty = 0.0: goes with combine"),
+        ({"reward_model": {"penalty": 1.0}}, "^rewards.reward_model.penalty = 1.0: goes with combine"),
+        ({"reward_model": {"seconds": 1.0}}, "^rewards.reward_model.seconds: is of worker processes"),
         ({"x": {"reward": "no/such.py:f"}}, "^rewards.x.reward: no/such.py: can't be read"),
     ],
 )
