@@ -13,7 +13,7 @@ from research import loading, objectives
 from research.config import Config
 from research.devices import sharding
 from research.errors import InputError
-from research.run import assemble, resolve
+from research.run import assemble, resolve, rollouts
 from research.sources import fields, tokenizers, views
 from research.sources import spec as spec_lib
 from research.sources.tokenizers import TokenizerSpec
@@ -80,12 +80,13 @@ def _with_vocabulary(config: Config, base: loading.ModelSource | None) -> tuple[
 
 def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """The fields of a global batch: those of any text, what the objective's terms read, what views give, and of several
-    sources which.
+    sources which; with rewards those of answers.
 
     Raises:
       InputError: it depends on the data, which isn't read: of labels, how many classes there are.
     """
-    read = {name for term in objectives.load(config.objective).values() for name in term.objective.fields}
+    terms = objectives.load(config.objective)
+    read = {name for term in terms.values() for name in term.objective.fields}
     spec = config_lib.data_spec(config)
     for entry in (*spec_lib.entries(spec)[0], *spec_lib.eval_entries(spec)):
         if entry.options.view:
@@ -101,4 +102,4 @@ def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
             "data.num_classes = 0: the data isn't read, so how many classes there are isn't known. Set it."
         )
     sizes = {"time": config.seq_len, "labels": classes, "candidates": fields.CANDIDATES}
-    return fields.spec(names, config.batch_size, sizes)
+    return rollouts.batch_spec(config, terms, fields.spec(names, config.batch_size, sizes))

@@ -147,6 +147,8 @@ def test_refused_before_anything_is_written(tmp_path, fields, message):
 
 
 def test_a_plan_knows_the_fields_of_answers():
+    weighed = dataclasses.asdict(config_of("epochs").advantage) | {"kl": {"weight": 0.1}}
+    assert set(abstract.batch_spec(config_of("masked", advantage=weighed))) > {"old_log_prob", "reference_log_prob"}
     described = abstract.describe(config_of("epochs"), jax.devices()[:1])
     batch = abstract.batch_spec(described.config)
     names = ("advantage", "sampler_log_prob", "old_log_prob", "reference_log_prob")
