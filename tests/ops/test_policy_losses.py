@@ -24,13 +24,20 @@ TRL = {  # loss_type: kind and aggregation
     "vespo": ("vespo", "token-mean"),
 }
 VERL = {"vanilla": "ppo", "gspo": "gspo", "geo_mean": "gmpo", "cispo": "cispo", "sapo": "sapo", "gpg": "reinforce"}
+SHAPE = (6, 8)
 LOG_PROBS = jnp.log(jnp.array([[0.5, 0.2, 0.9], [0.1, 0.6, 0.3]]))
 MASK = jnp.array([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
 
 
+def padded(x):
+    """An array of a golden case in the shape of the largest, so that operations are compiled once."""
+    sizes = SHAPE[: np.ndim(x)]
+    return jnp.asarray(np.pad(x, [(0, size - n) for size, n in zip(sizes, np.shape(x), strict=True)]), jnp.float32)
+
+
 def of_case(case, log_prob=None):
     """The Samples of a golden case."""
-    inputs = {name: jnp.asarray(value, jnp.float32) for name, value in case.inputs.items()}
+    inputs = {name: padded(value) for name, value in case.inputs.items()}
     current = inputs["per_token_logps"] if log_prob is None else log_prob
     old = inputs.get("old_per_token_logps", jax.lax.stop_gradient(current))
     advantage = inputs["advantages"]
@@ -38,16 +45,22 @@ def of_case(case, log_prob=None):
     return Samples.of(current, old, advantage, inputs["mask"]), inputs
 
 
-def aggregate(values, mask, mode, budget=1.0):
-    shares = AGGREGATIONS[mode](mask, jnp.ones(len(mask)), budget)
+def aggregate(values, mask, mode, budget=1.0, rows=None):
+    """`rows`: those that hold an answer; by default those with a token that counts."""
+    rows = (jnp.sum(mask, axis=1) > 0).astype(jnp.float32) if rows is None else rows
+    shares = AGGREGATIONS[mode](mask, rows, budget)
     return jnp.sum(shares.weights * values) / shares.weight
 
 
 def compare(case, loss):
     """Loss and gradient of a golden case against those of `loss`, a function of log-probs."""
-    value, gradient = jax.value_and_grad(loss)(jnp.asarray(case.inputs["per_token_logps"], jnp.float32))
-    np.testing.assert_allclose(value, case.outputs["loss"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(gradient, case.outputs["grad_logps"], rtol=1e-4, atol=1e-6)
+    compare_arrays(case.inputs["per_token_logps"], loss, case.outputs["loss"], case.outputs["grad_logps"])
+
+
+def compare_arrays(log_prob, loss, expected, gradients):
+    value, gradient = jax.value_and_grad(loss)(padded(log_prob))
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, padded(gradients), rtol=1e-4, atol=1e-6)
 
 
 OF_TRL = [name for name, case in GOLDEN.items() if case.hparams.get("loss_type") in TRL]
@@ -77,7 +90,9 @@ def test_losses_are_trls(name):
             share = hparams["top_entropy_quantile"]
             of_batch = jnp.where(mask > 0, inputs["entropies"], jnp.nan)
             # TRL compares float64 with a float32 threshold, which the median itself may miss by its rounding.
-            below = np.asarray(inputs["entropies"], np.float64) > case.inputs["entropies"]
+            exact = np.asarray(case.inputs["entropies"])
+            exact = np.pad(exact, [(0, size - n) for size, n in zip(SHAPE, exact.shape, strict=True)])
+            below = np.asarray(inputs["entropies"], np.float64) > exact
             entropies = jnp.where(below, jnp.nextafter(inputs["entropies"], jnp.zeros_like(mask)), inputs["entropies"])
             keep = policy_losses.high_entropy(entropies, of_batch, share)
         values = values * keep
@@ -113,7 +128,7 @@ def of_golden(name, kind, options, log_prob, mode=None):
     """The loss of a case, and what the loss made of tokens."""
     samples, _ = of_case(GOLDEN[name], log_prob)
     out = LOSSES[kind].function(samples, options)
-    budget = samples.mask.shape[1]  # verl's
+    budget = GOLDEN[name].inputs["mask"].shape[1]  # verl's
     return aggregate(out.values, samples.mask, mode or LOSSES[kind].aggregation, budget), out
 
 
@@ -156,11 +171,11 @@ def test_losses_are_openrlhfs(name):
 
 @pytest.mark.parametrize("name", [name for name in GOLDEN if name.startswith("kl_estimators")])
 def test_estimates_of_the_kl_are_verls_and_openrlhfs(name):
-    _, inputs = of_case(GOLDEN[name])
+    inputs = {key: padded(value) for key, value in GOLDEN[name].inputs.items()}
     for estimate in (policy_losses.k1, policy_losses.k2, policy_losses.k3):
         values = estimate(inputs["per_token_logps"], inputs["ref_per_token_logps"])
         for kind in (estimate.__name__, f"{estimate.__name__}_openrlhf"):
-            np.testing.assert_allclose(values, GOLDEN[name].outputs[kind], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(values, padded(GOLDEN[name].outputs[kind]), rtol=1e-5, atol=1e-6)
 
 
 def test_every_golden_case_of_losses_is_compared():
@@ -198,7 +213,7 @@ def test_on_policy_the_loss_is_minus_the_weighted_sum_of_advantages(kind):
         samples = Samples.of(log_prob, jax.lax.stop_gradient(log_prob), A, MASK)
         return aggregate(LOSSES[kind].function(samples, defaults(kind)).values, MASK, LOSSES[kind].aggregation)
 
-    value, gradient = jax.value_and_grad(loss)(LOG_PROBS)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(LOG_PROBS)
     weights = MASK / 5 if LOSSES[kind].aggregation == "token-mean" else MASK / jnp.array([[6.0], [4.0]])
     about = {
         "cispo": LOG_PROBS,
@@ -219,7 +234,7 @@ def test_no_ratio_overflows_and_nothing_outside_of_the_mask_is_read(kind):
         samples = Samples.of(log_prob, jnp.zeros_like(far), A, MASK)
         return aggregate(LOSSES[kind].function(samples, defaults(kind)).values, MASK, LOSSES[kind].aggregation)
 
-    value, gradient = jax.value_and_grad(loss)(far)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(far)
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
     assert gradient[1, 2] == 0
@@ -228,14 +243,17 @@ def test_no_ratio_overflows_and_nothing_outside_of_the_mask_is_read(kind):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_an_answer_without_tokens_counts_nothing(kind):
     """It changes neither the loss of the others nor, but for the fixed budget, what that is divided by."""
+
+    @jax.jit
+    def by_mode(samples):
+        out = LOSSES[kind].function(samples, defaults(kind))
+        rows = jnp.ones(len(samples.mask))
+        return {mode: aggregate(out.values, samples.mask, mode, rows=rows) for mode in AGGREGATIONS}
+
     samples = Samples.of(LOG_PROBS, LOG_PROBS - 0.1, A, MASK.at[1].set(0))
-    out = LOSSES[kind].function(samples, defaults(kind))
-    assert np.all(np.isfinite(out.values))
-    alone = Samples(*(x[:1] for x in samples))
-    for mode in AGGREGATIONS:
-        value = aggregate(LOSSES[kind].function(alone, defaults(kind)).values, alone.mask, mode)
-        expected = value / 2 if mode == "seq-mean-token-sum-norm" else value
-        np.testing.assert_allclose(aggregate(out.values, samples.mask, mode), expected, rtol=1e-6)
+    alone, both = by_mode(Samples(*(x[:1] for x in samples))), by_mode(samples)
+    alone["seq-mean-token-sum-norm"] /= 2
+    assert both == pytest.approx({mode: float(value) for mode, value in alone.items()}, rel=1e-6)
 
 
 def test_where_nothing_counts_the_divisor_is_0():
@@ -253,10 +271,11 @@ def test_clips_hold_the_ratio_and_take_the_gradient():
     def loss(log_prob, options):
         return jnp.sum(LOSSES["ppo"].function(Samples.of(log_prob, old, advantage, mask), options).values)
 
-    value, gradient = jax.value_and_grad(loss)(LOG_PROBS[:1], Options(0.2, 0.3))
+    of = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    value, gradient = of(LOG_PROBS[:1], Options(0.2, 0.3))
     np.testing.assert_allclose(value, -1.3 + 0.8 + 2, rtol=1e-6)
     np.testing.assert_allclose(gradient, [[0, 0, 2]], rtol=1e-6)
-    value, gradient = jax.value_and_grad(loss)(LOG_PROBS[:1], Options(0.2, 0.3, dual_clip=1.5))
+    value, gradient = of(LOG_PROBS[:1], Options(0.2, 0.3, dual_clip=1.5))
     np.testing.assert_allclose(value, -1.3 + 0.8 + 1.5, rtol=1e-6)
     np.testing.assert_allclose(gradient, [[0, 0, 0]], atol=1e-7)
 
@@ -302,7 +321,7 @@ def test_k1_alone_teaches_nothing():
 @pytest.mark.parametrize("kind", KL)
 def test_a_kl_far_from_the_reference_is_finite(kind):
     far = jnp.array([-900.0, 900.0])
-    value, gradient = jax.value_and_grad(lambda x: jnp.sum(KL[kind].function(x, -far, x)))(far)
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.sum(KL[kind].function(x, -far, x))))(far)
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
 
@@ -331,26 +350,19 @@ PPO = goldens.load("ppo")
 @pytest.mark.parametrize("name", [name for name in PPO if name.startswith("trl_ppo_loss")])
 def test_the_loss_of_trls_ppo_trainer(name):
     inputs, clip = PPO[name].inputs, PPO[name].hparams["cliprange"]
-    current, old, advantage = (
-        jnp.asarray(inputs[key], jnp.float32) for key in ("new_logprobs", "old_logprobs", "advantages")
-    )
-    mask = 1 - jnp.asarray(inputs["padding_mask"], jnp.float32)
+    old, advantage, mask = padded(inputs["old_logprobs"]), padded(inputs["advantages"]), padded(~inputs["padding_mask"])
 
     def loss(log_prob):
         samples = Samples.of(log_prob, old, advantage, mask)
         return aggregate(LOSSES["ppo"].function(samples, Options(clip, clip)).values, mask, "token-mean")
 
-    value, gradient = jax.value_and_grad(loss)(current)
-    np.testing.assert_allclose(value, PPO[name].outputs["pg_loss"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(gradient, PPO[name].outputs["grad_logprobs"], rtol=1e-4, atol=1e-6)
+    compare_arrays(inputs["new_logprobs"], loss, PPO[name].outputs["pg_loss"], PPO[name].outputs["grad_logprobs"])
 
 
 def test_the_loss_of_trls_rloo_trainer():
     case = PPO["trl_rloo_loss_0"]
-    sums, advantage, mask = (
-        jnp.asarray(case.inputs[key], jnp.float32) for key in ("old_sequence_logps", "advantages", "mask")
-    )
-    old = mask * (sums / jnp.sum(mask, axis=1))[:, None]  # of the answer only the sum is known
+    sums, advantage, mask = (padded(case.inputs[key]) for key in ("old_sequence_logps", "advantages", "mask"))
+    old = mask * (sums / jnp.maximum(jnp.sum(mask, axis=1), 1))[:, None]  # of the answer only the sum is known
     options = Options(case.hparams["epsilon_low"], case.hparams["epsilon_high"])
 
     def loss(log_prob):
@@ -361,9 +373,12 @@ def test_the_loss_of_trls_rloo_trainer():
     compare(case, loss)
 
 
-@pytest.mark.parametrize("name", ["verl_entropy_0_1.0", "verl_entropy_1_1.0"])
-def test_entropies_are_verls(name):
-    logits, mask = (jnp.asarray(PPO[name].inputs[key], jnp.float32) for key in ("logits", "mask"))
-    head = Head(jnp.eye(logits.shape[-1]), None, 0.0)
-    out = log_probs(logits, head, jnp.zeros(mask.shape, jnp.int32), chunk=mask.shape[1])
-    np.testing.assert_allclose(aggregate(out.entropy, mask, "token-mean"), PPO[name].outputs["entropy"], rtol=1e-5)
+def test_entropies_are_verls():
+    for name in ("verl_entropy_0_1.0", "verl_entropy_1_1.0"):
+        logits, mask = PPO[name].inputs["logits"], padded(PPO[name].inputs["mask"])
+        logits = np.pad(logits, [(0, SHAPE[0] - logits.shape[0]), (0, SHAPE[1] - logits.shape[1]), (0, 0)]).astype(
+            np.float32
+        )
+        head = Head(jnp.eye(logits.shape[-1]), None, 0.0)
+        out = log_probs(jnp.asarray(logits), head, jnp.zeros(SHAPE, jnp.int32), chunk=SHAPE[1])
+        np.testing.assert_allclose(aggregate(out.entropy, mask, "token-mean"), PPO[name].outputs["entropy"], rtol=1e-5)
