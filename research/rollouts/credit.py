@@ -43,7 +43,8 @@ class Credit:
           batch: fields of their N = P G rows, with those of `scores` that the run has.
           carry: of the rollout before.
         """
-        average, weight = RunningMean(*carry["average"]), carry["kl_weight"]
+        average = RunningMean(*carry["average"])
+        weight = carry["kl_weight"] if self.spec.kl.target else self.spec.kl.weight  # which may be another by now
         mask = buffer.at_prediction(np.ones(len(batch["loss_mask"])), batch)
         kl, metrics = self._kl(batch, mask)
         rewards = counted(groups, self.truncated)

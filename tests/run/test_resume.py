@@ -535,6 +535,11 @@ def test_no_other_command_takes_a_model():
             {"rewards": {"exact_match": 1.0}, "batch_size": 8},
             "^batch_size = 32 -> 8",
         ),
+        (
+            {"advantage": {"kl": {"weight": 0.1, "target": 5.0}}},
+            {"advantage": {"kl": {"weight": 0.2, "target": 5.0}}},
+            r"^advantage\.kl\.weight = 0\.1 -> 0\.2: can't change in w.*is where the controller begins",
+        ),
     ],
 )
 def test_a_rollout_that_is_not_trained_on_yet_stays_what_it_is(before, now, message):
