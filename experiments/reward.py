@@ -17,7 +17,7 @@ calibration error of 0.11. docs/preferences.md says why.
 
 In `:weak_to_strong` a weak reward model, which learned from few pairs, and a weak policy, by its implicit rewards, say
 which of two answers is the better one, and stronger reward models learn from that (Burns et al., arXiv:2312.09390).
-Cost: 70 stages, four minutes of CPU time. Expect: weak reward model 0.77, its students 0.82 to 0.85, ceiling 0.99; weak
+Cost: 88 stages, five minutes of CPU time. Expect: weak reward model 0.77, its students 0.82 to 0.85, ceiling 0.99; weak
 policy 0.85, its students about the same.
 """
 
@@ -50,7 +50,9 @@ WAYS: dict[str, tuple[float, dict[str, float]]] = {
     "30-flipped": (MANY, {"flipped": MANY}),
 }
 WEAK = {"num_layers": 1, "d_model": 32, "num_heads": 2, "num_kv_heads": 2, "d_ff": 96}
-BETA = 0.1  # of the weak policy's training, and so of its rewards
+BETA = 0.1  # of the policies' training, and so of their rewards
+SFT, BY_DPO = {"sft": {}}, {"preference": {"beta": BETA}}
+DPO = "dpo"  # the student that is a policy
 # What students learn with: options of objectives/weak_to_strong.py.
 STUDENTS: dict[str, dict[str, Any]] = {
     "soft": {"loss": "cross_entropy"},
@@ -107,10 +109,10 @@ def _set_weak_to_strong(config: ConfigDict, debug: bool) -> None:
         "strong_records": 3000,
         "test_records": 1500,
         "weak_steps": 60,
-        "start_steps": 60,  # of the language model that the weak policy begins with
+        "start_steps": 60,  # of the language model that the weak policy begins with; strong ones have `steps`
         "policy_steps": 30,
         "students": tuple(STUDENTS),
-        "students_of_policy": ("soft", "hard"),
+        "students_of_policy": ("soft", "hard", DPO),
         "seeds": 3,
         "store": "",
     }
@@ -119,7 +121,7 @@ def _set_weak_to_strong(config: ConfigDict, debug: bool) -> None:
     if debug:
         study |= {"weak_records": 40, "strong_records": 60, "test_records": 20, "seeds": 2}
         study |= {"weak_steps": 2, "start_steps": 2, "policy_steps": 2, "students": ("soft", "confidence")}
-        study |= {"students_of_policy": ("hard",)}
+        study |= {"students_of_policy": ("hard", DPO)}
         config.steps = 2
     config.eval.update(every=config.steps, batches=20, generate=0)
     with config.unlocked():
@@ -190,9 +192,12 @@ class _WeakToStrong:
 
     def cells(self, files: str, seed: int) -> list[dict[str, Any]]:
         """Adds the stages of a seed; returns the report's cells."""
-        s = self.config.study
-        ceiling = self.train("ceiling", seed, f"{files}/strong.jsonl", {"reward": {}})
-        ceiling = self.score(f"ceiling-s{seed}-test", {"model": ceiling}, f"{files}/test.jsonl")
+        s, test, true = self.config.study, f"{files}/test.jsonl", f"{files}/strong.jsonl"
+        ceiling = {"model": self.add.train(f"ceiling-s{seed}", self.strong_run(seed, true, {"reward": {}})).workdir}
+        ceilings = {"reward model": self.score(f"ceiling-s{seed}-test", ceiling, test)}
+        if DPO in s.students_of_policy:
+            ceiling = self.strong_policy(f"ceiling-policy-s{seed}", seed, true)
+            ceilings["policy"] = self.score(f"ceiling-policy-s{seed}-test", ceiling, test)
         weak = {
             "reward model": ({"model": self.weak_model(files, seed)}, s.students),
             "policy": (self.weak_policy(files, seed), s.students_of_policy),
@@ -200,27 +205,31 @@ class _WeakToStrong:
         cells = []
         for kind, (supervisor, students) in weak.items():
             name = f"{kind.replace(' ', '-')}-s{seed}"
-            labels = self.score(f"labels-{name}", supervisor, f"{files}/strong.jsonl")
-            tested = self.score(f"weak-{name}-test", supervisor, f"{files}/test.jsonl")
+            labels = self.score(f"labels-{name}", supervisor, true)
+            tested = self.score(f"weak-{name}-test", supervisor, test)
             for student in students:
-                options = {"weak_to_strong": {"head": "pairs", **STUDENTS[student]}}
-                model = self.train(f"{student}-{kind.replace(' ', '-')}", seed, labels, options, labelled=True)
-                model = self.score(f"{student}-{name}-test", {"model": model}, f"{files}/test.jsonl")
+                strong = "policy" if student == DPO else "reward model"
+                learned = self.score(f"{student}-{name}-test", self.student(student, name, seed, labels), test)
                 cells.append(
-                    {"weak_size": kind, "strong_size": "reward model", "loss": student, "seed": seed}
-                    | {"weak": tested, "student": model, "ceiling": ceiling}
+                    {"weak_size": kind, "strong_size": strong, "loss": student, "seed": seed}
+                    | {"weak": tested, "student": learned, "ceiling": ceilings[strong]}
                     | {"weak_params": _count(WEAK), "strong_params": _count(MODEL)}
                 )
         return cells
 
-    def train(
-        self, name: str, seed: int, data: str, terms: Mapping[str, Mapping[str, Any]], labelled: bool = False
-    ) -> str:
-        """Adds the run of a strong model; returns its folder. `labelled`: by the rewards in the data."""
-        run = self.run(seed, data, terms, self.config.steps)
-        if labelled:
-            run.data.fields = {"rewards": "rewards"}
-        return self.add.train(f"{name}-s{seed}", run).workdir
+    def student(self, student: str, supervisor: str, seed: int, labels: str) -> dict[str, Any]:
+        """Adds a student; returns the flags that score takes for its rewards.
+
+        Args:
+          student: of STUDENTS, or DPO.
+          supervisor: for its name.
+          seed: of its run.
+          labels: the file of pairs with the weak model's rewards.
+        """
+        if student == DPO:
+            return self.strong_policy(f"{student}-{supervisor}", seed, labels, labelled=True)
+        run = self.strong_run(seed, labels, {"weak_to_strong": {"head": "pairs", **STUDENTS[student]}}, labelled=True)
+        return {"model": self.add.train(f"{student}-{supervisor}", run).workdir}
 
     def run(self, seed: int, data: str, terms: Mapping[str, Mapping[str, Any]], steps: int) -> ConfigDict:
         """The config of a run."""
@@ -229,6 +238,15 @@ class _WeakToStrong:
         run.optimizer.warmup_steps = max(1, steps // 10)
         run.data.update(path=data, eval_path="")
         run.objective = {"terms": terms}
+        return run
+
+    def strong_run(
+        self, seed: int, data: str, terms: Mapping[str, Mapping[str, Any]], labelled: bool = False
+    ) -> ConfigDict:
+        """The config of a run of a strong model. `labelled`: by the rewards in the data."""
+        run = self.run(seed, data, terms, self.config.steps)
+        if labelled:
+            run.data.fields = {"rewards": "rewards"}
         return run
 
     def weak_run(self, files: str, seed: int, terms: Mapping[str, Mapping[str, Any]], steps: int) -> ConfigDict:
@@ -244,17 +262,29 @@ class _WeakToStrong:
         return self.add.train(f"weak-s{seed}", run).workdir
 
     def weak_policy(self, files: str, seed: int) -> dict[str, Any]:
-        """Adds the weak policy, and what it begins with; returns the flags that score takes for its rewards."""
+        """Adds the weak policy; returns what `policy` does."""
         s = self.config.study
-        run = self.weak_run(files, seed, {"sft": {}}, s.start_steps)
-        run.model.num_labels = 0
-        start = self.add.train(f"weak-start-s{seed}", run).workdir
-        run = self.weak_run(files, seed, {"preference": {"beta": BETA}}, s.policy_steps)
-        run.model.update(config_lib.defaults()["model"], init_from=start)
-        run.roles = {"reference": {"init_from": start}}
+        start, run = self.weak_run(files, seed, SFT, s.start_steps), self.weak_run(files, seed, BY_DPO, s.policy_steps)
+        return self.policy(f"weak-policy-s{seed}", start, run)
+
+    def strong_policy(self, name: str, seed: int, data: str, labelled: bool = False) -> dict[str, Any]:
+        """Adds a strong policy, which learns to answer as the labels want it too; returns what `policy` does."""
+        start, run = (self.strong_run(seed, data, terms, labelled) for terms in (SFT, BY_DPO))
+        return self.policy(name, start, run)
+
+    def policy(self, name: str, start: ConfigDict, run: ConfigDict) -> dict[str, Any]:
+        """Adds a policy, and what it begins with; returns the flags that score takes for its rewards.
+
+        Args:
+          name: of the policy.
+          start, run: the configs of both runs, of a model of rewards.
+        """
+        start.model.num_labels = 0
+        folder = self.add.train(f"{name}-start", start).workdir
+        run.model.update(config_lib.defaults()["model"], init_from=folder)
+        run.roles = {"reference": {"init_from": folder}}
         run.optimizer.update(name="adamw", learning_rate=1e-3)
-        policy = self.add.train(f"weak-policy-s{seed}", run).workdir
-        return {"model": policy, "reference": start, "beta": BETA}
+        return {"model": self.add.train(name, run).workdir, "reference": folder, "beta": BETA}
 
     def score(self, name: str, model: Mapping[str, Any], data: str) -> str:
         """Adds a scoring; returns the file with the rewards."""

@@ -105,7 +105,9 @@ def test_students_learn_from_the_rewards_of_the_weak_models_of_their_seed(tmp_pa
     stages = {stage.name: stage for stage in planned.stages}
     parts = stages["split"].workdir
     for seed in range(2):
-        weak, policy, start = (stages[f"weak-{name}s{seed}"] for name in ("", "policy-", "start-"))
+        weak, policy, start = (
+            stages[f"weak-{name}"] for name in (f"s{seed}", f"policy-s{seed}", f"policy-s{seed}-start")
+        )
         assert {stage.settings["data"]["path"] for stage in (weak, policy, start)} == {f"{parts}/weak{seed}.jsonl"}
         assert (
             policy.settings["model"]["init_from"] == policy.settings["roles"]["reference"]["init_from"] == start.workdir
@@ -121,16 +123,27 @@ def test_students_learn_from_the_rewards_of_the_weak_models_of_their_seed(tmp_pa
             assert run["data"]["path"] == f"{labels.workdir}/rewards.jsonl"
             assert run["data"]["fields"] == {"rewards": "rewards"}
             assert run["objective"]["terms"]["weak_to_strong"]["head"] == "pairs"
+        for name, path in (
+            (f"dpo-policy-s{seed}", f"{labels.workdir}/rewards.jsonl"),
+            (f"ceiling-policy-s{seed}", f"{parts}/strong.jsonl"),
+        ):
+            begun, learned = stages[f"{name}-start"], stages[name].settings
+            assert begun.settings["data"] == learned["data"]  # answers as the labels want it, and not as the truth does
+            assert (learned["data"]["path"], bool(learned["data"]["fields"])) == (path, "dpo" in name)
+            assert learned["roles"]["reference"]["init_from"] == begun.workdir
         assert stages[f"ceiling-s{seed}"].settings["data"] | {"path": "", "fields": {}} == run["data"] | {
             "path": "",
             "fields": {},
         }
     cells = planned.report.args[0]
-    assert [(cell["seed"], cell["weak_size"], cell["loss"]) for cell in cells[:3]] == [
+    assert [(cell["seed"], cell["weak_size"], cell["loss"]) for cell in cells[:4]] == [
         (0, "reward model", "soft"),
         (0, "reward model", "confidence"),
         (0, "policy", "hard"),
+        (0, "policy", "dpo"),
     ]
+    assert [cell["strong_size"] for cell in cells[:4]] == [*["reward model"] * 3, "policy"]
+    assert len({cell["ceiling"] for cell in cells[:4]}) == 2
     assert all(cell[part].endswith("/rewards.jsonl") for cell in cells for part in ("weak", "student", "ceiling"))
 
 
@@ -143,5 +156,6 @@ def test_the_study_of_learning_from_a_weak_model_has_a_table(tmp_path, capsys):
         ("reward model", "soft", 20),
         ("reward model", "confidence", 20),
         ("policy", "hard", 20),
+        ("policy", "dpo", 20),
     ]
     assert "reward model  reward model  soft" in capsys.readouterr().out
