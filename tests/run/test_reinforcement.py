@@ -128,6 +128,8 @@ def test_where_all_answers_are_cut_off_and_masked_nothing_is_learned(finished):
         ({"roles": {}, "trainable": ""}, r"^roles: none is called 'reference', and the objective reads what it says"),
         ({"rollout": {"answers": 4, "max_new_tokens": 30}}, r"^rollout\.max_new_tokens: leaves 2 tokens for a prompt"),
         ({"data": {**DATA, "path": "TEXT"}}, r"^rewards: judge answers to prompts"),
+        ({"rewards": {"reward_model": 1.0}}, r"^rewards\.reward_model\.role = 'reward': there is no such role\. Name"),
+        ({"rewards": {"reward_model": {"role": "reference"}}}, r"^rewards\.reward_model\.role = .* shares 'policy'"),
         (
             {"model": {**MODEL, "num_labels": 2}, "eval": {"every": 0}},
             r"^rewards = .*: the policy is .*, and can't write answers",
@@ -158,3 +160,30 @@ def test_a_plan_knows_the_fields_of_answers():
     out = jax.eval_shape(parts.scores, parts.state, parts.frozen, parts.batch)
     assert {name: x.shape for name, x in out.items()} == dict.fromkeys(("old_log_prob", "reference_log_prob"), (8, 32))
     assert np.all([batch[name].dtype == np.float32 for name in names])
+
+
+@pytest.mark.slow
+def test_a_model_and_a_function_of_the_user_s_as_rewards(tmp_path):
+    """A fault in the function costs its answer, whatever the model says of it."""
+    taught = small(
+        data={"path": "preferences:copy", "examples": 40},
+        model={**MODEL, "num_labels": 2},
+        objective={"terms": {"reward": 1.0}},
+        seq_len=64,
+    )
+    run.run(taught, str(tmp_path / "judge"), devices=jax.devices()[:1])
+    code = tmp_path / "mine.py"
+    code.write_text("def odd(sample):\n    return 1 / (len(sample.prompt) % 3)\n")
+    given = {
+        "reward_model": {"weight": 1.0, "combine": "min"},
+        "odd": {"reward": f"{code}:odd", "weight": 0.0},
+    }
+    judge = {"reward": {"init_from": str(tmp_path / "judge")}}
+    config = config_of("masked", rewards=given, roles=judge, rollout={"answers": 2, "max_new_tokens": 4})
+    run.run(config, str(tmp_path / "run"), devices=jax.devices()[:1])
+    lines = [line for line in metrics.read_metrics(str(tmp_path / "run")) if "train/reward" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert line["train/reward/reward_model/deviation"] > 0
+        assert line["train/reward"] == pytest.approx(line["train/reward/reward_model"])
+        assert line["train/reward/odd/failed"] == line["train/reward/reward_model/unjudged"]
