@@ -276,7 +276,7 @@ def test_trl_finds_the_same_loss(variant, capsys):
     (record,) = map(json.loads, capsys.readouterr().out.splitlines())
     theirs = record["against"]["trl"]
     assert theirs["loss"] == pytest.approx(record["loss"], rel=1e-5)
-    assert record["loss"] != pytest.approx(np.log(2), rel=1e-2)  # the reference is another model
+    assert record["loss"] != pytest.approx(np.log(2), rel=1e-3)  # the reference is another model
     assert theirs["seconds"]["n"] == 2
     assert record["against"]["hf"]["error"] == "peers know next_token and sft alone"
 
