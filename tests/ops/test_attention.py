@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from research.errors import InputError
 from research.ops import attention
 from research.ops.attention import cached_attention, self_attention
+from research.ops.cpu import attention as blocks
 from research.ops.scores import Memory
 
 CASES = {
@@ -130,9 +131,14 @@ def with_memory(q, k, v, segment_ids, memory, **options):
     """The output, and the gradients by q, k, v and the memory of a sum of it with fixed weights."""
     options = of_kind(options, segment_ids)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), q.dtype)
-    f = functools.partial(self_attention, scale=0.3, **options)
-    out, vjp = jax.vjp(lambda q, k, v, memory: f(q, k, v, segment_ids, memory=memory), q, k, v, memory)
-    return [np.asarray(x, np.float32) for x in (out, *jax.tree.leaves(vjp(weights)))]
+
+    @jax.jit
+    def run(q, k, v, memory):
+        f = functools.partial(self_attention, scale=0.3, **options)
+        out, vjp = jax.vjp(lambda q, k, v, memory: f(q, k, v, segment_ids, memory=memory), q, k, v, memory)
+        return out, *jax.tree.leaves(vjp(weights))
+
+    return [np.asarray(x, np.float32) for x in run(q, k, v, memory)]
 
 
 def make_memory(size=3, dtype=jnp.float32):
@@ -219,6 +225,45 @@ def test_cpu_at_other_lengths_and_groups(T, heads):
     expected = out_and_gradients(*x, implementation="reference", window=100)
     for a, b in zip(out_and_gradients(*x, implementation="cpu", window=100), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def halved_inputs(last):
+    """Rows of 256 whose first document ends at 128, but that of the second row at `last`."""
+    q, k, v, _ = make_inputs(T=256)
+    segment_ids = np.ones((2, 256), np.int32)
+    segment_ids[0, 128:], segment_ids[1, last:] = 2, 2
+    return q, k, v, jnp.asarray(segment_ids)
+
+
+@pytest.mark.parametrize(("case", "last"), [("all", 128), ("causal", 180), ("softcap", 128), ("prefix_all", 150)])
+def test_cpu_reads_half_of_the_keys_where_no_document_lies_across(monkeypatch, case, last):
+    monkeypatch.setattr(blocks, "_LEAST_HALVED", 256)
+    x, options = halved_inputs(last), CASES[case]
+    expected = out_and_gradients(*x, implementation="reference", **options)
+    for a, b in zip(out_and_gradients(*x, implementation="cpu", **options), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_cpu_reads_a_memory_with_half_of_the_keys(monkeypatch):
+    monkeypatch.setattr(blocks, "_LEAST_HALVED", 256)
+    x = halved_inputs(128)
+    expected = with_memory(*x, make_memory(), implementation="reference")
+    for a, b in zip(with_memory(*x, make_memory(), implementation="cpu"), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_cpu_leaves_out_the_half_that_no_query_sees(monkeypatch):
+    """What isn't read may be NaN. Where one row sees it, all do; where rows lie on several devices, all is read."""
+    monkeypatch.setattr(blocks, "_LEAST_HALVED", 256)
+    q, k, v, segment_ids = halved_inputs(180)
+    hidden = lambda x: x.at[0, :128].set(jnp.nan)  # noqa: E731
+    f = functools.partial(self_attention, scale=0.3, implementation="cpu")
+    finite = np.isfinite(jax.jit(f)(q, hidden(k), hidden(v), segment_ids)).all(axis=(2, 3))
+    assert finite[0, 192:].all()
+    assert not finite[0, 128:192].any()
+    assert "cond[" in str(jax.make_jaxpr(f)(q, k, v, segment_ids))
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])):
+        assert "cond[" not in str(jax.make_jaxpr(f)(q, k, v, segment_ids))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", "splash"])

@@ -18,7 +18,7 @@ from research.planning import abstract
 from research.planning import topology as topologies
 from research.run import assemble, metrics, run
 
-VOCAB, ROWS, LENGTH = 32_768, 8, 512
+VOCAB, ROWS, LENGTH = 32_768, 8, 384
 LONGER = ("preference", "policy_gradient")
 OBJECTIVES = ("sft", "distill", "weak_to_strong", *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER))
 HOST = re.compile(r"\b(infeed|outfeed|send|recv)\(|callback")

@@ -6,6 +6,7 @@ reverse mode only. Nothing here depends on the platform but its speed: on a CPU 
 Axes: see ops/scores.py.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from research.ops.scores import NAME, Documents, Memory, Scores, dot, grouped, to_heads, to_rows
 
 MIN_ROWS = 64  # of a block: smaller matrix products are slow
+_LEAST_HALVED = 512  # T from which a block is compiled for half of the keys too; below, that costs more than it saves
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -39,20 +41,14 @@ def attention(
 
 
 def _forward(scores, q, k, v, documents, memory):
-    B, T, K, G = *q.shape[:2], k.shape[2], q.shape[2] // k.shape[2]
-    memory_keys, memory_values = (None, None) if memory is None else memory.rows(B)
+    T, K = q.shape[1], k.shape[2]
     queries, keys, values = to_rows(q, K), k.swapaxes(1, 2), v.swapaxes(1, 2)
     logsumexps = []
     for t, s in _blocks(T, scores, documents):
-        rows = slice(t.start * G, t.stop * G)
-        mask = _behind(memory, scores.mask(documents, t, s))
-        block = scores(queries[:, :, rows], _after(memory_keys, keys[:, :, s]), mask)
-        top = block.max(axis=-1, keepdims=True)
-        p = jnp.exp(grouped(block, G) - grouped(top, G)).reshape(block.shape)
-        total = p.sum(axis=-1, keepdims=True)
-        out = dot("bkrs,bksh->bkrh", p.astype(v.dtype), _after(memory_values, values[:, :, s])) / total
-        queries = queries.at[:, :, rows].set(out.astype(q.dtype))
-        logsumexps.append(top + jnp.log(total))
+        block = _Block(scores, documents, memory, t, s, q.shape[2] // K)
+        out, logsumexp = block.of_seen(block.outputs, queries[:, :, block.rows], keys, values)
+        queries = queries.at[:, :, block.rows].set(out.astype(q.dtype))
+        logsumexps.append(logsumexp)
     out = checkpoint_name(to_heads(queries, T), NAME)
     logsumexp = checkpoint_name(jnp.concatenate(logsumexps, axis=2), NAME)
     return out, (q, k, v, documents, memory, out, logsumexp)
@@ -60,33 +56,20 @@ def _forward(scores, q, k, v, documents, memory):
 
 def _backward(scores, residuals, d_out):
     q, k, v, documents, memory, out, logsumexp = residuals
-    B, T, K, G = *q.shape[:2], k.shape[2], q.shape[2] // k.shape[2]
-    memory_keys, memory_values = (None, None) if memory is None else memory.rows(B)
+    B, T, K = *q.shape[:2], k.shape[2]
     P = 0 if memory is None else memory.keys.shape[0]
     queries, keys, values, d_rows = to_rows(q, K), k.swapaxes(1, 2), v.swapaxes(1, 2), to_rows(d_out, K)
     delta = to_rows(dot("bthd,bthd->bth", d_out, out)[..., None], K)
     dk = dv = jnp.zeros(keys.swapaxes(2, 3).shape, jnp.float32)
     d_memory = jnp.zeros((2, B, K, q.shape[3], P), jnp.float32) if P else None
     for t, s in _blocks(T, scores, documents):
-        rows = slice(t.start * G, t.stop * G)
-        mask = _behind(memory, scores.mask(documents, t, s))
-        block_keys = _after(memory_keys, keys[:, :, s])
-        block = scores(queries[:, :, rows], block_keys, mask)
-        p = jnp.exp(grouped(block, G) - grouped(logsumexp[:, :, rows], G)).reshape(block.shape)
-        dp = dot("bkrh,bksh->bkrs", d_rows[:, :, rows], _after(memory_values, values[:, :, s]))
-        ds = (grouped(p, G) * (grouped(dp, G) - grouped(delta[:, :, rows], G))).reshape(p.shape)
-        if scores.softcap:
-            # Clipped, for masked scores are far out, and 0 * inf would be NaN there.
-            ds *= 1 - jnp.clip(block / scores.softcap, -1, 1) ** 2
-        p, ds = p.astype(v.dtype), ds.astype(q.dtype)
-        # [h, S] and not [S, h]: the operand that has to be transposed is the small one.
-        block_dk = dot("bkrh,bkrs->bkhs", queries[:, :, rows], ds)
-        block_dv = dot("bkrh,bkrs->bkhs", d_rows[:, :, rows], p)
-        dk, dv = dk.at[..., s].add(block_dk[..., P:]), dv.at[..., s].add(block_dv[..., P:])
+        block = _Block(scores, documents, memory, t, s, q.shape[2] // K)
+        own = (x[:, :, block.rows] for x in (queries, d_rows, delta, logsumexp))
+        dq, block_dk, block_dv, block_memory = block.of_seen(block.gradients, *own, keys, values)
+        dk, dv = dk.at[..., s].add(block_dk), dv.at[..., s].add(block_dv)
         if P:
-            d_memory += jnp.stack([block_dk[..., :P], block_dv[..., :P]])
-        dq = dot("bkrs,bksh->bkrh", ds, block_keys) * scores.scale
-        queries = queries.at[:, :, rows].set(dq.astype(q.dtype))
+            d_memory += block_memory
+        queries = queries.at[:, :, block.rows].set(dq.astype(q.dtype))
     dk = (dk * scores.scale).transpose(0, 3, 1, 2).astype(k.dtype)
     if memory is not None:
         d_keys, d_values = d_memory.sum(axis=1).transpose(0, 3, 1, 2)
@@ -94,7 +77,85 @@ def _backward(scores, residuals, d_out):
     return to_heads(queries, T), dk, dv.transpose(0, 3, 1, 2).astype(v.dtype), None, d_memory
 
 
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Queries of some times, and the keys that they may see.
+
+    Attributes:
+      scores, documents, memory: see `attention`.
+      t, s: times of the queries and of the keys.
+      group: G.
+    """
+
+    scores: Scores
+    documents: Documents
+    memory: Memory | None
+    t: slice
+    s: slice
+    group: int
+
+    @property
+    def rows(self) -> slice:
+        """Of the rows of queries."""
+        return slice(self.t.start * self.group, self.t.stop * self.group)
+
+    def of_seen(self, compute, *arrays):
+        """compute(s, *arrays), where s leaves out the first half of T if none of the queries sees any of it: rows hold
+        several documents."""
+        T = self.documents.segments.shape[1]
+        half = T // 2
+        if T < _LEAST_HALVED or not self.s.start < half <= self.t.start or _device_count() > 1:
+            return compute(self.s, *arrays)
+        seen = jnp.any(self.scores.mask(self.documents, self.t, slice(self.s.start, half)))
+        shorter = functools.partial(compute, slice(half, self.s.stop))
+        return jax.lax.cond(seen, functools.partial(compute, self.s), shorter, *arrays)
+
+    def outputs(
+        self, s: slice, queries: Float[Array, "B K R h"], keys: Float[Array, "B K T h"], values: Float[Array, "B K T h"]
+    ) -> tuple[Float[Array, "B K R h"], Float[Array, "B K R 1"]]:
+        """What the queries get of the keys at `s`, and the logarithms of the sums of exponentials."""
+        G, (memory_keys, memory_values) = self.group, self._memory(queries)
+        mask = _behind(self.memory, self.scores.mask(self.documents, self.t, s))
+        block = self.scores(queries, _after(memory_keys, keys[:, :, s]), mask)
+        top = block.max(axis=-1, keepdims=True)
+        p = jnp.exp(grouped(block, G) - grouped(top, G)).reshape(block.shape)
+        total = p.sum(axis=-1, keepdims=True)
+        out = dot("bkrs,bksh->bkrh", p.astype(values.dtype), _after(memory_values, values[:, :, s])) / total
+        return out, top + jnp.log(total)
+
+    def gradients(self, s: slice, queries, d_rows, delta, logsumexp, keys, values):
+        """The gradients by the queries, by keys and values at the block's times, [B, K, h, S], and by both of the
+        memory, [2, B, K, h, P], None without one. The first four arrays are of the queries."""
+        G, P = self.group, 0 if self.memory is None else self.memory.keys.shape[0]
+        memory_keys, memory_values = self._memory(queries)
+        mask = _behind(self.memory, self.scores.mask(self.documents, self.t, s))
+        block_keys = _after(memory_keys, keys[:, :, s])
+        block = self.scores(queries, block_keys, mask)
+        p = jnp.exp(grouped(block, G) - grouped(logsumexp, G)).reshape(block.shape)
+        dp = dot("bkrh,bksh->bkrs", d_rows, _after(memory_values, values[:, :, s]))
+        ds = (grouped(p, G) * (grouped(dp, G) - grouped(delta, G))).reshape(p.shape)
+        if self.scores.softcap:
+            # Clipped, for masked scores are far out, and 0 * inf would be NaN there.
+            ds *= 1 - jnp.clip(block / self.scores.softcap, -1, 1) ** 2
+        p, ds = p.astype(values.dtype), ds.astype(queries.dtype)
+        # [h, S] and not [S, h]: the operand that has to be transposed is the small one.
+        dk, dv = dot("bkrh,bkrs->bkhs", queries, ds), dot("bkrh,bkrs->bkhs", d_rows, p)
+        dq = dot("bkrs,bksh->bkrh", ds, block_keys) * self.scores.scale
+        left_out = [(0, 0)] * 3 + [(s.start - self.s.start, 0)]
+        d_memory = jnp.stack([dk[..., :P], dv[..., :P]]) if P else None
+        return dq, jnp.pad(dk[..., P:], left_out), jnp.pad(dv[..., P:], left_out), d_memory
+
+    def _memory(self, queries: Float[Array, "B K R h"]) -> tuple[Array | None, Array | None]:
+        return (None, None) if self.memory is None else self.memory.rows(queries.shape[0])
+
+
 attention.defvjp(_forward, _backward)
+
+
+def _device_count() -> int:
+    """Of the mesh in context. Devices that have other rows would have to agree on what is seen."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
 
 
 def _after(memory: Float[Array, "B K P h"] | None, x: Float[Array, "B K S h"]) -> Float[Array, "B K P+S h"]:
