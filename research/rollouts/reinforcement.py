@@ -101,8 +101,7 @@ class Reinforcement:
 
     def _take(self) -> Callable[..., Batch]:
         placed = {name: x.sharding for name, x in self.spec.items()}
-        take = jax.jit(lambda rows, index: {name: x[index] for name, x in rows.items()}, out_shardings=placed)
-        return distributed.one_at_a_time(take)
+        return distributed.one_at_a_time(jax.jit(_take, out_shardings=placed))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,6 +127,10 @@ class Steps:
         batch = self.take(place.buffer, index)
         metrics["rollout/staleness"] = (float(source["served"]), 1.0)
         return batch, place._replace(source={**source, "served": source["served"] + 1}), metrics
+
+
+def _take(rows: Batch, index: jax.Array) -> Batch:
+    return {name: x[index] for name, x in rows.items()}
 
 
 def _agreement(rows: Mapping[str, np.ndarray]) -> Metrics:

@@ -27,6 +27,8 @@ class Scores:
       sampler: log-probabilities are computed as its are.
     """
 
+    __name__ = "scores"  # what jax.jit calls the program, and traces show
+
     models: Mapping[str, Model]
     fields: tuple[str, ...]
     sampler: Sampler

@@ -190,6 +190,7 @@ def get_config(arg=""):
     config.data.update(path="tasks:copy", pack=False)
     config.rewards = {"length": {"most": 3, "over": 8}, "exact_match": 1.0}
     config.rollout.update(prompts=4, answers=4, epochs=2, max_new_tokens=8, filter_rounds=1)
+    config.advantage.whiten = "tokens"
     config.objective = {"terms": {"policy_gradient": {"old": "trainer"}}}
     config.eval.generate = 0
     return config
