@@ -48,6 +48,14 @@ WAYS = {
         "rewards": {"length": {"unit": "characters", "most": 1, "over": 8}},
         "advantage": {"kind": "greedy", "scale": "none"},
     },
+    "critic": {
+        "rollout": {"prompts": 4, "answers": 4, "max_new_tokens": 6},
+        "objective": {"terms": {"policy_gradient": 1.0, "value": 0.5}},
+        "roles": {"critic": {"of": "policy", "num_labels": 1}, "reference": {"of": "policy"}},
+        "trainable": "layers/.*",
+        "advantage": {"kind": "critic", "scale": "none", "kl": {"weight": 0.1, "target": 0.5, "horizon": 20}},
+        "optimizer": {"groups": {"policy": {"match": "policy/.*", "delay_steps": 2}}},
+    },
     "masked": {"rollout": {"answers": 4, "max_new_tokens": 1, "truncated": "mask"}, "steps": 2},
 }
 
@@ -84,6 +92,20 @@ def test_resumed_in_the_middle_of_the_epochs_is_uninterrupted(finished, tmp_path
     same = lambda line: {k: v for k, v in line.items() if "seconds" not in k and "/mfu" not in k}  # noqa: E731
     assert [same(line)["train/loss"] for line in again] == [same(line)["train/loss"] for line in lines]
     assert again[-1]["train/reward"] == lines[-1]["train/reward"]
+
+
+@pytest.mark.slow
+def test_a_critic_learns_before_the_policy_moves(finished, tmp_path):
+    """And the weight of the KL in the reward, which the controller changes, is in checkpoints."""
+    finished.check_resumed("critic", tmp_path)
+    lines = [line for line in metrics.read_metrics(str(finished("critic"))) if "train/loss" in line]
+    assert [line["train/learning_rate/policy"] > 0 for line in lines] == [False, False, True, True, True]
+    rollouts = [line for line in lines if "train/reward" in line]
+    kl, weight = ([line[f"train/rollout/{name}"] for line in rollouts] for name in ("kl", "kl_weight"))
+    assert kl[:2] == pytest.approx([0, 0], abs=1e-6)  # the policy hasn't moved yet
+    assert weight == pytest.approx([0.1, 0.1 * (1 - 0.2 * 16 / 20), 0.1 * (1 - 0.2 * 16 / 20) ** 2])
+    losses = [line["train/value/loss"] for line in lines]
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.slow
