@@ -134,7 +134,7 @@ class Collector:
     def collect(
         self, first: int, seed: Sequence[int], clock: Clock, models: ModelJudge | None = None
     ) -> tuple[list[Group], int, Metrics]:
-        """P groups, the place of the next prompt, and how many were filtered.
+        """P groups, the place of the next prompt, and what is reported of all answers, of those that are replaced too.
 
         Args:
           first: the place of the first prompt in the order of all.
@@ -154,8 +154,10 @@ class Collector:
             spare += [group for group, same in zip(groups, agreeing, strict=True) if same]
             if len(kept) == self.count:
                 break
-        metrics = {"rollout/filtered": (float(len(spare)), float(place - first))} if self.rounds else {}
-        return kept + spare[: self.count - len(kept)], place, metrics
+        reported = metrics(kept + spare, self)
+        if self.rounds:
+            reported["rollout/filtered"] = float(len(spare)), float(place - first)
+        return kept + spare[: self.count - len(kept)], place, reported
 
     def _groups(
         self, prompts: Sequence[Prompt], seed: Sequence[int], clock: Clock, models: ModelJudge | None
@@ -208,7 +210,7 @@ def agree(
 
 
 def metrics(groups: Sequence[Group], collector: Collector) -> Metrics:
-    """What is reported of a rollout: of the summed reward and of each mean, standard deviation and the share that
+    """What is reported of answers: of the summed reward and of each mean, standard deviation and the share that
     isn't judged, of each the share with which it fails; lengths; the shares of answers that were cut off and of groups
     that agree."""
     spec, weights = collector.advantage, collector.judge.weights

@@ -15,7 +15,7 @@ import numpy as np
 
 from research import params as params_lib
 from research.devices import distributed
-from research.rollouts import buffer, collection
+from research.rollouts import buffer
 from research.rollouts.buffer import Arrays
 from research.rollouts.collection import Clock, Collector, Metrics
 from research.rollouts.credit import Credit
@@ -79,7 +79,7 @@ class Reinforcement:
         rows |= self._scored(state, frozen, rows)
         clock.lap("scores")
         fields, carry, more = self.credit(groups, rows, source["carry"])
-        metrics |= collection.metrics(groups, self.collector) | more | _agreement(rows)
+        metrics |= more | _agreement(rows)
         metrics |= {f"rollout/seconds/{name}": (x, 1.0) for name, x in clock.read().items()}
         source = {"row": row, "rollout": number, "served": 0, "version": version, "carry": carry}
         return Place(source, buffer.put(rows | fields, self.buffer)), metrics

@@ -75,10 +75,11 @@ def test_prompts_whose_answers_agree_are_replaced_up_to_a_bound(rounds, kept, pl
     assert numbers(groups) == kept
     assert after == place
     if filtered is None:
-        assert metrics == {}
+        assert "rollout/filtered" not in metrics
     else:
         total, weight = metrics["rollout/filtered"]
         assert total / weight == filtered
+        assert metrics["rollout/agreeing"] == (total, weight)  # of those that are replaced too
     keys = [key for *_, key in own.engine.calls]
     assert len(set(keys)) == len(keys)
 
