@@ -51,31 +51,31 @@ def code(tmp_path):
 
 
 def test_what_is_slow_or_faulty_costs_its_sample(code, capfd):
-    answers = ["a", "slow", "aa", "die", "bug", "text", "inf", "quit", "none", "aaaa"]
-    entries = spec(code, weight=0.5, seconds=1.0, scale=2.0) | rewards.load({"exact_match": 1.0})
+    answers = ["a", "slow", "aa", "die", "bug", "text", "inf", "quit", "none", "aaaa", "a" * 50 + "!"]
+    entries = spec(code, weight=0.5, seconds=2.0, scale=2.0) | rewards.load(
+        {
+            "exact_match": 1.0,
+            "regex": {"weight": 0.0, "pattern": "^(a+)+$", "seconds": 2.0},
+        }  # takes for ever with the last
+    )
     with judging.Judge(entries) as judge:
         judge.start()
         judged = judge([sample(a) for a in answers])
     nan = np.nan
-    np.testing.assert_array_equal(judged.values[0], np.float32([2, nan, 4, nan, nan, nan, nan, nan, nan, 8]))
-    np.testing.assert_array_equal(judged.failed[0], [False, True, False, True, True, True, True, True, False, False])
-    np.testing.assert_array_equal(judged.values[1], np.float32([0, 0, 1, 0, 0, 0, 0, 0, 0, 0]))
+    np.testing.assert_array_equal(judged.values[0], np.float32([2, nan, 4, nan, nan, nan, nan, nan, nan, 8, 102]))
+    np.testing.assert_array_equal(judged.failed[0], [0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(judged.values[1], np.float32([0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]))
+    np.testing.assert_array_equal(judged.values[2], np.float32([1, 0, 1, 0, 0, 0, 0, 0, 0, 1, nan]))
+    np.testing.assert_array_equal(judged.failed[1:], [[0] * 11, [0] * 10 + [1]])
     # What one reward can't judge is judged by the other; what one has failed with is out.
-    np.testing.assert_array_equal(judged.total(), np.float32([1, nan, 3, nan, nan, nan, nan, nan, 0, 4]))
-    np.testing.assert_array_equal(judged.kept()[1], np.float32([0, nan, 1, nan, nan, nan, nan, nan, 0, 0]))
+    np.testing.assert_array_equal(judged.total(), np.float32([1, nan, 3, nan, nan, nan, nan, nan, 0, 4, nan]))
+    np.testing.assert_array_equal(judged.kept()[1], np.float32([0, nan, 1, nan, nan, nan, nan, nan, 0, 0, nan]))
     out, errors = capfd.readouterr()
     assert out == ""
     assert f"mine: {code}:12: ZeroDivisionError: division by zero." in errors
-    faults = "took longer than rewards.mine.seconds = 1.", "ended with status 3.", "returned 'x'", "SystemExit: quits."
+    faults = "took longer than rewards.mine.seconds = 2.", "ended with status 3.", "returned 'x'", "SystemExit: quits."
     for fault in faults:
         assert errors.count(fault) == 1, fault
-
-
-def test_a_regular_expression_that_takes_for_ever_is_ended(capfd):
-    entries = rewards.load({"regex": {"pattern": "(a+)+$", "seconds": 1.0}})
-    with judging.Judge(entries) as judge:
-        judged = judge([sample("a" * 50 + "b"), sample("aa")])
-    np.testing.assert_array_equal(judged.values, [[np.nan, 1]])
 
 
 def test_processes_end_with_the_run_and_with_what_they_started(code):
@@ -97,7 +97,7 @@ def test_a_worker_whose_run_is_gone_ends(code):
     workers.start([pool])
     (worker,) = pool._workers
     worker.connection.close()
-    assert worker.process.wait(5) == 0
+    assert worker.process.wait(60) == 0
 
 
 def test_order_over_workers_and_chunks(code):
