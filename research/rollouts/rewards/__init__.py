@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ __all__ = ["Entry", "Reward", "Sample", "load"]
 _PARTS = ("judging", "texts", "types", "workers")  # modules of this package that are no rewards
 _MODEL = "reward_model"  # the one that the run's devices compute
 _FIELDS = ("reward", "weight", "seconds", "workers")  # of an entry, beside its reward's options
+_LARGEST = 3e38  # float32 has no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Entry:
     def __post_init__(self) -> None:
         for field in ("weight", "seconds"):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise InputError(f"{self.field(field)} = {value!r}: must be a finite number.")
+            if not _is_finite(value):
+                raise InputError(f"{self.field(field)} = {value!r:.80}: must be a finite number.")
         if not isinstance(self.reward, str):
             raise InputError(f"{self.field('reward')} = {self.reward!r}: is the name of a reward.")
         if self.seconds <= 0:
@@ -160,13 +160,18 @@ def load(spec: Mapping[str, Any]) -> dict[str, Entry]:
     """
     entries = {}
     for name, value in spec.items():
+        if not name or "/" in name:
+            raise InputError(
+                f"rewards: has the name {name!r}, which metrics are named by. Give it one without '/', and the module "
+                "as the field `reward`."
+            )
         if isinstance(value, Mapping):
             fields = {field: value[field] for field in _FIELDS if field in value}
             options = {option: x for option, x in value.items() if option not in _FIELDS}
             entry = Entry(name, **{"reward": name, **fields}, options=options)
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        elif not _is_finite(value):
             raise InputError(
-                f"rewards.{name} = {value!r}: must be a weight, or a mapping such as {{'reward': 'exact_match', "
+                f"rewards.{name} = {value!r:.80}: must be a weight, or a mapping such as {{'reward': 'exact_match', "
                 "'weight': 1.0}."
             )
         else:
@@ -174,6 +179,11 @@ def load(spec: Mapping[str, Any]) -> dict[str, Entry]:
         entry.check()
         entries[name] = entry
     return entries
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number, and one that float32 has."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _read(path: str, field: str) -> str:

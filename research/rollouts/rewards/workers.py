@@ -240,6 +240,7 @@ def _judged(entry: Entry, reward: Reward, sample: Sample) -> tuple[float | None,
 def _serve(connection: Connection) -> None:
     """Makes the reward of an entry and judges samples until the run closes the connection or is gone."""
     run = os.getppid()
+    os.register_at_fork(after_in_child=connection.close)  # a copy of this process has nothing to say to the run
     entry = connection.recv()
     try:
         reward = entry.make()

@@ -28,6 +28,12 @@ def mine(sample, scale: float = 1.0):
         return float("inf")
     return None if sample.answer == "none" else scale * len(sample.answer)
 
+def forks(sample):
+    if os.fork() == 0:
+        return 7.0
+    os.wait()
+    return float(len(sample.answer))
+
 def listed(sample):
     return bool([sample.answer])
 
@@ -76,6 +82,13 @@ def test_what_is_slow_or_faulty_costs_its_sample(code, capfd):
     faults = "took longer than rewards.mine.seconds = 2.", "ended with status 3.", "returned 'x'", "SystemExit: quits."
     for fault in faults:
         assert errors.count(fault) == 1, fault
+
+
+def test_a_copy_of_a_worker_says_nothing(code):
+    with judging.Judge(rewards.load({"mine": {"reward": f"{code}:forks"}})) as judge:
+        judge.start()
+        values = judge([sample(a) for a in ("a", "aa", "aaa")]).values
+    np.testing.assert_array_equal(values, [[1, 2, 3]])
 
 
 def test_processes_end_with_the_run_and_with_what_they_started(code):
