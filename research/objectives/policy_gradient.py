@@ -91,7 +91,8 @@ def make(
     shares.check(kind)
     extras = Extras(kl_coef, "k3_ratio" if kl is None else kl, entropy_coef, top_entropy, off_policy_mask)
     extras.check(kind, kl)
-    ratios = Ratios(old, correction, bounds, drop)
+    pair = tuple(bounds) if isinstance(bounds, list | tuple) else (bounds,)
+    ratios = Ratios(old, correction, pair, drop)
     ratios.check(kind)
     policy_gradient = PolicyGradient(kind, options, shares, extras, ratios, sampler)
     policy_gradient.check_sampler()
@@ -175,7 +176,7 @@ class Ratios:
 
     old: str
     correction: str
-    bounds: tuple[float, float]
+    bounds: tuple[float, ...]
     drop: bool
 
     def check(self, kind: str) -> None:

@@ -106,6 +106,16 @@ class AdvantageSpec:
                 f"{what} compares others. Leave one of them out."
             )
 
+    def _check_rows(self, rows: int) -> None:
+        """Raises InputError where the only answer of a rollout would be compared with itself."""
+        alone = {"kind": "batch", "whiten": "answers"} | ({} if self.kind == "critic" else {"scale": "batch"})
+        for name, value in alone.items() if rows == 1 else ():
+            if getattr(self, name) == value:
+                raise InputError(
+                    f"advantage.{name} = {value!r}: compares the answers of a rollout, and there is one. Raise "
+                    "batch_size or rollout.prompts."
+                )
+
     @property
     def fields(self) -> tuple[str, ...]:
         """The batch fields that advantages are made of, besides rewards."""
@@ -113,16 +123,35 @@ class AdvantageSpec:
             ("old_log_prob", "reference_log_prob") if self.kl.weight else ()
         )
 
-    def check(self, answers: int) -> None:
-        """Raises InputError where groups of so many answers are too small for the baseline or the scale, or a field has
-        no effect."""
+    def check(self, answers: int, rows: int) -> None:
+        """Checks what needs the sizes of a rollout, and that each field has an effect.
+
+        Args:
+          answers: to each prompt.
+          rows: all answers of a rollout.
+
+        Raises:
+          InputError: there are too few for the baseline or the scale, or a field has no effect.
+        """
         for name in ("gamma", "lam"):
             value = getattr(self, name)
             if value != getattr(AdvantageSpec, name) and self.kind != "critic":
                 raise InputError(
                     f"advantage.{name} = {value}: is of kind = 'critic', and kind = {self.kind!r}. Leave it out."
                 )
+        if self.decay != AdvantageSpec.decay and self.kind != "ema":
+            raise InputError(
+                f"advantage.decay = {self.decay}: is of kind = 'ema', and kind = {self.kind!r}. Leave it out."
+            )
+        divided = self.whiten == "answers" or (self.scale != "none" and self.kind != "critic")
+        if self.epsilon != AdvantageSpec.epsilon and not divided:
+            raise InputError(
+                f"advantage.epsilon = {self.epsilon}: is added to the deviation of answers, and with kind = "
+                f"{self.kind!r}, scale = {self.scale!r} and whiten = {self.whiten!r} nothing is divided by one. Leave "
+                "it out."
+            )
         self.kl.check()
+        self._check_rows(rows)
         if answers > 1:
             return
         for name, value, small in (
@@ -311,11 +340,13 @@ def of_reward(spec: AdvantageSpec, rewards: Float[np.ndarray, "P G"], facts: Fac
 
 
 def divisors(spec: AdvantageSpec, rewards: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
-    """What spec.scale divides the differences of each answer by."""
+    """What spec.scale divides the differences of each answer by: 1 where all that it is of have one reward, whose
+    deviation, 0, is no scale."""
     if spec.scale == "none":
         return np.ones(rewards.shape)
-    deviations = _deviation(np.asarray(rewards, np.float64), 1 if spec.scale == "group" else None)
-    return np.broadcast_to(deviations + spec.epsilon, rewards.shape)
+    each = np.asarray(rewards, np.float64).reshape((-1, rewards.shape[1]) if spec.scale == "group" else (1, -1))
+    values = np.where(agree(each)[:, None], 1.0, _deviation(each, 1) + spec.epsilon)
+    return np.broadcast_to(values, rewards.shape)
 
 
 def whiten(

@@ -171,8 +171,13 @@ def check(spec: RolloutSpec, rewards: Mapping[str, Any], advantage: AdvantageSpe
         raise InputError(
             "rollout.temperature = 0.0: gives one answer again and again, and rewards compare answers. Raise it."
         )
-    sizes(spec, batch_size)
-    advantage.check(spec.answers)
+    weights = [value.get("weight", 1.0) if isinstance(value, Mapping) else value for value in rewards.values()]
+    if not advantage.kl.weight and all(weight == 0 for weight in weights):
+        raise InputError(
+            f"rewards = {dict(rewards)}: all have the weight 0, which only reports them, so that nothing would be "
+            "learned. Give one a weight."
+        )
+    advantage.check(spec.answers, sizes(spec, batch_size).rows)
 
 
 def _is_set(section: Any, name: str) -> bool:

@@ -149,6 +149,7 @@ class Checkpointer:
         checkpoints.check_shapes(folder, tree.get("params"), like.params, "params")
         items = {"run": ocp.args.JsonRestore()}
         if jax.tree.leaves(buffer):
+            _check_buffer(folder, buffer)
             items["buffer"] = ocp.args.StandardRestore(buffer)
         # One from before trained and frozen parameters were two trees, or from before objectives had carries and
         # roles followed others.
@@ -182,6 +183,19 @@ class Checkpointer:
             self._preparing.join()
         if self._opened is not None:
             self._opened.close()
+
+
+def _check_buffer(folder: Any, wanted: Any) -> None:
+    """Raises InputError where a checkpoint's answers haven't the fields that the run would train them with."""
+    saved = checkpoints.metadata(folder / "buffer")
+    if isinstance(wanted, Mapping) and (differing := sorted(saved.keys() ^ wanted.keys())):
+        name = differing[0]
+        has, would = ("have", "not have") if name in saved else ("don't have", "have")
+        raise InputError(
+            f"{folder}: its answers {has} the field {name!r}, and with the config's objective and advantage they would "
+            f"{would} it. Set what the run began with, or start in a new --workdir, with model.init_from to take the "
+            "parameters along."
+        )
 
 
 def _difference(saved: Any, wanted: Any) -> str:

@@ -275,6 +275,8 @@ def _check_rewards(workdir: str, before: Config, now: Config) -> None:
         what = f"rewards = {dict(before.rewards)} -> {dict(now.rewards)}"
     elif now.rewards and before.batch_size != now.batch_size:
         what = f"batch_size = {before.batch_size} -> {now.batch_size}"
+    elif now.rewards and before.rollout.temperature != now.rollout.temperature:
+        what = f"rollout.temperature = {before.rollout.temperature} -> {now.rollout.temperature}"
     if what:
         raise InputError(
             f"{what}: can't change in {workdir}, where the run goes on: with rewards {_ROLLOUT.why}. Set what the run "

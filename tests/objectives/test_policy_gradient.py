@@ -300,6 +300,7 @@ def test_fields_are_those_that_the_options_need():
         ({"correction": "token"}, "correction = 'token': is the ratio of trainer to sampler"),
         ({"correction": "tokens", "old": "trainer"}, "correction = 'tokens'.*Did you mean 'token'"),
         ({"correction": "token", "old": "trainer", "bounds": (2.0, 1.0)}, "bounds"),
+        ({"correction": "token", "old": "trainer", "bounds": 3.0}, "bounds"),
         (
             {"correction": "token", "old": "trainer", "kind": "gmpo"},
             "correction.*one weight with kind = 'gmpo'. Take 'sequence'",

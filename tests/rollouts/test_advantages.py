@@ -188,9 +188,21 @@ def test_wrong_options_are_refused(options, message):
 def test_a_comparison_of_one_answer_is_refused():
     for spec in (AdvantageSpec(), AdvantageSpec("batch", scale="group")):
         with pytest.raises(InputError, match=r"rollout\.answers = 1"):
-            spec.check(1)
-        spec.check(2)
-    AdvantageSpec("batch", scale="batch").check(1)
+            spec.check(1, 4)
+        spec.check(2, 4)
+    AdvantageSpec("batch", scale="batch").check(1, 4)
+    for options in ({"kind": "batch"}, {"scale": "batch"}, {"whiten": "answers"}):
+        with pytest.raises(InputError, match="compares the answers of a rollout, and there is one"):
+            AdvantageSpec(**{"kind": "none", "scale": "none", **options}).check(1, 1)
+    AdvantageSpec("none", scale="none").check(1, 1)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("kind", ["none", "ema", "greedy"])
+def test_rewards_that_are_all_one_are_not_divided_by_their_deviation(kind, scale):
+    facts = {"greedy": np.array([0.5, 0.5]), "average": 0.5}
+    values = of_one(AdvantageSpec(kind, scale), [[1.0, 1.0], [1.0, np.nan]], **facts)
+    np.testing.assert_array_equal(values, np.where([[1, 1], [1, 0]], 1.0 if kind == "none" else 0.5, 0))
 
 
 WITH_ITSELF = 1 - 1 / 4  # a mean of four answers that holds the answer's own reward takes a quarter of it away

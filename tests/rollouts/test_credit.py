@@ -112,9 +112,12 @@ def test_without_a_baseline_a_token_bears_the_kl_of_those_to_come(scale):
         ({"kind": "critic", "scale": "none", "whiten": "answers"}, "advantage.whiten = 'answers': advantages of kind"),
         ({"kind": "critic", "scale": "none", "lam": 1.1}, "advantage.lam = 1.1: must be in"),
         ({"gamma": 0.9}, "advantage.gamma = 0.9: is of kind = 'critic', and kind = 'group'"),
+        ({"decay": 0.5}, "advantage.decay = 0.5: is of kind = 'ema', and kind = 'group'"),
+        ({"epsilon": 1e-6, "scale": "none"}, "advantage.epsilon = 1e-06: .* nothing is divided by one"),
+        ({"kind": "critic", "scale": "batch", "epsilon": 1e-6}, "advantage.epsilon = 1e-06: .* nothing is divided"),
         ({"kind": "greedy", "kl": KlPenalty(weight=0.1)}, "advantage.kl.weight = 0.1: is a part of the summed reward"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, message):
     with pytest.raises(InputError, match=message):
-        AdvantageSpec(**options).check(answers=2)
+        AdvantageSpec(**options).check(answers=2, rows=4)

@@ -28,7 +28,7 @@ def test_what_a_preset_sets_is_taken(name):
     advantage = dict(preset.advantage)
     if "kl" in advantage:
         advantage["kl"] = KlPenalty(**advantage["kl"])
-    AdvantageSpec(**advantage).check(RolloutSpec(**preset.rollout).answers)
+    AdvantageSpec(**advantage).check(RolloutSpec(**preset.rollout).answers, 16)
 
 
 @pytest.mark.parametrize("name", PRESETS)

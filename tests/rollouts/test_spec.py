@@ -30,6 +30,7 @@ def test_sizes():
         ({"rollout": {"answers": 3}}, r"batch_size = 8: counts answers, and isn't a multiple of rollout\.answers = 3"),
         ({"rollout": {"prompts": 3, "answers": 2}}, r"rollout\.prompts x rollout\.answers = 3 x 2 = 6: isn't a mult"),
         ({"rollout": {"answers": 1}}, r"advantage\.kind = 'group': compares the answers to one prompt"),
+        ({"rewards": {"exact_match": 0, "length": {"most": 3, "weight": 0.0}}}, r"rewards = .*: all have the weight 0"),
         ({"rollout": {"epochs": 0}}, r"rollout\.epochs = 0: must be at least 1"),
         ({"rollout": {"truncated": "drop"}}, r"rollout\.truncated = 'drop': must be one of train, mask, leave_out"),
         ({"rewards": {"exact_mach": 1.0}}, r"rewards\.exact_mach: no module .* 'exact_match'"),

@@ -70,6 +70,22 @@ def test_state_and_source_come_back(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state, state_at(2))
 
 
+@pytest.mark.parametrize(
+    ("there", "wanted", "message"),
+    [
+        (("a",), ("a", "old_log_prob"), "its answers don't have the field 'old_log_prob', and .* they would have it"),
+        (("a", "value"), ("a",), "its answers have the field 'value', and .* they would not have it"),
+    ],
+)
+def test_answers_that_lack_what_the_run_reads_are_named(there, wanted, message, tmp_path):
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.save(state_at(1), Place({"row": 0}, {name: jnp.zeros(2) for name in there}), {}, {})
+    saver.wait()
+    with pytest.raises(InputError, match=message):
+        saver.restore(like(state_at(0)), like({name: jnp.zeros(2) for name in wanted}))
+    saver.close()
+
+
 def hold_writes(monkeypatch, until):
     """Every write ends only when `until()` has returned."""
 

@@ -540,6 +540,11 @@ def test_no_other_command_takes_a_model():
             {"advantage": {"kl": {"weight": 0.2, "target": 5.0}}},
             r"^advantage\.kl\.weight = 0\.1 -> 0\.2: can't change in w.*is where the controller begins",
         ),
+        (
+            {"rewards": {"exact_match": 1.0}},
+            {"rewards": {"exact_match": 1.0}, "rollout": {"temperature": 0.5}},
+            r"^rollout\.temperature = 1\.0 -> 0\.5: can't change in w",
+        ),
     ],
 )
 def test_a_rollout_that_is_not_trained_on_yet_stays_what_it_is(before, now, message):
