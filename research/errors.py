@@ -24,6 +24,7 @@ MAPPINGS = (
     "data.sources",
     "objective",
     "objective.terms",
+    "rewards",
     "optimizer.groups",
     "plan.prices",
 )
@@ -156,7 +157,7 @@ def _explain_field(error: Exception, text: str, argv: Sequence[str]) -> str:
         )
     for flag in argv if key else ():
         if place := re.match(rf"--(?:no)?config\.(?:(.*)\.)?{key[1]}(\.|=|$)", flag):
-            if place[1] in MAPPINGS or f"{place[1]}".startswith("objective."):
+            if place[1] in MAPPINGS or f"{place[1]}".startswith(("objective.", "rewards.", "roles.")):
                 return (
                     f"{flag}: {place[1]} has no {key[1]!r} yet. It is a mapping, which takes a new name when it is "
                     f'written whole: --config.{place[1]}="{{..., {key[1]!r}: ...}}".'

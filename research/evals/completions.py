@@ -91,6 +91,7 @@ class Responder:
         models = {id(each.model): each.model for each in self.loaded.each}  # adapters share one, but for those in front
         generate = {i: make_generate(m, self.sampling, self.loaded.tokenizer.size) for i, m in models.items()}
         total, size = n * len(ids), n * max(1, BATCHES_AT_ONCE * batch_size // n)
+        count, seconds = 0, 0.0
         for first in range(n * done, total, size):
             began = time.perf_counter()
             rows, completions = range(first, min(first + size, total)), {}
@@ -108,9 +109,11 @@ class Responder:
                     progress=functools.partial(_show_progress, first + len(completions), total, n),
                 )
                 completions |= zip(numbers, answers, strict=True)
-            count, seconds = sum(len(c.tokens) for c in completions.values()), time.perf_counter() - began
-            print(f"{count} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
+            count += sum(len(c.tokens) for c in completions.values())
+            seconds += time.perf_counter() - began
             yield [(prompts[i // n], *cut(completions[i], self.decode, self.stops)) for i in rows]
+        if seconds:
+            print(f"{count} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
 
 
 def _show_progress(first: int, total: int, n: int, done: int) -> None:

@@ -155,6 +155,8 @@ class Writer:
     def _show(self, step: int, values: dict[str, float]) -> None:
         train = describe({k: v for k, v in values.items() if k.startswith("train/")})
         rest = describe({k: v for k, v in values.items() if not k.startswith("train/")})
+        if not train and not rest:  # an evaluation of nothing
+            return
         eta = self._eta(step) if train else ""
         at = f"step {step}/{self._total_steps}"
         if self._bar is None:
@@ -206,6 +208,8 @@ def describe(values: Mapping[str, float]) -> str:
     """Returns values as a line to read: "loss 1.234  lr 1.0e-03  23.1k tok/s  MFU 41%  eval  loss 1.3"."""
     formats = {
         "loss": lambda v: f"loss {v:.4g}",
+        "reward": lambda v: f"reward {v:.4g}",
+        "rollout/agreeing": lambda v: f"agreeing {v:.0%}",
         "grad_norm": lambda v: f"grad_norm {v:.3g}",
         "learning_rate": lambda v: f"lr {v:.1e}",
         "tokens_per_second": lambda v: f"{tqdm.format_sizeof(v)} tok/s",

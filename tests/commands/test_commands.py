@@ -404,6 +404,7 @@ ODD_OVERRIDES = {
     "--config.rules.embed=tensor": "rules has no 'embed' yet. It is a mapping, which takes a new name when it is",
     "--config.roles.teacher.init_from=x": "--config.roles=\"{..., 'teacher': ...}\"",
     "--config.objective.sft.alpha=1": "objective.sft has no 'alpha' yet. It is a mapping",
+    "--config.rewards.mine=0.5": "rewards has no 'mine' yet. It is a mapping",
     "--config.rules.{}=3": "isn't of the form --config.FIELD=VALUE",
     "--config.=3": "isn't of the form --config.FIELD=VALUE",
     "--config.steps.=3": "isn't of the form --config.FIELD=VALUE",

@@ -109,6 +109,10 @@ def test_several_answers_to_each_prompt(run, tmp_path, monkeypatch):
         return [json.loads(line) for line in output.read_text().splitlines()]
 
     got = records("--n=3")
+    monkeypatch.setattr("research.evals.completions.BATCHES_AT_ONCE", 1)  # several calls, and one sum
+    count = sum(len(tokens) for record in got for tokens in record["tokens"])
+    said = run(*flags, f"--output={output}", "--overwrite", "--n=3")[2]
+    assert (said.count(" tokens in "), f"\n{count} tokens in " in said) == (1, True)
     assert [record["prompt"] for record in got] == ["a", "b", "c"]
     for record in got:
         assert list(record) == ["prompt", "response", "completions", "tokens", "logprob"]

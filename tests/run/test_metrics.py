@@ -104,6 +104,7 @@ def test_tensorboard_gets_values_text_and_the_purge_step(tmp_path):
 
 def test_lines_where_there_is_no_terminal(tmp_path, capsys):
     with open_writer(tmp_path) as writer:
+        writer.write(0, {})  # no line
         writer.write(0, {"eval/loss": 2.0, "eval/exact_match": 0.25})
         writer.advance(5)
         writer.write(
@@ -202,6 +203,8 @@ def test_describe_and_duration():
     assert describe({"eval/sort/exact_match": 0.5, "train/loss": math.nan, "x": 1}) == (
         "loss nan  eval  sort/exact_match 0.5  x 1"
     )
+    rollout = {"train/rollout/agreeing": 0.375, "train/reward": 0.0625, "train/loss": -0.01, "train/reward/mine": 1.0}
+    assert describe(rollout) == "loss -0.01  reward 0.0625  agreeing 38%"
     startup = {"startup/trained_parameters": 98_624.0, "startup/seconds": 12_345.6, "x": math.inf}
     assert describe(startup) == "startup  trained_parameters 98,624  seconds 1.235e+04  x inf"
     assert [duration(s) for s in (0, 83, 3723, 2 * 86400 + 3723)] == ["0:00", "1:23", "1:02:03", "2d 1:02:03"]

@@ -191,7 +191,10 @@ def _read(path: str, field: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{field}: {path}: can't be read ({error}). Name a file of Python: mine.py:NAME.") from error
+        raise InputError(
+            f"{field}: {path}: can't be read ({error}). Name a file of Python, mine.py:NAME, by its path from the "
+            "folder that the run is started from."
+        ) from error
     with own_code(path):
         compile(text, path, "exec")
     return text
