@@ -31,6 +31,8 @@ from research.sources.tokenizers import Tokenizer
 
 Batch = Mapping[str, jax.ShapeDtypeStruct]
 
+_OF_ANSWERS = ("text", "source", "virtual", "prefix")  # groups of fields that an answer of the policy has too
+
 
 class Parts(NamedTuple):
     """What a run is made of, before anything is computed: functions and abstract arrays."""
@@ -108,7 +110,7 @@ def assemble(
     models = make_models(config, terms, vocab_size, rules, tokenizer)
     _check_reads(config, terms, models, batch)
     _check_classes(config, models["policy"], batch)
-    _check_answers(config, models["policy"])
+    _check_answers(config, models["policy"], batch)
     _check_reward_roles(config, terms, models)
     _check_prefixes(terms, models, batch)
     term_specs = {name: tree for name, term in terms.items() if (tree := term.specs(models))}
@@ -487,8 +489,8 @@ def _why_absent(config: Config, field: str, batch: Batch) -> str:
     return f"which data.path = {config.data.path!r} doesn't give.{did_you_mean(field, batch)}"
 
 
-def _check_answers(config: Config, policy: transformer.Model) -> None:
-    """Raises InputError where the policy is to write answers, and can't."""
+def _check_answers(config: Config, policy: transformer.Model, batch: Batch) -> None:
+    """Raises InputError where the policy is to write answers, and can't, or the batch would speak of others."""
     generate = config.eval.generate if config.eval.every else 0
     for field, value, remedy in (
         ("rollout.share", config.rollout.share, "Set it to 0."),
@@ -499,6 +501,12 @@ def _check_answers(config: Config, policy: transformer.Model) -> None:
             raise InputError(
                 f"{field} = {value}: the policy is {policy.config.kind}, and can't write answers. {remedy}"
             )
+    about = [name for name in batch if fields.find(name).group not in _OF_ANSWERS]
+    if config.rollout.share and about:
+        raise InputError(
+            f"rollout.share = {config.rollout.share}: the batch field {about[0]!r} is about the data's answers, and "
+            "would stand beside those of the policy. Set it to 0, or take data without it."
+        )
 
 
 def _check_prefixes(terms: Terms, models: Mapping[str, Any], batch: Batch) -> None:

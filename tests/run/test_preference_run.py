@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import runs
 
+from research.errors import InputError
 from research.run import metrics
 from research.run.run import run
 
@@ -86,3 +87,11 @@ def test_the_policy_without_its_adapter_is_the_model_that_it_began_with(finished
     assert all("['lora']" in name for name in trained)
     for name in trained:
         np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_answers_of_the_policy_do_not_stand_for_compared_ones(tmp_path):
+    """What was preferred are the data's answers, and what says so would stand beside others."""
+    config = config_of("synced", rollout={"share": 0.5, "max_new_tokens": 4}, data={**DATA, "pack": False})
+    with pytest.raises(InputError, match=r"^rollout\.share = 0\.5: the batch field 'pair' is about the data's answers"):
+        run(config, str(tmp_path / "run"), devices=jax.devices()[:1])
+    assert not (tmp_path / "run").exists()
