@@ -100,6 +100,7 @@ def documents(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         out["attention_mask"][i, : len(where)] = 1
         out["completion_mask"][i, : len(where)] = batch["loss_mask"][row, where] > 0
     if "reference_log_prob" in batch:
-        said = batch["reference_log_prob"] * counted
-        out["reference"] = np.array([said[row, where].sum() for row, where in zip(rows, places, strict=True)], "f4")
+        log_probs = batch["reference_log_prob"] * counted
+        sums = [log_probs[row, where].sum() for row, where in zip(rows, places, strict=True)]
+        out["reference"] = np.array(sums, np.float32)
     return out

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 from research.errors import MOST_SEED, did_you_mean
 
@@ -79,26 +80,29 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word for word in text.split(",") if word)
 
 
-def section(text: str) -> dict[str, object]:
+def section(text: str) -> dict[str, Any]:
     """A JSON object, as a section of a config."""
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict) or not parsed:
+    parsed = _json_object(text)
+    if not parsed:
         raise ValueError('must be a JSON object, such as {"exact_match": 1.0}.')
     return parsed
 
 
 def names_by_name(text: str) -> dict[str, str]:
     """A JSON object of texts."""
-    try:
-        parsed = json.loads(text)
-    except ValueError:
-        parsed = None
-    if not isinstance(parsed, dict) or not all(isinstance(value, str) for value in parsed.values()):
+    parsed = _json_object(text)
+    if parsed is None or not all(isinstance(value, str) for value in parsed.values()):
         raise ValueError('must be a JSON object of texts, such as {"text": "headline"}.')
     return parsed
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    """The object that `text` is in JSON; None where it is none."""
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def step(text: str) -> int | str:

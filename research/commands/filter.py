@@ -65,15 +65,15 @@ def _filter(args: SimpleNamespace) -> None:
     from research.sources import selection  # late: numpy and the readers of records take 0.2 s
 
     names = [field.name for field in dataclasses.fields(selection.Selection)]
-    chosen = selection.Selection(**{name: getattr(args, name) for name in names})
+    conditions = selection.Selection(**{name: getattr(args, name) for name in names})
     answers = selection.read(args.data)
     if args.rewards:
         answers = _judged(args, answers)
-    elif chosen.by_reward and all(answer.reward is None for answer in answers):
+    elif conditions.by_reward and all(answer.reward is None for answer in answers):
         raise InputError(
             f"--data = {args.data}: has no rewards. Let `understudy score --reward` put them there, or give --rewards."
         )
-    print(selection.select(answers, chosen, Path(args.output)), file=sys.stderr)
+    print(selection.select(answers, conditions, Path(args.output)), file=sys.stderr)
 
 
 def _check(args: SimpleNamespace) -> None:
@@ -82,8 +82,8 @@ def _check(args: SimpleNamespace) -> None:
     if args.rewards and not by_reward:
         raise InputError("--rewards: nothing is chosen by them. Add --best, --pairs or --min_reward=X.")
     if args.pairs:
-        for name, given in (("best", args.best), ("keep", args.keep < 1)):
-            if given:
+        for name, value in (("best", args.best), ("keep", args.keep < 1)):
+            if value:
                 raise InputError(f"--{name}: is of answers that are kept by themselves. Leave out it or --pairs.")
 
 

@@ -86,7 +86,7 @@ COMMAND = cli.Command(
         cli.SEED,
         Flag(
             "batch_size",
-            "how many prompts of a file are decoded at once",
+            "how many answers to the prompts of a file are decoded at once",
             16,
             metavar="N",
             parse=cli.whole(1),

@@ -62,7 +62,7 @@ def make_generation(
       records: with prompt and response, or messages, whose last turn is the expected answer; perhaps `task`.
       verify: (record, completion) -> is it right? The record has `response` in any case.
       template: how records are put to the model, see sources.formats; or one for each record.
-      batch_size: prompts decoded at once.
+      batch_size: answers decoded at once.
       where: where each record is from, for errors; empty where that isn't known.
       n: how many answers each prompt gets.
 
@@ -85,7 +85,7 @@ def make_generation(
             "new tokens, or generate nothing."
         )
 
-    def evaluate(params: Any, key: jax.Array) -> tuple[dict[str, float], list[Sample]]:
+    def evaluate(params: Any, key: jax.Array) -> tuple[dict[str, float], list[Any]]:
         prompts = [prompt for _, prompt, _ in fitting for _ in range(n)]
         completions = generate_batches(generate, params, prompts, key, batch_size=batch_size, longest=longest)
         samples: list[Any] = []

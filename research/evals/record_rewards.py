@@ -81,10 +81,12 @@ def _generated(record: Mapping[str, Any]) -> Answers:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise InputError("completions: must be a list of texts. Give what `understudy generate` has written.")
     if "messages" in record or "prompt" in record:
-        messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-        asked = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-        answered = {**record, "messages": [*asked, {"role": "assistant", "content": "-"}]}
-        prompt = records.check(answered, "messages", {})[:-1]
+        messages = record.get("messages") or [{"role": "user", "content": record.get("prompt")}]
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise InputError("messages: must be a list of objects. Give what `understudy generate` has written.")
+        messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+        conversation = {**record, "messages": [*messages, {"role": "assistant", "content": "-"}]}
+        prompt = records.check(conversation, "messages", {})[:-1]
         return Answers([[*prompt, Turn("assistant", text)] for text in texts], several)
     beginning = records.check(dict(record), "text", {})[0].text
     return Answers([[Turn("text", beginning + text)] for text in texts], several)

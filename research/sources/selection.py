@@ -109,7 +109,10 @@ def select(answers: Sequence[Answer], selection: Selection, output: Path) -> str
     good, dropped = [], Counter[str]()
     for answer in answers:
         fault = selection.fault(answer)
-        good.append(answer) if not fault else dropped.update([fault])
+        if fault:
+            dropped[fault] += 1
+        else:
+            good.append(answer)
     if selection.pairs:
         lines = _pairs(good, dropped)
     else:

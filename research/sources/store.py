@@ -372,9 +372,9 @@ def _write(partial: Path, examples: Iterator[Example], writing: _Writing) -> boo
     dtype = "<u2" if tokenizer.size <= 2**16 else "<u4"
     columns, samples, text, marker = _Columns([], [], [], []), [], False, ""
     with contextlib.ExitStack() as stack:
-        open_file = lambda name: stack.enter_context(open(partial / name, "wb"))  # noqa: E731
-        tokens_file, mask_file = open_file("tokens.bin"), open_file("mask.bin")
-        records_file = open_file("records.jsonl") if keep_records else None
+        tokens_file = stack.enter_context(open(partial / "tokens.bin", "wb"))
+        mask_file = stack.enter_context(open(partial / "mask.bin", "wb"))
+        records_file = stack.enter_context(open(partial / "records.jsonl", "wb")) if keep_records else None
         for chunk in _chunks(examples):
             text = chunk[0].turns[0][0] == "text"
             tokens, mask, lengths, chunk = _encode(chunk, tokenizer, template, counts, skip)

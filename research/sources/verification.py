@@ -27,7 +27,7 @@ def verify_record(record: Record, completion: str) -> bool:
         return preferences.verify(record, completion)
     if name.partition("/")[0] in tasks.TASKS:
         return tasks.verify(name, record["prompt"], record["response"], completion)
-    return completion.strip() == record["response"].strip()
+    return _same_text(record, completion)
 
 
 def utility(record: Record, completion: str) -> float | None:

@@ -175,15 +175,15 @@ def with_differences(ways: Sequence[Way], base: str) -> list[Way]:
       base: name of the one that is subtracted.
     """
     other = next(way for way in ways if way.name == base)
-    compared = []
+    results = []
     for way in ways:
         differences: dict[str, Mean | None] = {}
         for metric in way.means:
             values, others = _last(way.curves, metric), _last(other.curves, metric)
             paired = len(values) == len(others) == len(way.runs) == len(other.runs)
             differences[metric] = mean(np.subtract(values, others).tolist()) if paired else None
-        compared.append(dataclasses.replace(way, differences=differences) if way is not other else way)
-    return compared
+        results.append(dataclasses.replace(way, differences=differences) if way is not other else way)
+    return results
 
 
 def difference_rows(ways: Sequence[Way]) -> list[list[str]]:

@@ -75,10 +75,10 @@ def run_stage(
     except (InputError, run.Diverged) as error:
         log.write(f"error: {error}\n")
         status = BAD_INPUT if isinstance(error, InputError) else DIVERGED
-        failed = failure(stage, str(error), status)
+        fault = failure(stage, str(error), status)
         if status == DIVERGED and stage.may_diverge:
             return {}
-        raise failed from error
+        raise fault from error
     except (run.Preempted, KeyboardInterrupt):
         raise
     except Exception as error:

@@ -248,22 +248,22 @@ def test_trl_has_the_options_of_the_objective():
 
 def test_trl_reads_the_documents_of_the_pairs():
     """Of two packed rows: chosen answers first, each document padded at its end."""
-    read = ("tokens", "segment_ids", "positions", "loss_mask", "pair", "side", "reference_log_prob")
-    batch = fields.fake(fields.spec(read, 2, {"time": 64}), 300)
+    columns = ("tokens", "segment_ids", "positions", "loss_mask", "pair", "side", "reference_log_prob")
+    batch = fields.fake(fields.spec(columns, 2, {"time": 64}), 300)
     written = preferences.documents(batch)
     count = batch["pair"].max(axis=1).sum()
     assert count > 2
     assert len(written["input_ids"]) == 2 * count
-    row, second = 0, count + 0
-    chosen, rejected = ((batch["pair"][row] == 1) & (batch["side"][row] == side) for side in (0, 1))
-    for which, i in ((chosen, 0), (rejected, second)):
+    row = 0
+    first, second = ((batch["pair"][row] == 1) & (batch["side"][row] == side) for side in (0, 1))
+    for which, i in ((first, 0), (second, count)):
         length = which.sum()
         assert written["attention_mask"][i].tolist() == [1] * length + [0] * (written["input_ids"].shape[1] - length)
         np.testing.assert_array_equal(written["input_ids"][i, :length], batch["tokens"][row, which])
         np.testing.assert_array_equal(written["completion_mask"][i, :length], batch["loss_mask"][row, which])
         answer = np.flatnonzero(which & (batch["loss_mask"][row] > 0))
-        said = batch["reference_log_prob"][row, answer - 1].sum()  # a position speaks of the token after it
-        assert written["reference"][i] == pytest.approx(said, rel=1e-5)
+        log_prob = batch["reference_log_prob"][row, answer - 1].sum()  # a position speaks of the token after it
+        assert written["reference"][i] == pytest.approx(log_prob, rel=1e-5)
     assert written["completion_mask"].sum() == batch["loss_mask"].sum()
 
 
@@ -274,10 +274,10 @@ def test_trl_finds_the_same_loss(variant, capsys):
     flags = [CONFIG + "," + variant, "--only=train", "--steps=2", "--against=trl,hf", "--config.model.num_layers=1"]
     assert benchmark.main(flags) == 0
     (record,) = map(json.loads, capsys.readouterr().out.splitlines())
-    theirs = record["against"]["trl"]
-    assert theirs["loss"] == pytest.approx(record["loss"], rel=1e-5)
+    peer = record["against"]["trl"]
+    assert peer["loss"] == pytest.approx(record["loss"], rel=1e-5)
     assert record["loss"] != pytest.approx(np.log(2), rel=1e-3)  # the reference is another model
-    assert theirs["seconds"]["n"] == 2
+    assert peer["seconds"]["n"] == 2
     assert record["against"]["hf"]["error"] == "peers know next_token and sft alone"
 
 

@@ -224,3 +224,5 @@ def test_answers_that_a_model_has_written_get_rewards():
     assert read({"text": "t ", **written, "completion": "a"}).turns[0][0].text == "t a"
     with pytest.raises(InputError, match="completions: must be a list of texts"):
         read({"prompt": "p", **written, "completions": [1]})
+    with pytest.raises(InputError, match="messages: must be a list of objects"):
+        read({"messages": ["q"], **written, "completion": "a"})

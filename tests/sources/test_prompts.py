@@ -35,8 +35,7 @@ def test_a_prompt_is_what_a_record_asks(tmp_path, shuffle):
     for row, prompt in enumerate(read):
         first = int(np.argmax(batch["loss_mask"][row]))
         np.testing.assert_array_equal(prompt.tokens, batch["tokens"][row, :first])
-        asked = prompt.record.get("prompt", "user 0")
-        assert prompt.text == asked
+        assert prompt.text == prompt.record.get("prompt", "user 0")
         answer = "r" * prompt.record["own"] if "own" in prompt.record else "assistant 0"
         assert prompt.decode(batch["tokens"][row, first : first + len(answer) + 1].tolist()) == answer
     assert sorted(prompt.record.get("own", 0) for prompt in read) == list(range(9))

@@ -1,5 +1,7 @@
 """What each reward gives, by name and options as a config has them."""
 
+import inspect
+
 import pytest
 
 from research.errors import InputError
@@ -95,14 +97,12 @@ def test_no_answer_is_run_as_code(name):
 
 def test_all_scorers_that_run_answers_are_known():
     gym = pytest.importorskip("reasoning_gym")
-    import inspect
-
-    known = {
+    evaluating = {
         name
         for name, (dataset, _) in gym.factory.DATASETS.items()
         if any(f"{call}(answer" in inspect.getsource(dataset) for call in ("eval", "parse_expr"))
     }
-    assert known | {"composite"} == reasoning.EVALUATING
+    assert evaluating | {"composite"} == reasoning.EVALUATING
 
 
 @pytest.mark.parametrize(
