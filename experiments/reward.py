@@ -183,9 +183,8 @@ class _WeakToStrong:
         s = self.config.study
         parts = "".join(f"weak{seed}:{s.weak_records}," for seed in range(s.seeds))
         parts += f"strong:{s.strong_records},test:{s.test_records}"
-        count = 2 * (
-            s.seeds * s.weak_records + s.strong_records + s.test_records
-        )  # prompts that come twice are dropped
+        # Twice as many as are needed, since prompts that come again are dropped.
+        count = 2 * (s.seeds * s.weak_records + s.strong_records + s.test_records)
         flags = {"data": s.data, "parts": parts, "output": "{workdir}", "examples": count}
         files = self.add.command("split", "split", flags).workdir
         return functools.partial(pgr_report.report, [x for seed in range(s.seeds) for x in self.cells(files, seed)])

@@ -119,7 +119,11 @@ class Shares:
         if (self.budget is None) == (self.aggregation == _BUDGET):
             raise InputError(
                 f"budget = {self.budget}: is what aggregation = {_BUDGET!r} divides an answer's sum by. "
-                + (f"Leave it out of {self.aggregation!r}." if self.budget else "Set it, to rollout.max_new_tokens.")
+                + (
+                    f"Leave it out of {self.aggregation!r}."
+                    if self.budget is not None
+                    else "Set it, to rollout.max_new_tokens."
+                )
             )
         if self.budget is not None and self.budget < 1:
             raise InputError(f"budget = {self.budget}: must be 1 or more.")
@@ -284,7 +288,6 @@ class PolicyGradient:
         out = LOSSES[self.kind].function(tokens.samples, self.options)
         weights, more = self._weights(tokens, context)
         values, count = out.values * weights, jnp.sum(mask)
-        mean = lambda x: (jax.lax.stop_gradient(jnp.sum(mask * x)), count)  # noqa: E731
         if self.extras.entropy_coef:
             learned = more.get("high_entropy", mask)
             values -= self.extras.entropy_coef * jnp.where(learned > 0, tokens.entropy, 0)
@@ -295,7 +298,10 @@ class PolicyGradient:
             values += self.extras.kl_coef * kl
             more["kl"] = kl
         shares = self.shares.of(mask, batch, context)
-        metrics = {name: mean(x) for name, x in {**self._metrics(tokens, out), **more}.items()}
+        metrics = {
+            name: (jax.lax.stop_gradient(jnp.sum(mask * x)), count)
+            for name, x in (self._metrics(tokens, out) | more).items()
+        }
         per_token = (jax.lax.stop_gradient(values), shares.weights)
         return LossOut(jnp.sum(shares.weights * values), shares.weight, metrics, per_token=per_token)
 

@@ -130,8 +130,8 @@ class Reward:
         """This as an objective."""
         compared = () if self.kind == "regression" else ("pair", "side")
         graded = ("score",) if self.kind == "regression" else ("margin",) if self.margin else ()
-        told = None if self.kind == "regression" else notices
-        return Objective(loss=self.loss, fields=(*_TEXT, *compared, *graded), notices=told, labels=1)
+        warnings = None if self.kind == "regression" else notices
+        return Objective(loss=self.loss, fields=(*_TEXT, *compared, *graded), notices=warnings, labels=1)
 
     def loss(self, forward: Forward, batch: Batch, context: Context) -> LossOut:
         of_batch = read(forward, batch, self.share)

@@ -20,7 +20,8 @@ Carry = dict[str, Any]  # term -> pytree of arrays, for the objectives that have
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
 Weights = dict[str, jax.Array]  # term -> what its loss sum is divided by
 
-_ROLLOUT = {name for group in ("rollout", "old", "critic") for name in fields.group(group)}
+# The fields that are made of rewards and answers of the policy.
+OF_ROLLOUTS = {name for group in ("rollout", "old", "critic") for name in fields.group(group)}
 # The fields that say what counts.
 _SUPERVISION = ("segment_ids", "loss_mask", "label_probs", "pair", "side", "score", "desirable", "mismatched")
 
@@ -86,7 +87,7 @@ Terms = Mapping[str, Term]
 
 def on_data(terms: Terms) -> dict[str, Term]:
     """The terms that a batch of the data alone can be judged by: not those that read what rewards are made into."""
-    return {name: term for name, term in terms.items() if not _ROLLOUT.intersection(term.objective.fields)}
+    return {name: term for name, term in terms.items() if not OF_ROLLOUTS.intersection(term.objective.fields)}
 
 
 class Inputs(NamedTuple):

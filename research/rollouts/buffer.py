@@ -3,12 +3,12 @@
 A row is what stands in front of documents, a prompt and one answer to it. Axes: N rows, T tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from research.rollouts.collection import Group
 
@@ -46,17 +46,28 @@ def lay_out(groups: Sequence[Group], seq_len: int, virtual: range, truncated: st
     return batch
 
 
+def predicting(batch: Mapping[str, np.ndarray]) -> Float[np.ndarray, "N T"]:
+    """1 where an answer's token is predicted, one before it; 0 elsewhere."""
+    return (np.pad(batch["loss_mask"][:, 1:], ((0, 0), (0, 1))) > 0).astype(np.float32)
+
+
 def at_prediction(values: np.ndarray, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """[N, T] float32: a number of each row [N], or of each token [N, T], where an answer's token is predicted, one
     before it; 0 elsewhere."""
-    predicts = np.pad(batch["loss_mask"][:, 1:], ((0, 0), (0, 1)))
     values = values[:, None] if values.ndim == 1 else np.pad(values[:, 1:], ((0, 0), (0, 1)))
-    return np.where(predicts > 0, values, 0).astype(np.float32)
+    return np.where(predicting(batch) > 0, values, 0).astype(np.float32)
 
 
 def put(values: Mapping[str, np.ndarray], like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Arrays that every process has whole -> global arrays of the dtypes and shardings of `like`."""
     return {name: _put(np.asarray(values[name], x.dtype), x.sharding) for name, x in like.items()}
+
+
+def parts(rows: Mapping[str, np.ndarray], like: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.Array]]:
+    """The rows, whose number is a multiple of B, as global arrays [B, ...] like `like`, one batch after the other."""
+    B, N = next(iter(like.values())).shape[0], len(next(iter(rows.values())))
+    for first in range(0, N, B):
+        yield put({name: rows[name][first : first + B] for name in like}, like)
 
 
 def _put(value: np.ndarray, sharding: Any) -> jax.Array:

@@ -146,9 +146,9 @@ class Collector:
         spare: list[Group] = []
         place = first
         for number in range(1 + self.rounds):
-            wanted = self.prompts.read(place, self.count - len(kept))
-            place += len(wanted)
-            groups = self._groups(wanted, (*seed, number), clock, models)
+            prompts = self.prompts.read(place, self.count - len(kept))
+            place += len(prompts)
+            groups = self._groups(prompts, (*seed, number), clock, models)
             agreeing = self._agree(groups) if self.rounds else np.zeros(len(groups), bool)
             kept += [group for group, same in zip(groups, agreeing, strict=True) if not same]
             spare += [group for group, same in zip(groups, agreeing, strict=True) if same]
@@ -185,8 +185,8 @@ class Collector:
         rewards, failed = self.judge(prompts, answers, n)
         if models is None:
             return rewards, failed
-        given = models(prompts, answers, n)
-        return np.where(failed.any(axis=2, keepdims=True) | np.isnan(given), rewards, given), failed
+        by_models = models(prompts, answers, n)
+        return np.where(failed.any(axis=2, keepdims=True) | np.isnan(by_models), rewards, by_models), failed
 
     def _agree(self, groups: Sequence[Group]) -> Bool[np.ndarray, " P"]:
         return agree(self.advantage, counted(groups, self.truncated), self.judge.weights)

@@ -45,7 +45,7 @@ class Credit:
         """
         average = RunningMean(*carry["average"])
         weight = carry["kl_weight"] if self.spec.kl.target else self.spec.kl.weight  # which may be another by now
-        mask = buffer.at_prediction(np.ones(len(batch["loss_mask"])), batch)
+        mask = buffer.predicting(batch)
         kl, metrics = self._kl(batch, mask)
         rewards = counted(groups, self.truncated)
         total = advantages.sum_rewards(rewards, self.weights, self.spec.clip)

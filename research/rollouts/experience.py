@@ -12,7 +12,7 @@ import jax
 from research.sources.prefetch import Prefetch
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight)
+Metrics = dict[str, tuple[float | jax.Array, float | jax.Array]]  # name -> (sum, weight)
 
 
 class Place(NamedTuple):

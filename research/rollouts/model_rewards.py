@@ -70,10 +70,7 @@ class ModelRewards:
             ids = np.concatenate([prompts[row // n].tokens, answers.tokens[row, : answers.lengths[row]]])
             batch["tokens"][row, : len(ids)], batch["segment_ids"][row, : len(ids)] = ids, 1
             batch["positions"][row, : len(ids)] = np.arange(len(ids))
-        parts = []
-        for first in range(0, rows, B):
-            part = {name: x[first : first + B] for name, x in batch.items()}
-            parts.append(jax.device_get(self.members(state, frozen, buffer.put(part, self.like))))
+        parts = [jax.device_get(self.members(state, frozen, part)) for part in buffer.parts(batch, self.like)]
         out = np.full((rows, len(self.rewards)), np.nan, np.float32)
         for column, reward in enumerate(self.rewards):
             if reward is not None:

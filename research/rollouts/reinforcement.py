@@ -63,7 +63,7 @@ class Reinforcement:
     def init(self) -> Place:
         """The place before the first rollout."""
         empty = {name: np.zeros(x.shape, x.dtype) for name, x in self.buffer.items()}
-        source = {"row": 0, "rollout": 0, "served": self.sizes.updates, "version": 0, "carry": self.credit.init()}
+        source = {"row": 0, "rollout": 0, "served": self.sizes.updates, "carry": self.credit.init()}
         return Place(source, buffer.put(empty, self.buffer))
 
     def collect(self, state: Any, frozen: Any, place: Place, clock: Clock) -> tuple[Place, Metrics]:
@@ -81,7 +81,7 @@ class Reinforcement:
         fields, carry, more = self.credit(groups, rows, source["carry"])
         metrics |= more | _agreement(rows)
         metrics |= {f"rollout/seconds/{name}": (x, 1.0) for name, x in clock.read().items()}
-        source = {"row": row, "rollout": number, "served": 0, "version": version, "carry": carry}
+        source = {"row": row, "rollout": number, "served": 0, "carry": carry}
         return Place(source, buffer.put(rows | fields, self.buffer)), metrics
 
     @property
@@ -92,11 +92,8 @@ class Reinforcement:
         """What models say of the rows, a batch of them at a time."""
         if self.scores is None:
             return {}
-        B, parts = self.sizes.batch_size, []
         like = {name: x for name, x in self.spec.items() if name in rows}
-        for first in range(0, self.sizes.rows, B):
-            part = {name: rows[name][first : first + B] for name in like}
-            parts.append(self.scores(state, frozen, buffer.put(part, like)))
+        parts = [self.scores(state, frozen, batch) for batch in buffer.parts(rows, like)]
         return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
     def _take(self) -> Callable[..., Batch]:
@@ -138,7 +135,7 @@ def _agreement(rows: Mapping[str, np.ndarray]) -> Metrics:
     difference in size, and the effective sample size of the ratios of whole answers, as a part of their number."""
     if "old_log_prob" not in rows:
         return {}
-    mask = buffer.at_prediction(np.ones(len(rows["tokens"])), rows)
+    mask = buffer.predicting(rows)
     gap = np.where(mask > 0, rows["old_log_prob"] - rows["sampler_log_prob"], 0).astype(np.float64)
     logs = gap.sum(axis=1)[mask.sum(axis=1) > 0]
     if not logs.size:

@@ -484,7 +484,7 @@ def _why_absent(config: Config, field: str, batch: Batch) -> str:
     """Why a batch lacks a field that a term reads, and what to do about it; ends a sentence."""
     if config.rewards:
         return "and with rewards batches are answers of the policy, of which nothing says that. Leave the term out."
-    if field in (name for group in ("rollout", "old", "critic") for name in fields.group(group)):
+    if field in terms_lib.OF_ROLLOUTS:
         return 'which is made of rewards, and there are none. Name some, such as rewards = {"exact_match": 1.0}.'
     return f"which data.path = {config.data.path!r} doesn't give.{did_you_mean(field, batch)}"
 

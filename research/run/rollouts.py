@@ -16,7 +16,8 @@ from research.rollouts.model_rewards import ModelRewards
 from research.rollouts.reinforcement import Reinforcement
 from research.rollouts.rewards import judging
 from research.run.assemble import Parts
-from research.sources import dataset, fields, prompts
+from research.sources import dataset, fields
+from research.sources import prompts as prompts_lib
 from research.sources.prompts import Prompts
 
 _OF_DATA = ("source", "virtual")  # groups of fields that answers have as their prompts have them
@@ -72,7 +73,9 @@ def make_prompts(config: Config, data: dataset.Data, virtual: range) -> Prompts 
     if not config.rewards:
         return None
     room = config.seq_len - len(virtual) - config.rollout.max_new_tokens
-    return prompts.make_prompts(data.train, data.tokenizer, room=room, seed=config.seed, shuffle=config.data.shuffle)
+    return prompts_lib.make_prompts(
+        data.train, data.tokenizer, room=room, seed=config.seed, shuffle=config.data.shuffle
+    )
 
 
 def make_judge(config: Config, stack: contextlib.ExitStack) -> Judge:
@@ -90,27 +93,27 @@ def _model_rewards(parts: Parts, judge: Judge) -> ModelRewards | None:
     """The rewards that models of the run give; None where there are none."""
     if parts.reward_members is None:
         return None
-    made = tuple(entry.make() if entry.by_model else None for entry in judge.rewards.entries)
+    models = tuple(entry.make() if entry.by_model else None for entry in judge.rewards.entries)
     like = {name: parts.batch[name] for name in model_rewards.FIELDS}
-    return ModelRewards(distributed.one_at_a_time(parts.reward_members), made, like)
+    return ModelRewards(distributed.one_at_a_time(parts.reward_members), models, like)
 
 
-def make_experience(config: Config, parts: Parts, given: Prompts, judge: Judge, virtual: range) -> Experience:
+def make_experience(config: Config, parts: Parts, prompts: Prompts, judge: Judge, virtual: range) -> Experience:
     """The experience of a run with rewards.
 
     Args:
       config: of the run.
       parts: of the run.
-      given: the prompts.
+      prompts: what the policy answers.
       judge: the rewards.
       virtual: ids of the tokens in front of each document.
     """
     spec, sizes = config.rollout, rollout_spec.sizes(config.rollout, config.batch_size)
-    tokenizer = given.tokenizer
+    tokenizer = prompts.tokenizer
     collector = Collector(
-        prompts=given,
+        prompts=prompts,
         engine=Local(
-            parts.models["policy"], tokenizer.size, prompts=sizes.prompts, longest=given.longest, slots=spec.slots
+            parts.models["policy"], tokenizer.size, prompts=sizes.prompts, longest=prompts.longest, slots=spec.slots
         ),
         judge=judge,
         sampling=spec.sampling(tokenizer.stop),

@@ -16,14 +16,13 @@ from typing import Any
 
 from research import options as option_types
 from research.errors import InputError, did_you_mean, own_code
-from research.rollouts.rewards.types import Reward, Sample
+from research.rollouts.rewards.types import LARGEST, Reward, Sample
 
 __all__ = ["Entry", "Reward", "Sample", "load"]
 
 _PARTS = ("judging", "texts", "types", "workers")  # modules of this package that are no rewards
 _MODEL = "reward_model"  # the one that the run's devices compute
 _FIELDS = ("reward", "weight", "seconds", "workers")  # of an entry, beside its reward's options
-_LARGEST = 3e38  # float32 has no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +182,7 @@ def load(spec: Mapping[str, Any]) -> dict[str, Entry]:
 
 def _is_finite(value: Any) -> bool:
     """Whether a value is a number, and one that float32 has."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _read(path: str, field: str) -> str:

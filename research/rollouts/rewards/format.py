@@ -40,7 +40,7 @@ class Format:
         if any(text.count(mark) != 1 for mark in marks):
             return False
         for number, mark in enumerate(marks):
-            before, found, text = text.partition(mark)
-            if not found or (number % 2 == 0 and before.strip() and not self.rest):
+            before, present, text = text.partition(mark)
+            if not present or (number % 2 == 0 and before.strip() and not self.rest):
                 return False
         return self.rest or not text.strip()

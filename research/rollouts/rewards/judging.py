@@ -8,6 +8,8 @@ import numpy as np
 
 from research.rollouts.rewards import Entry, Sample, workers
 
+_MOST_FAULTS = 20  # that are printed
+
 
 class Judged(NamedTuple):
     """Rewards of N answers by R rewards.
@@ -90,6 +92,3 @@ class Judge:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-_MOST_FAULTS = 20

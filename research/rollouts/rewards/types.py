@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+LARGEST = 3e38  # size of a reward or a weight; float32 has no more
+
 
 class Sample(NamedTuple):
     """One answer to one prompt.

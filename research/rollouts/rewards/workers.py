@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 from research.errors import InputError, explain_own_error
 from research.rollouts.rewards import Entry, Reward, Sample
+from research.rollouts.rewards.types import LARGEST
 
 Connection = multiprocessing.connection.Connection
 
 _START_SECONDS = 300.0  # the user's file may import what takes long
 _MOST_TOGETHER = 32  # samples that a worker is sent at once
 _HOPELESS = 16  # faults, before it has judged anything, that end the run
-_LARGEST = 3e38  # float32 has no more
 _LONGEST = 400  # letters of a fault
 _LOOK_SECONDS = 5.0  # how often an idle worker looks whether the run is there
 
@@ -220,7 +220,7 @@ def _number(value: Any) -> float | None:
         value = value.item()
     if value is None:
         return None
-    if not isinstance(value, numbers.Real) or not -_LARGEST < value < _LARGEST:
+    if not isinstance(value, numbers.Real) or not -LARGEST < value < LARGEST:
         raise TypeError(f"returned {value!r:.80}, and a reward is a finite number or None")
     return float(value)
 
