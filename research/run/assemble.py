@@ -17,21 +17,18 @@ from research import config as config_lib
 from research import loading, optim, params, train
 from research.config import Config
 from research.devices import compilation, distributed, memory, sharding
-from research.errors import InputError, did_you_mean
+from research.errors import InputError
 from research.models import adapters, transformer
 from research.objectives import terms as terms_lib
 from research.objectives.terms import Terms, init_carry
 from research.objectives.types import Sampler
-from research.rollouts import model_rewards, rewards
+from research.rollouts import model_rewards
 from research.rollouts import scores as scores_lib
 from research.rollouts.answers import make_rollout
+from research.run import checks
 from research.run import roles as roles_lib
 from research.sources import fields
 from research.sources.tokenizers import Tokenizer
-
-Batch = Mapping[str, jax.ShapeDtypeStruct]
-
-_OF_ANSWERS = ("text", "source", "virtual", "prefix")  # groups of fields that an answer of the policy has too
 
 
 class Parts(NamedTuple):
@@ -86,7 +83,7 @@ def assemble(
     config: Config,
     terms: Terms,
     mesh: Any,
-    batch: Batch,
+    batch: checks.Batch,
     vocab_size: int,
     *,
     tokenizer: Tokenizer | None = None,
@@ -108,13 +105,9 @@ def assemble(
     rules = sharding.make_rules(config.rules)
     sources = tuple(sorted(config.data.sources))
     models = make_models(config, terms, vocab_size, rules, tokenizer)
-    _check_reads(config, terms, models, batch)
-    _check_classes(config, models["policy"], batch)
-    _check_answers(config, models["policy"], batch)
-    _check_reward_roles(config, terms, models)
-    _check_prefixes(terms, models, batch)
+    checks.check(config, terms, models, batch)
     term_specs = {name: tree for name, term in terms.items() if (tree := term.specs(models))}
-    roles = roles_lib.make_roles(config, _trained_roles(terms), models, term_specs)
+    roles = roles_lib.make_roles(config, checks.trained_roles(terms), models, term_specs)
     optimizer = _make_optimizer(config, roles)
     beginning = Beginning(
         roles, optimizer, config.ema_decay > 0, functools.partial(init_carry, terms, batch), _syncs(config)
@@ -198,23 +191,6 @@ def _make_step(
         sources=sources,
         syncs=_syncs(config),
     )
-
-
-def _trained_roles(terms: Terms) -> set[str]:
-    """The roles that the terms train.
-
-    Raises:
-      InputError: one term trains a role that another reads as one that stays.
-    """
-    trained = {role: name for name, term in terms.items() for role in term.objective.trainable}
-    for name, term in terms.items():
-        for role in term.objective.frozen:
-            if role in trained:
-                raise InputError(
-                    f"objective.terms.{name}: reads the role {role!r} as it is, and objective.terms.{trained[role]} "
-                    "trains it. Give one of them a role of its own."
-                )
-    return set(trained)
 
 
 def _make_optimizer(config: Config, roles: roles_lib.Roles) -> optax.GradientTransformationExtraArgs:
@@ -374,55 +350,24 @@ def sampler(config: Config, vocab_size: int) -> Sampler:
     return Sampler(config.rollout.temperature, vocab_size, config.rollout.cut_short)
 
 
-def _scored(config: Config, batch: Batch) -> tuple[str, ...]:
-    """The batch fields that models give before a rollout's first update."""
-    return tuple(name for name in scores_lib.ROLES if name in batch) if config.rewards else ()
-
-
 def _make_scores(
-    config: Config, models: Mapping[str, transformer.Model], vocab_size: int, batch: Batch, mesh: Any
+    config: Config, models: Mapping[str, transformer.Model], vocab_size: int, batch: checks.Batch, mesh: Any
 ) -> Callable[..., dict[str, jax.Array]] | None:
     """See Scores, jitted, the results on every device; None where models are to say nothing."""
-    if not (names := _scored(config, batch)):
+    if not (names := checks.scored_fields(config, batch)):
         return None
     scores = scores_lib.Scores(models, names, sampler(config, vocab_size))
     return jax.jit(scores, out_shardings=sharding.named(mesh, ()))
-
-
-def _reward_roles(config: Config) -> dict[str, str]:
-    """Reward -> the role whose model gives it."""
-    entries = rewards.load(config.rewards)
-    return {name: entry.make().role for name, entry in entries.items() if entry.by_model}
 
 
 def _make_reward_members(
     config: Config, models: Mapping[str, transformer.Model], mesh: Any
 ) -> Callable[..., dict[str, jax.Array]] | None:
     """See model_rewards.Members, jitted, the results on every device; None where no model gives a reward."""
-    if not (roles := _reward_roles(config)):
+    if not (roles := checks.reward_roles(config)):
         return None
     members = model_rewards.Members(models, tuple(sorted(set(roles.values()))))
     return jax.jit(members, out_shardings=sharding.named(mesh, ()))
-
-
-def _check_reward_roles(config: Config, terms: Terms, models: Mapping[str, transformer.Model]) -> None:
-    """Raises InputError where a model that is to give a reward can't."""
-    for name, role in _reward_roles(config).items():
-        where = f"rewards.{name}.role = {role!r}"
-        if role not in config.roles:
-            raise InputError(
-                f'{where}: there is no such role. Name its model: roles = {{"{role}": {{"init_from": ...}}}}.'
-            )
-        model = models[role]
-        if model.of or role in _trained_roles(terms):
-            raise InputError(f"{where}: is trained, or shares {model.of or role!r}. A reward model is one of its own.")
-        if not model.config.num_labels:
-            raise InputError(
-                f"{where}: is {model.config.kind}, and no reward model. Name a run of the objective reward, or a "
-                "...ForSequenceClassification of transformers."
-            )
-        if config.seq_len > model.max_length:
-            raise InputError(f"{where}: takes {model.max_length} tokens, and seq_len = {config.seq_len}. Lower that.")
 
 
 def _place_state(beginning: Beginning, abstract: dict[str, Any], mesh: Any) -> train.TrainState:
@@ -448,87 +393,3 @@ def _place_state(beginning: Beginning, abstract: dict[str, Any], mesh: Any) -> t
     rest = jax.tree.map(everywhere, state.replace(params=None, opt_state=None, ema=None, synced={}))
     synced = {role: abstract[sync.owner] for role, sync in beginning.syncs.items()}
     return rest.replace(params=abstract, opt_state=opt_state, ema=state.ema and abstract, synced=synced)
-
-
-def _check_reads(config: Config, terms: Terms, models: Mapping[str, Any], batch: Batch) -> None:
-    """Raises InputError where a term reads a role or a batch field that isn't there, or no term reads a role."""
-    for name, term in terms.items():
-        for role in term.objective.trainable + term.objective.frozen:
-            if role not in models:
-                raise InputError(
-                    f"objective.terms.{name}: needs a model in the role {role!r}, and there are {', '.join(models)}. "
-                    f'Name one: roles = {{"{role}": {{"init_from": ...}}}}.'
-                )
-        for field in term.objective.fields:
-            if field not in batch:
-                raise InputError(
-                    f"objective.terms.{name}: reads the batch field {field!r}, {_why_absent(config, field, batch)}"
-                )
-    read = {role for term in terms.values() for role in term.objective.trainable + term.objective.frozen}
-    for field in _scored(config, batch):
-        role = scores_lib.ROLES[field]
-        if role not in models:
-            raise InputError(
-                f"roles: none is called {role!r}, and the objective reads what it says of answers (the batch field "
-                f'{field!r}). Name it: roles = {{"{role}": {{"init_from": ...}}}}.'
-            )
-        read.add(role)
-    read |= set(_reward_roles(config).values())
-    read |= {models[role].of for role in read & models.keys()}  # whose trunk they share
-    if unread := [role for role in config.roles if role not in read]:
-        what = "no term of the objective, and no reward," if config.rewards else "no term of the objective"
-        raise InputError(f"roles.{unread[0]}: {what} reads it. Leave it out, or add the term.")
-
-
-def _why_absent(config: Config, field: str, batch: Batch) -> str:
-    """Why a batch lacks a field that a term reads, and what to do about it; ends a sentence."""
-    if config.rewards:
-        return "and with rewards batches are answers of the policy, of which nothing says that. Leave the term out."
-    if field in terms_lib.OF_ROLLOUTS:
-        return 'which is made of rewards, and there are none. Name some, such as rewards = {"exact_match": 1.0}.'
-    return f"which data.path = {config.data.path!r} doesn't give.{did_you_mean(field, batch)}"
-
-
-def _check_answers(config: Config, policy: transformer.Model, batch: Batch) -> None:
-    """Raises InputError where the policy is to write answers, and can't, or the batch would speak of others."""
-    generate = config.eval.generate if config.eval.every else 0
-    for field, value, remedy in (
-        ("rollout.share", config.rollout.share, "Set it to 0."),
-        ("eval.generate", generate, "Set it to 0."),
-        ("rewards", dict(config.rewards), "Leave them out."),
-    ):
-        if value and (policy.config.num_labels or not policy.config.causal):
-            raise InputError(
-                f"{field} = {value}: the policy is {policy.config.kind}, and can't write answers. {remedy}"
-            )
-    about = [name for name in batch if fields.find(name).group not in _OF_ANSWERS]
-    if config.rollout.share and about:
-        raise InputError(
-            f"rollout.share = {config.rollout.share}: the batch field {about[0]!r} is about the data's answers, and "
-            "would stand beside those of the policy. Set it to 0, or take data without it."
-        )
-
-
-def _check_prefixes(terms: Terms, models: Mapping[str, Any], batch: Batch) -> None:
-    """Raises InputError where a prefix LM would never be shown a prefix, and yet decode with one."""
-    own_tokens = {role for term in terms.values() for role in term.objective.own_tokens}
-    there = "prefix" in batch or any("prefix" in term.objective.gives for term in terms.values())
-    for role, model in models.items():
-        if model.config.prefix and (role in own_tokens or not there):
-            where = "model" if role == "policy" else f"roles.{role}"
-            raise InputError(
-                f"{where}.prefix = True: nothing says what a document's prefix is, so that the model would read from "
-                "left to right here, and show prompts to itself whole when it generates. Train with the objective "
-                "prefix_lm, or give the data a view that marks prefixes: data.sources.NAME.view = {'kind': 'prompt'}. "
-                f"(What begins with a prefix LM stays one, but for {where}.prefix = False.)"
-            )
-
-
-def _check_classes(config: Config, policy: transformer.Model, batch: Batch) -> None:
-    """Raises InputError where the head's classes aren't those of the data."""
-    labels, num_labels = batch.get("label_probs"), policy.config.num_labels
-    if labels is not None and num_labels and num_labels != labels.shape[-1]:
-        raise InputError(
-            f"model.num_labels = {num_labels}, and the labels of data.path = {config.data.path!r} have "
-            f"{labels.shape[-1]} classes. Set model.num_labels to that."
-        )
