@@ -117,13 +117,10 @@ class Shares:
                 "answers is taken. Leave it out."
             )
         if (self.budget is None) == (self.aggregation == _BUDGET):
+            of_other = f"Leave it out of {self.aggregation!r}."
+            remedy = "Set it, to rollout.max_new_tokens." if self.budget is None else of_other
             raise InputError(
-                f"budget = {self.budget}: is what aggregation = {_BUDGET!r} divides an answer's sum by. "
-                + (
-                    f"Leave it out of {self.aggregation!r}."
-                    if self.budget is not None
-                    else "Set it, to rollout.max_new_tokens."
-                )
+                f"budget = {self.budget}: is what aggregation = {_BUDGET!r} divides an answer's sum by. {remedy}"
             )
         if self.budget is not None and self.budget < 1:
             raise InputError(f"budget = {self.budget}: must be 1 or more.")

@@ -2,7 +2,7 @@
 
 An advantage is a reward less a baseline, divided by a scale. `KINDS` has a row for each baseline: its function and
 where it was published. Rewards of answers are small and live on the host: functions of [P, G] are numpy's, compute in
-float64 and return float32. What is of each token may lie on many devices: functions of [B, T] are JAX's.
+float64 and return float32. `whiten`, the one function of tokens [B, T], is JAX's and computes in float32.
 
 NaN is the reward of an answer that can't be judged. Such an answer counts in no mean and no deviation, and its
 advantage is 0. Where all judged answers of a group have one reward, what is compared with the group is exactly 0.

@@ -264,13 +264,14 @@ def check(workdir: str, before: Config, now: Config) -> list[Change]:
 
 def _check_rewards(workdir: str, before: Config, now: Config) -> None:
     """Raises InputError where a run's batches would no longer be, or become, the answers of its checkpoint."""
-    what, kl, was = "", now.advantage.kl, before.advantage.kl
+    kl, was = now.advantage.kl, before.advantage.kl
     if kl.target and was.target and kl.weight != was.weight:
         raise InputError(
             f"advantage.kl.weight = {was.weight} -> {kl.weight}: can't change in {workdir}, where the run goes on: it "
             "is where the controller begins, which goes on with its own. Set what the run began with, or change "
             "advantage.kl.target."
         )
+    what = ""
     if bool(before.rewards) != bool(now.rewards):
         what = f"rewards = {dict(before.rewards)} -> {dict(now.rewards)}"
     elif now.rewards and before.batch_size != now.batch_size:
