@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research import files
-from research.errors import InputError
+from research.errors import InputError, did_you_mean
 from research.run.metrics import read_metrics
 from research.studies import pages
 from research.studies.tables import text_table
@@ -111,8 +111,11 @@ def report(
         Where runs of a seed share their start or their data, these have narrower intervals than the means.
 
     Raises:
-      InputError: no run of any way has a metric, or matplotlib isn't installed: the tables are written then.
+      InputError: `base` is none of the ways; no run of any way has a metric; or matplotlib isn't installed: the tables
+        are written then.
     """
+    if base and base not in runs:
+        raise InputError(f"base = {base!r}: the study has no such way.{did_you_mean(base, runs)}")
     ways = [read_way(name, seeds, metrics) for name, seeds in runs.items()]
     for metric in metrics:
         if all(way.means[metric] is None for way in ways):
@@ -205,9 +208,11 @@ def _write_csv(path: Path, ways: Sequence[Way], metrics: Sequence[str]) -> None:
     missing = Mean(math.nan, math.nan, math.nan)
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["name", "seeds", *(f"{m}{part}" for m in metrics for part in ("", " low", " high"))])
+        columns = [*metrics, *dict.fromkeys(f"difference of {m}" for way in ways for m in way.differences)]
+        writer.writerow(["name", "seeds", *(f"{name}{part}" for name in columns for part in ("", " low", " high"))])
         for way in ways:
-            numbers = [x for metric in metrics for x in way.means[metric] or missing]
+            cells = {**way.means, **{f"difference of {m}": cell for m, cell in way.differences.items()}}
+            numbers = [x for name in columns for x in cells.get(name) or missing]
             writer.writerow([way.name, len(way.runs), *("" if math.isnan(x) else x for x in numbers)])
 
 

@@ -74,6 +74,11 @@ def test_differences_are_of_runs_of_one_seed(tmp_path, capsys):
     assert rows["short"]["difference of eval/loss"] is None
     assert "difference of eval/loss" not in rows["start"]
     assert f"1.1 [{want.low:.4g}, {want.high:.4g}]" in (tmp_path / "out/report.html").read_text()
+    with open(tmp_path / "out/table.csv", newline="") as file:
+        cells = {row["name"]: row["difference of eval/loss"] for row in csv.DictReader(file)}
+    assert cells == {"start": "", "taught": str(rows["taught"]["difference of eval/loss"]["value"]), "short": ""}
+    with pytest.raises(InputError, match="base = 'strat': the study has no such way"):
+        compare_report.report(runs, ["eval/loss"], str(tmp_path / "out"), base="strat")
 
 
 def test_a_metric_that_nobody_has_is_named(tmp_path):
