@@ -431,7 +431,7 @@ def rows_read(workdir, **options):
     return seen
 
 
-@pytest.mark.parametrize("size", [2, 8])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_every_row_is_read_once_an_epoch_though_the_batch_changes(size, tmp_path):
     options = {"data.path": write_data(tmp_path / "a.jsonl", 40), "data.eval_fraction": 0.0}
     whole = rows_read(tmp_path / "whole", steps=10, batch_size=8, **options)
