@@ -7,7 +7,7 @@ import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import pair_rows
 import pytest
 
 from research import loading, objectives, optim, params, train
@@ -42,36 +42,15 @@ def terms_of(**terms):
 
 
 def packed(seed=0):
-    """Rows with several pairs each, of some the second answer the better one; of some nobody has said the score."""
-    batch = fields.fake(fields.spec(NAMES, B, {"time": T}), V, seed=seed)
+    """See pair_rows.packed; of some answers nobody has said the score."""
+    batch = pair_rows.packed(NAMES, B, T, V, seed)
     batch["score"] = np.where(batch["segment_ids"] == 2, np.nan, batch["score"])
-    batch["side"] = np.where((batch["pair"] % 2 == 0) & (batch["pair"] > 0), 1 - batch["side"], batch["side"])
     return batch
-
-
-def unpacked(batch):
-    """The same pairs, each in a row of its own."""
-    rows = [(row, pair) for row in range(B) for pair in np.unique(batch["pair"][row]) if pair > 0]
-    out = fields.empty(NAMES, len(rows) + -len(rows) % B, {"time": T})
-    for i, (row, pair) in enumerate(rows):
-        here = batch["pair"][row] == pair
-        for name, values in batch.items():
-            out[name][i, : here.sum()] = values[row, here]
-        out["segment_ids"][i] = np.where(out["pair"][i] > 0, out["segment_ids"][i] % 2 + 1, 0)
-    return out
-
-
-def losses(terms, values, batch, microbatches=1):
-    """Of each term the loss, the gradient of their sum, and the metrics."""
-    step = train.TrainStep(terms, {"policy": MODEL}, optax.sgd(0.1), lambda t: t, microbatches)
-    inputs = Inputs(jax.random.PRNGKey(0), jnp.zeros((), jnp.int32), row_numbers(batch), {})
-    grads, outs = step.gradients({"policy": values}, {}, batch, inputs)
-    return grads, {name: (out.loss_sum, out.weight, out.metrics) for name, out in outs.items()}
 
 
 @functools.cache
 def whole():
-    return jax.jit(functools.partial(losses, terms_of(**TERMS)))(VALUES, packed())
+    return jax.jit(functools.partial(pair_rows.gradients, MODEL, terms_of(**TERMS)))(VALUES, packed())
 
 
 def documents(batch):
@@ -139,7 +118,7 @@ def test_the_loss_is_told_by_source():
 
 
 def test_packing_changes_nothing():
-    alone = jax.jit(functools.partial(losses, terms_of(**TERMS)))(VALUES, unpacked(packed()))
+    alone = jax.jit(functools.partial(pair_rows.gradients, MODEL, terms_of(**TERMS)))(VALUES, pair_rows.alone(packed()))
     close(alone, whole())
 
 
@@ -148,14 +127,18 @@ def test_packing_changes_nothing():
 def test_cutting_a_batch_changes_nothing(cut):
     if cut == "microbatches":
         close(
-            jax.jit(functools.partial(losses, terms_of(**TERMS), microbatches=4))(VALUES, packed()), whole(), atol=1e-4
+            jax.jit(functools.partial(pair_rows.gradients, MODEL, terms_of(**TERMS), microbatches=4))(VALUES, packed()),
+            whole(),
+            atol=1e-4,
         )
         return
     mesh = sharding.make_mesh({"fsdp": 2, "sequence": 2, "tensor": 2})
     with jax.set_mesh(mesh):
         values = jax.device_put(VALUES, params.shardings(MODEL.specs, mesh))
         batch = jax.device_put(packed(), sharding.named(mesh, ("batch", "time")))
-        close(jax.jit(functools.partial(losses, terms_of(**TERMS)))(values, batch), whole(), atol=1e-4)
+        close(
+            jax.jit(functools.partial(pair_rows.gradients, MODEL, terms_of(**TERMS)))(values, batch), whole(), atol=1e-4
+        )
 
 
 def test_a_training_of_trl():

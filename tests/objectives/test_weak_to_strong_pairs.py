@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import pair_rows
 import pytest
 
-from research import objectives, params, train
+from research import objectives, params
 from research.devices import sharding
 from research.errors import InputError
 from research.models.config import ModelConfig
@@ -42,22 +42,7 @@ CUT = terms_of(soft={}, own=OWN, adaptive={"loss": "adaptive_confidence"})
 
 
 def packed():
-    """Rows with several pairs each, of some the second answer the better one."""
-    batch = fields.fake(fields.spec(NAMES, B, {"time": T}), V, seed=0)
-    batch["side"] = np.where((batch["pair"] % 2 == 0) & (batch["pair"] > 0), 1 - batch["side"], batch["side"])
-    return batch
-
-
-def alone(batch):
-    """The same pairs, each in a row of its own."""
-    rows = [(row, pair) for row in range(B) for pair in np.unique(batch["pair"][row]) if pair > 0]
-    out = fields.empty(NAMES, len(rows) + -len(rows) % B, {"time": T})
-    for i, (row, pair) in enumerate(rows):
-        here = batch["pair"][row] == pair
-        for name, values in batch.items():
-            out[name][i, : here.sum()] = values[row, here]
-        out["segment_ids"][i] = np.where(out["pair"][i] > 0, out["segment_ids"][i] % 2 + 1, 0)
-    return out
+    return pair_rows.packed(NAMES, B, T, V)
 
 
 def pairs_of(batch):
@@ -71,17 +56,9 @@ def pairs_of(batch):
     return tuple(jnp.array(x) for x in zip(*(((x[0], x[1]), x["p"]) for x in compared.values()), strict=True))
 
 
-def gradients(terms, values, batch, microbatches=1):
-    """The gradient of the terms' sum, and of each its loss, weight and metrics."""
-    step = train.TrainStep(terms, {"policy": MODEL}, optax.sgd(0.1), lambda t: t, microbatches)
-    inputs = Inputs(jax.random.PRNGKey(0), jnp.zeros((), jnp.int32), row_numbers(batch), {})
-    grads, outs = step.gradients({"policy": values}, {}, batch, inputs)
-    return grads, {name: (out.loss_sum, out.weight, out.metrics) for name, out in outs.items()}
-
-
 @functools.cache
 def whole():
-    return jax.jit(functools.partial(gradients, CUT))(VALUES, packed())
+    return jax.jit(functools.partial(pair_rows.gradients, MODEL, CUT))(VALUES, packed())
 
 
 def close(a, b):
@@ -115,19 +92,19 @@ def test_every_loss_is_the_one_of_classes_on_the_rewards_of_both_answers():
 
 
 def test_packing_changes_nothing():
-    close(jax.jit(functools.partial(gradients, CUT))(VALUES, alone(packed())), whole())
+    close(jax.jit(functools.partial(pair_rows.gradients, MODEL, CUT))(VALUES, pair_rows.alone(packed())), whole())
 
 
 @pytest.mark.parametrize("cut", ["microbatches", pytest.param("mesh", marks=pytest.mark.slow)])
 def test_cutting_a_batch_changes_nothing(cut):
     if cut == "microbatches":
-        close(jax.jit(functools.partial(gradients, CUT, microbatches=4))(VALUES, packed()), whole())
+        close(jax.jit(functools.partial(pair_rows.gradients, MODEL, CUT, microbatches=4))(VALUES, packed()), whole())
         return
     mesh = sharding.make_mesh({"fsdp": 2, "sequence": 2, "tensor": 2})
     with jax.set_mesh(mesh):
         values = jax.device_put(VALUES, params.shardings(MODEL.specs, mesh))
         batch = jax.device_put(packed(), sharding.named(mesh, ("batch", "time")))
-        close(jax.jit(functools.partial(gradients, CUT))(values, batch), whole())
+        close(jax.jit(functools.partial(pair_rows.gradients, MODEL, CUT))(values, batch), whole())
 
 
 @pytest.mark.parametrize(
