@@ -87,7 +87,7 @@ def make(
         "lambda_neg": lambda_neg,
     }
     options = _options(kind, {name: value for name, value in values.items() if value is not None})
-    shares = Shares(LOSSES[kind].aggregation if aggregation is None else aggregation, budget)
+    shares = Averaging(LOSSES[kind].aggregation if aggregation is None else aggregation, budget)
     shares.check(kind)
     extras = Extras(kl_coef, "k3_ratio" if kl is None else kl, entropy_coef, top_entropy, off_policy_mask)
     extras.check(kind, kl)
@@ -100,7 +100,7 @@ def make(
 
 
 @dataclasses.dataclass(frozen=True)
-class Shares:
+class Averaging:
     """How tokens and answers are averaged; see `make`."""
 
     aggregation: str
@@ -209,7 +209,7 @@ class Ratios:
             raise InputError(f"bounds = {self.bounds}: must be (least, greatest) of a ratio, 0 or more and finite.")
 
 
-class Tokens(NamedTuple):
+class SampledTokens(NamedTuple):
     """The sampled tokens of a batch.
 
     Attributes:
@@ -229,7 +229,7 @@ class PolicyGradient:
 
     kind: str
     options: Options
-    shares: Shares
+    shares: Averaging
     extras: Extras
     ratios: Ratios
     sampler: Sampler
@@ -279,7 +279,7 @@ class PolicyGradient:
         targets, mask = next_token_targets(batch, batch["loss_mask"])
         policy = self._log_probs(forward, targets)
         old = batch[_NAMES[self.ratios.old]]
-        tokens = Tokens(
+        tokens = SampledTokens(
             Samples.of(policy.target, old, batch["advantage"], mask), batch["sampler_log_prob"], policy.entropy
         )
         out = LOSSES[self.kind].function(tokens.samples, self.options)
@@ -313,7 +313,9 @@ class PolicyGradient:
             frozen_entropy=not self.extras.entropy_coef,
         )
 
-    def _weights(self, tokens: Tokens, context: Context) -> tuple[Float[Array, "B T"], dict[str, Float[Array, "B T"]]]:
+    def _weights(
+        self, tokens: SampledTokens, context: Context
+    ) -> tuple[Float[Array, "B T"], dict[str, Float[Array, "B T"]]]:
         """What tokens count in the policy's loss, constants; and of that what is reported."""
         samples, parts = tokens.samples, {}
         if self.ratios.correction != "none":
@@ -332,7 +334,7 @@ class PolicyGradient:
             parts["high_entropy"] = policy_losses.high_entropy(tokens.entropy, of_batch, self.extras.top_entropy)
         return functools.reduce(jnp.multiply, parts.values(), samples.mask), parts
 
-    def _metrics(self, tokens: Tokens, out: TokenLosses) -> dict[str, Float[Array, "B T"]]:
+    def _metrics(self, tokens: SampledTokens, out: TokenLosses) -> dict[str, Float[Array, "B T"]]:
         """What is reported of each token."""
         metrics: dict[str, Any] = {"old_kl": -tokens.samples.log_ratio(), "entropy": tokens.entropy}
         if LOSSES[self.kind].ratio:

@@ -56,15 +56,17 @@ def check(config: Config, terms: Terms, models: Mapping[str, Model], batch: Batc
     Raises:
       InputError: a term or a reward needs what isn't there, or nothing reads what is.
     """
-    _check_reads(config, terms, models, batch)
+    of_rewards = reward_roles(config)
+    _check_reads(config, terms, models, batch, set(of_rewards.values()))
     _check_classes(config, models["policy"], batch)
     _check_answers(config, models["policy"], batch)
-    _check_reward_roles(config, terms, models)
+    _check_reward_roles(config, terms, models, of_rewards)
     _check_prefixes(terms, models, batch)
 
 
-def _check_reads(config: Config, terms: Terms, models: Mapping[str, Model], batch: Batch) -> None:
-    """Raises InputError where a term reads a role or a batch field that isn't there, or no term reads a role."""
+def _check_reads(config: Config, terms: Terms, models: Mapping[str, Model], batch: Batch, of_rewards: set[str]) -> None:
+    """Raises InputError where a term reads a role or a batch field that isn't there, or nothing reads a role; the roles
+    `of_rewards` are read by rewards."""
     for name, term in terms.items():
         for role in term.objective.trainable + term.objective.frozen:
             if role not in models:
@@ -86,7 +88,7 @@ def _check_reads(config: Config, terms: Terms, models: Mapping[str, Model], batc
                 f'{field!r}). Name it: roles = {{"{role}": {{"init_from": ...}}}}.'
             )
         read.add(role)
-    read |= set(reward_roles(config).values())
+    read |= of_rewards
     read |= {models[role].of for role in read & models.keys()}  # whose trunk they share
     if unread := [role for role in config.roles if role not in read]:
         what = "no term of the objective, and no reward," if config.rewards else "no term of the objective"
@@ -132,9 +134,11 @@ def _check_answers(config: Config, policy: Model, batch: Batch) -> None:
         )
 
 
-def _check_reward_roles(config: Config, terms: Terms, models: Mapping[str, Model]) -> None:
+def _check_reward_roles(
+    config: Config, terms: Terms, models: Mapping[str, Model], of_rewards: Mapping[str, str]
+) -> None:
     """Raises InputError where a model that is to give a reward can't."""
-    for name, role in reward_roles(config).items():
+    for name, role in of_rewards.items():
         where = f"rewards.{name}.role = {role!r}"
         if role not in config.roles:
             raise InputError(

@@ -8,6 +8,7 @@ Axes: see ops/scores.py.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ class _Block:
         """Of the rows of queries."""
         return slice(self.t.start * self.group, self.t.stop * self.group)
 
-    def of_seen(self, compute, *arrays):
+    def of_seen(self, compute: Callable[..., tuple[Array | None, ...]], *arrays: Array) -> tuple[Array | None, ...]:
         """compute(s, *arrays), where s leaves out the first half of T if none of the queries sees any of it: rows hold
         several documents."""
         T = self.documents.segments.shape[1]
@@ -123,7 +124,16 @@ class _Block:
         out = dot("bkrs,bksh->bkrh", p.astype(values.dtype), _after(memory_values, values[:, :, s])) / total
         return out, top + jnp.log(total)
 
-    def gradients(self, s: slice, queries, d_rows, delta, logsumexp, keys, values):
+    def gradients(
+        self,
+        s: slice,
+        queries: Float[Array, "B K R h"],
+        d_rows: Float[Array, "B K R h"],
+        delta: Float[Array, "B K R 1"],
+        logsumexp: Float[Array, "B K R 1"],
+        keys: Float[Array, "B K T h"],
+        values: Float[Array, "B K T h"],
+    ) -> tuple[Float[Array, "B K R h"], Float[Array, "B K h S"], Float[Array, "B K h S"], Array | None]:
         """The gradients by the queries, by keys and values at the block's times, [B, K, h, S], and by both of the
         memory, [2, B, K, h, P], None without one. The first four arrays are of the queries."""
         G, P = self.group, 0 if self.memory is None else self.memory.keys.shape[0]
