@@ -1,5 +1,6 @@
 """Losses of policy gradients against TRL, verl and OpenRLHF, and what theory says of them."""
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,6 @@ from research.ops import policy_losses
 from research.ops.head import Head
 from research.ops.losses import log_probs
 from research.ops.policy_losses import AGGREGATIONS, KL, LOSSES, Options, Samples
-from tests import goldens
 
 GOLDEN = goldens.load("grpo")
 ADVANTAGES = goldens.load("advantages")

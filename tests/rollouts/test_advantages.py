@@ -1,5 +1,6 @@
 """Advantages against TRL and verl, and what must hold of any baseline."""
 
+import goldens
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,6 @@ import pytest
 from research.errors import InputError
 from research.rollouts import advantages, gae
 from research.rollouts.advantages import KINDS, AdvantageSpec, Facts, RunningMean
-from tests import goldens
 
 GOLDEN = goldens.load("advantages")
 VERL = {  # of one reward, in float64

@@ -3,12 +3,12 @@
 import itertools
 from collections import Counter
 
+import goldens
 import numpy as np
 import pytest
 
 from research.errors import InputError
 from research.sources import corruption
-from tests import goldens
 
 CASES = goldens.load("spans")
 T5 = [case for name, case in CASES.items() if name.startswith("t5_span_")]
