@@ -58,6 +58,10 @@ class Weights(Protocol):
     def model(self, version: int) -> str:
         """What a request names as `model` to be answered with a version."""
 
+    def stamp(self, version: int) -> str:
+        """What a committed server says of the version in its answers (`weight_versions`): a text that is no other
+        run's."""
+
 
 def sync(weights: Weights, servers: Sequence[str], version: int) -> dict[str, ServerError]:
     """Prepares a staged version on all servers at once, then commits it on those that could.
