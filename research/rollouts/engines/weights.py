@@ -59,8 +59,8 @@ class Weights(Protocol):
         """What a request names as `model` to be answered with a version."""
 
     def stamp(self, version: int) -> str:
-        """What a committed server says of the version in its answers (`weight_versions`): a text that is no other
-        run's."""
+        """What a server says of the tokens that it drew with a version, in its answers (`weight_versions` of
+        /inference/v1/generate). Tokens of which it says anything else are of another version."""
 
 
 def sync(weights: Weights, servers: Sequence[str], version: int) -> dict[str, ServerError]:

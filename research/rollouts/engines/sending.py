@@ -1,0 +1,149 @@
+"""The two ways of weights to servers by a folder that all see: an adapter beside the model, or the whole model."""
+
+import contextlib
+import re
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from research.models.specs import Params
+from research.rollouts.engines import server as http
+from research.rollouts.engines.policy import Policy
+from research.rollouts.engines.staging import Staging
+from research.rollouts.engines.weights import ServerError, Weights
+
+START = "default"  # what vLLM calls the weights that a server began with
+_NEITHER = "none"  # while some of the weights are the new ones
+_SHORT = 30.0  # seconds for what takes none
+
+
+def make_weights(
+    policy: Policy, folder: Path, *, name: str = "policy", dtype: str = "", seconds: float = 600.0
+) -> Weights:
+    """The way of a policy's weights: the adapter alone where vLLM can put it beside the model, else the whole model.
+
+    Args:
+      policy: to be served.
+      folder: that the run and all its servers see at the same path.
+      name: of the model that servers are started with (--served-model-name).
+      dtype: of whole weights: float32, bfloat16 or float16; by default that in which the run computes.
+      seconds: how long a server may take to read them.
+
+    Raises:
+      InputError: vLLM can't compute what the policy does.
+    """
+    policy.check()
+    if policy.hot:
+        return AdapterWeights(policy, Staging(folder), name, seconds)
+    return WholeWeights(policy, Staging(folder), name, dtype or policy.model.config.dtype, seconds)
+
+
+class AdapterWeights:
+    """See weights.Weights. A version is an adapter that servers load beside the model that they began with, and its
+    name is in each request, so that answers with two versions may be under way at once."""
+
+    def __init__(self, policy: Policy, staging: Staging, name: str, seconds: float):
+        self._policy, self._staging, self._name, self._seconds = policy, staging, name, seconds
+        self._own = re.compile(rf"{re.escape(name)}-(\d+-[0-9a-f]{{12}})")
+        self._last: dict[str, str] = {}  # server -> the adapter that was committed last
+
+    def stage(self, params: Params, version: int) -> None:
+        leaves = self._policy.leaves(params)
+        if jax.process_index() == 0:
+            self._staging.put(version, lambda path: self._policy.write_adapter(path, leaves))
+
+    def prepare(self, server: str, version: int) -> None:
+        stamp = http.get(server, "/weight_info", _SHORT)["weight_version"]
+        if stamp != START:
+            raise ServerError(f"{server}: serves weights {stamp!r} that were changed since its start. Start it anew.")
+        name = self.model(version)
+        if name not in self._loaded(server):
+            body = {"lora_name": name, "lora_path": str(self._staging.path(version))}
+            http.post(server, "/v1/load_lora_adapter", body, self._seconds)
+
+    def commit(self, server: str, version: int) -> None:
+        """Unloads the adapters but this one and that of before it, with which answers may be under way."""
+        name = self.model(version)
+        loaded = self._loaded(server)
+        if name not in loaded:
+            raise ServerError(f"{server}: hasn't loaded {name}. It was started anew since.")
+        for other in loaded - {name, self._last.get(server)}:
+            http.post(server, "/v1/unload_lora_adapter", {"lora_name": other}, _SHORT)
+        self._last[server] = name
+
+    def served(self, server: str) -> int | None:
+        stamps = [self._own.fullmatch(name)[1] for name in self._loaded(server)]
+        versions = [self._staging.version(stamp) for stamp in stamps]
+        return max((version for version in versions if version is not None), default=None)
+
+    def model(self, version: int) -> str:
+        return f"{self._name}-{self._staging.path(version).name}"
+
+    def stamp(self, version: int) -> str:
+        return START
+
+    def _loaded(self, server: str) -> set[str]:
+        """The adapters of such names that a server has."""
+        answer = http.get(server, "/v1/models", _SHORT)
+        return {model["id"] for model in answer["data"] if self._own.fullmatch(model["id"])}
+
+
+class WholeWeights:
+    """See weights.Weights. A server checks the files of a version while it answers, and reads them while it doesn't
+    (launch/vllm_plugin)."""
+
+    def __init__(self, policy: Policy, staging: Staging, name: str, dtype: str, seconds: float):
+        self._policy, self._staging, self._name = policy, staging, name
+        self._dtype, self._seconds = dtype, seconds
+
+    def stage(self, params: Params, version: int) -> None:
+        values = self._policy.whole(params)
+        if jax.process_index() == 0:
+            self._staging.put(version, lambda path: self._policy.write_whole(path, values, self._dtype))
+
+    def prepare(self, server: str, version: int) -> None:
+        if self._stamp(server) != self.stamp(version):
+            body = {"init_info": {"folder": str(self._staging.path(version))}}
+            http.post(server, "/init_weight_transfer_engine", body, self._seconds)
+
+    def commit(self, server: str, version: int) -> None:
+        """While weights are read, those that the server has are called neither the old version nor the new, so that
+        one that is stopped in between isn't taken for either."""
+        if self._stamp(server) == self.stamp(version):
+            http.post(server, "/resume", None, _SHORT)  # a run that ended here may have left it paused
+            return
+        http.post(server, f"/pause?{urllib.parse.urlencode({'mode': 'wait'})}", None, self._seconds)
+        try:
+            self._update(server, version)
+        except ServerError:
+            with contextlib.suppress(ServerError):
+                http.post(server, "/resume", None, _SHORT)
+            raise
+        http.post(server, "/resume", None, _SHORT)
+
+    def _update(self, server: str, version: int) -> None:
+        http.post(server, "/update_weight_version", {"new_version": _NEITHER}, _SHORT)
+        try:
+            http.post(server, "/start_weight_update", None, _SHORT)
+        except ServerError as error:
+            if "already active" not in str(error):  # begun by a run that ended here
+                raise
+        body = {"update_info": {"folder": str(self._staging.path(version))}}
+        http.post(server, "/update_weights", body, self._seconds)
+        http.post(server, "/reset_prefix_cache", None, _SHORT)
+        http.post(server, "/finish_weight_update", {"weight_version": self.stamp(version)}, _SHORT)
+
+    def served(self, server: str) -> int | None:
+        return self._staging.version(self._stamp(server))
+
+    def model(self, version: int) -> str:
+        return self._name
+
+    def stamp(self, version: int) -> str:
+        return self._staging.path(version).name
+
+    @staticmethod
+    def _stamp(server: str) -> Any:
+        return http.get(server, "/weight_info", _SHORT)["weight_version"]
