@@ -3,6 +3,7 @@
     python launch/local.py --processes=2 --devices=2 -- --config=experiments/sft.py --workdir=runs/sft
 
 Settings are those of settings.env: PLATFORM=gpu gives each process its own DEVICES of the GPUs, cpu simulates them.
+With SERVERS it starts vLLM servers first, which write the answers of a run with rewards; see servers.py.
 """
 
 import os
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
+import servers as servers_lib
 import settings as settings_lib
 
 PREEMPTED, PEER_LOST = 75, 76  # Exit statuses of research.main, told in launch/README.md.
@@ -32,33 +34,60 @@ def main(argv: Sequence[str]) -> int:
     except settings_lib.SettingError as error:
         print(f"error: {error}", file=sys.stderr)
         return settings_lib.BAD_INPUT
+    first_device = int(settings["PROCESSES"]) * int(settings["DEVICES"])
+    if settings["SERVERS"] != "0":
+        settings["RUN"] = servers_lib.run_with(settings["RUN"], servers_lib.urls(settings))
     if dry_run:
-        for command, environment in commands(settings, free_port()):
+        for command, environment in [
+            *servers_lib.commands(settings, first_device),
+            *commands(settings, free_port()),
+        ]:
             print(shlex.join(["env", *(f"{k}={v}" for k, v in environment.items()), *command]))
         return 0
+    signals = Signals()
+    with servers_lib.Servers(settings, first_device) as servers:
+        if not servers.wait(signals):
+            return PREEMPTED if signals() else 1
+        return run(settings, signals)
 
-    processes: list[subprocess.Popen] = []
-    told_to_stop: list[int] = []
 
-    def forward(number: int, frame: object) -> None:
-        told_to_stop.append(number)
-        for process in processes:
+class Signals:
+    """SIGINT and SIGTERM, which are forwarded to the processes of the run. Calling it says whether one came."""
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen] = []
+        self._came: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._forward)
+
+    def __call__(self) -> bool:
+        return bool(self._came)
+
+    def forward_again(self) -> None:
+        """Forwards what came between two starts."""
+        if self._came:
+            self._forward(self._came[-1], None)
+
+    def _forward(self, number: int, frame: object) -> None:
+        self._came.append(number)
+        for process in self.processes:
             process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
+
+def run(settings: Mapping[str, str], signals: Signals) -> int:
+    """Runs the processes, and again as long as that helps; returns the status of the last run."""
+    processes = signals.processes
     for restarts in range(int(settings["MAX_RESTARTS"]) + 1):
         try:
             outputs = start(commands(settings, free_port()), processes)
-            if told_to_stop:  # between two starts
-                forward(told_to_stop[-1], None)
+            signals.forward_again()
             status = wait(processes, float(settings["GRACE"]))
         finally:
             for process in processes:
                 process.kill()
         for output in outputs:
             output.join(timeout=5)
-        if told_to_stop or not goes_on(status):
+        if signals() or not goes_on(status):
             break
         left = int(settings["MAX_RESTARTS"]) - restarts
         then = f"starts again, {left} times at most" if left else "no restart left"

@@ -16,6 +16,7 @@ from pathlib import Path
 FILE = Path(__file__).with_name("settings.env")
 BAD_INPUT = 2
 _NUMBERS = {"NODES": 1, "PROCESSES": 1, "DEVICES": 1, "SLICES": 1, "MAX_RESTARTS": 0, "GRACE": 1, "POLL": 0}
+_NUMBERS |= {"SERVERS": 0, "SERVER_PORT": 1, "SERVER_DEVICES": 1, "SERVER_LORA_RANK": 0}
 _CHOICES = {"PLATFORM": ("cpu", "gpu", "tpu"), "SPOT": ("0", "1"), "KEEP": ("0", "1")}
 
 
@@ -23,7 +24,9 @@ class SettingError(ValueError):
     """A setting is missing, unknown or has no such value. The message names it and says what to do."""
 
 
-def read(argv: Sequence[str], require: Iterable[str] = (), mount: str = "") -> tuple[dict[str, str], bool]:
+def read(
+    argv: Sequence[str], require: Iterable[str] = (), mount: str = "", run: bool = True
+) -> tuple[dict[str, str], bool]:
     """Returns every setting as text, and whether --dry_run was given. An empty value means none.
 
     RUN comes back as a shell quotes it.
@@ -32,6 +35,7 @@ def read(argv: Sequence[str], require: Iterable[str] = (), mount: str = "") -> t
       argv: NAME=value or --name=value, --dry_run, and after `--` the arguments of research.main, which become RUN.
       require: the names, besides RUN, that must have a value.
       mount: where the nodes' shared storage appears, if the launcher decides that; --workdir must lie under it.
+      run: whether there must be a RUN.
 
     Raises:
       SettingError: a name isn't known, a value is missing or not allowed.
@@ -39,7 +43,7 @@ def read(argv: Sequence[str], require: Iterable[str] = (), mount: str = "") -> t
     values = _read_file(FILE)
     known = list(values)
     values.update({name: os.environ[name] for name in known if name in os.environ})
-    argv, run = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    argv, words = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     dry_run = False
     for argument in argv:
         if argument == "--dry_run":
@@ -53,9 +57,11 @@ def read(argv: Sequence[str], require: Iterable[str] = (), mount: str = "") -> t
         if not equals:
             raise SettingError(f"{argument}: has no value. Write {name}=VALUE.")
         values[name.upper()] = value
-    if run:
-        values["RUN"] = shlex.join(run)
-    _check(values, require)
+    if words:
+        values["RUN"] = shlex.join(words)
+    _check(values, (*(("RUN",) if run else ()), *require))
+    if not run:
+        return values, dry_run
     arguments = _arguments(values["RUN"])
     for flag in ("--config", "--workdir"):
         if not arguments.get(flag):
@@ -91,7 +97,9 @@ def _read_file(file: Path) -> dict[str, str]:
 
 
 def _check(values: dict[str, str], require: Iterable[str]) -> None:
-    for name in ("RUN", *require):
+    if values["SERVERS"] not in ("", "0"):
+        require = (*require, "SERVER_MODEL")
+    for name in require:
         if not values[name]:
             remedy = "-- --config=... --workdir=..." if name == "RUN" else f"{name}=VALUE"
             raise SettingError(f"{name}: is missing. Give it in {FILE.name}, in the environment or as {remedy}")

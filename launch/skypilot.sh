@@ -7,6 +7,11 @@ here=$(cd "$(dirname "$0")" && pwd)
 settings=$(python3 "$here/settings.py" --require=BUCKET --mount=/mnt/runs -- "$@")
 eval "$settings"
 
+if [[ $SERVERS != 0 ]]; then
+  echo "error: SERVERS = $SERVERS: this launcher starts none. Leave it at 0, and name servers that are there: --config.rollout.servers." >&2
+  exit 2
+fi
+
 if [[ $PROCESSES != 1 ]]; then
   echo "error: PROCESSES = $PROCESSES: a node is one process here, which has all of its devices. Leave it at 1." >&2
   exit 2

@@ -12,8 +12,13 @@ if [[ $PLATFORM == gpu && $DEVICES != 1 && $PROCESSES != 1 ]]; then
 fi
 
 # --signal: SIGTERM to the tasks GRACE seconds before the time limit.
-submit=(sbatch "--job-name=$RUN_NAME" "--nodes=$NODES" "--ntasks-per-node=$PROCESSES" "--signal=TERM@$GRACE")
-[[ $PLATFORM == gpu ]] && submit+=("--gpus-per-node=$((PROCESSES * DEVICES))")
+# Servers have nodes of their own, behind those of the run; --export=ALL hands these settings on.
+export SERVERS SERVER_MODEL VLLM SERVER_PORT SERVER_DEVICES SERVER_LORA_RANK SERVER_OPTIONS
+export SERVERS_PY=$here/servers.py
+gpus=$((PROCESSES * DEVICES))
+((SERVERS == 0 || SERVER_DEVICES <= gpus)) || gpus=$SERVER_DEVICES
+submit=(sbatch "--job-name=$RUN_NAME" "--nodes=$((NODES + SERVERS))" "--ntasks-per-node=$PROCESSES" "--signal=TERM@$GRACE")
+[[ $PLATFORM == gpu ]] && submit+=("--gpus-per-node=$gpus")
 [[ -n $PARTITION ]] && submit+=("--partition=$PARTITION")
 [[ -n $ACCOUNT ]] && submit+=("--account=$ACCOUNT")
 [[ -n $TIME_LIMIT ]] && submit+=("--time=$TIME_LIMIT")

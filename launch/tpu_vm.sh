@@ -7,6 +7,11 @@ here=$(cd "$(dirname "$0")" && pwd)
 settings=$(python3 "$here/settings.py" --require=PROJECT,ZONE,TPU_TYPE,TPU_VERSION -- "$@")
 eval "$settings"
 
+if [[ $SERVERS != 0 ]]; then
+  echo "error: SERVERS = $SERVERS: this launcher starts none. Leave it at 0, and name servers that are there: --config.rollout.servers." >&2
+  exit 2
+fi
+
 place=("--project=$PROJECT" "--zone=$ZONE")
 archive=$(mktemp -d)/understudy.tar.gz
 trap 'rm -rf "$(dirname "$archive")"' EXIT

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -342,6 +343,155 @@ def test_jobset_is_one(box, settings):
     codes = rule["onExitCodes"]
     final = [code for code in (1, 2, 3, 75, 76, 137, 143) if (code in codes["values"]) == (codes["operator"] == "In")]
     assert final == [1, 2, 3]
+
+
+# Servers beside a run
+
+
+SERVERS = ("SERVER_MODEL=/mnt/runs/exported", "SERVER_LORA_RANK=8", "SERVER_OPTIONS=--max-model-len 512")
+# Answers as a server does, notes its start, and ends at once where its folder says so.
+VLLM = """
+import http.server
+port = int(argv[argv.index("--port") + 1])
+with open(f"pids_{port}", "a") as file:
+    print(os.getpid(), file=file)
+if Path("no_server").exists():
+    print("no such model")
+    sys.exit(1)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *args):
+        pass
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def ports():
+    """The first of two ports that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_local_starts_servers_first_and_again(box, ports):
+    stand_in(box, "vllm", VLLM)
+    (box / "script").write_text("sleep")
+    files = [box / f"pids_{port}" for port in (ports, ports + 1)]
+    command = [sys.executable, LAUNCH / "local.py", "SERVERS=2", f"SERVER_PORT={ports}", *SERVERS, "--", *RUN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        wait_for(lambda: (box / "starts_0").exists())
+        assert all(file.exists() for file in files), "the run began before its servers"
+        os.kill(int(files[1].read_text()), signal.SIGKILL)
+        wait_for(lambda: len(files[1].read_text().split()) == 2)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(30) == 75
+        output = launcher.stdout.read()
+    assert "server 1 ended with status -9: starts again" in output
+    assert len(files[0].read_text().split()) == 1
+    for pid in " ".join(file.read_text() for file in files).split():
+        assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    asked = calls(box)[0]
+    assert asked[1:3] == ["serve", "/mnt/runs/exported"]
+    assert {"--max-lora-rank", "512", "processed_logprobs", '{"backend": "understudy"}'} <= set(asked)
+
+
+def test_local_ends_where_a_server_cannot_start(box, ports):
+    stand_in(box, "vllm", VLLM)
+    (box / "no_server").touch()
+    made = launch("local.py", "SERVERS=1", f"SERVER_PORT={ports}", *SERVERS)
+    assert made.returncode == 1
+    assert "[server 0] no such model" in made.stdout
+    assert not (box / "starts_0").exists()
+
+
+def test_a_silent_server_is_started_again(box, ports, monkeypatch):
+    monkeypatch.syspath_prepend(LAUNCH)
+    import servers
+
+    stand_in(box, "vllm", VLLM)
+    server = servers.Server(0, ["vllm", "--port", str(ports)], {}, f"http://127.0.0.1:{ports}", restarts=1)
+    server.start()
+    wait_for(lambda: server.look() or server.up)
+    os.kill(int((box / f"pids_{ports}").read_text()), signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(servers, "SILENT_SECONDS", 0.1)
+        patch.setattr(servers, "_answers", lambda url: False)
+        wait_for(lambda: server.look() or not server.up)
+    wait_for(lambda: server.look() or server.up)
+    server.signal(signal.SIGKILL)
+    wait_for(lambda: server.look() or server.gone)  # no restart is left
+
+
+def test_the_run_is_told_of_its_servers(box):
+    made = launch("local.py", "PLATFORM=gpu", "DEVICES=2", "SERVERS=2", "SERVER_DEVICES=2", *SERVERS, "--dry_run")
+    first, second, run = map(shlex.split, made.stdout.splitlines())
+    assert "CUDA_VISIBLE_DEVICES=2,3" in first
+    assert "CUDA_VISIBLE_DEVICES=4,5" in second
+    assert second[second.index("--tensor-parallel-size") + 1] == "2"
+    assert run[-2:] == [
+        "--config.rollout.engine=vllm",
+        "--config.rollout.servers=('http://127.0.0.1:8100', 'http://127.0.0.1:8101')",
+    ]
+    own = launch("local.py", "SERVERS=1", *SERVERS, "--dry_run", run=(*RUN, "--config.rollout.servers=('x',)"))
+    assert own.stdout.count("config.rollout.servers") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("local.py", ["SERVERS=1"], "SERVER_MODEL: is missing."),
+        ("jobset.py", ["SERVERS=1", "IMAGE=i", "CLAIM=c", "SERVER_IMAGE=v", "SERVER_MODEL=x"], "SERVER_MODEL = 'x'"),
+        ("jobset.py", ["SERVERS=1", "IMAGE=i", "CLAIM=c", *SERVERS], "SERVER_IMAGE = ''"),
+        ("tpu_vm.sh", ["SERVERS=1", *CLOUD, *SERVERS], "SERVERS = 1: this launcher starts none."),
+        ("skypilot.sh", ["SERVERS=1", "BUCKET=gs://b", *SERVERS], "SERVERS = 1: this launcher starts none."),
+    ],
+)
+def test_what_servers_lack_is_named(box, name, arguments, says):
+    made = launch(name, *arguments, "--dry_run")
+    assert made.returncode == 2
+    assert says in made.stderr
+
+
+def test_slurm_gives_servers_nodes_of_their_own(box):
+    stand_in(box, "sbatch", "")
+    made = launch("slurm.sh", "PLATFORM=gpu", "NODES=2", "PROCESSES=2", "SERVERS=1", "SERVER_DEVICES=4", *SERVERS)
+    assert made.returncode == 0, made.stderr
+    assert {"--nodes=3", "--gpus-per-node=4"} <= set(calls(box)[0])
+    (box / "calls.jsonl").unlink()
+
+    stand_in(box, "srun", "time.sleep(60 if 'servers.py' in ' '.join(argv) else 0.5)")
+    stand_in(box, "scontrol", "print('n1\\nn2\\nn3')")
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "6", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_NTASKS_PER_NODE": "2"}
+    settings = {"PLATFORM": "gpu", "SERVERS": "1", "SERVER_PORT": "8100"}
+    made = subprocess.run(["bash", LAUNCH / "slurm.sbatch", *RUN], env=os.environ | job | settings, timeout=30)
+    assert made.returncode == 0
+    steps = {("servers" if any("servers.py" in word for word in call) else "run"): call for call in calls(box)[1:]}
+    assert {"--nodes=2", "--ntasks=4", "--relative=0", "--config.rollout.servers=('http://n3:8100',)"} <= set(
+        steps["run"]
+    )
+    assert {"--nodes=1", "--ntasks=1", "--relative=2", "--server_host=0.0.0.0"} <= set(steps["servers"])
+
+
+def test_jobset_has_servers(box):
+    from kubeflow_trainer_api import models
+
+    servers = ("SERVERS=2", "SERVER_DEVICES=4", "SERVER_IMAGE=v", *SERVERS)
+    made = launch("jobset.py", "IMAGE=i", "CLAIM=c", "PLATFORM=gpu", "NODES=2", *servers, "--dry_run")
+    manifest = yaml.safe_load(made.stdout)
+    assert models.JobsetV1alpha2JobSet.from_dict(manifest).to_dict() == manifest
+    node, server = manifest["spec"]["replicatedJobs"]
+    assert manifest["spec"]["successPolicy"] == {"operator": "All", "targetReplicatedJobs": ["node"]}
+    (run,) = node["template"]["spec"]["template"]["spec"]["containers"]
+    urls = ("http://understudy-server-0-0.understudy:8100", "http://understudy-server-0-1.understudy:8100")
+    assert run["args"][-1] == f"--config.rollout.servers={urls}"
+    (container,) = server["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    assert container["args"][:2] == ["serve", "/mnt/runs/exported"]
+    assert container["args"][container["args"].index("--host") + 1] == "0.0.0.0"
+    assert container["livenessProbe"]["httpGet"] == {"path": "/health", "port": 8100}
 
 
 # TPU VMs
