@@ -20,7 +20,7 @@ _SHORT = 30.0  # seconds for what takes none
 
 
 def make_weights(
-    policy: Policy, folder: Path, *, name: str = "policy", dtype: str = "", seconds: float = 600.0
+    policy: Policy, folder: Path, *, name: str = "policy", dtype: str = "", seconds: float = 600.0, kept: int = 2
 ) -> Weights:
     """The way of a policy's weights: the adapter alone where vLLM can put it beside the model, else the whole model.
 
@@ -30,14 +30,15 @@ def make_weights(
       name: of the model that servers are started with (--served-model-name).
       dtype: of whole weights: float32, bfloat16 or float16; by default that in which the run computes.
       seconds: how long a server may take to read them.
+      kept: how many versions stay in the folder, at least 2; one that was removed counts as none of this run's.
 
     Raises:
       InputError: vLLM can't compute what the policy does.
     """
     policy.check()
     if policy.hot:
-        return AdapterWeights(policy, Staging(folder), name, seconds)
-    return WholeWeights(policy, Staging(folder), name, dtype or policy.model.config.dtype, seconds)
+        return AdapterWeights(policy, Staging(folder, kept), name, seconds)
+    return WholeWeights(policy, Staging(folder, kept), name, dtype or policy.model.config.dtype, seconds)
 
 
 class AdapterWeights:
@@ -61,7 +62,7 @@ class AdapterWeights:
         name = self.model(version)
         if name not in self._loaded(server):
             body = {"lora_name": name, "lora_path": str(self._staging.path(version))}
-            http.post(server, "/v1/load_lora_adapter", body, self._seconds)
+            _first(server, "/v1/load_lora_adapter", body, self._seconds)
 
     def commit(self, server: str, version: int) -> None:
         """Unloads the adapters but this one and that of before it, with which answers may be under way."""
@@ -106,7 +107,7 @@ class WholeWeights:
     def prepare(self, server: str, version: int) -> None:
         if self._stamp(server) != self.stamp(version):
             body = {"init_info": {"folder": str(self._staging.path(version))}}
-            http.post(server, "/init_weight_transfer_engine", body, self._seconds)
+            _first(server, "/init_weight_transfer_engine", body, self._seconds)
 
     def commit(self, server: str, version: int) -> None:
         """While weights are read, those that the server has are called neither the old version nor the new, so that
@@ -147,3 +148,16 @@ class WholeWeights:
     @staticmethod
     def _stamp(server: str) -> Any:
         return http.get(server, "/weight_info", _SHORT)["weight_version"]
+
+
+def _first(server: str, path: str, body: Any, seconds: float) -> None:
+    """Posts what a server that wasn't started for it can't do."""
+    try:
+        http.post(server, path, body, seconds)
+    except ServerError as error:
+        if "status 404" not in str(error) and "not configured" not in str(error):
+            raise
+        raise ServerError(
+            f"{error}. It wasn't started to take such weights: launch/servers.py --dry_run prints how it is to be "
+            "(SERVER_LORA_RANK for a LoRA)."
+        ) from error

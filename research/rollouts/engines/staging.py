@@ -18,7 +18,6 @@ from research import files
 from research.pretrained import readers
 
 MANIFEST, COMMIT = "manifest.json", "COMMIT"
-_KEPT = 2  # versions: the newest, and the one that servers answer with until they have it
 _WRITING = ".writing"
 _NAME = re.compile(r"(\d+)-([0-9a-f]{12})")
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -29,10 +28,11 @@ class Staging:
 
     Args:
       folder: made where it isn't there.
+      kept: how many versions stay: at least the newest, and the one that servers answer with until they have it.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder).absolute()
+    def __init__(self, folder: Path, kept: int = 2):
+        self.folder, self._kept = Path(folder).absolute(), kept
 
     def put(self, version: int, write: Callable[[Path], None]) -> Path:
         """The folder of a version, in which `write` has written files of safetensors. The oldest versions are removed.
@@ -56,7 +56,7 @@ class Staging:
         else:
             writing.rename(path)
         path.touch()
-        for old in sorted(self._whole(), key=lambda each: each.stat().st_mtime_ns)[:-_KEPT]:
+        for old in sorted(self._whole(), key=lambda each: each.stat().st_mtime_ns)[: -self._kept]:
             shutil.rmtree(old)
         return path
 

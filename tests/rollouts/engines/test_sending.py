@@ -41,11 +41,11 @@ def values_of(of, seed=0):
 
 
 class FakeServer:
-    """The routes of vLLM that weights go by. `broken` are those that answer with an error."""
+    """The routes of vLLM that weights go by. `broken` ones answer with an error, `missing` ones aren't there."""
 
     def __init__(self):
         self.stamp, self.adapters, self.prepared, self.paused = "default", {}, None, False
-        self.calls, self.broken = [], set()
+        self.calls, self.broken, self.missing = [], set(), set()
         fake = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -71,6 +71,8 @@ class FakeServer:
 
     def answer(self, path, body):
         self.calls.append(path)
+        if path in self.missing:
+            return 404, {"detail": "Not Found"}
         if path in self.broken:
             return 500, {"error": f"{path} is broken"}
         if path == "/weight_info":
@@ -231,6 +233,9 @@ def test_adapters_are_loaded_beside_each_other(tmp_path, servers):
     fake.adapters.clear()  # the server was started anew between the phases
     with pytest.raises(ServerError, match=r"hasn't loaded"):
         again.commit(fake.url, 7)
+    fake.missing.add("/v1/load_lora_adapter")
+    with pytest.raises(ServerError, match=r"SERVER_LORA_RANK"):
+        again.prepare(fake.url, 7)
     fake.stamp = "3-0123456789ab"
     with pytest.raises(ServerError, match=r"changed since its start"):
         again.prepare(fake.url, 7)
