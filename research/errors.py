@@ -38,8 +38,12 @@ class Exit(enum.IntEnum):
     BAD_INPUT = 2
     DIVERGED = 3  # the loss is no number
     PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: a signal asked for the end
-    LOST = 76  # another process of the run is gone
+    LOST = 76  # another process of the run, or all of its servers, are gone
     INTERRUPTED = 130
+
+
+class Unavailable(Exception):
+    """Other machines that the work needs don't answer. The same command goes on from where it stopped."""
 
 
 class InputError(ValueError):

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from research.errors import Exit, InputError
+from research.errors import Exit, InputError, Unavailable
 
 _DISK_ERRORS = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
@@ -19,6 +19,8 @@ def finish(work: Callable[[], int | None], *, resumable: bool = False) -> int:
         return work() or Exit.DONE
     except InputError as error:
         return fail(error, Exit.BAD_INPUT)
+    except Unavailable as error:
+        return fail(error, Exit.LOST)
     except _DISK_ERRORS as error:
         return fail(f"{error.filename}: {error.strerror}.", Exit.FAILED)
     except KeyboardInterrupt:

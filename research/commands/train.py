@@ -15,7 +15,7 @@ from research import cli, files
 from research.cli import Flag
 from research.commands import study
 from research.devices import startup
-from research.errors import Exit, InputError
+from research.errors import Exit, InputError, Unavailable
 
 COMMAND = cli.Command(
     "train",
@@ -65,6 +65,8 @@ def _train(args: SimpleNamespace, argv: Sequence[str]) -> int:
         return Exit.PREEMPTED
     except InputError as error:
         return distributed.leave(cli.fail(error, Exit.BAD_INPUT))
+    except Unavailable as error:
+        return cli.fail(error, Exit.LOST)
     except Exception:
         traceback.print_exc()
         return distributed.leave(Exit.FAILED)

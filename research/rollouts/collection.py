@@ -154,7 +154,7 @@ class Collector:
             spare += [group for group, same in zip(groups, agreeing, strict=True) if same]
             if len(kept) == self.count:
                 break
-        reported = metrics(kept + spare, self)
+        reported = metrics(kept + spare, self) | self.engine.report()
         if self.rounds:
             reported["rollout/filtered"] = float(len(spare)), float(place - first)
         return kept + spare[: self.count - len(kept)], place, reported

@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 from research.errors import InputError, did_you_mean
 from research.models.sampling import SamplingConfig
 from research.rollouts.advantages import AdvantageSpec
+from research.rollouts.engines import wire
+from research.rollouts.engines.client import check_url
 
 TRUNCATED = ("train", "mask", "leave_out")
+ENGINES = ("local", "vllm")
+_OF_SERVERS = ("servers", "in_flight", "answer_seconds", "outage_seconds", "staleness")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,14 @@ class RolloutSpec:
       top_p: only the fewest of the likeliest tokens whose probabilities add up to this (arXiv:1904.09751).
       min_p: only tokens at least this times as probable as the likeliest (arXiv:2407.01082); 0 is all.
       slots: how many rows are decoded at once, for less memory; others follow as these end. 0: all.
+      engine: with `rewards`: what writes the answers: "local", the run's own devices, or "vllm", servers.
+      servers: of "vllm": their URLs, such as "http://127.0.0.1:8000". The environment variable VLLM_API_KEY has the key
+        that they may ask for.
+      in_flight: of "vllm": the most answers that one server is asked for at a time.
+      answer_seconds: of "vllm": how long a server may take for one answer. One that takes longer counts as lost.
+      outage_seconds: of "vllm": how long the run waits where no server is there, before it saves and ends.
+      staleness: of "vllm": by how many updates the weights of a server may be older than the policy where it can't
+        take newer ones; 0: answers of older weights are never learned from.
     """
 
     share: float = 0.0
@@ -49,18 +61,35 @@ class RolloutSpec:
     top_p: float = 1.0
     min_p: float = 0.0
     slots: int = 0
+    engine: str = "local"
+    servers: tuple[str, ...] = ()
+    in_flight: int = 64
+    answer_seconds: float = 300.0
+    outage_seconds: float = 600.0
+    staleness: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise InputError(f"rollout.share = {self.share}: must be in [0, 1].")
         if self.slots < 0:
             raise InputError(f"rollout.slots = {self.slots}: must be at least 0, which decodes all rows at once.")
-        for name, least in (("prompts", 0), ("answers", 1), ("epochs", 1), ("filter_rounds", 0)):
+        least_of = {"prompts": 0, "answers": 1, "epochs": 1, "filter_rounds": 0, "in_flight": 1, "staleness": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise InputError(f"rollout.{name} = {getattr(self, name)}: must be at least {least}.")
         if self.truncated not in TRUNCATED:
             known = did_you_mean(self.truncated, TRUNCATED)
             raise InputError(f"rollout.truncated = {self.truncated!r}: must be one of {', '.join(TRUNCATED)}.{known}")
+        if self.engine not in ENGINES:
+            known = did_you_mean(self.engine, ENGINES)
+            raise InputError(f"rollout.engine = {self.engine!r}: must be one of {', '.join(ENGINES)}.{known}")
+        for number, url in enumerate(self.servers):
+            check_url("rollout.servers", url)
+            if url.rstrip("/") in [other.rstrip("/") for other in self.servers[:number]]:
+                raise InputError(f"rollout.servers: {url} is there twice. Leave one out.")
+        for name in ("answer_seconds", "outage_seconds"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"rollout.{name} = {getattr(self, name)}: must be above 0.")
         try:
             self.sampling(())
         except InputError as error:
@@ -133,7 +162,7 @@ def sizes(spec: RolloutSpec, batch_size: int) -> Sizes:
     return Sizes(prompts, spec.answers, batch_size, spec.epochs)
 
 
-_OF_REWARDS = ("prompts", "answers", "epochs", "filter_rounds", "truncated")
+_OF_REWARDS = ("prompts", "answers", "epochs", "filter_rounds", "truncated", "engine", *_OF_SERVERS)
 
 
 def check(spec: RolloutSpec, rewards: Mapping[str, Any], advantage: AdvantageSpec, batch_size: int, pack: bool) -> None:
@@ -167,6 +196,7 @@ def check(spec: RolloutSpec, rewards: Mapping[str, Any], advantage: AdvantageSpe
         )
     if pack:
         raise InputError("data.pack = True: with rewards the policy answers one prompt a row. Set data.pack = False.")
+    _check_engine(spec)
     if spec.temperature == 0:
         raise InputError(
             "rollout.temperature = 0.0: gives one answer again and again, and rewards compare answers. Raise it."
@@ -178,6 +208,23 @@ def check(spec: RolloutSpec, rewards: Mapping[str, Any], advantage: AdvantageSpe
             "learned. Give one a weight."
         )
     advantage.check(spec.answers, sizes(spec, batch_size).rows)
+
+
+def _check_engine(spec: RolloutSpec) -> None:
+    """Raises InputError where an engine can't do what it is to, or a setting is of another one."""
+    if spec.engine == "local":
+        unread = [f"rollout.{name} = {getattr(spec, name)!r}" for name in _OF_SERVERS if _is_set(spec, name)]
+        if unread:
+            raise InputError(f"{unread[0]}: is of servers. Set rollout.engine = 'vllm', or leave it out.")
+        return
+    if not spec.servers:
+        raise InputError("rollout.servers = (): engine = 'vllm' asks servers. Name them: ('http://127.0.0.1:8000',).")
+    if spec.slots:
+        raise InputError(
+            f"rollout.slots = {spec.slots}: has no effect on servers, which decide that by themselves. Leave it out; "
+            "rollout.in_flight bounds what they are asked at once."
+        )
+    wire.check(spec.sampling(()), "rollout.")
 
 
 def _is_set(section: Any, name: str) -> bool:

@@ -13,7 +13,7 @@ import jax
 from research import config as config_lib
 from research.config import Config
 from research.devices import distributed
-from research.errors import InputError, did_you_mean
+from research.errors import InputError, Unavailable, did_you_mean
 from research.optim import Rates
 from research.rollouts.experience import Experience, Place
 from research.run.checkpoint import Checkpointer
@@ -102,6 +102,11 @@ class Loop:
                 self.window.start_clock()
         except Diverged:
             self._save(state, place, {})
+            raise
+        except Unavailable:  # nothing is under way that a checkpoint could wait for
+            if pending is not None:
+                self.window.add(*pending)
+            self.saver.save(state, place, config_lib.to_dict(self.config), {})
             raise
         finally:
             self.saver.wait()

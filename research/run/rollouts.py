@@ -10,7 +10,7 @@ from research.rollouts import model_rewards, rewards
 from research.rollouts import spec as rollout_spec
 from research.rollouts.collection import Collector, Judge
 from research.rollouts.credit import Credit
-from research.rollouts.engines.local import Local
+from research.rollouts.engines.types import Engine
 from research.rollouts.experience import Experience
 from research.rollouts.model_rewards import ModelRewards
 from research.rollouts.reinforcement import Reinforcement
@@ -98,7 +98,9 @@ def _model_rewards(parts: Parts, judge: Judge) -> ModelRewards | None:
     return ModelRewards(distributed.one_at_a_time(parts.reward_members), models, like)
 
 
-def make_experience(config: Config, parts: Parts, prompts: Prompts, judge: Judge, virtual: range) -> Experience:
+def make_experience(
+    config: Config, parts: Parts, prompts: Prompts, judge: Judge, engine: Engine, virtual: range
+) -> Experience:
     """The experience of a run with rewards.
 
     Args:
@@ -106,17 +108,15 @@ def make_experience(config: Config, parts: Parts, prompts: Prompts, judge: Judge
       parts: of the run.
       prompts: what the policy answers.
       judge: the rewards.
+      engine: what writes the answers.
       virtual: ids of the tokens in front of each document.
     """
     spec, sizes = config.rollout, rollout_spec.sizes(config.rollout, config.batch_size)
-    tokenizer = prompts.tokenizer
     collector = Collector(
         prompts=prompts,
-        engine=Local(
-            parts.models["policy"], tokenizer.size, prompts=sizes.prompts, longest=prompts.longest, slots=spec.slots
-        ),
+        engine=engine,
         judge=judge,
-        sampling=spec.sampling(tokenizer.stop),
+        sampling=spec.sampling(prompts.tokenizer.stop),
         advantage=config.advantage,
         count=sizes.prompts,
         answers=sizes.answers,

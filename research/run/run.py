@@ -11,8 +11,9 @@ import jax
 from research import loading
 from research.config import Config
 from research.devices import distributed, startup
+from research.errors import Unavailable
 from research.rollouts import experience as experience_lib
-from research.run import assemble, evaluation, record, resolve, resume, rollouts
+from research.run import assemble, engines, evaluation, record, resolve, resume, rollouts
 from research.run.checkpoint import Checkpointer, make_checkpointer
 from research.run.loop import Loop, Preempted, stop_on_signals
 from research.run.window import Diverged, Window
@@ -46,6 +47,7 @@ def run(
       InputError: something in the config can't work. Nothing has been written.
       Preempted: SIGTERM or SIGINT came; a checkpoint is written.
       Diverged: too many updates in a row were skipped; a checkpoint is written.
+      Unavailable: no server answers (rollout.servers); a checkpoint is written.
     """
     started = started or time.time()
     if resolve.is_finished(config, workdir):
@@ -64,10 +66,13 @@ def run(
             experience = make_experience(batches, parts.batch, rollout)
         else:
             judge, virtual = rollouts.make_judge(config, stack), resolve.virtual_ids(config, tokenizer.size)
-            experience = rollouts.make_experience(config, parts, inputs.prompts, judge, virtual)
+            engine = engines.make_engine(inputs, parts.models["policy"])
+            experience = rollouts.make_experience(config, parts, inputs.prompts, judge, engine, virtual)
         saver = stack.enter_context(contextlib.closing(make_checkpointer(config, workdir)))
         state, frozen, place = begin(inputs, parts, experience, saver)
-        watch = stack.enter_context(distributed.watch(workdir, config.stall_seconds, (Preempted, Diverged)))
+        watch = stack.enter_context(
+            distributed.watch(workdir, config.stall_seconds, (Preempted, Diverged, Unavailable))
+        )
         record.begin(inputs, command, int(state.step))
         if not inputs.resumed:
             loading.note_frozen(workdir, {role: frozen[role] for role in parts.roles.divided}, distributed.main())

@@ -25,7 +25,11 @@ LOG, ABOUT, DONE, FAULT = "log.txt", "stage.json", "done.json", "failed.json"  #
 COMMANDS = "research.commands"
 
 # What changes no result of a run, and so isn't hashed.
-_FREE = (("log",), ("compilation_cache",), ("data", "cache_dir"), ("mesh",), ("rules",), ("plan",), ("stall_seconds",))
+_FREE = (
+    *((name,) for name in ("log", "compilation_cache", "mesh", "rules", "plan", "stall_seconds")),
+    ("data", "cache_dir"),
+    *(("rollout", name) for name in ("servers", "in_flight", "answer_seconds", "outage_seconds")),
+)
 # Fields that are always hashed. One that was added later is hashed where it differs from its default, so that adding a
 # field makes no finished stage run again.
 _HASHED = {

@@ -29,7 +29,10 @@ class Engine:
         tokens, size = np.array(numbers, np.int32), len(numbers)
         lengths = np.where(tokens[:, 2] == 2, 3, 2).astype(np.int32)
         log_probs = np.full((size, 3), -1.0, np.float32)
-        return Answers(tokens, lengths, log_probs, tokens[:, 2] == 2, 0)
+        return Answers(tokens, lengths, log_probs, tokens[:, 2] == 2, np.zeros(size, np.int32))
+
+    def report(self):
+        return {}
 
 
 class Prompts:

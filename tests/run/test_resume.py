@@ -96,6 +96,8 @@ def test_every_field_has_a_rule_and_every_rule_a_field():
 
 
 OTHER = {
+    "rollout.engine": "vllm",
+    "rollout.servers": ("http://a",),
     "roles": {"teacher": {"init_from": "x"}},
     "objective": {"terms": {"sft": 2.0}},
     "data.sources": {"a": {"path": "a.jsonl"}},

@@ -53,7 +53,10 @@ class Local:
         tokens, lengths, log_probs = (x[:count] for x in jax.device_get(tuple(out)))
         last = np.take_along_axis(tokens, np.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
         stopped = (lengths > 0) & np.isin(last, sampling.stop_tokens)
-        return Answers(tokens, lengths, log_probs, stopped, self._version)
+        return Answers(tokens, lengths, log_probs, stopped, np.full(count, self._version, np.int32))
+
+    def report(self) -> dict[str, tuple[float, float]]:
+        return {}
 
     def _program(self, sampling: SamplingConfig) -> Callable[..., Any]:
         if sampling not in self._programs:

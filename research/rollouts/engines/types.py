@@ -18,14 +18,14 @@ class Answers(NamedTuple):
       log_probs: float32, log of the probability that each token was drawn with, after temperature and truncation; 0
         after the end.
       stopped: whether the answer ended with one of the stop tokens ("stop"); else it was cut off ("length").
-      version: of the parameters that wrote them.
+      versions: int32, of the parameters that wrote each.
     """
 
     tokens: Int[np.ndarray, "R N"]
     lengths: Int[np.ndarray, " R"]
     log_probs: Float[np.ndarray, "R N"]
     stopped: Bool[np.ndarray, " R"]
-    version: int
+    versions: Int[np.ndarray, " R"]
 
 
 class Engine(Protocol):
@@ -50,3 +50,6 @@ class Engine(Protocol):
           sampling: how tokens are chosen.
           key: raw random key: the same arguments give the same answers.
         """
+
+    def report(self) -> dict[str, tuple[float, float]]:
+        """What is to be reported of the time since this was called last: metric -> (sum, weight)."""
