@@ -18,7 +18,7 @@ from research.devices import startup
 from research.errors import Exit, InputError, did_you_mean
 
 _WIDTH = 100
-_READ = ("data", "model", "teacher")  # flags that name what is read
+_READ = ("data", "model", "teacher", "reference", "target", "eval_data")  # flags that name what is read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Scores text under a model: the loss and perplexity of each record; or, with --reward, writes rewards.
+"""Scores records: by loss and perplexity under a model, by rewards (--reward), or by any scorers (--with).
 
 Each record keeps its fields, in order, and gets
   count       how many of its tokens are scored
@@ -19,6 +19,20 @@ With --reward MODEL is a reward model: a run of the objective reward, or a ...Fo
               models, parted by commas; reward is then their mean
 
 With --reward and --reference MODEL is a policy, and its rewards are implicit: beta (log p - log p_ref) of an answer.
+
+With --with the scores come in a file of their own, a row for each record with its file, number, tokens and scores:
+see docs/selection.md. The scorers are
+  perplexity    nats per token, exp of them, and bits per byte
+  ifd           how much a prompt helps to predict its answer
+  rho           the loss under the model less that under --reference
+  el2n, gradient_norm   how far predictions are off, and how long the gradient is
+  less          how much a record's gradient helps with --target, by the checkpoints of a run
+  dsir          how much likelier its n-grams are in --target than in --data
+  reward, confidence    of a reward model, or a classifier, which --options names
+  duplicates    copies, and records that are nearly the same
+  overlap       n-grams that it has in common with --eval_data; always there where that is given
+  length        characters and words
+or modules of your own.
 
 Everything is read and checked before anything is computed. A killed run leaves OUTPUT.partial with whole lines, and the
 same command goes on from there.
@@ -42,7 +56,9 @@ COMMAND = cli.Command(
     "score",
     __doc__,
     flags=(
-        dataclasses.replace(cli.MODEL, parse=cli.paths, metavar="MODEL[,MODEL]"),
+        dataclasses.replace(
+            cli.MODEL, parse=cli.paths, metavar="MODEL[,MODEL]", required=False, shown="none, which --with allows"
+        ),
         cli.STEP,
         cli.EMA,
         cli.ADAPTER,
@@ -58,11 +74,11 @@ COMMAND = cli.Command(
         Flag("reward", "write rewards, of a reward model or several, or of policies", False),
         Flag(
             "reference",
-            "the policies' reference, to write their implicit rewards",
+            "with --reward the policies' reference, to write their implicit rewards; with --with that of rho",
             shown="none",
             metavar="MODEL",
             parse=cli.path,
-            of=("reward",),
+            of=("reward", "with"),
         ),
         Flag(
             "beta",
@@ -71,6 +87,28 @@ COMMAND = cli.Command(
             metavar="X",
             parse=cli.above_zero,
             of=("reference",),
+        ),
+        Flag("with", "write a row of scores of each record, by these scorers", metavar="NAME[,NAME]", parse=cli.words),
+        Flag(
+            "options",
+            'of scorers, as in {"ifd": {"form": "loss"}}',
+            shown="each scorer's own",
+            metavar="JSON",
+            parse=cli.section,
+            of=("with", "eval_data"),
+        ),
+        Flag(
+            "target",
+            "a file of what is wanted, for the scorers dsir and less",
+            metavar="FILE",
+            parse=cli.path,
+            of=("with",),
+        ),
+        Flag(
+            "eval_data",
+            "a file of what models are to be evaluated on: a row says how much of a record is there too",
+            metavar="FILE",
+            parse=cli.path,
         ),
         Flag("per_token", "also write the log-probability of each scored token", False),
         Flag(
@@ -87,6 +125,8 @@ COMMAND = cli.Command(
     ),
     examples=(
         "understudy score --model=runs/sft --data=texts.jsonl --output=scored.jsonl",
+        "understudy score --with=ifd,duplicates --model=runs/small --data=pairs.jsonl --eval_data=test.jsonl "
+        "--output=scores.jsonl",
         "understudy score --reward --model=runs/reward --data=pairs.jsonl --output=scored.jsonl",
         "understudy score --reward --model=runs/dpo --reference=runs/sft --data=pairs.jsonl --output=scored.jsonl",
     ),
@@ -101,7 +141,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _score(args: SimpleNamespace) -> None:
     files.check_output(args.output, overwrite=args.overwrite)
-    _check_together(args)
+    names = _scorers(args)
+    _check_together(args, names)
 
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     from research import loading
@@ -112,7 +153,9 @@ def _score(args: SimpleNamespace) -> None:
     compilation.use_compilation_cache()
     mesh = sharding.make_mesh(args.mesh)
     load = functools.partial(loading.load_model, step=args.step, ema=args.ema, mesh=mesh, adapter=args.adapter)
-    if args.reward:
+    if names:
+        scorer = _row_scorer(args, names, origin, mesh)
+    elif args.reward:
         truncate, beta = args.on_long == "truncate", args.beta if args.reference else None
         scorer = record_rewards.RecordRewarder(_rewarders(args, load), args.template, truncate, beta)
     else:
@@ -121,6 +164,33 @@ def _score(args: SimpleNamespace) -> None:
         scorer = record_scores.RecordScorer(loaded, template, args.on_long, args.per_token, args.batch_tokens)
     count = scorer.write(origin, Path(args.output))
     print(f"{count:,} records scored: {args.output}", file=sys.stderr)
+
+
+def _scorers(args: SimpleNamespace) -> tuple[str, ...]:
+    """The scorers whose rows are to be written; none where records are."""
+    names = getattr(args, "with") or ()
+    return (*names, "overlap") if args.eval_data and "overlap" not in names else tuple(names)
+
+
+def _row_scorer(args: SimpleNamespace, names: Sequence[str], origin: Any, mesh: Any) -> Any:
+    """What writes rows of scores."""
+    from research import loading  # late: see _score
+    from research.devices import sharding
+    from research.evals import scored_rows, scorers
+
+    def load(name: str, is_own: bool, check: Callable[..., None] | None) -> Any:
+        of_own = {"step": args.step, "ema": args.ema, "adapter": args.adapter} if is_own else {}
+        return loading.load_model(name, mesh=mesh, needs_tokenizer=False, check=check, **of_own)
+
+    flags = {name: getattr(args, name) or "" for name in ("reference", "target", "eval_data")}
+    model = args.model[0] if args.model else ""
+    inputs = scorers.Inputs(
+        origin, load, mesh, model, **flags, template=args.template, on_long=args.on_long, batch_tokens=args.batch_tokens
+    )
+    options = args.options or {}
+    by_name = scorers.load(names, options, inputs)
+    together = scored_rows.BATCHES_AT_ONCE * args.batch_tokens * sharding.num_parts(sharding.RULES["batch"], mesh)
+    return scored_rows.RowScorer(by_name, options, inputs.counting_encoder(), together)
 
 
 def _rewarders(args: SimpleNamespace, load: Callable[..., Any]) -> list[Any]:
@@ -142,9 +212,18 @@ def _rewarders(args: SimpleNamespace, load: Callable[..., Any]) -> list[Any]:
     return [record_rewards.PolicyRewarder(policy, reference, args.beta, args.batch_tokens) for policy in policies]
 
 
-def _check_together(args: SimpleNamespace) -> None:
-    """Raises InputError where flags don't go together."""
-    if not args.reward and len(args.model) > 1:
+def _check_together(args: SimpleNamespace, names: Sequence[str]) -> None:
+    """Raises InputError where flags don't go together; `names` are those of scorers."""
+    if not args.model and not names:
+        raise InputError(f"--model: is missing. Example: {COMMAND.examples[0]}")
+    if names and (args.reward or args.per_token or "beta" in args.texts):
+        flag = "reward" if args.reward else "per_token" if args.per_token else "beta"
+        raise InputError(f"--{flag}: writes into records, and --with and --eval_data rows of scores. Leave one out.")
+    if names and not args.model and (args.adapter or args.ema or args.step is not None):
+        raise InputError("--step, --ema, --adapter: are of --model, which isn't given. Leave them out.")
+    if names and len(args.model or ()) > 1:
+        raise InputError(f"--model = {','.join(args.model)}: --with scores by one. Name another in a file of its own.")
+    if not args.reward and not names and len(args.model) > 1:
         raise InputError(f"--model = {','.join(args.model)}: several are an ensemble of rewards. Add --reward.")
     if args.reward and args.per_token:
         raise InputError("--per_token: a reward is of a whole answer. Leave out either it or --reward.")

@@ -225,13 +225,13 @@ def _label(classifiers: Sequence[Classifier], origin: entries.Origin, total: int
             numbers = range(start, min(start + _TOGETHER, total))
             raw = [next(raw_records) for _ in numbers]
             if numbers.stop > done:
-                probs = np.mean([_probabilities(c, numbers) for c in classifiers], axis=0)
+                probs = np.mean([probabilities(c, numbers) for c in classifiers], axis=0)
                 skip = max(0, done - start)
                 yield [_line(*pair, fields, names) for pair in zip(raw[skip:], probs[skip:], strict=True)]
             bar.update(len(numbers))
 
 
-def _probabilities(classifier: Classifier, numbers: range) -> np.ndarray:
+def probabilities(classifier: Classifier, numbers: range) -> np.ndarray:
     """The probabilities of records by number, [len(numbers), C] float64."""
     store, T, ahead = classifier.store, classifier.seq_len, len(classifier.virtual)
     ends = np.cumsum(store.length)[numbers.start : numbers.stop]

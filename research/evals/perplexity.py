@@ -141,7 +141,7 @@ def make_record_perplexity(
     """
     examples = encode_records(records, tokenizer, template, model.config.vocab_size)
     counts = np.array([example.count for example in examples], np.float64)
-    sizes = None if tokenizer is None else _scored_bytes(examples, tokenizer, model.config.vocab_size)
+    sizes = None if tokenizer is None else scored_bytes(examples, tokenizer, model.config.vocab_size)
     loglikelihood = make_loglikelihood(model, batch_tokens=batch_tokens)
 
     def evaluate(params: Any) -> tuple[dict[str, float], list[TextSample]]:
@@ -161,7 +161,7 @@ def make_record_perplexity(
     return evaluate
 
 
-def _scored_bytes(examples: Sequence[Example], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+def scored_bytes(examples: Sequence[Example], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """UTF-8 bytes that the scored tokens of each example stand for, [len(examples)] float64."""
     token_bytes = np.zeros(vocab_size, np.float64)
     token_bytes[: tokenizer.size] = tokenizer.token_bytes()

@@ -289,8 +289,12 @@ class RecordRewarder:
                 )
         return [[Example(x.tokens[:longest], x.mask[:longest]) for x in each] for each in examples]
 
-    def _rewarded(self, items: Sequence[Item]) -> list[bytes]:
-        """The lines of records with their rewards."""
+    def rewards(self, items: Sequence[Item]) -> list[tuple[Answers, np.ndarray]]:
+        """The answers of each record, and their rewards by each member, [answers, members] float64.
+
+        Raises:
+          InputError: a record is at fault, or a reward is no number.
+        """
         values, answers = [], _answers(items)
         for rewarder in self.rewarders:
             examples = self._examples(rewarder, items, answers)
@@ -300,8 +304,19 @@ class RecordRewarder:
         if not np.isfinite(rewards).all():
             raise InputError("--model: gives rewards that are no numbers. Look at the model's weights.")
         parts = np.split(rewards, np.cumsum([len(each.turns) for each in answers])[:-1])
-        rows = zip(items, answers, parts, strict=True)
-        return [_line(item.record, each.several, part) for item, each, part in rows]
+        return list(zip(answers, parts, strict=True))
+
+    def check(self, items: Sequence[Item]) -> list[Answers]:
+        """The answers of each record. Raises InputError where a record is at fault."""
+        answers = _answers(items)
+        for rewarder in self.rewarders:
+            self._examples(rewarder, items, answers)
+        return answers
+
+    def _rewarded(self, items: Sequence[Item]) -> list[bytes]:
+        """The lines of records with their rewards."""
+        rows = zip(items, self.rewards(items), strict=True)
+        return [_line(item.record, each.several, part) for item, (each, part) in rows]
 
 
 def _answers(items: Sequence[Item]) -> list[Answers]:

@@ -128,7 +128,7 @@ class RecordScorer:
         with tqdm.tqdm(total=sum(lengths) - len(lengths), unit=" tokens", unit_scale=True, disable=None) as bar:
             for group in _groups(lengths, _BATCHES_AT_ONCE * self.batch_tokens * shards):
                 raw = [next(raw_records) for _ in group]
-                examples = _read_examples(spool, lengths[group.start : group.stop])
+                examples = read_examples(spool, lengths[group.start : group.stop])
                 # A group that was cut off is scored again, whole, so that its values are the same.
                 if group.stop > lines.done:
                     scored: dict[int, np.ndarray] = {}
@@ -178,13 +178,17 @@ class RecordScorer:
         vocab_size, longest = self.loaded.model.config.vocab_size, self.loaded.max_length
         examples = encode_records(items, self.loaded.tokenizer, self.template, vocab_size)
         for (where, _), example in zip(items, examples, strict=True):
-            if len(example.tokens) > longest + 1 and self.on_long != "split":
-                yield _shorten(where, example, longest, self.on_long)
-            else:
-                yield example
+            yield shorten(where, example, longest, self.on_long)
 
 
-def _shorten(where: str, example: Example, max_length: int, on_long: str) -> Example:
+def shorten(where: str, example: Example, max_length: int, on_long: str) -> Example:
+    """A record's tokens as far as a model takes them: its beginning where it is longer and `on_long` is "truncate".
+
+    Raises:
+      InputError: it is longer, and `on_long` is "error"; or nothing of its beginning is to be scored.
+    """
+    if len(example.tokens) <= max_length + 1 or on_long == "split":
+        return example
     if on_long == "error":
         raise InputError(
             f"{where}: has {len(example.tokens)} tokens, and the model takes {max_length} and predicts one more. "
@@ -199,7 +203,7 @@ def _shorten(where: str, example: Example, max_length: int, on_long: str) -> Exa
     return example
 
 
-def _read_examples(spool: BinaryIO, lengths: Sequence[int]) -> list[Example]:
+def read_examples(spool: BinaryIO, lengths: Sequence[int]) -> list[Example]:
     return [Example(np.frombuffer(spool.read(4 * n), np.int32), np.frombuffer(spool.read(n), bool)) for n in lengths]
 
 

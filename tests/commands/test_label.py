@@ -159,7 +159,7 @@ def test_the_most_confident_of_each_class_are_kept(folder, data, classifier, lab
 
 def test_a_killed_run_goes_on(folder, data, classifier, labelled, monkeypatch):
     monkeypatch.setattr(labels, "_TOGETHER", 16)
-    real, calls = labels._probabilities, []
+    real, calls = labels.probabilities, []
 
     def dies(*args):
         calls.append(args)
@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on(folder, data, classifier, labelled, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(labels, "_probabilities", dies)
+    monkeypatch.setattr(labels, "probabilities", dies)
     output = folder / "killed.jsonl"
     flags = [f"--model={classifier}", f"--data={data}", f"--output={output}"]
     assert label.main(flags) == 130

@@ -171,7 +171,7 @@ def test_labels_are_given_after_what_is_in_front(name):
     hidden = jax.jit(functools.partial(virtual.hidden, model))(values, rows(ids, mask))
     last = hidden[jnp.arange(3), jnp.array([len(text) - 1 for text in texts])]
     scores = jnp.matmul(last, model.unembed(values).kernel, precision="highest")[:, jnp.array(words)]
-    np.testing.assert_allclose(labels._probabilities(classifier, range(3)), jax.nn.softmax(scores), atol=1e-5)
+    np.testing.assert_allclose(labels.probabilities(classifier, range(3)), jax.nn.softmax(scores), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
