@@ -266,6 +266,22 @@ def test_cpu_leaves_out_the_half_that_no_query_sees(monkeypatch):
         assert "cond[" not in str(jax.make_jaxpr(f)(q, k, v, segment_ids))
 
 
+@pytest.mark.parametrize("case", ["causal", "prefix_all"])
+def test_cpu_computes_half_of_a_batch_and_the_others_apart(monkeypatch, case):
+    memory = make_memory()
+    options = CASES[case] | {"implementation": "cpu"}
+    whole = with_memory(*make_inputs(), memory, **options)
+    joined = []
+    monkeypatch.setattr(blocks, "_LEAST_SPLIT", 0)
+    monkeypatch.setattr(
+        jnp, "concatenate", lambda parts, axis=0, own=jnp.concatenate: joined.append(axis) or own(parts, axis)
+    )
+    halves = with_memory(*make_inputs(), memory, **options)
+    assert joined.count(0) == 6  # the result and its sums; the gradients by q, k, v and the memory
+    for own, other in zip(jax.tree.leaves(halves), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-6)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla", "cpu", "splash"])
 def test_bfloat16_is_close_to_float32(implementation):
     x = make_inputs(T=70, dtype=jnp.bfloat16)

@@ -9,15 +9,19 @@ Axes: see ops/scores.py.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from research.ops.scores import NAME, Documents, Memory, Scores, dot, grouped, to_heads, to_rows
 
 MIN_ROWS = 64  # of a block: smaller matrix products are slow
+# A batch is cut in two where it has this many scores at least, since below compiling costs more than it saves, and this
+# many products at a time, B K, at most: more of them keep all cores busy as they are.
+_LEAST_SPLIT, _MOST_SPLIT = 2**20, 16
 _LEAST_HALVED = 512  # T from which a block is compiled for half of the keys too; below, that costs more than it saves
 
 
@@ -42,6 +46,33 @@ def attention(
 
 
 def _forward(scores, q, k, v, documents, memory):
+    out, logsumexp = _in_halves(functools.partial(_outputs, scores, memory), q, k, v, documents)
+    out, logsumexp = checkpoint_name(out, NAME), checkpoint_name(logsumexp, NAME)
+    return out, (q, k, v, documents, memory, out, logsumexp)
+
+
+def _backward(scores, residuals, d_out):
+    q, k, v, documents, memory, out, logsumexp = residuals
+    gradients = functools.partial(_gradients, scores, memory)
+    dq, dk, dv, d_memory = _in_halves(gradients, q, k, v, documents, out, logsumexp, d_out)
+    if memory is not None:
+        d_keys, d_values = d_memory.sum(axis=0).transpose(0, 3, 1, 2)
+        d_memory = Memory((d_keys * scores.scale).astype(k.dtype), d_values.astype(v.dtype))
+    return dq, dk, dv, None, d_memory
+
+
+def _in_halves(function: Callable[..., Any], *arrays: PyTree) -> PyTree:
+    """function(*arrays) of half of a batch's rows and of the others, joined: XLA runs at the same time what doesn't
+    depend on each other, and most steps of a block are too small for all cores."""
+    (B, T, H, _), K = arrays[0].shape, arrays[1].shape[2]
+    if B % 2 or B * H * T * T < _LEAST_SPLIT or B * K > _MOST_SPLIT or _device_count() > 1:
+        return function(*arrays)
+    halves = (jax.tree.map(lambda x, rows=rows: x[rows], arrays) for rows in (slice(B // 2), slice(B // 2, B)))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(function(*half) for half in halves))
+
+
+def _outputs(scores, memory, q, k, v, documents):
+    """The result [B, T, H, h], and the logarithms of the sums of exponentials, [B, K, R, 1]."""
     T, K = q.shape[1], k.shape[2]
     queries, keys, values = to_rows(q, K), k.swapaxes(1, 2), v.swapaxes(1, 2)
     logsumexps = []
@@ -50,13 +81,11 @@ def _forward(scores, q, k, v, documents, memory):
         out, logsumexp = block.of_seen(block.outputs, queries[:, :, block.rows], keys, values)
         queries = queries.at[:, :, block.rows].set(out.astype(q.dtype))
         logsumexps.append(logsumexp)
-    out = checkpoint_name(to_heads(queries, T), NAME)
-    logsumexp = checkpoint_name(jnp.concatenate(logsumexps, axis=2), NAME)
-    return out, (q, k, v, documents, memory, out, logsumexp)
+    return to_heads(queries, T), jnp.concatenate(logsumexps, axis=2)
 
 
-def _backward(scores, residuals, d_out):
-    q, k, v, documents, memory, out, logsumexp = residuals
+def _gradients(scores, memory, q, k, v, documents, out, logsumexp, d_out):
+    """The gradients by q, k and v, and those by the memory of each row, [B, 2, K, h, P], None without one."""
     B, T, K = *q.shape[:2], k.shape[2]
     P = 0 if memory is None else memory.keys.shape[0]
     queries, keys, values, d_rows = to_rows(q, K), k.swapaxes(1, 2), v.swapaxes(1, 2), to_rows(d_out, K)
@@ -72,10 +101,8 @@ def _backward(scores, residuals, d_out):
             d_memory += block_memory
         queries = queries.at[:, :, block.rows].set(dq.astype(q.dtype))
     dk = (dk * scores.scale).transpose(0, 3, 1, 2).astype(k.dtype)
-    if memory is not None:
-        d_keys, d_values = d_memory.sum(axis=1).transpose(0, 3, 1, 2)
-        d_memory = Memory((d_keys * scores.scale).astype(k.dtype), d_values.astype(v.dtype))
-    return to_heads(queries, T), dk, dv.transpose(0, 3, 1, 2).astype(v.dtype), None, d_memory
+    d_memory = None if memory is None else d_memory.swapaxes(0, 1)
+    return to_heads(queries, T), dk, dv.transpose(0, 3, 1, 2).astype(v.dtype), d_memory
 
 
 @dataclasses.dataclass(frozen=True)
