@@ -131,11 +131,8 @@ def save(
       InputError: a tensor has a finite value that its dtype can't hold.
     """
     writer = _Writer(folder, max_shard_bytes)
-    flat = {params_lib.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(values)}
     not_finite: list[str] = []
-    for tensor, name, at in _tensors(family, c):
-        parts = [np.asarray(flat[path][at] if at else flat[path]) for path in tensor.paths]
-        x = join(parts, tensor, c)
+    for name, x in tensors(family, c, values):
         with np.errstate(over="ignore"):
             written = np.ascontiguousarray(x.astype(dtype(name)))
         if not np.isfinite(written).all():
@@ -143,6 +140,18 @@ def save(
             not_finite.append(name)
         writer.add(name, written)
     return Saved(writer.finish(), tuple(not_finite))
+
+
+def tensors(family: ModuleType, c: ModelConfig, values: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a checkpoint, one at a time: their names and values.
+
+    Args: see `save`.
+    """
+    flat = {params_lib.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(values)}
+    for tensor in family.tensors(c):
+        for name, at in places(tensor, c):
+            parts = [np.asarray(flat[path][at] if at else flat[path]) for path in tensor.paths]
+            yield name, join(parts, tensor, c)
 
 
 def _check_range(name: str, x: np.ndarray, written: np.ndarray) -> None:
@@ -193,10 +202,6 @@ class _Writer:
         self._files.append(self._folder / f"shard-{len(self._files)}")
         safetensors.numpy.save_file(self._shard, self._files[-1], metadata={"format": "pt"})
         self._shard = {}
-
-
-def _tensors(family: ModuleType, c: ModelConfig) -> Iterator[tuple[Tensor, str, tuple[int, ...]]]:
-    return ((tensor, name, at) for tensor in family.tensors(c) for name, at in places(tensor, c))
 
 
 def join(parts: list[np.ndarray], tensor: Tensor, c: ModelConfig) -> np.ndarray:

@@ -1,8 +1,6 @@
 """The two ways of weights to servers by a folder that all see: an adapter beside the model, or the whole model."""
 
-import contextlib
 import re
-import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +8,24 @@ import jax
 
 from research.models.specs import Params
 from research.rollouts.engines import server as http
+from research.rollouts.engines.nccl import NcclWeights
 from research.rollouts.engines.policy import Policy
 from research.rollouts.engines.staging import Staging
 from research.rollouts.engines.weights import ServerError, Weights
 
-START = "default"  # what vLLM calls the weights that a server began with
-_NEITHER = "none"  # while some of the weights are the new ones
-_SHORT = 30.0  # seconds for what takes none
+TRANSFERS = ("folder", "nccl")
+NAME = "policy"  # of the model that servers are started with (--served-model-name)
 
 
 def make_weights(
-    policy: Policy, folder: Path, *, name: str = "policy", dtype: str = "", seconds: float = 600.0, kept: int = 2
+    policy: Policy, folder: Path, *, transfer: str = "folder", dtype: str = "", seconds: float = 600.0, kept: int = 2
 ) -> Weights:
     """The way of a policy's weights: the adapter alone where vLLM can put it beside the model, else the whole model.
 
     Args:
       policy: to be served.
       folder: that the run and all its servers see at the same path.
-      name: of the model that servers are started with (--served-model-name).
+      transfer: one of TRANSFERS, of whole weights.
       dtype: of whole weights: float32, bfloat16 or float16; by default that in which the run computes.
       seconds: how long a server may take to read them.
       kept: how many versions stay in the folder, at least 2; one that was removed counts as none of this run's.
@@ -37,8 +35,11 @@ def make_weights(
     """
     policy.check()
     if policy.hot:
-        return AdapterWeights(policy, Staging(folder, kept), name, seconds)
-    return WholeWeights(policy, Staging(folder, kept), name, dtype or policy.model.config.dtype, seconds)
+        return AdapterWeights(policy, Staging(folder, kept), NAME, seconds)
+    dtype = dtype or policy.model.config.dtype
+    if transfer == "nccl":
+        return NcclWeights(policy, NAME, dtype, seconds)
+    return WholeWeights(policy, Staging(folder, kept), NAME, dtype, seconds)
 
 
 class AdapterWeights:
@@ -56,8 +57,8 @@ class AdapterWeights:
             self._staging.put(version, lambda path: self._policy.write_adapter(path, leaves))
 
     def prepare(self, server: str, version: int) -> None:
-        stamp = http.get(server, "/weight_info", _SHORT)["weight_version"]
-        if stamp != START:
+        stamp = http.stamp(server)
+        if stamp != http.START:
             raise ServerError(f"{server}: serves weights {stamp!r} that were changed since its start. Start it anew.")
         name = self.model(version)
         if name not in self._loaded(server):
@@ -71,7 +72,7 @@ class AdapterWeights:
         if name not in loaded:
             raise ServerError(f"{server}: hasn't loaded {name}. It was started anew since.")
         for other in loaded - {name, self._last.get(server)}:
-            http.post(server, "/v1/unload_lora_adapter", {"lora_name": other}, _SHORT)
+            http.post(server, "/v1/unload_lora_adapter", {"lora_name": other}, http.SHORT)
         self._last[server] = name
 
     def served(self, server: str) -> int | None:
@@ -83,11 +84,11 @@ class AdapterWeights:
         return f"{self._name}-{self._staging.path(version).name}"
 
     def stamp(self, version: int) -> str:
-        return START
+        return http.START
 
     def _loaded(self, server: str) -> set[str]:
         """The adapters of such names that a server has."""
-        answer = http.get(server, "/v1/models", _SHORT)
+        answer = http.get(server, "/v1/models", http.SHORT)
         return {model["id"] for model in answer["data"] if self._own.fullmatch(model["id"])}
 
 
@@ -105,49 +106,23 @@ class WholeWeights:
             self._staging.put(version, lambda path: self._policy.write_whole(path, values, self._dtype))
 
     def prepare(self, server: str, version: int) -> None:
-        if self._stamp(server) != self.stamp(version):
+        if http.stamp(server) != self.stamp(version):
             body = {"init_info": {"folder": str(self._staging.path(version))}}
             _first(server, "/init_weight_transfer_engine", body, self._seconds)
 
     def commit(self, server: str, version: int) -> None:
-        """While weights are read, those that the server has are called neither the old version nor the new, so that
-        one that is stopped in between isn't taken for either."""
-        if self._stamp(server) == self.stamp(version):
-            http.post(server, "/resume", None, _SHORT)  # a run that ended here may have left it paused
-            return
-        http.post(server, f"/pause?{urllib.parse.urlencode({'mode': 'wait'})}", None, self._seconds)
-        try:
-            self._update(server, version)
-        except ServerError:
-            with contextlib.suppress(ServerError):
-                http.post(server, "/resume", None, _SHORT)
-            raise
-        http.post(server, "/resume", None, _SHORT)
-
-    def _update(self, server: str, version: int) -> None:
-        http.post(server, "/update_weight_version", {"new_version": _NEITHER}, _SHORT)
-        try:
-            http.post(server, "/start_weight_update", None, _SHORT)
-        except ServerError as error:
-            if "already active" not in str(error):  # begun by a run that ended here
-                raise
         body = {"update_info": {"folder": str(self._staging.path(version))}}
-        http.post(server, "/update_weights", body, self._seconds)
-        http.post(server, "/reset_prefix_cache", None, _SHORT)
-        http.post(server, "/finish_weight_update", {"weight_version": self.stamp(version)}, _SHORT)
+        read = lambda: http.post(server, "/update_weights", body, self._seconds)  # noqa: E731
+        http.change_weights(server, self.stamp(version), read, self._seconds)
 
     def served(self, server: str) -> int | None:
-        return self._staging.version(self._stamp(server))
+        return self._staging.version(http.stamp(server))
 
     def model(self, version: int) -> str:
         return self._name
 
     def stamp(self, version: int) -> str:
         return self._staging.path(version).name
-
-    @staticmethod
-    def _stamp(server: str) -> Any:
-        return http.get(server, "/weight_info", _SHORT)["weight_version"]
 
 
 def _first(server: str, path: str, body: Any, seconds: float) -> None:

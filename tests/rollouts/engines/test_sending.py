@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from research.models import adapters, transformer
 from research.models.config import ModelConfig
 from research.pretrained import load
 from research.rollouts.engines import sending, weights
+from research.rollouts.engines.nccl import NcclWeights
 from research.rollouts.engines.policy import Policy
 from research.rollouts.engines.weights import ServerError
 
@@ -77,12 +79,18 @@ class FakeServer:
             return 500, {"error": f"{path} is broken"}
         if path == "/weight_info":
             return 200, {"weight_version": self.stamp}
+        if path == "/get_world_size":
+            return 200, {"world_size": 2}
         if path == "/v1/models":
             return 200, {"data": [{"id": name} for name in ("policy", *self.adapters)]}
         if path == "/v1/load_lora_adapter":
             self.adapters[body["lora_name"]] = body["lora_path"]
         elif path == "/v1/unload_lora_adapter":
             del self.adapters[body["lora_name"]]
+        elif path == "/init_weight_transfer_engine" and "folder" not in body["init_info"]:
+            self.joined = body["init_info"]
+        elif path == "/update_weights" and "names" in body["update_info"]:
+            self.told = body["update_info"]
         elif path == "/init_weight_transfer_engine":
             try:
                 plugin.check(Path(body["init_info"]["folder"]))
@@ -239,6 +247,44 @@ def test_adapters_are_loaded_beside_each_other(tmp_path, servers):
     fake.stamp = "3-0123456789ab"
     with pytest.raises(ServerError, match=r"changed since its start"):
         again.prepare(fake.url, 7)
+
+
+class FakeGroup:
+    """A group of NCCL, which notes what is sent."""
+
+    sent: ClassVar[list] = []
+    fails = False
+
+    def __init__(self, number, size):
+        self.size = size
+
+    def broadcast(self, tensors):
+        if self.fails:
+            raise OSError("ncclBroadcast gave status 3")
+        self.sent[:] = tensors
+
+
+def test_whole_weights_by_nccl(tmp_path, servers, monkeypatch):
+    """What the run sends is what it tells the server, in this order; NCCL itself isn't here."""
+    of, fake = policy(), servers[0]
+    assert isinstance(sending.make_weights(of, tmp_path, transfer="nccl"), NcclWeights)
+    w = NcclWeights(of, "policy", "bfloat16", 10.0, FakeGroup)
+    w.stage(values_of(of), 5)
+    assert weights.sync(w, [fake.url], 5) == {}
+    assert (w.served(fake.url), fake.joined["world_size"], fake.joined["packed"]) == (5, 3, False)
+    assert fake.told["shapes"] == [list(x.shape) for x in FakeGroup.sent]
+    assert {x.dtype.name for x in FakeGroup.sent} == set(fake.told["dtype_names"]) == {"bfloat16"}
+    embed = FakeGroup.sent[fake.told["names"].index("model.embed_tokens.weight")]
+    np.testing.assert_array_equal(embed, np.asarray(values_of(of)["embed"]).astype(embed.dtype))
+
+    monkeypatch.setattr(FakeGroup, "fails", True)
+    w.stage(values_of(of, 1), 6)
+    assert "status 3" in str(weights.sync(w, [fake.url], 6)[fake.url])
+    assert w.served(fake.url) is None
+    assert not fake.paused
+    monkeypatch.undo()
+    assert weights.sync(w, [fake.url], 6) == {}
+    assert fake.calls.count("/init_weight_transfer_engine") == 2  # the group was formed anew
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_log_probs_are_ours_before_and_after_updates(vllm_server, tmp_path, name
     assert beside == (name in ("lora", "rslora"))
     gaps = []
     if beside or name == "dora":  # the first of the others
-        rows, said = run.answers("policy", sending.START)
+        rows, said = run.answers("policy", server.START)
         gaps.append(np.abs(said - run.log_probs(rows)).max())
     for version in (1, 2):
         before = run.values
