@@ -210,7 +210,7 @@ class OwnModel:
         size -= len(sampling.get("logit_bias", {}))  # ids that no token has
         config = SamplingConfig(sampling["max_tokens"], sampling["temperature"], stop_tokens=stops)
         if config not in self.programs:
-            self.programs[config] = make_generate(self.model, config, size, of_draws=True)
+            self.programs[config] = make_generate(self.model, config, size, of_draws=config.temperature > 0)
         padded, lengths = pad_prompts([prompt], bucket=self.longest)
         out = jax.device_get(self.programs[config](params, padded, lengths, jax.random.key(sampling["seed"] % 2**32)))
         n = int(out.lengths[0])
@@ -220,6 +220,6 @@ class OwnModel:
             ids[0, : len(prompt)] = prompt
             batch = {"tokens": ids, "segment_ids": np.ones_like(ids), "positions": np.arange(self.longest)[None]}
             logits = self.model.unembed(params).logits(self.model.hidden(params, batch)[:, len(prompt) - 1])
-            logits = np.where(np.arange(logits.shape[1]) < size, logits[0], -np.inf) / config.temperature
+            logits = np.where(np.arange(logits.shape[1]) < size, logits[0], -np.inf) / (config.temperature or 1.0)
             rows = [logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()]
         return out.tokens[0, :n].tolist(), out.logprobs[0, :n].tolist(), rows

@@ -8,7 +8,20 @@ from research.cli.command import Command
 from research.cli.ending import fail, finish
 from research.cli.entry import console, main, names, overview, summary
 from research.cli.experiments import EXPERIMENTS, Experiment, load_module, read_experiment
-from research.cli.flags import ADAPTER, BATCH_TOKENS, EMA, MESH, MODEL, OVERWRITE, SEED, STEP, TEMPLATE, Flag, value
+from research.cli.flags import (
+    ADAPTER,
+    BATCH_TOKENS,
+    EMA,
+    MESH,
+    MODEL,
+    OVERWRITE,
+    SEED,
+    SERVERS,
+    STEP,
+    TEMPLATE,
+    Flag,
+    value,
+)
 from research.cli.values import (
     above_zero,
     mesh,
@@ -34,6 +47,7 @@ __all__ = [
     "MODEL",
     "OVERWRITE",
     "SEED",
+    "SERVERS",
     "STEP",
     "TEMPLATE",
     "Command",

@@ -121,6 +121,15 @@ TEMPLATE = Flag(
     parse=values.one_of("auto", "model", "chat", "plain"),
 )
 OVERWRITE = Flag("overwrite", "replace the output where it is there", False, of=("output",))
+SERVERS = Flag(
+    "servers",
+    "vLLM servers of the same model, which write the answers (docs/rl.md); --model says how they are asked, and is "
+    "compared with them",
+    (),
+    "the devices here",
+    "URL,...",
+    values.urls,
+)
 SEED = Flag("seed", "of what is drawn by chance", 0, metavar="N", parse=values.seed)
 MESH = Flag("mesh", "as in data=4,tensor=2", {"data": -1}, "all devices share the batch", "AXES", values.mesh)
 BATCH_TOKENS = Flag(

@@ -80,6 +80,15 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word for word in text.split(",") if word)
 
 
+def urls(text: str) -> tuple[str, ...]:
+    """URLs of servers that are parted by commas."""
+    found = tuple(url.rstrip("/") for url in words(text))
+    for url in found:
+        if not url.startswith(("http://", "https://")) or found.count(url) > 1:
+            raise ValueError("must be URLs of servers, each once, such as http://127.0.0.1:8000.")
+    return found
+
+
 def section(text: str) -> dict[str, Any]:
     """A JSON object, as a section of a config."""
     parsed = _json_object(text)

@@ -64,6 +64,7 @@ COMMAND = cli.Command(
         ),
         cli.OVERWRITE,
         cli.TEMPLATE,
+        cli.SERVERS,
         cli.MESH,
         cli.BATCH_TOKENS,
     ),
@@ -93,8 +94,10 @@ def _evaluate(args: SimpleNamespace) -> None:
     from research import loading
     from research.devices import compilation, sharding
     from research.evals import lm_eval_adapter, results, tasks
+    from research.evals import served as serving
 
     data = [tasks.parse(spec)[2] for spec in args.task]
+    _check_served(args)
     for output in outputs:
         files.check_apart(output, data)
     for output in outputs:
@@ -113,7 +116,8 @@ def _evaluate(args: SimpleNamespace) -> None:
     common = {"limit": args.max_records, "batch_tokens": args.batch_tokens}
     with jax.set_mesh(loaded.mesh):
         template = loaded.template_for(args.template)
-        measured = results.evaluate_tasks(loaded, args.task, template=template, **common)
+        served = {"make": serving.Servers(args.servers).make_generate} if args.servers else {}
+        measured = results.evaluate_tasks(loaded, args.task, template=template, **common, **served)
         if args.lm_eval:
             # The harness's own default is no template, and its published figures are without.
             harness = results.Harness(args.lm_eval, args.include_path, args.num_fewshot)
@@ -125,6 +129,19 @@ def _evaluate(args: SimpleNamespace) -> None:
             args.model,
             {name: getattr(args, name) for name in vars(args) if name not in ("given", "overwrite")},
             measured,
+        )
+
+
+def _check_served(args: SimpleNamespace) -> None:
+    """Raises InputError where servers would have nothing to do with a task."""
+    from research.evals import tasks  # late, as above
+
+    unserved = [spec for spec in args.task if tasks.parse(spec)[0] not in tasks.SERVED]
+    unserved += [f"--lm_eval={','.join(args.lm_eval)}"] if args.lm_eval else []
+    if args.servers and unserved:
+        raise InputError(
+            f"--servers = {','.join(args.servers)}: write answers, and {unserved[0]} is computed here, with all of the "
+            f"model. Servers are for tasks of the kind {', '.join(tasks.SERVED)}; evaluate the others by themselves."
         )
 
 

@@ -7,6 +7,7 @@ A model that was trained to fill in (docs/data.md, the views fim and denoise) wr
 filter` read. A killed run leaves OUTPUT.partial, and the same command goes on from there.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,10 +84,11 @@ COMMAND = cli.Command(
         Flag("min_p", "draw from those X times as likely as the likeliest", 0.0, metavar="X", parse=cli.number),
         Flag("stop", "end before this text", many=True),
         Flag("n", "answers to each prompt, each drawn by itself", 1, metavar="N", parse=cli.whole(1)),
+        cli.SERVERS,
         cli.SEED,
         Flag(
             "batch_size",
-            "how many answers to the prompts of a file are decoded at once",
+            "how many answers to the prompts of a file are decoded at once, or asked of each server",
             16,
             metavar="N",
             parse=cli.whole(1),
@@ -141,6 +143,7 @@ def _generate(args: SimpleNamespace) -> None:
         stops=args.stop,
         seed=args.seed,
         form=form,
+        **_by_servers(args),
     )
 
     def reply(messages: list[dict[str, str]], turn: int) -> Iterator[str]:
@@ -149,9 +152,9 @@ def _generate(args: SimpleNamespace) -> None:
     if args.interactive:
         conversation.chat(reply, input)
     elif args.output:
-        flags = {name: getattr(args, name) for name in _DECIDING}
+        flags = {name: getattr(args, name) for name in _DECIDING} | ({"servers": True} if args.servers else {})
         completions.write_completions(responder, questions, Path(args.output), args.batch_size, flags)
-    elif args.data or args.n > 1:
+    elif args.data or args.n > 1 or args.servers:
         for answers in responder.complete(questions, args.batch_size, n=args.n):
             for _, text, _ in answers:
                 print(text, flush=True)
@@ -159,6 +162,16 @@ def _generate(args: SimpleNamespace) -> None:
         for piece in responder.stream(questions[0]):
             print(piece, end="", flush=True)
         print()
+
+
+def _by_servers(args: SimpleNamespace) -> dict[str, Any]:
+    """What make_responder takes where servers write."""
+    if not args.servers:
+        return {}
+    from research.evals import served  # late, as above
+
+    limits = dataclasses.replace(served.LIMITS, in_flight=args.batch_size)
+    return {"make": served.Servers(args.servers, limits).make_generate}
 
 
 def _check_kind(args: SimpleNamespace, config: Any, name: str) -> None:
@@ -245,5 +258,8 @@ def _check(args: SimpleNamespace) -> None:
         raise InputError(f"--output = {args.output}: a conversation isn't written to a file. Leave it out.")
     if args.interactive and args.n > 1:
         raise InputError(f"--n = {args.n}: a conversation goes on with one answer. Leave it out.")
+    for flag in ("interactive", "fill", "adapter") if args.servers else ():
+        if getattr(args, flag):
+            raise InputError(f"--{flag}: isn't for servers, which answer prompts with one model. Leave --servers out.")
     if args.output:
         files.check_output(args.output, overwrite=args.overwrite)

@@ -17,7 +17,14 @@ from research import files
 from research.evals.markers import say_markers
 from research.evals.prompts import GapEncoder, Prompt, PromptEncoder
 from research.loading import LoadedModel
-from research.models.generation import BATCHES_AT_ONCE, Completion, generate_batches, make_generate, make_stream
+from research.models.generation import (
+    BATCHES_AT_ONCE,
+    Completion,
+    MakeGenerate,
+    generate_batches,
+    make_generate,
+    make_stream,
+)
 from research.models.sampling import SamplingConfig, longest_prompt
 from research.sources.infilling import make_infilling
 
@@ -34,6 +41,7 @@ class Responder:
       encode: prompt -> token ids.
       stops: an answer ends before the first of these texts.
       key: of the draws.
+      make: of what answers many prompts.
     """
 
     loaded: LoadedModel
@@ -41,6 +49,7 @@ class Responder:
     encode: PromptEncoder | GapEncoder
     stops: tuple[str, ...]
     key: jax.Array
+    make: MakeGenerate = make_generate
 
     def stream(self, prompt: Prompt, turn: int | None = None) -> Iterator[str]:
         """Yields the answer to one prompt in pieces, as they come; draws differ by turn of a conversation."""
@@ -89,7 +98,7 @@ class Responder:
         adapters = [self.loaded.adapter_of(prompt.record, prompt.where) for prompt in prompts]
         ids = self.encode_all(prompts) if ids is None else ids
         models = {id(each.model): each.model for each in self.loaded.each}  # adapters share one, but for those in front
-        generate = {i: make_generate(m, self.sampling, self.loaded.tokenizer.size) for i, m in models.items()}
+        generate = {i: self.make(m, self.sampling, self.loaded.tokenizer.size) for i, m in models.items()}
         total, size = n * len(ids), n * max(1, BATCHES_AT_ONCE * batch_size // n)
         count, seconds = 0, 0.0
         for first in range(n * done, total, size):
@@ -130,6 +139,7 @@ def make_responder(
     stops: Sequence[str] = (),
     seed: int = 0,
     form: str = "",
+    make: MakeGenerate = make_generate,
 ) -> Responder:
     """Prepares a model to answer prompts.
 
@@ -142,6 +152,7 @@ def make_responder(
       stops: texts that end an answer.
       seed: of the draws.
       form: of sources.infilling, where prompts have a prefix and a suffix; "" for the others.
+      make: of what answers many prompts.
 
     Raises:
       InputError: the sampling can't work, or leaves no room for a prompt; or the model can't fill in.
@@ -162,7 +173,7 @@ def make_responder(
         encoder = GapEncoder(infilling, longest, room)
     else:
         encoder = PromptEncoder(tokenizer, loaded.template_for(template), system, longest, room)
-    return Responder(loaded, config, encoder, tuple(stops), jax.random.key(seed))
+    return Responder(loaded, config, encoder, tuple(stops), jax.random.key(seed), make)
 
 
 def write_completions(

@@ -8,7 +8,7 @@ import jax
 
 from research.errors import InputError
 from research.evals import repeated
-from research.models.generation import generate_batches, make_generate
+from research.models.generation import MakeGenerate, generate_batches, make_generate
 from research.models.sampling import SamplingConfig, longest_prompt
 from research.models.transformer import Model
 from research.sources.formats import answer_decoder, render_prompt
@@ -45,6 +45,7 @@ def make_generation(
     batch_size: int,
     where: Sequence[str] = (),
     n: int = 1,
+    make: MakeGenerate = make_generate,
 ) -> Callable[[Any, jax.Array], tuple[dict[str, float], list[Any]]]:
     """Returns evaluate(params, key) -> (metrics, a Sample for each prompt, in the order of `records`).
 
@@ -65,11 +66,12 @@ def make_generation(
       batch_size: answers decoded at once.
       where: where each record is from, for errors; empty where that isn't known.
       n: how many answers each prompt gets.
+      make: of what writes them.
 
     Raises:
       InputError: no prompt fits, or a record has no prompt.
     """
-    generate = make_generate(model, config, tokenizer.size)
+    generate = make(model, config, tokenizer.size)
     longest = longest_prompt(model, config)
     templates = [template] * len(records) if isinstance(template, str) else template
     places = [f"{place}: " for place in where] or [""] * len(records)

@@ -13,6 +13,7 @@ from research import files
 from research.errors import InputError
 from research.evals import lm_eval_adapter, multiple_choice, tasks
 from research.loading import LoadedModel
+from research.models.generation import MakeGenerate, make_generate
 
 Metrics = Mapping[str, float]
 
@@ -39,7 +40,13 @@ class Harness(NamedTuple):
 
 
 def evaluate_tasks(
-    loaded: LoadedModel, specs: Sequence[str], *, template: str, limit: int, batch_tokens: int
+    loaded: LoadedModel,
+    specs: Sequence[str],
+    *,
+    template: str,
+    limit: int,
+    batch_tokens: int,
+    make: MakeGenerate = make_generate,
 ) -> dict[str, Result]:
     """Runs tasks, written as evals.tasks says, under the mesh of the model.
 
@@ -49,13 +56,15 @@ def evaluate_tasks(
       template: how prompts are put to the model, where a task doesn't say.
       limit: the first so many records of each; 0 for all.
       batch_tokens: see scoring.
+      make: see tasks.load.
 
     Raises:
       InputError: a task is at fault, or two have the same name.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     evaluations = [
-        tasks.load(spec, model, tokenizer, template, limit=limit, batch_tokens=batch_tokens) for spec in specs
+        tasks.load(spec, model, tokenizer, template, limit=limit, batch_tokens=batch_tokens, make=make)
+        for spec in specs
     ]
     names = [evaluation.name for evaluation in evaluations]
     for name in names:

@@ -43,6 +43,7 @@ from research.evals.pseudo_perplexity import make_pseudo_perplexity
 from research.evals.record_rewards import check_reward_model
 from research.evals.scoring import BATCH_TOKENS, ratio_of_sums
 from research.models.config import ModelConfig
+from research.models.generation import MakeGenerate, make_generate
 from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
 from research.sources import entries, verification
@@ -54,6 +55,8 @@ from research.sources.tokenizers import Tokenizer
 Record = Mapping[str, Any]
 Metrics = dict[str, float]
 Answer = Callable[[Any, jax.Array], tuple[Metrics, list[Any]]]  # (params, key) -> (metrics, samples)
+
+SERVED = ("exact_match",)  # kinds of which servers may write the answers
 
 _GENERATED_RECORDS = 1000
 _GENERATED_SEED = 0x5EED  # none that training is likely to draw from
@@ -89,6 +92,7 @@ def load(
     *,
     limit: int = 0,
     batch_tokens: int = BATCH_TOKENS,
+    make: MakeGenerate = make_generate,
 ) -> Evaluation:
     """Reads a task's records and makes its evaluation.
 
@@ -99,6 +103,7 @@ def load(
       template: how prompts are put to the model, where the task doesn't say.
       limit: the first so many records, where the task doesn't say; 0 for all.
       batch_tokens: see scoring.
+      make: of what answers prompts, where a task of SERVED asks for that.
 
     Raises:
       InputError: the task, its file or a record is at fault.
@@ -130,7 +135,7 @@ def load(
             return Evaluation(name, lambda params, key: measure(params))
         if kind == "infill":
             return Evaluation(name, _infill(items, options, model, tokenizer))
-        return Evaluation(name, _exact_match(items, options, model, tokenizer, template))
+        return Evaluation(name, _exact_match(items, options, model, tokenizer, template, make))
     except InputError as error:
         raise InputError(f"task {spec}: {error}") from error
 
@@ -236,7 +241,7 @@ def _each(items: list[tuple[str, Record]], read: Callable[[Record], Record]) -> 
     return records
 
 
-def _exact_match(items, options, model, tokenizer, template) -> Answer:
+def _exact_match(items, options, model, tokenizer, template, make) -> Answer:
     verifier = options.get("verifier", "task")
 
     def read(record: Record) -> Record:
@@ -270,6 +275,7 @@ def _exact_match(items, options, model, tokenizer, template) -> Answer:
         batch_size=min(n * len(records), _whole(options, "batch_size", 64)),
         where=[place for place, _ in items],
         n=n,
+        make=make,
     )
     if n > 1:
         return answer

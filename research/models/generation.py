@@ -18,6 +18,7 @@ from research.models.transformer import Model
 
 Params = Any
 Generate = Callable[..., Generated]
+MakeGenerate = Callable[..., Generate]  # (model, sampling, vocabulary size) -> see make_generate
 Stream = Callable[[Params, Sequence[int], jax.Array], Iterator[list[int]]]
 
 BATCHES_AT_ONCE = 8  # so many times batch_size prompts, a power of two, are the most in one call

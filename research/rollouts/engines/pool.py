@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from research.errors import InputError, Unavailable
@@ -39,6 +39,7 @@ class Limits:
       outage_seconds: how long no server may be there.
       brief_seconds: how long it may take for what needs no model, such as /health.
       pauses: seconds between two looks for a server that is lost: the first, and what they double up to.
+      field, option: what the servers and outage_seconds are called in errors.
     """
 
     in_flight: int = 64
@@ -46,6 +47,17 @@ class Limits:
     outage_seconds: float = 600.0
     brief_seconds: float = 10.0
     pauses: tuple[float, float] = (0.5, 15.0)
+    field: str = "rollout.servers"
+    option: str = "rollout.outage_seconds"
+
+    def unavailable(self, seconds: float, whys: Iterable[object]) -> Unavailable:
+        """The error where no server was there for so long, for these reasons."""
+        option = f" ({self.option})" if self.option else ""
+        reasons = "; ".join(dict.fromkeys(map(str, whys)))
+        return Unavailable(
+            f"{self.field}: none can be used for {seconds:.0f} s{option}: {reasons}. Start them, and the same command "
+            "goes on from here."
+        )
 
 
 @dataclasses.dataclass
@@ -169,11 +181,7 @@ class _Round:
                 if not self._all_failed():
                     alive, told = now, None
                 elif now - alive >= limit:
-                    whys = "; ".join(dict.fromkeys(server.why for server in self.pool.servers if server.why))
-                    self.error = Unavailable(
-                        f"rollout.servers: none can be used for {now - alive:.0f} s (rollout.outage_seconds): {whys}. "
-                        "Start them, and the same command goes on from here."
-                    )
+                    self.error = self.pool.limits.unavailable(now - alive, [each.why for each in self.pool.servers])
                 elif told is None or now - told >= NOTICE_SECONDS:
                     self.pool.say(f"no server can be used for {now - alive:.0f} s; waiting for up to {limit:g} s")
                     told = now
@@ -256,7 +264,7 @@ class _Round:
                 self.tries[number] = 0
                 self._down(server, losses, str(error))
             elif self.tries[number] >= _MOST_TRIES:
-                raise InputError(f"rollout.servers: {error} ({_MOST_TRIES} times, for one request)")
+                raise InputError(f"{self.pool.limits.field}: {error} ({_MOST_TRIES} times, for one request)")
             self.waiting.append(number)
             self.changed.notify_all()
 

@@ -17,7 +17,7 @@ from research.models.transformer import Model
 
 SHOWN = 5  # of the likeliest tokens, which are compared
 WARNED = 0.02  # the mean difference of log-probabilities, in nats, from which on a line says so
-REFUSED = 0.5  # and from which on the server isn't used
+REFUSED = 0.2  # and from which on the server isn't used
 _LONGEST = 64  # tokens of the prompt
 _LEAST = -50.0  # log-probabilities below this are compared as this
 

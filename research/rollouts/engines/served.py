@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from research.errors import InputError, Unavailable
+from research.errors import InputError
 from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
 from research.rollouts.engines import client, probe, wire
@@ -151,10 +151,10 @@ class Served:
                 for why in faults.values():
                     self.say(f"warning  {why}. It is used once it answers.")
                 return
-            whys = "; ".join(map(str, faults.values()))
             if waited >= limit:
-                raise Unavailable(f"rollout.servers: none answers for {waited:.0f} s (rollout.outage_seconds): {whys}.")
+                raise self.limits.unavailable(waited, faults.values())
             if waited - told >= NOTICE_SECONDS:
+                whys = "; ".join(map(str, faults.values()))
                 self.say(f"no server answers yet; waiting for up to {limit:g} s: {whys}")
                 told = waited
             time.sleep(min(pause, max(0.0, limit - waited)))

@@ -84,9 +84,10 @@ def test_answers_are_those_of_the_weights_that_were_handed_over_and_of_no_one_se
     fleet.engine.sync(NEXT, 5)
     check(fleet.generate(), NEXT, 5)
     report = {name: total for name, (total, _) in fleet.engine.report().items() if "seconds" not in name}
+    assert report.pop("rollout/servers") >= 1
     assert report == {
         **dict.fromkeys(("rollout/dropped/version", "rollout/dropped/malformed", "rollout/retried", "rollout/lost"), 0),
-        **{"rollout/servers": 2, "rollout/behind": 0},
+        "rollout/behind": 0,
     }
     assert fleet.lines == []
 
