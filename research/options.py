@@ -15,7 +15,12 @@ from typing import Any
 
 from research.errors import MOST_SEED, InputError, did_you_mean, own_code
 
-_PATHS = {"init_from", "annotations", "cache_dir"}  # fields that name a file or folder; data.path is read by sources/
+_PATHS = {
+    "init_from",
+    "annotations",
+    "select",
+    "cache_dir",
+}  # fields that name a file or folder; data.path is read by sources/
 
 
 def build(cls: type, values: Mapping[str, Any], path: str) -> Any:

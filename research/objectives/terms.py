@@ -55,8 +55,13 @@ class Term:
         """The numbers of the term's sources in the batch field `source`, of which `names` are all, in order.
 
         Raises:
-          InputError: there is no such source.
+          InputError: there is no such source; or the objective knows of other sources than there are.
         """
+        if self.objective.sources and self.objective.sources != tuple(names):
+            own, there = ", ".join(self.objective.sources), ", ".join(names) or "none"
+            raise InputError(
+                f"objective.terms.{self.name}: weighs the sources {own}, and data.sources has {there}. Name the same."
+            )
         for source in self.sources:
             if source not in names:
                 field = f"objective.terms.{self.name}.sources"

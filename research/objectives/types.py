@@ -244,6 +244,9 @@ class Objective:
       bits_per_byte: whether bits per byte are made of its `nll`: it is of each supervised token, given those before.
       notices: (metrics of the term, whether they are of the first step alone, before any update) -> lines for the log,
         by a name each. A run says each once. None for an objective that has nothing to say.
+      sources: the names that data.sources must have, where it knows something of each; () where any will do.
+      chances: (carry) -> [S], how probable each of `sources` is to be drawn for a row of the next batch; None where the
+        data's weights say that.
       labels: how many numbers it wants of the policy's head (model.num_labels) at least, where the data doesn't say it.
       init_carry: (shapes and dtypes of the batch) -> the first carry; None for an objective without one.
       update: (carry, statistics summed over the batch) -> the next carry, of the same shapes and dtypes.
@@ -260,6 +263,8 @@ class Objective:
     annotations: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gather: Callable[[Forward, Batch], Any] | None = None
     bits_per_byte: bool = True
+    sources: tuple[str, ...] = ()
+    chances: Callable[[Any], Any] | None = None
     labels: int = 0
     notices: Callable[[Mapping[str, float], bool], Mapping[str, str]] | None = None
     init_carry: Callable[[Mapping[str, jax.ShapeDtypeStruct]], Any] | None = None
@@ -268,6 +273,8 @@ class Objective:
     def __post_init__(self):
         if (self.init_carry is None) != (self.update is None):
             raise ValueError("Objective: init_carry and update come together")
+        if self.chances is not None and (self.init_carry is None or not self.sources):
+            raise ValueError("Objective: chances are of `sources`, and of what init_carry begins")
 
 
 def next_token_targets(

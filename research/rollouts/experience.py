@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from research.sources.prefetch import Prefetch
+from research.sources.adaptive import CHANCES
+from research.sources.prefetch import OnDemand, Prefetch
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[float | jax.Array, float | jax.Array]]  # name -> (sum, weight)
@@ -48,13 +50,15 @@ class Experience(NamedTuple):
 Rollout = Callable[[Any, Any, Batch], Batch]  # (train state, frozen, batch) -> batch
 
 
-def make(batches: Prefetch, spec: Mapping[str, jax.ShapeDtypeStruct], rollout: Rollout | None = None) -> Experience:
+def make(
+    batches: Prefetch | OnDemand, spec: Mapping[str, jax.ShapeDtypeStruct], rollout: Rollout | None = None
+) -> Experience:
     """The source's batches; with `rollout`, some of their answers are the policy's own."""
     plain = from_source(batches, spec)
     return plain if rollout is None else answered(plain, rollout)
 
 
-def from_source(batches: Prefetch, spec: Mapping[str, jax.ShapeDtypeStruct]) -> Experience:
+def from_source(batches: Prefetch | OnDemand, spec: Mapping[str, jax.ShapeDtypeStruct]) -> Experience:
     """Passes the batches of a source on."""
 
     def init() -> Place:
@@ -75,5 +79,20 @@ def answered(experience: Experience, rollout: Rollout) -> Experience:
     def step(state: Any, frozen: Any, place: Place) -> tuple[Batch, Place, Metrics]:
         batch, place, metrics = experience.next(state, frozen, place)
         return rollout(state, frozen, batch), place, metrics
+
+    return experience._replace(next=step)
+
+
+def drawn(experience: Experience, chances: Callable[[Any], Any]) -> Experience:
+    """The same experience of an adaptive source, whose next batch is drawn by what the train state says.
+
+    Args:
+      experience: whose Place.source is the state of sources.adaptive.
+      chances: train state -> [S], of each part; the host waits for them.
+    """
+
+    def step(state: Any, frozen: Any, place: Place) -> tuple[Batch, Place, Metrics]:
+        now = [float(chance) for chance in np.asarray(jax.device_get(chances(state)))]
+        return experience.next(state, frozen, place._replace(source={**place.source, CHANCES: now}))
 
     return experience._replace(next=step)

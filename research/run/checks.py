@@ -64,6 +64,25 @@ def check(config: Config, terms: Terms, models: Mapping[str, Model], batch: Batc
     _check_prefixes(terms, models, batch)
 
 
+def drawing_term(config: Config, terms: Terms) -> str:
+    """The term that decides how probable each source is to be drawn; "" where the data's weights do.
+
+    Raises:
+      InputError: there are several, or the sources aren't drawn one by one.
+    """
+    drawing = [name for name, term in terms.items() if term.objective.chances is not None]
+    if not drawing:
+        return ""
+    field = f"objective.terms.{drawing[0]}"
+    if len(drawing) > 1:
+        raise InputError(f"{field}: draws the rows, and so does objective.terms.{drawing[1]}. Leave one out.")
+    if config.rewards:
+        raise InputError(f"{field}: draws rows of data, and with rewards batches are answers. Leave one of them out.")
+    if not all("weight" in source for source in config.data.sources.values()):
+        raise InputError(f"{field}: draws each source by itself. Give data.sources a weight each, such as 1.0.")
+    return drawing[0]
+
+
 def _check_reads(config: Config, terms: Terms, models: Mapping[str, Model], batch: Batch, of_rewards: set[str]) -> None:
     """Raises InputError where a term reads a role or a batch field that isn't there, or nothing reads a role; the roles
     `of_rewards` are read by rewards."""

@@ -19,8 +19,8 @@ from research.errors import InputError
 from research.evals import tasks as eval_tasks
 from research.models import adapters
 from research.objectives import Terms
-from research.run import assemble, checkpoint, metrics, resume, rollouts
-from research.sources import annotations, dataset, fields, identity, tokenizers
+from research.run import assemble, checkpoint, checks, metrics, resume, rollouts
+from research.sources import adaptive, annotations, dataset, fields, identity, tokenizers
 from research.sources.prompts import Prompts
 from research.sources.types import Source
 
@@ -119,7 +119,8 @@ def resolve(
         changes += resume.task_changes(before.get("tasks"), tasks)
     _check_held_out(config, data)
     rows = sharding.local_rows(mesh, config.batch_size, sharding.make_rules(config.rules))
-    source = dataset.make_source(
+    make_source = adaptive.make_source if checks.drawing_term(config, terms) else dataset.make_source
+    source = make_source(
         data.train, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle, mine=rows
     )
     return Inputs(

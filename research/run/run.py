@@ -1,6 +1,7 @@
 """One run, from its config to its last metrics."""
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,12 +13,13 @@ from research import loading
 from research.config import Config
 from research.devices import distributed, startup
 from research.errors import Unavailable
+from research.objectives.terms import Terms
 from research.rollouts import experience as experience_lib
-from research.run import assemble, engines, evaluation, record, resolve, resume, rollouts
+from research.run import assemble, checks, engines, evaluation, record, resolve, resume, rollouts
 from research.run.checkpoint import Checkpointer, make_checkpointer
 from research.run.loop import Loop, Preempted, stop_on_signals
 from research.run.window import Diverged, Window
-from research.sources.prefetch import Prefetch
+from research.sources.prefetch import OnDemand, Prefetch
 from research.train import TrainState
 
 
@@ -61,9 +63,13 @@ def run(
     with jax.set_mesh(inputs.mesh), contextlib.ExitStack() as stack:
         program = assemble.compile_step(parts, stack)
         if inputs.prompts is None:
-            batches = stack.enter_context(Prefetch(inputs.source, inputs.put))
             rollout = parts.rollout and distributed.one_at_a_time(parts.rollout)
-            experience = make_experience(batches, parts.batch, rollout)
+            if drawing := checks.drawing_term(config, inputs.terms):
+                experience = make_experience(OnDemand(inputs.source, inputs.put), parts.batch, rollout)
+                experience = experience_lib.drawn(experience, functools.partial(chances, inputs.terms, drawing))
+            else:
+                batches = stack.enter_context(Prefetch(inputs.source, inputs.put))
+                experience = make_experience(batches, parts.batch, rollout)
         else:
             judge, virtual = rollouts.make_judge(config, stack), resolve.virtual_ids(config, tokenizer.size)
             engine = engines.make_engine(inputs, parts.models["policy"])
@@ -97,6 +103,11 @@ def run(
         startup.release_memory()
         loop.run(state, frozen, place)
     return record.finish(config, workdir)
+
+
+def chances(terms: Terms, name: str, state: TrainState) -> Any:
+    """How probable each source is to be drawn next, by the term of that name."""
+    return terms[name].objective.chances(state.carry[name])
 
 
 def begin(

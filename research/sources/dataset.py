@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.errors import InputError
-from research.sources import answers, fields, mixture, rows
+from research.sources import answers, fields, mixture, rows, selected
 from research.sources import spec as spec_lib
 from research.sources.cache import digest
 from research.sources.entries import Origin, locate
@@ -24,7 +24,7 @@ from research.sources.types import Source, State
 
 _TOKENIZER_CHARS = 100_000_000  # a trained tokenizer sees at most so much text, shared among the sources
 _KEYS = 2**64
-_OF_ROWS = ("pack", "shuffle", "mismatches", "keep_records", "eval_fraction", "annotations", "cache_dir")
+_OF_ROWS = ("pack", "shuffle", "in_order", "mismatches", "keep_records", "eval_fraction", "annotations", "cache_dir")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,6 +91,7 @@ def load(
             "'mismatched'). Leave it out, or use a live model with the policy's tokenizer."
         )
     entries, weights = spec_lib.entries(spec)
+    spec = dataclasses.replace(spec, in_order=selected.is_curriculum(entries, spec))
     train_on, eval_on = _located(spec, seed)
     if tokenizer is None:
         tokenizer = with_special_tokens(_make_tokenizer(tokenizer_spec, train_on, eval_on, spec), tokenizer_spec, spec)
@@ -157,7 +158,7 @@ def with_special_tokens(tokenizer: Tokenizer, tokenizer_spec: TokenizerSpec, spe
 
 def _located(spec: DataSpec, seed: int) -> tuple[list[tuple[Entry, Origin]], list[tuple[Entry, Origin]]]:
     """The entries to train on and those to evaluate, each with where it lies."""
-    train_on = [(entry, _locate(entry, seed, spec)) for entry in spec_lib.entries(spec)[0]]
+    train_on = [(entry, _locate(entry, seed, spec, entry.options.select)) for entry in spec_lib.entries(spec)[0]]
     return train_on, [(entry, _locate(entry, seed + 1, spec)) for entry in spec_lib.eval_entries(spec)]
 
 
@@ -165,7 +166,8 @@ def settings(spec: DataSpec, tokenizer: Tokenizer, seed: int, virtual: int = 0) 
     """What decides the tokens of a run, and where documents are cut: `virtual` tokens in front of each leave them so
     much less of data.seq_len. Not how they are packed and ordered."""
     values = dataclasses.asdict(spec)
-    skipped = ("seq_len", *_OF_ROWS, *(() if spec.sources else ("sources",)))
+    unset = [name for name in ("sources", "select") if not values[name]]
+    skipped = ("seq_len", *_OF_ROWS, *unset)
     of_data = {f"data.{name}": value for name, value in values.items() if name not in skipped}
     known = {"tokenizer": f"{tokenizer.fingerprint()} ({tokenizer.size} tokens)", "seq_len": spec.seq_len - virtual}
     return known | of_data | {"seed": seed}
@@ -246,11 +248,14 @@ def _comma(entry: Entry, spec: DataSpec) -> str:
     return ""
 
 
-def _locate(entry: Entry, seed: int, spec: DataSpec) -> Origin:
+def _locate(entry: Entry, seed: int, spec: DataSpec, select: str = "") -> Origin:
     try:
         origin = locate(entry.path, count=entry.options.examples, seed=seed)
     except InputError as e:
         raise InputError(f"{entry.field}: {e}{_comma(entry, spec)}") from e
+    if select:
+        field = entry.select_field(spec)
+        origin = selected.of_origin(origin, selected.read(select, field), (field, entry.field))
     most = entry.options.max_records or None
     return origin._replace(identity=[origin.identity, most], read=lambda: itertools.islice(origin.read(), most))
 

@@ -81,17 +81,37 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return rank[renumbered]
 
 
-def rows_of(lengths: np.ndarray, seq_len: int, pack: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """[N] int64, the bin of each item: the last one where it has room, else a new one. Items stay in their order.
+
+    Args:
+      lengths: [N] int, each in 1..capacity.
+      capacity: of a bin.
+    """
+    bins, number, room = [], -1, 0
+    for length in lengths.tolist():
+        if length > room:
+            number, room = number + 1, capacity
+        room -= length
+        bins.append(number)
+    return np.array(bins, np.int64)
+
+
+def rows_of(
+    lengths: np.ndarray, seq_len: int, pack: bool = True, in_order: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Lays segments into rows, so that they take few; or each into its own.
 
     Args:
       lengths: [S] int64, each in 1..seq_len.
       seq_len: T.
       pack: several segments may share a row.
+      in_order: rows hold the segments in their order, and may be more.
 
     Returns:
       order: [S] int64, the segments row by row.
       splits: [R + 1] int64, row r holds order[splits[r] : splits[r + 1]].
     """
-    row = best_fit_decreasing(lengths, seq_len) if pack else np.arange(len(lengths))
+    fit = next_fit if in_order else best_fit_decreasing
+    row = fit(lengths, seq_len) if pack else np.arange(len(lengths))
     return np.argsort(row, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(row))]).astype(np.int64)

@@ -70,3 +70,19 @@ class Prefetch:
         if error is not None:
             raise error
         return batch, self._expected
+
+
+class OnDemand:
+    """Reads each batch when it is asked for, where that depends on the step before. What Prefetch does without a
+    thread; see there."""
+
+    def __init__(self, source: Source, put: Callable[[dict[str, np.ndarray]], Batch]):
+        self.source, self._put = source, put
+
+    def start(self, state: State) -> None:
+        """Has nothing to begin."""
+
+    def next(self, state: State) -> tuple[Batch, State]:
+        """Returns the batch that follows `state`, and the state after it. Raises the source's error."""
+        batch, state = self.source.next(state)
+        return self._put(batch), state

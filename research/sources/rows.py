@@ -287,7 +287,7 @@ def _in_rows(
     first, count = segments.in_units()
     shuffled = np.arange(len(first)) if rng is None else rng.permutation(len(first))
     sizes = np.add.reduceat(segments.longest(virtual), first) if len(first) else first
-    order, splits = packing.rows_of(sizes[shuffled], spec.seq_len, spec.pack)
+    order, splits = packing.rows_of(sizes[shuffled], spec.seq_len, spec.pack, spec.in_order)
     units = shuffled[order]
     order, _, _ = _ranges(first[units], count[units])
     return order, np.concatenate([[0], np.cumsum(count[units])])[splits]

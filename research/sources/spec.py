@@ -46,6 +46,8 @@ class DataSection:
       prompt: what a classifier reads, with {text} where the text goes.
       examples: how many records to generate, for tasks:, preferences:, grammar: and reasoning_gym:.
       max_records: read at most so many records of each entry; 0 reads all.
+      select: a file that understudy select has made of the same data: of what is trained on, only the records that it
+        keeps are read; "" reads all.
       annotations: a folder that understudy annotate made of the same data; batches then hold what a teacher says.
       cache_dir: where tokens are kept; "" is $UNDERSTUDY_CACHE, else ~/.cache/understudy.
     """
@@ -66,6 +68,7 @@ class DataSection:
     prompt: str = "{text}"
     examples: int = 10_000
     max_records: int = 0
+    select: str = ""
     annotations: str = ""
     cache_dir: str = ""
 
@@ -79,11 +82,13 @@ class DataSpec(DataSection):
       mismatches: behind each answer with a verdict comes its prompt with the answer to another one, since the objective
         reads that.
       keep_records: records are kept beside their tokens, since rewards judge answers by them.
+      in_order: examples lie in rows in the order in which they are read, since a selection is a curriculum.
     """
 
     seq_len: int = 1024
     mismatches: bool = False
     keep_records: bool = False
+    in_order: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +101,8 @@ class SourceSpec:
       eval_path: one entry, for evaluation in place of data.eval_fraction. Where one source has it, all have.
       view: how its documents are seen: {"kind": "truncate", "tokens": 100}; see research/sources/views/. {} leaves
         them as they are.
-      format, fields, template, on_bad_record, prompt, examples, max_records: as in the data section, which has the
-        defaults.
+      format, fields, template, on_bad_record, prompt, examples, max_records, select: as in the data section, which has
+        the defaults.
     """
 
     path: str
@@ -111,10 +116,11 @@ class SourceSpec:
     prompt: str = "{text}"
     examples: int = 10_000
     max_records: int = 0
+    select: str = ""
 
 
 # What a source takes from DataSpec where it doesn't say it itself.
-_INHERITED = ("format", "fields", "template", "on_bad_record", "prompt", "examples", "max_records")
+_INHERITED = ("format", "fields", "template", "on_bad_record", "prompt", "examples", "max_records", "select")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +140,11 @@ class Entry:
     number: int
     path: str
     options: SourceSpec
+
+    def select_field(self, data: DataSpec) -> str:
+        """Where the config names the selection of its records."""
+        own = "select" in data.sources.get(self.name, {})
+        return f"data.sources.{self.name}.select" if own else "data.select"
 
     def classes(self, data: DataSpec) -> Classes:
         return Classes(tuple(data.labels), self.options.prompt)

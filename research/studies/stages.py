@@ -49,7 +49,8 @@ _HASHED = {
     "checkpoint": "every keep_last best_metric best_mode",
     "eval": "every batches generate max_new_tokens show tasks",
 }
-_PATHS = ("path", "eval_path", "init_from", "annotations")  # fields whose value may be a file without looking like one
+# Fields whose value may be a file without looking like one.
+_PATHS = ("path", "eval_path", "init_from", "annotations", "select")
 
 
 @dataclasses.dataclass(frozen=True)

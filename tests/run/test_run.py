@@ -66,7 +66,7 @@ def test_study_adds_up_at_full_size(name, tmp_path):
         assert len({stage.id for stage in plan.stages}) == len(plan.stages) > 6
 
 
-WAYS = [*(f"denoise:{way}" for way in denoise.WAYS), *(f"preference:{way}" for way in ("kto", "orpo"))]
+WAYS = [*(f"denoise:{way}" for way in denoise.WAYS), *(f"preference:{way}" for way in ("kto", "orpo")), "select:rho1"]
 
 
 @pytest.mark.parametrize("name", [*EXPERIMENTS, *WAYS])
