@@ -6,6 +6,7 @@ local.py does the same beside a run. Settings are those of settings.env. Ctrl-C 
 """
 
 import contextlib
+import http.client
 import os
 import shlex
 import signal
@@ -85,7 +86,9 @@ def flags(settings: Mapping[str, str]) -> list[str]:
     """What a run needs of `vllm serve`: log-probabilities of what was drawn from, nothing of the model's own settings
     for sampling, token ids in and out, and weights by the plugin."""
     words = ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--enable-scale-out"]
-    words += ["--weight-transfer-config", '{"backend": "understudy"}', "--disable-uvicorn-access-log"]
+    words.append("--disable-uvicorn-access-log")
+    if "--weight-transfer-config" not in settings["SERVER_OPTIONS"]:
+        words += ["--weight-transfer-config", '{"backend": "understudy"}']
     if settings["SERVER_LORA_RANK"] != "0":
         words += ["--enable-lora", "--max-lora-rank", settings["SERVER_LORA_RANK"]]
     if settings["PLATFORM"] == "cpu":
@@ -253,7 +256,7 @@ def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=10):
             return True
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
 
 

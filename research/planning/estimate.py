@@ -13,9 +13,10 @@ from research.config import Config, ModelSection
 from research.devices import sharding
 from research.devices.memory import bytes_on_a_device
 from research.models import transformer
-from research.planning import abstract, hlo
+from research.planning import abstract, hlo, servers
 from research.planning.abstract import Described
 from research.planning.hlo import Collective
+from research.planning.servers import ServerMemory
 from research.planning.topology import Topology
 from research.run import assemble
 from research.run.assemble import Parts
@@ -71,6 +72,7 @@ class Plan:
         temporary bytes read and written once) and "network" (bytes of collectives over all links): a step takes at
         least the longest, and their sum where nothing overlaps.
       compile_seconds: that the compiler took.
+      servers: of a run whose answers servers write, what each of them needs; None of any other.
     """
 
     mesh: Mapping[str, int]
@@ -85,6 +87,7 @@ class Plan:
     collectives: tuple[Collective, ...]
     seconds: Mapping[str, float]
     compile_seconds: float
+    servers: ServerMemory | None = None
 
     @property
     def used(self) -> int:
@@ -150,6 +153,7 @@ def make(config: Config, topology: Topology) -> Plan:
             "network": sum(each.bytes for each in collectives) / topology.chip.link_bandwidth,
         },
         compile_seconds=compile_seconds,
+        servers=servers.make(config, described.vocab_size),
     )
 
 

@@ -22,6 +22,7 @@ def describe(config: Config, topology: Topology, plan: Plan) -> str:
         f"step        {plan.tokens:,} tokens, {plan.model_flops:.3g} model FLOPs",
         *_memory(config, topology, plan),
         *_adapted(config, plan.policy),
+        *([f"servers     {plan.servers.describe(topology)}"] if plan.servers else []),
         *(
             f"network     {each.kind}: {each.calls:,} calls, {_size(each.bytes)} a chip"
             for each in plan.collectives

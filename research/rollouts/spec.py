@@ -12,7 +12,8 @@ from research.rollouts.engines.client import check_url
 
 TRUNCATED = ("train", "mask", "leave_out")
 ENGINES = ("local", "vllm")
-_OF_SERVERS = ("servers", "in_flight", "answer_seconds", "outage_seconds", "staleness")
+TRANSFERS = ("folder", "nccl")
+_OF_SERVERS = ("servers", "in_flight", "answer_seconds", "outage_seconds", "staleness", "transfer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,8 @@ class RolloutSpec:
       outage_seconds: of "vllm": how long the run waits where no server is there, before it saves and ends.
       staleness: of "vllm": by how many updates the weights of a server may be older than the policy where it can't
         take newer ones; 0: answers of older weights are never learned from.
+      transfer: of "vllm": how whole weights come to servers: by a "folder" that they see too, or by "nccl", from GPU to
+        GPU, which has not been tried. A LoRA comes by a folder.
     """
 
     share: float = 0.0
@@ -67,6 +70,7 @@ class RolloutSpec:
     answer_seconds: float = 300.0
     outage_seconds: float = 600.0
     staleness: int = 0
+    transfer: str = "folder"
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
@@ -83,6 +87,9 @@ class RolloutSpec:
         if self.engine not in ENGINES:
             known = did_you_mean(self.engine, ENGINES)
             raise InputError(f"rollout.engine = {self.engine!r}: must be one of {', '.join(ENGINES)}.{known}")
+        if self.transfer not in TRANSFERS:
+            known = did_you_mean(self.transfer, TRANSFERS)
+            raise InputError(f"rollout.transfer = {self.transfer!r}: must be one of {', '.join(TRANSFERS)}.{known}")
         for number, url in enumerate(self.servers):
             check_url("rollout.servers", url)
             if url.rstrip("/") in [other.rstrip("/") for other in self.servers[:number]]:

@@ -44,7 +44,9 @@ def make_engine(inputs: Inputs, policy: Model) -> Engine:
     served.check_kind("rollout.engine = 'vllm'")
     first = prompts.read(0, 1)[0].tokens
     prober = probe.make_probe(policy, tokenizer.size, spec.sampling(tokenizer.stop), first)
-    weights = make_weights(_policy(inputs, policy), Path(inputs.workdir) / WEIGHTS, kept=spec.staleness + 2)
+    # A server may lag behind by so many versions, each of which must stay to be known as the run's.
+    folder, kept = Path(inputs.workdir) / WEIGHTS, spec.staleness + 2
+    weights = make_weights(_policy(inputs, policy), folder, transfer=spec.transfer, kept=kept)
     engine = Vllm([url.rstrip("/") for url in spec.servers], weights, served, prober, staleness=spec.staleness)
     engine.check(prompts.longest + spec.max_new_tokens)
     return engine

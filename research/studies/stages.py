@@ -28,7 +28,7 @@ COMMANDS = "research.commands"
 _FREE = (
     *((name,) for name in ("log", "compilation_cache", "mesh", "rules", "plan", "stall_seconds")),
     ("data", "cache_dir"),
-    *(("rollout", name) for name in ("servers", "in_flight", "answer_seconds", "outage_seconds")),
+    *(("rollout", name) for name in ("servers", "in_flight", "answer_seconds", "outage_seconds", "transfer")),
 )
 # Fields that are always hashed. One that was added later is hashed where it differs from its default, so that adding a
 # field makes no finished stage run again.

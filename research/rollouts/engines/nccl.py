@@ -20,6 +20,7 @@ import numpy as np
 from research.models.specs import Params
 from research.pretrained import save
 from research.rollouts.engines import server as http
+from research.rollouts.engines.client import ask
 from research.rollouts.engines.policy import Policy
 from research.rollouts.engines.weights import ServerError
 
@@ -62,14 +63,14 @@ class NcclWeights:
         """Forms the group with a server, anew where the server was started anew."""
         if server in self._groups and http.stamp(server) != http.START:
             return
-        size = 1 + http.get(server, "/get_world_size", http.SHORT)["world_size"]
+        size = 1 + ask(server, "/get_world_size", seconds=http.SHORT)["world_size"]
         number = unique_id() if self._make_group is Group else bytes(_ID_BYTES)
         body = {"nccl_unique_id_b64": base64.b64encode(number).decode(), "rank_offset": 1, "world_size": size}
         body["packed"] = False
         with self._lock:
             self._groups.pop(server, None)
             self._groups[server] = self._together(
-                lambda: http.post(server, "/init_weight_transfer_engine", {"init_info": body}, self._seconds),
+                lambda: ask(server, "/init_weight_transfer_engine", {"init_info": body}, seconds=self._seconds),
                 lambda: self._make_group(number, size),
             )
 
@@ -85,7 +86,7 @@ class NcclWeights:
         def read() -> None:
             with self._lock:
                 self._together(
-                    lambda: http.post(server, "/update_weights", {"update_info": body}, self._seconds),
+                    lambda: ask(server, "/update_weights", {"update_info": body}, seconds=self._seconds),
                     lambda: self._groups[server].broadcast([x for _, x in self._tensors]),
                 )
 
@@ -114,12 +115,11 @@ class NcclWeights:
         pool = concurrent.futures.ThreadPoolExecutor(2)
         try:
             asked, given = pool.submit(of_server), pool.submit(own)
-            done, _ = concurrent.futures.wait(
-                (asked, given), self._seconds, return_when=concurrent.futures.FIRST_EXCEPTION
-            )
-            if asked in done:
-                asked.result()
-            if given not in done or asked not in done:
+            first = concurrent.futures.FIRST_EXCEPTION
+            done, waiting = concurrent.futures.wait((given, asked), self._seconds, return_when=first)
+            for future in done:
+                future.result()
+            if waiting:
                 raise ServerError(f"NCCL didn't end within {self._seconds:g} s")
             return given.result()
         except OSError as error:

@@ -6,14 +6,15 @@ from typing import Any
 
 import jax
 
+from research.errors import InputError
 from research.models.specs import Params
 from research.rollouts.engines import server as http
+from research.rollouts.engines.client import Refused, ask
 from research.rollouts.engines.nccl import NcclWeights
 from research.rollouts.engines.policy import Policy
 from research.rollouts.engines.staging import Staging
 from research.rollouts.engines.weights import ServerError, Weights
 
-TRANSFERS = ("folder", "nccl")
 NAME = "policy"  # of the model that servers are started with (--served-model-name)
 
 
@@ -25,7 +26,7 @@ def make_weights(
     Args:
       policy: to be served.
       folder: that the run and all its servers see at the same path.
-      transfer: one of TRANSFERS, of whole weights.
+      transfer: of whole weights: "folder" or "nccl", see nccl.py.
       dtype: of whole weights: float32, bfloat16 or float16; by default that in which the run computes.
       seconds: how long a server may take to read them.
       kept: how many versions stay in the folder, at least 2; one that was removed counts as none of this run's.
@@ -35,6 +36,10 @@ def make_weights(
     """
     policy.check()
     if policy.hot:
+        if transfer != "folder":
+            raise InputError(
+                f"rollout.transfer = {transfer!r}: is of whole weights, and a LoRA goes by a folder. Leave it out."
+            )
         return AdapterWeights(policy, Staging(folder, kept), NAME, seconds)
     dtype = dtype or policy.model.config.dtype
     if transfer == "nccl":
@@ -72,7 +77,7 @@ class AdapterWeights:
         if name not in loaded:
             raise ServerError(f"{server}: hasn't loaded {name}. It was started anew since.")
         for other in loaded - {name, self._last.get(server)}:
-            http.post(server, "/v1/unload_lora_adapter", {"lora_name": other}, http.SHORT)
+            ask(server, "/v1/unload_lora_adapter", {"lora_name": other}, seconds=http.SHORT)
         self._last[server] = name
 
     def served(self, server: str) -> int | None:
@@ -88,7 +93,7 @@ class AdapterWeights:
 
     def _loaded(self, server: str) -> set[str]:
         """The adapters of such names that a server has."""
-        answer = http.get(server, "/v1/models", http.SHORT)
+        answer = ask(server, "/v1/models", seconds=http.SHORT)
         return {model["id"] for model in answer["data"] if self._own.fullmatch(model["id"])}
 
 
@@ -112,7 +117,7 @@ class WholeWeights:
 
     def commit(self, server: str, version: int) -> None:
         body = {"update_info": {"folder": str(self._staging.path(version))}}
-        read = lambda: http.post(server, "/update_weights", body, self._seconds)  # noqa: E731
+        read = lambda: ask(server, "/update_weights", body, seconds=self._seconds)  # noqa: E731
         http.change_weights(server, self.stamp(version), read, self._seconds)
 
     def served(self, server: str) -> int | None:
@@ -128,9 +133,9 @@ class WholeWeights:
 def _first(server: str, path: str, body: Any, seconds: float) -> None:
     """Posts what a server that wasn't started for it can't do."""
     try:
-        http.post(server, path, body, seconds)
+        ask(server, path, body, seconds=seconds)
     except ServerError as error:
-        if "status 404" not in str(error) and "not configured" not in str(error):
+        if not (isinstance(error, Refused) and error.status == 404) and "not configured" not in str(error):
             raise
         raise ServerError(
             f"{error}. It wasn't started to take such weights: launch/servers.py --dry_run prints how it is to be "

@@ -214,7 +214,7 @@ def test_a_server_that_is_gone(tmp_path, servers):
     servers[1].http.server_close()
     failures = weights.sync(w, [fake.url for fake in servers], 1)
     assert list(failures) == [servers[1].url]
-    with pytest.raises(ServerError, match=r"/weight_info"):
+    with pytest.raises(ServerError, match=servers[1].url):
         w.served(servers[1].url)
 
 
@@ -301,6 +301,11 @@ def test_whole_weights_by_nccl(tmp_path, servers, monkeypatch):
 def test_other_adapters_are_merged(options):
     rank = {"rank": 4} if "ia3" not in options.values() else {}
     assert not policy(tie=options.get("targets") != "embed", **options, **rank).hot
+
+
+def test_a_lora_goes_by_a_folder_alone(tmp_path):
+    with pytest.raises(InputError, match=r"rollout.transfer = 'nccl'"):
+        sending.make_weights(policy(kind="lora", rank=4), tmp_path, transfer="nccl")
 
 
 @pytest.mark.parametrize("options", [{"kind": "prefix", "tokens": 2}, {"kind": "prompt", "tokens": 2}])

@@ -9,7 +9,7 @@ from research import loading, params
 from research.devices import sharding
 from research.models import adapters, transformer
 from research.models.specs import make_specs
-from research.rollouts.engines import sending, server, weights
+from research.rollouts.engines import client, sending, server, weights
 from research.rollouts.engines.policy import Policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -64,7 +64,7 @@ class Run:
             sampling = {"max_tokens": TOKENS, "temperature": 1.0, "n": ANSWERS, "seed": i, "logprobs": 0}
             sampling |= {"ignore_eos": True, "detokenize": False}
             body = {"model": model, "token_ids": prompt, "sampling_params": sampling}
-            for choice in server.post(self.url, "/inference/v1/generate", body, 300)["choices"]:
+            for choice in client.ask(self.url, "/inference/v1/generate", body, seconds=300)["choices"]:
                 assert [span["version"] for span in choice["weight_versions"]] == [stamp]
                 rows.append((prompt, choice["token_ids"]))
                 said.append([token["logprob"] for token in choice["logprobs"]["content"]])
