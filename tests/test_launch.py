@@ -485,7 +485,7 @@ def test_jobset_has_servers(box):
     node, server = manifest["spec"]["replicatedJobs"]
     assert manifest["spec"]["successPolicy"] == {"operator": "All", "targetReplicatedJobs": ["node"]}
     (run,) = node["template"]["spec"]["template"]["spec"]["containers"]
-    urls = ("http://understudy-server-0-0.understudy:8100", "http://understudy-server-0-1.understudy:8100")
+    urls = tuple(f"http://understudy-server-0-{i}.understudy:8100" for i in range(2))
     assert run["args"][-1] == f"--config.rollout.servers={urls}"
     (container,) = server["template"]["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
