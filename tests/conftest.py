@@ -6,11 +6,13 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile hundreds of small programs and run each a few times: LLVM's optimisations cost more than they give,
-# and so do XLA's newer emitters of kernels (with the older ones tests/test_train.py takes 78 s, not 134).
+# and so do XLA's newer emitters of kernels (with the older ones tests/test_train.py takes 78 s, not 134) and
+# its cutting of a program into parts that are compiled side by side, where two processes test already.
 # A busy machine may keep one of 8 simulated devices waiting for longer than XLA's 40 s, which then aborts the process;
 # with its default scheduler and few threads they may also wait forever (see research/devices/distributed.py).
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_parallel_codegen_split_count=1 "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
     "--xla_cpu_collective_call_terminate_timeout_seconds=300 "
     "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED " + os.environ.get("XLA_FLAGS", "")
@@ -22,6 +24,8 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # who called what is looked up at each operation, for nobody
+gc.set_threshold(100_000, 20, 50)  # tracing makes many objects that stay
 
 
 @pytest.fixture(scope="session", autouse=True)
