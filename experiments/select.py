@@ -6,10 +6,11 @@
         --config.roles.reference.init_from=runs/reference
 
 Records of five generated tasks, of which 30 % are spoiled in known ways: answers of other prompts, copies, pieces of
-another language. A small model learns from all of them, a second one from a few that are good; both score them all
-(understudy score), and a larger model learns from what each way keeps, 60 % of the tokens (understudy select). All
-train for as many steps of as many tokens. `full` learns from all, `truth` from what isn't spoiled, `random` from as
-many tokens by chance; rho1 and rho select of each batch while they train. The same without noise is `clean`.
+another language. Models of two sizes have learned related tasks before. A small one goes on with all of the records, a
+second one with a few that are good; both score them all (understudy score), and the larger model goes on with what each
+way keeps, 60 % of the tokens (understudy select). All train for as many steps of as many tokens. `full` learns from
+all, `truth` from what isn't spoiled, `random` from as many tokens by chance; rho1 and rho select of each batch while
+they train. The same without noise is `clean`.
 
 :rho1 and :rho are one run of that objective, on data and with a reference that are named.
 """
@@ -21,6 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import base
+from research import config as config_lib
 from research.errors import InputError
 from research.studies import selection_report
 
@@ -40,11 +42,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "rho1": {"objective": {"terms": {"rho1": {"keep": 0.6}}}},
     "rho_online": {"objective": {"terms": {"rho": {"keep": 0.6}}}},
 }
-DEFAULT = ("random", "full", "truth", "perplexity", "band", "ifd", "ifd_low", "rho", "rho1")
+DEFAULT = ("random", "truth", "rho", "rho1", "perplexity", "ifd_low", "full", "band", "ifd")
 SCORERS = ("perplexity", "ifd", "rho", "duplicates", "dsir")
 SMALL = {"num_layers": 2, "d_model": 64, "num_heads": 4, "num_kv_heads": 4, "d_ff": 128}
 LARGE = {"num_layers": 2, "d_model": 128, "num_heads": 4, "num_kv_heads": 4, "d_ff": 256}
+SHAPES = {"small": SMALL, "large": LARGE}
 TASKS = ("reverse/1", "copy/1", "upper/1", "sort_letters/1", "delete_letter/1")
+BEFORE = "tasks:copy/2,tasks:upper/2,tasks:reverse/2,tasks:sort_letters/2"  # longer words; none to delete from
 METRICS = ("eval/nll", "eval/test/exact_match")
 
 
@@ -54,13 +58,13 @@ def get_config(arg: str = ""):
     if len(alone) > 1 or (alone and "wide" in chosen):
         raise InputError(f"--config=...:{','.join(sorted(chosen))}: a run has one objective. Name one of rho1 and rho.")
     config = base.get_config()
-    config.steps, config.batch_size, config.seq_len = 200, 8, 64
+    config.steps, config.batch_size, config.seq_len = 100, 8, 64
     config.objective = {"terms": {"sft": 1.0}}
     config.data.update(eval_fraction=0.05)
     config.tokenizer.kind = "byte"
     config.model.update(LARGE)
-    config.optimizer.update(name="muon", learning_rate=5e-3, warmup_steps=20, weight_decay=0.1)
-    config.eval.update(every=200, batches=0)
+    config.optimizer.update(name="muon", learning_rate=2e-3, warmup_steps=10, weight_decay=0.1)
+    config.eval.update(every=100, batches=0)
     config.checkpoint.update(every=0, keep_last=1)
     config.log.tensorboard = False
     if alone:
@@ -78,7 +82,8 @@ def get_config(arg: str = ""):
             "pool": 2400,
             "reference": 600,
             "test": 200,
-            "small_steps": 200,
+            "base_steps": 300,
+            "small_steps": 100,
             "store": "",
         }
         with config.unlocked():
@@ -87,7 +92,7 @@ def get_config(arg: str = ""):
         base.debug(config)
         config.data.max_records = 0
         if not alone:
-            config.study.update(pool=60, reference=20, test=10, small_steps=2, seeds=2)
+            config.study.update(pool=60, reference=20, test=10, base_steps=2, small_steps=2, seeds=2)
     return config
 
 
@@ -112,11 +117,12 @@ def study(config, add):
     flags = {"output": "{workdir}", "tasks": ",".join(TASKS), "seed": 0}
     flags |= {"held_out": s.reference, **{name: s[name] for name in ("pool", "test", "noise")}}
     files = add.command("data", "research.studies.planted_noise", flags).workdir
-    reference = add.train("reference", _small(config, files, "reference")).workdir
+    starts = {name: add.train(f"start-{name}", _start(config, shape)).workdir for name, shape in SHAPES.items()}
+    reference = add.train("reference", _small(config, files, "reference", starts["small"])).workdir
     tables = []
     for pool, ways in (("pool", s.ways), ("clean", s.clean_ways)):
         if ways:
-            tables.append(_Pool(config, add, files, pool, reference).table(ways))
+            tables.append(_Pool(config, add, files, pool, reference, starts).table(ways))
     return functools.partial(selection_report.report, tables, METRICS)
 
 
@@ -129,12 +135,13 @@ class _Pool:
       files: the folder of the records.
       pool: the file of those to select from.
       reference: the run of the reference.
+      starts: of each size the run that models of it begin with.
     """
 
-    def __init__(self, config: ConfigDict, add: Any, files: str, pool: str, reference: str):
+    def __init__(self, config: ConfigDict, add: Any, files: str, pool: str, reference: str, starts: dict[str, str]):
         self.config, self.add, self.files, self.name, self.reference = config, add, files, pool, reference
-        self.path = f"{files}/{pool}.jsonl"
-        self.current = add.train(f"current-{pool}", _small(config, files, pool)).workdir
+        self.path, self.start = f"{files}/{pool}.jsonl", starts["large"]
+        self.current = add.train(f"current-{pool}", _small(config, files, pool, starts["small"])).workdir
         flags = {"with": ",".join(SCORERS), "model": self.current, "reference": reference, "data": self.path}
         flags |= {"target": f"{files}/reference.jsonl", "output": "{workdir}/scores.jsonl"}
         flags["options"] = json.dumps({name: {"model": reference} for name in ("perplexity", "ifd")})
@@ -160,8 +167,9 @@ class _Pool:
         for seed, kept in zip(seeds, lists, strict=True):
             run = self.config.copy_and_resolve_references()
             run.seed = seed
+            _begin(run, self.start)
             run.data.update(path=f"{self.files}/{file}.jsonl", eval_path=f"{self.files}/test.jsonl", select=kept)
-            run.eval.tasks = (f"exact_match,max_new_tokens=12,name=test:{self.files}/test.jsonl",)
+            run.eval.tasks = (f"exact_match,limit=100,max_new_tokens=12,name=test:{self.files}/test.jsonl",)
             if objective:
                 run.objective, run.roles = objective, {"reference": {"init_from": self.reference}}
             runs.append(self.add.train(f"{name}-{self.name}-s{seed}", run).workdir)
@@ -181,11 +189,29 @@ def _models(options: dict[str, Any]) -> tuple[str, ...]:
     return {"loss": ("reference",), "ifd": ("reference",), "rho": ("current", "reference")}.get(options.get("by"), ())
 
 
-def _small(config: ConfigDict, files: str, part: str) -> ConfigDict:
+def _start(config: ConfigDict, shape: dict[str, int]) -> ConfigDict:
+    """A model that learns related tasks, before any of the records."""
+    run = config.copy_and_resolve_references()
+    run.steps, run.batch_size = config.study.base_steps, 2 * config.batch_size
+    run.model.update(shape)
+    run.data.update(path=BEFORE, examples=4_000)
+    run.optimizer.update(learning_rate=5e-3, warmup_steps=max(1, run.steps // 10))
+    run.eval.update(every=run.steps, batches=10)
+    return run
+
+
+def _begin(run: ConfigDict, start: str) -> None:
+    """Has a run begin with a model, which decides its shape."""
+    defaults = config_lib.defaults()["model"]
+    run.model.update({name: defaults[name] for name in (*LARGE, "head_dim")})
+    run.model.init_from = start
+
+
+def _small(config: ConfigDict, files: str, part: str, start: str) -> ConfigDict:
     """A small model that learns from one of the files."""
     run = config.copy_and_resolve_references()
     run.steps = config.study.small_steps
-    run.model.update(SMALL)
+    _begin(run, start)
     run.data.update(path=f"{files}/{part}.jsonl", eval_path=f"{files}/test.jsonl")
     run.optimizer.warmup_steps = max(1, run.steps // 10)
     run.eval.every = run.steps

@@ -29,7 +29,8 @@ def test_all_ways_train_on_as_many_tokens_of_what_they_keep(tmp_path):
         for way in ways:
             for seed in range(5):
                 settings = stages[f"{way}-{pool}-s{seed}"].settings
-                assert [settings[name] for name in ("steps", "batch_size", "seq_len", "seed")] == [200, 8, 64, seed]
+                assert [settings[name] for name in ("steps", "batch_size", "seq_len", "seed")] == [100, 8, 64, seed]
+                assert settings["model"]["init_from"] == stages["start-large"].workdir
                 assert settings["data"]["eval_path"] == f"{data}/test.jsonl"
                 options = select.WAYS[way]
                 kept = settings["data"]["select"]
