@@ -251,6 +251,25 @@ def test_draws_follow_the_distribution(tiny):
     np.testing.assert_allclose(frequency, expected, atol=4 * 0.5 / n**0.5)  # 4 standard deviations at most
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 65])
+def test_draws_are_as_frequent_as_they_are_probable_and_say_so(size):
+    logits = jnp.asarray(np.random.default_rng(size).normal(scale=2.0, size=size), jnp.float32)
+    logits = jnp.where(jnp.arange(size) % 5 == 3, -jnp.inf, logits)
+    keys = jax.random.split(jax.random.PRNGKey(0), 20_000)
+    draws, log_p = jax.jit(sampling.draw)(jnp.broadcast_to(logits, (len(keys), size)), keys)
+    expected = np.asarray(jax.nn.softmax(logits), np.float64)
+    np.testing.assert_allclose(log_p, np.log(expected[np.asarray(draws)]), rtol=1e-5, atol=1e-6)
+    share = np.bincount(draws, minlength=size) / len(keys)
+    assert (share[expected == 0] == 0).all()
+    assert (np.abs(share - expected) < 5 * np.sqrt(expected / len(keys)) + 1e-9).all()
+
+
+def test_what_has_no_probability_is_not_drawn_at_the_ends_of_the_random_numbers():
+    weights = jnp.array([[0.0, 1.0, 0.0, 2.0, 0.0]] * 3)
+    places = sampling._inverse(weights, jnp.array([0.0, 1 / 3, 1 - 2**-23], jnp.float32))
+    assert places.tolist() == [1, 3, 3]
+
+
 def test_sharded_over_a_mesh_it_is_the_same():
     model, params = _model(tie_embeddings=False, vocab_size=64)
     prompts, lengths = pad_prompts(PROMPTS + PROMPTS[::-1], bucket=16)
