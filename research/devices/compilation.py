@@ -44,6 +44,12 @@ def _older_emitters() -> dict[str, bool]:
     return option
 
 
+def temporaries(compiled: Any) -> int:
+    """Bytes of memory that a compiled program needs beside its arguments and results; 0 where XLA doesn't say."""
+    memory = compiled.memory_analysis()
+    return 0 if memory is None else memory.temp_size_in_bytes
+
+
 def use_compilation_cache(cache_dir: str = "") -> None:
     """Keeps compiled programs in the cache folder, for the next start.
 

@@ -11,7 +11,7 @@ import jax
 
 from research import loading
 from research.config import Config
-from research.devices import distributed, startup
+from research.devices import compilation, distributed, startup
 from research.errors import Unavailable
 from research.objectives.terms import Terms
 from research.rollouts import experience as experience_lib
@@ -101,6 +101,7 @@ def run(
             measure_first=not inputs.resumed or resume.measures_anew(inputs.changes),
         )
         startup.release_memory()
+        startup.keep_memory(compilation.temporaries(compiled))
         loop.run(state, frozen, place)
     return record.finish(config, workdir)
 

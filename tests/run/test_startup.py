@@ -89,6 +89,30 @@ def test_a_process_begins_anew_with_huge_pages(tmp_path, environment, tunables, 
     assert second == str([name for name in added if name != "GLIBC_TUNABLES" or "GLIBC_TUNABLES" not in environment])
 
 
+KEEPING = """
+import os, sys, threading
+import numpy as np
+from research.devices import startup
+startup.use_huge_pages()
+startup.keep_memory(int(sys.argv[1]))
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+before = resident()
+thread = threading.Thread(target=lambda: np.ones(2**24, np.float32))
+thread.start()
+thread.join()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not startup._offered(), reason="this system has no huge pages to ask for")
+@pytest.mark.parametrize(("temporaries", "kept"), [(160 * 2**20, True), (160 * 2**20 + 1, False)])
+def test_what_a_small_step_frees_is_kept_for_the_next(temporaries, kept):
+    environment = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "UNDERSTUDY_HUGE_PAGES")}
+    command = [sys.executable, "-c", KEEPING, str(temporaries)]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert (float(done.stdout) > 50) == kept  # of the thread's 64 MiB
+
+
 @pytest.mark.parametrize("given", ["", "--xla_dump_to=/x", "--xla_backend_extra_options=a"])
 def test_loops_are_left_unless_the_user_has_extra_options(monkeypatch, given):
     monkeypatch.setenv("XLA_FLAGS", given)
