@@ -111,8 +111,8 @@ def release_memory() -> None:
 def keep_memory(temporaries: int) -> None:
     """Has glibc's malloc keep from now on what a step frees, for the next step, where `use_huge_pages` did something.
 
-    Otherwise each step maps its temporaries, which the system has to clear first: 8 % of the CPU time of a small model's
-    rollout and update. Does nothing where a step's temporaries are above 160 MiB, since more than they would be kept.
+    Otherwise each step maps its temporaries, which the system has to clear first: 8 % of the CPU time of a small
+    model's rollout and update. Does nothing where a step's temporaries are above 160 MiB, for more is kept.
 
     Args:
       temporaries: bytes, of the program that runs most.
