@@ -90,7 +90,8 @@ class Command:
 
     def _check_missing(self, values: Mapping[str, Any], config: Sequence[str]) -> None:
         """Raises InputError where a required flag isn't given."""
-        missing = [flag.name for flag in self.flags if flag.required and not values[flag.name]]
+        needed = (flag for flag in self.flags if flag.required and not any(values[other] for other in flag.unless))
+        missing = [flag.name for flag in needed if not values[flag.name]]
         if self.experiment and not any(flag.startswith("--config=") and flag != "--config=" for flag in config):
             missing.insert(0, "config")
         if missing:

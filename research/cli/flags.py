@@ -20,6 +20,7 @@ class Flag:
       metavar: what the help calls its value; "" of a switch.
       parse: text -> value; raises ValueError with what the value must be.
       required: whether it must be given.
+      unless: flags with any of which it needn't be.
       many: whether it may come several times; its value is then a list.
       empty: whether its value may be the empty text.
       of: flags without all of which it has no effect.
@@ -32,6 +33,7 @@ class Flag:
     metavar: str = ""
     parse: Callable[[str], Any] = str
     required: bool = False
+    unless: tuple[str, ...] = ()
     many: bool = False
     empty: bool = False
     of: tuple[str, ...] = ()
@@ -46,6 +48,8 @@ class Flag:
 
     @property
     def note(self) -> str:
+        if self.required and self.unless:
+            return f"Required. With {' or '.join(f'--{name}' for name in self.unless)} it may be left out."
         if self.required:
             return "Required."
         default = self.shown or ("off" if self.switch else "none" if self.default in (None, "") else self.default)

@@ -56,9 +56,7 @@ COMMAND = cli.Command(
     "score",
     __doc__,
     flags=(
-        dataclasses.replace(
-            cli.MODEL, parse=cli.paths, metavar="MODEL[,MODEL]", required=False, shown="none, which --with allows"
-        ),
+        dataclasses.replace(cli.MODEL, parse=cli.paths, metavar="MODEL[,MODEL]", unless=("with", "eval_data")),
         cli.STEP,
         cli.EMA,
         cli.ADAPTER,
@@ -214,8 +212,6 @@ def _rewarders(args: SimpleNamespace, load: Callable[..., Any]) -> list[Any]:
 
 def _check_together(args: SimpleNamespace, names: Sequence[str]) -> None:
     """Raises InputError where flags don't go together; `names` are those of scorers."""
-    if not args.model and not names:
-        raise InputError(f"--model: is missing. Example: {COMMAND.examples[0]}")
     if names and (args.reward or args.per_token or "beta" in args.texts):
         flag = "reward" if args.reward else "per_token" if args.per_token else "beta"
         raise InputError(f"--{flag}: writes into records, and --with and --eval_data rows of scores. Leave one out.")
