@@ -312,7 +312,7 @@ def test_moments_must_be_there(folder, tmp_path):
         ("dsir", ["--target=M", '--options={"dsir": {"buckets": "a"}}'], "dsir.buckets = 'a': must be of type int"),
         ("length", ["--per_token"], "--per_token: writes into records"),
         ("length", ["--ema"], "are of --model, which isn't given"),
-        ("", ["--target=M"], "--target = M: is of --with"),
+        ("", ["--model=M", "--target=M"], "--target = M: is of --with"),
         ("", [], "--model: is missing"),
         ("less", ["--model=M", "--target=M", "--on_long=split"], "a gradient is of a whole record"),
         ("perplexity,ifd", ["--model=M,M"], "--with scores by one"),
