@@ -7,6 +7,7 @@ NCCLWeightTransferInitInfo). NCCL is called through its C library, which jax bri
 
 import base64
 import concurrent.futures
+import contextlib
 import ctypes
 import re
 import secrets
@@ -140,7 +141,7 @@ class Group:
     """
 
     def __init__(self, number: bytes, size: int):
-        self._nccl, self._cuda = _library("nccl", 2), _library("cudart", 12)
+        self._nccl, self._cuda = _library("nccl", 2), _library("cudart", 13, 12)
         self._call(self._cuda.cudaSetDevice, 0)
         self._group = ctypes.c_void_p()
         self._call(self._nccl.ncclCommInitRank, ctypes.byref(self._group), size, _UniqueId.from_buffer_copy(number), 0)
@@ -186,6 +187,13 @@ def unique_id() -> bytes:
     return bytes(number)
 
 
-def _library(name: str, version: int) -> ctypes.CDLL:
-    """A library of CUDA, which jax has loaded where it has GPUs."""
-    return ctypes.CDLL(f"lib{name}.so.{version}")
+def _library(name: str, *versions: int) -> ctypes.CDLL:
+    """A library of CUDA, in one of these versions.
+
+    Raises:
+      OSError: there is none. jax loads those that it brings when it first needs them.
+    """
+    for version in versions:
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(f"lib{name}.so.{version}")
+    raise OSError(f"lib{name} isn't there")
