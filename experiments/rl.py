@@ -4,7 +4,7 @@
     python -m research.main --config=experiments/rl.py:grpo --config.model.init_from=runs/start
     python -m research.main --config=experiments/rl.py:compare  # a study of grpo, rloo, ppo and reinforce
     python -m research.main --config=experiments/rl.py:smollm2,grpo --config.model.init_from=MODEL \\
-        --config.data.path=prompts.jsonl
+        --config.data.path=sums.jsonl --config.data.eval_path=held_out.jsonl
 
 `:start` learns to sort letters from demonstrations of which most repeat the question in place of an answer. It sorts as
 well as it has learned to, and answers as seldom as they do. More of the same can't mend that, and a reward for right
@@ -34,6 +34,7 @@ TASK = "tasks:sort_letters"
 REPEATED = 0.6  # of the demonstrations
 START = 1000  # steps
 LONGEST = 20  # tokens of an answer: the question and its end
+LARGER_LONGEST = 32  # of a model that is named: a sentence with a number
 MODEL = {"num_layers": 3, "d_model": 96, "num_heads": 4, "num_kv_heads": 4, "d_ff": 256}
 WAYS = ("grpo", "dr_grpo", "dapo", "rloo", "ppo", "reinforce")
 COMPARED = ("grpo", "rloo", "ppo", "reinforce")
@@ -64,7 +65,7 @@ def get_config(arg: str = ""):
     if "debug" in chosen:
         base.debug(config)
         config.eval.tasks = ()
-        config.rollout.update(prompts=2, answers=4, max_new_tokens=96 if "smollm2" in chosen else LONGEST)
+        config.rollout.update(prompts=2, answers=4, max_new_tokens=LARGER_LONGEST if "smollm2" in chosen else LONGEST)
         if config.optimizer.groups:
             config.optimizer.groups = _groups(delay=1)
     if "compare" in chosen:
@@ -80,11 +81,15 @@ def finish(config, arg, overrides):
     base.finish(config, arg, overrides)
     chosen = base.variants(arg, *arg.split(","))
     needed = {"model.init_from"} if not chosen & {"start", "compare", "debug"} else set()
-    needed |= {"model.init_from", "data.path"} if "smollm2" in chosen else set()
-    for field in sorted(needed):
+    needed |= {"model.init_from", "data.path", "data.eval_path"} if "smollm2" in chosen else set()
+    for field in sorted(needed, key=("model.init_from", "data.path", "data.eval_path").index):
         section, name = field.split(".")
         if not config[section][name]:
             raise InputError(f"--config.{field}: is missing. Give it; see the experiment's docstring.")
+    if "smollm2" in chosen and not {"eval", "eval.tasks"} & set(overrides):
+        longest = config.rollout.max_new_tokens
+        greedy = f"exact_match,name=greedy,verifier=number,max_new_tokens={longest}:{config.data.eval_path}"
+        config.eval.tasks = (greedy,)
     if config.model.init_from and not chosen & {"start", "smollm2"}:
         _begin_with(config, config.model.init_from, overrides)
 
@@ -157,15 +162,17 @@ def _groups(delay: int) -> dict[str, dict[str, Any]]:
 
 
 def _set_larger(config: ConfigDict) -> None:
-    """A model that is named, on prompts that are named, with LoRA: the reference is the model without it."""
-    config.steps, config.batch_size, config.seq_len = 100, 32, 256
+    """A model that is named, on prompts that are named and ask for a number, with LoRA: the reference is the model
+    without it."""
+    config.steps, config.batch_size, config.seq_len = 100, 32, 96
     config.tokenizer.kind, config.data.path, config.data.eval_path = "auto", "", ""
+    config.rewards = {"exact_match": {"verifier": "number"}}
     config.adapter = {"kind": "lora", "rank": 16}
     config.optimizer.learning_rate = 2e-4
-    config.rollout.update(prompts=8, answers=8, max_new_tokens=96)
+    config.rollout.update(prompts=8, answers=8, max_new_tokens=LARGER_LONGEST)
     if "budget" in config.objective["terms"]["policy_gradient"]:
-        config.objective["terms"]["policy_gradient"]["budget"] = 96
-    config.eval.update(every=50, batches=5, generate=128, max_new_tokens=96, tasks=())
+        config.objective["terms"]["policy_gradient"]["budget"] = LARGER_LONGEST
+    config.eval.update(every=50, batches=5, generate=0, tasks=())
     defaults = config_lib.defaults()["model"]
     config.model.update({name: defaults[name] for name in MODEL})
     if "reference" in config.roles:
