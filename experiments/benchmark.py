@@ -4,6 +4,7 @@
     understudy benchmark --config=experiments/benchmark.py:small --only=train,decode --against=hf
     understudy benchmark --config=experiments/benchmark.py:small,lora --only=train --against=peft,peft_compile
     understudy benchmark --config=experiments/benchmark.py:small,dpo --only=train --against=trl
+    understudy benchmark --config=experiments/benchmark.py:small,grpo --only=train --against=trl
     understudy benchmark --config=experiments/benchmark.py:smol --only=train --config.batch_size=8
     understudy benchmark --config=experiments/benchmark.py:1b --only=train,decode --decode_batch=64 --steps=20
     python -m research.main --config=experiments/benchmark.py:small
@@ -13,12 +14,15 @@ tied; arXiv:2502.02737), 2 x 256 tokens. `1b`: a Llama of 1.24 B parameters (the
 for one GPU of 80 GB. AdamW, gradients clipped at 1.0; no evaluation. `lora` trains LoRA of rank 16 on all linear maps
 of one of them, `int8` and `nf4` the same beside a base that is held so (QLoRA). `dpo` learns from 8 pairs of answers of
 256 tokens each (`smol` 512, `1b` 4096) with a reference of the same shape, `cached` with a reference's log-probs.
+`grpo` answers 2 prompts of 32 tokens 4 times each, 128 tokens long, rewards short texts and makes an update of these 8
+answers, without a reference.
 
 Cost: `small`, all parts, a few minutes on 2 CPU cores. On one GPU the line with `1b` is meant to take less than eight
 minutes; the other parts write its 15 GB of training state several times.
 """
 
 from experiments import base
+from research.errors import InputError
 
 SHAPES = {
     "small": {"vocab_size": 4096, "num_layers": 6, "d_model": 256, "num_heads": 8, "num_kv_heads": 4, "d_ff": 768},
@@ -29,10 +33,13 @@ SHAPES = {
 
 QUANTIZED = ("int8", "nf4")
 PREFERENCES = ("dpo", "cached")
+PROMPT, ANSWER = 32, 128  # tokens, of `grpo`
 
 
 def get_config(arg: str = ""):
-    chosen = base.variants(arg, *SHAPES, "lora", *QUANTIZED, *PREFERENCES)
+    chosen = base.variants(arg, *SHAPES, "lora", *QUANTIZED, *PREFERENCES, "grpo")
+    if "grpo" in chosen and chosen & set(PREFERENCES):
+        raise InputError(f"--config=...:{arg}: a step learns from preferences or from rewards. Leave one of them out.")
     size = next((name for name in SHAPES if name in chosen), "small")
     config = base.get_config()
     config.steps = 200
@@ -57,6 +64,13 @@ def get_config(arg: str = ""):
         config.batch_size, config.seq_len = 8, 1024 if size == "smol" else 2 * config.seq_len  # a pair in each row
         config.objective = {"terms": {"preference": {"kind": "sigmoid", "cached": "cached" in chosen}}}
         config.data.path = "preferences:reverse"
+    if "grpo" in chosen:
+        config.batch_size, config.seq_len = 8, PROMPT + ANSWER
+        config.data.update(path="tasks:reverse", pack=False)
+        config.rewards = {"length": {"unit": "characters", "most": 1, "over": 10 * ANSWER}}
+        config.rollout.update(answers=4, max_new_tokens=ANSWER)
+        config.advantage.update(kind="group", scale="group")
+        config.objective = {"terms": {"policy_gradient": {"aggregation": "seq-mean-token-mean"}}}
     if "debug" in chosen:
         config.model.vocab_size = 0
         return base.debug(config)

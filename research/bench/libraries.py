@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from research.bench import measure
+from research.rollouts import rewards as reward_lib
+from research.rollouts.rewards import Reward, Sample
 
 # Fields of an optimizer -> those of transformers' TrainingArguments.
 _FIELDS_OF_TRL = {
@@ -154,16 +156,14 @@ class Peft(HuggingFace):
 
 
 class Trl(HuggingFace):
-    """TRL's DPOTrainer with fused AdamW, on the pairs in the folder; with `compiled` its torch_compile."""
+    """TRL's trainers with fused AdamW; with `compiled` their torch_compile."""
 
     def train(
         self, folder: str, optimizer: dict[str, float], microbatches: int, dtype: str, remat: bool, options: dict
     ) -> dict:
-        """Trains for a step; returns its loss. `options`: of bench.preferences.trl_options."""
-        os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")  # trl reports each trainer
-        import datasets
-        import trl
-
+        """Has the DPOTrainer learn from the pairs in the folder for a step; returns its loss. `options`: of
+        bench.preferences.trl_options."""
+        datasets, trl = _trl()
         pairs = np.load(f"{folder}/pairs.npz")
         self.tensors = {name: self.torch.from_numpy(pairs[name]) for name in pairs.files}
         rows, reference = range(len(pairs["input_ids"]) // 2), f"{folder}/reference"
@@ -171,28 +171,59 @@ class Trl(HuggingFace):
         self.trainer = trl.DPOTrainer(
             self._trained(folder),
             self._model(reference).eval() if os.path.exists(reference) else None,
-            args=trl.DPOConfig(
-                output_dir=f"{folder}/trl",
-                per_device_train_batch_size=len(rows) // microbatches,
-                gradient_accumulation_steps=microbatches,
-                gradient_checkpointing=remat,
-                torch_compile=self.compiled,
-                bf16=dtype == "bfloat16",
-                use_cpu=self.device == "cpu",
-                **_TRAINING_OF_TRL,
-                **{_FIELDS_OF_TRL[name]: value for name, value in optimizer.items()},
-                **options,
-            ),
+            args=trl.DPOConfig(**self._arguments(folder, optimizer, len(rows), microbatches, dtype, remat), **options),
             # What is said here isn't read: `_collate` puts the batch in its place.
             train_dataset=datasets.Dataset.from_list(
-                [{"prompt": "a", "chosen": "a", "rejected": "a", "row": row} for row in rows]
+                [{"prompt": "0", "chosen": "0", "rejected": "0", "row": row} for row in rows]
             ),
-            processing_class=_stand_in_tokenizer(),
+            processing_class=_tokenizer_of_numbers(1),
             data_collator=self._collate,
             callbacks=[self.clock],
         )
         self._begin(lambda: self.run(1))
         return {"loss": self.trainer.state.log_history[0]["loss"]}
+
+    def reinforce(
+        self, folder: str, optimizer: dict[str, float], microbatches: int, dtype: str, remat: bool, options: dict
+    ) -> dict:
+        """Has the GRPOTrainer answer the prompts in the folder and learn from rewards, for a step; returns its loss,
+        and of the answers the entropy and the number of tokens. `options`: of bench.reinforcement.trl_options."""
+        datasets, trl = _trl()
+        data = np.load(f"{folder}/prompts.npz")
+        prompts = [" ".join(map(str, row)) for row in data["prompts"]]
+        rows = len(prompts) * options["num_generations"]
+        entries = list(reward_lib.load(options.pop("rewards")).values())
+        self.clock = _clock()
+        arguments = self._arguments(folder, optimizer, rows, microbatches, dtype, remat)
+        weights = [entry.weight for entry in entries]
+        self.trainer = trl.GRPOTrainer(
+            self._trained(folder),
+            reward_funcs=[_Reward(entry.name, entry.make()) for entry in entries],
+            args=trl.GRPOConfig(**arguments, **options, reward_weights=weights),
+            train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            processing_class=_tokenizer_of_numbers(int(data["vocab_size"])),
+            callbacks=[self.clock],
+        )
+        self._begin(lambda: self.run(1))
+        log = self.trainer.state.log_history[0]
+        tokens = log["completions/mean_length"] * rows
+        return {"loss": log["loss"], "entropy": log["entropy"], "new_tokens": round(tokens)}
+
+    def _arguments(
+        self, folder: str, optimizer: dict[str, float], rows: int, microbatches: int, dtype: str, remat: bool
+    ) -> dict[str, Any]:
+        """What all of TRL's configs are given: `rows` make a step."""
+        return {
+            "output_dir": f"{folder}/trl",
+            "per_device_train_batch_size": rows // microbatches,
+            "gradient_accumulation_steps": microbatches,
+            "gradient_checkpointing": remat,
+            "torch_compile": self.compiled,
+            "bf16": dtype == "bfloat16",
+            "use_cpu": self.device == "cpu",
+            **_TRAINING_OF_TRL,
+            **{_FIELDS_OF_TRL[name]: value for name, value in optimizer.items()},
+        }
 
     def run(self, n: int) -> list[float]:
         """Trains for n steps; returns the seconds of each, without those of reading data."""
@@ -227,13 +258,38 @@ def _clock() -> Any:
     return Clock()
 
 
-def _stand_in_tokenizer() -> Any:
-    """A tokenizer of one word, which a trainer can't do without."""
+def _trl() -> tuple[Any, Any]:
+    """The packages datasets and trl, which reports each trainer that it makes, and is kept from that."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    import datasets
+    import trl
+
+    return datasets, trl
+
+
+class _Reward:
+    """One of our rewards as TRL calls one."""
+
+    def __init__(self, name: str, reward: Reward):
+        self.__name__, self.reward = name, reward
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any
+    ) -> list[float | None]:
+        samples = zip(prompts, completions, completion_ids, strict=True)
+        return [self.reward(Sample({}, prompt, text, len(ids), "length")) for prompt, text, ids in samples]
+
+
+def _tokenizer_of_numbers(count: int) -> Any:
+    """A tokenizer whose words are the numbers below `count`, its ids. The word `end` is none of a model's: a trainer
+    can't do without one that ends a text and pads it, and here no text is to end."""
     import tokenizers
     import transformers
 
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a", eos_token="a")
+    words = {**{str(number): number for number in range(count)}, "end": count}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="end"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="end", eos_token="end")
 
 
 class PlainJax(Library):

@@ -87,6 +87,11 @@ class Stepper:
         return measure.timed(self.step, n)
 
     def step(self) -> None:
+        """Makes a step."""
+        self.update()
+
+    def update(self) -> None:
+        """Makes an update."""
         self.state, self.out = self.compiled(self.state, self.frozen, self.batch, self.rates)
         jax.block_until_ready((self.state, self.out))
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research.bench import machine, measure, peers, preferences, prepared, profiling
+from research.bench import machine, measure, peers, preferences, prepared, profiling, reinforcement
 from research.bench.types import Bench, Record, Result, in_ms, peak_memory
 from research.config import Config
 from research.devices import compilation, sharding, startup
@@ -42,7 +42,7 @@ def _train(bench: Bench, name: str) -> Result:
         others = stack.enter_context(peers.Others(bench.mkl))
         if bench.against:
             _start_peers(others, bench, step, name, stack.enter_context(tempfile.TemporaryDirectory()))
-        ours = prepared.Stepper(step)
+        ours = _stepper(bench, step, stack)
         ours.step()
         loss, losses_weight = ours.out["loss"]
         warm = ours(1)[0]
@@ -55,6 +55,8 @@ def _train(bench: Bench, name: str) -> Result:
         peak = product_flops / measure.spread(seconds[" matmul"])["median"]
         record = _describe(bench, step, measure.spread(seconds[""]), peak)
         record |= {"case": name, "matmul_flops_per_second": peak, "dtype": dtype, "loss": float(loss / losses_weight)}
+        if bench.config.rewards:
+            record |= reinforcement.describe(ours, step, record)
         tokens = record["tokens_per_second"] * record["seconds"]["median"]
         record |= others.compare(
             seconds,
@@ -68,7 +70,15 @@ def _train(bench: Bench, name: str) -> Result:
         f"{name}: {in_ms(record['seconds'])}, {record['tokens_per_second']:.5g} tokens/s, MFU {record['mfu']:.1%} of "
         f"{peak / 1e12:.3g} TFLOP/s, {peak_memory(record['memory'])}"
     )
-    return record | profile, text + peers.describe(record) + profiling.describe(profile)
+    shares = "".join(f", {name} {share:.0%}" for name, share in record.get("shares", {}).items())
+    return record | profile, text + shares + peers.describe(record) + profiling.describe(profile)
+
+
+def _stepper(bench: Bench, step: prepared.Prepared, stack: contextlib.ExitStack) -> prepared.Stepper:
+    """What makes our steps; of a run with rewards each with its rollout."""
+    if not bench.config.rewards:
+        return prepared.Stepper(step)
+    return reinforcement.Stepper(step, bench.config, bench.vocab_size, stack)
 
 
 def _describe(bench: Bench, step: prepared.Prepared, times: Mapping[str, float], peak: float) -> Record:
@@ -106,16 +116,30 @@ def _start_peers(others: peers.Others, bench: Bench, step: prepared.Prepared, na
     for peer in bench.against:
         try:
             check_peer(peer, config)
-            if peer.startswith("trl"):
-                more = {"options": preferences.trl_options(config)}
-                preferences.write_pairs(folder, step, config)
-            else:
-                more = {}
-                write_work(folder, step, config, name)
+            method, more = _write(peer, bench, step, name, folder)
         except (measure.Failed, InputError) as error:
             others.fail(peer, str(error))
         else:
-            others.start(peer, "train", work | more, warm=1)
+            others.start(peer, method, work | more, warm=1)
+
+
+def _write(peer: str, bench: Bench, step: prepared.Prepared, name: str, folder: str) -> tuple[str, Record]:
+    """Writes what a peer reads; returns the method of libraries.Library that does the work, and what else it takes.
+
+    Raises:
+      Failed, InputError: the peer can't do it.
+    """
+    config = bench.config
+    if config.rewards and peer.startswith("trl"):
+        options = reinforcement.trl_options(config)
+        reinforcement.write_prompts(folder, step, config, bench.vocab_size)
+        return "reinforce", {"options": options}
+    if peer.startswith("trl"):
+        options = preferences.trl_options(config)
+        preferences.write_pairs(folder, step, config)
+        return "train", {"options": options}
+    write_work(folder, step, config, name)
+    return "train", {}
 
 
 def check_peer(peer: str, config: Config) -> None:
@@ -151,7 +175,7 @@ def _profile(bench: Bench, ours: prepared.Stepper, name: str) -> Record:
     folder = Path(bench.profile) / name
     with jax.profiler.trace(str(folder), create_perfetto_trace=True):
         for _ in range(_TRACED_STEPS):
-            ours.step()
+            ours.update()
     (folder / profiling.PROGRAM).write_text(ours.compiled.as_text())
     try:
         parts = profiling.read(folder)

@@ -13,8 +13,10 @@ Takes any experiment: model, batch, objective, optimizer and mesh are the config
 One JSON line each (or several) goes to standard output, a readable one to standard error. Times are {"median", "q1",
 "q3", "n"} after warm-up. --against measures another library on the same work in turn: hf is transformers with torch,
 hf_compile the same compiled, peft and peft_compile PEFT's adapter of the same initial values, trl and trl_compile TRL's
-DPOTrainer where the objective is preference, jax plain jax.jit. MKL in torch has slow kernels for processors that
-aren't Intel's: it is told that they are, where there is a C compiler, and the record says which it took (--mkl).
+DPOTrainer where the objective is preference and its GRPOTrainer where there are rewards, jax plain jax.jit. With
+rewards a train step is a rollout with its updates; answers have rollout.max_new_tokens each. MKL in torch has slow
+kernels for processors that aren't Intel's: it is told that they are, where there is a C compiler, and the record says
+which it took (--mkl).
 --profile traces a few train steps for Perfetto or TensorBoard, and names the costliest parts. Parameters are random
 and batches made up: neither data nor a checkpoint is read, but by loop, data and startup. Rows hold several documents
 each; with --against one, or one pair, so that all do the same work and find the same loss. The status is 1 if a part
@@ -79,6 +81,7 @@ COMMAND = cli.Command(
         "understudy benchmark --config=experiments/benchmark.py:small --only=train,decode --against=hf",
         "understudy benchmark --config=experiments/benchmark.py:small,lora --only=train --against=peft_compile",
         "understudy benchmark --config=experiments/benchmark.py:small,dpo --only=train --against=trl",
+        "understudy benchmark --config=experiments/benchmark.py:small,grpo --only=train --against=trl",
         "understudy benchmark --config=experiments/sft.py --only=train --objectives=sft,distill --profile=traces",
     ),
     experiment=True,

@@ -13,7 +13,19 @@ import safetensors.numpy
 from experiments import benchmark as experiment
 from research import config as config_lib
 from research import params
-from research.bench import libraries, measure, mkl, names, parts, peers, preferences, prepared, profiling, steps
+from research.bench import (
+    libraries,
+    measure,
+    mkl,
+    names,
+    parts,
+    peers,
+    preferences,
+    prepared,
+    profiling,
+    reinforcement,
+    steps,
+)
 from research.commands import benchmark
 from research.devices import sharding
 from research.errors import Exit, InputError
@@ -279,6 +291,63 @@ def test_trl_finds_the_same_loss(variant, capsys):
     assert record["loss"] != pytest.approx(np.log(2), rel=1e-3)  # the reference is another model
     assert peer["seconds"]["n"] == 2
     assert record["against"]["hf"]["error"] == "peers know next_token and sft alone"
+
+
+def test_a_step_with_rewards_is_a_rollout_and_its_updates(monkeypatch, capsys):
+    """Of 8 answers of 8 tokens; both updates of the rollout are in its time."""
+    monkeypatch.setattr(peers, "check", lambda names: None)  # none is started
+    flags = ["--only=train", "--steps=2", "--against=trl,hf", "--config.rollout.epochs=2"]
+    assert benchmark.main([CONFIG + ",grpo", *TINY, *flags]) == 0
+    out, said = capsys.readouterr()
+    (record,) = map(json.loads, out.splitlines())
+    assert record["new_tokens"] == 8 * 8
+    assert record["tokens_per_second"] == pytest.approx(64 / record["seconds"]["median"])
+    assert set(record["shares"]) == {"generation", "reward", "scores", "training"}
+    assert sum(record["shares"].values()) == pytest.approx(1, abs=0.2)  # each is a median
+    assert record["entropy"] == pytest.approx(np.log(258), abs=0.1)  # of bytes and their special tokens
+    assert record["against"]["trl"]["error"] == "trl knows advantage.kind = group, one epoch and all answers"
+    assert "peers know" in record["against"]["hf"]["error"]
+    assert ", generation " in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"terms": {"policy_gradient": 1.0}}}, "aggregation = seq-mean-token-mean"),
+        ({"objective": {"terms": {"policy_gradient": 1.0, "value": 0.5}}}, "policy_gradient alone"),
+        ({"objective.terms.policy_gradient.kind": "cispo"}, "kind = ppo"),
+        ({"objective.terms.policy_gradient.dual_clip": 3.0}, "kind = ppo"),
+        ({"rollout.filter_rounds": 1}, "one epoch and all answers"),
+        ({"advantage.whiten": "tokens"}, "advantage.kind = group"),
+        ({"batch_size": 4, "rollout.prompts": 2}, "one update a rollout"),
+    ],
+)
+def test_trl_learns_from_rewards_as_the_config_does_or_not(changes, message):
+    config = experiment.get_config("debug,grpo")
+    config.rollout.prompts = 0
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(measure.Failed, match=message):
+        reinforcement.trl_options(config_lib.parse(config.to_dict()))
+
+
+def test_trl_has_the_options_of_the_rewards_and_the_loss():
+    options = reinforcement.trl_options(config_lib.parse(experiment.get_config("grpo").to_dict()))
+    assert options["rewards"].keys() == {"length"}
+    known = {"num_generations": 4, "max_completion_length": 128, "beta": 0.0, "loss_type": "grpo", "epsilon": 0.2}
+    assert options.items() >= (known | {"temperature": 1.0, "top_k": 0, "scale_rewards": "group"}).items()
+
+
+@pytest.mark.slow
+def test_trl_answers_the_same_prompts_at_the_same_length(capsys):
+    """With the same parameters its answers have the same entropy, but for chance."""
+    pytest.importorskip("trl", reason="the peer trl needs torch and trl")
+    flags = [CONFIG + ",grpo", "--only=train", "--steps=2", "--against=trl", "--config.model.num_layers=1"]
+    assert benchmark.main(flags) == 0
+    (record,) = map(json.loads, capsys.readouterr().out.splitlines())
+    peer = record["against"]["trl"]
+    assert peer["new_tokens"] == record["new_tokens"] == 8 * 8
+    assert peer["entropy"] == pytest.approx(record["entropy"], abs=0.02)
+    assert peer["seconds"]["n"] == 2
 
 
 def test_kernels_of_mkl_are_told_and_said(monkeypatch, tmp_path):
