@@ -200,7 +200,8 @@ class Config:
       log: where metrics go.
       plan: what `understudy plan` needs to know.
       rules: logical axis -> mesh axis, where it differs from RULES in research/devices/sharding.py.
-      stall_seconds: end a run of several processes when it has made no step for so long; 0: never.
+      stall_seconds: end a run of several processes when it has made no step for so long; 0: never. With rewards a
+        rollout counts as one too, so that it is to be longer than one takes.
       compilation_cache: keep compiled programs on disk, so that the next start is faster.
     """
 

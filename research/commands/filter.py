@@ -6,7 +6,7 @@ tell it to, and writes records with `prompt` or `messages` and the completion as
 
 --min_reward, --best and --pairs go by rewards: those that `understudy score --reward` has put into the file, or
 --rewards, which are computed here, in processes of their own, as in a run (docs/rl.md). An answer that a reward can't
-judge is dropped.
+judge is dropped, and so is an empty one, whatever its reward: there is nothing in it to learn.
 """
 
 import dataclasses

@@ -95,6 +95,7 @@ def make(
     ratios = Ratios(old, correction, pair, drop)
     ratios.check(kind)
     policy_gradient = PolicyGradient(kind, options, shares, extras, ratios, sampler)
+    policy_gradient.check_old()
     policy_gradient.check_sampler()
     return policy_gradient.objective()
 
@@ -180,13 +181,18 @@ class Ratios:
     bounds: tuple[float, ...]
     drop: bool
 
+    @property
+    def corrects(self) -> bool:
+        """Whether tokens are weighed by the ratio of trainer to sampler."""
+        return self.correction != "none"
+
     def check(self, kind: str) -> None:
         """Raises InputError where one isn't known, has no effect, or doesn't go with the loss."""
         for name, known in (("old", OLD), ("correction", CORRECTIONS)):
             value = getattr(self, name)
             if value not in known:
                 raise InputError(f"{name} = {value!r}: must be one of {', '.join(known)}.{did_you_mean(value, known)}")
-        if self.correction == "none":
+        if not self.corrects:
             default = Ratios("sampler", "none", (0.0, 2.0), False)
             for name in ("bounds", "drop"):
                 if getattr(self, name) != getattr(default, name):
@@ -234,6 +240,15 @@ class PolicyGradient:
     ratios: Ratios
     sampler: Sampler
 
+    def check_old(self) -> None:
+        """Raises InputError where nothing that is learned would be compared with the trainer as it was."""
+        by_ratio = self.extras.kl_coef and not KL[self.extras.kl].on_policy
+        if self.ratios.old == "trainer" and not (LOSSES[self.kind].ratio or by_ratio) and not self.ratios.corrects:
+            raise InputError(
+                f"old = 'trainer': kind = {self.kind!r} reads no ratio, so that it would only cost a pass. Leave it "
+                "out, or set a correction, which weighs tokens by the ratio of trainer to sampler."
+            )
+
     def check_sampler(self) -> None:
         """Raises InputError where a ratio would compare another distribution than the one that was sampled from."""
         against_sampler = {
@@ -241,7 +256,7 @@ class PolicyGradient:
             f"kl = {self.extras.kl!r}": self.extras.kl_coef
             and not KL[self.extras.kl].on_policy
             and self.ratios.old == "sampler",
-            f"correction = {self.ratios.correction!r}": self.ratios.correction != "none",
+            f"correction = {self.ratios.correction!r}": self.ratios.corrects,
             f"off_policy_mask = {self.extras.off_policy_mask}": self.extras.off_policy_mask is not None,
         }
         for what, reads in against_sampler.items():
@@ -318,7 +333,7 @@ class PolicyGradient:
     ) -> tuple[Float[Array, "B T"], dict[str, Float[Array, "B T"]]]:
         """What tokens count in the policy's loss, constants; and of that what is reported."""
         samples, parts = tokens.samples, {}
-        if self.ratios.correction != "none":
+        if self.ratios.corrects:
             parts["correction"] = policy_losses.importance(
                 samples.old,
                 tokens.sampler,

@@ -18,7 +18,7 @@ from research.planning.abstract import Described
 from research.planning.hlo import Collective
 from research.planning.servers import ServerMemory
 from research.planning.topology import Topology
-from research.run import assemble
+from research.run import assemble, checks
 from research.run.assemble import Parts
 from research.run.roles import make_roles
 
@@ -121,7 +121,8 @@ def make(config: Config, topology: Topology) -> Plan:
     tokens = config.batch_size * config.seq_len
     flops = parts.roles.flops(config.seq_len)
     repeated = flops["policy"].forward if parts.models["policy"].config.remat == "full" else 0.0
-    model_flops = tokens * sum(each.total for each in flops.values())
+    in_updates = checks.roles_of_updates(parts.terms, parts.models)
+    model_flops = tokens * sum(each.total for role, each in flops.items() if role in in_updates)
     bytes_of = {
         "parameters": bytes_on_a_device(parts.state.params),
         "optimizer": bytes_on_a_device([parts.state.opt_state, parts.state.ema, parts.state.carry, parts.state.synced]),

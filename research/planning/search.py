@@ -13,6 +13,7 @@ from research.errors import InputError
 from research.planning import abstract, estimate
 from research.planning.estimate import Plan
 from research.planning.topology import Topology
+from research.run import checks
 
 Attempt = tuple[Config, Plan]
 
@@ -96,7 +97,8 @@ class _Work:
     @classmethod
     def of(cls, config: Config, topology: Topology) -> "_Work":
         config = estimate.with_dtypes(dataclasses.replace(config, mesh=config_lib.MeshConfig()), topology)
-        roles = abstract.describe(config, topology.devices[:1]).assemble().roles
+        parts = abstract.describe(config, topology.devices[:1]).assemble()
+        roles, in_updates = parts.roles, checks.roles_of_updates(parts.terms, parts.models)
         flops = roles.flops(config.seq_len)
         held = jax.tree.leaves(roles.frozen, is_leaf=params.is_spec)
         return cls(
@@ -104,7 +106,7 @@ class _Work:
             frozen=float(sum(math.prod(spec.shape) * jax.numpy.dtype(spec.dtype).itemsize for spec in held)),
             weights=params.count(roles.models["policy"].specs),
             forward=flops["policy"].forward,
-            total=sum(each.total for each in flops.values()),
+            total=sum(each.total for role, each in flops.items() if role in in_updates),
         )
 
 

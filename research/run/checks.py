@@ -34,6 +34,12 @@ def trained_roles(terms: Terms) -> set[str]:
     return set(trained)
 
 
+def roles_of_updates(terms: Terms, models: Mapping[str, Model]) -> set[str]:
+    """The roles that the terms read, with those whose trunk these share. What rollouts alone read isn't among them."""
+    read = {role for term in terms.values() for role in term.objective.trainable + term.objective.frozen}
+    return read | {models[role].of for role in read & models.keys()}
+
+
 def scored_fields(config: Config, batch: Batch) -> tuple[str, ...]:
     """The batch fields that models give before a rollout's first update."""
     return tuple(name for name in scores_lib.ROLES if name in batch) if config.rewards else ()
@@ -98,7 +104,7 @@ def _check_reads(config: Config, terms: Terms, models: Mapping[str, Model], batc
                 raise InputError(
                     f"objective.terms.{name}: reads the batch field {field!r}, {_why_absent(config, field, batch)}"
                 )
-    read = {role for term in terms.values() for role in term.objective.trainable + term.objective.frozen}
+    read = roles_of_updates(terms, models)
     for field in scored_fields(config, batch):
         role = scores_lib.ROLES[field]
         if role not in models:

@@ -40,7 +40,7 @@ class Loop:
       evaluate: measures and logs; called every `eval.every` and after the last step, where that isn't 0.
       saver: of checkpoints.
       window: of metrics and time.
-      progress: is told of each step that begins.
+      progress: is told of each step that begins, and of each rollout before it: of the step that was made last.
       stop: an event that asks the loop to save and end.
       started: unix seconds of the process's start.
       measure_first: evaluate before the first step too, and see that checkpoint.best_metric is among the scores.
@@ -74,6 +74,7 @@ class Loop:
         self.window.start_clock()
         try:
             for step in range(first + 1, config.steps + 1):
+                self.progress(step - 1)
                 with self.window.waiting():
                     batch, place, gathered = self.experience.next(state, frozen, place)
                 self.progress(step)

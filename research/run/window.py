@@ -3,13 +3,15 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AxisType
 
 from research.config import Config
 from research.objectives.terms import Terms, of_term
-from research.run import metrics
+from research.rollouts import notices
+from research.run import checks, metrics
 from research.run.assemble import Parts
 from research.train import Metrics, means
 
@@ -29,6 +31,7 @@ class Window:
       flops_per_token: of a training step.
       find_peak: () -> FLOP/s that the devices can do; None where it isn't known.
       terms: of the objective, which may have something to say of their metrics.
+      rewards: of the config, of which there may be something to say too.
     """
 
     def __init__(
@@ -38,10 +41,12 @@ class Window:
         flops_per_token: float,
         find_peak: Callable[[], float | None] = lambda: None,
         terms: Terms | None = None,
+        rewards: Mapping[str, Any] | None = None,
     ):
         self.config, self.writer, self.flops_per_token = config, writer, flops_per_token
         self.terms: Terms = terms or {}
         self._said: set[tuple[str, str]] = set()
+        self._of_rewards = notices.Constant(rewards or {})
         self._find_peak, self.peak = find_peak, None
         self.steps: list[Metrics] = []
         self.start_clock(afresh=True)
@@ -49,8 +54,8 @@ class Window:
     @classmethod
     def of(cls, config: Config, parts: Parts, writer: metrics.Writer, mesh: jax.sharding.Mesh) -> "Window":
         """The window of a run."""
-        total = sum(each.total for each in parts.roles.flops(config.seq_len).values())
-        return cls(config, writer, total, lambda: _peak_flops(mesh), parts.terms)
+        flops = flops_per_token(config, parts)
+        return cls(config, writer, flops, lambda: _peak_flops(mesh), parts.terms, config.rewards)
 
     def start_clock(self, afresh: bool = False) -> None:
         """Leaves out the time since the last step, which went into evaluating or saving; `afresh`: and all before it,
@@ -93,6 +98,8 @@ class Window:
             )
         if step == 1:
             self._notice(values, first=True)
+        for line in self._of_rewards(values):
+            self.writer.print(f"warning  {line}")
         self.writer.advance(step)
         if values["empty_batch"]:
             self.writer.print(f"step {step}: no token of this batch is supervised: update skipped")
@@ -132,6 +139,21 @@ class Window:
                 if (name, about) not in self._said:
                     self.writer.print(f"warning  objective.terms.{name}: {line}")
                 self._said.add((name, about))
+
+
+def flops_per_token(config: Config, parts: Parts) -> float:
+    """The model FLOPs of a token in an update. What models besides the policy compute once a rollout is shared by its
+    epochs; generation isn't counted.
+
+    Args:
+      config: of the run.
+      parts: of the run.
+    """
+    in_updates = checks.roles_of_updates(parts.terms, parts.models)
+    return sum(
+        each.total / (1 if role in in_updates else config.rollout.epochs)
+        for role, each in parts.roles.flops(config.seq_len).items()
+    )
 
 
 def _peak_flops(mesh: jax.sharding.Mesh) -> float | None:

@@ -10,6 +10,7 @@ from research import config as config_lib
 from research.models import flops
 from research.models.config import ModelConfig
 from research.planning import abstract
+from research.run import checks, window
 
 # Of each layer of the debug model: D 64, 4 query and 2 key/value heads of 16, F 128, gated; V 512, T 128.
 MAPS = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]  # q, k, v, o, up, gate, down
@@ -30,6 +31,27 @@ def counted(**changes):
     run = abstract.describe(config_lib.parse(config.to_dict()), jax.devices()[:1])
     with jax.set_mesh(run.mesh):
         return run.assemble().roles.flops(128)
+
+
+def test_what_a_rollout_reads_is_shared_by_its_epochs_and_is_no_part_of_an_update():
+    config = base.debug(base.get_config())
+    config.tokenizer.kind, config.data.pack, config.eval.generate = "byte", False, 0
+    config.model.vocab_size = 512
+    config.rewards = {"reward_model": 1.0, "length": {"most": 8}}
+    config.rollout.update(prompts=2, epochs=4)
+    config.objective = {"terms": {"policy_gradient": {"kl_coef": 0.1}, "value": 0.5}}
+    config.advantage.update(kind="critic", scale="none")
+    config.roles = {"reference": {}, "critic": {"num_labels": 1}, "reward": {"num_labels": 1}}
+    run = abstract.describe(config_lib.parse(config.to_dict()), jax.devices()[:1])
+    with jax.set_mesh(run.mesh):
+        parts = run.assemble()
+    each = parts.roles.flops(128)
+    assert each.keys() == {"policy", "reference", "critic", "reward"}
+    updates = each["policy"].total + each["critic"].total
+    assert each["critic"].backward > 0
+    assert window.flops_per_token(run.config, parts) == updates + (each["reference"].total + each["reward"].total) / 4
+    assert checks.roles_of_updates(parts.terms, parts.models) >= {"policy", "critic"}
+    assert not checks.roles_of_updates(parts.terms, parts.models) & {"reference", "reward"}
 
 
 def test_all_that_is_trained_takes_three_times_the_forward_pass():

@@ -306,6 +306,7 @@ def test_fields_are_those_that_the_options_need():
             "correction.*one weight with kind = 'gmpo'. Take 'sequence'",
         ),
         ({"correction": "token", "old": "trainer", "kind": "vespo"}, "correction.*Take old = 'sampler'"),
+        ({"old": "trainer", "kind": "reinforce", "kl": "k2", "kl_coef": 0.1}, "old = 'trainer'.*reads no ratio"),
     ],
 )
 def test_what_has_no_effect_or_no_meaning_is_refused(options, message):

@@ -1,0 +1,44 @@
+"""The order of things in the loop."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from research.rollouts.experience import Experience, Place
+from research.run import loop, window
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """A window and a saver that do nothing."""
+    monkeypatch.setattr(window.Window, "add", lambda self, step, out: None)
+    monkeypatch.setattr(loop.Loop, "_save", lambda *_: None)
+    sections = {"eval": SimpleNamespace(every=0), "checkpoint": SimpleNamespace(every=0)}
+    saver = SimpleNamespace(save=lambda *_: None, prepare=lambda: None, wait=lambda: None)
+    return SimpleNamespace(steps=3, **sections), saver
+
+
+def test_a_rollout_counts_as_progress_of_its_own(quiet):
+    """So that stall_seconds, which no step may take, is not of an update and the rollout after it together."""
+    config, saver = quiet
+    order = []
+
+    def draw(state, frozen, place):
+        order.append("rollout")
+        return {}, place, {}
+
+    loop.Loop(
+        config=config,
+        workdir="",
+        step=lambda state, frozen, batch, rates: order.append("update") or (state, {}),
+        rates={},
+        experience=Experience({}, (), lambda: Place({}), draw),
+        evaluate=None,
+        saver=saver,
+        window=window.Window(SimpleNamespace(steps=3), SimpleNamespace(write=lambda *_: None), 0.0),
+        progress=order.append,
+        stop=threading.Event(),
+        started=0.0,
+    ).run(SimpleNamespace(step=0), {}, Place({}))
+    assert order == [0, "rollout", 1, "update", 1, "rollout", 2, "update", 2, "rollout", 3, "update"]
