@@ -21,15 +21,8 @@ from research.sources.tokenizers import Tokenizer
 
 __all__ = ["Coefficient", "Objective", "Sampler", "Term", "Terms", "load", "needed_tokens"]
 
-_PARTS = (
-    "answers",
-    "classes",
-    "excess",
-    "pairs",
-    "terms",
-    "types",
-    "verdicts",
-)  # modules of this package that are no objectives
+# Modules of this package that are no objectives.
+_PARTS = ("answers", "classes", "excess", "pairs", "policy_options", "terms", "types", "verdicts")
 _FIELDS = ("objective", "weight", "sources")  # of a term, beside its objective's options
 _OF_RUN = ("tokenizer", "sampler")  # parameters of a `make` that the run gives, and no config
 _SCHEDULE = ("start", "end", "steps")

@@ -207,11 +207,13 @@ class Sampler(NamedTuple):
       vocab_size: ids from here on are never drawn; None where it isn't known.
       truncated: how the config cuts the distribution short, such as "rollout.top_k = 5"; "" where it doesn't. The
         answers' log-probabilities are then of the shorter one.
+      ahead: whether answers are written by the policy as it was before the rollout before theirs was learned from.
     """
 
     temperature: float = 1.0
     vocab_size: int | None = None
     truncated: str = ""
+    ahead: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

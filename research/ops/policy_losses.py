@@ -12,16 +12,18 @@ Axes: B rows, each with one answer; T tokens.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 _MOST_LOG_RATIO = 20.0
 _LEAST_LOG_WEIGHT = -18.42  # of vespo: log 1e-8
 
 Tokens = Float[Array, "B T"]
+Numbers = TypeVar("Numbers", Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,20 +263,37 @@ class Kl:
     source: str
 
 
+def kl_estimate(kind: str, d: Numbers, exp: Callable[[Numbers], Numbers]) -> Numbers:
+    """An estimate of KL(p || p_ref) of each sampled token (joschu.net/blog/kl-approx.html).
+
+    Args:
+      kind: "k1" is d, "k2" d^2 / 2, "k3" e^-d - 1 + d, which has the mean of k1 and is never negative.
+      d: log p - log p_ref, of NumPy or JAX.
+      exp: of the same library, with what bounds it is to have.
+    """
+    match kind:
+        case "k1":
+            return d
+        case "k2":
+            return d * d / 2
+        case "k3":
+            return exp(-d) - 1 + d
+    raise ValueError(kind)
+
+
 def k1(log_prob: Tokens, reference: Tokens) -> Tokens:
-    """d = log p - log p_ref, whose mean over samples of p is KL(p || p_ref)."""
-    return _bounded(log_prob - reference)
+    """See kl_estimate."""
+    return kl_estimate("k1", _bounded(log_prob - reference), jnp.exp)
 
 
 def k2(log_prob: Tokens, reference: Tokens) -> Tokens:
-    """d^2 / 2."""
-    return jnp.square(k1(log_prob, reference)) / 2
+    """See kl_estimate."""
+    return kl_estimate("k2", _bounded(log_prob - reference), jnp.exp)
 
 
 def k3(log_prob: Tokens, reference: Tokens) -> Tokens:
-    """e^-d - 1 + d, with the mean of k1 and never negative."""
-    d = k1(log_prob, reference)
-    return jnp.exp(-d) - 1 + d
+    """See kl_estimate."""
+    return kl_estimate("k3", _bounded(log_prob - reference), jnp.exp)
 
 
 def _k3_straight_through(log_prob: Tokens, reference: Tokens) -> Tokens:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from research.errors import InputError, did_you_mean
+from research.ops.policy_losses import kl_estimate
 
 ESTIMATORS = ("k1", "k2", "k3")
 _MOST_LOG_RATIO = 20.0  # e^20 is far beyond any use, and squared still finite in float32
@@ -59,13 +60,8 @@ class KlPenalty:
         self, log_probs: Float[np.ndarray, "N T"], reference: Float[np.ndarray, "N T"], mask: Float[np.ndarray, "N T"]
     ) -> Float[np.ndarray, "N T"]:
         """The estimated KL at each token of the mask, to be multiplied by the weight; 0 elsewhere."""
-        d = log_ratios(log_probs, reference, mask)
-        match self.estimator:
-            case "k2":
-                d = np.square(d) / 2
-            case "k3":
-                d = np.exp(np.minimum(-d, _MOST_LOG_RATIO)) - 1 + d
-        return np.clip(d, -self.clip, self.clip) if self.clip else d
+        values = kl_estimate(self.estimator, log_ratios(log_probs, reference, mask), _bounded_exp)
+        return np.clip(values, -self.clip, self.clip) if self.clip else values
 
     def next_weight(self, weight: float, kl: float, answers: int) -> float:
         """The weight after a rollout of so many answers, in which it was `weight` and the mean KL of an answer `kl`:
@@ -82,3 +78,7 @@ def log_ratios(
     """log p - log p_ref at each token of the mask, whose sum over an answer has KL(policy || reference) as its mean; 0
     elsewhere."""
     return np.where(mask > 0, np.asarray(log_probs, np.float64) - reference, 0.0)
+
+
+def _bounded_exp(x: Float[np.ndarray, "N T"]) -> Float[np.ndarray, "N T"]:
+    return np.exp(np.minimum(x, _MOST_LOG_RATIO))
