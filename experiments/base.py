@@ -43,7 +43,8 @@ def debug(config: ConfigDict) -> ConfigDict:
     config.data.max_records = 50
     config.optimizer.warmup_steps = 1
     if config.rewards:
-        config.rollout.update(prompts=2 * config.microbatches, answers=4, max_new_tokens=8)
+        prompts = config.batch_size if config.rollout.pairs else 2 * config.microbatches
+        config.rollout.update(prompts=prompts, answers=4, max_new_tokens=8)
     config.checkpoint.every = 1
     config.eval.update(every=1, batches=2, generate=min(config.eval.generate, 4), max_new_tokens=8, show=1)
     config.log.every = 1

@@ -8,8 +8,9 @@
 
 `:start` learns to sort letters from demonstrations of which most repeat the question in place of an answer. It sorts as
 well as it has learned to, and answers as seldom as they do. More of the same can't mend that, and a reward for right
-answers can. The others begin there: `:grpo`, `:dr_grpo`, `:dapo`, `:rloo`, `:ppo` with a critic, and `:reinforce`
-without a baseline. The study has beside them the start trained on with as many tokens (sft).
+answers can. The others begin there: `:grpo`, `:dr_grpo`, `:dapo`, `:rloo`, `:ppo` with a critic, `:reinforce` without a
+baseline, and `:online_dpo`, which compares the best and the worst answer to each prompt. The study, of grpo, rloo, ppo
+and reinforce, has beside them the start trained on with as many tokens (sft).
 
 Cost: a minute of CPU time for `:start`, half a minute to one for the others. Expect, of one seed: 0.42 of the start's
 answers are right, 0.43 after more demonstrations, and 0.97 to 0.98 after 100 updates by any of grpo, rloo, ppo and
@@ -27,7 +28,7 @@ from ml_collections import ConfigDict
 from experiments import base
 from research import config as config_lib
 from research.errors import InputError
-from research.rollouts.presets import PRESETS
+from research.rollouts.presets import ONLINE_DPO, PRESETS
 from research.studies import compare_report
 
 TASK = "tasks:sort_letters"
@@ -36,7 +37,7 @@ START = 1000  # steps
 LONGEST = 20  # tokens of an answer: the question and its end
 LARGER_LONGEST = 32  # of a model that is named: a sentence with a number
 MODEL = {"num_layers": 3, "d_model": 96, "num_heads": 4, "num_kv_heads": 4, "d_ff": 256}
-WAYS = ("grpo", "dr_grpo", "dapo", "rloo", "ppo", "reinforce")
+WAYS = ("grpo", "dr_grpo", "dapo", "rloo", "ppo", "reinforce", "online_dpo")
 COMPARED = ("grpo", "rloo", "ppo", "reinforce")
 METRICS = ("eval/right/avg@4", "eval/greedy/exact_match")
 AS_IT_BEGAN = {"of": "policy", "sync_every": 1_000_000}  # the reference where no model is named: in the debug form
@@ -65,7 +66,9 @@ def get_config(arg: str = ""):
     if "debug" in chosen:
         base.debug(config)
         config.eval.tasks = ()
-        config.rollout.update(prompts=2, answers=4, max_new_tokens=LARGER_LONGEST if "smollm2" in chosen else LONGEST)
+        config.rollout.update(answers=4, max_new_tokens=LARGER_LONGEST if "smollm2" in chosen else LONGEST)
+        config.rollout.prompts = 0 if config.rollout.pairs else 2
+        config.seq_len = 160 if "smollm2" in chosen and config.rollout.pairs else config.seq_len
         if config.optimizer.groups:
             config.optimizer.groups = _groups(delay=1)
     if "compare" in chosen:
@@ -133,6 +136,9 @@ def _start(config: ConfigDict, steps: int) -> ConfigDict:
 
 def _set_way(config: ConfigDict, way: str) -> None:
     """Sets how a run learns from rewards."""
+    if way == "online_dpo":
+        _set_pairs(config)
+        return
     preset = PRESETS[way]
     loss: dict[str, Any] = dict(preset.loss)
     if way == "dr_grpo":
@@ -153,6 +159,16 @@ def _set_way(config: ConfigDict, way: str) -> None:
         config.optimizer.groups = _groups(delay=20)
 
 
+def _set_pairs(config: ConfigDict) -> None:
+    """The same of pairs of answers: a row has two, and `batch_size` counts rows."""
+    _set_way(config, "grpo")
+    config.seq_len, config.batch_size = 2 * config.seq_len, 32
+    config.advantage.update(config_lib.defaults()["advantage"])
+    config.rollout.update(prompts=64, **ONLINE_DPO.rollout)
+    config.roles = {"reference": AS_IT_BEGAN}
+    config.objective = {"terms": {"preference": dict(ONLINE_DPO.loss)}}
+
+
 def _groups(delay: int) -> dict[str, dict[str, Any]]:
     """The critic learns for some steps before the policy moves, and faster."""
     return {
@@ -164,13 +180,14 @@ def _groups(delay: int) -> dict[str, dict[str, Any]]:
 def _set_larger(config: ConfigDict) -> None:
     """A model that is named, on prompts that are named and ask for a number, with LoRA: the reference is the model
     without it."""
-    config.steps, config.batch_size, config.seq_len = 100, 32, 96
+    pairs = config.rollout.pairs
+    config.steps, config.batch_size, config.seq_len = 100, 8 if pairs else 32, 192 if pairs else 96
     config.tokenizer.kind, config.data.path, config.data.eval_path = "auto", "", ""
     config.rewards = {"exact_match": {"verifier": "number"}}
     config.adapter = {"kind": "lora", "rank": 16}
     config.optimizer.learning_rate = 2e-4
     config.rollout.update(prompts=8, answers=8, max_new_tokens=LARGER_LONGEST)
-    if "budget" in config.objective["terms"]["policy_gradient"]:
+    if "budget" in config.objective["terms"].get("policy_gradient", {}):
         config.objective["terms"]["policy_gradient"]["budget"] = LARGER_LONGEST
     config.eval.update(every=50, batches=5, generate=0, tasks=())
     defaults = config_lib.defaults()["model"]

@@ -293,6 +293,11 @@ def check(config: Config, *, num_devices: int) -> None:
     spec.check(data_spec(config))
     optim.make_schedule(config.optimizer, config.steps)
     rewards.load(config.rewards)
+    if config.rewards and config.data.annotations:
+        raise InputError(
+            f"data.annotations = {config.data.annotations!r}: are of the data's answers, and with rewards all answers "
+            "are the policy's. Leave it out, or run the model live (roles)."
+        )
     rollout_spec.check(config.rollout, config.rewards, config.advantage, config.batch_size, config.data.pack)
 
 

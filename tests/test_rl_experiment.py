@@ -36,7 +36,7 @@ def test_each_way_is_a_config_that_can_be(arg, way):
     config.data.path = config.data.path or "prompts.jsonl"
     config = config_lib.parse(config.to_dict())
     config_lib.check(config, num_devices=1)
-    loss = config.objective["terms"]["policy_gradient"]
+    loss = config.objective["terms"]["preference" if way == "online_dpo" else "policy_gradient"]
     assert loss.get("budget", config.rollout.max_new_tokens) == config.rollout.max_new_tokens
 
 

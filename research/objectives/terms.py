@@ -90,9 +90,15 @@ class Term:
 Terms = Mapping[str, Term]
 
 
-def on_data(terms: Terms) -> dict[str, Term]:
-    """The terms that a batch of the data alone can be judged by: not those that read what rewards are made into."""
-    return {name: term for name, term in terms.items() if not OF_ROLLOUTS.intersection(term.objective.fields)}
+def on_data(terms: Terms, pairs: bool = False) -> dict[str, Term]:
+    """The terms that a batch of the data alone can be judged by: not those that read what rewards are made into.
+
+    Args:
+      terms: of the objective.
+      pairs: whether the pairs that terms read are of the policy's answers, and not of the data's.
+    """
+    of_answers = OF_ROLLOUTS | ({"pair"} if pairs else set())
+    return {name: term for name, term in terms.items() if not of_answers.intersection(term.objective.fields)}
 
 
 class Inputs(NamedTuple):

@@ -14,6 +14,12 @@ from research.rollouts.collection import Group
 
 Arrays = dict[str, np.ndarray]
 
+# What rows may have before models and rewards say anything of them.
+WRITTEN = (
+    *("tokens", "segment_ids", "positions", "loss_mask", "source", "virtual"),
+    *("sampler_log_prob", "pair", "side"),
+)
+
 
 def lay_out(groups: Sequence[Group], seq_len: int, virtual: range, truncated: str) -> Arrays:
     """The rows of all answers, those of a group one after the other, as batch fields [N, T].
@@ -25,25 +31,40 @@ def lay_out(groups: Sequence[Group], seq_len: int, virtual: range, truncated: st
       truncated: what becomes of answers that were cut off; see RolloutSpec.
     """
     rows = [(group, answer) for group in groups for answer in range(len(group.lengths))]
-    names = ("tokens", "segment_ids", "positions", "source", "virtual")
-    batch: Arrays = {name: np.zeros((len(rows), seq_len), np.int32) for name in names}
-    batch |= {name: np.zeros((len(rows), seq_len), np.float32) for name in ("loss_mask", "sampler_log_prob")}
-    ahead = len(virtual)
+    batch = empty(len(rows), seq_len)
+    batch["sampler_log_prob"] = np.zeros((len(rows), seq_len), np.float32)
     for row, (group, answer) in enumerate(rows):
-        start = ahead + len(group.prompt.tokens)
-        length = int(group.lengths[answer])
-        end = start + length
-        batch["tokens"][row, :ahead] = virtual
-        batch["tokens"][row, ahead:start] = group.prompt.tokens
-        batch["tokens"][row, start:end] = group.tokens[answer, :length]
-        batch["virtual"][row, :ahead] = 1
-        batch["segment_ids"][row, :end] = 1
-        batch["positions"][row, :end] = np.arange(end)
-        batch["source"][row, :end] = group.prompt.source
-        if group.stopped[answer] or truncated == "train":
-            batch["loss_mask"][row, start:end] = 1
-        batch["sampler_log_prob"][row, start - 1 : end - 1] = group.log_probs[answer, :length]
+        start, end = write(batch, row, 0, virtual, group, answer)
+        if not (group.stopped[answer] or truncated == "train"):
+            batch["loss_mask"][row] = 0
+        batch["sampler_log_prob"][row, start - 1 : end - 1] = group.log_probs[answer, : end - start]
     return batch
+
+
+def empty(rows: int, seq_len: int) -> Arrays:
+    """So many rows of padding, [rows, T], with the fields of any answer."""
+    names = ("tokens", "segment_ids", "positions", "source", "virtual")
+    batch: Arrays = {name: np.zeros((rows, seq_len), np.int32) for name in names}
+    return batch | {"loss_mask": np.zeros((rows, seq_len), np.float32)}
+
+
+def write(batch: Arrays, row: int, first: int, virtual: range, group: Group, answer: int) -> tuple[int, int]:
+    """Writes a prompt and one of its answers behind what a row has, from position `first` on, as the row's next
+    document; returns where the answer begins and ends."""
+    length = int(group.lengths[answer])
+    asked = first + len(virtual)
+    start = asked + len(group.prompt.tokens)
+    end = start + length
+    segment = batch["segment_ids"][row].max() + 1
+    batch["tokens"][row, first:asked] = virtual
+    batch["tokens"][row, asked:start] = group.prompt.tokens
+    batch["tokens"][row, start:end] = group.tokens[answer, :length]
+    batch["virtual"][row, first:asked] = 1
+    batch["segment_ids"][row, first:end] = segment
+    batch["positions"][row, first:end] = np.arange(end - first)
+    batch["source"][row, first:end] = group.prompt.source
+    batch["loss_mask"][row, start:end] = 1
+    return start, end
 
 
 def predicting(batch: Mapping[str, np.ndarray]) -> Float[np.ndarray, "N T"]:

@@ -39,12 +39,14 @@ class Experience(NamedTuple):
       init: () -> the place before the first batch. A source begins to be read.
       next: (train state, frozen parameters by role, place) -> (batch, the next place, metrics). Its result depends on
         its arguments alone.
+      settled: a place -> the same for a checkpoint, with what is still under way.
     """
 
     spec: Mapping[str, jax.ShapeDtypeStruct]
     buffer: Any
     init: Callable[[], Place]
     next: Callable[[Any, Any, Place], tuple[Batch, Place, Metrics]]
+    settled: Callable[[Place], Place] = lambda place: place
 
 
 Rollout = Callable[[Any, Any, Batch], Batch]  # (train state, frozen, batch) -> batch

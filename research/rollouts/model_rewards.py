@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from research import params as params_lib
 from research.models.transformer import Model
 from research.objectives.classes import class_logits
 from research.objectives.types import Batch, Forward
@@ -26,7 +25,7 @@ FIELDS = ("tokens", "segment_ids", "positions")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Members:
-    """(train state, frozen, batch) -> role -> the logits [B, M] at the last token of each row, float32; rows hold one
+    """(frozen, batch) -> role -> the logits [B, M] at the last token of each row, float32; rows hold one
     document.
 
     Attributes:
@@ -37,8 +36,9 @@ class Members:
     models: Mapping[str, Model]
     roles: tuple[str, ...]
 
-    def __call__(self, state: Any, frozen: Any, batch: Batch) -> dict[str, Float[Array, "B M"]]:
-        forward = Forward(self.models, params_lib.join(state.params, {**frozen, **state.synced}), batch)
+    def __call__(self, frozen: Any, batch: Batch) -> dict[str, Float[Array, "B M"]]:
+        models, params = ({role: each[role] for role in self.roles} for each in (self.models, frozen))
+        forward = Forward(models, params, batch)
         last = jnp.maximum(jnp.sum(batch["segment_ids"] > 0, axis=1) - 1, 0)
         return {
             role: jnp.take_along_axis(class_logits(forward, role=role), last[:, None, None], axis=1)[:, 0]
@@ -60,9 +60,7 @@ class ModelRewards:
     rewards: tuple[ModelReward | None, ...]
     like: Mapping[str, jax.ShapeDtypeStruct]
 
-    def __call__(
-        self, state: Any, frozen: Any, prompts: Sequence[Prompt], answers: Answers, n: int
-    ) -> Float[np.ndarray, "P n R"]:
+    def __call__(self, frozen: Any, prompts: Sequence[Prompt], answers: Answers, n: int) -> Float[np.ndarray, "P n R"]:
         """Of n answers to each prompt, float32; NaN for the rewards that no model gives."""
         (B, T), rows = self.like["tokens"].shape, len(prompts) * n
         batch = {name: np.zeros((-(-rows // B) * B, T), np.int32) for name in FIELDS}
@@ -70,7 +68,7 @@ class ModelRewards:
             ids = np.concatenate([prompts[row // n].tokens, answers.tokens[row, : answers.lengths[row]]])
             batch["tokens"][row, : len(ids)], batch["segment_ids"][row, : len(ids)] = ids, 1
             batch["positions"][row, : len(ids)] = np.arange(len(ids))
-        parts = [jax.device_get(self.members(state, frozen, part)) for part in buffer.parts(batch, self.like)]
+        parts = [jax.device_get(self.members(frozen, part)) for part in buffer.parts(batch, self.like)]
         out = np.full((rows, len(self.rewards)), np.nan, np.float32)
         for column, reward in enumerate(self.rewards):
             if reward is not None:

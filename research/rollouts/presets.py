@@ -28,6 +28,9 @@ _CLIP = {"kind": "ppo", "clip_low": 0.2, "clip_high": 0.2}
 _KL_IN_REWARD = {"kl": {"weight": 0.05}}
 _REFERENCE = "a reference (roles.reference)"
 
+# Its loss is options of the term preference.
+ONLINE_DPO = Preset("arXiv:2402.04792", {"kind": "sigmoid", "beta": 0.1}, {}, {"pairs": True}, besides=_REFERENCE)
+
 PRESETS: dict[str, Preset] = {
     "reinforce": Preset(
         "Williams 1992, doi:10.1007/BF00992696",

@@ -33,6 +33,10 @@ class RolloutSpec:
       truncated: with `rewards`: what becomes of an answer that was cut off at max_new_tokens. "train": it is as any
         other. "mask": nothing of it is learned, and its reward counts in baselines (DAPO, section 3.4). "leave_out":
         it has no reward either.
+      pairs: with `rewards`: the best and the worst answer of each prompt become a comparison, which the term preference
+        learns from (online DPO, arXiv:2402.04792), in the place of advantages. `batch_size` counts comparisons then.
+      ahead: with `rewards`: the next rollout is answered by the policy as it is now, while this one is trained on. A
+        ratio to the sampler corrects for that.
       max_new_tokens: the longest answer. A row whose prompt leaves less room keeps the data's answer; with `rewards`
         the prompt is left out.
       temperature: logits are divided by it; 0 takes the likeliest token.
@@ -58,6 +62,8 @@ class RolloutSpec:
     epochs: int = 1
     filter_rounds: int = 0
     truncated: str = "train"
+    pairs: bool = False
+    ahead: bool = False
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_k: int = 0
@@ -120,19 +126,21 @@ class Sizes(NamedTuple):
 
     Attributes:
       prompts, answers: P prompts with G answers each.
-      batch_size: answers in one update.
+      batch_size: rows in one update.
       epochs: times that each answer is trained on.
+      pairs: whether a row has the best and the worst answer of a prompt, and not one answer.
     """
 
     prompts: int
     answers: int
     batch_size: int
     epochs: int
+    pairs: bool = False
 
     @property
     def rows(self) -> int:
-        """N, all answers."""
-        return self.prompts * self.answers
+        """N, all answers, or all pairs of them."""
+        return self.prompts * (1 if self.pairs else self.answers)
 
     @property
     def minibatches(self) -> int:
@@ -150,11 +158,19 @@ def sizes(spec: RolloutSpec, batch_size: int) -> Sizes:
 
     Args:
       spec: of the run.
-      batch_size: answers in one update.
+      batch_size: answers in one update, or pairs of them.
 
     Raises:
       InputError: the answers don't fill whole batches.
     """
+    if spec.pairs:
+        prompts = spec.prompts or batch_size
+        if prompts % batch_size:
+            raise InputError(
+                f"rollout.prompts = {prompts}: with rollout.pairs = True each gives one row, and it isn't a multiple "
+                f"of batch_size = {batch_size}. Change either."
+            )
+        return Sizes(prompts, spec.answers, batch_size, spec.epochs, True)
     if not spec.prompts and batch_size % spec.answers:
         raise InputError(
             f"batch_size = {batch_size}: counts answers, and isn't a multiple of rollout.answers = {spec.answers}. "
@@ -169,7 +185,7 @@ def sizes(spec: RolloutSpec, batch_size: int) -> Sizes:
     return Sizes(prompts, spec.answers, batch_size, spec.epochs)
 
 
-_OF_REWARDS = ("prompts", "answers", "epochs", "filter_rounds", "truncated", "engine", *_OF_SERVERS)
+_OF_REWARDS = ("prompts", "answers", "epochs", "filter_rounds", "truncated", "pairs", "ahead", "engine", *_OF_SERVERS)
 
 
 def check(spec: RolloutSpec, rewards: Mapping[str, Any], advantage: AdvantageSpec, batch_size: int, pack: bool) -> None:
@@ -186,11 +202,7 @@ def check(spec: RolloutSpec, rewards: Mapping[str, Any], advantage: AdvantageSpe
         raise InputError(f"rollout.share = {spec.share}: the policy answers one prompt a row. Set data.pack = False.")
     if not rewards:
         unread = [f"rollout.{name} = {getattr(spec, name)!r}" for name in _OF_REWARDS if _is_set(spec, name)]
-        unread += [
-            f"advantage.{field.name} = {getattr(advantage, field.name)!r}"
-            for field in dataclasses.fields(advantage)
-            if _is_set(advantage, field.name)
-        ]
+        unread += _set_fields(advantage)
         if unread:
             raise InputError(
                 f"{unread[0]}: has no effect without rewards, which judge the policy's answers. Name some, such as "
@@ -208,13 +220,41 @@ def check(spec: RolloutSpec, rewards: Mapping[str, Any], advantage: AdvantageSpe
         raise InputError(
             "rollout.temperature = 0.0: gives one answer again and again, and rewards compare answers. Raise it."
         )
+    if spec.pairs:
+        _check_pairs(spec, advantage)
     weights = [value.get("weight", 1.0) if isinstance(value, Mapping) else value for value in rewards.values()]
     if not advantage.kl.weight and all(weight == 0 for weight in weights):
         raise InputError(
             f"rewards = {dict(rewards)}: all have the weight 0, which only reports them, so that nothing would be "
             "learned. Give one a weight."
         )
-    advantage.check(spec.answers, sizes(spec, batch_size).rows)
+    rows = sizes(spec, batch_size).rows
+    if not spec.pairs:
+        advantage.check(spec.answers, rows)
+
+
+def _check_pairs(spec: RolloutSpec, advantage: AdvantageSpec) -> None:
+    """Raises InputError where something doesn't go with pairs of answers."""
+    if spec.answers < 2:
+        raise InputError(
+            f"rollout.answers = {spec.answers}: rollout.pairs = True compares the answers to a prompt. Raise it to 2 "
+            "or more."
+        )
+    if spec.truncated == "mask":
+        raise InputError(
+            "rollout.truncated = 'mask': keeps the rewards of answers that were cut off for baselines, and pairs have "
+            "none. Take 'leave_out', which makes no pairs of them."
+        )
+    if unread := _set_fields(advantage):
+        raise InputError(
+            f"{unread[0]}: has no effect with rollout.pairs = True, which makes no advantages. Leave it out."
+        )
+
+
+def _set_fields(advantage: AdvantageSpec) -> list[str]:
+    """What is set of it, as the config spells it."""
+    names = [field.name for field in dataclasses.fields(advantage)]
+    return [f"advantage.{name} = {getattr(advantage, name)!r}" for name in names if _is_set(advantage, name)]
 
 
 def _check_engine(spec: RolloutSpec) -> None:

@@ -43,7 +43,7 @@ class Parts(NamedTuple):
     evaluate: Callable[..., train.Metrics]
     rollout: Callable[..., dict[str, jax.Array]] | None  # (state, frozen, batch) -> batch with answers of the policy
     scores: Callable[..., dict[str, jax.Array]] | None  # (state, frozen, batch) -> what models say of it; see Scores
-    reward_members: Callable[..., dict[str, jax.Array]] | None  # (state, frozen, batch) -> see model_rewards.Members
+    reward_members: Callable[..., dict[str, jax.Array]] | None  # (frozen, batch) -> see model_rewards.Members
     state: train.TrainState  # ShapeDtypeStructs with shardings
     frozen: dict[str, Any]  # the same, of the parameters of each role that aren't trained
     batch: dict[str, jax.ShapeDtypeStruct]
@@ -126,7 +126,7 @@ def assemble(
         begin=jax.jit(beginning.draw, out_shardings=where, compiler_options=compiler_options),
         init_state=jax.jit(beginning.state, out_shardings=where[0], donate_argnums=0),
         step=jax.jit(step, donate_argnums=0, out_shardings=(where[0], None), compiler_options=compiler_options),
-        evaluate=jax.jit(train.EvalStep(terms_lib.on_data(terms), models, sources)),
+        evaluate=jax.jit(train.EvalStep(terms_lib.on_data(terms, config.rollout.pairs), models, sources)),
         rollout=_make_rollout(config, models["policy"], tokenizer.stop if tokenizer else (), vocab_size, rows),
         scores=_make_scores(config, models, vocab_size, batch, mesh),
         reward_members=_make_reward_members(config, models, mesh),
@@ -347,7 +347,7 @@ def sampler(config: Config, vocab_size: int) -> Sampler:
     """
     if not config.rewards:
         return Sampler(vocab_size=vocab_size)
-    return Sampler(config.rollout.temperature, vocab_size, config.rollout.cut_short)
+    return Sampler(config.rollout.temperature, vocab_size, config.rollout.cut_short, config.rollout.ahead)
 
 
 def _make_scores(

@@ -122,7 +122,7 @@ def make_evaluation(
             template=data.held_out_templates[: config.eval.generate],
             batch_size=min(len(records), ANSWERS_AT_ONCE),
         )
-    terms = on_data(parts.terms)
+    terms = on_data(parts.terms, config.rollout.pairs)
     loss = _make_loss(inputs, parts, terms) if terms else _no_loss
     return Evaluation(config, writer, terms, loss, answers, loaded)
 

@@ -121,7 +121,7 @@ class Loop:
         self.window.start_clock(afresh=True)
 
     def _save(self, state: TrainState, place: Place, scores: dict[str, float]) -> None:
-        self.saver.save(state, place, config_lib.to_dict(self.config), scores)
+        self.saver.save(state, self.experience.settled(place), config_lib.to_dict(self.config), scores)
 
 
 def check_best(name: str, scores: Mapping[str, float]) -> None:

@@ -1,13 +1,16 @@
 """What a run with rewards is made of: which fields its batches have, its prompts, and its experience."""
 
+import concurrent.futures
 import contextlib
+import functools
 
 from research.config import Config
 from research.devices import distributed
 from research.errors import InputError
 from research.objectives import Terms
-from research.rollouts import model_rewards, rewards
+from research.rollouts import buffer, model_rewards, pairs, rewards
 from research.rollouts import spec as rollout_spec
+from research.rollouts.ahead import UnderWay
 from research.rollouts.collection import Collector, Judge
 from research.rollouts.credit import Credit
 from research.rollouts.engines.types import Engine
@@ -19,6 +22,8 @@ from research.run.assemble import Parts
 from research.sources import dataset, fields
 from research.sources import prompts as prompts_lib
 from research.sources.prompts import Prompts
+
+Pool = concurrent.futures.Executor
 
 _OF_DATA = ("source", "virtual")  # groups of fields that answers have as their prompts have them
 _OF_ROLLOUTS = ("rollout", "old", "reference", "critic")
@@ -38,6 +43,13 @@ def batch_spec(config: Config, terms: Terms, rows: fields.Spec) -> fields.Spec:
     if not config.rewards:
         return rows
     read = {name for term in terms.values() for name in term.objective.fields}
+    if config.rollout.pairs:
+        return _pair_spec(config, read, rows)
+    if "pair" in read and "advantage" not in read:
+        raise InputError(
+            f"rewards = {dict(config.rewards)}: a term of the objective reads pairs of answers. Set rollout.pairs = "
+            "True, which makes them of the policy's own; or leave rewards out, to learn from pairs of the data."
+        )
     if "advantage" not in read:
         raise InputError(
             f"rewards = {dict(config.rewards)}: no term of the objective reads 'advantage', so nothing would be "
@@ -59,6 +71,17 @@ def batch_spec(config: Config, terms: Terms, rows: fields.Spec) -> fields.Spec:
     return fields.spec(names, config.batch_size, {"time": config.seq_len})
 
 
+def _pair_spec(config: Config, read: set[str], rows: fields.Spec) -> fields.Spec:
+    """The same where a batch has pairs of answers."""
+    if not {"pair", "side"} <= read:
+        raise InputError(
+            "rollout.pairs = True: no term of the objective reads pairs, so nothing would be learned from them. For "
+            "example: objective.terms = {'preference': 1.0}."
+        )
+    names = [name for group in ("text", *_OF_DATA) for name in fields.group(group) if name in rows]
+    return fields.spec((*names, *pairs.FIELDS), config.batch_size, {"time": config.seq_len})
+
+
 def make_prompts(config: Config, data: dataset.Data, virtual: range) -> Prompts | None:
     """The prompts of a run with rewards; None without.
 
@@ -72,7 +95,8 @@ def make_prompts(config: Config, data: dataset.Data, virtual: range) -> Prompts 
     """
     if not config.rewards:
         return None
-    room = config.seq_len - len(virtual) - config.rollout.max_new_tokens
+    documents = 2 if config.rollout.pairs else 1  # of a row
+    room = config.seq_len // documents - len(virtual) - config.rollout.max_new_tokens
     return prompts_lib.make_prompts(
         data.train, data.tokenizer, room=room, seed=config.seed, shuffle=config.data.shuffle
     )
@@ -89,6 +113,14 @@ def make_judge(config: Config, stack: contextlib.ExitStack) -> Judge:
     return Judge(judge)
 
 
+def make_pool(config: Config, parts: Parts, stack: contextlib.ExitStack) -> Pool | None:
+    """The thread that draws rollouts ahead, which `stack` ends; None where they are drawn in turn. The programs of
+    several devices would be in each other's way, since each device might begin with another."""
+    if not config.rollout.ahead or parts.batch["tokens"].sharding.mesh.size > 1:
+        return None
+    return stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "rollout"))
+
+
 def _model_rewards(parts: Parts, judge: Judge) -> ModelRewards | None:
     """The rewards that models of the run give; None where there are none."""
     if parts.reward_members is None:
@@ -98,21 +130,17 @@ def _model_rewards(parts: Parts, judge: Judge) -> ModelRewards | None:
     return ModelRewards(distributed.one_at_a_time(parts.reward_members), models, like)
 
 
-def make_experience(
-    config: Config, parts: Parts, prompts: Prompts, judge: Judge, engine: Engine, virtual: range
-) -> Experience:
-    """The experience of a run with rewards.
+def make_collector(config: Config, prompts: Prompts, judge: Judge, engine: Engine) -> Collector:
+    """What collects the groups of a run's rollouts.
 
     Args:
       config: of the run.
-      parts: of the run.
       prompts: what the policy answers.
       judge: the rewards.
       engine: what writes the answers.
-      virtual: ids of the tokens in front of each document.
     """
     spec, sizes = config.rollout, rollout_spec.sizes(config.rollout, config.batch_size)
-    collector = Collector(
+    return Collector(
         prompts=prompts,
         engine=engine,
         judge=judge,
@@ -123,13 +151,31 @@ def make_experience(
         rounds=spec.filter_rounds,
         truncated=spec.truncated,
     )
+
+
+def make_experience(
+    config: Config, parts: Parts, collector: Collector, virtual: range, pool: Pool | None = None
+) -> Experience:
+    """The experience of a run with rewards.
+
+    Args:
+      config: of the run.
+      parts: of the run.
+      collector: of its groups.
+      virtual: ids of the tokens in front of each document.
+      pool: see make_pool.
+    """
+    spec, judge = config.rollout, collector.judge
+    pairing = pairs.Pairing(config.seq_len, virtual, judge.weights, spec.truncated)
+    rows = functools.partial(buffer.lay_out, seq_len=config.seq_len, virtual=virtual, truncated=spec.truncated)
     return Reinforcement(
         collector=collector,
-        credit=Credit(config.advantage, judge.weights, spec.truncated),
+        lay_out=pairing.lay_out if spec.pairs else rows,
+        credit=pairs.NoCredit() if spec.pairs else Credit(config.advantage, judge.weights, spec.truncated),
         scores=parts.scores and distributed.one_at_a_time(parts.scores),
         model_rewards=_model_rewards(parts, judge),
-        sizes=sizes,
+        sizes=rollout_spec.sizes(spec, config.batch_size),
         spec=parts.batch,
         seed=config.seed,
-        virtual=virtual,
+        ahead=UnderWay(pool) if spec.ahead else None,
     ).experience()

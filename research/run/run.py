@@ -71,9 +71,7 @@ def run(
                 batches = stack.enter_context(Prefetch(inputs.source, inputs.put))
                 experience = make_experience(batches, parts.batch, rollout)
         else:
-            judge, virtual = rollouts.make_judge(config, stack), resolve.virtual_ids(config, tokenizer.size)
-            engine = engines.make_engine(inputs, parts.models["policy"])
-            experience = rollouts.make_experience(config, parts, inputs.prompts, judge, engine, virtual)
+            experience = _of_rewards(inputs, parts, stack)
         saver = stack.enter_context(contextlib.closing(make_checkpointer(config, workdir)))
         state, frozen, place = begin(inputs, parts, experience, saver)
         watch = stack.enter_context(
@@ -109,6 +107,18 @@ def run(
 def chances(terms: Terms, name: str, state: TrainState) -> Any:
     """How probable each source is to be drawn next, by the term of that name."""
     return terms[name].objective.chances(state.carry[name])
+
+
+def _of_rewards(
+    inputs: resolve.Inputs, parts: assemble.Parts, stack: contextlib.ExitStack
+) -> experience_lib.Experience:
+    """The experience of a run with rewards; `stack` ends its processes and its thread."""
+    config = inputs.config
+    judge = rollouts.make_judge(config, stack)
+    engine = engines.make_engine(inputs, parts.models["policy"])
+    collector = rollouts.make_collector(config, inputs.prompts, judge, engine)
+    virtual, pool = resolve.virtual_ids(config, inputs.data.tokenizer.size), rollouts.make_pool(config, parts, stack)
+    return rollouts.make_experience(config, parts, collector, virtual, pool)
 
 
 def begin(

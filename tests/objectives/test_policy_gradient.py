@@ -314,6 +314,19 @@ def test_what_has_no_effect_or_no_meaning_is_refused(options, message):
         terms_of(it=options)
 
 
+def test_what_takes_the_policy_for_the_sampler_is_refused_where_answers_are_drawn_ahead():
+    ahead = Sampler(ahead=True)
+    for options, message in (
+        ({"kind": "reinforce"}, r"kind = 'reinforce': has no ratio, and with rollout\.ahead"),
+        ({"old": "trainer"}, r"old = 'trainer': isn't who answered"),
+        ({"kl": "k3", "kl_coef": 0.1}, r"kl = 'k3': has the right gradient only"),
+        ({"old": "trainer", "correction": "token", "kl_coef": 0.1}, r"kl = 'k3_ratio': has the right gradient only"),
+    ):
+        with pytest.raises(InputError, match=rf"objective\.terms\.it\.{message}"):
+            terms_of(ahead, it=options)
+    terms_of(ahead, it={"kl_coef": 0.1}, other={"kind": "reinforce", "old": "trainer", "correction": "token"})
+
+
 def test_a_ratio_to_a_distribution_that_was_cut_short_is_refused():
     """Unless it is against the trainer's own."""
     short = Sampler(truncated="rollout.top_k = 5")

@@ -1,7 +1,5 @@
 """Rewards that models of a run give to answers: those that the same models give to the same tokens elsewhere."""
 
-from typing import NamedTuple
-
 import jax
 import numpy as np
 
@@ -18,13 +16,6 @@ from research.sources.prompts import Prompt
 SIZE = {"vocab_size": 384, "num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "d_ff": 16}
 MODEL = make_model(ModelConfig(**SIZE, max_length=16, num_labels=3))
 B, T, N = 4, 16, 5
-
-
-class State(NamedTuple):
-    """What of a train state is read."""
-
-    params: dict
-    synced: dict
 
 
 def test_rewards_of_answers():
@@ -44,7 +35,7 @@ def test_rewards_of_answers():
     ways = (mean, None, worst, penalised)
     documents = [np.concatenate([prompts[i // 2].tokens, tokens[i, : lengths[i]]]) for i in range(6)]
     with jax.set_mesh(mesh):
-        given = model_rewards.ModelRewards(members, ways, like)(State({}, {}), {"judge": values}, prompts, answers, 2)
+        given = model_rewards.ModelRewards(members, ways, like)({"judge": values}, prompts, answers, 2)
         apart = record_rewards.make_rewarder(MODEL)(values, documents).astype(np.float64)
     assert given.shape == (3, 2, 4)
     assert np.isnan(given[:, :, 1]).all()

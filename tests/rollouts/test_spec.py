@@ -14,6 +14,8 @@ def test_sizes():
     assert sizes(RolloutSpec(answers=4), 8) == Sizes(2, 4, 8, 1)
     several = sizes(RolloutSpec(prompts=6, answers=4, epochs=3), 8)
     assert (several.rows, several.minibatches, several.updates) == (24, 3, 9)
+    pairs = sizes(RolloutSpec(prompts=16, answers=3, epochs=2, pairs=True), 8)
+    assert (pairs.rows, pairs.minibatches, pairs.updates) == (16, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,23 @@ def test_sizes():
         (
             {"rewards": {}, "advantage": {"scale": "batch"}},
             r"advantage\.scale = 'batch': has no effect without rewards",
+        ),
+        ({"rewards": {}, "rollout": {"ahead": True}}, r"rollout\.ahead = True: has no effect without rewards"),
+        (
+            {"rollout": {"pairs": True, "prompts": 12}},
+            r"rollout\.prompts = 12: with rollout\.pairs = True each gives one",
+        ),
+        (
+            {"rollout": {"pairs": True, "answers": 1}},
+            r"rollout\.answers = 1: rollout\.pairs = True compares the answers",
+        ),
+        (
+            {"rollout": {"pairs": True, "truncated": "mask"}},
+            r"rollout\.truncated = 'mask': keeps the rewards of answers",
+        ),
+        (
+            {"rollout": {"pairs": True}, "advantage": {"scale": "none"}},
+            r"advantage\.scale = 'none': has no effect with rollout\.pairs = True",
         ),
         ({"rollout": {"share": 0.5}}, r"rollout\.share = 0\.5: with rewards all answers are the policy's"),
         ({"data": {"path": "tasks:copy"}}, r"data\.pack = True: with rewards the policy answers one prompt a row"),

@@ -56,6 +56,19 @@ WAYS = {
         "advantage": {"kind": "critic", "scale": "none", "kl": {"weight": 0.1, "target": 0.5, "horizon": 20}},
         "optimizer": {"groups": {"policy": {"match": "policy/.*", "delay_steps": 2}}},
     },
+    # 2 updates a rollout: the checkpoint after the third is in the middle of the second, and the third one waits.
+    "ahead": {
+        "rollout": {"prompts": 4, "answers": 4, "max_new_tokens": 6, "filter_rounds": 1, "ahead": True},
+        "advantage": {"kind": "ema", "scale": "none"},
+    },
+    "pairs": {
+        "rollout": {"prompts": 16, "answers": 3, "max_new_tokens": 6, "pairs": True, "ahead": True},
+        "objective": {"terms": {"preference": {"beta": 0.5, "sft": 0.1}}},
+        "roles": {"reference": {"of": "policy"}},
+        "trainable": "layers/.*",
+        "rewards": {"length": {"unit": "characters", "most": 1, "over": 8}},
+        "seq_len": 48,
+    },
     "masked": {"rollout": {"answers": 4, "max_new_tokens": 1, "truncated": "mask"}, "steps": 2},
 }
 
@@ -94,6 +107,32 @@ def test_resumed_in_the_middle_of_the_epochs_is_uninterrupted(finished, tmp_path
     assert again[-1]["train/reward"] == lines[-1]["train/reward"]
 
 
+def test_a_rollout_that_is_drawn_ahead_is_in_checkpoints(finished, tmp_path):
+    """What is logged of it too, and how many updates its policy lies behind."""
+    finished.check_resumed("ahead", tmp_path)
+    whole, again = (
+        [line for line in metrics.read_metrics(str(folder)) if "train/loss" in line]
+        for folder in (finished("ahead"), tmp_path / "half")
+    )
+    assert [line["train/rollout/staleness"] for line in whole] == [0, 1, 2, 3, 2]
+    for name in ("train/reward", "train/rollout/tokens", "train/rollout/filtered", "train/rollout/staleness"):
+        assert [line.get(name) for line in again] == [line.get(name) for line in whole]
+    assert whole[0]["train/ratio"] == pytest.approx(1, abs=1e-4)
+    assert abs(whole[2]["train/ratio"] - 1) > 1e-4  # of the policy two updates ago
+    assert whole[2]["train/rollout/seconds/generation"] > 0
+
+
+def test_pairs_of_the_policy_s_answers(finished, tmp_path):
+    finished.check_resumed("pairs", tmp_path)
+    lines = [line for line in metrics.read_metrics(str(finished("pairs"))) if "train/loss" in line]
+    assert lines[0]["train/preference_loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert lines[0]["train/rollout/agreeing"] < 0.5
+    assert max(abs(line["train/margin"]) for line in lines[:2]) < 1e-4  # the learning rate of the first update is 0
+    assert min(abs(line["train/margin"]) for line in lines[2:]) > 1e-4
+    assert min(line["train/grad_norm"] for line in lines) > 0
+    assert not any(name.startswith("eval/loss") for line in lines for name in line)
+
+
 @pytest.mark.slow
 def test_a_critic_learns_before_the_policy_moves(finished, tmp_path):
     """And the weight of the KL in the reward, which the controller changes, is in checkpoints."""
@@ -125,8 +164,9 @@ def test_adapters_learn_from_rewards(finished, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"microbatches": 2}, {"mesh": {"data": 2, "fsdp": 2}}])
-def test_microbatches_and_devices_change_nothing(finished, tmp_path, fields):
-    finished.check_cut("epochs", tmp_path / "cut", **fields)
+@pytest.mark.parametrize("name", ["epochs", "pairs"])
+def test_microbatches_and_devices_change_nothing(finished, tmp_path, name, fields):
+    finished.check_cut(name, tmp_path / "cut", **fields)
 
 
 @pytest.mark.slow
@@ -147,6 +187,22 @@ def test_where_all_answers_are_cut_off_and_masked_nothing_is_learned(finished):
             {"rewards": {}, "rollout": {}},
             r"^objective\.terms\.policy_gradient: reads the batch field 'advantage', which is made",
         ),
+        (
+            {"objective": {"terms": {"preference": 1.0}}},
+            r"^rewards = .*: a term of the objective reads pairs of answers\. Set rollout\.pairs = True",
+        ),
+        (
+            {"rollout": {"pairs": True, "max_new_tokens": 6}, "advantage": {}},
+            r"^rollout\.pairs = True: no term of the objective reads pairs",
+        ),
+        (
+            {"rollout": {"ahead": True, "max_new_tokens": 6}},
+            r"^objective\.terms\.policy_gradient\.old = 'trainer': isn't who answered, and with rollout\.ahead = True",
+        ),
+        (
+            {"data": {**DATA, "annotations": "some/folder"}},
+            r"^data\.annotations = 'some/folder': are of the data's answ",
+        ),
         ({"roles": {}, "trainable": ""}, r"^roles: none is called 'reference', and the objective reads what it says"),
         ({"rollout": {"answers": 4, "max_new_tokens": 30}}, r"^rollout\.max_new_tokens: leaves 2 tokens for a prompt"),
         ({"data": {**DATA, "path": "TEXT"}}, r"^rewards: judge answers to prompts"),
@@ -159,12 +215,12 @@ def test_where_all_answers_are_cut_off_and_masked_nothing_is_learned(finished):
     ],
 )
 def test_refused_before_anything_is_written(tmp_path, fields, message):
-    if fields.get("data"):
+    if fields.get("data", {}).get("path") == "TEXT":
         text = tmp_path / "a.txt"
         text.write_text("some text " * 4000)
         fields = {"data": {**fields["data"], "path": str(text)}, "eval": {"every": 0}}
-    advantage = {} if fields.get("rewards") == {} else config_of("epochs").advantage
-    fields = {**fields, "advantage": dataclasses.asdict(advantage) if advantage else {}}
+    bare = fields.get("rewards") == {} or "advantage" in fields
+    fields = {**fields, "advantage": {} if bare else dataclasses.asdict(config_of("epochs").advantage)}
     with pytest.raises(InputError, match=message):
         run.run(config_of("epochs", **fields), str(tmp_path / "run"), devices=jax.devices()[:1])
     assert not (tmp_path / "run").exists()
