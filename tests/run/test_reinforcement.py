@@ -17,6 +17,7 @@ NEVER = {"exact_match": 1.0, "length": {"most": 3, "over": 4, "weight": 0.5}}
 WAYS = {
     # 4 updates a rollout: the checkpoint after the third is in the middle of the second epoch.
     "epochs": {
+        "seed": 1,  # not all answers of the first rollout get one reward
         "rollout": {
             "prompts": 4,
             "answers": 4,
@@ -69,7 +70,7 @@ WAYS = {
         "rewards": {"length": {"unit": "characters", "most": 1, "over": 8}},
         "seq_len": 48,
     },
-    "masked": {"rollout": {"answers": 4, "max_new_tokens": 1, "truncated": "mask"}, "steps": 2},
+    "masked": {"rollout": {"answers": 4, "max_new_tokens": 1, "truncated": "mask"}, "steps": 2, "seed": 1},
 }
 
 
