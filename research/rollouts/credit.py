@@ -68,12 +68,13 @@ class Credit:
         return fields, carry, metrics
 
     def _kl(self, batch: Mapping[str, np.ndarray], mask: Float[np.ndarray, "N T"]) -> tuple[np.ndarray, Metrics]:
-        """The estimated KL of each token to the reference, 0 where the reward has none of it; and of an answer."""
-        if not self.spec.kl.weight:
+        """The estimated KL of each token to the reference, 0 where the reward has none of it; and of an answer, where
+        there is a reference."""
+        if "reference_log_prob" not in batch:
             return np.zeros_like(mask), {}
-        pair = batch["old_log_prob"], batch["reference_log_prob"]
-        whole = float(log_ratios(*pair, mask).sum())
-        return self.spec.kl.estimates(*pair, mask), {"rollout/kl": (whole, float(len(mask)))}
+        pair = batch.get("old_log_prob", batch.get("sampler_log_prob")), batch["reference_log_prob"]
+        metrics = {"rollout/kl": (float(log_ratios(*pair, mask).sum()), float(len(mask)))}
+        return self.spec.kl.estimates(*pair, mask) if self.spec.kl.weight else np.zeros_like(mask), metrics
 
     def _by_baseline(
         self,

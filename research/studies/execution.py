@@ -63,7 +63,7 @@ def run_stage(
       run.Preempted: SIGTERM or SIGINT came.
     """
     stopped = run.Preempted(f"stopped in stage {stage.name}. The same command goes on from there.")
-    output = _Output(log, label)
+    output, began = _Output(log, label), (time.time(), time.process_time())
     try:
         with interruptible(stopped), contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             if stage.kind == "train":
@@ -86,6 +86,7 @@ def run_stage(
         raise failure(stage, f"{type(error).__name__}: {error}", FAILED) from error
     finally:
         output.clear()
+        _add_cost(stage, time.time() - began[0], time.process_time() - began[1])
         gc.collect()  # the arrays of a run are held in cycles, and the next needs the memory
     if status in STOPS:
         raise stopped
@@ -93,6 +94,14 @@ def run_stage(
         raise failure(stage, describe_status(stage, status), status)
     files.write_json(Path(stage.workdir) / stages.DONE, {"command": shlex.join(stage_arguments(stage)), "metrics": {}})
     return {}
+
+
+def _add_cost(stage: Stage, seconds: float, cpu_seconds: float) -> None:
+    """Adds the time of this try to that of those before, in cost.json. Of a try that was killed nothing is known."""
+    path = Path(stage.workdir) / stages.COST
+    before = files.read_json(path, {})
+    spent = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+    files.write_json(path, {name: round(before.get(name, 0.0) + value, 3) for name, value in spent.items()})
 
 
 def failure(stage: Stage, reason: str, status: int) -> StageFailed:

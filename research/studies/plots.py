@@ -1,4 +1,4 @@
-"""Plots as PNGs, by matplotlib: curves of runs, of ways to train, of weak-to-strong pairs, and of costs."""
+"""Plots as PNGs, by matplotlib: curves of runs, of ways to train, of weak-to-strong pairs, of costs, and of rewards."""
 
 import dataclasses
 import io
@@ -125,6 +125,41 @@ def plot_costs(
         style = {"color": COLORS[i % len(COLORS)], "marker": "os^vDPX*"[i // len(COLORS) % 8], "label": name}
         axes.errorbar([x], [value], yerr=errors, capsize=2.5, markersize=6, linestyle="", **style)
     axes.set_xscale("log")
+    _add_legend(axes, theme)
+    return _to_png(figure)
+
+
+def plot_rewards_over_kl(curves: Mapping[str, Any], theme: str = "light") -> bytes:
+    """Returns a PNG of the true reward (a line) and of the proxy (dashed) of policies on their way, over the square
+    root of the KL from their start (arXiv:2210.10760, figure 1): means over seeds, and of the truth the range.
+
+    Args:
+      curves: name of a policy -> studies.lifecycle.Curve.
+      theme: of THEMES.
+    """
+    figure, axes = _new_axes("true reward (line) and proxy (dashed)", "square root of the KL from the start", theme)
+    for i, (name, curve) in enumerate(curves.items()):
+        color, x = COLORS[i % len(COLORS)], np.sqrt(np.maximum(curve.kl.mean(axis=0), 0))
+        axes.plot(x, curve.true.mean(axis=0), color=color, label=name, linewidth=1.6, marker="o", markersize=3)
+        axes.fill_between(x, curve.true.min(axis=0), curve.true.max(axis=0), color=color, alpha=0.18, linewidth=0)
+        axes.plot(x, curve.proxy.mean(axis=0), "--", color=color, linewidth=1.4)
+    _add_legend(axes, theme)
+    return _to_png(figure)
+
+
+def plot_stages(stages: Mapping[str, Sequence[Sequence[float]]], theme: str = "light") -> bytes:
+    """Returns a PNG of the true reward and the proxy after each stage: a mark for each seed.
+
+    Args:
+      stages: name -> (true rewards, proxies), a value a seed.
+      theme: of THEMES.
+    """
+    figure, axes = _new_axes("rewards after each stage", "", theme)
+    for i, name in enumerate(("true", "proxy")):
+        points = [(x, value) for x, values in enumerate(stages.values()) for value in values[i]]
+        x, y = zip(*points, strict=True)
+        axes.plot(np.array(x) + 0.12 * (2 * i - 1), y, "os"[i], color=COLORS[i], label=name, markersize=5, alpha=0.8)
+    axes.set_xticks(range(len(stages)), list(stages))
     _add_legend(axes, theme)
     return _to_png(figure)
 

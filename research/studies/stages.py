@@ -21,7 +21,7 @@ from research.errors import InputError
 from research.run import checkpoint
 from research.sources import entries
 
-LOG, ABOUT, DONE, FAULT = "log.txt", "stage.json", "done.json", "failed.json"  # in a stage's folder
+LOG, ABOUT, DONE, FAULT, COST = "log.txt", "stage.json", "done.json", "failed.json", "cost.json"  # in a stage's folder
 COMMANDS = "research.commands"
 
 # What changes no result of a run, and so isn't hashed.

@@ -81,6 +81,21 @@ def test_the_critics_advantages_and_returns():
     assert metrics["rollout/explained_variance"][0] < 1
 
 
+@pytest.mark.parametrize("sampler", [False, True])
+def test_a_kl_that_is_in_no_reward_is_reported_where_there_is_a_reference(sampler):
+    groups, batch, mask, (_, old, reference) = critic_rollout()
+    batch["sampler_log_prob"] = batch.pop("old_log_prob") if sampler else 0 * batch["value"]
+    spec = AdvantageSpec()
+    alone = {name: x for name, x in batch.items() if name != "reference_log_prob"}
+    fields, carry, metrics = credit(spec)(groups, batch, credit(spec).init())
+    again, _, none = credit(spec)(groups, alone, credit(spec).init())
+    np.testing.assert_array_equal(fields["advantage"], again["advantage"])
+    kl = np.sum(mask * (old - reference), axis=1).mean()
+    assert metrics["rollout/kl"][0] / metrics["rollout/kl"][1] == pytest.approx(kl, rel=1e-4)
+    assert not {"rollout/kl", "rollout/kl_weight"} & none.keys()
+    assert carry["kl_weight"] == 0
+
+
 def test_whitened_over_the_tokens_that_are_judged():
     groups, batch, mask, _ = critic_rollout()
     advantage = credit(AdvantageSpec("critic", "batch", "tokens"))(groups, batch, credit(AdvantageSpec()).init())[0][

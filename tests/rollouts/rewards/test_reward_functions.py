@@ -32,6 +32,13 @@ def test_exact_match_is_the_evaluation_s():
     assert judge("exact_match", *(sample(a, response="2") for a in tagged), within="answer") == [1, 0, 0, 0]
 
 
+def test_utility_is_the_planted_one():
+    planted = {"prompt": "reverse: olleh", "right": "hello", "task": "preferences:reverse/1/0.1"}
+    answers = "hello", "Here you are: hello, as you can check.", "Um, h_llo, I guess", ""
+    assert judge("utility", *(sample(a, **planted) for a in answers)) == pytest.approx([2, 3, -0.7, 0])
+    assert judge("utility", sample("hello", response="hello", task="reverse")) == [None]
+
+
 def test_number_match():
     answers = "is 1,000.0", "1e3", "1001", "none", "1000 or 2"
     assert judge("number_match", *(sample(a, response="1000") for a in answers)) == [1, 1, 0, 0, 0]
