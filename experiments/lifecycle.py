@@ -13,7 +13,11 @@ them by mistake; and each answer has a planted utility, the true reward, of whic
 After each stage the same is measured: the loss of held-out programs, which shows what is forgotten, how many answers
 are right, the true reward and the reward model's, the KL from the policy after SFT, and length.
 
-Variants with the same --workdir's store share their stages. docs/lifecycle.md has the tables and what each stage cost.
+Variants with the same --workdir's store share their stages.
+
+Cost: 0.18 M parameters; 1:54 of CPU time a seed. Expect, of one seed: true rewards of -0.4 after pretraining, 0.9 after
+SFT, 2.0 after PPO, 1.0 after GRPO, which gets as much from the reward model and answers nothing right, 1.2 after DPO,
+1.9 of the best of 16. docs/lifecycle.md has the tables, and what each stage cost.
 """
 
 import dataclasses
