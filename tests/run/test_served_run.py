@@ -34,7 +34,7 @@ def servers(monkeypatch):
     """Two servers of the run's model."""
     a, b = servers = [FakeServer(None, 0), FakeServer(None, 0)]
 
-    def make_weights(policy, folder, kept):
+    def make_weights(policy, folder, **options):
         for server in servers:
             server.model, server.vocab_size = OwnModel(policy.model), policy.model.config.vocab_size
         return Weights(servers)
