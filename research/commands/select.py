@@ -85,12 +85,14 @@ def _select(args: SimpleNamespace) -> None:
     from research.studies import kept_report
 
     chosen = choice.choose(_request(args))
-    files.check_apart(args.output, chosen.table.files)
+    for flag in ("output", "report"):
+        if getattr(args, flag):
+            files.check_apart(getattr(args, flag), chosen.table.files, flag=f"--{flag}")
+    report = kept_report.describe(chosen)
     if args.write == "records":
         selected.copy(chosen, Path(args.output))
     else:
         selected.write(Path(args.output), chosen)
-    report = kept_report.describe(chosen)
     if args.report:
         files.write_json(args.report, report)
     print(kept_report.as_text(report))
@@ -121,6 +123,8 @@ def _check(args: SimpleNamespace) -> None:
             raise InputError(f"--{name}: is of --keep={way}, and not of {args.keep}. Leave it out.")
     if "seed" in args.texts and args.keep not in ("random", "gumbel"):
         raise InputError(f"--seed: {args.keep} draws nothing by chance. Leave it out.")
+    if args.report and Path(args.report).resolve() == Path(args.output).resolve():
+        raise InputError(f"--report = {args.report}: is --output too. Name another file.")
     if args.ordered and args.write == "records":
         raise InputError("--ordered: is of a list for data.select. Leave out it, or --write=records.")
     if not (args.tokens or args.records or args.ordered or args.drop or args.min is not None or args.max is not None):

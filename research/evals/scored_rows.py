@@ -26,6 +26,7 @@ from research.sources.formats import count_markers, describe_markers
 _READ_AT_ONCE = 256  # records
 BATCHES_AT_ONCE = 16  # of a model: sorted by length together
 _MOST_AT_ONCE = 4096  # records that are scored and written together
+_SCORES = (int, float, bool, np.integer, np.floating, np.bool_, type(None))
 _REASONS = {
     "data": "--data holds other records",
     "tokens": "--template or the tokenizer gives other tokens",
@@ -172,8 +173,10 @@ class RowScorer:
     def _rows(self, chunk: Chunk, places: Sequence[tuple[str, int]]) -> list[bytes]:
         """The lines of some records."""
         columns: dict[str, Sequence[Any]] = {}
-        for scorer in self.scorers.values():
-            columns |= scorer.score(chunk)
+        for name, scorer in self.scorers.items():
+            values = scorer.score(chunk)
+            _check(name, scorer, values, len(chunk))
+            columns |= values
         counted = chunk.encoded.get(self.counting) or self.counting.encode(chunk.items)
         rows = []
         for i, (item, place, example) in enumerate(zip(chunk.items, places, counted, strict=True)):
@@ -181,6 +184,19 @@ class RowScorer:
             values = {name: column[i] for name, column in columns.items()}
             rows.append(scores.row(place, scores.digest(item.record), counts, values))
         return rows
+
+
+def _check(name: str, scorer: Scorer, values: Mapping[str, Sequence[Any]], count: int) -> None:
+    """Raises InputError where a scorer gives something else than it says: a fault of the module that it is in."""
+    if set(values) != set(scorer.columns):
+        raise InputError(
+            f"--with = {name}: gives {sorted(values)}, and says that it gives {sorted(scorer.columns)}. Mend it."
+        )
+    for column, each in values.items():
+        if len(each) != count:
+            raise InputError(f"--with = {name}: gives {len(each)} values of {column!r} for {count} records. Mend it.")
+        if wrong := [value for value in each if not isinstance(value, _SCORES)]:
+            raise InputError(f"--with = {name}: {column} = {wrong[0]!r:.40}: must be a number, true, false or None.")
 
 
 def _content(raw: records.Raw) -> bytes:

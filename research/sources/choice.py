@@ -147,7 +147,7 @@ def _strata(request: Request, table: scores.Table) -> tuple[Sequence[str], np.nd
             f"--stratify = {request.stratify}: has {len(distinct):,} values, and strata are at most {_MOST_STRATA:,}. "
             "Name a score of few values, such as a label."
         )
-    return tuple(f"{value:g}" for value in distinct), stratum.reshape(-1)
+    return tuple(f"{value:.15g}" for value in distinct), stratum.reshape(-1)
 
 
 def _weights(request: Request, strata: Sequence[str]) -> list[float] | None:

@@ -126,7 +126,7 @@ def read(path: str | Path, flag: str = "--scores") -> Table:
       flag: what names it.
 
     Raises:
-      InputError: it can't be read, a line is no row, or rows have different scores.
+      InputError: it can't be read, a line is no row, rows have different scores, or a record has two.
     """
     names: dict[str, int] = {}
     fixed = {name: array.array("Q" if name == "digest" else "q") for name in ROW}
@@ -150,7 +150,20 @@ def read(path: str | Path, flag: str = "--scores") -> Table:
         raise InputError(f"{flag} = {path}: holds no row. Give what understudy score --with has written.")
     arrays = {name: np.array(values) for name, values in fixed.items()}
     arrays["file"] = arrays["file"].astype(np.int32)
+    _check_once(arrays["file"], arrays["number"], tuple(names), f"{flag} = {path}")
     return Table(files=tuple(names), **arrays, columns={name: np.array(values) for name, values in columns.items()})
+
+
+def _check_once(file: np.ndarray, number: np.ndarray, names: tuple[str, ...], where: str) -> None:
+    """Raises InputError, which begins with `where`, if a record has two rows."""
+    order = np.lexsort((number, file))
+    same = (np.diff(file[order]) == 0) & (np.diff(number[order]) == 0)
+    if same.any():
+        first = order[np.argmax(same)]
+        raise InputError(
+            f"{where}: has two rows for record {number[first]} of {names[file[first]]}. Put together scores of "
+            "different files."
+        )
 
 
 def _lines(path: str | Path, flag: str) -> Iterator[tuple[str, bytes]]:
@@ -164,7 +177,9 @@ def _lines(path: str | Path, flag: str) -> Iterator[tuple[str, bytes]]:
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         values = json.loads(line)
-        whole = all(type(values[name]) is int and values[name] >= 0 for name in ("number", "tokens", "supervised"))
+        whole = all(
+            type(values[name]) is int and 0 <= values[name] < 2**63 for name in ("number", "tokens", "supervised")
+        )
         if whole and isinstance(values["file"], str) and re.fullmatch("[0-9a-f]{16}", values["digest"]):
             return values
     except (ValueError, KeyError, TypeError):
@@ -177,4 +192,7 @@ def _number(name: str, value: Any) -> float:
         return math.nan
     if not isinstance(value, int | float):
         raise InputError(f"{name} = {value!r:.40}: is no score: must be a number, true, false or null. Mend it.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)

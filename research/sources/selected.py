@@ -83,8 +83,10 @@ class Selection:
 def write(path: Path, choice: Choice) -> None:
     """Writes what was chosen as a selection."""
     table, keep = choice.table, choice.keep
-    held = {name: 1 + int(table.number[table.file == i].max()) for i, name in enumerate(table.files)}
-    counts = {"records": int(keep.sum()), "tokens": int(table.tokens[keep].sum()), "files": held}
+    held = np.zeros(len(table.files), np.int64)
+    np.maximum.at(held, table.file, table.number + 1)
+    by_name = dict(zip(table.files, held.tolist(), strict=True))
+    counts = {"records": int(keep.sum()), "tokens": int(table.tokens[keep].sum()), "files": by_name}
     with files.replacing(path) as file:
         file.write(files.json_line({_HEAD: counts | choice.request.about()}))
         for i in np.flatnonzero(keep).tolist():
@@ -106,9 +108,16 @@ def copy(choice: Choice, output: Path) -> None:
         selection = dataclasses.replace(selection, path=choice.request.scores)
         for name, kept in selection.by_file.items():
             if len(kept.number):
-                origin = entries_lib.locate_flag(name)
+                origin = _locate(name)
                 for _, record in of_origin(origin, selection, ("--scores", "--scores")).read():
                     file.write(files.json_line(record, default=str))
+
+
+def _locate(name: str) -> Origin:
+    try:
+        return entries_lib.locate(name, count=0, seed=0)
+    except InputError as error:
+        raise InputError(f"--scores: was made of {name}. {error}") from error
 
 
 def read_about(path: str, field: str) -> dict[str, Any]:
@@ -137,6 +146,11 @@ def read(path: str, field: str) -> Selection:
             content.update(line)
             name, *row = _row(json.loads(line))
             rows[name].append(tuple(row))
+    if (count := sum(map(len, rows.values()))) != about["records"]:
+        raise InputError(
+            f"{field} = {path!r}: says that it keeps {about['records']:,} records, and names {count:,}. Write it "
+            "anew with understudy select."
+        )
     return Selection(path, about, {name: _of_file(kept) for name, kept in rows.items()}, content.hexdigest())
 
 
@@ -171,7 +185,7 @@ def _naming_faults(path: str, field: str) -> Iterator[None]:
 
 def _about(line: bytes) -> dict[str, Any]:
     about = json.loads(line)[_HEAD]
-    about["ordered"], dict(about["files"])
+    about["ordered"], about["records"], dict(about["files"])
     return about
 
 

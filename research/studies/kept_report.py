@@ -12,6 +12,8 @@ from research.studies.tables import text_table
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BINS, _BAR, _SHOWN, _LETTERS = 16, 40, 3, 100
+_FARTHEST = 1e300  # scores beyond it are in the outermost bins, so that what lies between is finite
+_OTHER = "(another record by now)"
 
 
 def describe(choice: Choice) -> dict[str, Any]:
@@ -74,15 +76,16 @@ def _counts(choice: Choice, where: np.ndarray) -> dict[str, Any]:
     if choice.values is not None:
         values = choice.values[where & np.isfinite(choice.values)]
         if len(values):
-            counts["quantiles"] = [float(f"{q:.6g}") for q in np.quantile(values, QUANTILES)]
+            quantiles = np.quantile(np.clip(values, -_FARTHEST, _FARTHEST), QUANTILES)
+            counts["quantiles"] = [float(f"{q:.6g}") for q in quantiles]
     return counts
 
 
 def _histogram(choice: Choice) -> dict[str, Any]:
     """Between the 1st and the 99th hundredth; what lies beyond is in the outermost bins."""
     scored = np.isfinite(choice.values)
-    low, high = np.quantile(choice.values[scored], (0.01, 0.99))
-    edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
+    low, high = np.quantile(np.clip(choice.values[scored], -_FARTHEST, _FARTHEST), (0.01, 0.99))
+    edges = np.linspace(low, high if high > low else low + max(1, abs(low)), _BINS + 1)
     inside = np.clip(np.where(scored, choice.values, low), low, edges[-1])
     counts = {side: np.histogram(inside[where & scored], edges)[0].tolist() for side, where in _sides(choice).items()}
     return {"edges": [float(f"{edge:.6g}") for edge in edges], **counts}
@@ -111,7 +114,8 @@ def _example(choice: Choice, i: int, texts: Mapping[int, str]) -> dict[str, Any]
 
 
 def _texts(table: scores.Table, wanted: set[int]) -> dict[int, str]:
-    """The beginnings of some records; of files that can't be read, or are generated, none."""
+    """The beginnings of some records; of files that can't be read, or are generated, none. What isn't the record that
+    was scored is said to be another."""
     places = {(table.files[table.file[i]], int(table.number[i])): i for i in wanted}
     texts: dict[int, str] = {}
     for name in dict.fromkeys(file for file, _ in places):
@@ -124,13 +128,20 @@ def _texts(table: scores.Table, wanted: set[int]) -> dict[int, str]:
         last = max(number for file, number in places if file == name)
         for number, (_, raw) in enumerate(origin.read()):
             if (name, number) in places:
-                texts[places[name, number]] = _shown(records.parse(raw))
+                i = places[name, number]
+                texts[i] = _shown(raw, int(table.digest[i]))
             if number == last:
                 break
     return texts
 
 
-def _shown(record: Mapping[str, Any]) -> str:
+def _shown(raw: records.Raw, digest: int) -> str:
+    try:
+        record = records.parse(raw)
+    except records.BadRecord:
+        return _OTHER
+    if int(scores.digest(record), 16) != digest:
+        return _OTHER
     names = [name for name in ("prompt", "response", "text", "messages", "chosen", "rejected") if name in record]
     return " | ".join(str(record[name])[:_LETTERS].replace("\n", "\\n") for name in names)
 

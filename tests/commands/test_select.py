@@ -98,6 +98,27 @@ def test_records_are_written_whole_where_that_is_asked_for(corpus, tmp_path, cap
     assert [len(line["text"]) for line in lines] == [24, 5]
 
 
+def test_a_report_says_where_the_data_is_another_by_now(corpus, tmp_path, capsys):
+    data, rows = tmp_path / "c.jsonl", []
+    for number in range(3):
+        place = (str(data), number)
+        rows.append(
+            scores.row(place, scores.digest({"text": f"old {number}"}), (5, 5), {"x": (-1) ** number * 1.7e308})
+        )
+    (tmp_path / "scores.jsonl").write_bytes(b"".join(rows))
+    data.write_text('{"text": "old 0"}\n{"text": "new"}\n{"text": \n')
+    assert run(tmp_path, tmp_path, "--by=x", "--keep=top", "--records=2") == 0
+    shown = capsys.readouterr().out
+    assert "old 0" in shown
+    assert shown.count("(another record by now)") == 4  # of two records, at each end
+    assert run(tmp_path, tmp_path, "--by=x", "--keep=top", "--records=3", "--write=records") == 2
+    assert run(tmp_path, tmp_path, "--by=x", "--keep=top", "--records=3", "--stratify=x") == 0
+    data.unlink()
+    capsys.readouterr()
+    assert run(tmp_path, tmp_path, "--by=x", "--keep=top", "--records=2", "--write=records") == 2
+    assert "--scores: was made of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -113,10 +134,21 @@ def test_records_are_written_whole_where_that_is_asked_for(corpus, tmp_path, cap
         (["--by=loss", "--keep=top", "--tokens=9", "--stratify=file", '--weights={"x": 1}'], "no stratum 'x'"),
         (["--by=loss", "--keep=top", "--max=0.9", "--stratify=file"], "no record may be kept"),
         (["--by=loss", "--keep=top", "--records=1", "--ordered", "--write=records"], "--ordered: is of a list"),
+        (["--by=loss", "--keep=top", "--records=1", "--report={folder}/kept.jsonl"], "is --output too"),
+        (["--by=loss", "--keep=top", "--records=1", "--report={corpus}/a.jsonl"], "is read by this command"),
     ],
 )
 def test_flags_that_cannot_work(corpus, tmp_path, flags, words, capsys):
-    assert run(corpus, tmp_path, *flags) == 2
+    before = (corpus / "a.jsonl").read_bytes()
+    assert (
+        run(
+            corpus,
+            tmp_path,
+            *(each.replace("{folder}", str(tmp_path)).replace("{corpus}", str(corpus)) for each in flags),
+        )
+        == 2
+    )
+    assert (corpus / "a.jsonl").read_bytes() == before
     assert words in capsys.readouterr().err
     assert not (tmp_path / "kept.jsonl").exists()
 
@@ -177,7 +209,9 @@ def test_another_corpus_is_refused_by_name(corpus, tmp_path):
     other.mkdir()
     rows = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
     rows[0]["selection"]["files"] = {str(other / "a.jsonl"): 20}
-    changed = [rows[0], *({**row, "file": str(other / "a.jsonl")} for row in rows[1:] if "a.jsonl" in row["file"])]
+    of_a = [{**row, "file": str(other / "a.jsonl")} for row in rows[1:] if "a.jsonl" in row["file"]]
+    rows[0]["selection"]["records"] = len(of_a)
+    changed = [rows[0], *of_a]
     (other / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
     (other / "a.jsonl").write_text(kept.replace(json.loads(kept.splitlines()[1])["text"], "something else"))
     with pytest.raises(InputError, match=r"a.jsonl:2 is another record than the one that was scored"):
@@ -213,3 +247,11 @@ def test_a_changed_selection_is_tokenised_anew(corpus, tmp_path):
         assert run(corpus, tmp_path, "--by=loss", "--keep=top", f"--records={count}") == 0
         assert len(texts(load(path=f"{corpus}/a.jsonl", select=f"{tmp_path}/kept.jsonl"))) == count
     assert selected.read(f"{tmp_path}/kept.jsonl", "x").about["records"] == 4
+
+
+def test_a_list_that_was_cut_is_refused(corpus, tmp_path, capsys):
+    assert run(corpus, tmp_path, "--by=loss", "--keep=top", "--records=4") == 0
+    lines = (tmp_path / "kept.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "kept.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(InputError, match=r"says that it keeps 4 records, and names 3"):
+        selected.read(str(tmp_path / "kept.jsonl"), "data.select")

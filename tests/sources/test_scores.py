@@ -42,6 +42,8 @@ def test_records_are_numbered_within_their_files():
             '{"file": "a", "number": 1, "digest": "00000000000000ff", "tokens": 1, "supervised": 1, "x": "y"}',
             "no score",
         ),
+        (scores.row(("a", 0), "00000000000000fe", (1, 1), {"x": 2}).decode(), "two rows for record 0 of a"),
+        (scores.row(("a", 2**70), "00000000000000fe", (1, 1), {"x": 2}).decode(), ":2: is no row of scores"),
     ],
 )
 def test_what_is_no_row_is_named(tmp_path, line, fault):

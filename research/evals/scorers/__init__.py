@@ -14,6 +14,7 @@ from research import options as option_types
 from research.errors import InputError, did_you_mean
 from research.evals.scorers.inputs import Inputs
 from research.evals.scorers.types import Chunk, Scorer
+from research.sources import scores
 
 __all__ = ["Chunk", "Inputs", "Scorer", "load"]
 
@@ -44,6 +45,8 @@ def load(names: Sequence[str], options: Mapping[str, Any], inputs: Inputs) -> di
         given = {"inputs": inputs} if "inputs" in inspect.signature(make).parameters else {}
         with option_types.naming_fields({option: f"{_FLAG}: {name}.{option}" for option in values}):
             scorers[name] = make(**given, **values)
+        if taken := set(scorers[name].columns) & set(scores.ROW):
+            raise InputError(f"--with = {name}: its column {min(taken)!r} is in every row already. Rename it.")
         for other, scorer in scorers.items():
             if other != name and (same := set(scorer.columns) & set(scorers[name].columns)):
                 raise InputError(f"--with: {other} and {name} both give {min(same)!r}. Leave one out.")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from research.errors import InputError
+from research.evals import scored_rows
 from research.evals.record_scores import Item
-from research.evals.scorers import Chunk, dsir, duplicates, overlap
-from research.evals.scorers.inputs import Compared
+from research.evals.scorers import Chunk, Inputs, Scorer, dsir, duplicates, load, overlap
+from research.evals.scorers.inputs import Compared, bytes_encoder
 from research.sources import entries
 
 DSIR = {name: case for name, case in goldens.load("data_selection").items() if name.startswith("dsir")}
@@ -86,3 +87,35 @@ def test_overlap_with_evaluation_data(tmp_path):
 def test_an_empty_target_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no record"):
         scored(dsir.Dsir(compared(tmp_path, []), 10, 1), ["a"])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"x": [1.0]}, "gives 1 values of 'x' for 2 records"),
+        ({"y": [1.0, 2.0]}, r"gives \['y'\], and says that it gives \['x'\]"),
+        ({"x": [1.0, "a"]}, "x = 'a': must be a number"),
+    ],
+)
+def test_a_scorer_that_gives_something_else_than_it_says_is_named(values, words, tmp_path):
+    class Own(Scorer):
+        columns = ("x",)
+
+        def score(self, chunk):
+            return values
+
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    rows = scored_rows.RowScorer({"own": Own()}, {}, bytes_encoder(), 1)
+    with pytest.raises(InputError, match=f"--with = own: {words}"):
+        rows.write(entries.locate(str(path), count=0, seed=0), tmp_path / "scores.jsonl")
+
+
+def test_a_column_of_every_row_is_no_scorers(tmp_path, monkeypatch):
+    (tmp_path / "counted.py").write_text(
+        "from research.evals.scorers import Scorer\n\n\n"
+        "def make():\n    scorer = Scorer()\n    scorer.columns = ('tokens',)\n    return scorer\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"--with = counted: its column 'tokens' is in every row already"):
+        load(["counted"], {}, Inputs(None, None, None))
