@@ -14,6 +14,7 @@ import functools
 from ml_collections import ConfigDict
 
 from experiments import base, select
+from research.errors import InputError
 from research.studies import compare_report
 from research.studies.stages import finished
 
@@ -53,6 +54,8 @@ def get_config(arg: str = ""):
 
 def study(config, add):
     s = config.study
+    if s.seeds < 1:
+        raise InputError(f"--config.study.seeds = {s.seeds}: must be at least 1.")
     even = {name: 1.0 for name in SOURCES}
 
     def run(name, seed, weights, objective=None, **fields):

@@ -110,6 +110,8 @@ def finish(config, arg, overrides):
 
 def study(config, add):
     s = config.study
+    if s.seeds < 1:
+        raise InputError(f"--config.study.seeds = {s.seeds}: must be at least 1.")
     for field, names in (("ways", s.ways), ("clean_ways", s.clean_ways)):
         for name in names:
             if name not in WAYS:

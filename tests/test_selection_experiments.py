@@ -50,6 +50,8 @@ def test_all_ways_train_on_as_many_tokens_of_what_they_keep(tmp_path):
     ("flags", "words"),
     [
         (("select.py", "--config.study.ways=('random','rh')"), "study.ways: there is no way 'rh'"),
+        (("select.py", "--config.study.seeds=0"), "study.seeds = 0: must be at least 1"),
+        (("mixture.py", "--config.study.seeds=0"), "study.seeds = 0: must be at least 1"),
         (("select.py:rho1,wide",), "a run has one objective"),
         (("select.py:rho1",), "--config.data.path: is missing"),
         (("select.py:rho", "--config.data.path=tasks:copy"), "roles.reference.init_from: is missing"),

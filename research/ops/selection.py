@@ -3,7 +3,6 @@
 Axes: B batch, T time.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -17,14 +16,3 @@ def error_norms(log_prob: Float[Array, "B T"], collision: Float[Array, "B T"]) -
       collision: log sum_v p(v)^2.
     """
     return jnp.sqrt(jnp.maximum(jnp.exp(collision) - 2 * jnp.exp(log_prob) + 1, 0.0))
-
-
-def reducible_losses(loss: Float[Array, "*B"], irreducible: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """RHO-LOSS (arXiv:2206.07137, equation 3): the loss of the current model less that of a model that was trained on
-    held-out data."""
-    return loss - irreducible
-
-
-def top(scores: jax.Array, k: int) -> jax.Array:
-    """The places of the k highest scores, [k] int32, the highest first; of equal ones the first come first."""
-    return jnp.argsort(scores, descending=True, stable=True)[:k]

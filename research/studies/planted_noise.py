@@ -98,15 +98,24 @@ def spoiled(clean: Sequence[Record], share: float, seed: int) -> list[Record]:
 
 
 def _other_answers(records: Sequence[Record], clean: Sequence[Record], good: Sequence[int]) -> Iterator[str]:
-    """For each record the answer of one of the good ones, of the same task and wrong for it."""
+    """For each record the answer of one of the good ones, of the same task and wrong for it. Raises InputError where
+    there is none."""
     answers = itertools.cycle([clean[i] for i in good])
     for record in records:
-        fits = (each for each in answers if each["task"] == record["task"])
-        yield next(
-            each["response"]
-            for each in fits
-            if not tasks.verify(record["task"], record["prompt"], record["response"], each["response"])
+        fits = (each for each in itertools.islice(answers, len(good)) if each["task"] == record["task"])
+        other = next(
+            (
+                each["response"]
+                for each in fits
+                if not tasks.verify(record["task"], record["prompt"], record["response"], each["response"])
+            ),
+            None,
         )
+        if other is None:
+            raise InputError(
+                f"--noise: leaves no answer of {record['task']} to put elsewhere. Lower it, or raise --pool."
+            )
+        yield other
 
 
 def _pieces(rng: np.random.Generator) -> Iterator[Record]:

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.ops import domains as domains_lib
+from research.ops.head import Head
+from research.ops.losses import target_log_probs
 from research.ops.top_share import top_share
 
 CASES = goldens.load("data_selection")
@@ -13,8 +15,10 @@ CASES = goldens.load("data_selection")
 
 def test_rho_loss_of_its_authors():
     case = CASES["rho_loss"]
-    log_p = jax.nn.log_softmax(jnp.asarray(case.inputs["logits"], jnp.float32))
-    loss = -np.take_along_axis(np.asarray(log_p), case.inputs["labels"][:, None], axis=1)[:, 0]
+    logits, labels = jnp.asarray(case.inputs["logits"], jnp.float32), jnp.asarray(case.inputs["labels"], jnp.int32)
+    head = Head(jnp.eye(logits.shape[-1], dtype=jnp.float32), None, 0.0)
+    loss = -target_log_probs(logits[None], head, labels[None], frozen=True).target[0]
+    np.testing.assert_allclose(loss, case.outputs["model_loss"], rtol=1e-5)
     reducible = loss - case.inputs["irreducible_losses"][case.inputs["global_index"]]
     np.testing.assert_allclose(reducible, case.outputs["reducible_loss"], rtol=1e-4, atol=1e-6)
     share = case.hparams["selected_batch_size"] / len(loss)

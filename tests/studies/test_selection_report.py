@@ -49,6 +49,8 @@ def test_noise_is_planted_in_known_shares(tmp_path, capsys):
     assert not (prompts[0] & prompts[1])
     assert not (prompts[0] & prompts[2])
     assert not (prompts[1] & prompts[2])
+    assert planted_noise.main([*flags, "--noise=1"]) == 2
+    assert "--noise: leaves no answer of " in capsys.readouterr().err
     assert planted_noise.main([*flags, "--seed=1"]) == 0
     assert json.loads((tmp_path / "test.jsonl").read_text().splitlines()[0]) != parts["test"][0]
 
