@@ -127,5 +127,9 @@ def _check(args: SimpleNamespace) -> None:
         raise InputError(f"--report = {args.report}: is --output too. Name another file.")
     if args.ordered and args.write == "records":
         raise InputError("--ordered: is of a list for data.select. Leave out it, or --write=records.")
-    if not (args.tokens or args.records or args.ordered or args.drop or args.min is not None or args.max is not None):
+    room, unit = args.tokens or args.records, "records" if args.records else "tokens"
+    bounded = args.ordered or args.drop or args.min is not None or args.max is not None
+    if room == 1 and not (bounded or args.weights):
+        raise InputError(f"--{unit} = 1: is a share, and all records would be kept. Give another share or number.")
+    if not (room or bounded):
         raise InputError("--tokens: all records would be kept. Give --tokens, --records, --min, --max or --drop.")

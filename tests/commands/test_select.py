@@ -127,6 +127,7 @@ def test_a_report_says_where_the_data_is_another_by_now(corpus, tmp_path, capsys
         (["--by=loss", "--keep=random", "--tokens=9"], "random looks at no score"),
         (["--by=loss", "--keep=top", "--tokens=9", "--records=1"], "Leave one out"),
         (["--by=loss", "--keep=top"], "all records would be kept"),
+        (["--by=loss", "--keep=top", "--records=1"], "--records = 1: is a share, and all records would be kept"),
         (["--by=loss", "--keep=top", "--tokens=9", "--center=0.3"], "--center: is of --keep=middle"),
         (["--by=loss", "--keep=top", "--tokens=9", "--seed=3"], "draws nothing by chance"),
         (["--by=loss", "--keep=top", "--max=0"], "no record may be kept"),
@@ -134,8 +135,8 @@ def test_a_report_says_where_the_data_is_another_by_now(corpus, tmp_path, capsys
         (["--by=loss", "--keep=top", "--tokens=9", "--stratify=file", '--weights={"x": 1}'], "no stratum 'x'"),
         (["--by=loss", "--keep=top", "--max=0.9", "--stratify=file"], "no record may be kept"),
         (["--by=loss", "--keep=top", "--records=1", "--ordered", "--write=records"], "--ordered: is of a list"),
-        (["--by=loss", "--keep=top", "--records=1", "--report={folder}/kept.jsonl"], "is --output too"),
-        (["--by=loss", "--keep=top", "--records=1", "--report={corpus}/a.jsonl"], "is read by this command"),
+        (["--by=loss", "--keep=top", "--records=2", "--report={folder}/kept.jsonl"], "is --output too"),
+        (["--by=loss", "--keep=top", "--records=2", "--report={corpus}/a.jsonl"], "is read by this command"),
     ],
 )
 def test_flags_that_cannot_work(corpus, tmp_path, flags, words, capsys):
