@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from research import loading
+from research.errors import InputError
 from research.evals.scorers import read_before
 from research.evals.scorers.inputs import Inputs, ScoringModel, losses
 from research.evals.scorers.types import Chunk, Scorer
@@ -26,6 +27,8 @@ def make(inputs: Inputs, model: str = "", reference: str = "") -> Scorer:
       reference: in the place of --reference.
     """
     names = inputs.name("model", model, "rho"), inputs.name("reference", reference, "rho")
+    if names[0] == names[1]:
+        raise InputError(f"--reference = {names[1]}: is --model too, and all scores would be 0. Name another model.")
     read_before.check_unread(f"--reference = {names[1]}", names[1], inputs.origin)
     current, other = map(inputs.scoring_model, names)
     if current.encoder.tokenizer is not None:

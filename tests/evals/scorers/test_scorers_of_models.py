@@ -303,6 +303,7 @@ def test_moments_must_be_there(folder, tmp_path):
         ("perplexty", [], "no module research/evals/scorers/perplexty.py"),
         ("perplexity", [], "--model: is missing. The scorer perplexity needs it"),
         ("rho", ["--model=M"], "--reference: is missing. The scorer rho needs it"),
+        ("rho", ["--model=M", "--reference=M"], "is --model too, and all scores would be 0"),
         ("dsir", [], "--target: is missing"),
         ("length,length", [], "length is there twice"),
         ("reward", [], "--options: reward.model: is missing"),
