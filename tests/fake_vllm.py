@@ -143,7 +143,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send(*((reply,) if isinstance(reply, dict) else ({"error": "as planted"}, reply)))
 
     def _send(self, body, status=200):
-        content = json.dumps(body).encode()
+        self._send_text(json.dumps(body).encode(), status)
+
+    def _send_text(self, content, status):
         with contextlib.suppress(OSError):
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))

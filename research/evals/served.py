@@ -14,6 +14,7 @@ from research.models.sampling import SamplingConfig
 from research.models.slots import Generated
 from research.models.transformer import Model
 from research.rollouts.engines import probe, wire
+from research.rollouts.engines.client import Refused
 from research.rollouts.engines.pool import Limits, Pool
 from research.rollouts.engines.served import Served, WrongModel
 from research.rollouts.engines.wire import Answer, Question
@@ -95,7 +96,7 @@ class ServedGenerate:
         self._names[server] = self.served.name(server)
         try:
             self.served.prove(server, self._prober, self._expected, self._names[server])
-        except WrongModel as error:
+        except (WrongModel, Refused) as error:
             raise InputError(f"{FLAG}: {error}") from error
 
 

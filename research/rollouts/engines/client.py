@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import urllib.parse
 from typing import Any
 
@@ -29,8 +30,9 @@ def check_url(field: str, url: str) -> None:
     """Raises InputError where a URL isn't that of a server."""
     try:
         parts = urllib.parse.urlsplit(url)
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.query or parts.fragment)
-        fits = fits and (parts.port is None or parts.port > 0)
+        fits = parts.scheme in ("http", "https") and not (parts.query or parts.fragment or parts.username)
+        fits = fits and (parts.port is None or parts.port > 0) and re.search(r"[\s\x00-\x1f]", url) is None
+        fits = fits and bool((parts.hostname or "").encode("idna"))
     except ValueError:
         fits = False
     if not fits:
@@ -73,8 +75,32 @@ def ask(server: str, path: str, body: Any = None, *, seconds: float) -> Any:
         raise Refused(said, reply.status) if refused else ServerError(said)
     try:
         return json.loads(text) if text else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
+
+
+def field(server: str, path: str, name: str, *, seconds: float) -> Any:
+    """A field of what a server answers to a GET.
+
+    Raises:
+      Refused, ServerError: see `ask`; or the answer has no such field.
+    """
+    reply = ask(server, path, seconds=seconds)
+    if not isinstance(reply, dict) or reply.get(name) is None:
+        raise ServerError(f"{server}: {path} answers without {name!r}")
+    return reply[name]
+
+
+def models(server: str, seconds: float) -> list[dict[str, Any]]:
+    """What a server says of its models and adapters, the model that it was started with first.
+
+    Raises:
+      Refused, ServerError: see `ask`; or it names none.
+    """
+    entries = field(server, "/v1/models", "data", seconds=seconds)
+    if not entries or not isinstance(entries, list) or not all(isinstance(e, dict) and "id" in e for e in entries):
+        raise ServerError(f"{server}: /v1/models names no model")
+    return entries
 
 
 def _in_short(text: bytes) -> str:

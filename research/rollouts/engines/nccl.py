@@ -21,7 +21,7 @@ import numpy as np
 from research.models.specs import Params
 from research.pretrained import save
 from research.rollouts.engines import server as http
-from research.rollouts.engines.client import ask
+from research.rollouts.engines.client import ask, field
 from research.rollouts.engines.policy import Policy
 from research.rollouts.engines.weights import ServerError
 
@@ -64,8 +64,11 @@ class NcclWeights:
         """Forms the group with a server, anew where the server was started anew."""
         if server in self._groups and http.stamp(server) != http.START:
             return
-        size = 1 + ask(server, "/get_world_size", seconds=http.SHORT)["world_size"]
-        number = unique_id() if self._make_group is Group else bytes(_ID_BYTES)
+        size = 1 + int(field(server, "/get_world_size", "world_size", seconds=http.SHORT))
+        try:
+            number = unique_id() if self._make_group is Group else bytes(_ID_BYTES)
+        except OSError as error:
+            raise ServerError(f"NCCL: {error}") from error
         body = {"nccl_unique_id_b64": base64.b64encode(number).decode(), "rank_offset": 1, "world_size": size}
         body["packed"] = False
         with self._lock:

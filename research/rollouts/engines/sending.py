@@ -9,7 +9,7 @@ import jax
 from research.errors import InputError
 from research.models.specs import Params
 from research.rollouts.engines import server as http
-from research.rollouts.engines.client import Refused, ask
+from research.rollouts.engines.client import Refused, ask, models
 from research.rollouts.engines.nccl import NcclWeights
 from research.rollouts.engines.policy import Policy
 from research.rollouts.engines.staging import Staging
@@ -43,6 +43,11 @@ def make_weights(
         return AdapterWeights(policy, Staging(folder, kept), NAME, seconds)
     dtype = dtype or policy.model.config.dtype
     if transfer == "nccl":
+        if jax.default_backend() != "gpu":
+            raise InputError(
+                f"rollout.transfer = 'nccl': is from GPU to GPU, and this run is on {jax.default_backend()}. Take "
+                "'folder'."
+            )
         return NcclWeights(policy, NAME, dtype, seconds)
     return WholeWeights(policy, Staging(folder, kept), NAME, dtype, seconds)
 
@@ -93,8 +98,7 @@ class AdapterWeights:
 
     def _loaded(self, server: str) -> set[str]:
         """The adapters of such names that a server has."""
-        answer = ask(server, "/v1/models", seconds=http.SHORT)
-        return {model["id"] for model in answer["data"] if self._own.fullmatch(model["id"])}
+        return {each["id"] for each in models(server, http.SHORT) if self._own.fullmatch(str(each["id"]))}
 
 
 class WholeWeights:

@@ -164,11 +164,12 @@ class Served:
         client.ask(server, "/health", seconds=self.limits.brief_seconds)
 
     def _models(self, server: str) -> list[dict[str, Any]]:
-        reply = client.ask(server, "/v1/models", seconds=self.limits.brief_seconds)
-        models = reply.get("data") if isinstance(reply, dict) else None
-        if not models or not isinstance(models[0], dict) or "id" not in models[0]:
-            raise ServerError(f"{server}: /v1/models names no model")
-        return models
+        try:
+            return client.models(server, self.limits.brief_seconds)
+        except Refused as error:
+            if error.status not in (401, 403):
+                raise
+            raise InputError(f"{error}. Give the servers' key in the environment variable {client.KEY}.") from error
 
     def _body(self, server: str, question: Question, sampling: SamplingConfig) -> dict[str, Any]:
         return wire.request(question, sampling, self._models(server)[0]["id"], range(0))

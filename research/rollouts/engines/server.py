@@ -3,7 +3,8 @@
 import contextlib
 from collections.abc import Callable
 
-from research.rollouts.engines.client import ask
+from research.errors import InputError
+from research.rollouts.engines.client import Refused, ask, field
 from research.rollouts.engines.weights import ServerError
 
 START = "default"  # what vLLM calls the weights that a server began with
@@ -16,8 +17,17 @@ def stamp(server: str) -> str:
 
     Raises:
       ServerError: it doesn't answer.
+      InputError: it wasn't started to be told of weights.
     """
-    return ask(server, "/weight_info", seconds=SHORT)["weight_version"]
+    try:
+        return str(field(server, "/weight_info", "weight_version", seconds=SHORT))
+    except Refused as error:
+        if error.status != 404:
+            raise
+        raise InputError(
+            f"{error}. It wasn't started to take weights (VLLM_SERVER_DEV_MODE=1): launch/servers.py --dry_run prints "
+            "how it is to be."
+        ) from error
 
 
 def change_weights(server: str, new: str, read: Callable[[], None], seconds: float) -> None:

@@ -189,7 +189,7 @@ class Vllm:
         name, stamp = self._names[version]
         try:
             stamps = self.served.prove(server, self.prober, self._expected[version], name)
-        except WrongModel as error:
+        except (WrongModel, Refused) as error:
             if server not in self._serving:
                 raise InputError(str(error)) from error
             raise

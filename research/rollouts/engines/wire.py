@@ -115,7 +115,7 @@ def read(reply: Any, sampling: SamplingConfig, vocab_size: int) -> Answer:
         log_probs = [float(each["logprob"]) for each in content]
         drawn = [each["token_id"] for each in content]
         stamps = tuple(dict.fromkeys(str(span["version"]) for span in choice.get("weight_versions") or ()))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Dropped(
             "malformed", f"{ROUTE} answered with what is no answer ({type(error).__name__}: {error})"
         ) from error
@@ -152,5 +152,5 @@ def shown(reply: Mapping[str, Any]) -> dict[int, float]:
     try:
         first = reply["choices"][0]["logprobs"]["content"][0]
         return {int(each["token_id"]): float(each["logprob"]) for each in [first, *first["top_logprobs"]]}
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise Dropped("malformed", f"{ROUTE} shows no log-probabilities ({type(error).__name__}: {error})") from error

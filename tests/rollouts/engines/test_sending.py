@@ -267,7 +267,11 @@ class FakeGroup:
 def test_whole_weights_by_nccl(tmp_path, servers, monkeypatch):
     """What the run sends is what it tells the server, in this order; NCCL itself isn't here."""
     of, fake = policy(), servers[0]
-    assert isinstance(sending.make_weights(of, tmp_path, transfer="nccl"), NcclWeights)
+    with pytest.raises(InputError, match="from GPU to GPU, and this run is on cpu"):
+        sending.make_weights(of, tmp_path, transfer="nccl")
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        assert isinstance(sending.make_weights(of, tmp_path, transfer="nccl"), NcclWeights)
     w = NcclWeights(of, "policy", "bfloat16", 10.0, FakeGroup)
     w.stage(values_of(of), 5)
     assert weights.sync(w, [fake.url], 5) == {}

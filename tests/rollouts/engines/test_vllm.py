@@ -1,6 +1,7 @@
 """The engine that asks servers, before servers that fail as a test wants it."""
 
 import collections
+import contextlib
 import threading
 import types
 
@@ -11,9 +12,11 @@ from fake_vllm import Bigrams, FakeServer, FakeWeights, log_probs
 from research.errors import InputError, Unavailable
 from research.models.sampling import SamplingConfig
 from research.rollouts.engines import client, wire
+from research.rollouts.engines import server as http
 from research.rollouts.engines.pool import Limits
 from research.rollouts.engines.served import Served
 from research.rollouts.engines.vllm import Vllm
+from research.rollouts.engines.weights import ServerError
 
 V, PADDED, STOP = 8, 10, (3,)
 TABLE = np.random.default_rng(0).normal(size=(PADDED, PADDED)) * 1.5
@@ -231,6 +234,7 @@ def test_a_server_that_is_too_slow_is_given_up(servers):
         (lambda c: c.update(token_ids=[1] * 6), "log-probabilities of other tokens"),
         (lambda c: c["logprobs"]["content"][0].update(logprob=-9999.0), "none of a token that was drawn"),
         (lambda c: c["logprobs"]["content"][0].update(logprob=None), "TypeError"),
+        (lambda c: c["logprobs"]["content"][0].update(logprob=-(10**400)), "OverflowError"),
         (lambda c: c.update(logprobs=None), "TypeError"),
         (lambda c: c.clear(), "KeyError"),
     ],
@@ -320,7 +324,20 @@ def test_what_servers_cannot_draw_is_refused(sampling, message):
         wire.check(sampling, "rollout.")
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://", "http://a:b", "http://a/?x=1", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000",
+        "ftp://a",
+        "http://",
+        "http://a:b",
+        "http://a/?x=1",
+        "",
+        "http://a..b",
+        "http://a b",
+        "http://u@a",
+    ],
+)
 def test_what_is_no_url_is_refused(url):
     with pytest.raises(InputError, match=r"^rollout\.servers = .*isn't the URL of a server"):
         client.check_url("rollout.servers", url)
@@ -333,3 +350,44 @@ def test_the_key_of_servers_comes_from_the_environment(servers, monkeypatch):
     monkeypatch.setattr(handler, "do_GET", lambda self: (seen.append(self.headers["Authorization"]), self._send({})))
     client.ask(servers[0].url, "/health", seconds=5.0)
     assert seen == ["Bearer secret"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "reply", "error", "message"),
+    [
+        ("/v1/models", 401, "{}", InputError, "answered 401: .*VLLM_API_KEY"),
+        ("/v1/models", 200, '{"data": {"a": 1}}', ServerError, "/v1/models names no model"),
+        ("/health", 200, "[" * 100_000, None, ""),
+    ],
+)
+def test_what_a_server_says_of_itself(servers, monkeypatch, path, status, reply, error, message):
+    handler = servers[0].server.RequestHandlerClass
+    usual = handler.do_GET
+    planted = lambda self: self._send_text(reply.encode(), status) if self.path == path else usual(self)  # noqa: E731
+    monkeypatch.setattr(handler, "do_GET", planted)
+    with pytest.raises(error, match=message) if error else contextlib.nullcontext():
+        Fleet(servers[:1]).engine.served.name(servers[0].url)
+
+
+def test_a_server_that_refuses_the_first_question_ends_the_run_and_one_that_has_answered_is_waited_for(servers):
+    """As one of a smaller vocabulary does, or one whose model has another name."""
+    fleet = Fleet(servers[:1], outage_seconds=0.1)
+    servers[0].fault = lambda number, reply: 400
+    with pytest.raises(InputError, match=r"answered 400: .*as planted"):
+        fleet.generate()
+    servers[0].fault = lambda number, reply: reply
+    check(fleet.generate())
+    servers[0].fault = lambda number, reply: 400
+    fleet.engine.sync(NEXT, 5)
+    with pytest.raises(Unavailable, match="answered 400"):
+        fleet.generate()
+
+
+def test_a_server_that_is_not_started_to_take_weights_ends_the_run(servers, monkeypatch):
+    handler = servers[0].server.RequestHandlerClass
+    monkeypatch.setattr(handler, "do_GET", lambda self: self._send({}, 404))
+    with pytest.raises(InputError, match="VLLM_SERVER_DEV_MODE=1"):
+        http.stamp(servers[0].url)
+    monkeypatch.setattr(handler, "do_GET", lambda self: self._send({}))
+    with pytest.raises(ServerError, match="answers without 'weight_version'"):
+        http.stamp(servers[0].url)
