@@ -614,6 +614,6 @@ def test_shell_is_clean(box):
     for part in ("setup", "run"):
         (box / f"{part}.sh").write_text("#!/usr/bin/env bash\n" + task[part])
     scripts = [*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), *box.glob("*.sh")]
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     checked = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout

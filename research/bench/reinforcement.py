@@ -99,6 +99,8 @@ class Stepper(prepared.Stepper):
         spec, size = config.rollout, sizes(config.rollout, config.batch_size)
         if spec.engine != "local":
             raise InputError(f"rollout.engine = {spec.engine!r}: servers aren't measured. Set it to 'local'.")
+        if spec.ahead:
+            raise InputError("rollout.ahead = True: a step then has no rollout of its own to be timed. Leave it out.")
         self.updates, self.new_tokens = size.updates, 0
         self.laps: list[dict[str, float]] = []
         self.first: Mapping[str, Any] = {}
@@ -106,7 +108,8 @@ class Stepper(prepared.Stepper):
         judge = rollouts.make_judge(config, stack)
         policy = step.parts.models["policy"]
         engine = Local(policy, vocab_size, prompts=size.prompts, longest=prompts.longest, slots=spec.slots)
-        experience = rollouts.make_experience(config, step.parts, prompts, judge, engine, virtual)
+        collector = rollouts.make_collector(config, prompts, judge, engine)
+        experience = rollouts.make_experience(config, step.parts, collector, virtual)
         self._next, self._place = experience.next, experience.init()
 
     def step(self) -> None:

@@ -178,6 +178,10 @@ def _check_output(args: SimpleNamespace) -> None:
     """Raises InputError where --output would be written over what the other flags name to be read."""
     if not getattr(args, "output", None):
         return
-    read = [getattr(args, name, None) or () for name in _READ]
-    inputs = [each for value in read for each in ((value,) if isinstance(value, str) else value)]
+    read = [getattr(args, name, None) for name in _READ]  # in some commands a switch has such a name
+    inputs = [each for value in read if value not in (None, True, False) for each in _several(value)]
     files.check_apart(args.output, [*inputs, *([args.experiment.path] if hasattr(args, "experiment") else [])])
+
+
+def _several(value: str | Sequence[str]) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value

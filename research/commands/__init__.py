@@ -2,7 +2,7 @@
 
 GROUPS = {
     "Train": ("train", "sweep", "study"),
-    "Data": ("split", "generate", "filter", "label", "annotate"),
+    "Data": ("split", "generate", "filter", "label", "annotate", "select"),
     "Models": ("evaluate", "score", "export"),
     "Runs and machines": ("report", "plan", "benchmark"),
 }

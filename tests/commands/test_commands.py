@@ -98,7 +98,7 @@ def test_missing_flags_are_named_with_an_example(name, run):
     command = load(name).COMMAND
     required = ["config"] * command.experiment + [flag.name for flag in command.flags if flag.required]
     for given in required if len(required) > 1 else ():
-        value = "experiments/sft.py:debug" if given == "config" else "x:1"
+        value = {"config": "experiments/sft.py:debug", "keep": "top"}.get(given, "x:1")
         said = run(name, f"--{given}={value}")[2].partition(" missing")[0]
         left = [f"--{flag}" for flag in required if flag != given]
         assert said == f"error: {', '.join(left)}: {'is' if len(left) == 1 else 'are'}"

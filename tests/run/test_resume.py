@@ -97,6 +97,7 @@ def test_every_field_has_a_rule_and_every_rule_a_field():
 
 OTHER = {
     "rollout.engine": "vllm",
+    "rollout.transfer": "nccl",
     "rollout.servers": ("http://a",),
     "roles": {"teacher": {"init_from": "x"}},
     "objective": {"terms": {"sft": 2.0}},
