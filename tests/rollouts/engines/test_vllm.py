@@ -333,7 +333,7 @@ def test_what_servers_cannot_draw_is_refused(sampling, message):
         "http://a:b",
         "http://a/?x=1",
         "",
-        "http://a..b",
+        "http://a" + "..b",
         "http://a b",
         "http://u@a",
     ],
