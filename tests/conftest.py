@@ -25,7 +25,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_traceback_in_locations_limit", 0)  # who called what is looked up at each operation, for nobody
-gc.set_threshold(50_000, 10, 10)  # tracing makes many objects that stay
+gc.set_threshold(10_000, 10, 10)  # 700 by default; tracing makes many objects that stay
 
 
 @pytest.fixture(scope="session", autouse=True)
