@@ -248,6 +248,7 @@ def gradient(run, policy, example):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(by_own(policy.own, run.whole))])
 
 
+@pytest.mark.slow
 def test_less_is_what_its_formula_says(scored, folder):
     """With room for all numbers the projection loses nothing, so that cosines are those of the gradients."""
     flags = [f"--model={folder / 'lora'}", f"--target={folder / 'target.jsonl'}"]
