@@ -62,16 +62,7 @@ def run(
 
     with jax.set_mesh(inputs.mesh), contextlib.ExitStack() as stack:
         program = assemble.compile_step(parts, stack)
-        if inputs.prompts is None:
-            rollout = parts.rollout and distributed.one_at_a_time(parts.rollout)
-            if drawing := checks.drawing_term(config, inputs.terms):
-                experience = make_experience(OnDemand(inputs.source, inputs.put), parts.batch, rollout)
-                experience = experience_lib.drawn(experience, functools.partial(chances, inputs.terms, drawing))
-            else:
-                batches = stack.enter_context(Prefetch(inputs.source, inputs.put))
-                experience = make_experience(batches, parts.batch, rollout)
-        else:
-            experience = _of_rewards(inputs, parts, stack)
+        experience = _make_experience(inputs, parts, stack, make_experience)
         saver = stack.enter_context(contextlib.closing(make_checkpointer(config, workdir)))
         state, frozen, place = begin(inputs, parts, experience, saver)
         watch = stack.enter_context(
@@ -107,6 +98,22 @@ def run(
 def chances(terms: Terms, name: str, state: TrainState) -> Any:
     """How probable each source is to be drawn next, by the term of that name."""
     return terms[name].objective.chances(state.carry[name])
+
+
+def _make_experience(
+    inputs: resolve.Inputs,
+    parts: assemble.Parts,
+    stack: contextlib.ExitStack,
+    make: Callable[..., experience_lib.Experience],
+) -> experience_lib.Experience:
+    """Where the run's batches come from; `make` is of a run without rewards, and `stack` ends what was begun."""
+    if inputs.prompts is not None:
+        return _of_rewards(inputs, parts, stack)
+    rollout = parts.rollout and distributed.one_at_a_time(parts.rollout)
+    if drawing := checks.drawing_term(inputs.config, inputs.terms):
+        experience = make(OnDemand(inputs.source, inputs.put), parts.batch, rollout)
+        return experience_lib.drawn(experience, functools.partial(chances, inputs.terms, drawing))
+    return make(stack.enter_context(Prefetch(inputs.source, inputs.put)), parts.batch, rollout)
 
 
 def _of_rewards(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from research.devices import distributed, sharding
-from research.evals.scorers.inputs import Inputs, ScoringModel
+from research.evals.scorers.inputs import Inputs, ModelScorer
 from research.evals.scorers.types import Chunk, Scorer
 from research.evals.scoring import compute_windows, constrain
 from research.models import virtual
@@ -38,22 +38,10 @@ def row_norms(model: Model, params: Any, batch: Mapping[str, jax.Array]) -> jax.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class El2n(Scorer):
+class El2n(ModelScorer):
     """See `make`."""
 
-    model: ScoringModel
     columns = ("el2n",)
-
-    @property
-    def encoder(self) -> Any:
-        return self.model.encoder
-
-    @property
-    def identity(self) -> Any:
-        return self.model.identity
-
-    def observe(self, chunk: Chunk) -> None:
-        self.model.examples(chunk)
 
     def score(self, chunk: Chunk) -> Mapping[str, Sequence[Any]]:
         examples, loaded = self.model.examples(chunk), self.model.loaded

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from research.evals import gradients
-from research.evals.scorers.inputs import Inputs, ScoringModel
+from research.evals.scorers.inputs import Inputs, ModelScorer
 from research.evals.scorers.types import Chunk, Scorer
 
 
@@ -31,22 +31,10 @@ def norm(gradient: jax.Array, extra: Any) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GradientNorm(Scorer):
+class GradientNorm(ModelScorer):
     """See `make`."""
 
-    model: ScoringModel
     columns = ("gradient_norm",)
-
-    @property
-    def encoder(self) -> Any:
-        return self.model.encoder
-
-    @property
-    def identity(self) -> Any:
-        return self.model.identity
-
-    def observe(self, chunk: Chunk) -> None:
-        self.model.examples(chunk)
 
     def score(self, chunk: Chunk) -> Mapping[str, Sequence[Any]]:
         loaded = self.model.loaded

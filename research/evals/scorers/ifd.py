@@ -8,7 +8,7 @@ import numpy as np
 
 from research.errors import InputError, did_you_mean
 from research.evals.perplexity import exp
-from research.evals.scorers.inputs import Inputs, ScoringModel, losses
+from research.evals.scorers.inputs import Inputs, ModelScorer, losses
 from research.evals.scorers.types import Chunk, Scorer
 from research.evals.scoring import Example
 
@@ -54,20 +54,11 @@ def answers_alone(example: Example, bos: int | None) -> list[Example]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Ifd(Scorer):
+class Ifd(ModelScorer):
     """See `make`."""
 
-    model: ScoringModel
     form: str
     columns = ("ifd", "ifd_above_1", "ifd_loss", "ifd_loss_alone")
-
-    @property
-    def encoder(self) -> Any:
-        return self.model.encoder
-
-    @property
-    def identity(self) -> Any:
-        return self.model.identity
 
     def observe(self, chunk: Chunk) -> None:
         for item, example in zip(chunk.items, self.model.examples(chunk), strict=True):

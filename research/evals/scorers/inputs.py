@@ -12,7 +12,7 @@ from research import loading, params
 from research.errors import InputError
 from research.evals import record_scores
 from research.evals.record_scores import Item
-from research.evals.scorers.types import Chunk
+from research.evals.scorers.types import Chunk, Scorer
 from research.evals.scoring import BATCH_TOKENS, Example, encode_records, make_token_scorer
 from research.loading import LoadedModel
 from research.models.config import ModelConfig
@@ -103,6 +103,28 @@ class ScoringModel:
     @functools.cached_property
     def _score(self) -> Callable[..., list[np.ndarray]]:
         return make_token_scorer(self.loaded.model, batch_tokens=self.batch_tokens)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelScorer(Scorer):
+    """A scorer by one model, whose tokens it reads.
+
+    Attributes:
+      model: that scores.
+    """
+
+    model: ScoringModel
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.model.encoder
+
+    @property
+    def identity(self) -> Any:
+        return self.model.identity
+
+    def observe(self, chunk: Chunk) -> None:
+        self.model.examples(chunk)
 
 
 def losses(log_probs: Sequence[np.ndarray]) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from research.evals.perplexity import exp, scored_bytes
-from research.evals.scorers.inputs import Inputs, ScoringModel, losses
+from research.evals.scorers.inputs import Inputs, ModelScorer, losses
 from research.evals.scorers.types import Chunk, Scorer
 
 
@@ -26,22 +26,10 @@ def make(inputs: Inputs, model: str = "") -> Scorer:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Perplexity(Scorer):
+class Perplexity(ModelScorer):
     """See `make`."""
 
-    model: ScoringModel
     columns = ("loss", "perplexity", "bits_per_byte")
-
-    @property
-    def encoder(self) -> Any:
-        return self.model.encoder
-
-    @property
-    def identity(self) -> Any:
-        return self.model.identity
-
-    def observe(self, chunk: Chunk) -> None:
-        self.model.examples(chunk)
 
     def score(self, chunk: Chunk) -> Mapping[str, Sequence[Any]]:
         log_probs = self.model.log_probs(chunk)

@@ -7,7 +7,7 @@ from typing import Any
 from research import loading
 from research.errors import InputError
 from research.evals.scorers import read_before
-from research.evals.scorers.inputs import Inputs, ScoringModel, losses
+from research.evals.scorers.inputs import Inputs, ModelScorer, ScoringModel, losses
 from research.evals.scorers.types import Chunk, Scorer
 
 
@@ -37,23 +37,18 @@ def make(inputs: Inputs, model: str = "", reference: str = "") -> Scorer:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rho(Scorer):
+class Rho(ModelScorer):
     """See `make`. Both models read the tokens of the current one."""
 
-    model: ScoringModel
     reference: ScoringModel
     columns = ("rho", "rho_loss", "rho_reference_loss")
-
-    @property
-    def encoder(self) -> Any:
-        return self.model.encoder
 
     @property
     def identity(self) -> Any:
         return [self.model.identity, self.reference.identity]
 
     def observe(self, chunk: Chunk) -> None:
-        self.model.examples(chunk)
+        super().observe(chunk)
         self.reference.examples(chunk)
 
     def score(self, chunk: Chunk) -> Mapping[str, Sequence[Any]]:

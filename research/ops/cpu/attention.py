@@ -9,7 +9,7 @@ Axes: see ops/scores.py.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,17 @@ def attention(
 # then doesn't write it over its operand, and its older emitters (devices/compilation.py) vectorise no loop that does.
 
 
+class _Rows(NamedTuple):
+    """What is read of some rows of a batch."""
+
+    q: Float[Array, "B T H h"]
+    k: Float[Array, "B T K h"]
+    v: Float[Array, "B T K h"]
+    documents: Documents
+
+
 def _forward(scores, q, k, v, documents, memory):
-    out, logsumexp = _in_halves(functools.partial(_outputs, scores, memory), q, k, v, documents)
+    out, logsumexp = _in_halves(functools.partial(_outputs, scores, memory), _Rows(q, k, v, documents))
     out, logsumexp = checkpoint_name(out, NAME), checkpoint_name(logsumexp, NAME)
     return out, (q, k, v, documents, memory, out, logsumexp)
 
@@ -54,25 +63,28 @@ def _forward(scores, q, k, v, documents, memory):
 def _backward(scores, residuals, d_out):
     q, k, v, documents, memory, out, logsumexp = residuals
     gradients = functools.partial(_gradients, scores, memory)
-    dq, dk, dv, d_memory = _in_halves(gradients, q, k, v, documents, out, logsumexp, d_out)
+    dq, dk, dv, d_memory = _in_halves(gradients, _Rows(q, k, v, documents), out, logsumexp, d_out)
     if memory is not None:
         d_keys, d_values = d_memory.sum(axis=0).transpose(0, 3, 1, 2)
         d_memory = Memory((d_keys * scores.scale).astype(k.dtype), d_values.astype(v.dtype))
     return dq, dk, dv, None, d_memory
 
 
-def _in_halves(function: Callable[..., Any], *arrays: PyTree) -> PyTree:
-    """function(*arrays) of half of a batch's rows and of the others, joined: XLA runs at the same time what doesn't
+def _in_halves(function: Callable[..., Any], rows: _Rows, *others: PyTree) -> PyTree:
+    """function(rows, *others) of half of a batch and of the other half, joined: XLA runs at the same time what doesn't
     depend on each other, and most steps of a block are too small for all cores."""
-    (B, T, H, _), K = arrays[0].shape, arrays[1].shape[2]
+    (B, T, H, _), K, arrays = rows.q.shape, rows.k.shape[2], (rows, *others)
     if B % 2 or B * H * T * T < _LEAST_SPLIT or B * K > _MOST_SPLIT or _device_count() > 1:
         return function(*arrays)
-    halves = (jax.tree.map(lambda x, rows=rows: x[rows], arrays) for rows in (slice(B // 2), slice(B // 2, B)))
+    halves = (jax.tree.map(lambda x, half=half: x[half], arrays) for half in (slice(B // 2), slice(B // 2, B)))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(function(*half) for half in halves))
 
 
-def _outputs(scores, memory, q, k, v, documents):
-    """The result [B, T, H, h], and the logarithms of the sums of exponentials, [B, K, R, 1]."""
+def _outputs(
+    scores: Scores, memory: Memory | None, rows: _Rows
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B K R 1"]]:
+    """The result, and the logarithms of the sums of exponentials."""
+    q, k, v, documents = rows
     T, K = q.shape[1], k.shape[2]
     queries, keys, values = to_rows(q, K), k.swapaxes(1, 2), v.swapaxes(1, 2)
     logsumexps = []
@@ -84,8 +96,16 @@ def _outputs(scores, memory, q, k, v, documents):
     return to_heads(queries, T), jnp.concatenate(logsumexps, axis=2)
 
 
-def _gradients(scores, memory, q, k, v, documents, out, logsumexp, d_out):
-    """The gradients by q, k and v, and those by the memory of each row, [B, 2, K, h, P], None without one."""
+def _gradients(
+    scores: Scores,
+    memory: Memory | None,
+    rows: _Rows,
+    out: Float[Array, "B T H h"],
+    logsumexp: Float[Array, "B K R 1"],
+    d_out: Float[Array, "B T H h"],
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"], Float[Array, "B 2 K h P"] | None]:
+    """The gradients by q, k and v, and those by the memory of each row, None without one."""
+    q, k, v, documents = rows
     B, T, K = *q.shape[:2], k.shape[2]
     P = 0 if memory is None else memory.keys.shape[0]
     queries, keys, values, d_rows = to_rows(q, K), k.swapaxes(1, 2), v.swapaxes(1, 2), to_rows(d_out, K)
