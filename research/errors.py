@@ -59,6 +59,16 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     return f" Known: {', '.join(options)}."
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: its control characters, but for ends of lines and tabs, are shown as escapes such as \\x1b,
+    so that what a file or a model says can't move the cursor or hide what stands before it."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", _escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
 def explain_flag_error(error: Exception, argv: Sequence[str]) -> str:
     """Says in a line what is wrong with a command line; config_flags' own errors are a traceback or a bare key."""
     text = str(error.args[0] if error.args else error)

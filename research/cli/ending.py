@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from research.errors import Exit, InputError, Unavailable
+from research.errors import Exit, InputError, Unavailable, printable
 
 _DISK_ERRORS = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
@@ -34,5 +34,5 @@ def fail(error: object, status: int) -> int:
     text = str(error)
     if "Traceback" not in text:
         text = " ".join(line.strip() for line in text.splitlines())
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {printable(text)}", file=sys.stderr)
     return status

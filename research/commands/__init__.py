@@ -4,7 +4,7 @@ GROUPS = {
     "Train": ("train", "sweep", "study"),
     "Data": ("split", "generate", "filter", "label", "annotate", "select"),
     "Models": ("evaluate", "score", "export"),
-    "Runs and machines": ("report", "plan", "benchmark"),
+    "Runs and machines": ("report", "plan", "benchmark", "cache"),
 }
 
 # These compile training steps: their process begins with huge pages and with switches of the compiler for CPUs.

@@ -9,6 +9,7 @@ filter` read. A killed run leaves OUTPUT.partial, and the same command goes on f
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from typing import Any
 
 from research import cli, files
 from research.cli import Flag
-from research.errors import InputError
+from research.errors import InputError, printable
 
 COMMAND = cli.Command(
     "generate",
@@ -157,11 +158,16 @@ def _generate(args: SimpleNamespace) -> None:
     elif args.data or args.n > 1 or args.servers:
         for answers in responder.complete(questions, args.batch_size, n=args.n):
             for _, text, _ in answers:
-                print(text, flush=True)
+                print(_on_terminal(text), flush=True)
     else:
         for piece in responder.stream(questions[0]):
-            print(piece, end="", flush=True)
+            print(_on_terminal(piece), end="", flush=True)
         print()
+
+
+def _on_terminal(text: str) -> str:
+    """A model's words; on a terminal without escape sequences."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def _by_servers(args: SimpleNamespace) -> dict[str, Any]:
@@ -212,7 +218,7 @@ def _fill(args: SimpleNamespace, loaded: Any, texts: Sequence[Any]) -> None:
         return
     for filled in filler.fill(texts, args.batch_size):
         for text, masks in filled:
-            print(fill.table(text, masks), flush=True)
+            print(_on_terminal(fill.table(text, masks)), flush=True)
 
 
 def _asked(args: SimpleNamespace) -> tuple[str, str | dict[str, str]]:

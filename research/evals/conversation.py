@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 
-from research.errors import InputError
+from research.errors import InputError, printable
 
 Messages = list[dict[str, str]]
 Reply = Callable[[Messages, int], Iterator[str]]
@@ -50,10 +50,10 @@ def _show_answer(reply: Reply, messages: Messages, turn: int) -> str | None:
     answer = ""
     try:
         for piece in reply(messages, turn):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
             answer += piece
     except InputError as error:
-        print(f"error: {error} /reset forgets the conversation.", file=sys.stderr)
+        print(f"error: {printable(str(error))} /reset forgets the conversation.", file=sys.stderr)
         return None
     except KeyboardInterrupt:
         pass  # what has come so far is the answer

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from research.errors import printable
 from research.sources.formats import count_markers, describe_markers
 from research.sources.tokenizers import Tokenizer
 
@@ -29,7 +30,7 @@ def say_markers(where: str, records: Iterable[str | Mapping[str, Any]], tokenize
     records = list(records)
     count, example = count_markers(map(texts_of, records), tokenizer)
     if count:
-        print(f"{where}: {describe_markers(count, len(records), example)}", file=sys.stderr)
+        print(printable(f"{where}: {describe_markers(count, len(records), example)}"), file=sys.stderr)
 
 
 def source_lines(report: Mapping[str, Any]) -> list[str]:

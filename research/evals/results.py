@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from research import files
-from research.errors import InputError
+from research.errors import InputError, printable
 from research.evals import lm_eval_adapter, multiple_choice, tasks
 from research.loading import LoadedModel
 from research.models.generation import MakeGenerate, make_generate
@@ -157,6 +157,7 @@ def table(results: Mapping[str, Result]) -> str:
         for name in result.metrics:
             if not name.endswith("_stderr"):
                 rows.append((task, name, *_cells(name, result), str(len(result.samples))))
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

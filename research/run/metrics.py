@@ -17,7 +17,7 @@ from absl import logging
 from tqdm import tqdm
 
 from research.devices import chips
-from research.errors import InputError, did_you_mean
+from research.errors import InputError, did_you_mean, printable
 from research.files import json_line
 
 METRICS_FILE = "metrics.jsonl"
@@ -136,7 +136,7 @@ class Writer:
     def print(self, message: str) -> None:
         """Prints to stderr, above the bar where there is one."""
         if self._active:
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(printable(message), file=sys.stderr)
 
     def _events(self) -> Any:
         """TensorBoard's writer, made for the first value: its import takes a while, which a first step needn't wait."""

@@ -1,5 +1,6 @@
 """Folders that are made once: whole or absent, whoever dies or races while they are made."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from research.errors import InputError
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _STALE_SECONDS = 24 * 3600
 
 
@@ -29,6 +30,7 @@ def cached(folder: Path, build: Callable[[Path], None]) -> bool:
       InputError: the cache's place can't be written to.
     """
     if _whole(folder):
+        _note_use(folder)
         return True
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,7 @@ def cached(folder: Path, build: Callable[[Path], None]) -> bool:
     try:
         build(partial)
         sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
-        (partial / _MANIFEST).write_text(json.dumps(sizes))
+        (partial / MANIFEST).write_text(json.dumps(sizes))
         _publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -71,10 +73,16 @@ def _new_folder(parent: Path) -> Path:
 
 def _whole(folder: Path) -> bool:
     try:
-        sizes = json.loads((folder / _MANIFEST).read_text())
+        sizes = json.loads((folder / MANIFEST).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
+
+
+def _note_use(folder: Path) -> None:
+    """Gives the manifest the time of now, so that `understudy cache` knows what is still used."""
+    with contextlib.suppress(OSError):  # a cache that others own is read all the same
+        os.utime(folder / MANIFEST)
 
 
 def _publish(partial: Path, folder: Path) -> None:

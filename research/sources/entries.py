@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from research.errors import InputError, did_you_mean
+from research.errors import InputError, did_you_mean, printable
 from research.sources import folders, grammar, json_limits, preferences, reasoning, stdlib_text, tasks
 from research.sources.cache import code_digest
 from research.sources.records import Raw, kind_of
@@ -92,7 +92,7 @@ def locate_flag(entry: str, *, count: int = 0, seed: int = 0) -> Origin:
 def say_files(where: str, origin: Origin) -> None:
     """Says on stderr which files an entry held, where it may be several; `where` is what names the entry."""
     if origin.summary:
-        print(f"{where}: {origin.name} holds {origin.summary}", file=sys.stderr)
+        print(printable(f"{where}: {origin.name} holds {origin.summary}"), file=sys.stderr)
 
 
 def _generated(name: str, module: ModuleType, records: Callable[[], Iterator[dict]], identity: list[Any]) -> Origin:

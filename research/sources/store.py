@@ -224,7 +224,7 @@ def open_store(
     def build(partial: Path) -> None:
         counts: Counter[str] = Counter()
         examples = read_examples(origin, format, fields, on_bad_record, counts, classes)
-        writing = _Writing(tokenizer, template, counts, on_bad_record == "skip", keep_records)
+        writing = _Writing(tokenizer, template, counts, on_bad_record == "skip", keep_records, origin.name)
         if not _write(partial, examples, writing):
             raise _none_usable(origin.name, counts)
 
@@ -317,7 +317,7 @@ def _write_view(partial: Path, store: Store, view: views.View, where: str) -> No
     if store.labels is not None:
         np.save(partial / "labels.npy", store.labels[owners])
     meta = {"dtype": store.tokens.dtype.str, "text": text, "samples": store.samples, "counts": store.counts}
-    meta |= {"fields": shapes, "content": _content(partial)}
+    meta |= {"fields": shapes, "content": _content(partial), "of": where}
     files.write_json(partial / "meta.json", meta, indent=None)
 
 
@@ -357,6 +357,7 @@ class _Writing(NamedTuple):
       counts: takes up what becomes of them.
       skip: those that the template refuses are skipped.
       keep_records: they are kept beside the tokens.
+      name: of what they are, for `understudy cache`.
     """
 
     tokenizer: Tokenizer
@@ -364,11 +365,12 @@ class _Writing(NamedTuple):
     counts: Counter[str]
     skip: bool
     keep_records: bool
+    name: str
 
 
 def _write(partial: Path, examples: Iterator[Example], writing: _Writing) -> bool:
     """Writes the examples' tokens and what belongs to them; returns whether there are any."""
-    tokenizer, template, counts, skip, keep_records = writing
+    tokenizer, template, counts, skip, keep_records, name = writing
     dtype = "<u2" if tokenizer.size <= 2**16 else "<u4"
     columns, samples, text, marker = _Columns([], [], [], []), [], False, ""
     with contextlib.ExitStack() as stack:
@@ -398,7 +400,7 @@ def _write(partial: Path, examples: Iterator[Example], writing: _Writing) -> boo
     if columns.judged:
         summary |= {name: counts[name] for name in ("comparisons", "identical", "ties")}
     meta = {"dtype": dtype, "text": text, "samples": samples, "counts": summary, "content": _content(partial)}
-    meta["template"] = template
+    meta |= {"template": template, "of": name}
     (partial / "meta.json").write_text(json.dumps(meta, default=str))
     return True
 

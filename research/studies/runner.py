@@ -17,7 +17,7 @@ import jax
 
 from research import config as config_lib
 from research import files
-from research.errors import InputError
+from research.errors import InputError, printable
 from research.run import run
 from research.run.metrics import describe, duration
 from research.studies import execution, stages
@@ -221,7 +221,7 @@ class Runner:
         return total / max(1, self.jobs)
 
     def _print(self, stage: Stage, *parts: str) -> None:
-        print("  ".join([self._labels[stage.id], *parts]), flush=True)
+        print(printable("  ".join([self._labels[stage.id], *parts])), flush=True)
 
     @contextlib.contextmanager
     def _handlers(self) -> Iterator[None]:
