@@ -36,10 +36,19 @@ class Checkpointer:
       keep_last: how many of the newest to keep.
       best_metric: name among the metrics given to `save`, or "" for none.
       best_mode: "min" or "max".
+      read_only: whether nothing of the folder may change, not even what a save that is under way has begun.
     """
 
-    def __init__(self, workdir: str | Path, *, keep_last: int = 2, best_metric: str = "", best_mode: str = "min"):
-        self._folder = Path(workdir).resolve() / FOLDER
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        keep_last: int = 2,
+        best_metric: str = "",
+        best_mode: str = "min",
+        read_only: bool = False,
+    ):
+        self._folder, self._read_only = Path(workdir).resolve() / FOLDER, read_only
         self._keep_last, self._best_metric, self._best_mode = keep_last, best_metric, best_mode
         self._opened: Any = None
         self._lock = threading.Lock()
@@ -95,7 +104,8 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 best_fn=score,  # without it, metrics aren't written, and the best is forgotten when the run is resumed
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not self._read_only,
+                read_only=self._read_only,
             ),
             handler_registry=handlers,
         )
@@ -212,9 +222,13 @@ def _source(run: Mapping[str, Any]) -> dict[str, Any]:
     return {"row": source["step"] * run["config"]["batch_size"]} if source.keys() == {"step"} else source
 
 
-def make_checkpointer(config: Any, workdir: str | Path) -> Checkpointer:
+def make_checkpointer(config: Any, workdir: str | Path, *, read_only: bool = False) -> Checkpointer:
     """The checkpoints of a run, kept as the section `checkpoint` of its config says."""
     section = config.checkpoint
     return Checkpointer(
-        workdir, keep_last=section.keep_last, best_metric=section.best_metric, best_mode=section.best_mode
+        workdir,
+        keep_last=section.keep_last,
+        best_metric=section.best_metric,
+        best_mode=section.best_mode,
+        read_only=read_only,
     )

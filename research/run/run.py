@@ -62,7 +62,7 @@ def run(
 
     with jax.set_mesh(inputs.mesh), contextlib.ExitStack() as stack:
         program = assemble.compile_step(parts, stack)
-        experience = _make_experience(inputs, parts, stack, make_experience)
+        experience = experience_of(inputs, parts, stack, make_experience)
         saver = stack.enter_context(contextlib.closing(make_checkpointer(config, workdir)))
         state, frozen, place = begin(inputs, parts, experience, saver)
         watch = stack.enter_context(
@@ -100,11 +100,11 @@ def chances(terms: Terms, name: str, state: TrainState) -> Any:
     return terms[name].objective.chances(state.carry[name])
 
 
-def _make_experience(
+def experience_of(
     inputs: resolve.Inputs,
     parts: assemble.Parts,
     stack: contextlib.ExitStack,
-    make: Callable[..., experience_lib.Experience],
+    make: Callable[..., experience_lib.Experience] = experience_lib.make,
 ) -> experience_lib.Experience:
     """Where the run's batches come from; `make` is of a run without rewards, and `stack` ends what was begun."""
     if inputs.prompts is not None:
