@@ -15,7 +15,8 @@ _ABOUT = ("step", "time")
 def signals(records: Records) -> dict[str, float]:
     """The signals of a series of metrics, as metrics.jsonl has them.
 
-    Of each metric X (of "train/X" without that prefix): X.first, X.last, X.median, X.max, X.min, X.max_over_median,
+    Of each metric X (of "train/X" without that prefix): X.first (the mean of the first three), X.last (of the last quarter, at most
+    ten), X.start and X.end (the very first and last), X.mean, X.median, X.max, X.min, X.max_over_median,
     X.last_over_first, X.std_last (over the last quarter), X.trend (the least-squares slope times the number of values,
     over the spread around the line), X.rise (the mean of the last third less that of the first, over the spread within
     thirds), X.peak (where its greatest value lies, 0 the beginning and 1 the end) and X.nonfinite (the share of values
@@ -44,6 +45,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     quarter = x[-max(2, len(x) // 4) :]
     first, end, median = float(np.mean(x[:_FIRST])), float(np.mean(last)), float(np.median(x))
     made |= {"first": first, "last": end, "median": median, "max": float(x.max()), "min": float(x.min())}
+    made |= {"mean": float(x.mean()), "start": float(x[0]), "end": float(x[-1])}
     made |= {"std_last": float(np.std(quarter)), "peak": float(np.argmax(x)) / max(len(x) - 1, 1)}
     if median:
         made["max_over_median"] = made["max"] / median

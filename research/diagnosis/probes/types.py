@@ -1,9 +1,11 @@
 """What a probe gives."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping
 
 
-class Measured(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Measured:
     """What a probe measured of a subject.
 
     Attributes:
@@ -11,5 +13,5 @@ class Measured(NamedTuple):
       rows: name -> rows of data that show the signal, decoded and short.
     """
 
-    signals: dict[str, float]
-    rows: dict[str, tuple[str, ...]] = {}
+    signals: Mapping[str, float]
+    rows: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
