@@ -36,7 +36,7 @@ class Generated(NamedTuple):
       lengths: int32, tokens of each row up to and including its stop token.
       logprobs: float32, log-probability of each token under the model's softmax over the ids that may be chosen,
         before temperature and filters; with Decoder.of_draws under the distribution that it was drawn from, after
-        both. 0 after the end of a row.
+        both. 0 after the end of a row. A subclass of Decoder may keep more: a tree of arrays [B, N, ...].
     """
 
     tokens: Int[Array, "B N"]
@@ -161,7 +161,7 @@ class Decoder:
         cache = self.model.init_cache(B, P + self.config.max_new_tokens)
         hidden, cache = self._read(params, queue.prompts, queue.lengths, cache, 0, P)
         none = jnp.zeros(B, jnp.int32)
-        out = self._empty(queue)
+        out = self.empty(B)
         slots = Slots(jnp.int32(P), jnp.arange(B), P - queue.lengths, none, none, queue.lengths == 0, cache, out)
         return self._append(params, queue, slots, hidden[:, -1])
 
@@ -188,7 +188,9 @@ class Decoder:
         P, N = queue.prompts.shape[1], self.config.max_new_tokens
         none = jnp.zeros(slots, jnp.int32)
         cache = self.model.init_cache(slots, P + N + max(_SLACK, (P + N) // 8))
-        return Slots(jnp.int32(P), none, none + P, none, none, jnp.ones(slots, bool), cache, self._empty(queue))
+        return Slots(
+            jnp.int32(P), none, none + P, none, none, jnp.ones(slots, bool), cache, self.empty(len(queue.lengths))
+        )
 
     def refill(
         self, params: Params, queue: Queue, slots: Slots, rows: Int[Array, " R"], count: Int[Array, ""]
@@ -222,22 +224,29 @@ class Decoder:
         cache = jax.tree.map(lambda x: jnp.roll(x, -by, axis=-2), slots.cache)
         return slots._replace(index=slots.index - by, first=slots.first - by, cache=cache)
 
-    def _empty(self, queue: Queue) -> Generated:
-        B, N = len(queue.lengths), self.config.max_new_tokens
+    def empty(self, rows: int) -> Generated:
+        """What so many rows have got before their first token."""
+        B, N = rows, self.config.max_new_tokens
         return Generated(jnp.zeros((B, N), jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros((B, N), jnp.float32))
+
+    def choose(self, logits: Float[Array, "A V"], queue: Queue, slots: Slots) -> tuple[Int[Array, " A"], Any]:
+        """The next token of every slot, and what Generated.logprobs keeps of it."""
+        tokens, drawn = choose_tokens(logits, self.config, queue.keys[slots.row], slots.count)
+        model = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), tokens[:, None], axis=1)[:, 0]
+        return tokens, drawn if self.of_draws else model
 
     def _append(self, params: Params, queue: Queue, slots: Slots, hidden: Float[Array, "A D"]) -> Slots:
         """Chooses the next token of every slot from its last hidden state, and writes it down unless it is done."""
         logits = next_logits(self.model.unembed(params), hidden, self.vocab_size)
-        tokens, drawn = choose_tokens(logits, self.config, queue.keys[slots.row], slots.count)
-        model = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), tokens[:, None], axis=1)[:, 0]
-        logprobs = drawn if self.of_draws else model
+        tokens, logprobs = self.choose(logits, queue, slots)
         row = jnp.where(slots.done, len(slots.out.lengths), slots.row)  # beyond the end: written nowhere
         count = slots.count + 1
         out = Generated(
             tokens=slots.out.tokens.at[row, slots.count].set(tokens, mode="drop"),
             lengths=slots.out.lengths.at[row].set(count, mode="drop"),
-            logprobs=slots.out.logprobs.at[row, slots.count].set(logprobs, mode="drop"),
+            logprobs=jax.tree.map(
+                lambda old, new: old.at[row, slots.count].set(new, mode="drop"), slots.out.logprobs, logprobs
+            ),
         )
         stops = jnp.isin(tokens, np.array(self.config.stop_tokens, np.int32))
         done = slots.done | stops | (count >= queue.limits[slots.row])
