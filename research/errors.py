@@ -6,7 +6,7 @@ import enum
 import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 # Seeds have 32 bits: jax would take the remainder of a larger one, and numpy refuses those below 0.
@@ -69,8 +69,14 @@ def _escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 
 
-def explain_flag_error(error: Exception, argv: Sequence[str]) -> str:
-    """Says in a line what is wrong with a command line; config_flags' own errors are a traceback or a bare key."""
+def explain_flag_error(error: Exception, argv: Sequence[str], hint: Callable[[str], str]) -> str:
+    """Says in a line what is wrong with a command line; config_flags' own errors are a traceback or a bare key.
+
+    Args:
+      error: what was raised.
+      argv: the flags of the experiment.
+      hint: dotted name of a field that isn't there -> what it may have meant, with a space before it; or "".
+    """
     text = str(error.args[0] if error.args else error)
     config = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
     path = Path(config.split(":")[0])
@@ -84,10 +90,10 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> str:
     if isinstance(error, InputError):
         return text
     if line := explain_own_error(error, str(path)) if config else "":
-        return line
+        return _explain_locked(line, hint)
     if "Traceback (most recent call last)" in text:  # of a call that the file's get_config doesn't take
         return f"--config={config}: {text.strip().splitlines()[-1]}"
-    if line := _explain_field(error, text, argv) or _explain_value(text, argv):
+    if line := _explain_field(error, text, argv, hint) or _explain_value(text, argv):
         return line
     if not type(error).__module__.startswith("absl"):
         return "".join(traceback.format_exception(error)).strip()
@@ -159,7 +165,15 @@ def check_field(flag: str) -> None:
         raise InputError(f"{flag}: has no value. Write {flag}=VALUE.")
 
 
-def _explain_field(error: Exception, text: str, argv: Sequence[str]) -> str:
+def _explain_locked(line: str, hint: Callable[[str], str]) -> str:
+    """The line of an error; of one that get_config sets a field which there isn't, in plain words."""
+    locked = re.match(r"""(.*?:\d+: )\w+Error: .*Key "(\w+)" does not exist""", line)
+    if locked is None:
+        return line
+    return f"{locked[1]}the config has no field {locked[2]!r}.{hint(locked[2]) or ' docs/configs.md lists the fields.'}"
+
+
+def _explain_field(error: Exception, text: str, argv: Sequence[str], hint: Callable[[str], str]) -> str:
     """What is wrong with a field that isn't there; "" where it's something else."""
     if lookup := re.search(r"Attribute <class '(\w+)'>.* Attempting to lookup: ([\w.]+)", text):
         flag = next((flag for flag in argv if flag.startswith(f"--config.{lookup[2]}")), f"--config.{lookup[2]}")
@@ -170,15 +184,9 @@ def _explain_field(error: Exception, text: str, argv: Sequence[str]) -> str:
             f"--{unknown[1]}: sets a field to False, and {unknown[2]} isn't True or False. Write --{unknown[2]}=VALUE."
         )
     for flag in argv if key else ():
-        if place := re.match(rf"--(?:no)?config\.(?:(.*)\.)?{key[1]}(\.|=|$)", flag):
-            if place[1] in MAPPINGS or f"{place[1]}".startswith(("objective.", "rewards.", "roles.")):
-                return (
-                    f"{flag}: {place[1]} has no {key[1]!r} yet. It is a mapping, which takes a new name when it is "
-                    f'written whole: --config.{place[1]}="{{..., {key[1]!r}: ...}}".'
-                )
-            near = re.search(r'Did you mean "(\w+)"', text)
-            hint = f"Did you mean {near[1]!r}?" if near else "docs/configs.md lists the fields."
-            return f"{flag}: no such field {key[1]!r}. {hint}"
+        if re.match(rf"--(?:no)?config\.(?:.*\.)?{key[1]}(\.|=|$)", flag):
+            field = flag.partition("=")[0].partition(".")[2]
+            return f"{flag}: no such field {field!r}.{hint(field) or ' docs/configs.md lists the fields.'}"
     return ""
 
 

@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from research import other_names
 from research.errors import MOST_SEED, InputError, did_you_mean, own_code
 
 _PATHS = {
@@ -32,7 +33,8 @@ def build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     fields = {}
     for name, value in values.items():
         if name not in hints:
-            raise InputError(f"{prefix}{name}: no such field.{did_you_mean(name, names(cls))}")
+            known = other_names.answer(name) or did_you_mean(name, names(cls))
+            raise InputError(f"{prefix}{name}: no such field.{known}")
         fields[name] = convert(hints[name], value, f"{prefix}{name}")
     return cls(**_at_home(fields))
 

@@ -34,9 +34,9 @@ CASES = {
     "unknown variant": (["--config=experiments/sft.py:debgu"], ["debgu", "Did you mean 'debug'"]),
     "typo in a field": (
         [SFT, c("optimizer.learning_rat", 1)],
-        ["optimizer.learning_rat", "Did you mean 'learning_rate'"],
+        ["optimizer.learning_rat", "Did you mean 'optimizer.learning_rate'"],
     ),
-    "typo in a section": ([SFT, c("optimiser.name", "sgd")], ["optimiser", "Did you mean 'optimizer'"]),
+    "typo in a section": ([SFT, c("optimiser.name", "sgd")], ["optimiser", "Did you mean 'optimizer.name'"]),
     "typo in a flag": ([SFT, "--workdr=x"], ["workdr", "workdir"]),
     "not a number": ([SFT, c("steps", "many")], ["--config.steps", "many"]),
     "zero steps": ([SFT, c("steps", 0)], ["steps = 0", "at least 1"]),

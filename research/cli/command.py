@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from research import files
+from research import files, other_names
 from research.cli import experiments
 from research.cli.ending import finish
 from research.cli.flags import Flag
@@ -139,10 +139,11 @@ class Command:
         field = f"config.{name.partition('.')[2]}"
         if self.experiment and "." in name and difflib.get_close_matches(name, [field]):
             return InputError(f"--{name}: no such flag. Did you mean '--{field}'?")
-        if self.experiment and not difflib.get_close_matches(name, self._names()):
-            return InputError(
-                f"--{name}: no such flag. A field of the config is set by --config.FIELD=VALUE; see docs/configs.md."
-            )
+        if self.experiment and (name in other_names.NAMES or not difflib.get_close_matches(name, self._names())):
+            from research.cli import fields  # late: it imports ml_collections
+
+            hint = fields.hint(name) or " docs/configs.md lists them."
+            return InputError(f"--{name}: no such flag. Fields of the config are set by --config.FIELD=VALUE.{hint}")
         return InputError(f"--{name}: no such flag.{did_you_mean(f'--{name}', self._names().values())}")
 
     def _names(self) -> dict[str, str]:

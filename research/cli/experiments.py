@@ -67,6 +67,8 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
     from absl import flags  # late, as ml_collections: half of the start of commands that take no experiment
     from ml_collections import config_flags
 
+    from research.cli import fields
+
     argv = [_with_path(flag) for flag in argv]
     for flag in argv:
         check_field(flag)
@@ -74,25 +76,51 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
     if len(named) > 1:
         raise InputError(f"{' '.join(named)}: names {len(named)} experiments. Give one.")
     path, _, variants = named[0].removeprefix("--config=").partition(":")
-    ordered = named + [flag for flag in argv if flag not in named]  # config_flags wants the experiment first
     values = flags.FlagValues()
     try:
-        finish = getattr(_experiment_module(path), "finish", None)
+        module = _experiment_module(path)
+        finish = getattr(module, "finish", None)
+        new = _new_fields(module, path, variants, argv)
+        ordered = named + [flag for flag in argv if flag not in named + new]  # config_flags wants the experiment first
         config_flags.DEFINE_config_file("config", None, HELP, flag_values=values, sys_argv=["", *ordered])
         with startup.quick_imports():
             rest = values(["understudy", *ordered])[1:]
             if not hasattr(values.config, "to_dict"):
                 raise InputError(f"{named[0]}: get_config() gives no ConfigDict. Begin with experiments/base.py.")
             values.config.to_dict()  # raises what went wrong with its file
+            added = dict(_field(flag) for flag in new)
+            added = {name: fields.add(values.config, name, text) for name, text in added.items()}
     except Exception as error:
-        raise InputError(explain_flag_error(error, argv)) from error
+        raise InputError(explain_flag_error(error, argv, fields.hint)) from error
     if rest:
         raise InputError(f"{rest[0]}: is no flag. Flags have the form --name=value.")
     holder = values["config"]
+    overrides = {**holder.override_values, **added}
     if finish is not None:
         with own_code(path):
-            _finish(finish, values.config, variants, holder.override_values)
-    return Experiment(holder.config_filename, values.config, holder.override_values, tuple(argv))
+            _finish(finish, values.config, variants, overrides)
+    return Experiment(holder.config_filename, values.config, overrides, tuple(argv))
+
+
+def _field(flag: str) -> tuple[str, str]:
+    """The dotted name and the text of --config.FIELD=VALUE."""
+    name, _, text = flag.partition("=")
+    return name.removeprefix("--config."), text
+
+
+def _new_fields(module: ModuleType, path: str, variants: str, argv: Sequence[str]) -> list[str]:
+    """The flags that set what the experiment's config doesn't have and may: terms, roles and other names that are free.
+
+    The config is made once more for that, where a flag lies in such a mapping at all.
+    """
+    from research.cli import fields
+
+    free = [flag for flag in argv if "=" in flag and fields.mapping_of(_field(flag)[0]) is not None]
+    if not free:
+        return []
+    with own_code(path):
+        config = module.get_config(variants) if variants else module.get_config()
+    return [flag for flag in free if fields.is_new(config, _field(flag)[0])]
 
 
 def _finish(finish: Callable[..., None], config: Any, variants: str, overrides: Mapping[str, Any]) -> None:

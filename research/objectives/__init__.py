@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from research import options as option_types
+from research import other_names
 from research.errors import InputError, did_you_mean
 from research.objectives.terms import Coefficient, Term, Terms
 from research.objectives.types import Objective, Sampler
@@ -140,7 +141,8 @@ class _Entry:
         for option in options:
             if option not in accepted:
                 known = (*accepted, *_FIELDS) if self.inside is not None else accepted
-                raise InputError(f"{self.field_of(option)}: no such option.{did_you_mean(option, known)}")
+                hint = other_names.answer(option) or did_you_mean(option, known)
+                raise InputError(f"{self.field_of(option)}: no such option.{hint}")
 
     def _make(self) -> tuple[ModuleType, Mapping[str, inspect.Parameter]]:
         """The module, and the parameters of its `make`."""

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from research import cli, files
+from research.cli import fields as config_fields
 from research.errors import InputError, did_you_mean, own_code
 from research.run import run
 from research.studies import stages
@@ -242,6 +243,8 @@ def _load(path: str) -> ModuleType:
 
 def _check_field(defaults: Any, field: str) -> None:
     """Raises where a config has no such field, so that a typo costs no start of a run."""
+    if config_fields.is_new(defaults, field):
+        return
     node = defaults
     for part in field.split("."):
         if not hasattr(node, "keys") or part not in node:

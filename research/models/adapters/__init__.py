@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from research import options as option_types
+from research import other_names
 from research.errors import InputError, did_you_mean
 from research.models.adapters.types import Adapter
 
@@ -44,9 +45,8 @@ def load(spec: Mapping[str, Any], field: str = "adapter", tokenizer: Any = None)
     allowed = {name: parameter for name, parameter in parameters.items() if name != "tokenizer"}
     for option in options:
         if option not in allowed:
-            raise InputError(
-                f"{field}.{option}: no such option.{did_you_mean(option, [*allowed, 'kind', 'init_from'])}"
-            )
+            hint = other_names.answer(option) or did_you_mean(option, [*allowed, "kind", "init_from"])
+            raise InputError(f"{field}.{option}: no such option.{hint}")
     option_types.check(module.make, options, {option: f"{field}.{option}" for option in options})
     for option, parameter in allowed.items():
         if parameter.default is parameter.empty and option not in options:
