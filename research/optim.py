@@ -1,6 +1,7 @@
 """Learning-rate schedules and optimizers: plain data in, optax out."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -280,7 +281,7 @@ def make_optimizer(
     decay = _decays(spec, decay_mask, labels)
     direction = _direction(spec, muon_dims)
     parts = [*decay, *direction] if spec.name == "sgd" else [*direction, *decay]
-    chain = optax.chain(*_clips(spec, labels), *parts, _scale_by_rates(spec, steps, labels))
+    chain = optax.chain(*itertools.starmap(_clip, clips(spec, labels)), *parts, _scale_by_rates(spec, steps, labels))
 
     def update(
         updates: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True, rates: Rates | None = None
@@ -330,16 +331,24 @@ def _decays(spec: OptimizerSpec, decay_mask: Tree, labels: Tree) -> list[optax.G
     return [optax.stateless(add)] if any(rates.values()) else []
 
 
-def _clips(spec: OptimizerSpec, labels: Tree) -> list[optax.GradientTransformation]:
-    """Clipping: of each group with a clip_norm of its own, and of all others together."""
+def clips(spec: OptimizerSpec, labels: Tree) -> list[tuple[float, Tree]]:
+    """What gradients are clipped to: of each group with a clip_norm of its own, and of all others together.
+
+    Args:
+      spec: the optimizer.
+      labels: see `group_labels`.
+
+    Returns:
+      (largest norm, True for each parameter that it is of; None where that is all) each.
+    """
     alone = {name for name, group in spec.groups.items() if "clip_norm" in group}
     if not alone:
-        return [_clip(spec.clip_norm)] if spec.clip_norm else []
+        return [(spec.clip_norm, None)] if spec.clip_norm else []
     norms = {"": spec.clip_norm} | {name: group_spec(spec, name).clip_norm for name in sorted(alone)}
     kind = jax.tree.map(lambda label: label if label in alone else "", labels)
     used = set(jax.tree.leaves(kind))
     return [
-        _clip(largest, jax.tree.map(lambda label, name=name: label == name, kind))
+        (largest, jax.tree.map(lambda label, name=name: label == name, kind))
         for name, largest in norms.items()
         if largest and name in used
     ]

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from research import params as params_lib
+from research import step_signals
 from research.devices import sharding
 from research.models import kernels
 from research.objectives import terms as terms_lib
@@ -108,6 +109,9 @@ class TrainStep:
       ema_decay: of the moving average of parameters, where the state has one.
       sources: the names of the data's sources, in the order of the batch field `source`.
       syncs: of each role that follows another.
+      clips: what optim clips gradients to, for the metrics (see optim.clips).
+      sampled: of each parameter that is trained the axis along which the update's effect is sampled (see
+        step_signals.update_shares); None for any.
     """
 
     __name__ = "step"  # what jax.jit calls the program, and traces show
@@ -121,6 +125,8 @@ class TrainStep:
     sources: tuple[str, ...] = ()
     group_schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
     syncs: Mapping[str, Sync] = dataclasses.field(default_factory=dict)
+    clips: step_signals.Clips = ()
+    sampled: Any = None
 
     def __call__(
         self, state: TrainState, frozen: Params, batch: Batch, rates: Rates | None = None
@@ -138,8 +144,15 @@ class TrainStep:
         return Forward(self.models, whole, batch, states, keys)
 
     def losses(self, params: Params, frozen: Params, batch: Batch, inputs: Inputs) -> dict[str, LossOut]:
-        """What each term makes of the batch, or of a part of it."""
-        return terms_lib.losses(self.terms, self.forward(params, frozen, batch, inputs), inputs, self.sources)
+        """What each term makes of the batch, or of a part of it, with what is measured of the predictions."""
+        forward = self.forward(params, frozen, batch, inputs)
+        outs = terms_lib.losses(self.terms, forward, inputs, self.sources)
+        return step_signals.attach(outs, forward, self.reads)
+
+    @property
+    def reads(self) -> set[str]:
+        """The batch fields that any term reads."""
+        return {field for term in self.terms.values() for field in term.objective.fields}
 
     def objective(
         self, params: Params, frozen: Params, batch: Batch, inputs: Inputs, weights: Weights | None = None
@@ -197,6 +210,7 @@ class TrainStep:
         self, state: TrainState, grads: Params, outs: dict[str, LossOut], batch: Batch, rates: Rates | None = None
     ) -> tuple[TrainState, Metrics]:
         """The next state; that of a bad or an empty batch has the old one's parameters, moments and carries."""
+        outs, seen = step_signals.detach(outs)
         grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(state.params)
         loss_sums = sum(out.loss_sum for out in outs.values())
         finite = jnp.isfinite(loss_sums) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
@@ -207,7 +221,8 @@ class TrainStep:
         params = optax.apply_updates(state.params, updates)
         # Parameters change after all that reads the old ones, these norms too: otherwise XLA would copy them.
         update_norm = optax.tree.norm(updates)
-        finite &= jnp.isfinite(update_norm)
+        shares = step_signals.update_shares(state.params, updates, self.sampled)
+        finite &= jnp.isfinite(update_norm) & step_signals.settled(seen, shares)
         ok &= finite
         kept = _choose(ok, params, state.params)
         new = TrainState(
@@ -221,10 +236,15 @@ class TrainStep:
             carry=_choose(ok, self.carries(state.carry, outs), state.carry),
             synced={role: self.moved(role, state, kept) for role in state.synced},
         )
-        return new, terms_lib.metrics(self.terms, outs, state.step) | terms_lib.source_tokens(batch, self.sources) | {
+        measured = seen | terms_lib.metrics(self.terms, outs, state.step) | step_signals.of_batch(batch, self.reads)
+        return new, measured | terms_lib.source_tokens(batch, self.sources) | {
             "tokens": _one(real),
             "supervised_fraction": (next(iter(outs.values())).weight, real),
             "grad_norm": _one(grad_norm),
+            **step_signals.gradient_norms(grads),
+            **step_signals.clipped(grads, self.clips),
+            "param_norm": _one(param_norm),
+            **step_signals.made(shares, ok),
             "update_ratio": _ratio(update_norm, param_norm),
             **self.learning_rates(state.updates, rates),
             "nonfinite": _one(~finite),

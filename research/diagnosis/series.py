@@ -15,13 +15,16 @@ _ABOUT = ("step", "time")
 def signals(records: Records) -> dict[str, float]:
     """The signals of a series of metrics, as metrics.jsonl has them.
 
-    Of each metric X (of "train/X" without that prefix): X.first (the mean of the first three), X.last (of the last quarter, at most
-    ten), X.start and X.end (the very first and last), X.mean, X.median, X.max, X.min, X.max_over_median,
-    X.last_over_first, X.std_last (over the last quarter), X.trend (the least-squares slope times the number of values,
-    over the spread around the line), X.rise (the mean of the last third less that of the first, over the spread within
-    thirds), X.peak (where its greatest value lies, 0 the beginning and 1 the end) and X.nonfinite (the share of values
-    that are no numbers). And `steps`, `unique_batches` (the share of batches that were new) and `logged` (how many
-    records of training there are).
+    Of each metric X (of "train/X" without that prefix):
+      X.first, X.last: the mean of the first three values, and of the last quarter, at most ten.
+      X.start, X.end: the very first and the very last.
+      X.mean, X.median, X.max, X.min, X.max_over_median, X.last_over_first: as they say.
+      X.std_last: the spread of the last quarter.
+      X.trend: the slope by least squares times the number of values, over the spread around the line.
+      X.rise: the mean of the last third less that of the first, over the spread within thirds.
+      X.peak: where the greatest value lies, 0 the beginning and 1 the end.
+      X.nonfinite: the share of values that are no numbers, which count nowhere else.
+    And `steps`; `logged`, how many records of training there are; `unique_batches`, the share of batches that were new.
     """
     made: dict[str, float] = {}
     for name, values in _columns(records).items():

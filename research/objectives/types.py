@@ -156,6 +156,10 @@ class Forward:
                 self._hidden[role] = model.hidden(self.params[role], self._seen(role))
         return self._hidden[role]
 
+    def made(self, role: str = "policy") -> Float[Array, "B T D"] | None:
+        """The last hidden states of `role` where a pass on the batch has been made, else None."""
+        return self._hidden.get(self._trunks.get(role, role))
+
     def hidden_at(self, layer: int, role: str = "policy") -> Float[Array, "B T D"]:
         """The residual stream after a layer that the objective named in `states`."""
         self.hidden(role)

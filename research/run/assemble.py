@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from research import config as config_lib
-from research import loading, optim, params, train
+from research import loading, optim, params, step_signals, train
 from research.config import Config
 from research.devices import compilation, distributed, memory, sharding
 from research.errors import InputError
@@ -119,6 +119,11 @@ def assemble(
     where = jax.tree.map(lambda x: x.sharding, (state, {role: frozen[role] for role in roles.partial}))
     compiler_options = compilation.compiler_options(mesh)
     step = _make_step(config, terms, models, optimizer, sources)
+    step = dataclasses.replace(
+        step,
+        clips=optim.clips(config.optimizer, optim.group_labels(config.optimizer, roles.trained)),
+        sampled=jax.tree.map(step_signals.free_axis, state.params),
+    )
     return Parts(
         models=models,
         terms=terms,

@@ -46,6 +46,8 @@ class Window:
         self.config, self.writer, self.flops_per_token = config, writer, flops_per_token
         self.terms: Terms = terms or {}
         self._said: set[tuple[str, str]] = set()
+        self._hashes: set[int] = set()
+        self._new = 0  # batches of this window that no step before had
         self._of_rewards = notices.Constant(rewards or {})
         self._find_peak, self.peak = find_peak, None
         self.steps: list[Metrics] = []
@@ -90,6 +92,7 @@ class Window:
             self.tokens += float(out["tokens"][0])
         self.since, self.timed = now, True
         self.steps.append(out)
+        self._count(int(out["batch_hash"][0]))
         values = means([out])
         if step == _MOVED and values.get("adapter_zero"):
             self.writer.print(
@@ -117,8 +120,15 @@ class Window:
         if step % self.config.log.every == 0 or step == self.config.steps:
             self._write(step)
 
+    def _count(self, batch_hash: int) -> None:
+        """Counts a batch that is new to this process."""
+        self._new += batch_hash not in self._hashes
+        self._hashes.add(batch_hash)
+
     def _write(self, step: int) -> None:
         values = means(self.steps)
+        del values["batch_hash"]
+        values["unique_batches"], self._new = self._new / len(self.steps), 0
         for name in ("nonfinite", "empty_batch"):
             values[name] = float(sum(out[name][0] for out in self.steps))
         if self.seconds:

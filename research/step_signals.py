@@ -1,0 +1,215 @@
+"""Signals of a train step that are always measured, because they cost next to nothing: of its gradient, its update, its
+batch and its predictions. What costs more is measured on demand (research/diagnosis/probes).
+
+Nothing here is a pass over all parameters that the step doesn't make anyway: sums of squares are those of the
+gradient's norm and of clipping, which XLA computes once, and what happens to parameters is measured on a sample of
+them. Each metric is (sum, weight), as those of terms are.
+
+Axes: B batch, T time, D model, N positions of a row.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, UInt
+
+from research import params as params_lib
+from research.objectives.types import Batch, Forward, LossOut, next_token_targets
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+Tree = Any
+Clips = Sequence[tuple[float, Tree]]  # (largest norm, True for the parameters that it is of), see optim.clips
+
+GROUPS = ("embed", "attention", "mlp", "norms", "head", "adapter", "terms")
+_ADAPTERS = {"lora", "vera", "ia3", "embed_lora", "prompt", "prefix", "prefix_encoder"}
+_SAMPLE = 4096  # numbers of each array whose update is looked at
+_ENTROPY = "prediction_entropy"  # in LossOut.metrics, until `detach` takes it out
+_PLACES = (1 / 3, 2 / 3)  # of a row's targets: where the entropy of predictions is measured
+
+
+def group_of(name: str) -> str:
+    """The part of a model that a parameter belongs to, one of GROUPS.
+
+    Args:
+      name: the parts of its path joined by "/", from its role on: "policy/layers/attention/q/kernel".
+    """
+    parts = name.split("/")
+    if parts[0] == "objectives":
+        return "terms"
+    if _ADAPTERS.intersection(parts):
+        return "adapter"
+    if any("norm" in part for part in parts):
+        return "norms"
+    for group in ("attention", "mlp"):
+        if group in parts:
+            return group
+    return "head" if parts[1:] and parts[1].startswith("head") else "embed"
+
+
+def gradient_norms(grads: Tree) -> Metrics:
+    """`grad_norm/GROUP` of each group that is trained, and of the policy's `first_layer` and `last_layer`."""
+    groups: dict[str, list[jax.Array]] = {}
+    for name, leaf in params_lib.named_leaves(grads):
+        groups.setdefault(group_of(name), []).append(leaf)
+    layers = grads.get("policy", {}).get("layers", {}) if isinstance(grads.get("policy"), Mapping) else {}
+    if jax.tree.leaves(layers):
+        pieces = params_lib.layer_pieces(layers)
+        groups["first_layer"] = [leaf[0] for leaf in jax.tree.leaves(pieces[0].values)]
+        groups["last_layer"] = [leaf[-1] for leaf in jax.tree.leaves(pieces[-1].values)]
+    return {f"grad_norm/{group}": _one(optax.tree.norm(leaves)) for group, leaves in groups.items()}
+
+
+def clipped(grads: Tree, clips: Clips) -> Metrics:
+    """`clipped`, 1 where clipping made the gradient shorter; nothing where no gradient is clipped."""
+    cuts = []
+    for largest, members in clips:
+        mask = jax.tree.map(lambda _: True, grads) if members is None else members
+        own = [g for g, member in zip(*map(jax.tree.leaves, (grads, mask)), strict=True) if member]
+        cuts.append(optax.tree.norm(own) >= largest)
+    return {"clipped": _one(jnp.any(jnp.stack(cuts)))} if cuts else {}
+
+
+def update_shares(params: Tree, updates: Tree, axes: Tree = None) -> Metrics:
+    """`moved`, the share of trained numbers that the update changes, and `rounded`, the share with an update that isn't
+    0 and is lost when it is added.
+
+    Both are of a sample, _SAMPLE numbers of each array or so, and each array counts by its size.
+
+    Args:
+      params: what is trained, before the update.
+      updates: what is added.
+      axes: of each array an axis that no device holds a part of, which the sample is cut along; -1 for none, and the
+        array isn't looked at. None: any axis will do.
+    """
+    axes = jax.tree.map(longest_axis, params) if axes is None else axes
+    moved, rounded, total = jnp.zeros(()), jnp.zeros(()), 0.0
+    for p, u, axis in zip(*map(jax.tree.leaves, (params, updates, axes)), strict=True):
+        if axis < 0 or not p.size:
+            continue
+        size = float(np.prod(p.shape, dtype=np.float64))
+        p, u = _sample(p, axis), _sample(u, axis).astype(p.dtype)
+        same = p + u == p
+        moved += size * jnp.mean(~same)
+        rounded += size * jnp.mean(same & (u != 0))
+        total += size
+    if not total:
+        return {}
+    return {"moved": _one(moved / total), "rounded": _one(rounded / total)}
+
+
+def made(shares: Metrics, ok: jax.Array) -> Metrics:
+    """The shares of an update that is made where `ok`; else they are 0."""
+    return {name: (jnp.where(ok, share, 0), weight) for name, (share, weight) in shares.items()}
+
+
+def settled(*parts: Metrics) -> jax.Array:
+    """True, which depends on metrics: what is done only where it holds comes after all that they read."""
+    values = [total for part in parts for total, _ in part.values()]
+    return jnp.all(jnp.stack([value != jnp.inf for value in values])) if values else jnp.asarray(True)
+
+
+def longest_axis(x: Any) -> int:
+    """The axis of an array that is longest; -1 of a scalar."""
+    return int(np.argmax(x.shape)) if x.shape else -1
+
+
+def free_axis(x: jax.ShapeDtypeStruct) -> int:
+    """The longest of the axes of an array that no device holds a part of; -1 where there is none."""
+    mesh = x.sharding.mesh
+    spec = (*x.sharding.spec, *(None,) * (len(x.shape) - len(x.sharding.spec)))
+
+    def parts(names: Any) -> int:
+        return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+
+    free = [axis for axis, names in enumerate(spec) if parts(names) == 1]
+    return max(free, key=lambda axis: x.shape[axis], default=-1)
+
+
+def of_batch(batch: Batch, reads: Iterable[str]) -> Metrics:
+    """`supervised_rows`, the share of rows with something to learn, and `batch_hash`.
+
+    Args:
+      batch: whole.
+      reads: the batch fields that the objective reads.
+    """
+    wanted = jnp.sum(supervised(batch, reads), axis=1) > 0
+    real = jnp.any(batch["segment_ids"] > 0, axis=1)
+    rows = jnp.sum(wanted & real).astype(jnp.float32), jnp.sum(real).astype(jnp.float32)
+    return {"supervised_rows": rows, "batch_hash": (batch_hash(batch), jnp.ones((), jnp.float32))}
+
+
+def supervised(batch: Batch, reads: Iterable[str]) -> Float[Array, "B T"]:
+    """1 where a position has something to predict: a class, or a token that `loss_mask` marks where the objective reads
+    that; else any next token."""
+    reads = tuple(reads)
+    if "label_probs" in reads:
+        return jnp.any(batch["label_probs"] > 0, axis=-1).astype(jnp.float32)
+    return next_token_targets(batch, batch["loss_mask"] if "loss_mask" in reads else None)[1]
+
+
+def batch_hash(batch: Batch) -> UInt[Array, ""]:
+    """A uint32 that is the same for batches of the same rows, in whatever order: of their tokens, of what is to be
+    learned of them, and of where documents begin."""
+    tokens, starts = batch["tokens"].astype(jnp.uint32), (batch["positions"] == 0).astype(jnp.uint32)
+    mask = (batch["loss_mask"] > 0).astype(jnp.uint32) if "loss_mask" in batch else jnp.ones_like(tokens)
+    place = jnp.arange(tokens.shape[1], dtype=jnp.uint32)[None] * jnp.uint32(2654435761) + jnp.uint32(1)
+    mixed = (tokens * jnp.uint32(4) + mask * jnp.uint32(2) + starts) * jnp.uint32(2246822519)
+    row = _scrambled(jnp.sum(_scrambled(mixed ^ place), axis=1, dtype=jnp.uint32))
+    return jnp.sum(row, dtype=jnp.uint32)
+
+
+def attach(outs: Mapping[str, LossOut], forward: Forward, reads: Iterable[str]) -> dict[str, LossOut]:
+    """The terms' sums with the entropy of the policy's predictions at some targets of each row, where it has made a
+    pass that predicts next tokens."""
+    hidden, model = forward.made("policy"), forward.models.get("policy")
+    if hidden is None or model.config.num_labels or not model.config.causal:
+        return dict(outs)
+    chosen, weights = _places(supervised(forward.batch, reads))
+    at = jnp.einsum("bnt,btd->bnd", chosen.astype(hidden.dtype), jax.lax.stop_gradient(hidden))
+    head = jax.lax.stop_gradient(forward.head())
+    log_probs = jax.nn.log_softmax(head.logits(at).astype(jnp.float32), axis=-1)
+    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+    name, out = next(iter(outs.items()))
+    value = jnp.sum(jnp.where(weights > 0, entropy, 0)), jnp.sum(weights)
+    return {**outs, name: out._replace(metrics={**out.metrics, _ENTROPY: value})}
+
+
+def detach(outs: Mapping[str, LossOut]) -> tuple[dict[str, LossOut], Metrics]:
+    """The terms' sums without what `attach` added, and that as the metric `entropy`."""
+    kept, seen = {}, {}
+    for name, out in outs.items():
+        metrics = dict(out.metrics)
+        if _ENTROPY in metrics:
+            seen["entropy"] = metrics.pop(_ENTROPY)
+        kept[name] = out._replace(metrics=metrics)
+    return kept, seen
+
+
+def _places(weights: Float[Array, "B T"]) -> tuple[Float[Array, "B N T"], Float[Array, "B N"]]:
+    """One-hot places of a row's targets at _PLACES of their count, and 1 for each that is there."""
+    count = jnp.cumsum(weights > 0, axis=1)
+    wanted = jnp.ceil(count[:, -1:].astype(jnp.float32) * jnp.asarray(_PLACES)[None]).astype(count.dtype)
+    chosen = (count[:, None, :] == wanted[:, :, None]) & (weights > 0)[:, None, :]
+    return chosen.astype(jnp.float32), jnp.any(chosen, axis=-1).astype(jnp.float32)
+
+
+def _sample(x: jax.Array, axis: int) -> jax.Array:
+    """Every k-th part of an array along an axis, so that about _SAMPLE numbers are left."""
+    stride = min(max(x.size // _SAMPLE, 1), x.shape[axis])
+    return jax.lax.slice_in_dim(x, stride // 2, x.shape[axis], stride, axis)
+
+
+def _scrambled(x: UInt[Array, "*n"]) -> UInt[Array, "*n"]:
+    """Bits of a uint32 that look drawn by chance (the finaliser of MurmurHash3, Appleby 2008)."""
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> jnp.uint32(16))
+
+
+def _one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.asarray(x, jnp.float32), jnp.ones((), jnp.float32)
