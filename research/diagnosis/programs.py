@@ -56,6 +56,16 @@ class Programs:
         return inspect.unwrap(self.parts.step)
 
     @functools.cached_property
+    def _jitted(self) -> dict[Callable[..., Any], Callable[..., Any]]:
+        return {}
+
+    def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of a module whose first argument is the run's parts, jitted once; it takes the others."""
+        if function not in self._jitted:
+            self._jitted[function] = jax.jit(functools.partial(function, self.parts))
+        return self._jitted[function]
+
+    @functools.cached_property
     def read(self) -> Callable[..., Reading]:
         """(role, parameters of all roles, batch, ids of tokens that end an answer [N]) -> Reading."""
 

@@ -1,37 +1,35 @@
-"""Probes by name: each module here that has a function `measure(subject) -> Measured` is one. Nothing is registered."""
-
-import importlib
-import pkgutil
-from collections.abc import Collection
+"""Probes: what is measured of a run on demand, on a few of its batches. Each module measures one subject."""
 
 import jax
 
 from research.diagnosis import series
+from research.diagnosis.probes import (
+    data,
+    layers,
+    loss,
+    optimizer,
+    order,
+    pairs,
+    parameters,
+    perturb,
+    positions,
+    setup,
+    teachers,
+    tokens,
+)
 from research.diagnosis.subject import Subject
 from research.diagnosis.types import Evidence
 
-
-def names() -> tuple[str, ...]:
-    """The probes that there are."""
-    modules = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(sorted(name for name in modules if hasattr(_module(name), "measure")))
+PROBES = (setup, data, order, tokens, pairs, loss, perturb, positions, layers, parameters, teachers, optimizer)
 
 
-def measure(subject: Subject, only: Collection[str] | None = None) -> Evidence:
-    """All that can be measured of a subject: its series of metrics, and what the probes say.
-
-    Args:
-      subject: what is diagnosed; it stays as it is.
-      only: the names of the probes to run; by default all.
-    """
-    signals, rows = dict(series.signals(subject.records)), {}
+def measure(subject: Subject) -> Evidence:
+    """What all probes and the run's metrics say of a subject."""
+    signals: dict[str, float] = {}
+    rows: dict[str, tuple[str, ...]] = {}
     with jax.set_mesh(subject.mesh):
-        for name in names() if only is None else only:
-            measured = _module(name).measure(subject)
+        for probe in PROBES:
+            measured = probe.measure(subject)
             signals |= measured.signals
             rows |= measured.rows
-    return Evidence(subject.stage, subject.started, signals, rows)
-
-
-def _module(name: str):
-    return importlib.import_module(f"{__name__}.{name}")
+    return Evidence(subject.stage, subject.started, signals | series.signals(subject.records), rows)

@@ -1,0 +1,131 @@
+"""The loss beside what it should be: plain formulas on the model's own logits, and simple bounds."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research import params as params_lib
+from research.diagnosis import trial
+from research.diagnosis.probes.types import Measured
+from research.diagnosis.programs import OFFSETS, Reading
+from research.diagnosis.subject import Batch, Subject
+from research.objectives.terms import on_data
+from research.objectives.types import next_token_targets
+from research.run import evaluation
+from research.train import means
+
+_BATCHES = 2
+_WORK = 1.25e11  # parameters times tokens of a pass
+
+
+def measure(subject: Subject) -> Measured:
+    """
+    probe/loss: of batches to train on, as an evaluation computes it; probe/loss_train_mode: as a step does.
+    probe/ce_recomputed: the policy's cross-entropy of the supervised tokens, from its logits by a plain formula;
+      probe/base_ce: that of the parameters as they were before the first step.
+    probe/offset_K: the same of the tokens K places on from the position that predicts, for K of -1, 0 and 2.
+    probe/entropy, probe/accuracy: of these predictions, the mean.
+    probe/unigram: the entropy of the supervised tokens, taken singly; probe/uniform: the logarithm of the vocabulary.
+    """
+    batches = tuple(few_rows(subject, batch) for batch in subject.batches[:_BATCHES])
+    signals: dict[str, float] = {"probe/uniform": math.log(subject.tokenizer.size)}
+    if on_data(subject.terms, subject.config.rollout.pairs) and not subject.config.rewards:
+        whole = subject.batches[:_BATCHES]
+        signals["probe/loss"] = _evaluated(subject, whole)
+        signals["probe/loss_train_mode"] = _in_training(subject, whole)
+    if subject.models["policy"].config.num_labels or not subject.models["policy"].config.causal:
+        return Measured(_known(signals))
+    weights = [_weights(subject, batch) for batch in batches]
+    if sum(float(w.sum()) for w in weights) == 0:
+        return Measured(_known(signals))
+    own = [_read(subject, subject.params, batch) for batch in batches]
+    began = whole_initial(subject)
+    base = own if began is None else [_read(subject, began, batch) for batch in batches]
+    signals |= {
+        "probe/ce_recomputed": _mean([r.nll for r in own], weights),
+        "probe/base_ce": _mean([r.nll for r in base], weights),
+        "probe/entropy": _mean([r.entropy for r in own], weights),
+        "probe/accuracy": _mean([r.correct for r in own], weights),
+        "probe/unigram": _unigram(batches, weights),
+    }
+    for i, offset in enumerate(OFFSETS):
+        if offset != 1:
+            signals[f"probe/offset_{offset}"] = _mean([r.offsets[..., i] for r in own], weights)
+    return Measured(_known(signals))
+
+
+def whole_initial(subject: Subject) -> Any:
+    """The parameters of all roles as they were before the first step; None where that is what they are."""
+    if not subject.started:
+        return None
+    return params_lib.join(subject.initial(), {**subject.frozen, **subject.state.synced})
+
+
+def few_rows(subject: Subject, batch: Batch) -> Batch:
+    """So many of the batch's rows that a pass takes some seconds on a few cores, at least one."""
+    size = sum(x.size for x in jax.tree.leaves(subject.params["policy"]))
+    rows = max(1, int(_WORK / max(size, 1) / batch["tokens"].shape[1]))
+    return batch if rows >= batch["tokens"].shape[0] else {name: value[:rows] for name, value in batch.items()}
+
+
+def supervised(subject: Subject, batch: Batch) -> jax.Array:
+    """[B, T], 1 at positions that predict a token that a term counts."""
+    fields = {field for term in subject.terms.values() for field in term.objective.fields}
+    masked = fields & {"loss_mask", "pair", "advantage"}
+    _, weights = next_token_targets(batch, jnp.isfinite(batch["loss_mask"]) * batch["loss_mask"] if masked else None)
+    return jnp.where(weights > 0, 1.0, 0.0)
+
+
+def _weights(subject: Subject, batch: Batch) -> np.ndarray:
+    return np.asarray(jax.device_get(supervised(subject, batch)), np.float64)
+
+
+def _read(subject: Subject, params: Any, batch: Batch) -> Reading:
+    ends = jnp.asarray(subject.tokenizer.stop, jnp.int32)
+    return jax.device_get(subject.programs.read("policy", params, batch, ends))
+
+
+def _mean(values: list[Any], weights: list[np.ndarray]) -> float:
+    """Over what is supervised; where a value is NaN, it is left out."""
+    total = count = 0.0
+    for value, weight in zip(values, weights, strict=True):
+        value = np.asarray(value, np.float64)
+        counted = (weight > 0) & ~np.isnan(value)
+        total, count = total + float(value[counted].sum()), count + float(counted.sum())
+    return total / count if count else math.nan
+
+
+def _unigram(batches: tuple[Batch, ...], weights: list[np.ndarray]) -> float:
+    tokens = [np.roll(np.asarray(jax.device_get(batch["tokens"])), -1, axis=1) for batch in batches]
+    targets = np.concatenate([t[w > 0] for t, w in zip(tokens, weights, strict=True)])
+    shares = np.unique(targets, return_counts=True)[1] / len(targets)
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _evaluated(subject: Subject, batches: tuple[Batch, ...]) -> float:
+    key, frozen = jax.random.PRNGKey(subject.config.seed), {**subject.frozen, **subject.state.synced}
+    terms = on_data(subject.terms, subject.config.rollout.pairs)
+    size = subject.config.batch_size
+    parts = [
+        subject.parts.evaluate(
+            subject.state.params, frozen, batch, key, subject.state.carry, jnp.asarray(i * size, jnp.int32)
+        )
+        for i, batch in enumerate(batches)
+    ]
+    return evaluation.whole_loss(terms, means(parts)).get("loss", math.nan)
+
+
+def _in_training(subject: Subject, batches: tuple[Batch, ...]) -> float:
+    """The loss that a step gives before its update."""
+    rates, losses = trial.scaled(subject, 1.0), []
+    for batch in batches:
+        _, out = subject.parts.step(trial.copied(subject.state), subject.frozen, batch, rates)
+        losses.append(means([jax.device_get(out)]).get("loss", math.nan))
+    return float(np.mean(losses))
+
+
+def _known(signals: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in signals.items() if math.isfinite(value)}

@@ -1,0 +1,62 @@
+"""What the optimizer does with a gradient: where its step points, and how much it remembers."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.diagnosis import trial
+from research.diagnosis.probes.types import Measured
+from research.diagnosis.subject import Subject
+from research.train import means
+
+_BATCHES = 2
+
+
+def measure(subject: Subject) -> Measured:
+    """
+    optimizer/descent: by how much, as a share, a step of a hundredth of the learning rate lowers the loss of the batch
+      that it is made on; absent where it changes nothing, and in reinforcement learning.
+    optimizer/count: the updates that the optimizer's moments have counted, over those that the run has made.
+    """
+    signals = {}
+    if (count := _count(subject.state.opt_state)) is not None and int(subject.state.updates) > 0:
+        signals["optimizer/count"] = count / int(subject.state.updates)
+    if not subject.config.rewards:
+        falls = [fall for batch in subject.batches[:_BATCHES] if (fall := _descent(subject, batch)) is not None]
+        if falls:
+            signals["optimizer/descent"] = float(np.mean(falls))
+    return Measured(signals)
+
+
+def _descent(subject: Subject, batch: dict[str, jax.Array]) -> float | None:
+    """How much lower the loss of a batch is after a small step on it; None where it is the same, or isn't finite."""
+    rates = trial.scaled(subject, 0.01)
+    after, out = subject.parts.step(trial.copied(subject.state), subject.frozen, batch, rates)
+    _, again = subject.parts.step(after, subject.frozen, batch, rates)
+    before, now = (means([jax.device_get(each)]).get("loss", np.nan) for each in (out, again))
+    if not np.isfinite([before, now]).all() or before == now or before == 0:
+        return None
+    return float((before - now) / abs(before))
+
+
+def _count(opt_state: Any) -> float | None:
+    """The least of the counts that moments are corrected by; None where there are none."""
+    counts = []
+
+    def visit(node: Any) -> None:
+        if hasattr(node, "count") and hasattr(node, "mu"):
+            counts.append(float(np.asarray(node.count)))
+        elif isinstance(node, tuple | list):
+            for each in node:
+                visit(each)
+        elif isinstance(node, dict):
+            for each in node.values():
+                visit(each)
+        elif hasattr(node, "inner_states"):
+            visit(dict(node.inner_states))
+        elif hasattr(node, "inner_state"):
+            visit(node.inner_state)
+
+    visit(opt_state)
+    return min(counts) if counts else None

@@ -1,0 +1,99 @@
+"""What predictions change with: later tokens, other documents, the prompt."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.diagnosis.probes import loss
+from research.diagnosis.probes.types import Measured
+from research.diagnosis.subject import Batch, Subject
+from research.objectives.types import Forward
+from research.run.assemble import Parts
+
+
+def measure(subject: Subject) -> Measured:
+    """
+    probe/future_leak: by how much last hidden states change where only later tokens are others, the largest change over
+      the states' root mean square.
+    probe/document_leak: the same where only tokens of other documents of the row are others, later ones left out.
+    probe/prompt_matters: by how many nats a token the cross-entropy of answers rises where their prompts' tokens are
+      others of the batch; probe/base_prompt_matters: that of the parameters as they were before the first step.
+    """
+    policy = subject.models["policy"].config
+    if not policy.causal:
+        return Measured({})
+    batch, params = loss.few_rows(subject, subject.batches[0]), subject.params
+    signals = {"probe/future_leak": _future(subject, batch)}
+    if (leak := _documents(subject, batch)) is not None:
+        signals["probe/document_leak"] = leak
+    prompted = any(not each.plain and each.label is None for each in subject.examples)
+    if prompted and not policy.num_labels and not subject.config.rewards:
+        began = loss.whole_initial(subject)
+        signals["probe/prompt_matters"] = _prompts(subject, batch, params)
+        signals["probe/base_prompt_matters"] = (
+            signals["probe/prompt_matters"] if began is None else _prompts(subject, batch, began)
+        )
+    return Measured({name: value for name, value in signals.items() if np.isfinite(value)})
+
+
+def hidden(subject: Subject, batch: Batch) -> jax.Array:
+    """The policy's last hidden states, [B, T, D] float32."""
+    return subject.programs.jit(_hidden)(subject.params, batch)
+
+
+def _hidden(parts: Parts, params: dict, batch: Batch) -> jax.Array:
+    return Forward(parts.models, params, batch).hidden("policy").astype(jnp.float32)
+
+
+def _others(subject: Subject, batch: Batch) -> jax.Array:
+    """Other tokens for each place: those of another row."""
+    tokens = jnp.roll(batch["tokens"], 1, axis=0) if batch["tokens"].shape[0] > 1 else batch["tokens"][:, ::-1]
+    return jnp.where(tokens == batch["tokens"], (tokens + 1) % subject.tokenizer.size, tokens)
+
+
+def _change(a: jax.Array, b: jax.Array, where: jax.Array) -> float:
+    """The largest change at some places, over the root mean square of the states."""
+    apart = jnp.max(jnp.where(where[..., None], jnp.abs(a - b), 0.0))
+    size = jnp.sqrt(jnp.mean(jnp.square(a)))
+    apart, size = jax.device_get((apart, size))
+    return float(apart / size) if size > 0 else 0.0
+
+
+def _future(subject: Subject, batch: Batch) -> float:
+    half = batch["tokens"].shape[1] // 2
+    place = jnp.arange(batch["tokens"].shape[1])[None]
+    later = (place >= half) & (batch["segment_ids"] > 0)
+    changed = {**batch, "tokens": jnp.where(later, _others(subject, batch), batch["tokens"])}
+    before = (place < half) & (batch["segment_ids"] > 0)
+    return _change(hidden(subject, batch), hidden(subject, changed), before)
+
+
+def _documents(subject: Subject, batch: Batch) -> float | None:
+    """The first document of each row is another; the change in those that follow. None where no row has several."""
+    segments = batch["segment_ids"]
+    first, rest = segments == 1, segments > 1
+    if not bool(jnp.any(rest)):
+        return None
+    changed = {**batch, "tokens": jnp.where(first, _others(subject, batch), batch["tokens"])}
+    return _change(hidden(subject, batch), hidden(subject, changed), rest)
+
+
+def _prompts(subject: Subject, batch: Batch, params: dict) -> float:
+    """How much the cross-entropy of answers rises with other prompts."""
+    ends = jnp.asarray(subject.tokenizer.stop, jnp.int32)
+    answer = (batch["loss_mask"] > 0) & (batch["segment_ids"] > 0)
+    shown = (batch["segment_ids"] > 0) & ~answer & (batch["positions"] > 0)
+    changed = {**batch, "tokens": jnp.where(shown, _letters(batch, shown), batch["tokens"])}
+    weights = jnp.pad(answer[:, 1:], ((0, 0), (0, 1))) & (batch["segment_ids"] > 0)
+    own, other = (subject.programs.read("policy", params, each, ends).nll for each in (batch, changed))
+    total, count = jax.device_get((jnp.sum(jnp.where(weights, other - own, 0.0)), jnp.sum(weights)))
+    return float(total / count) if count else float("nan")
+
+
+def _letters(batch: Batch, shown: jax.Array) -> jax.Array:
+    """The prompts' own tokens, exchanged over the batch by chance, the same each time."""
+    flat, mask = batch["tokens"].reshape(-1), shown.reshape(-1)
+    chance = jax.random.uniform(jax.random.PRNGKey(0), flat.shape)
+    source = jnp.argsort(jnp.where(mask, chance, 2.0))  # places of prompts, in an order by chance, come first
+    rank = jnp.cumsum(mask.astype(jnp.int32)) - 1
+    return jnp.where(mask, flat[source[jnp.maximum(rank, 0)]], flat).reshape(batch["tokens"].shape)
