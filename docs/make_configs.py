@@ -2,9 +2,9 @@
 
     python docs/make_configs.py
 
-A field's row has its name as the command line spells it, its type, its default, and what the docstring's `Attributes:`
-say of it. An attribute of `Config` with dots in its name, such as model.dtype, describes that field in place of the
-docstring of the section.
+A field's row has its name as the command line spells it, its type and range, its default, and what the docstring's
+`Attributes:` say of it. An attribute of `Config` with dots in its name, such as model.dtype, describes that field in
+place of the docstring of the section.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from research import config as config_lib  # noqa: E402 (the line above lets the script run from anywhere)
+from research import ranges  # noqa: E402
 from research.run import resume  # noqa: E402
 from research.sources.spec import SourceSpec  # noqa: E402
 
@@ -37,6 +38,9 @@ The last column says what becomes of a change when a run goes on in its workdir:
 is said; or is said and gives the *same result* up to rounding; or goes on with the *same rows only*; or is *refused*
 before anything is touched; or is *free*. See [experiments.md](experiments.md#going-on).
 
+A number is to be within the range beside its type, and finite. Options of objectives, views, adapters and rewards have
+ranges too, which stand in the signature of each `make`.
+
 `python docs/make_configs.py` writes this page from the docstrings of the dataclasses: change those, and run it.
 """
 
@@ -47,7 +51,7 @@ class Field:
 
     Attributes:
       name: as the command line spells it.
-      type: in words of Python.
+      type: in words of Python, and the range of a number.
       default: as Python writes it; "" where a value has to be named.
       sentence: what it says; "" where no docstring describes it.
       resumed: what becomes of a change when a run goes on.
@@ -117,7 +121,7 @@ def sections() -> list[Section]:
 
 def _pages(name: str, cls: type, defaults: Mapping[str, Any]) -> Iterator[Section]:
     """The section of this name, then those inside it."""
-    hints = typing.get_type_hints(cls)
+    hints = ranges.hints(cls)
     inner = [field for field in defaults if dataclasses.is_dataclass(hints.get(field))]
     yield _section(name, f"{name}.", cls, {k: v for k, v in defaults.items() if k not in inner})
     for field in inner:
@@ -125,7 +129,7 @@ def _pages(name: str, cls: type, defaults: Mapping[str, Any]) -> Iterator[Sectio
 
 
 def _section(title: str, prefix: str, cls: type, defaults: Mapping[str, Any]) -> Section:
-    own, top, hints = attributes(cls), attributes(config_lib.Config), typing.get_type_hints(cls)
+    own, top, hints = attributes(cls), attributes(config_lib.Config), ranges.hints(cls)
     fields = tuple(
         Field(
             name=prefix + name,
@@ -151,13 +155,18 @@ def _python(value: Any) -> str:
 def _type(hint: Any) -> str:
     """A type as a reader of configs knows it: a tuple[int, ...] is a "tuple of int"."""
     kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is typing.Annotated:
+        allowed = str(ranges.range_of(hint))
+        return _type(hint.__origin__) + (f", {allowed}" if allowed else "")
     if kind in (typing.Union, types.UnionType):
         return " or ".join(_type(option) for option in args)
     if kind is types.NoneType:
         return "None"
     if kind is tuple:
         return f"tuple of {_type(args[0])}"
-    return "mapping" if issubclass(kind, Mapping) else kind.__name__
+    if issubclass(kind, Mapping):
+        return f"mapping to {_type(args[1])}" if len(args) == 2 and ranges.range_of(args[1]) else "mapping"
+    return kind.__name__
 
 
 def _may_be_none(hint: Any) -> bool:

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from research import optim, options
 from research.devices import sharding
@@ -16,6 +16,7 @@ from research.errors import MOST_SEED, InputError, did_you_mean
 from research.models import adapters, added_rows
 from research.models.config import ModelConfig
 from research.ops import quantized
+from research.ranges import Count, Decay, NotNegative, Part, Range, Size
 from research.rollouts import rewards
 from research.rollouts import spec as rollout_spec
 from research.rollouts.advantages import AdvantageSpec
@@ -23,6 +24,8 @@ from research.rollouts.spec import RolloutSpec
 from research.sources import spec
 from research.sources.spec import DataSection, DataSpec
 from research.sources.tokenizers import TokenizerSpec
+
+Axis = Annotated[int, Range(-1)]  # devices; what is 0 is refused where their number is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +40,11 @@ class MeshConfig:
       tensor: heads, MLP and vocabulary.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    sequence: int = 1
-    tensor: int = 1
+    data: Axis = -1
+    fsdp: Axis = 1
+    expert: Axis = 1
+    sequence: Axis = 1
+    tensor: Axis = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +58,8 @@ class CheckpointConfig:
       best_mode: "min" or "max".
     """
 
-    every: int = 200
-    keep_last: int = 2
+    every: Count = 200
+    keep_last: Size = 2
     best_metric: str = ""
     best_mode: str = "min"
 
@@ -74,11 +77,11 @@ class EvalConfig:
       tasks: further evaluations, as `understudy evaluate --task=...` takes them: "choice:questions.jsonl".
     """
 
-    every: int = 200
-    batches: int = 20
-    generate: int = 0
-    max_new_tokens: int = 32
-    show: int = 4
+    every: Count = 200
+    batches: Count = 20
+    generate: Count = 0
+    max_new_tokens: Size = 32
+    show: Count = 4
     tasks: tuple[str, ...] = ()
 
 
@@ -92,7 +95,7 @@ class LogConfig:
       wandb: the project at Weights & Biases that they are sent to; "" for none.
     """
 
-    every: int = 10
+    every: Size = 10
     tensorboard: bool = True
     wandb: str = ""
 
@@ -105,7 +108,7 @@ class PlanConfig:
       prices: of a chip and hour, by kind of chip, in any currency; 0: not known.
     """
 
-    prices: Mapping[str, float] = dataclasses.field(
+    prices: Mapping[str, NotNegative] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(("v4", "v5e", "v5p", "v6e", "A100", "H100", "H200", "B200", "cpu"), 0.0)
     )
 
@@ -127,7 +130,7 @@ class ModelSection(ModelConfig):
         embeddings, or "random", with their mean and spread.
     """
 
-    vocab_size: int = 0
+    vocab_size: Count = 0
     dtype: str = "auto"
     init_from: str = ""
     prefix: bool | None = None
@@ -151,8 +154,8 @@ class RoleSection(ModelSection):
 
     of: str = ""
     adapter: bool = True
-    sync_every: int = 0
-    sync_weight: float = 1.0
+    sync_every: Count = 0
+    sync_weight: Part = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,14 +208,14 @@ class Config:
       compilation_cache: keep compiled programs on disk, so that the next start is faster.
     """
 
-    seed: int = 0
-    steps: int = 1000
-    batch_size: int = 32
-    seq_len: int = 256
-    microbatches: int = 1
-    ema_decay: float = 0.0
-    max_bad_steps: int = 5
-    stall_seconds: int = 1800
+    seed: Annotated[int, Range(0, MOST_SEED)] = 0
+    steps: Size = 1000
+    batch_size: Size = 32
+    seq_len: Size = 256
+    microbatches: Size = 1
+    ema_decay: Decay = 0.0
+    max_bad_steps: Size = 5
+    stall_seconds: Count = 1800
     compilation_cache: bool = True
     mesh: MeshConfig = MeshConfig()
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -246,7 +249,7 @@ def parse(values: Mapping[str, Any]) -> Config:
     """Nested mappings -> Config.
 
     Raises:
-      InputError: an unknown field (the nearest is named) or a value of another type.
+      InputError: an unknown field (the nearest is named), or a value of another type or out of its range.
     """
     return options.build(Config, values, "")
 
@@ -262,7 +265,7 @@ def check(config: Config, *, num_devices: int) -> None:
     Raises:
       InputError: naming the field, the value and the remedy.
     """
-    _check_numbers(config)
+    _check_prices(config.plan.prices)
     _check_best_metric(config)
     shape = dict(zip(sharding.AXES, sharding.mesh_shape(dataclasses.asdict(config.mesh), num_devices), strict=True))
     _check_rules(config.rules)
@@ -287,6 +290,11 @@ def check(config: Config, *, num_devices: int) -> None:
         raise InputError(
             f"seq_len = {config.seq_len} is longer than model.max_length = {model.max_length}. Raise the one or "
             "lower the other."
+        )
+    if config.eval.every and config.eval.generate and config.eval.max_new_tokens >= model.max_length:
+        raise InputError(
+            f"eval.max_new_tokens = {config.eval.max_new_tokens}: leaves no room for a prompt in model.max_length = "
+            f"{model.max_length}. Lower the one or raise the other."
         )
     if adapter := adapters.load(config.adapter):
         _check_ahead(config, adapter, model.max_length)
@@ -384,9 +392,6 @@ def _check_roles(config: Config) -> None:
 def _check_sync(where: str, section: RoleSection) -> None:
     """Raises InputError where a role can't follow another."""
     every, weight = section.sync_every, section.sync_weight
-    _at_least(f"{where}.sync_every", every, 0)
-    if not 0 < weight <= 1:
-        raise InputError(f"{where}.sync_weight = {weight}: must be above 0, and at most 1.")
     if weight != RoleSection.sync_weight and not every:
         raise InputError(f"{where}.sync_weight = {weight}: is of a role that follows another. Set {where}.sync_every.")
     if every and not section.of:
@@ -399,24 +404,10 @@ def _check_sync(where: str, section: RoleSection) -> None:
         )
 
 
-def _check_numbers(config: Config) -> None:
-    for field in ("steps", "batch_size", "seq_len", "microbatches", "max_bad_steps"):
-        _at_least(field, getattr(config, field), 1)
-    for field in ("checkpoint.every", "eval.every", "eval.batches", "eval.generate", "eval.show"):
-        section, name = field.split(".")
-        _at_least(field, getattr(getattr(config, section), name), 0)
-    _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
-    _at_least("log.every", config.log.every, 1)
-    _at_least("eval.max_new_tokens", config.eval.max_new_tokens, 1)
-    _at_least("stall_seconds", config.stall_seconds, 0)
-    for chip, price in config.plan.prices.items():
+def _check_prices(prices: Mapping[str, float]) -> None:
+    for chip in prices:
         if chip not in PlanConfig().prices:
             raise InputError(f"plan.prices.{chip}: no such chip.{did_you_mean(chip, PlanConfig().prices)}")
-        _at_least(f"plan.prices.{chip}", price, 0)
-    if not 0 <= config.seed <= MOST_SEED:
-        raise InputError(f"seed = {config.seed}: must be from 0 to {MOST_SEED}.")
-    if not 0 <= config.ema_decay < 1:
-        raise InputError(f"ema_decay = {config.ema_decay}: must be in [0, 1); 0 turns it off.")
 
 
 def _check_best_metric(config: Config) -> None:
@@ -544,8 +535,3 @@ def data_spec(config: Config) -> DataSpec:
 def _values(section: Any, cls: type) -> dict[str, Any]:
     """The values of those fields that `cls` has too."""
     return {name: getattr(section, name) for name in options.names(cls)}
-
-
-def _at_least(field: str, value: float, least: int) -> None:
-    if value < least:
-        raise InputError(f"{field} = {value}: must be at least {least}.")

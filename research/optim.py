@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from research import options, ranges
 from research import params as params_lib
 from research.errors import InputError, did_you_mean
+from research.ranges import Count, Decay, NotNegative, Part, Positive, Share, Size
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant", "inverse_sqrt")
@@ -20,7 +22,6 @@ DECAY_SHAPES = ("linear", "cosine", "1-sqrt")
 # Options of one schedule -> that schedule.
 _OF_SCHEDULE = {"decay_fraction": "wsd", "decay_shape": "wsd", "timescale": "inverse_sqrt", "cycles": "cosine"}
 GROUP_FIELDS = ("match", "learning_rate", "weight_decay", "delay_steps", "warmup_steps", "clip_norm")
-_COUNTS = ("delay_steps", "warmup_steps")
 Tree = Any  # a pytree
 Schedule = Callable[..., jax.Array]  # (step, the highest rate, by default the spec's own) -> learning rate
 Rates = Mapping[str, jax.typing.ArrayLike]  # group of parameters, "" for the rest -> the highest learning rate
@@ -66,33 +67,33 @@ class OptimizerSpec:
     """
 
     name: str = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: NotNegative = 1e-3
     schedule: str = "cosine"
-    delay_steps: int = 0
-    warmup_steps: int = 0
-    start_ratio: float = 0.0
-    end_ratio: float = 0.0
-    decay_fraction: float = 0.2
+    delay_steps: Count = 0
+    warmup_steps: Count = 0
+    start_ratio: Share = 0.0
+    end_ratio: Share = 0.0
+    decay_fraction: Part = 0.2
     decay_shape: str = "linear"
-    timescale: int = 0
-    cycles: int = 1
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    momentum: float = 0.95
+    timescale: Count = 0
+    cycles: Size = 1
+    weight_decay: NotNegative = 0.1
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: Positive = 1e-8
+    momentum: Decay = 0.95
     nesterov: bool = True
     muon_scaling: str = "match_rms_adamw"
     scale_by_parameter: bool = False
-    factor_min_size: int = 128
-    clip_norm: float = 1.0
+    factor_min_size: Size = 128
+    clip_norm: NotNegative = 1.0
     mu_dtype: str = "float32"
     groups: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def check(spec: OptimizerSpec, steps: int, section: str = "optimizer") -> None:
     """Raises InputError for the first field of `spec` that can't be used in a run of `steps` steps."""
-    for field, options in (
+    for field, choices in (
         ("name", OPTIMIZERS),
         ("schedule", SCHEDULES),
         ("decay_shape", DECAY_SHAPES),
@@ -100,24 +101,9 @@ def check(spec: OptimizerSpec, steps: int, section: str = "optimizer") -> None:
         ("mu_dtype", ("float32", "bfloat16")),
     ):
         value = getattr(spec, field)
-        if value not in options:
-            raise InputError(f"{section}.{field} = {value!r}: not known.{did_you_mean(str(value), options)}")
-    for fields, valid, remedy in (
-        (("learning_rate", "weight_decay", "clip_norm", *_COUNTS), _is_size, "must be 0 or more, and finite"),
-        (("b1", "b2", "momentum"), lambda x: 0 <= x < 1, "must be in [0, 1)"),
-        (
-            ("start_ratio", "end_ratio"),
-            lambda x: 0 <= x <= 1,
-            "is a fraction of learning_rate: must be in [0, 1]",
-        ),
-        (("decay_fraction",), lambda x: 0 < x <= 1, "is a fraction of all steps: must be in (0, 1]"),
-        (("eps",), lambda x: 0 < x < math.inf, "must be above 0, and finite"),
-        (("factor_min_size", "cycles"), lambda x: x >= 1, "must be 1 or more"),
-        (("timescale",), lambda x: x >= 0, "must be 0 or more"),
-    ):
-        for field in fields:
-            if not valid(getattr(spec, field)):
-                raise InputError(f"{section}.{field} = {getattr(spec, field)}: {remedy}.")
+        if value not in choices:
+            raise InputError(f"{section}.{field} = {value!r}: not known.{did_you_mean(str(value), choices)}")
+    ranges.check(spec, section)
     if steps < 1:
         raise InputError(f"steps = {steps}: must be 1 or more.")
     if spec.delay_steps and spec.delay_steps >= steps:
@@ -159,8 +145,7 @@ def group_spec(spec: OptimizerSpec, name: str) -> OptimizerSpec:
     for field, value in own.items():
         if field not in GROUP_FIELDS:
             raise InputError(f"{where}.{field}: no such field of a group.{did_you_mean(field, GROUP_FIELDS)}")
-        if isinstance(value, bool) or not isinstance(value, int if field in _COUNTS else int | float):
-            raise InputError(f"{where}.{field} = {value!r}: must be a number.")
+        own[field] = options.convert(ranges.hints(OptimizerSpec)[field], value, f"{where}.{field}")
     return dataclasses.replace(spec, **own, groups={})
 
 

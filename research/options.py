@@ -11,9 +11,9 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from research import other_names
+from research import other_names, ranges
 from research.errors import MOST_SEED, InputError, did_you_mean, own_code
 
 _PATHS = {
@@ -29,7 +29,7 @@ def build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     prefix = f"{path}." if path else ""
     if not isinstance(values, Mapping):
         raise InputError(f"{path} = {values!r}: is a section with the fields {', '.join(names(cls))}.")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {}
     for name, value in values.items():
         if name not in hints:
@@ -43,8 +43,13 @@ def convert(hint: Any, value: Any, field: str) -> Any:
     """A value of a config as the type that its field is to have.
 
     Raises:
-      InputError: it is of another type, or a number that isn't finite.
+      InputError: it is of another type, or a number that isn't finite, or out of its range.
     """
+    if typing.get_origin(hint) is Annotated:
+        converted = convert(hint.__origin__, value, field)
+        if (allowed := ranges.range_of(hint)) is not None:
+            allowed.check(value, field)
+        return converted
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, field)
     kind, args = typing.get_origin(hint) or hint, typing.get_args(hint) or (Any, Any)  # a bare Mapping is of anything
@@ -59,7 +64,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
         fitting = [option for option in args if _fits(option, value)]
         if not fitting:
             kinds = " or ".join("None" if option is type(None) else _name(_kind(option)) for option in args)
-            raise InputError(f"{field} = {value!r}: must be of type {kinds}, and is {type(value).__name__}.")
+            raise InputError(f"{field} = {value!r:.200}: must be of type {kinds}, and is {type(value).__name__}.")
         return convert(fitting[0], value, field)
     if kind is tuple:
         value = tuple(value) if isinstance(value, list | tuple) else (value,)
@@ -67,19 +72,27 @@ def convert(hint: Any, value: Any, field: str) -> Any:
     if kind is Sequence and _fits(kind, value):
         return tuple(convert(args[0], v, field) for v in value)
     if isinstance(kind, type) and not _fits(kind, value):
-        raise InputError(f"{field} = {value!r}: must be of type {_name(kind)}, and is {type(value).__name__}.")
-    if kind is float and not math.isfinite(value):
-        raise InputError(f"{field} = {value}: must be a finite number.")
+        raise InputError(f"{field} = {value!r:.200}: must be of type {_name(kind)}, and is {type(value).__name__}.")
     if kind is float:
-        return float(value)
+        return _float(value, field)
     if kind is int and not -(2**31) <= value <= MOST_SEED:
         shown = "a number of very many digits" if value.bit_length() > 200 else value
         raise InputError(f"{field} = {shown}: is out of the range of 32 bits.")
     return value
 
 
+def _float(value: float, field: str) -> float:
+    """A number of a config as float32 could have it. Raises InputError where it couldn't."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{field} = {value}: must be a finite number.")
+    if value and not ranges.LEAST_FLOAT <= abs(value) <= ranges.MOST_FLOAT:
+        shown = value if isinstance(value, float) else "a number of very many digits"
+        raise InputError(f"{field} = {shown}: is out of the range of 32-bit floating-point numbers.")
+    return float(value)
+
+
 def check(make: Callable[..., Any], values: Mapping[str, Any], fields: Mapping[str, str]) -> None:
-    """Checks that options are of the types that a function `make` gives to its parameters.
+    """Checks that options are of the types that a function `make` gives to its parameters, and in their ranges.
 
     Args:
       make: of an objective, a view or an adapter; where its author has written no types that can be read, any will do.
@@ -87,10 +100,10 @@ def check(make: Callable[..., Any], values: Mapping[str, Any], fields: Mapping[s
       fields: option -> the config's field for it.
 
     Raises:
-      InputError: one is of another type.
+      InputError: one is of another type, or out of its range.
     """
     try:
-        hints = typing.get_type_hints(make)
+        hints = typing.get_type_hints(make, include_extras=True)
     except (NameError, TypeError):
         hints = {}
     for option, value in values.items():
@@ -145,6 +158,7 @@ def _at_home(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kind(hint: Any) -> Any:
+    hint = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
     return typing.get_origin(hint) or hint
 
 

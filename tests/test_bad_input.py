@@ -140,7 +140,7 @@ CASES = {
         [SFT, c("model.init_from", "RUN"), c("model.d_ff", 192)],
         ["model.d_ff = 192", "RUN, has 128", "model.init_from"],
     ),
-    "negative seed": ([SFT, c("seed", -1)], ["seed = -1", "from 0 to 4294967295"]),
+    "negative seed": ([SFT, c("seed", -1)], ["seed = -1", "in [0, 4294967295]"]),
     "seed of 67 bits": ([SFT, c("seed", 10**20)], ["seed = 100000000000000000000", "32 bits"]),
     "number of many digits": ([SFT, c("data.examples", "9" * 500)], ["data.examples", "32 bits"]),
     "classifier that is to learn tokens": (

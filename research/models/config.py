@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 
+from research import ranges
 from research.errors import InputError, did_you_mean
 from research.ops.attention import IMPLEMENTATIONS
 from research.ops.rope import RopeScaling
+from research.ranges import Count, NotNegative, Positive, Range, Real, Size
 
 ACTIVATIONS = {  # of ModelConfig.mlp
     "swiglu": jax.nn.silu,
@@ -24,9 +27,6 @@ REMAT = {  # of ModelConfig.remat: what the backward pass keeps
     "dots": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
 }
-_SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff", "max_length")
-_NOT_NEGATIVE = ("head_dim", "num_experts", "norm_eps", "rotary_dim", "local_rope_theta", "attention_scale")
-_NOT_NEGATIVE += ("attention_softcap", "logit_softcap", "token_types", "num_labels", "init_std")
 _CHOICES = {
     "mlp": tuple(ACTIVATIONS),
     "block": ("pre", "post", "sandwich", "parallel", "residual"),
@@ -103,48 +103,48 @@ class ModelConfig:
       dtype: of activations and matmuls: float32 or bfloat16.
     """
 
-    vocab_size: int
-    num_layers: int = 4
-    d_model: int = 256
-    num_heads: int = 8
-    num_kv_heads: int = 8
-    head_dim: int = 0
-    d_ff: int = 768
+    vocab_size: Size
+    num_layers: Annotated[int, Range(1, 10_000)] = 4
+    d_model: Size = 256
+    num_heads: Size = 8
+    num_kv_heads: Size = 8
+    head_dim: Count = 0
+    d_ff: Size = 768
     mlp: str = "swiglu"
-    num_experts: int = 0
-    experts_per_token: int = 2
+    num_experts: Count = 0
+    experts_per_token: Size = 2
     normalize_router: bool = True
     block: str = "pre"
     norm: str = "rmsnorm"
-    norm_eps: float = 1e-6
-    norm_offset: float = 0.0
+    norm_eps: NotNegative = 1e-6
+    norm_offset: Real = 0.0
     positions: str = "rope"
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
-    rotary_dim: int = 0
-    local_rope_theta: float = 0.0
-    max_length: int = 2048
+    rotary_dim: Count = 0
+    local_rope_theta: NotNegative = 0.0
+    max_length: Size = 2048
     causal: bool = True
     prefix: bool = False
-    sliding_window: tuple[int, ...] = (0,)
+    sliding_window: tuple[Count, ...] = (0,)
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: str = "none"
-    attention_scale: float = 0.0
+    attention_scale: NotNegative = 0.0
     attention_scale_by_layer: bool = False
-    attention_softcap: float = 0.0
-    logit_softcap: float = 0.0
+    attention_softcap: NotNegative = 0.0
+    logit_softcap: NotNegative = 0.0
     tie_embeddings: bool = True
     embed_scale: bool = False
     embed_norm: bool = False
-    token_types: int = 0
+    token_types: Count = 0
     head_transform: bool = False
-    added_rows: int = 0
-    added_from: int = 0
-    num_labels: int = 0
-    init_std: float = 0.02
+    added_rows: Count = 0
+    added_from: Count = 0
+    num_labels: Count = 0
+    init_std: NotNegative = 0.02
     remat: str = "dots"
     attention: str = "auto"
     dtype: str = "float32"
@@ -161,11 +161,11 @@ class ModelConfig:
             raise InputError("model.mlp_bias = True: experts have no biases. Set it to False.")
         self._check_prefix()
         self._check_added_rows()
-        if not self.sliding_window or min(self.sliding_window) < 0:
-            raise InputError(f"model.sliding_window = {self.sliding_window}: give sizes >= 0, 0 for full attention.")
+        if not self.sliding_window:
+            raise InputError("model.sliding_window = (): give a size for each of the layers in turn, 0 for all tokens.")
 
     def _check_added_rows(self) -> None:
-        if self.added_rows < 0 or self.added_from < 0 or self.added_from + self.added_rows > self.vocab_size:
+        if self.added_from + self.added_rows > self.vocab_size:
             raise InputError(
                 f"model.added_rows = {self.added_rows} from model.added_from = {self.added_from} on: aren't among the "
                 f"{self.vocab_size} of the vocabulary. Change either."
@@ -214,14 +214,7 @@ class ModelConfig:
             )
 
     def _check_sizes_and_choices(self) -> None:
-        for field in _SIZES:
-            if getattr(self, field) < 1:
-                raise InputError(f"model.{field} = {getattr(self, field)}: must be at least 1.")
-        for field in _NOT_NEGATIVE:
-            if getattr(self, field) < 0:
-                raise InputError(f"model.{field} = {getattr(self, field)}: must be 0 or more.")
-        if self.rope_theta <= 0:
-            raise InputError(f"model.rope_theta = {self.rope_theta}: must be above 0.")
+        ranges.check(self, "model")
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if value not in choices:

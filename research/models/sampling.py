@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from research.errors import InputError
+from research import ranges
 from research.models.transformer import Model
 from research.ops.cpu.argmax import argmax
 from research.ops.head import Head
+from research.ranges import Count, NotNegative, Part, Share, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,24 +35,15 @@ class SamplingConfig:
       stop_tokens: ids that end a row.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop_tokens: tuple[int, ...] = ()
+    max_new_tokens: Size = 64
+    temperature: NotNegative = 0.0
+    top_k: Count = 0
+    top_p: Part = 1.0
+    min_p: Share = 0.0
+    stop_tokens: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
-        for field, valid, allowed in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "a number >= 0; 0 is greedy"),
-            ("top_k", self.top_k >= 0, "at least 0; 0 keeps all tokens"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 keeps all tokens"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]; 0 keeps all tokens"),
-            ("stop_tokens", all(token >= 0 for token in self.stop_tokens), "token ids, which are >= 0"),
-        ):
-            if not valid:
-                raise InputError(f"sampling.{field} = {getattr(self, field)}: must be {allowed}.")
+        ranges.check(self, "sampling")
 
 
 def longest_prompt(model: Model, config: SamplingConfig) -> int:

@@ -3,7 +3,6 @@ such as mine.py in the folder that a command is run in. Nothing is registered.""
 
 import dataclasses
 import inspect
-import math
 import sys
 from collections.abc import Mapping
 from types import ModuleType
@@ -17,6 +16,7 @@ from research import other_names
 from research.errors import InputError, did_you_mean
 from research.objectives.terms import Coefficient, Term, Terms
 from research.objectives.types import Objective, Sampler
+from research.ranges import MOST_FLOAT
 from research.sources import special_tokens, stand_in
 from research.sources.tokenizers import Tokenizer
 
@@ -184,7 +184,8 @@ class _Entry:
 
 
 def _check_number(field: str, weight: Any) -> None:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not (number and abs(weight) <= MOST_FLOAT):  # nan is neither
         raise InputError(f"{field} = {weight!r}: a weight is a finite number or a schedule {{start, end, steps}}.")
 
 

@@ -17,9 +17,10 @@ from research.objectives.types import (
     token_loss,
 )
 from research.ops.domains import Arms, by_source, first_arms, next_arms
+from research.ranges import Decay
 
 
-def make(names: Sequence[str] = (), smoothing: float = 0.9) -> Objective:
+def make(names: Sequence[str] = (), smoothing: Decay = 0.9) -> Objective:
     """Cross-entropy of the tokens that sft learns, on batches whose rows are drawn from data.sources with chances that
     EXP3 learns from their losses; see ops.domains.next_arms. The metrics `weight/NAME` say how probable each source is.
 
@@ -31,8 +32,6 @@ def make(names: Sequence[str] = (), smoothing: float = 0.9) -> Objective:
     """
     if len(names) < 2 or len(set(names)) < len(names):
         raise InputError(f"names = {list(names)}: names the sources of data.sources, two or more, each once.")
-    if not 0 <= smoothing < 1:
-        raise InputError(f"smoothing = {smoothing}: must be in [0, 1).")
     order = tuple(sorted(names))
 
     def loss(forward: Forward, batch: Batch, context: Context) -> LossOut:

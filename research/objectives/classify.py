@@ -1,7 +1,6 @@
 """Classification: the class of a document, read at its last token."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from research.errors import InputError, did_you_mean
 from research.objectives.classes import class_logits, label_tokens
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective
 from research.ops import class_losses
+from research.ranges import Decay, NotNegative
 from research.sources.tokenizers import Tokenizer
 
 FIELDS = ("tokens", "segment_ids", "positions", "label_probs")
@@ -35,8 +35,8 @@ class Predictions(NamedTuple):
 def make(
     head: str = "linear",
     words: Sequence[str] = (),
-    label_smoothing: float = 0.0,
-    class_weights: Sequence[float] = (),
+    label_smoothing: Decay = 0.0,
+    class_weights: Sequence[NotNegative] = (),
     tokenizer: Tokenizer | None = None,
 ) -> Objective:
     """Mean cross-entropy of the documents' labels, `label_probs` [B, T, C] float32: the probabilities of the classes at
@@ -54,11 +54,8 @@ def make(
     Raises:
       InputError: an option out of its range, or words that can't be told apart.
     """
-    if not 0 <= label_smoothing < 1:
-        raise InputError(f"label_smoothing = {label_smoothing}: must be in [0, 1).")
-    numbers = all(isinstance(w, int | float) and 0 <= w < math.inf for w in class_weights)
-    if not numbers or (class_weights and not any(class_weights)):
-        raise InputError(f"class_weights = {class_weights}: must be finite numbers, 0 or more, not all 0.")
+    if class_weights and not any(class_weights):
+        raise InputError(f"class_weights = {class_weights}: are all 0, so that nothing would be learned. Raise one.")
     reader = make_reader(head, words, tokenizer)
 
     def loss(forward: Forward, batch: Batch, context: Context) -> LossOut:

@@ -1,7 +1,6 @@
 """Distillation: the student's next-token distribution is to be the teacher's (Hinton et al., arXiv:1503.02531)."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from research.errors import InputError, did_you_mean
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective, next_token_targets
 from research.ops import divergences
+from research.ranges import Decay, NotNegative, Positive, Share
 from research.sources import parallel
 from research.sources.tokenizers import Tokenizer
 
@@ -19,13 +19,13 @@ SCOPES = ("supervised", "all")
 
 def make(
     kind: str = "forward_kl",
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: Positive = 1.0,
+    teacher_temperature: Positive | None = None,
     scale_by_temperature: bool = False,
-    beta: float = 0.5,
-    alpha: float = 0.1,
+    beta: Share = 0.5,
+    alpha: Decay = 0.1,
     on: str = "supervised",
-    teachers: Mapping[str, float] | None = None,
+    teachers: Mapping[str, NotNegative] | None = None,
     cached: bool = False,
     tail: str = "bucket",
     tokenizer: Tokenizer | None = None,
@@ -59,16 +59,14 @@ def make(
     divergences.check(kind, temperature, beta, alpha)
     if teacher_temperature is not None and kind != "uld":
         raise InputError(f"teacher_temperature = {teacher_temperature}: is of kind = 'uld'. Leave it out of {kind!r}.")
-    if teacher_temperature is not None and not 0 < teacher_temperature < math.inf:
-        raise InputError(f"teacher_temperature = {teacher_temperature}: must be above 0, and finite.")
     if cached and (teachers or kind in ("uld", divergences.LOGIT_MSE)):
         what = f"teachers = {dict(teachers)}" if teachers else f"kind = {kind!r}"
         raise InputError(f"{what}: needs live models, and cached = True. Set it to False, and name them in roles.")
     if cached and tail == "truncate" and kind not in ("forward_kl", "cross_entropy"):
         raise InputError(f"tail = 'truncate': goes with forward_kl and cross_entropy, not {kind}.")
     teachers = dict(teachers or {"teacher": 1.0})
-    if sum(teachers.values()) <= 0 or min(teachers.values()) < 0:
-        raise InputError(f"teachers = {teachers}: weights must be positive.")
+    if not any(teachers.values()):
+        raise InputError(f"teachers = {teachers}: all weigh 0, so that nothing would be learned. Raise one.")
     return Distill(
         kind=kind,
         mixture={"temperature": temperature, "beta": beta, "alpha": alpha},

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from research.errors import InputError
 from research.objectives.types import Batch, Forward, LossOut, good_answers, next_token_targets
 from research.ops.losses import cross_entropy, target_log_probs
 
@@ -65,9 +64,3 @@ def selected_loss(
         "selected_excess": (jnp.sum(excess.values * weights), kept),
     }
     return LossOut(out.loss_sum, kept, metrics | (more or {}), per_token=(out.loss, weights))
-
-
-def check_keep(keep: float) -> None:
-    """Raises InputError where `keep` is no share."""
-    if not 0 < keep <= 1:
-        raise InputError(f"keep = {keep}: must be in (0, 1].")

@@ -15,6 +15,7 @@ from research.objectives.types import Batch, Context, Forward, LossOut, Objectiv
 from research.ops.chunks import time_parts
 from research.ops.losses import CrossEntropy, cross_entropy
 from research.ops.words import WordTables, word_starts
+from research.ranges import Part, Share
 from research.sources import special_tokens as spelled
 from research.sources.tokenizers import Tokenizer
 from research.sources.words import ordinary_tokens, word_tables
@@ -29,9 +30,9 @@ def special_tokens(tokenizer: Tokenizer, **options: object) -> tuple[str, ...]:
 
 
 def make(
-    share: float = 0.15,
-    mask: float = 0.8,
-    random: float = 0.1,
+    share: Part = 0.15,
+    mask: Share = 0.8,
+    random: Share = 0.1,
     whole_word: bool = False,
     tokenizer: Tokenizer | None = None,
 ) -> Objective:
@@ -51,11 +52,6 @@ def make(
     Raises:
       InputError: a share out of its range, or a tokenizer without a mask token.
     """
-    for name, value in (("share", share), ("mask", mask), ("random", random)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise InputError(f"{name} = {value!r}: is a share, from 0 to 1.")
-    if not share:
-        raise InputError(f"share = {share}: nothing would be learned. Use a larger one, such as 0.15.")
     if not mask + random:
         raise InputError(f"mask = {mask}: with random = {random} every chosen token stays as it is. Raise either.")
     if mask + random > 1 + 1e-9:

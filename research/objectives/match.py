@@ -14,6 +14,7 @@ from research.models.config import ModelConfig
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective, next_token_targets
 from research.ops import matching
 from research.params import ParamSpec
+from research.ranges import Count, NotNegative, Whole
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -24,13 +25,13 @@ SCOPES = ("all", "supervised")
 
 
 def make(
-    layers: Sequence[Sequence[int]] = ((-1, -1),),
+    layers: Sequence[Sequence[Whole]] = ((-1, -1),),
     distance: str = "mse",
     projection: str = "linear",
-    attention: Sequence[Sequence[int]] = (),
+    attention: Sequence[Sequence[Whole]] = (),
     relations: Sequence[str] = ("values",),
-    relation_heads: int = 0,
-    attention_weight: float = 1.0,
+    relation_heads: Count = 0,
+    attention_weight: NotNegative = 1.0,
     on: str = "all",
     teacher: str = "teacher",
 ) -> Objective:

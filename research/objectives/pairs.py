@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from research import ranges
 from research.errors import InputError, did_you_mean
 from research.objectives import answers
 from research.objectives.answers import SIDES, Places
@@ -16,6 +16,7 @@ from research.objectives.types import Batch, Context, Forward, LossOut, Objectiv
 from research.ops import preferences
 from research.ops.losses import TargetLogProbs
 from research.ops.preferences import DIVERGENCES, LOSSES, Options
+from research.ranges import NotNegative, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +24,14 @@ class Shaping:
     """How log-probabilities become scores; see `make` for each."""
 
     divergence: str = "reverse_kl"
-    divergence_alpha: float | None = None
+    divergence_alpha: NotNegative | None = None
     length_normalized: bool = False
-    ld_alpha: float | None = None
+    ld_alpha: Share | None = None
     wpo: bool = False
 
     def check(self, kind: str) -> None:
         """Raises InputError where one is out of its range, or a loss doesn't take it."""
+        ranges.check(self)
         loss = LOSSES[kind]
         if self.divergence not in DIVERGENCES:
             raise InputError(
@@ -40,10 +42,6 @@ class Shaping:
                 f"divergence_alpha = {self.divergence_alpha}: is of divergence = 'alpha'. Leave it out of "
                 f"{self.divergence!r}."
             )
-        if self.divergence_alpha is not None and not 0 <= self.divergence_alpha < math.inf:
-            raise InputError(f"divergence_alpha = {self.divergence_alpha}: must be 0 or more, and finite.")
-        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            raise InputError(f"ld_alpha = {self.ld_alpha}: must be from 0 to 1.")
         shaped = [other for other, row in LOSSES.items() if row.divergence]
         summed = [other for other, row in LOSSES.items() if row.reference and not (row.labels or row.mean)]
         weighted = [other for other, row in LOSSES.items() if not (row.labels or row.matched)]

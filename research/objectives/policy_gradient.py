@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from research import ranges
 from research.errors import InputError, did_you_mean
 from research.objectives.policy_options import BUDGET, Averaging, Extras, Ratios, Settings, loss_options
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective, Sampler, next_token_targets
@@ -30,6 +31,7 @@ def make(**options: Any) -> Objective:
       InputError: an option that isn't known, is out of its range, has no effect, or doesn't go with another.
     """
     settings = Settings(**options)
+    ranges.check(settings)
     kind, kl = settings.kind, settings.kl
     if kind not in LOSSES:
         raise InputError(f"kind = {kind!r}: no such loss.{did_you_mean(kind, LOSSES)}")

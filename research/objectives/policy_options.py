@@ -11,6 +11,7 @@ from research.errors import InputError, did_you_mean
 from research.objectives.types import Batch, Context, Sampler
 from research.ops import policy_losses
 from research.ops.policy_losses import AGGREGATIONS, KL, LOSSES, Options
+from research.ranges import NotNegative, Part, Positive, Size
 
 OLD = ("sampler", "trainer")
 CORRECTIONS = ("none", "token", "sequence")
@@ -45,26 +46,26 @@ class Settings:
     """
 
     kind: str = "ppo"
-    clip_low: float | None = None
-    clip_high: float | None = None
-    dual_clip: float | None = None
-    tau_pos: float | None = None
-    tau_neg: float | None = None
-    k_pos: float | None = None
-    k_neg: float | None = None
-    lambda_pos: float | None = None
-    lambda_neg: float | None = None
+    clip_low: Positive | None = None
+    clip_high: Positive | None = None
+    dual_clip: Positive | None = None
+    tau_pos: Positive | None = None
+    tau_neg: Positive | None = None
+    k_pos: Positive | None = None
+    k_neg: Positive | None = None
+    lambda_pos: Positive | None = None
+    lambda_neg: Positive | None = None
     aggregation: str | None = None
-    budget: int | None = None
+    budget: Size | None = None
     old: str = "sampler"
     kl: str | None = None
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
-    top_entropy: float = 1.0
+    kl_coef: NotNegative = 0.0
+    entropy_coef: NotNegative = 0.0
+    top_entropy: Part = 1.0
     correction: str = "none"
-    bounds: tuple[float, float] = (0.0, 2.0)
+    bounds: tuple[NotNegative, NotNegative] = (0.0, 2.0)
     drop: bool = False
-    off_policy_mask: float | None = None
+    off_policy_mask: Positive | None = None
     sampler: Sampler = _ALL_TOKENS
 
     def of_loss(self) -> dict[str, float]:
@@ -96,8 +97,6 @@ class Averaging:
             raise InputError(
                 f"budget = {self.budget}: is what aggregation = {BUDGET!r} divides an answer's sum by. {remedy}"
             )
-        if self.budget is not None and self.budget < 1:
-            raise InputError(f"budget = {self.budget}: must be 1 or more.")
 
     def of(self, mask: Float[Array, "B T"], batch: Batch, context: Context) -> policy_losses.Shares:
         """What the batch's tokens weigh."""
@@ -122,9 +121,6 @@ class Extras:
     def check(self, kind: str, kl: str | None) -> None:
         """Raises InputError where one is out of its range, has no effect, or doesn't go with the loss. `kl`: as the
         config has it."""
-        for name in ("kl_coef", "entropy_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} = {getattr(self, name)}: must be 0 or more, and finite.")
         if kl == "k1":
             raise InputError(
                 "kl = 'k1': as a part of the loss it teaches nothing, since the mean of its gradient is 0. Take "
@@ -134,15 +130,11 @@ class Extras:
             raise InputError(f"kl = {self.kl!r}: must be one of {', '.join(KL)}.{did_you_mean(self.kl, KL)}")
         if kl is not None and not self.kl_coef:
             raise InputError(f"kl = {kl!r}: has no effect with kl_coef = 0. Set that, or leave it out.")
-        if not 0 < self.top_entropy <= 1:
-            raise InputError(f"top_entropy = {self.top_entropy}: must be above 0, and at most 1, which is all tokens.")
         if self.top_entropy < 1 and LOSSES[kind].rows:
             raise InputError(
                 f"top_entropy = {self.top_entropy}: leaves tokens out, and an answer has one loss of kind = {kind!r}. "
                 "Leave it out, or take kind = 'ppo' or 'gspo'."
             )
-        if self.off_policy_mask is not None and not 0 < self.off_policy_mask < math.inf:
-            raise InputError(f"off_policy_mask = {self.off_policy_mask}: must be above 0, and finite; or None.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +176,8 @@ class Ratios:
             raise InputError(
                 f"correction = {self.correction!r}: an answer has one weight with kind = {kind!r}. Take {remedy}."
             )
-        if not (len(self.bounds) == 2 and 0 <= self.bounds[0] < self.bounds[1] < math.inf):
-            raise InputError(f"bounds = {self.bounds}: must be (least, greatest) of a ratio, 0 or more and finite.")
+        if not (len(self.bounds) == 2 and self.bounds[0] < self.bounds[1]):
+            raise InputError(f"bounds = {self.bounds}: must be (least, greatest) of a ratio.")
 
 
 def loss_options(kind: str, values: Mapping[str, float]) -> Options:
@@ -201,13 +193,8 @@ def loss_options(kind: str, values: Mapping[str, float]) -> Options:
             raise InputError(f"{name} = {value}: is of {kinds}. Leave it out of kind = {kind!r}.")
     options = Options(**{**loss.defaults, **values})
     most_low = math.inf if kind == "gmpo" else 1.0  # of gmpo they bound the logarithm
-    if not 0 < options.clip_low <= most_low:
-        raise InputError(f"clip_low = {options.clip_low}: must be above 0, and at most {most_low:g}.")
-    for name in ("clip_high", "tau_pos", "tau_neg", "k_pos", "k_neg", "lambda_pos", "lambda_neg"):
-        if not 0 < getattr(options, name) < math.inf:
-            raise InputError(f"{name} = {getattr(options, name)}: must be above 0, and finite.")
-    if options.dual_clip is not None and not 1 + options.clip_high < options.dual_clip < math.inf:
-        raise InputError(
-            f"dual_clip = {options.dual_clip}: must be above 1 + clip_high = {1 + options.clip_high:g}, and finite."
-        )
+    if options.clip_low > most_low:
+        raise InputError(f"clip_low = {options.clip_low}: must be at most {most_low:g}.")
+    if options.dual_clip is not None and options.dual_clip <= 1 + options.clip_high:
+        raise InputError(f"dual_clip = {options.dual_clip}: must be above 1 + clip_high = {1 + options.clip_high:g}.")
     return options

@@ -1,33 +1,35 @@
 """Preference optimisation: the policy learns from comparisons of answers, or from verdicts on them."""
 
-import math
 from collections.abc import Mapping
+from typing import Annotated
 
+from research import ranges
 from research.errors import InputError, did_you_mean
 from research.objectives.pairs import Pairs, Shaping
 from research.objectives.types import Objective
 from research.objectives.verdicts import Verdicts
 from research.ops.preferences import LOSSES, Options
+from research.ranges import NotNegative, Positive, Range, Share
 
 _SHIFT_DECAY = 0.9
 
 
 def make(
     kind: str = "sigmoid",
-    beta: float | None = None,
-    label_smoothing: float | None = None,
-    gamma: float | None = None,
-    alpha: float | None = None,
-    tau: float | None = None,
-    desirable_weight: float | None = None,
-    undesirable_weight: float | None = None,
-    shift_decay: float | None = None,
+    beta: Positive | None = None,
+    label_smoothing: Annotated[float, Range(0, below=0.5)] | None = None,
+    gamma: NotNegative | None = None,
+    alpha: NotNegative | None = None,
+    tau: Positive | None = None,
+    desirable_weight: NotNegative | None = None,
+    undesirable_weight: NotNegative | None = None,
+    shift_decay: Share | None = None,
     divergence: str = "reverse_kl",
-    divergence_alpha: float | None = None,
+    divergence_alpha: NotNegative | None = None,
     length_normalized: bool = False,
-    ld_alpha: float | None = None,
+    ld_alpha: Share | None = None,
     wpo: bool = False,
-    sft: float | None = None,
+    sft: NotNegative | None = None,
     cached: bool = False,
 ) -> Objective:
     """Mean over comparisons of a loss of ops.preferences.LOSSES; of kto and apo_zero_unpaired over answers.
@@ -67,8 +69,6 @@ def make(
     shaping.check(kind)
     if sft is not None and loss.labels:
         raise InputError(f"sft = {sft}: is about chosen answers, and kind = {kind!r} has none. Leave it out.")
-    if sft is not None and not 0 <= sft < math.inf:
-        raise InputError(f"sft = {sft}: must be 0 or more, and finite.")
     if cached and not loss.reference:
         raise InputError(f"cached = True: kind = {kind!r} has no reference. Leave it out.")
     if cached and kind == "kto":
@@ -96,19 +96,9 @@ def _options(kind: str, values: Mapping[str, float]) -> tuple[Options, float]:
     known = {**loss.defaults, **values}
     decay = known.pop("shift_decay", _SHIFT_DECAY)
     options = Options(**known)
-    if not 0 < options.beta < math.inf:
-        raise InputError(f"beta = {options.beta}: must be above 0, and finite.")
-    share, needed = options.label_smoothing, kind in ("cdpo", "robust", "exo")
-    if not 0 <= share < 0.5 or (needed and share == 0):
+    ranges.check(options)
+    if kind in ("cdpo", "robust", "exo") and not options.label_smoothing:
         raise InputError(
-            f"label_smoothing = {share}: is the share of labels that is flipped, below 0.5 and "
-            f"{'above 0, which kind = ' + repr(kind) + ' needs' if needed else '0 or more'}."
+            f"label_smoothing = 0: is the share of labels that is flipped, of which kind = {kind!r} needs one above 0."
         )
-    for name in ("alpha", "gamma", "desirable_weight", "undesirable_weight"):
-        if not 0 <= getattr(options, name) < math.inf:
-            raise InputError(f"{name} = {getattr(options, name)}: must be 0 or more, and finite.")
-    if not 0 < options.tau < math.inf:
-        raise InputError(f"tau = {options.tau}: must be above 0, and finite.")
-    if not 0 <= decay <= 1:
-        raise InputError(f"shift_decay = {decay}: must be from 0 to 1.")
     return options, decay

@@ -23,15 +23,16 @@ from research.objectives.types import (
     next_token_targets,
     token_loss,
 )
+from research.ranges import Decay, NotNegative, Share
 
 SPLITS = ("random", "given")
 
 
 def make(
     split: str = "random",
-    share: Sequence[float] = (0.0, 1.0),
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
+    share: Sequence[Share] = (0.0, 1.0),
+    z_loss: NotNegative = 0.0,
+    label_smoothing: Decay = 0.0,
 ) -> Objective:
     """Cross-entropy of the tokens that follow each document's prefix. It needs a model with model.prefix = True.
 
@@ -50,7 +51,7 @@ def make(
     if split not in SPLITS:
         raise InputError(f"split = {split!r}: no such choice.{did_you_mean(str(split), SPLITS)}")
     share = tuple(share) if isinstance(share, list | tuple) else (share,)
-    if len(share) != 2 or not all(isinstance(x, int | float) for x in share) or not 0 <= share[0] <= share[1] <= 1:
+    if len(share) != 2 or share[0] > share[1]:
         raise InputError(f"share = {share}: must be the least and the greatest share, as in (0.0, 1.0).")
     if split == "given" and share != (0.0, 1.0):
         raise InputError(f"share = {share}: is of split = 'random'. Leave it out.")

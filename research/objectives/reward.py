@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -13,6 +13,7 @@ from research.objectives.classes import class_logits
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective
 from research.ops import rewards
 from research.ops.rewards import Answers
+from research.ranges import NotNegative, Part, Range
 
 _OFF_START = 0.1
 _TEXT = ("tokens", "segment_ids", "positions")
@@ -23,10 +24,10 @@ LOSSES = ("bradley_terry", "plackett_luce", "regression")
 def make(
     loss: str = "bradley_terry",
     margin: bool = False,
-    centering: float = 0.0,
-    label_smoothing: float = 0.0,
-    flipped: float = 0.0,
-    share: float = 1.0,
+    centering: NotNegative = 0.0,
+    label_smoothing: Annotated[float, Range(0, below=0.5)] = 0.0,
+    flipped: Annotated[float, Range(0, below=0.5)] = 0.0,
+    share: Part = 1.0,
 ) -> Objective:
     """Mean loss over the comparisons of a batch, or over its scores. The reward of an answer is the logit at its last
     token, of a head with one (model.num_labels = 1). A head with several is an ensemble, whose reward is their mean.
@@ -47,16 +48,8 @@ def make(
     """
     if loss not in LOSSES:
         raise InputError(f"loss = {loss!r}: no such loss.{did_you_mean(loss, LOSSES)}")
-    if not 0 <= centering < math.inf:
-        raise InputError(f"centering = {centering}: must be 0 or more, and finite.")
-    if not 0 <= label_smoothing < 0.5:
-        raise InputError(f"label_smoothing = {label_smoothing}: must be in [0, 0.5).")
-    if not 0 <= flipped < 0.5:
-        raise InputError(f"flipped = {flipped}: must be in [0, 0.5).")
     if flipped and label_smoothing:
         raise InputError(f"flipped = {flipped}, and label_smoothing = {label_smoothing}: give one of them.")
-    if not 0 < share <= 1:
-        raise InputError(f"share = {share}: must be in (0, 1].")
     others = (
         {"margin": margin, "label_smoothing": label_smoothing, "flipped": flipped} if loss != "bradley_terry" else {}
     )

@@ -9,6 +9,7 @@ from research.objectives import excess
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective
 from research.ops import documents
 from research.ops.top_share import top_share
+from research.ranges import Part
 
 
 class Gathered(NamedTuple):
@@ -25,7 +26,7 @@ class Gathered(NamedTuple):
     present: Bool[Array, "B N"]
 
 
-def make(keep: float = 0.1) -> Objective:
+def make(keep: Part = 0.1) -> Objective:
     """Cross-entropy of the share `keep` of the batch's documents whose mean excess loss is the highest (RHO-LOSS,
     arXiv:2206.07137, algorithm 1): the policy's loss less that of the role `reference`, which has learned held-out
     data. The documents are weighed by their tokens, as in sft.
@@ -35,7 +36,6 @@ def make(keep: float = 0.1) -> Objective:
     Args:
       keep: n_b / n_B, in (0, 1].
     """
-    excess.check_keep(keep)
 
     def gather(forward: Forward, batch: Batch) -> Gathered:
         read = excess.read(forward, batch)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from research.objectives import excess
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective
 from research.ops.top_share import top_share
+from research.ranges import Part
 
 
-def make(keep: float = 0.6) -> Objective:
+def make(keep: Part = 0.6) -> Objective:
     """Cross-entropy of the share `keep` of the batch's tokens whose excess loss is the highest (Rho-1,
     arXiv:2404.07965, equations 3 to 5): the policy's loss less that of the role `reference`, a model of good data.
 
@@ -16,7 +17,6 @@ def make(keep: float = 0.6) -> Objective:
     Args:
       keep: k, in (0, 1]; 1 is ordinary training.
     """
-    excess.check_keep(keep)
 
     def gather(forward: Forward, batch: Batch) -> excess.Excess:
         return excess.read(forward, batch)

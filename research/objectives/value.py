@@ -1,7 +1,6 @@
 """A critic: learns the returns of answers, from which advantages are made (generalized advantage estimation)."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,10 @@ from jaxtyping import Array, Float
 from research.errors import InputError
 from research.objectives.classes import class_logits
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective, next_token_targets
+from research.ranges import Positive
 
 
-def make(clip: float | None = 0.2, trunk: bool = True) -> Objective:
+def make(clip: Positive | None = 0.2, trunk: bool = True) -> Objective:
     """Half the squared error of the critic's values, a mean over the answers' tokens. A value is the one number of the
     critic's head (roles.critic.num_labels = 1) at the position that predicts the token.
 
@@ -20,12 +20,7 @@ def make(clip: float | None = 0.2, trunk: bool = True) -> Objective:
       clip: the larger error counts of the value and the value held within this of the one that the critic had when the
         answers were written, as in PPO; None for no bounds.
       trunk: of a critic that is a head on the policy's trunk: whether its loss moves the trunk too.
-
-    Raises:
-      InputError: clip isn't above 0, or isn't finite.
     """
-    if clip is not None and not 0 < clip < math.inf:
-        raise InputError(f"clip = {clip}: must be above 0, and finite; None has no bounds.")
     return Value(clip, trunk).objective()
 
 

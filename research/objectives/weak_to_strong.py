@@ -7,39 +7,27 @@ is which of them is the better one.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from research import options as option_types
+from research import ranges
 from research.errors import InputError, did_you_mean
 from research.objectives import classify, reward
 from research.objectives.classify import HEADS, Predictions
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective
 from research.ops import class_losses
 from research.ops.class_losses import RunningThresholds, ThresholdSums
+from research.ranges import Count, Decay, Part, Positive, Range, Share
 from research.sources.tokenizers import Tokenizer
 
 _NAMES = {"accuracy": "agreement"}  # labels are the weaker model's: who predicts them agrees, and may be wrong
 OWN_LABELS = ("batch", "running", "argmax", "soft")
 PAIRS = "pairs"
 _OF_FREQUENCIES = {"own_labels": ("batch", "running"), "balance": (True,)}
-
-_UNIT = (lambda x: 0 <= x <= 1, "in [0, 1]")
-_POSITIVE = (lambda x: x > 0, "above 0")
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "label_smoothing": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "log_zero": (lambda x: x < 0, "below 0"),
-    "coefficient": _UNIT,
-    "warmup_steps": (lambda x: x >= 0 and x == int(x), "that is whole, 0 or more"),
-    "rate": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    "alpha": _POSITIVE,
-    "beta": _POSITIVE,
-    "radius": _POSITIVE,
-    "scale": _POSITIVE,
-    "temperature": _POSITIVE,
-}
 
 
 def make(
@@ -145,7 +133,7 @@ class Loss:
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy(Loss):
     name = "cross_entropy"
-    label_smoothing: float = 0.0
+    label_smoothing: Decay = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,41 +149,41 @@ class ForwardKL(Loss):
 @dataclasses.dataclass(frozen=True)
 class ReverseKL(Loss):
     name = "reverse_kl"
-    log_zero: float = class_losses.LOG_ZERO
+    log_zero: Annotated[float, Range(below=0)] = class_losses.LOG_ZERO
 
 
 @dataclasses.dataclass(frozen=True)
 class ReverseCrossEntropy(Loss):
     name = "reverse_cross_entropy"
-    log_zero: float = class_losses.LOG_ZERO
+    log_zero: Annotated[float, Range(below=0)] = class_losses.LOG_ZERO
 
 
 @dataclasses.dataclass(frozen=True)
 class SymmetricCrossEntropy(Loss):
     name = "symmetric_cross_entropy"
-    alpha: float = 0.1
-    beta: float = 1.0
-    log_zero: float = class_losses.LOG_ZERO
+    alpha: Positive = 0.1
+    beta: Positive = 1.0
+    log_zero: Annotated[float, Range(below=0)] = class_losses.LOG_ZERO
 
 
 @dataclasses.dataclass(frozen=True)
 class ProductOfConfidence(Loss):
     name = "product_of_confidence"
-    alpha: float = 1.0
-    beta: float = 1.0
+    alpha: Positive = 1.0
+    beta: Positive = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfidenceWindow(Loss):
     name = "confidence_window"
-    radius: float = 0.15
+    radius: Positive = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveConfidence(Loss):
     name = "adaptive_confidence"
-    scale: float = 1.0
-    temperature: float = 1.0
+    scale: Positive = 1.0
+    temperature: Positive = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +192,9 @@ class AugmentedConfidence(Loss):
     evaluation is at step 0)."""
 
     name = "augmented_confidence"
-    coefficient: float = 0.5
-    warmup_steps: int = 0
-    temperature: float = 1.0
+    coefficient: Share = 0.5
+    warmup_steps: Count = 0
+    temperature: Positive = 1.0
 
     def __call__(self, read: Predictions, context: Context) -> Result:
         coefficient = class_losses.warmup(context.step, self.coefficient, self.warmup_steps)
@@ -220,8 +208,8 @@ class Bootstrap(Loss):
     likely classes. It rises from 0 over `warmup_steps`."""
 
     name = "bootstrap"
-    coefficient: float = 0.05
-    warmup_steps: int = 0
+    coefficient: Share = 0.05
+    warmup_steps: Count = 0
     hard: bool = False
 
     def __call__(self, read: Predictions, context: Context) -> Result:
@@ -248,10 +236,10 @@ class AuxiliaryConfidence(Loss):
     """
 
     name = "auxiliary_confidence"
-    coefficient: float = 0.5
-    warmup_steps: int = 0
+    coefficient: Share = 0.5
+    warmup_steps: Count = 0
     own_labels: str = "batch"
-    rate: float = 0.3
+    rate: Part = 0.3
     balance: bool = False
 
     def __call__(self, read: Predictions, context: Context) -> Result:
@@ -382,16 +370,9 @@ def _check_options(loss: str, options: Mapping[str, Any]) -> None:
         if name not in defaults:
             there = f"It has {', '.join(defaults)}." if defaults else "It has none."
             raise InputError(f"{name} = {value!r}: loss = {loss!r} has no such option. {there}")
-        if name == "own_labels":
-            if value not in OWN_LABELS:
-                raise InputError(f"{name} = {value!r}: no such choice.{did_you_mean(str(value), OWN_LABELS)}")
-        elif isinstance(defaults[name], bool):
-            if not isinstance(value, bool):
-                raise InputError(f"{name} = {value!r}: must be True or False.")
-        else:
-            within, words = _RANGES[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not within(value):
-                raise InputError(f"{name} = {value!r}: must be a number {words}.")
+        if name == "own_labels" and value not in OWN_LABELS:
+            raise InputError(f"{name} = {value!r}: no such choice.{did_you_mean(str(value), OWN_LABELS)}")
+        option_types.convert(ranges.hints(LOSSES[loss])[name], value, name)
     own_labels = options.get("own_labels", defaults.get("own_labels"))
     if "rate" in options and own_labels != "running":
         raise InputError(

@@ -11,10 +11,13 @@ Axes: N comparisons, or answers that are judged alone.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from research.ranges import NotNegative, Positive, Range
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 _MOST_EXPONENT = 80.0  # exp of it is finite in float32
@@ -35,13 +38,13 @@ class Options:
       desirable_weight, undesirable_weight: of the answers with either label.
     """
 
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    gamma: float = 0.0
-    alpha: float = 0.0
-    tau: float = 0.05
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Range(0, below=0.5)] = 0.0
+    gamma: NotNegative = 0.0
+    alpha: NotNegative = 0.0
+    tau: Positive = 0.05
+    desirable_weight: NotNegative = 1.0
+    undesirable_weight: NotNegative = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

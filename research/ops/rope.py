@@ -5,12 +5,15 @@ Axes: B batch, T time, h head dimension, R = rotary_dim / 2 pairs that are turne
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
+from research import ranges
 from research.errors import InputError, did_you_mean
+from research.ranges import Count, NotNegative, Positive, Range
 
 Angles = tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]  # cos and sin
 
@@ -39,19 +42,20 @@ class RopeScaling:
     """
 
     kind: str = "none"
-    factor: float = 1.0
-    original_length: int = 0
-    attention_factor: float = 0.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: Annotated[float, Range(1)] = 1.0
+    original_length: Count = 0
+    attention_factor: NotNegative = 0.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
     truncate: bool = True
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
+    short_factors: tuple[Positive, ...] = ()
+    long_factors: tuple[Positive, ...] = ()
 
     def check(self, rotary_dim: int) -> None:
         """Raises InputError where a value can't work for `rotary_dim` dimensions."""
+        ranges.check(self, "model.rope_scaling")
         if self.kind not in KINDS:
             raise InputError(
                 f"model.rope_scaling.kind = {self.kind!r}: no such choice.{did_you_mean(self.kind, KINDS)}"
@@ -61,8 +65,6 @@ class RopeScaling:
                 f"model.rope_scaling.original_length = {self.original_length}: {self.kind!r} needs the longest "
                 "sequence before stretching, in tokens."
             )
-        if self.factor < 1:
-            raise InputError(f"model.rope_scaling.factor = {self.factor}: must be at least 1.")
         for field in ("short_factors", "long_factors"):
             count = len(getattr(self, field))
             if self.kind == "longrope" and count != rotary_dim // 2:

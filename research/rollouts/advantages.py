@@ -11,7 +11,6 @@ Axes: P prompts, G answers to each, R rewards, B rows, T tokens.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from research import ranges
 from research.errors import InputError, did_you_mean
+from research.ranges import Decay, Positive, Real, Share
 from research.rollouts.kl_penalty import KlPenalty
 
 SCALES = ("group", "batch", "none")
@@ -53,14 +54,15 @@ class AdvantageSpec:
     scale: str = "group"
     whiten: str = "none"
     combine: str = "rewards"
-    clip: tuple[float, float] | None = None
-    epsilon: float = 1e-4
-    decay: float = 0.9
-    gamma: float = 1.0
-    lam: float = 0.95
+    clip: tuple[Real, Real] | None = None
+    epsilon: Positive = 1e-4
+    decay: Decay = 0.9
+    gamma: Share = 1.0
+    lam: Share = 0.95
     kl: KlPenalty = KlPenalty()
 
     def __post_init__(self) -> None:
+        ranges.check(self, "advantage")
         for name, known in (("kind", KINDS), ("scale", SCALES), ("whiten", WHITENINGS), ("combine", COMBINATIONS)):
             value = getattr(self, name)
             if value not in known:
@@ -76,19 +78,11 @@ class AdvantageSpec:
                 f"advantage.{what}: is about the summed reward, and combine = 'advantages' sums none. "
                 "Leave one of them out."
             )
-        if not 0 < self.epsilon < math.inf:
-            raise InputError(f"advantage.epsilon = {self.epsilon}: must be above 0, and finite.")
-        if not 0 <= self.decay < 1:
-            raise InputError(f"advantage.decay = {self.decay}: must be in [0, 1).")
         self._check_tokens()
 
     def _check_tokens(self) -> None:
         """Raises InputError where what is of tokens doesn't go together."""
         critic = self.kind == "critic"
-        for name in ("gamma", "lam"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise InputError(f"advantage.{name} = {value}: must be in [0, 1].")
         if critic and self.scale == "group":
             raise InputError(
                 "advantage.scale = 'group': kind = 'critic' compares tokens with the critic's values, and not with a "

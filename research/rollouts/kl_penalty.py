@@ -1,13 +1,14 @@
 """The KL to a reference as a part of the reward, and the controller of its weight."""
 
 import dataclasses
-import math
 
 import numpy as np
 from jaxtyping import Float
 
+from research import ranges
 from research.errors import InputError, did_you_mean
 from research.ops.policy_losses import kl_estimate
+from research.ranges import NotNegative, Size
 
 ESTIMATORS = ("k1", "k2", "k3")
 _MOST_LOG_RATIO = 20.0  # e^20 is far beyond any use, and squared still finite in float32
@@ -29,22 +30,18 @@ class KlPenalty:
         2.2, whose K is answers / horizon).
     """
 
-    weight: float = 0.0
+    weight: NotNegative = 0.0
     estimator: str = "k1"
-    clip: float = 0.0
-    target: float = 0.0
-    horizon: int = 10_000
+    clip: NotNegative = 0.0
+    target: NotNegative = 0.0
+    horizon: Size = 10_000
 
     def __post_init__(self) -> None:
         where = "advantage.kl"
         if self.estimator not in ESTIMATORS:
             known = did_you_mean(self.estimator, ESTIMATORS)
             raise InputError(f"{where}.estimator = {self.estimator!r}: must be one of {', '.join(ESTIMATORS)}.{known}")
-        for name in ("weight", "clip", "target"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{where}.{name} = {getattr(self, name)}: must be 0 or more, and finite.")
-        if self.horizon < 1:
-            raise InputError(f"{where}.horizon = {self.horizon}: must be 1 or more.")
+        ranges.check(self, where)
 
     def check(self) -> None:
         """Raises InputError where a field has no effect."""

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from research import ranges
 from research.errors import InputError, did_you_mean
 from research.models.sampling import SamplingConfig
+from research.ranges import Count, NotNegative, Part, Positive, Share, Size
 from research.rollouts.advantages import AdvantageSpec
 from research.rollouts.engines import wire
 from research.rollouts.engines.client import check_url
@@ -56,37 +58,30 @@ class RolloutSpec:
         GPU, which has not been tried. A LoRA comes by a folder.
     """
 
-    share: float = 0.0
-    prompts: int = 0
-    answers: int = 8
-    epochs: int = 1
-    filter_rounds: int = 0
+    share: Share = 0.0
+    prompts: Count = 0
+    answers: Size = 8
+    epochs: Size = 1
+    filter_rounds: Count = 0
     truncated: str = "train"
     pairs: bool = False
     ahead: bool = False
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    slots: int = 0
+    max_new_tokens: Size = 64
+    temperature: NotNegative = 1.0
+    top_k: Count = 0
+    top_p: Part = 1.0
+    min_p: Share = 0.0
+    slots: Count = 0
     engine: str = "local"
     servers: tuple[str, ...] = ()
-    in_flight: int = 64
-    answer_seconds: float = 300.0
-    outage_seconds: float = 600.0
-    staleness: int = 0
+    in_flight: Size = 64
+    answer_seconds: Positive = 300.0
+    outage_seconds: Positive = 600.0
+    staleness: Count = 0
     transfer: str = "folder"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise InputError(f"rollout.share = {self.share}: must be in [0, 1].")
-        if self.slots < 0:
-            raise InputError(f"rollout.slots = {self.slots}: must be at least 0, which decodes all rows at once.")
-        least_of = {"prompts": 0, "answers": 1, "epochs": 1, "filter_rounds": 0, "in_flight": 1, "staleness": 0}
-        for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise InputError(f"rollout.{name} = {getattr(self, name)}: must be at least {least}.")
+        ranges.check(self, "rollout")
         if self.truncated not in TRUNCATED:
             known = did_you_mean(self.truncated, TRUNCATED)
             raise InputError(f"rollout.truncated = {self.truncated!r}: must be one of {', '.join(TRUNCATED)}.{known}")
@@ -100,13 +95,6 @@ class RolloutSpec:
             check_url("rollout.servers", url)
             if url.rstrip("/") in [other.rstrip("/") for other in self.servers[:number]]:
                 raise InputError(f"rollout.servers: {url} is there twice. Leave one out.")
-        for name in ("answer_seconds", "outage_seconds"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"rollout.{name} = {getattr(self, name)}: must be above 0.")
-        try:
-            self.sampling(())
-        except InputError as error:
-            raise InputError(str(error).replace("sampling.", "rollout.", 1)) from error
 
     def sampling(self, stop_tokens: tuple[int, ...]) -> SamplingConfig:
         """How the tokens of an answer are chosen."""

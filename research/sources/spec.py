@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import re
-import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from research import ranges
 from research.errors import InputError, did_you_mean
 from research.options import convert
+from research.ranges import Count, Decay, NotNegative, Range, Size
 from research.sources import infilling, mixture, views
 from research.sources.formats import TEMPLATES
 from research.sources.records import FIELDS, FORMATS, Classes
@@ -55,7 +56,7 @@ class DataSection:
     path: str = "builtin:python_docs"
     sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     eval_path: str = ""
-    eval_fraction: float = 0.05
+    eval_fraction: Decay = 0.05
     format: str = "auto"
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     template: str = "auto"
@@ -64,10 +65,10 @@ class DataSection:
     on_bad_record: str = "error"
     on_long: str = "drop"
     labels: tuple[str, ...] = ()
-    num_classes: int = 0
+    num_classes: Count = 0
     prompt: str = "{text}"
-    examples: int = 10_000
-    max_records: int = 0
+    examples: Size = 10_000
+    max_records: Count = 0
     select: str = ""
     annotations: str = ""
     cache_dir: str = ""
@@ -85,7 +86,7 @@ class DataSpec(DataSection):
       in_order: examples lie in rows in the order in which they are read, since a selection is a curriculum.
     """
 
-    seq_len: int = 1024
+    seq_len: Annotated[int, Range(2)] = 1024
     mismatches: bool = False
     keep_records: bool = False
     in_order: bool = False
@@ -106,7 +107,7 @@ class SourceSpec:
     """
 
     path: str
-    weight: float = 0.0
+    weight: NotNegative = 0.0
     eval_path: str = ""
     view: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     format: str = "auto"
@@ -114,8 +115,8 @@ class SourceSpec:
     template: str = "auto"
     on_bad_record: str = "error"
     prompt: str = "{text}"
-    examples: int = 10_000
-    max_records: int = 0
+    examples: Size = 10_000
+    max_records: Count = 0
     select: str = ""
 
 
@@ -188,7 +189,7 @@ def source_specs(data: DataSpec) -> dict[str, SourceSpec]:
     Raises:
       InputError: a field is unknown (the nearest is named) or its value is of another type.
     """
-    hints = typing.get_type_hints(SourceSpec)
+    hints = ranges.hints(SourceSpec)
     specs = {}
     for name, values in sorted(data.sources.items()):
         field = f"data.sources.{name}"
@@ -258,10 +259,6 @@ def check(data: DataSpec) -> None:
         raise InputError(
             f"data.on_long: {data.on_long!r} is not known.{did_you_mean(data.on_long, ('drop', 'truncate'))}"
         )
-    if data.seq_len < 2:
-        raise InputError(f"data.seq_len: {data.seq_len} leaves nothing to predict. Use at least 2.")
-    if not 0 <= data.eval_fraction < 1:
-        raise InputError(f"data.eval_fraction: {data.eval_fraction} is not a part of the data. Use 0 <= fraction < 1.")
     if data.num_classes < len(data.labels) and data.num_classes:
         raise InputError(f"data.num_classes: {data.num_classes} is fewer than data.labels names, {len(data.labels)}.")
     for i, label in enumerate(data.labels):
@@ -283,7 +280,8 @@ def check(data: DataSpec) -> None:
 
 
 def _check_values(where: str, options: DataSpec | SourceSpec) -> None:
-    """Checks the fields that DataSpec and SourceSpec share."""
+    """Checks the fields that DataSpec and SourceSpec share, and all of their numbers."""
+    ranges.check(options, where)
     for name, allowed in _CHOICES.items():
         value = getattr(options, name)
         if value not in allowed:
@@ -293,14 +291,10 @@ def _check_values(where: str, options: DataSpec | SourceSpec) -> None:
             raise InputError(
                 f"{where}.fields: there is no field {name!r} to rename a column to.{did_you_mean(name, FIELDS)}"
             )
-    if options.max_records < 0:
-        raise InputError(f"{where}.max_records: {options.max_records} is not a number of records. Use 0 to read all.")
     if "{text}" not in options.prompt:
         raise InputError(
             f"{where}.prompt: {options.prompt!r} has no {{text}}, which stands for what is to be classified."
         )
-    if options.examples < 1:
-        raise InputError(f"{where}.examples: {options.examples} is not a number of records. Use at least 1.")
 
 
 def _check_sources(data: DataSpec, specs: Mapping[str, SourceSpec]) -> None:

@@ -157,10 +157,10 @@ def test_what_a_cached_teacher_must_have_been_made_with():
     ("options", "message"),
     [
         ({"kind": "kl"}, r"objective\.distill\.kind = 'kl'"),
-        ({"kind": "jsd", "beta": 2.0}, r"objective\.distill\.beta=2\.0"),
-        ({"temperature": 0.0}, r"objective\.distill\.temperature=0\.0"),
+        ({"kind": "jsd", "beta": 2.0}, r"objective\.distill\.beta = 2\.0"),
+        ({"temperature": 0.0}, r"objective\.distill\.temperature = 0\.0"),
         ({"on": "answers"}, r"objective\.distill\.on = 'answers'"),
-        ({"teachers": {"teacher": -1.0}}, "weights must be positive"),
+        ({"teachers": {"teacher": -1.0}}, r"objective\.distill\.teachers\.teacher = -1\.0: must be at least 0"),
         ({"cached": True, "teachers": {"a": 1.0}}, "teachers = {'a': 1.0}: needs live models"),
         ({"teacher_temperature": 2.0}, "teacher_temperature = 2.0: is of kind = 'uld'"),
         ({"teacher_temperature": 0.0, "kind": "uld"}, "teacher_temperature = 0.0: must be above 0"),

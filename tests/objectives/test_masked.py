@@ -341,12 +341,12 @@ def test_the_loss_of_bert():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": 0.0}, "objective.terms.masked.share = 0.0: nothing would be learned"),
+        ({"share": 0.0}, "objective.terms.masked.share = 0.0: must be in (0, 1]"),
         (
             {"mask": 0, "random": 0},
             "objective.terms.masked.mask = 0: with random = 0 every chosen token stays as it is",
         ),
-        ({"share": 15}, "objective.terms.masked.share = 15: is a share"),
+        ({"share": 15}, "objective.terms.masked.share = 15: must be in (0, 1]"),
         ({"mask": 0.8, "random": 0.3}, "objective.terms.masked.random = 0.3: with mask = 0.8"),
         ({"whole_word": "yes"}, "objective.terms.masked.whole_word = 'yes': must be of type bool, and is str."),
         ({"whole_words": True}, "objective.terms.masked.whole_words: no such option. Did you mean 'whole_word'"),

@@ -285,7 +285,7 @@ def test_fields_are_those_that_the_options_need():
         ),
         ({"aggregation": "seq-mean-token-sum-norm"}, r"budget = None.*Set it, to rollout\.max_new_tokens"),
         ({"budget": 10}, "budget = 10.*Leave it out"),
-        ({**BUDGET, "budget": 0}, "budget = 0: must be 1 or more"),
+        ({**BUDGET, "budget": 0}, "budget = 0: must be at least 1"),
         ({"kl": "k1", "kl_coef": 0.1}, "kl = 'k1': as a part of the loss it teaches nothing"),
         ({"kl": "k4", "kl_coef": 0.1}, "kl = 'k4': must be one of"),
         ({"kl": "k2"}, "kl = 'k2': has no effect with kl_coef = 0"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research import objectives
 from research.errors import InputError
 from research.objectives import preference
 from research.objectives.answers import Places
@@ -225,26 +226,26 @@ def test_label_smoothing_is_taken_or_refused(kind):
         ({"kind": "simpo", "alpha": 0.1}, "alpha = 0.1: is of alphapo"),
         ({"kind": "nca", "shift_decay": 0.9}, "shift_decay = 0.9: is of bco"),
         ({"desirable_weight": 2.0}, "desirable_weight = 2.0: is of kto, apo_zero_unpaired"),
-        ({"kind": "cdpo"}, "label_smoothing = 0.0: .*above 0"),
-        ({"kind": "exo"}, "label_smoothing = 0.0: .*above 0"),
-        ({"label_smoothing": 0.5}, "label_smoothing = 0.5: .*below 0.5"),
+        ({"kind": "cdpo"}, "label_smoothing = 0: .*above 0"),
+        ({"kind": "exo"}, "label_smoothing = 0: .*above 0"),
+        ({"label_smoothing": 0.5}, r"label_smoothing = 0.5: must be in \[0, 0.5\)"),
         ({"beta": 0.0}, "beta = 0.0: must be above 0"),
         ({"divergence": "kl"}, "divergence = 'kl'"),
         ({"kind": "sppo", "divergence": "js"}, "divergence = 'js': isn't of kind = 'sppo'"),
         ({"divergence": "js", "divergence_alpha": 0.5}, "divergence_alpha = 0.5: is of divergence = 'alpha'"),
         ({"kind": "ipo_mean", "length_normalized": True}, "length_normalized = True: .*means already"),
         ({"kind": "simpo", "ld_alpha": 0.5}, "ld_alpha = 0.5: isn't of kind = 'simpo'"),
-        ({"ld_alpha": 1.5}, "ld_alpha = 1.5: must be from 0 to 1"),
+        ({"ld_alpha": 1.5}, r"ld_alpha = 1.5: must be in \[0, 1\]"),
         ({"kind": "aot", "wpo": True}, "wpo = True: isn't of kind = 'aot'"),
         ({"kind": "kto", "sft": 1.0}, "sft = 1.0: is about chosen answers"),
-        ({"sft": -1.0}, "sft = -1.0: must be 0 or more"),
+        ({"sft": -1.0}, "sft = -1.0: must be at least 0"),
         ({"kind": "orpo", "cached": True}, "cached = True: kind = 'orpo' has no reference"),
         ({"kind": "kto", "cached": True}, "cached = True: kind = 'kto' asks about answers to other prompts"),
     ],
 )
 def test_an_option_that_would_have_no_effect_is_refused(options, message):
     with pytest.raises(InputError, match=message):
-        preference.make(**options)
+        objectives.load({"terms": {"preference": options}})
 
 
 def metrics_of(**values):

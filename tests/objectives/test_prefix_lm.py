@@ -190,7 +190,7 @@ def test_an_encoder_is_refused_by_what_it_is():
     [
         ({"split": "radnom"}, r"split = 'radnom': .*Did you mean 'random'\?"),
         ({"share": (0.5, 0.2)}, r"share = \(0.5, 0.2\): must be the least and the greatest share"),
-        ({"share": (0.5, 1.2)}, "must be the least"),
+        ({"share": (0.5, 1.2)}, r"share = 1.2: must be in \[0, 1\]"),
         ({"share": 0.5}, "share = 0.5: must be of type list"),
         ({"split": "given", "share": (0.5, 1.0)}, "is of split = 'random'"),
     ],

@@ -191,7 +191,7 @@ def test_what_a_run_says():
     ("options", "words"),
     [
         ({"loss": "bradley_tery"}, "Did you mean 'bradley_terry'"),
-        ({"centering": -1.0}, "objective.terms.r.centering = -1.0: must be 0 or more"),
+        ({"centering": -1.0}, "objective.terms.r.centering = -1.0: must be at least 0"),
         ({"label_smoothing": 0.5}, "must be in \\[0, 0.5\\)"),
         ({"flipped": 0.1, "label_smoothing": 0.1}, "give one of them"),
         ({"share": 0.0}, "must be in \\(0, 1\\]"),

@@ -160,7 +160,7 @@ def test_with_all_kept_rho1_is_sft():
         ({"doremi": 1.0}, "names the sources of data.sources"),
         (
             {"doremi": {"weights": {"a": 1.0, "b": 0.0}}},
-            "weights = {'a': 1.0, 'b': 0.0}: 'b' must have a number above 0",
+            "weights.b = 0.0: must be above 0",
         ),
         ({"doremi": {"weights": {"a": 1.0, "b": 1.0}, "epsilon": 1}}, "epsilon = 1: must be in [0, 1)"),
     ],

@@ -140,11 +140,11 @@ def test_the_controller_steers_to_its_target():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": -1.0}, "weight = -1.0: must be 0 or more"),
+        ({"weight": -1.0}, "weight = -1.0: must be at least 0"),
         ({"weight": 1.0, "estimator": "k4"}, "estimator = 'k4': must be one of"),
         ({"target": 1.0}, "target = 1.0: has no effect with advantage.kl.weight = 0"),
         ({"weight": 1.0, "horizon": 5}, "horizon = 5: is the controller's. Set advantage.kl.target"),
-        ({"weight": 1.0, "target": 1.0, "horizon": 0}, "horizon = 0: must be 1 or more"),
+        ({"weight": 1.0, "target": 1.0, "horizon": 0}, "horizon = 0: must be at least 1"),
     ],
 )
 def test_options_of_the_penalty_are_checked(options, message):

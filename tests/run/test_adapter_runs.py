@@ -213,7 +213,7 @@ def test_what_cannot_be_honoured_is_refused():
         parts_of({"adapter": {**LORA, "rank": 17}})
     with pytest.raises(InputError, match=r"roles.teacher.adapter = .*: must be of type bool"):
         parts_of({"adapter": LORA, "roles": {"teacher": {"init_from": "x", "adapter": LORA}}})
-    with pytest.raises(InputError, match=r"adapter.alpha_pattern\['q'\] = nan: must be a finite number above 0"):
+    with pytest.raises(InputError, match=r"adapter.alpha_pattern.q = nan: must be a finite number"):
         parts_of({"adapter": {**LORA, "alpha_pattern": {"q": float("nan")}}})
     with pytest.raises(InputError, match=r"adapter.d = 0: must not be 0"):
         parts_of({"adapter": {"kind": "vera", "rank": 2, "d": 0.0}})

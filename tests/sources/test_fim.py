@@ -224,10 +224,10 @@ def test_conversations_are_refused(tmp_path, byte):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rate": 1.5}, "view.rate = 1.5: must be a number from 0 to 1"),
+        ({"rate": 1.5}, r"view.rate = 1.5: must be in \[0, 1\]"),
         ({"spm_rate": True}, "view.spm_rate = True: must be of type float, and is bool"),
         ({"split": "charcter"}, "view.split = 'charcter': is not known. Did you mean 'character'?"),
-        ({"draws": 0}, "view.draws = 0: must be a whole number of at least 1"),
+        ({"draws": 0}, "view.draws = 0: must be at least 1"),
         ({"rates": 1}, "view.rates: no such option. Did you mean 'rate'?"),
     ],
 )

@@ -233,7 +233,7 @@ def test_resumed_with_a_view_is_uninterrupted(texts, doubled):
         ({"kind": "truncat", "tokens": 3}, "data.sources.one.view.kind = 'truncat'.*Did you mean 'truncate'?"),
         ({"kind": "truncate", "token": 3}, "data.sources.one.view.token: no such option. Did you mean 'tokens'?"),
         ({"kind": "truncate"}, "data.sources.one.view.tokens: is missing"),
-        ({"kind": "truncate", "tokens": 1}, "data.sources.one.view.tokens = 1: must be a whole number of at least 2"),
+        ({"kind": "truncate", "tokens": 1}, "data.sources.one.view.tokens = 1: must be at least 2"),
         ({"kind": "truncate", "tokens": 9, "keep": "frist"}, "data.sources.one.view.keep = 'frist'.*'first'"),
         ({"kind": "json"}, "json.*has no function make"),
         ({"kind": "truncate", "tokens": True}, "data.sources.one.view.tokens = True: must be of type int, and is bool"),

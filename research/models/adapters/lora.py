@@ -1,7 +1,6 @@
 """LoRA (arXiv:2106.09685): beside a frozen kernel W the product of two narrow matrices, x W + scale (x A) B."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,19 +15,20 @@ from research.models.adapters.targets import Target
 from research.models.adapters.types import Adapter, also_trained
 from research.models.specs import Specs
 from research.params import Initializer, ParamSpec
+from research.ranges import Decay, Positive, Size
 
 INITS = ("default", "gaussian", *starts.KINDS)
 BIASES = ("none", "all", "lora_only")
 
 
 def make(
-    rank: int = 16,
-    alpha: float = 32.0,
-    dropout: float = 0.0,
+    rank: Size = 16,
+    alpha: Positive = 32.0,
+    dropout: Decay = 0.0,
     targets: str = targets_lib.ALL,
     exclude: str = "",
-    rank_pattern: Mapping = {},
-    alpha_pattern: Mapping = {},
+    rank_pattern: Mapping[str, Size] = {},
+    alpha_pattern: Mapping[str, Positive] = {},
     rslora: bool = False,
     dora: bool = False,
     bias: str = "none",
@@ -57,23 +57,11 @@ def make(
     Raises:
       InputError: a value can't be used.
     """
-    if rank < 1:
-        raise InputError(f"rank = {rank}: must be at least 1.")
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout = {dropout}: must be in [0, 1).")
     for option, value, choices in (("init", init, INITS), ("bias", bias, BIASES)):
         if value not in choices:
             raise InputError(f"{option} = {value!r}: no such choice.{did_you_mean(value, choices)}")
     if init == "orthogonal" and (rank % 2 or rank_pattern):
         raise InputError("init = 'orthogonal': wants one even rank for all maps. Change rank and rank_pattern.")
-    for pattern, value in rank_pattern.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"rank_pattern[{pattern!r}] = {value!r}: must be a whole number, at least 1.")
-    if alpha <= 0:
-        raise InputError(f"alpha = {alpha}: must be above 0: A and B are scaled by it.")
-    for pattern, value in alpha_pattern.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise InputError(f"alpha_pattern[{pattern!r}] = {value!r}: must be a finite number above 0.")
     lora = Lora(rank, alpha, dropout, targets, exclude, rank_pattern, alpha_pattern, rslora, dora, init, decay, bias)
     trained = {"adapter.targets": LEAVES} | _trained_biases(bias, targets, exclude) | also_trained(also)
     begin = starts.Begin(init, dora) if dora or init in starts.KINDS else None

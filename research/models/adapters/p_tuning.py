@@ -6,14 +6,14 @@ thrown away after training, so that nothing else can be told by it, and it would
 
 import dataclasses
 
-from research.errors import InputError
 from research.models.adapters import prompt
 from research.models.adapters.types import Adapter, also_trained
 from research.models.specs import Specs
 from research.params import ParamSpec
+from research.ranges import Count, Size
 
 
-def make(tokens: int = 20, hidden: int = 0, decay: bool = False, also: str = "") -> Adapter:
+def make(tokens: Size = 20, hidden: Count = 0, decay: bool = False, also: str = "") -> Adapter:
     """Virtual tokens by an MLP with two hidden layers.
 
     Args:
@@ -25,9 +25,6 @@ def make(tokens: int = 20, hidden: int = 0, decay: bool = False, also: str = "")
     Raises:
       InputError: a value can't be used.
     """
-    prompt.check_tokens(tokens)
-    if hidden < 0:
-        raise InputError(f"hidden = {hidden}: must be at least 0, which is as wide as the model.")
     own = {"adapter.kind": r"prompt/.*"} | also_trained(also)
     return Adapter(Encoder(tokens, hidden, decay).specs, own, virtual_tokens=tokens, merged=prompt.merged(tokens))
 

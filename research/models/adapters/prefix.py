@@ -12,16 +12,17 @@ from research.models.adapters import p_tuning, prompt
 from research.models.adapters.types import Adapter, also_trained
 from research.models.specs import Params, Specs
 from research.params import ParamSpec
+from research.ranges import Count, Size
 
 INITS = ("random", "zero", "text")
 
 
 def make(
-    tokens: int = 20,
+    tokens: Size = 20,
     init: str = "random",
     text: str = "",
     projection: bool = False,
-    hidden: int = 0,
+    hidden: Count = 0,
     decay: bool = False,
     also: str = "",
     tokenizer: Any = None,
@@ -43,14 +44,11 @@ def make(
     Raises:
       InputError: a value can't be used.
     """
-    prompt.check_tokens(tokens)
     ids = prompt.text_ids(init, INITS, text, tokenizer)
     if projection and init != "random":
         raise InputError(f"init = {init!r}: is of keys and values that are trained themselves. Set projection = False.")
     if hidden and not projection:
         raise InputError(f"hidden = {hidden}: is of projection = True. Leave it out.")
-    if hidden < 0:
-        raise InputError(f"hidden = {hidden}: must be at least 0, which is the width of an entry.")
     specs = Projected(tokens, hidden, decay).specs if projection else Entries(tokens, init, decay).specs
     own = {"adapter.kind": rf"prefix_encoder/.*|{_OWN}" if projection else _OWN} | also_trained(also)
     begin = Begin(virtual.cyclic(ids, tokens) if ids else []) if init == "text" else None

@@ -13,12 +13,13 @@ from research.models import added_rows, virtual
 from research.models.adapters.types import Adapter, also_trained
 from research.models.specs import Params, Specs
 from research.params import ParamSpec
+from research.ranges import Size
 
 INITS = ("random", "text", "vocabulary")
 
 
 def make(
-    tokens: int = 20, init: str = "random", text: str = "", decay: bool = False, also: str = "", tokenizer: Any = None
+    tokens: Size = 20, init: str = "random", text: str = "", decay: bool = False, also: str = "", tokenizer: Any = None
 ) -> Adapter:
     """Virtual tokens with embeddings of their own.
 
@@ -34,7 +35,6 @@ def make(
     Raises:
       InputError: a value can't be used.
     """
-    check_tokens(tokens)
     ids = text_ids(init, INITS, text, tokenizer)
     begin = Begin(init, tokens, ids, None if tokenizer is None else tokenizer.size)
     return Adapter(
@@ -44,12 +44,6 @@ def make(
         virtual_tokens=tokens,
         merged=merged(tokens),
     )
-
-
-def check_tokens(tokens: int) -> None:
-    """Raises InputError where there are none."""
-    if tokens < 1:
-        raise InputError(f"tokens = {tokens}: must be at least 1.")
 
 
 def text_ids(init: str, inits: tuple[str, ...], text: str, tokenizer: Any) -> list[int]:

@@ -11,14 +11,15 @@ from research.models.adapters.lora import constant
 from research.models.adapters.types import Adapter, also_trained
 from research.models.specs import Specs
 from research.params import ParamSpec
+from research.ranges import Decay, Real, Size
 
 
 def make(
-    rank: int = 256,
+    rank: Size = 256,
     targets: str = targets_lib.ALL,
     exclude: str = "",
-    d: float = 0.1,
-    dropout: float = 0.0,
+    d: Real = 0.1,
+    dropout: Decay = 0.0,
     also: str = "",
 ) -> Adapter:
     """Vectors beside linear maps.
@@ -33,10 +34,6 @@ def make(
     Raises:
       InputError: a value can't be used.
     """
-    if rank < 1:
-        raise InputError(f"rank = {rank}: must be at least 1.")
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout = {dropout}: must be in [0, 1).")
     if d == 0:
         raise InputError("d = 0: must not be 0: both vectors would begin as 0, and neither would have a gradient.")
     trained = {"adapter.targets": r"(.*/)?vera/(d|out)"} | also_trained(also)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from research import files
-from research.pretrained import readers
+from research.pretrained import safetensors_file
 
 MANIFEST, COMMIT = "manifest.json", "COMMIT"
 _WRITING = ".writing"
@@ -94,7 +94,7 @@ def describe(folder: Path) -> dict[str, dict[str, object]]:
             "digest": digest(np.ascontiguousarray(entry.read()).view(np.uint8)),
         }
         for file in sorted(folder.glob("*.safetensors"))
-        for name, entry in readers.open_file(file).items()
+        for name, entry in safetensors_file.open_file(file).items()
     }
 
 

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 from research import options as option_types
+from research import ranges
 from research.errors import InputError, did_you_mean, own_code
+from research.ranges import Positive, Range, Real
 from research.rollouts.rewards.types import LARGEST, Reward, Sample
 
 __all__ = ["Entry", "Reward", "Sample", "load"]
@@ -40,22 +42,14 @@ class Entry:
 
     name: str
     reward: str
-    weight: float = 1.0
-    seconds: float = 10.0
-    workers: int = 1
+    weight: Real = 1.0
+    seconds: Positive = 10.0
+    workers: Annotated[int, Range(1, 64)] = 1
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field in ("weight", "seconds"):
-            value = getattr(self, field)
-            if not _is_finite(value):
-                raise InputError(f"{self.field(field)} = {value!r:.80}: must be a finite number.")
-        if not isinstance(self.reward, str):
-            raise InputError(f"{self.field('reward')} = {self.reward!r}: is the name of a reward.")
-        if self.seconds <= 0:
-            raise InputError(f"{self.field('seconds')} = {self.seconds}: must be above 0.")
-        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or not 1 <= self.workers <= 64:
-            raise InputError(f"{self.field('workers')} = {self.workers!r}: must be a whole number, from 1 to 64.")
+        for field in ("reward", "weight", "seconds", "workers"):
+            option_types.convert(ranges.hints(Entry)[field], getattr(self, field), self.field(field))
 
     def field(self, name: str) -> str:
         """The config's field for one of the entry's."""

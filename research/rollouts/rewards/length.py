@@ -3,12 +3,13 @@
 import dataclasses
 
 from research.errors import InputError, did_you_mean
+from research.ranges import Count
 from research.rollouts.rewards.types import Reward, Sample
 
 UNITS = ("tokens", "characters", "words")
 
 
-def make(least: int = 0, most: int = 0, over: int = 0, unit: str = "tokens") -> Reward:
+def make(least: Count = 0, most: Count = 0, over: Count = 0, unit: str = "tokens") -> Reward:
     """-min(1, d / over), where an answer is d too short or too long; -1 for any d above 0 where `over` is 0.
 
     With least = most it is how near the answer comes to one length (arXiv:2503.04697, equation 1, bounded). The soft
@@ -24,9 +25,6 @@ def make(least: int = 0, most: int = 0, over: int = 0, unit: str = "tokens") -> 
     """
     if unit not in UNITS:
         raise InputError(f"unit = {unit!r}: no such unit.{did_you_mean(unit, UNITS)}")
-    for name, value in (("least", least), ("most", most), ("over", over)):
-        if value < 0:
-            raise InputError(f"{name} = {value}: must be 0 or more.")
     if not least and not most:
         raise InputError("most = 0: says nothing beside least = 0. Set either.")
     if most and most < least:

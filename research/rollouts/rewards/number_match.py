@@ -2,15 +2,14 @@
 
 import dataclasses
 import decimal
-import math
 
-from research.errors import InputError
+from research.ranges import NotNegative
 from research.rollouts.rewards import texts
 from research.rollouts.rewards.types import Reward, Sample
 from research.sources.verification import last_number
 
 
-def make(tolerance: float = 0.0, within: str = "") -> Reward:
+def make(tolerance: NotNegative = 0.0, within: str = "") -> Reward:
     """Compares the last number of the answer with that of the record's response: "It is 1,234.50." has 1234.5.
 
     Args:
@@ -20,8 +19,6 @@ def make(tolerance: float = 0.0, within: str = "") -> Reward:
     Raises:
       InputError: an option that can't be used.
     """
-    if not 0 <= tolerance < math.inf:
-        raise InputError(f"tolerance = {tolerance}: must be 0 or more, and finite.")
     texts.check_tag("within", within)
     return NumberMatch(tolerance, within)
 

@@ -1,11 +1,12 @@
 """DAPO's soft punishment of answers that are too long (arXiv:2503.14476, equation 13)."""
 
 from research.errors import InputError
+from research.ranges import Size
 from research.rollouts.rewards import length
 from research.rollouts.rewards.types import Reward
 
 
-def make(longest: int, margin: int) -> Reward:
+def make(longest: Size, margin: Size) -> Reward:
     """0 up to longest - margin tokens, from there falling to -1 at `longest`, and -1 beyond.
 
     Args:
@@ -15,6 +16,6 @@ def make(longest: int, margin: int) -> Reward:
     Raises:
       InputError: the margin isn't within the length.
     """
-    if not 0 < margin < longest:
-        raise InputError(f"margin = {margin}: must be above 0, and below longest = {longest}.")
+    if margin >= longest:
+        raise InputError(f"margin = {margin}: must be below longest = {longest}.")
     return length.make(most=longest - margin, over=margin)

@@ -5,17 +5,17 @@ It is read at the answer's last token, as training a reward model does. No proce
 """
 
 import dataclasses
-import math
 
 import numpy as np
 from jaxtyping import Float
 
 from research.errors import InputError, did_you_mean
+from research.ranges import NotNegative
 
 COMBINE = ("mean", "min", "variance")
 
 
-def make(role: str = "reward", combine: str = "mean", penalty: float = 0.0) -> "ModelReward":
+def make(role: str = "reward", combine: str = "mean", penalty: NotNegative = 0.0) -> "ModelReward":
     """Reads a role, of which nothing is trained.
 
     Args:
@@ -29,8 +29,6 @@ def make(role: str = "reward", combine: str = "mean", penalty: float = 0.0) -> "
     """
     if combine not in COMBINE:
         raise InputError(f"combine = {combine!r}: no such way.{did_you_mean(combine, COMBINE)}")
-    if not 0 <= penalty < math.inf:
-        raise InputError(f"penalty = {penalty}: must be 0 or more, and finite.")
     if (combine == "variance") != (penalty > 0):
         raise InputError(f"penalty = {penalty}: goes with combine = 'variance'. Set both, or neither.")
     return ModelReward(role, combine, penalty)

@@ -8,6 +8,7 @@ import tokenizers
 
 from research.errors import InputError
 from research.files import cache_root
+from research.ranges import Size
 from research.sources.cache import cached, code_digest, digest
 from research.sources.tokenizers import tokenizer
 from research.sources.tokenizers.reading import load_pretrained
@@ -32,7 +33,7 @@ class TokenizerSpec:
     """
 
     kind: str = "byte"
-    vocab_size: int = 4096
+    vocab_size: Size = 4096
     eos_token: str = ""
     added_tokens: tuple[str, ...] = ()
 

@@ -10,13 +10,15 @@ Sources: T5 (Raffel et al., arXiv:1910.10683), UL2 (Tay et al., arXiv:2205.05131
 import bisect
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from research import ranges
 from research.errors import InputError, did_you_mean
+from research.options import convert
+from research.ranges import Positive, Range, Size
 from research.sources import corruption
 from research.sources.infilling import make_note
 from research.sources.special_tokens import (
@@ -44,6 +46,10 @@ NUMBERINGS = ("named", "down", "up")
 _SHORTEST = 3  # tokens of the longest text that must fit: then any longer one can be cut into pieces of at least two
 
 
+Density = Annotated[float, Range(above=0, below=1)]  # something is hidden, and something shown
+Span = Annotated[float, Range(1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
     """One way to hide parts of a text.
@@ -58,10 +64,10 @@ class Denoiser:
     """
 
     form: str = "spans"
-    density: float = 0.15
-    mean_span: float = 3.0
+    density: Density = 0.15
+    mean_span: Span = 3.0
     mode: str = ""
-    weight: float = 1.0
+    weight: Positive = 1.0
 
     def spans(self, length: int) -> int:
         """How many spans are hidden in a text of so many tokens."""
@@ -118,12 +124,12 @@ MIXTURES = {
 def make(
     *,
     form: str | None = None,
-    density: float | None = None,
-    mean_span: float | None = None,
+    density: Density | None = None,
+    mean_span: Span | None = None,
     mixture: str | Sequence[Mapping[str, Any]] = "",
     modes: bool | None = None,
     numbering: str = "named",
-    draws: int = 1,
+    draws: Size = 1,
     seq_len: int,
     tokenizer: Tokenizer | None = None,
 ) -> View:
@@ -151,8 +157,6 @@ def make(
         raise InputError(f"numbering = {numbering!r}: is not known.{did_you_mean(str(numbering), NUMBERINGS)}")
     if numbering != "named" and not any(each.sentinels(_SHORTEST) for each in denoisers):
         raise InputError(f"numbering = {numbering!r}: the form {denoisers[0].form!r} has no sentinels. Leave it out.")
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise InputError(f"draws = {draws!r}: must be a whole number of at least 1.")
     lengths = tuple(_longest(each, seq_len, tokenizer) for each in denoisers)
     if tokenizer is None:
         return View(lambda document, rng: [document], ("prefix",))
@@ -230,6 +234,7 @@ def _denoiser(options: Mapping[str, Any], where: str) -> Denoiser:
     for name in options:
         if name not in known:
             raise InputError(f"{where}{name}: no such option.{did_you_mean(name, known)}")
+        convert(ranges.hints(Denoiser)[name], options[name], f"{where}{name}")
     form = options.get("form", "spans")
     if form not in [*FORMS]:
         raise InputError(f"{where}form = {form!r}: is not known.{did_you_mean(str(form), FORMS)}")
@@ -237,22 +242,9 @@ def _denoiser(options: Mapping[str, Any], where: str) -> Denoiser:
         if name in options:
             raise InputError(f"{where}{name} = {options[name]!r}: the form {form!r} has none. Leave it out.")
     result = Denoiser(**{"density": 0.5 if form == "prefix" else 0.15, **options})
-    if not _is_number(result.density) or not 0 < result.density < 1:
-        raise InputError(
-            f"{where}density = {result.density!r}: must be a number between 0 and 1, so that something is hidden and "
-            "something shown."
-        )
-    if not _is_number(result.mean_span) or not 1 <= result.mean_span < math.inf:
-        raise InputError(f"{where}mean_span = {result.mean_span!r}: must be a number of at least 1.")
     if result.mode not in ("", *MODES):
         raise InputError(f"{where}mode = {result.mode!r}: is not known.{did_you_mean(str(result.mode), MODES)}")
-    if not _is_number(result.weight) or not 0 < result.weight < math.inf:
-        raise InputError(f"{where}weight = {result.weight!r}: must be a number greater than 0.")
     return result
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _longest(denoiser: Denoiser, seq_len: int, tokenizer: Tokenizer | None) -> int:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.errors import InputError, did_you_mean
+from research.ranges import Share, Size
 from research.sources import infilling
 from research.sources.special_tokens import FimTokens, fim_names, fim_tokens
 from research.sources.tokenizers import Tokenizer
@@ -27,10 +28,10 @@ _BROKEN = "\ufffd"  # what bytes that are no character decode to
 
 
 def make(
-    rate: float = 0.5,
-    spm_rate: float = 0.5,
+    rate: Share = 0.5,
+    spm_rate: Share = 0.5,
     split: str = "character",
-    draws: int = 1,
+    draws: Size = 1,
     seq_len: int = 1024,
     tokenizer: Tokenizer | None = None,
 ) -> View:
@@ -49,13 +50,8 @@ def make(
     Raises:
       InputError: an option can't be used, or the tokenizer can't be used with it.
     """
-    for name, value in (("rate", rate), ("spm_rate", spm_rate)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise InputError(f"{name} = {value!r}: must be a number from 0 to 1.")
     if split not in SPLITS:
         raise InputError(f"split = {split!r}: is not known.{did_you_mean(str(split), SPLITS)}")
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise InputError(f"draws = {draws!r}: must be a whole number of at least 1.")
     if seq_len < _LEAST_ROW:
         raise InputError(f"data.seq_len = {seq_len} leaves no room for a middle. Set it to {_LEAST_ROW} at least.")
     if tokenizer is None:
