@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from research import files
+from research import files, options, ranges
 from research import params as params_lib
 from research.errors import InputError, located
 from research.models.config import ModelConfig
 from research.ops import quantized
 from research.pretrained import families
-from research.pretrained.readers import Entry, gguf_entries, open_gguf, open_safetensors
+from research.pretrained.gguf_model import gguf_entries, open_gguf
+from research.pretrained.safetensors_file import Entry, open_safetensors
 from research.pretrained.types import PREFIX, Fields, Tensor, letters, places, stored_shape
 
 Params = Any
@@ -132,7 +133,7 @@ def _read_folder_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: holds no config.json. Name a folder that transformers' save_pretrained wrote.")
     values = files.read_json(file, remedy=_REMEDY)
     if method := values.get("quantization_config"):
-        method = method.get("quant_method", method) if isinstance(method, dict) else method
+        method = str(method.get("quant_method", method) if isinstance(method, dict) else method)[:80]
         raise InputError(
             f"{file}: quantization_config: the weights are quantised ({method}), which is read from GGUF alone. "
             "Take a copy of the model that isn't quantised, or a .gguf file."
@@ -144,6 +145,8 @@ def _read_config(values: dict[str, Any], where: str) -> tuple[ModuleType, ModelC
     """The family of a config.json and what it computes. Sets "architectures" where the file has none."""
     family = families.load(values.get("model_type", ""), where)
     architectures = values["architectures"] = values.get("architectures") or [family.ARCHITECTURES[0]]
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise InputError(f"{where}: architectures = {architectures!r:.80}: must be a list of names. Copy it anew.")
     if architectures[0] not in family.ARCHITECTURES:
         raise InputError(
             f"{where}: architectures = {architectures}: of model_type {values['model_type']!r} only "
@@ -151,17 +154,22 @@ def _read_config(values: dict[str, Any], where: str) -> tuple[ModuleType, ModelC
         )
     fields = Fields(values, where)
     prefix = fields.take_flag(PREFIX, False)
-    config = make_config({**family.read(fields), "prefix": prefix}, where)
+    try:
+        read = family.read(fields)
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: its fields can't be understood ({error!r:.200}). Copy it anew.") from error
+    config = make_config({**read, "prefix": prefix}, where)
     fields.finish()
     return family, config
 
 
 def make_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     """A ModelConfig of float32; whole numbers in place of fractions become such."""
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(ModelConfig)}
-    values = {k: float(v) if kinds[k] is float else v for k, v in values.items()}
+    hints = ranges.hints(ModelConfig)
     with located(where):
-        return ModelConfig(**values)
+        return ModelConfig(**{name: options.convert(hints[name], value, name) for name, value in values.items()})
 
 
 def tensor_names(family: ModuleType, c: ModelConfig) -> list[str]:

@@ -6,6 +6,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from research import options, ranges
 from research.errors import InputError
 from research.models.config import ModelConfig
 
@@ -99,9 +100,12 @@ class Fields:
         """The value of a field. Null counts as absent, and absent as `default`, if one is given.
 
         Raises:
-          InputError: the field is absent and there is no default.
+          InputError: the field is absent and there is no default; or it isn't of the default's type, where there is one
+            but None: a whole number is one with a fraction too.
         """
         value = self._left.pop(name, self._all.get(name))
+        if value is not None and default and default[0] is not None:
+            options.convert(type(default[0]), value, f"{self.where}: {name}")
         if value is None:
             if not default:
                 raise InputError(f"{self.where}: lacks the field {name!r}. Copy the file anew from where the model is.")
@@ -119,6 +123,10 @@ class Fields:
             raise InputError(f"{self.where}: {name} = {value!r}: must be true or false.")
         return value
 
+    def take_number(self, name: str) -> float:
+        """The value of a field that has to be there, a finite number."""
+        return options.convert(float, self.take(name), f"{self.where}: {name}")
+
     def take_all(self, table: Mapping[str, str], **defaults: Any) -> dict[str, Any]:
         """Fields of ModelConfig from those of the file that mean the same.
 
@@ -127,14 +135,12 @@ class Fields:
           **defaults: by our name.
 
         Raises:
-          InputError: a field is absent and has no default, or isn't a number of ModelConfig's kind.
+          InputError: a field is absent and has no default, or isn't of ModelConfig's type and range.
         """
-        values = {}
+        values, hints = {}, ranges.hints(ModelConfig)
         for name, ours in table.items():
-            value = values[ours] = self.take(name, *((defaults[ours],) if ours in defaults else ()))
-            kind = float if isinstance(getattr(ModelConfig, ours, 0), float) else int
-            if isinstance(value, bool) or not isinstance(value, int | kind):
-                raise InputError(f"{self.where}: {name} = {value!r}: must be of type {kind.__name__}.")
+            value = self.take(name, *((defaults[ours],) if ours in defaults else ()))
+            values[ours] = options.convert(hints[ours], value, f"{self.where}: {name}")
         return values
 
     def expect(self, name: str, *allowed: Any) -> None:
@@ -144,10 +150,10 @@ class Fields:
           InputError: it has another.
         """
         value = self.take(name, allowed[0])
-        if value not in allowed:
+        if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed):
             raise InputError(
-                f"{self.where}: {name} = {value!r} is not supported, only {' or '.join(map(repr, allowed))}. It would "
-                "change what the model computes."
+                f"{self.where}: {name} = {value!r:.80} is not supported, only {' or '.join(map(repr, allowed))}. "
+                "It would change what the model computes."
             )
 
     def replace(self, name: str, value: Any) -> None:
@@ -157,6 +163,8 @@ class Fields:
     def section(self, name: str) -> "Fields | None":
         """An object within it, or None."""
         value = self.take(name, None)
+        if value is not None and not isinstance(value, Mapping):
+            raise InputError(f"{self.where}: {name} = {value!r:.80}: must be an object. Copy the file anew.")
         return None if value is None else Fields(value, f"{self.where}: {name}")
 
     def finish(self) -> None:

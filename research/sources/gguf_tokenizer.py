@@ -4,6 +4,7 @@ Formats: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What a name 
 (src/llama-vocab.cpp); where the models' own tokenizer.json differs from that (NFC in Qwen's), it is followed.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from research.errors import InputError, did_you_mean
 from research.pretrained.gguf_file import read_header
 
+_LONGEST_TOKEN = 4096
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of tokens
 
 # How text is cut before merges apply: one pattern, or several, one after the other.
@@ -57,22 +59,24 @@ def make(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], str | 
     prefix = "tokenizer.ggml."
     settings = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     elsewhere = "Give the folder of the original model's tokenizer as tokenizer.kind."
+    _check_settings(path, settings, metadata.get("tokenizer.chat_template"))
     kind, pre = settings.get("model"), settings.get("pre")
     tokens = settings.get("tokens")
     if not tokens:
         raise InputError(f"{path}: holds no vocabulary (tokenizer.ggml.tokens). {elsewhere}")
     types = settings.get("token_type") or [_NORMAL] * len(tokens)
     if kind == "gpt2":
-        if pre not in _SPLITS:
+        if str(pre) not in _SPLITS:
             raise InputError(
                 f"{path}: tokenizer.ggml.pre = {pre!r}: how this cuts text isn't known."
                 f"{did_you_mean(str(pre), _SPLITS)} {elsewhere}"
             )
-        backend = _byte_level(settings, pre)
-    elif kind == "llama":
-        backend = _sentencepiece(settings, types)
-    else:
+    elif kind != "llama":
         raise InputError(f"{path}: tokenizer.ggml.model = {kind!r} is neither 'gpt2' nor 'llama'. {elsewhere}")
+    try:
+        backend = _byte_level(settings, pre) if kind == "gpt2" else _sentencepiece(settings, types)
+    except Exception as error:  # the package raises bare Exception
+        raise InputError(f"{path}: its tokenizer can't be made ({error!s:.200}). {elsewhere}") from error
     backend.add_special_tokens([_whole(t, True) for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL])
     backend.add_tokens([_whole(t, False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED])
 
@@ -93,6 +97,33 @@ def make(path: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], str | 
     }
     ends = [settings[name] for name in ("eos_token_id", "eot_token_id") if name in settings]
     return backend, config, metadata.get("tokenizer.chat_template"), ends
+
+
+def _check_settings(path: str | Path, settings: dict[str, Any], template: Any) -> None:
+    """Raises InputError where something isn't of the type, number or size that a vocabulary's is to be."""
+    size = len(settings.get("tokens") or ())
+    for name, kind in (("tokens", str), ("merges", str), ("token_type", int), ("scores", float)):
+        values = settings.get(name, [])
+        ofkind = isinstance(values, list) and all(type(value) is kind for value in values)
+        if not ofkind or (values and name != "merges" and len(values) != size):
+            raise InputError(
+                f"{path}: tokenizer.ggml.{name}: isn't a list of {kind.__name__}, one for each token. Copy it anew."
+            )
+    tokens, merges = settings.get("tokens", []), settings.get("merges", [])
+    if len(set(tokens)) < size or max(map(len, tokens), default=0) > _LONGEST_TOKEN:
+        raise InputError(
+            f"{path}: tokenizer.ggml.tokens: holds a token twice, or one of more than {_LONGEST_TOKEN:,} characters. "
+            "Copy it anew."
+        )
+    if not all(merge.count(" ") == 1 for merge in merges):
+        raise InputError(f"{path}: tokenizer.ggml.merges: one isn't of the form 'LEFT RIGHT'. Copy it anew.")
+    if not all(math.isfinite(score) for score in settings.get("scores", [])):
+        raise InputError(f"{path}: tokenizer.ggml.scores: one isn't finite. Copy it anew.")
+    for name, i in settings.items():
+        if name.endswith("_token_id") and not (type(i) is int and 0 <= i < size):
+            raise InputError(f"{path}: tokenizer.ggml.{name} = {i!r:.40}: there are {size:,} tokens. Copy it anew.")
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{path}: tokenizer.chat_template: is no text. Copy it anew.")
 
 
 def _whole(token: str, special: bool) -> tokenizers.AddedToken:

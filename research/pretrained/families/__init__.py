@@ -31,6 +31,6 @@ def load(model_type: str, where: str) -> ModuleType:
     """
     if model_type not in names():
         raise InputError(
-            f"{where}: model_type = {model_type!r}: no such architecture here.{did_you_mean(model_type, names())}"
+            f"{where}: model_type = {model_type!r:.80}: no such architecture here.{did_you_mean(model_type, names())}"
         )
     return importlib.import_module(f"{__name__}.{model_type}")

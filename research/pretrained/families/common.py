@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from research.errors import InputError
+from research import options
+from research.errors import InputError, located
 from research.models.config import ModelConfig
 from research.ops.rope import RopeScaling
 from research.pretrained.types import Fields, Tensor, windows
@@ -72,8 +73,8 @@ def write_labels(c: ModelConfig) -> dict[str, Any]:
 def read_activation(f: Fields, name: str, *, gated: bool, default: str) -> str:
     """ModelConfig.mlp from the name of an activation."""
     table, value = _GATED if gated else _PLAIN, f.take(name, default)
-    if value not in table:
-        raise InputError(f"{f.where}: {name} = {value!r}: no such activation here. There are {', '.join(table)}.")
+    if not isinstance(value, str) or value not in table:
+        raise InputError(f"{f.where}: {name} = {value!r:.80}: no such activation here. There are {', '.join(table)}.")
     return table[value]
 
 
@@ -117,14 +118,15 @@ def _read_scaling(f: Fields, max_length: int, original: int) -> RopeScaling:
     if kind != "linear":
         values["original_length"] = original or max_length
     if kind == "longrope":
-        values |= {"short_factors": tuple(f.take("short_factor")), "long_factors": tuple(f.take("long_factor"))}
+        values |= {"short_factors": f.take("short_factor", []), "long_factors": f.take("long_factor", [])}
         values["factor"] = f.take("factor", max_length / values["original_length"])
     elif kind in ("linear", "llama3", "yarn"):
-        values["factor"] = f.take("factor")
+        values["factor"] = f.take_number("factor")
     else:
-        raise InputError(f"{f.where}: rope_type = {kind!r} is not supported, only linear, llama3, yarn and longrope.")
+        known = "only linear, llama3, yarn and longrope"
+        raise InputError(f"{f.where}: rope_type = {kind!r:.80} is not supported, {known}.")
     if kind == "llama3":
-        values |= {"low_freq_factor": f.take("low_freq_factor"), "high_freq_factor": f.take("high_freq_factor")}
+        values |= {f"{side}_freq_factor": f.take_number(f"{side}_freq_factor") for side in ("low", "high")}
     if kind == "yarn":
         values |= {"beta_fast": f.take("beta_fast", 32.0), "beta_slow": f.take("beta_slow", 1.0)}
         values["truncate"] = f.take("truncate", True)
@@ -134,12 +136,8 @@ def _read_scaling(f: Fields, max_length: int, original: int) -> RopeScaling:
     if kind in ("yarn", "longrope"):
         values["attention_factor"] = f.take("attention_factor", 0.0)
     f.finish()
-    return RopeScaling(
-        **{
-            k: float(v) if isinstance(v, int) and k != "original_length" and k != "truncate" else v
-            for k, v in values.items()
-        }
-    )
+    with located(f.where):
+        return options.build(RopeScaling, values, "")
 
 
 def write_rope(c: ModelConfig) -> dict[str, Any]:
@@ -167,11 +165,22 @@ def write_rope(c: ModelConfig) -> dict[str, Any]:
 
 def read_windows(f: Fields, num_layers: int) -> tuple[int, ...]:
     """sliding_window of families where all layers have it, or those from max_window_layers on (Qwen)."""
-    types, window = f.take("layer_types", None), f.take("sliding_window", 0)
+    window = f.take("sliding_window", 0)
     used, first = f.take("use_sliding_window", True), f.take("max_window_layers", 0)
     if not window or not used:
+        f.take("layer_types", None)
         return (0,)
-    return windows(types or ["full_attention"] * first + ["sliding_attention"] * (num_layers - first), window)
+    first = min(first, num_layers)
+    types = read_layer_types(f, num_layers, ["full_attention"] * first + ["sliding_attention"] * (num_layers - first))
+    return windows(types, window)
+
+
+def read_layer_types(f: Fields, num_layers: int, default: list[str]) -> list[str]:
+    """The kind of each layer. Raises InputError where the file names them for more or fewer layers."""
+    types = f.take("layer_types", default)
+    if len(types) != num_layers:
+        raise InputError(f"{f.where}: layer_types: has {len(types)} names, and num_hidden_layers = {num_layers}.")
+    return types
 
 
 def decoder_tensors(c: ModelConfig, norms: dict[str, str]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from research import ranges
 from research.models.config import ModelConfig
 from research.pretrained.families import common
 from research.pretrained.types import Fields, Tensor, windows
@@ -17,11 +18,12 @@ NORMS = {
 
 def read(f: Fields) -> dict[str, Any]:
     values = read_gemma(f)
-    types = f.take("layer_types", ["sliding_attention", "full_attention"] * values["num_layers"])
+    n = values["num_layers"]
+    types = common.read_layer_types(f, n, (["sliding_attention", "full_attention"] * n)[:n])
     return {
         **values,
         **common.read_rope(f, values),
-        "sliding_window": windows(types[: values["num_layers"]], f.take("sliding_window", 4096)),
+        "sliding_window": windows(types, f.take("sliding_window", 4096)),
         "attention_softcap": f.take("attn_logit_softcapping", 0.0),
         "logit_softcap": read_logit_softcap(f, values),
     }
@@ -40,7 +42,9 @@ def read_gemma(f: Fields) -> dict[str, Any]:
     f.expect("use_bidirectional_attention", False)
     f.take("hidden_act", None)  # an older name, which transformers doesn't read
     head_dim = values["head_dim"] or values["d_model"] // values["num_heads"]
-    scale = float(f.take("query_pre_attn_scalar", 256)) ** -0.5
+    scaled_by = f.take("query_pre_attn_scalar", 256.0)
+    ranges.Range(above=0).check(scaled_by, f"{f.where}: query_pre_attn_scalar")
+    scale = float(scaled_by) ** -0.5
     return {
         **values,
         "mlp": common.read_activation(f, "hidden_activation", gated=True, default="gelu_pytorch_tanh"),

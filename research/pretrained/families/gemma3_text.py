@@ -3,6 +3,8 @@ with a sliding window."""
 
 from typing import Any
 
+from research import ranges
+from research.errors import InputError
 from research.models.config import ModelConfig
 from research.pretrained.families import common, gemma2
 from research.pretrained.types import Fields, Tensor, windows
@@ -14,10 +16,14 @@ def read(f: Fields) -> dict[str, Any]:
     values = gemma2.read_gemma(f)
     f.expect("attn_logit_softcapping", None)
     pattern = f.take("sliding_window_pattern", f.take("_sliding_window_pattern", 6))
+    ranges.Range(1).check(pattern, f"{f.where}: sliding_window_pattern")
     every = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(values["num_layers"])]
+    types = common.read_layer_types(f, values["num_layers"], every)
     local, ropes = f.take("rope_local_base_freq", 10_000.0), f.section("rope_parameters")
     if ropes is not None:
         sliding = ropes.section("sliding_attention")
+        if sliding is None:
+            raise InputError(f"{ropes.where}: lacks the field 'sliding_attention'. Copy the file anew.")
         local = sliding.take("rope_theta", local)
         sliding.expect("rope_type", "default")
         f.replace("rope_parameters", ropes.take("full_attention"))
@@ -25,7 +31,7 @@ def read(f: Fields) -> dict[str, Any]:
         **values,
         **common.read_rope(f, values, theta=1_000_000.0),
         "local_rope_theta": float(local),
-        "sliding_window": windows(f.take("layer_types", every), f.take("sliding_window", 4096)),
+        "sliding_window": windows(types, f.take("sliding_window", 4096)),
         "qk_norm": "head",
         "logit_softcap": gemma2.read_logit_softcap(f, values),
     }

@@ -15,7 +15,7 @@ import einops
 import numpy as np
 
 from research.models.config import ModelConfig
-from research.pretrained.readers import Entry
+from research.pretrained.safetensors_file import Entry
 
 Parts = dict[str, dict[str, Entry]]  # name of a module -> the end of a tensor's name -> the tensor
 

@@ -1,7 +1,9 @@
 """A folder of PEFT as it lies on the disk, and what to do with one that isn't read."""
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import safetensors
 
 from research import files
 from research.errors import InputError
-from research.pretrained.readers import Entry, open_file
+from research.pretrained.safetensors_file import Entry, open_file
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "understudy_base"  # in the metadata of TENSORS: params.fingerprint of the kernels that an adapter was made for
@@ -61,8 +63,23 @@ def open_folder(name: str | Path) -> Folder:
         raise InputError(f"{where}: lacks {TENSORS}. Save it anew in PEFT, with safe_serialization=True.")
     entries = open_file(where / TENSORS)
     with safetensors.safe_open(where / TENSORS, framework="numpy") as file:
-        base = json.loads((file.metadata() or {}).get(BASE, "{}"))
-    return Folder(where, files.read_json(where / CONFIG), entries, {name: tuple(mark) for name, mark in base.items()})
+        noted = (file.metadata() or {}).get(BASE, "{}")
+    try:
+        base = {name: (float(mark[0]), float(mark[1])) for name, mark in json.loads(noted).items()}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{where / TENSORS}: its metadata {BASE!r} is damaged. Copy it anew.") from error
+    return Folder(where, files.read_json(where / CONFIG), entries, base)
+
+
+@contextlib.contextmanager
+def naming(where: Path) -> Iterator[None]:
+    """What comes of a config or tensors of other types than PEFT writes becomes an InputError that names the folder."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error, RecursionError) as error:
+        raise InputError(f"{where}: can't be understood ({error!r:.200}). Copy it anew.") from error
 
 
 def remedy(kind: str, field: str = "") -> str:

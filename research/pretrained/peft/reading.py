@@ -19,9 +19,9 @@ from research.models.config import ModelConfig
 from research.pretrained.peft import experts as experts_lib
 from research.pretrained.peft import modules as modules_lib
 from research.pretrained.peft.experts import Experts
-from research.pretrained.peft.folder import CONFIG, Folder, remedy
+from research.pretrained.peft.folder import CONFIG, Folder, naming, remedy
 from research.pretrained.peft.modules import Module
-from research.pretrained.readers import Entry
+from research.pretrained.safetensors_file import Entry
 
 Params = Any
 Leaves = dict[str, dict[tuple[int, ...], np.ndarray]]  # name of a parameter -> (layer,) or () -> its values
@@ -134,10 +134,17 @@ def understand(folder: Folder, family: ModuleType, c: ModelConfig) -> Saved:
       InputError: the folder's kind or an option of it isn't offered here, or it is for another model.
     """
     kind = folder.config.get("peft_type")
-    if kind not in _KINDS:
-        reason = _NOT_OFFERED.get(kind, f"only {', '.join(_KINDS)} are read")
-        raise InputError(f"{folder.where / CONFIG}: peft_type = {kind!r}: {reason}. {remedy(str(kind))}")
-    return _KINDS[kind](_Reader(folder, family, c)).saved()
+    if not isinstance(kind, str) or kind not in _KINDS:
+        reason = _NOT_OFFERED.get(str(kind), f"only {', '.join(_KINDS)} are read")
+        raise InputError(f"{folder.where / CONFIG}: peft_type = {kind!r:.80}: {reason}. {remedy(str(kind))}")
+    with naming(folder.where):
+        saved = _KINDS[kind](_Reader(folder, family, c)).saved()
+
+    def leaves() -> Leaves:
+        with naming(folder.where):
+            return saved.leaves()
+
+    return dataclasses.replace(saved, leaves=leaves)
 
 
 def _refuse(reader: "_Reader", field: str, value: Any, reason: str = "isn't offered here") -> InputError:

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from research.errors import InputError, did_you_mean
+from research.errors import InputError, did_you_mean, located
 from research.files import read_json
 from research.sources import gguf_tokenizer
 from research.sources.tokenizers.tokenizer import (
@@ -39,6 +39,7 @@ _KNOWN_EOS = (
 )
 _OTHER_TEMPLATES = "additional_chat_templates"
 _OTHER_FILES = (SPECIAL, ADDED, "tokenizer.model", GENERATION, TEMPLATE)
+_MOST_TOKENS = 2**24
 # What a tokenizer without a tokenizer.json is made of.
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
@@ -61,6 +62,18 @@ def load_pretrained(ref: str | Path, *, eos_token: str = "") -> Tokenizer:
       InputError: there is no tokenizer, it can't be read, or its end-of-text token can't be known.
     """
     path = Path(ref).expanduser()
+    try:
+        return _load(path, eos_token)
+    except (InputError, OSError):
+        raise
+    except Exception as e:  # what a file says is to be of the types and sizes that those who read it take for granted
+        raise InputError(
+            f"tokenizer.kind: the files of the tokenizer in {str(path)!r} don't fit together ({e!r:.200}). Copy them "
+            "anew."
+        ) from e
+
+
+def _load(path: Path, eos_token: str) -> Tokenizer:
     if path.is_file() and path.suffix == ".gguf":
         return _read_gguf(path, eos_token)
     if path.is_dir() and not (path / "tokenizer.json").is_file() and any((path / f).is_file() for f in _SLOW_FILES):
@@ -77,24 +90,50 @@ def _read(path: Path, eos_token: str) -> Tokenizer:
         )
     try:
         backend = tokenizers.Tokenizer.from_str(_read_file(file).decode())
-    except Exception as e:  # the package raises bare Exception
-        raise InputError(f"tokenizer.kind: {str(file)!r} can't be read as a tokenizer.json: {e}") from e
+    except BaseException as e:  # the package raises bare Exception, and its panics aren't even that
+        if not (isinstance(e, Exception) or type(e).__name__ == "PanicException"):
+            raise
+        raise InputError(f"tokenizer.kind: {str(file)!r} can't be read as a tokenizer.json: {e!s:.400}") from e
     config, special, generation = (
         read_json(file.parent / name, {}, name="tokenizer.kind") for name in (CONFIG, SPECIAL, GENERATION)
     )
+    _check_vocabulary(backend, file)
+    for name, values in ((CONFIG, config), (SPECIAL, special)):
+        _check_tokens(values, file.parent / name)
     others = sorted((file.parent / _OTHER_TEMPLATES).glob("*.jinja"))
     if others and "chat_template" not in config and not (file.parent / TEMPLATE).is_file():
         config["chat_template"] = [{"name": each.stem, "template": _read_file(each).decode()} for each in others]
     files = {name: _read_file(file.parent / name) for name in _OTHER_FILES if (file.parent / name).is_file()}
     eos = _find_eos(backend, eos_token, {**special, **config}, str(file))
     ends = generation.get("eos_token_id")
-    ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
-    unknown = [i for i in ends if backend.id_to_token(i) is None]
+    ends = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    unknown = [i for i in ends if type(i) is not int or not 0 <= i < 2**32 or backend.id_to_token(i) is None]
     if unknown:
         raise InputError(
             f"{file.parent / GENERATION}: eos_token_id = {list(ends)}, but the tokenizer has no {unknown[0]}. Mend it."
         )
-    return assemble(backend, eos, _find_bos(backend, {**special, **config}, eos), config or None, files, ends)
+    with located(str(file.parent)):
+        return assemble(backend, eos, _find_bos(backend, {**special, **config}, eos), config or None, files, ends)
+
+
+def _check_vocabulary(backend: tokenizers.Tokenizer, file: Path) -> None:
+    """Raises InputError where there is no token, or the ids leave so many out that tables of them wouldn't fit."""
+    ids = backend.get_vocab().values()
+    if not ids or max(ids) >= _MOST_TOKENS:
+        held = f"ids up to {max(ids):,}, and {_MOST_TOKENS:,} is the most" if ids else "no token"
+        raise InputError(f"tokenizer.kind: {str(file)!r} has {held}. Copy it anew.")
+
+
+def _check_tokens(values: Mapping[str, Any], file: Path) -> None:
+    """Raises InputError where a file names a token by something that is no text, {"content": text} or null."""
+    for name, value in values.items():
+        if name.endswith("_token") and not name.startswith("add_"):
+            text = value.get("content") if isinstance(value, dict) else value
+            if not isinstance(text, str | None):
+                raise InputError(f"{file}: {name} = {value!r:.80}: must be a token's text. Mend it.")
+    template = values.get("chat_template")
+    if not isinstance(template, str | list | None):
+        raise InputError(f"{file}: chat_template = {template!r:.80}: must be text, or a list of them. Mend it.")
 
 
 def _read_file(file: Path) -> bytes:

@@ -1,139 +1,16 @@
-"""Tensors of checkpoint files by name, one at a time: safetensors (sharded or not) and GGUF."""
+"""Models in .gguf files: what of a config.json they say, and their tensors by the names of transformers."""
 
-import functools
-import json
 import math
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from research import files
+from research import options, ranges
 from research.errors import InputError, did_you_mean
 from research.pretrained.gguf_file import Stored, read_header
-
-_DTYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-class Entry(NamedTuple):
-    """A tensor in a file.
-
-    Attributes:
-      shape: its dimensions.
-      dtype: as stored; of a quantised tensor, as `read` gives it.
-      position: (file, byte): to read tensors in the order in which they lie on the disk.
-      read: () -> the array. It maps the file anew, so that its pages are given back with the array.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    position: tuple[str, int]
-    read: Callable[[], np.ndarray]
-
-
-def open_safetensors(folder: Path) -> dict[str, Entry]:
-    """Name -> entry, of all tensors of a folder.
-
-    Raises:
-      InputError: there is no safetensors file, a shard is missing, or a file is cut short or damaged.
-    """
-    index = folder / "model.safetensors.index.json"
-    entries: dict[str, Entry] = {}
-    for file in _shards(index) if index.is_file() else _safetensors_files(folder):
-        of_file = _header(file)
-        if twice := entries.keys() & of_file.keys():
-            raise InputError(
-                f"{folder}: the tensor {min(twice)!r} is in several files, {file.name} among them, and no {index.name} "
-                "says which counts. Remove the files that don't belong to the model."
-            )
-        entries |= of_file
-    return entries
-
-
-def open_file(file: Path) -> dict[str, Entry]:
-    """Name -> entry, of all tensors of a safetensors file.
-
-    Raises:
-      InputError: there is no such file, or it is cut short or damaged.
-    """
-    if not file.is_file():
-        raise InputError(f"{file}: there is no such file. Copy it, as safetensors.")
-    return _header(file)
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names, all of which are there."""
-    names = files.read_json(index, remedy="Copy it anew.").get("weight_map")
-    if not names:
-        raise InputError(f"{index}: lacks the field 'weight_map'. Copy it anew.")
-    shards = [index.parent / name for name in sorted(set(names.values()))]
-    for file in shards:
-        if not file.is_file():
-            lost = sum(name == file.name for name in names.values())
-            raise InputError(f"{file}: this shard, of {lost} tensors, is missing. {index.name} names it: copy it too.")
-    return shards
-
-
-def _safetensors_files(folder: Path) -> list[Path]:
-    """All .safetensors files of a folder that has no index."""
-    shards = sorted(folder.glob("*.safetensors"))
-    if shards:
-        return shards
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    if pickles:
-        raise InputError(
-            f"{folder}: holds its weights as pickle ({pickles[0]}), which can run any code when read, and is refused. "
-            "Take a copy in safetensors, or convert it with transformers' save_pretrained."
-        )
-    raise InputError(f"{folder}: holds no .safetensors file.")
-
-
-def _header(file: Path) -> dict[str, Entry]:
-    """What a file's header says (https://github.com/huggingface/safetensors#format)."""
-    size = file.stat().st_size
-    with open(file, "rb") as f:
-        head = f.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 0 < length <= size - 8:
-            raise InputError(f"{file}: is no safetensors file, or is cut short ({size:,} bytes). Copy it anew.")
-        try:
-            header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            infos = {n: (info["dtype"], tuple(info["shape"]), *info["data_offsets"]) for n, info in header.items()}
-            end = 8 + length + max((end for _, _, _, end in infos.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{file}: its header is damaged ({error!r}). Copy it anew.") from error
-    if size < end:
-        raise InputError(f"{file}: is cut short: {size:,} bytes, and its header speaks of {end:,}. Copy it anew.")
-    entries = {}
-    for name, (kind, shape, first, last) in infos.items():
-        if kind not in _DTYPES:
-            raise InputError(
-                f"{file}: tensor {name!r} is of dtype {kind}, and only {', '.join(_DTYPES)} are read. Take a copy of "
-                "the model that isn't quantised."
-            )
-        dtype, start = _DTYPES[kind], 8 + length + first
-        if last - first != dtype.itemsize * math.prod(shape):
-            raise InputError(f"{file}: tensor {name!r}: its bytes aren't those of {kind} {list(shape)}. Copy it anew.")
-        read = functools.partial(_read_array, file, dtype, start, shape)
-        entries[name] = Entry(shape, dtype, (file.name, start), read)
-    return entries
-
-
-def _read_array(file: Path, dtype: np.dtype, start: int, shape: tuple[int, ...]) -> np.ndarray:
-    if not shape:
-        return np.fromfile(file, dtype, 1, offset=start).reshape(())
-    return np.memmap(file, dtype, "r", start, shape)
-
+from research.pretrained.safetensors_file import Entry
 
 # GGUF's names of architectures -> the model_type of transformers. Their tensors are those of transformers but for
 # names, Llama's order of rows and Gemma's norms.
@@ -169,46 +46,66 @@ def open_gguf(file: Path) -> Gguf:
         raise InputError(
             f"{file}: general.architecture = {arch!r}: no such architecture here.{did_you_mean(arch, _ARCHITECTURES)}"
         )
-    if (parts := header.metadata.get("split.count", 1)) > 1:
+    if (parts := header.metadata.get("split.count", 1)) not in (0, 1):
         raise InputError(f"{file}: is one of {parts} parts. Join them: llama-gguf-split --merge {file.name} WHOLE.gguf")
     if "token_embd.weight" not in stored:
         raise InputError(f"{file}: lacks the tensor 'token_embd.weight': it holds no model. Take the file that does.")
-    last = max(stored, key=lambda name: stored[name].start)
-    needed = stored[last].start + _stored_bytes(file, last, stored[last])
-    if needed > file.stat().st_size:
-        raise InputError(f"{file}: is cut short: {file.stat().st_size:,} bytes of {needed:,}. Copy it anew.")
+    _check_places(file, stored)
     get = _gguf_getter(file, arch, header.metadata)
     if get("expert_count", 0):
         raise InputError(f"{file}: mixtures of experts are read from safetensors, not from GGUF. Take that copy.")
     return Gguf(file, _gguf_config(file, arch, get, stored), arch, stored)
 
 
+def _check_places(file: Path, stored: Mapping[str, Stored]) -> None:
+    """Raises InputError where a tensor lies beyond the end of the file, or in another one."""
+    size, end, before = file.stat().st_size, 0, ""
+    for name in sorted(stored, key=lambda name: stored[name].start):
+        start, needed = stored[name].start, stored[name].start + _stored_bytes(file, name, stored[name])
+        if needed > size:
+            raise InputError(f"{file}: is cut short: {size:,} bytes of {needed:,}. Copy it anew.")
+        if start < end:
+            raise InputError(f"{file}: the tensors {before!r:.80} and {name!r:.80} overlap. Copy it anew.")
+        end, before = needed, name
+
+
 def _gguf_getter(file: Path, arch: str, fields: dict[str, Any]) -> Callable[..., Any]:
-    def get(name: str, *default: Any) -> Any:
-        value = fields.get(f"{arch}.{name}")
+    """(name, default, least of a whole number) -> the value of a field, which is of the default's type, or whole."""
+
+    def get(name: str, *default: Any, least: int = 0) -> Any:
+        value, field = fields.get(f"{arch}.{name}"), f"{file}: {arch}.{name}"
         if value is None and not default:
             raise InputError(f"{file}: lacks the field '{arch}.{name}'. Convert the model anew.")
-        return default[0] if value is None else value
+        if value is None:
+            return default[0]
+        kind = type(default[0]) if default and default[0] is not None else float
+        value = options.convert(kind, value, field)
+        if kind is int:
+            ranges.Range(least).check(value, field)
+        return value
 
     return get
 
 
 def _gguf_config(file: Path, arch: str, get: Callable[..., Any], stored: dict[str, Stored]) -> dict[str, Any]:
-    layers = get("block_count")
+    layers = get("block_count", 0)
+    if not 0 < layers <= len(stored):
+        raise InputError(f"{file}: {arch}.block_count = {layers}: and there are {len(stored)} tensors. Copy it anew.")
+    width, heads = (_size(file, arch, get, name) for name in ("embedding_length", "attention.head_count"))
     config = {
         "model_type": _ARCHITECTURES[arch],
         "vocab_size": stored["token_embd.weight"].shape[0],
         "num_hidden_layers": layers,
-        "hidden_size": get("embedding_length"),
-        "num_attention_heads": get("attention.head_count"),
-        "num_key_value_heads": get("attention.head_count_kv", get("attention.head_count")),
-        "intermediate_size": get("feed_forward_length"),
-        "max_position_embeddings": get("context_length"),
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads, least=1),
+        "intermediate_size": _size(file, arch, get, "feed_forward_length"),
+        "max_position_embeddings": _size(file, arch, get, "context_length"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "rope_theta": get("rope.freq_base", 10_000.0),
         "tie_word_embeddings": "output.weight" not in stored,
     }
-    head_dim = get("attention.key_length", config["hidden_size"] // config["num_attention_heads"])
+    head_dim = get("attention.key_length", width // heads, least=1)
     config["head_dim"] = head_dim
     if arch == "phi3":
         del config["head_dim"]
@@ -223,7 +120,7 @@ def _gguf_config(file: Path, arch: str, get: Callable[..., Any], stored: dict[st
         config["mlp_bias"] = "blk.0.ffn_up.bias" in stored
     if arch in ("gemma2", "gemma3"):
         # llama.cpp holds the scale of Gemma's scores by name of the model's size: head_dim^-0.5 for all but 27B.
-        per_head = config["hidden_size"] // config["num_attention_heads"]
+        per_head = width // heads
         big = layers == {"gemma2": 46, "gemma3": 62}[arch]
         config["query_pre_attn_scalar"] = per_head if big else head_dim
     if arch == "gemma3":
@@ -233,6 +130,13 @@ def _gguf_config(file: Path, arch: str, get: Callable[..., Any], stored: dict[st
         config["attn_logit_softcapping"] = get("attn_logit_softcapping", 50.0)
         config["final_logit_softcapping"] = get("final_logit_softcapping", 30.0)
     return config
+
+
+def _size(file: Path, arch: str, get: Callable[..., Any], name: str) -> int:
+    """A whole number of at least 1 that has to be there."""
+    if (value := get(name, -1, least=1)) < 1:
+        raise InputError(f"{file}: lacks the field '{arch}.{name}'. Convert the model anew.")
+    return value
 
 
 def _gguf_rope(
@@ -280,8 +184,12 @@ def _stored_bytes(file: Path, name: str, stored: Stored) -> int:
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(stored.type)]
     except ValueError as error:
         raise InputError(
-            f"{file}: tensor {name!r} is of type {stored.type}, which the package gguf doesn't know."
+            f"{file}: tensor {name!r:.80} is of type {stored.type}, which the package gguf doesn't know."
         ) from error
+    if stored.shape[-1] % block:
+        raise InputError(
+            f"{file}: tensor {name!r:.80}: rows of {stored.shape[-1]} aren't blocks of {block}. Copy it anew."
+        )
     return math.prod(stored.shape) // block * size
 
 
