@@ -1,34 +1,26 @@
 """A model's own chat template: what it writes around a conversation, and what of that the model is to say.
 
-A template is a Jinja program that came with the model, from whoever made it. It runs in Jinja's sandbox and sees what
+A template is a Jinja program that came with the model, from whoever made it (template_program.py). It sees what
 transformers shows it (https://huggingface.co/docs/transformers/chat_templating), save for the date: `strftime_now` says
 26 July 2024 on every day, so that equal conversations are equal tokens, in training, in its cache and in generation.
 """
 
-import datetime
 import functools
 import itertools
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
 from research.errors import InputError
+from research.sources import template_program
+from research.sources.template_program import ANSWER, ANSWER_END, HERE, SPELLED, SPELLED_END, Exhausted
 
 Message = Mapping[str, Any]  # role, content and what else it has, as transformers hands it to a template
 
 # What a message may have that the model is to hear. Of a tool's answer, `name` and `tool_call_id` repeat its call's.
 HEARD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "name")
 _ROLES = ("system", "user", "assistant")
-# Marks in a rendered text. Unicode keeps these code points for use inside a program; texts are rid of them.
-_SPELLED, _SPELLED_END, _ANSWER, _ANSWER_END, _HERE = map(chr, range(0xFDD0, 0xFDD5))
 _NO_MARKS = dict.fromkeys(range(0xFDD0, 0xFDD5))
-_NOT_ASCII = re.compile(rf"[^\x00-\x7f{_SPELLED}-{_HERE}]")
-_NOW = datetime.datetime(2024, 7, 26)
 
 
 class Unheard(InputError):
@@ -90,7 +82,7 @@ def make_template(
         source,
         variables,
         special=re.compile(specials),
-        spelled=re.compile(f"({_SPELLED}{specials}{_SPELLED_END})"),
+        spelled=re.compile(f"({SPELLED}{specials}{SPELLED_END})"),
         beginning=re.compile(_any_of([token[:1] for token in special])),
         end=re.compile(rf"\s*{_any_of(added)}"),
         marks_answers=re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None,
@@ -119,11 +111,13 @@ def _writes(chat: ChatTemplate, role: str) -> bool | None:
     """Whether the rendering of a conversation, or of its beginning up to `role`, holds what `role` says in it; None
     where the template refuses both."""
     roles = _ROLES if role == "system" else _ROLES[1:]
-    messages = [{"role": each, "content": _HERE if each == role else "?"} for each in roles]
+    messages = [{"role": each, "content": HERE if each == role else "?"} for each in roles]
     written = []
     for part in (messages, messages[: roles.index(role) + 1]):
         try:
-            written.append(_HERE in _render(chat, part, False))
+            written.append(HERE in _render(chat, part, False))
+        except Exhausted:
+            raise
         except InputError:
             continue  # it wants content of another kind, or has no such role
     return any(written) if written else None
@@ -156,7 +150,7 @@ def render_parts(
       InputError: the template refuses the conversation, or fails; or the messages make it write a special token.
     """
     messages, tools = (_with_texts(chat, value, lambda text: text.translate(_NO_MARKS)) for value in (messages, tools))
-    spell = functools.partial(chat.special.sub, rf"{_SPELLED}\g<0>{_SPELLED_END}")
+    spell = functools.partial(chat.special.sub, rf"{SPELLED}\g<0>{SPELLED_END}")
     marked = _with_texts(chat, messages, spell)
     plain, chat = chat._replace(tools=tools), chat._replace(tools=_with_texts(chat, tools, spell))
     text = _render(chat, marked, add_generation_prompt)
@@ -173,17 +167,17 @@ def render_parts(
     else:
         spans = _answers(chat, marked, text, add_generation_prompt)
         for start, end in reversed([span for i, span in spans.items() if i not in unlearned]):
-            text = f"{text[:start]}{_ANSWER}{text[start:end]}{_ANSWER_END}{text[end:]}"
+            text = f"{text[:start]}{ANSWER}{text[start:end]}{ANSWER_END}{text[end:]}"
     parts: list[Part] = []
     supervised = False
-    for stretch in re.split(f"([{_ANSWER}{_ANSWER_END}])", text):
-        if stretch in (_ANSWER, _ANSWER_END):
-            supervised = stretch == _ANSWER
+    for stretch in re.split(f"([{ANSWER}{ANSWER_END}])", text):
+        if stretch in (ANSWER, ANSWER_END):
+            supervised = stretch == ANSWER
             continue
         for piece in chat.spelled.split(stretch):
             is_spelled = chat.spelled.fullmatch(piece) is not None
             # A template that cuts a text up may leave a mark alone: what lies beside it isn't joined either.
-            for bare in [piece[1:-1]] if is_spelled else re.split(f"[{_SPELLED}{_SPELLED_END}]", piece):
+            for bare in [piece[1:-1]] if is_spelled else re.split(f"[{SPELLED}{SPELLED_END}]", piece):
                 if bare:
                     parts.append(Part(bare, is_spelled, supervised))
     return parts
@@ -221,8 +215,8 @@ def _refuse_unheard(chat: ChatTemplate, messages: list[Message], text: str, prom
         if having and not any(_is_heard(chat, message, name) for message in having):
             raise _unheard(name, messages)
     answers = [message for message in messages if message["role"] == "tool" and message.get("content")]
-    marked = [{**message, "content": _HERE} if message in answers else message for message in messages]
-    if answers and _HERE not in (_try_render(chat, marked, prompting) or _HERE):
+    marked = [{**message, "content": HERE} if message in answers else message for message in messages]
+    if answers and HERE not in (_try_render(chat, marked, prompting) or HERE):
         raise _unheard("a message of the role 'tool'", messages)
 
 
@@ -237,6 +231,8 @@ def _is_heard(chat: ChatTemplate, message: Message, name: str) -> bool:
 def _try_render(chat: ChatTemplate, messages: Sequence[Message], prompting: bool) -> str | None:
     try:
         return _render(chat, messages, prompting)
+    except Exhausted:
+        raise
     except InputError:
         return None
 
@@ -252,9 +248,11 @@ def _unheard(name: str, messages: Sequence[Message]) -> Unheard:
 
 def end_of_turn(chat: ChatTemplate) -> str | None:
     """Returns the token that the template writes right after an assistant's last answer, or None."""
-    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _HERE}]
+    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": HERE}]
     try:
-        _, _, tail = _render(chat, asked, False).rpartition(_HERE)
+        _, _, tail = _render(chat, asked, False).rpartition(HERE)
+    except Exhausted:
+        raise
     except InputError:
         return None  # it wants messages of another kind
     closing = chat.end.match(tail)
@@ -271,7 +269,7 @@ def _unmark(chat: ChatTemplate, messages: list[Message], text: str, prompting: b
         hit = any(start < block.end() and block.start() < end for start, end in spans)
         return block[0][1:-1] if hit else block[0]
 
-    return re.sub(f"{_ANSWER}[^{_ANSWER_END}]*{_ANSWER_END}", unmarked, text)
+    return re.sub(f"{ANSWER}[^{ANSWER_END}]*{ANSWER_END}", unmarked, text)
 
 
 def _answers(chat: ChatTemplate, messages: list[Message], text: str, prompting: bool) -> dict[int, tuple[int, int]]:
@@ -284,9 +282,9 @@ def _answers(chat: ChatTemplate, messages: list[Message], text: str, prompting: 
             spans[i] = span
             continue
         # The same with a mark for this one answer: what differs is the answer, however the template trims or cuts it.
-        marked = {"role": "assistant", "content": _HERE}  # in place of all that it says, calls of tools too
+        marked = {"role": "assistant", "content": HERE}  # in place of all that it says, calls of tools too
         other = _render(chat, [*messages[:i], marked, *messages[i + 1 :]], prompting)
-        head, mark, tail = other.partition(_HERE)
+        head, mark, tail = other.partition(HERE)
         start, end = len(head), len(text) - len(tail)
         if not (mark and start <= end and text.startswith(head) and text.endswith(tail)):
             if any(name in message for name in HEARD):
@@ -332,11 +330,11 @@ def _refuse_forgery(chat: ChatTemplate, messages: Sequence[Message], text: str, 
     """
     if not any(map(chat.beginning.search, _texts([messages, chat.tools]))):
         return
-    cut = functools.partial(chat.beginning.sub, rf"\g<0>{_SPELLED}")
+    cut = functools.partial(chat.beginning.sub, rf"\g<0>{SPELLED}")
     broken = _with_texts(chat, messages, cut)
     chat = chat._replace(tools=_with_texts(chat, chat.tools, cut))
     expected = chat.special.findall(_render(chat, broken, prompting))
-    written = chat.special.findall(chat.spelled.sub(_SPELLED, text))
+    written = chat.special.findall(chat.spelled.sub(SPELLED, text))
     if written != expected:
         raise InputError(
             f"the chat template makes special tokens of what {_describe(messages)} says: it writes "
@@ -346,17 +344,22 @@ def _refuse_forgery(chat: ChatTemplate, messages: Sequence[Message], text: str, 
 
 
 def _render(chat: ChatTemplate, messages: Sequence[Message], prompting: bool) -> str:
-    template = _compile(chat.source)
     shown = [
         {**message, "content": [{"type": "text", "text": message["content"]}]}
         if message.get("content") and (message["role"] if message["role"] != "tool" else "user") in chat.parts_of
         else message
         for message in messages
     ]
+    values = {"messages": shown, "tools": chat.tools, "documents": None, "add_generation_prompt": prompting}
     try:
-        return template.render(
-            messages=shown, tools=chat.tools, documents=None, add_generation_prompt=prompting, **chat.variables
-        )
+        return template_program.render(chat.source, {**values, **chat.variables})
+    except Exhausted as e:
+        raise Exhausted(
+            f"the model's chat template {e}, to write {_describe(messages)}. Mend it, or take it out of the folder and "
+            "use another template: 'chat' or 'plain'."
+        ) from e
+    except template_program.InvalidTemplate:
+        raise
     except Exception as e:  # a template is a program, and can fail in any way
         raise InputError(
             f"the model's chat template can't write {_describe(messages)}: {e}. Change the messages (some templates "
@@ -368,46 +371,6 @@ def _describe(messages: Sequence[Message]) -> str:
     roles = ", ".join(message["role"] for message in messages)
     begins = str(messages[0].get("content") or "").translate(_NO_MARKS)[:40] if messages else ""
     return f"the conversation ({roles}) that begins {begins!r}"
-
-
-@functools.lru_cache(maxsize=16)
-def _compile(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = _NOW.strftime
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as e:
-        raise InputError(f"the chat template is no valid Jinja: line {e.lineno}: {e.message}. Mend it.") from e
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %}: writes its body, between marks."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Any) -> str:
-        return f"{_ANSWER}{caller()}{_ANSWER_END}"
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """Jinja's own escapes what HTML would read; marks stay what they are."""
-    text = json.dumps(x, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
-    return _NOT_ASCII.sub(lambda character: json.dumps(character[0])[1:-1], text) if ensure_ascii else text
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:

@@ -1,6 +1,7 @@
 """What an entry of data.path names: found, with an identity that changes with it, and read record by record."""
 
 import gzip
+import itertools
 import json
 import re
 import sys
@@ -8,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from research.errors import InputError, did_you_mean, printable
 from research.sources import folders, grammar, json_limits, preferences, reasoning, stdlib_text, tasks
@@ -16,6 +17,7 @@ from research.sources.cache import code_digest
 from research.sources.records import Raw, kind_of
 
 TXT_DOCUMENT_BYTES = 16 * 1024
+LONGEST_LINE, LARGEST_JSON = 2**27, 2**29  # bytes: of a line; of a file that is read as a whole
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -182,15 +184,34 @@ def _nearest(path: Path) -> str:
     return did_you_mean(path.name, names[:1000]) if names else f" The folder {str(path.parent)!r} holds no data file."
 
 
+def _lines(file: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers, from 1. Raises InputError for one that is longer than a line may be."""
+    for number in itertools.count(1):
+        line = stream.readline(LONGEST_LINE + 1)
+        if len(line) > LONGEST_LINE:
+            raise InputError(
+                f"{file}:{number}: is longer than {LONGEST_LINE // 2**20} MiB. Cut it into several records."
+            )
+        if not line:
+            return
+        yield number, line.removeprefix(_BOM) if number == 1 else line
+
+
+def _check_size(file: Path, remedy: str) -> None:
+    """Raises InputError where a file that is read as a whole is too large for that."""
+    if (size := file.stat().st_size) > LARGEST_JSON:
+        raise InputError(f"{file}: has {size / 2**20:,.0f} MiB, and {LARGEST_JSON // 2**20} is the most. {remedy}")
+
+
 def _read_jsonl(file: Path) -> Iterator[tuple[str, Raw]]:
-    with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.removeprefix(_BOM) if number == 1 else line
+    with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as stream:
+        for number, line in _lines(file, stream):
             if line.strip():
                 yield f"{file}:{number}", line
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Raw]]:
+    _check_size(file, "Write a .jsonl, with one record a line.")
     data = file.read_bytes()
     try:
         records = json.loads(data)
@@ -235,9 +256,8 @@ def _read_txt(file: Path) -> Iterator[tuple[str, Raw]]:
     So a single long file can be shuffled, and split into training and held-out text.
     """
     start, held, size = 1, [], 0
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.removeprefix(_BOM) if number == 1 else line
+    with open(file, "rb") as stream:
+        for number, line in _lines(file, stream):
             held.append(line)
             size += len(line)
             if size >= 2 * TXT_DOCUMENT_BYTES or (size >= TXT_DOCUMENT_BYTES and not line.strip()):
@@ -249,6 +269,7 @@ def _read_txt(file: Path) -> Iterator[tuple[str, Raw]]:
 
 def _read_text(file: Path) -> Iterator[tuple[str, Raw]]:
     """A file that is one document. An empty one, as many __init__.py are, is none."""
+    _check_size(file, "Name it .txt, which is cut into documents, or cut it.")
     text = file.read_bytes().removeprefix(_BOM)
     if text.strip():
         yield str(file), {"text": text}

@@ -23,6 +23,7 @@ import numpy as np
 from research.errors import InputError
 from research.sources.chat import HEARD, Unheard, render_parts
 from research.sources.records import SHOWN, TOOLS, BadRecord, Turn, check, detect_format, speaker
+from research.sources.template_program import Exhausted
 from research.sources.tokenizers import Tokenizer
 
 TEMPLATES = ("auto", "model", "chat", "plain")
@@ -214,6 +215,8 @@ def _render_turns(turns: Sequence[Turn], tokenizer: Tokenizer, prompting: bool) 
         parts = render_parts(tokenizer.chat, messages, prompting, unlearned=shown, tools=tools)
     except Unheard as e:
         raise BadRecord(f"has {e.name}", str(e)) from e
+    except Exhausted:
+        raise
     except InputError as e:
         raise BadRecord("refused by the chat template", str(e)) from e
     try:

@@ -24,6 +24,7 @@ CONFIG, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 # How vocabularies write a space before a word, and what texts are put after to be encoded without one.
 _SPACES, _ANCHORS = ("▁", "Ġ"), ("\n", "(", "a", "0")
+_LONG = 2**22  # characters that are encoded at once
 _OTHER_TOKENS = ("additional_special_tokens", "extra_special_tokens")  # of transformers 4 and 5
 _NEW_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
@@ -82,6 +83,19 @@ class Tokenizer:
             self.backend.encode_special_tokens = True
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of texts. What is very long is encoded in parts: the package takes 100 times its size at once."""
+        if sum(map(len, texts)) <= _LONG:
+            return self._encoded(texts)
+        result = []
+        for text in texts:
+            first, *rest = long_parts(text, _LONG)
+            after = functools.partial(self._encode_after, encode=self._encoded)
+            result.append(self._encoded([first])[0])
+            for part in rest:
+                result[-1] += (after if self._adds_space else self._encoded)([part])[0]
+        return result
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     @functools.cached_property
@@ -239,6 +253,24 @@ class Tokenizer:
     def _fingerprint(self) -> str:
         beside = (self.eos, self.bos, self.chat_template, self.stop, sorted(self.variables.items()))
         return digest((self.backend.to_str(), *beside))
+
+
+def long_parts(text: str, most: int) -> list[str]:
+    """Cuts a text into parts of at most so many characters.
+
+    It is cut where a line begins with a word, so that tokens are those of the whole under tokenizers that keep line
+    breaks and words apart; else before a space, else anywhere.
+    """
+    parts, start = [], 0
+    while len(text) - start > most:
+        window = text[start + most // 2 : start + most + 1]
+        ends = [m.end() for m in re.finditer(r"\S\n(?=\S)", window)] or [
+            m.end() for m in re.finditer(r"\S(?=\s)", window)
+        ]
+        end = start + most // 2 + min(ends[-1], most - most // 2) if ends else start + most
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
 
 
 def assemble(
