@@ -51,6 +51,7 @@ class Window:
         self._of_rewards = notices.Constant(rewards or {})
         self._find_peak, self.peak = find_peak, None
         self.steps: list[Metrics] = []
+        self._skipped, self._made = 0, 0  # updates
         self.start_clock(afresh=True)
 
     @classmethod
@@ -83,7 +84,7 @@ class Window:
         """Takes in one step; writes a line where one is due.
 
         Raises:
-          Diverged: `max_bad_steps` updates in a row were not finite.
+          Diverged: `max_bad_steps` updates in a row were not finite; or this is the last, and all of them were skipped.
         """
         out = jax.device_get(out)
         now = time.perf_counter()
@@ -119,6 +120,13 @@ class Window:
                 )
         if step % self.config.log.every == 0 or step == self.config.steps:
             self._write(step)
+        skipped = bool(values["empty_batch"] or values["nonfinite"])
+        self._skipped, self._made = self._skipped + skipped, self._made + (not skipped)
+        if step == self.config.steps and not self._made:
+            raise Diverged(
+                f"step {step}: all {self._skipped} updates were skipped, so that nothing was learned. Look at what the "
+                "log says of each: a loss that isn't finite, or batches in which no token is supervised."
+            )
 
     def _count(self, batch_hash: int) -> None:
         """Counts a batch that is new to this process."""
