@@ -53,7 +53,7 @@ class InputError(ValueError):
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the nearest of `options`, else the list of what is allowed."""
     options = sorted(options)
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name)[:_LONGEST], options, n=1, cutoff=0.6)
     if near:
         return f" Did you mean {near[0]!r}?"
     return f" Known: {', '.join(options)}."

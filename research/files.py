@@ -40,7 +40,7 @@ def read_json(
     """
     name = f"{name}: {str(path)!r}" if name else f"{path}:"
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique_names)
     except (FileNotFoundError, NotADirectoryError) as error:
         if default is not _REQUIRED:
             return default
@@ -48,10 +48,45 @@ def read_json(
     except OSError as error:
         raise InputError(f"{name} can't be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is no JSON ({error}). {remedy}") from error
+        raise InputError(f"{name} is no JSON ({error!s:.200}). {remedy}") from error
     if not isinstance(value, dict):
         raise InputError(f"{name} is no JSON object, but {str(value)[:40]!r}. {remedy}")
     return value
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object_pairs_hook of json.loads that takes no object with a name twice, of which a reader would take either.
+
+    Raises:
+      ValueError: an object has one.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
+    return values
+
+
+def read_json_lines(path: str | Path, remedy: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (file:line, object) of each line that isn't blank.
+
+    Raises:
+      InputError: the file can't be read, or a line is no JSON object; it ends with `remedy`.
+    """
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line, object_pairs_hook=unique_names)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{path}:{number}: is no JSON ({error!s:.200}). {remedy}") from error
+                if not isinstance(value, dict):
+                    raise InputError(f"{path}:{number}: is no JSON object. {remedy}")
+                yield f"{path}:{number}", value
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}). {remedy}") from error
 
 
 def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:

@@ -24,6 +24,7 @@ from research.cli.flags import (
 )
 from research.cli.values import (
     above_zero,
+    amount,
     mesh,
     names_by_name,
     number,
@@ -54,6 +55,7 @@ __all__ = [
     "Experiment",
     "Flag",
     "above_zero",
+    "amount",
     "console",
     "fail",
     "finish",

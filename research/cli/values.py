@@ -64,6 +64,14 @@ def share(text: str) -> float:
     return value
 
 
+def amount(text: str) -> float:
+    """A share, up to 1, or else a whole number of what there is."""
+    value = above_zero(text)
+    if value > 1 and not value.is_integer():
+        raise ValueError("must be a whole number, or up to 1, where it is a share.")
+    return value
+
+
 def one_of(*options: str) -> Callable[[str], str]:
     """A parser of a choice."""
 

@@ -12,7 +12,7 @@ import jax
 
 from research import config as config_lib
 from research.devices import sharding
-from research.errors import InputError
+from research.errors import InputError, located
 from research.files import fingerprint, read_json
 from research.loading import runs
 from research.loading.run_adapters import RunAdapter
@@ -104,7 +104,8 @@ def _find_run(workdir: str, step: int | None, ema: bool) -> ModelSource:
     if not record.is_file():
         raise InputError(f"{workdir}: lacks config.json, which a run writes beside its checkpoints.")
     about = read_json(record)
-    config = config_lib.parse(about["config"])
+    with located(str(Path(workdir) / "config.json")):
+        config = config_lib.parse(about.get("config", about))
     tokenizer = tokenizers.load_tokenizer(workdir)
     c, rules = config_lib.model_config(config, tokenizer.size), sharding.make_rules(config.rules)
     model = transformer.make_model(c, rules, adapters.load(config.adapter, tokenizer=tokenizer))

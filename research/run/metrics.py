@@ -1,5 +1,6 @@
 """Metrics go to the console, JSON lines, TensorBoard and Weights & Biases."""
 
+import contextlib
 import inspect
 import json
 import math
@@ -194,14 +195,17 @@ def read_metrics(workdir: str) -> list[dict[str, float]]:
     path = os.path.join(workdir, METRICS_FILE)
     if not os.path.exists(path):
         raise InputError(f"{workdir}: there is no {METRICS_FILE} in it. Name the --workdir of a run.")
-    records = [record for _, record in _read_lines(path)]
-    return [{k: float(v) if isinstance(v, str) else v for k, v in record.items()} for record in records]
+    return [{k: _metric(where, k, v) for k, v in record.items()} for where, _, record in _read_lines(path)]
 
 
 def read_samples(workdir: str) -> list[dict[str, Any]]:
     """Returns the sampled texts of a run in order, {"step", "time", "name", "text"} each; [] if none."""
     path = os.path.join(workdir, SAMPLES_FILE)
-    return [record for _, record in _read_lines(path)] if os.path.exists(path) else []
+    found = _read_lines(path) if os.path.exists(path) else []
+    for where, _, record in found:
+        if not all(isinstance(record.get(name), str) for name in ("name", "text")):
+            raise InputError(f"{where}: has no texts 'name' and 'text'. Mend the line, or remove it.")
+    return [record for _, _, record in found]
 
 
 def describe(values: Mapping[str, float]) -> str:
@@ -286,29 +290,40 @@ def _measure_flops(device: jax.Device, size: int = 1024) -> float:
     return 2 * size**3 / statistics.median(seconds) / len(device.client.local_devices())
 
 
-def _read_lines(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """(line, record) of each line; a half-written last line is left out."""
-    pairs = []
-    with open(path, encoding="utf-8", errors="replace") as f:
+def _read_lines(path: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """(file:line, line, record) of each line; a half-written last line is left out."""
+    found = []
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
+            where = f"{path}:{number}"
             try:
                 record = json.loads(line)
-                int(record["step"])
-            except (ValueError, KeyError, TypeError):
-                if not line.endswith("\n"):
+                step = record["step"]
+                if type(step) is not int or not 0 <= step < 2**63:
+                    raise ValueError(f"step = {step!r:.40}: must be a whole number")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                if not line.endswith(b"\n"):
                     break
                 raise InputError(
-                    f"{path}:{number}: {line.strip()[:80]!r} isn't a record with a step. Delete the line."
-                ) from None
-            pairs.append((line.rstrip("\n") + "\n", record))
-    return pairs
+                    f"{where}: isn't a record with a step ({error!s:.200}). Mend the line, or delete it."
+                ) from error
+            found.append((where, line.decode().rstrip("\n") + "\n", record))
+    return found
+
+
+def _metric(where: str, name: str, value: Any) -> float:
+    """A value of a record; nan and inf are written as texts. Raises InputError where it is no number."""
+    if type(value) in (int, float) or value in ("nan", "inf", "-inf"):
+        with contextlib.suppress(OverflowError):
+            return value if type(value) in (int, float) and float(value) == value else float(value)
+    raise InputError(f"{where}: {name} = {value!r:.40}: must be a number. Mend the line, or remove it.")
 
 
 def _reopen(path: str, start_step: int) -> Any:
     """Opens JSON lines to append, without those after `start_step`; a start at 0 redoes step 0 as well."""
     kept: list[str] = []
     if start_step and os.path.exists(path):
-        kept = [line for line, record in _read_lines(path) if record["step"] <= start_step]
+        kept = [line for _, line, record in _read_lines(path) if record["step"] <= start_step]
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         f.writelines(kept)
     os.replace(path + ".tmp", path)

@@ -51,7 +51,7 @@ def run(
       Diverged: too many updates in a row were skipped; a checkpoint is written.
       Unavailable: no server answers (rollout.servers); a checkpoint is written.
     """
-    started, stop = started or time.time(), stop or threading.Event()
+    started = started or time.time()
     if resolve.is_finished(config, workdir):
         return record.stay_finished(config, workdir)
     inputs = resolve.resolve(config, workdir, devices)
@@ -62,7 +62,7 @@ def run(
 
     with jax.set_mesh(inputs.mesh), contextlib.ExitStack() as stack:
         program = assemble.compile_step(parts, stack)
-        experience = experience_of(inputs, parts, stack, make_experience, stop)
+        experience = experience_of(inputs, parts, stack, make_experience)
         saver = stack.enter_context(contextlib.closing(make_checkpointer(config, workdir)))
         state, frozen, place = begin(inputs, parts, experience, saver)
         watch = stack.enter_context(
@@ -85,7 +85,7 @@ def run(
             saver=saver,
             window=Window.of(config, parts, writer, inputs.mesh),
             progress=watch.progress,
-            stop=stack.enter_context(stop_on_signals(stop)),
+            stop=stack.enter_context(stop_on_signals(stop or threading.Event())),
             started=started,
             measure_first=not inputs.resumed or resume.measures_anew(inputs.changes),
         )
@@ -105,12 +105,10 @@ def experience_of(
     parts: assemble.Parts,
     stack: contextlib.ExitStack,
     make: Callable[..., experience_lib.Experience] = experience_lib.make,
-    stop: threading.Event | None = None,
 ) -> experience_lib.Experience:
-    """Where the run's batches come from; `make` is of a run without rewards, `stack` ends what was begun, and at `stop`
-    servers are no longer waited for."""
+    """Where the run's batches come from; `make` is of a run without rewards, and `stack` ends what was begun."""
     if inputs.prompts is not None:
-        return _of_rewards(inputs, parts, stack, stop or threading.Event())
+        return _of_rewards(inputs, parts, stack)
     rollout = parts.rollout and distributed.one_at_a_time(parts.rollout)
     if drawing := checks.drawing_term(inputs.config, inputs.terms):
         experience = make(OnDemand(inputs.source, inputs.put), parts.batch, rollout)
@@ -119,12 +117,12 @@ def experience_of(
 
 
 def _of_rewards(
-    inputs: resolve.Inputs, parts: assemble.Parts, stack: contextlib.ExitStack, stop: threading.Event
+    inputs: resolve.Inputs, parts: assemble.Parts, stack: contextlib.ExitStack
 ) -> experience_lib.Experience:
     """The experience of a run with rewards; `stack` ends its processes and its thread."""
     config = inputs.config
     judge = rollouts.make_judge(config, stack)
-    engine = engines.make_engine(inputs, parts.models["policy"], stop.is_set)
+    engine = engines.make_engine(inputs, parts.models["policy"])
     collector = rollouts.make_collector(config, inputs.prompts, judge, engine)
     virtual, pool = resolve.virtual_ids(config, inputs.data.tokenizer.size), rollouts.make_pool(config, parts, stack)
     return rollouts.make_experience(config, parts, collector, virtual, pool)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from research import files
 from research.errors import InputError, did_you_mean
 from research.sources import json_limits
 
@@ -103,7 +104,7 @@ def parse(raw: Raw) -> dict[str, Any]:
     """Returns the record that `raw` holds. Raises BadRecord where it is not one JSON object in UTF-8."""
     if isinstance(raw, bytes):
         try:
-            raw = json.loads(raw.decode())
+            raw = json.loads(raw.decode(), object_pairs_hook=files.unique_names)
         except UnicodeDecodeError as e:
             raise BadRecord("invalid UTF-8", f"not valid UTF-8 at byte {e.start}. Save the file as UTF-8.") from e
         except json.JSONDecodeError as e:
@@ -112,6 +113,8 @@ def parse(raw: Raw) -> dict[str, Any]:
         except RecursionError as e:
             raise _too_deep() from e
         except ValueError as e:
+            if "twice" in str(e):
+                raise BadRecord("name twice", f"{e}. Leave one out.") from e
             raise BadRecord(
                 "number too long", "holds a number of more than 4,300 digits. Shorten it, or write it in quotes."
             ) from e

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -142,9 +143,9 @@ def read(path: str, field: str) -> Selection:
         content.update(head)
         about = _about(head)
         rows: dict[str, list[tuple[int, int, int]]] = {name: [] for name in about["files"]}
-        for line in file:
+        for number, line in enumerate(file, start=2):
             content.update(line)
-            name, *row = _row(json.loads(line))
+            name, *row = _row(f"{field} = {path}:{number}", line)
             rows[name].append(tuple(row))
     if (count := sum(map(len, rows.values()))) != about["records"]:
         raise InputError(
@@ -177,9 +178,11 @@ def _naming_faults(path: str, field: str) -> Iterator[None]:
     where = f"{field} = {path!r}"
     try:
         yield
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{where}: can't be read ({error.strerror}). Name what understudy select wrote.") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{where}: is no selection. Name what understudy select wrote.") from error
 
 
@@ -189,8 +192,16 @@ def _about(line: bytes) -> dict[str, Any]:
     return about
 
 
-def _row(values: Mapping[str, Any]) -> tuple[str, int, int, int]:
-    return values["file"], int(values["number"]), int(values["digest"], 16), int(values["rank"])
+def _row(where: str, line: bytes) -> tuple[str, int, int, int]:
+    """File, number, digest and rank of a line. Raises InputError, which begins with `where`, where it is none."""
+    try:
+        values = json.loads(line, object_pairs_hook=files.unique_names)
+        whole = all(type(values[name]) is int and 0 <= values[name] < 2**63 for name in ("number", "rank"))
+        if whole and re.fullmatch("[0-9a-f]{16}", values["digest"]):
+            return values["file"], values["number"], int(values["digest"], 16), values["rank"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise InputError(f"{where}: is no row of a selection. Write it anew with understudy select.")
 
 
 def _of_file(rows: Sequence[tuple[int, int, int]]) -> OfFile:

@@ -6,7 +6,6 @@ root of that KL, and where the proxy still rises while the truth falls, it is op
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,7 +93,7 @@ def read_answers(folder: str) -> list[dict[str, Any]]:
     path = Path(folder) / ANSWERS_FILE
     if not path.exists():
         raise InputError(f"{folder}: holds no {ANSWERS_FILE}. Name a folder that studies.answers wrote.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [answer for _, answer in files.read_json_lines(path, "Write the answers anew.")]
 
 
 def scale_of(answers: Sequence[Mapping[str, float]]) -> Scale:

@@ -87,14 +87,14 @@ def read_predictions(path: str) -> Predictions:
       InputError: a line has no such fields, or holds no probabilities.
     """
     gold, answers = [], []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
                 of_pair = "rewards" in record
                 values = np.asarray(record["rewards" if of_pair else "probs"], np.float64)
                 gold.append(0 if of_pair else int(record["gold"]))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(
                     f'{path}:{number}: no {{"gold": class, "probs": [...]}} ({type(error).__name__}: {error}). Label '
                     "records that have their true class with understudy label, or pairs with understudy score --reward."

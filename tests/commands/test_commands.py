@@ -134,6 +134,9 @@ def test_single_dashes_positional_words_and_flags_without_a_value(run):
     for value in ("nan", "inf", "-inf"):
         assert f"--temperature = {value}: must be a finite number.\n" in run("generate", f"--temperature={value}")[2]
     assert "--template = caht: no such choice. Did you mean 'chat'?\n" in run("score", "--template=caht")[2]
+    for flag in ("--tokens=2.5", "--records=1.5"):
+        said = run("select", "--scores=x", "--keep=random", "--output=y", flag)[2]
+        assert f"{flag.replace('=', ' = ')}: must be a whole number, or up to 1, where it is a share.\n" in said
     assert "--verified=perhaps" not in run("filter", "--verified=true")[2]
     assert "--verified = perhaps: must be true or false.\n" in run("filter", "--verified=perhaps")[2]
 
