@@ -52,7 +52,7 @@ def add_steps(kinds, steps):
     kept = window.Window(config, writer, 0.0)
     for step, kind in enumerate(kinds, start=1):
         names = {"empty_batch": kind == "empty", "nonfinite": kind == "nonfinite", "nonfinite_in_a_row": 1}
-        names |= {"tokens": 4, "loss": 1, "grad_norm": 1}
+        names |= {"tokens": 4, "loss": 1, "grad_norm": 1, "batch_hash": step}
         kept.add(step, {name: (np.float32(value), np.float32(1)) for name, value in names.items()})
 
 
