@@ -291,11 +291,6 @@ def check(config: Config, *, num_devices: int) -> None:
             f"seq_len = {config.seq_len} is longer than model.max_length = {model.max_length}. Raise the one or "
             "lower the other."
         )
-    if config.eval.every and config.eval.generate and config.eval.max_new_tokens >= model.max_length:
-        raise InputError(
-            f"eval.max_new_tokens = {config.eval.max_new_tokens}: leaves no room for a prompt in model.max_length = "
-            f"{model.max_length}. Lower the one or raise the other."
-        )
     if adapter := adapters.load(config.adapter):
         _check_ahead(config, adapter, model.max_length)
     spec.check(data_spec(config))

@@ -204,7 +204,7 @@ def read_samples(workdir: str) -> list[dict[str, Any]]:
     found = _read_lines(path) if os.path.exists(path) else []
     for where, _, record in found:
         if not all(isinstance(record.get(name), str) for name in ("name", "text")):
-            raise InputError(f"{where}: has no texts 'name' and 'text'. Mend the line, or remove it.")
+            raise InputError(f"{where}: has no texts 'name' and 'text'. Delete the line.")
     return [record for _, _, record in found]
 
 
@@ -305,7 +305,7 @@ def _read_lines(path: str) -> list[tuple[str, str, dict[str, Any]]]:
                 if not line.endswith(b"\n"):
                     break
                 raise InputError(
-                    f"{where}: isn't a record with a step ({error!s:.200}). Mend the line, or delete it."
+                    f"{where}: isn't a record with a step ({error!s:.200}). Delete the line."
                 ) from error
             found.append((where, line.decode().rstrip("\n") + "\n", record))
     return found
@@ -316,7 +316,7 @@ def _metric(where: str, name: str, value: Any) -> float:
     if type(value) in (int, float) or value in ("nan", "inf", "-inf"):
         with contextlib.suppress(OverflowError):
             return value if type(value) in (int, float) and float(value) == value else float(value)
-    raise InputError(f"{where}: {name} = {value!r:.40}: must be a number. Mend the line, or remove it.")
+    raise InputError(f"{where}: {name} = {value!r:.40}: must be a number. Delete the line.")
 
 
 def _reopen(path: str, start_step: int) -> Any:

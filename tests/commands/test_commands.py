@@ -434,7 +434,7 @@ ODD_OVERRIDES = {
     "--config.data.labels=('a', 'a')": "data.labels = ('a', 'a'): 'a' is there twice",
     "--config.plan.prices={'v9': 1.0}": "plan.prices.v9: no such chip",
     "--config.stall_seconds=-1": "stall_seconds = -1: must be at least 0",
-    "--config.model.norm_eps=-1.0": "model.norm_eps = -1.0: must be 0 or more",
+    "--config.model.norm_eps=-1.0": "model.norm_eps = -1.0: must be at least 0",
     "--config.model.rope_theta=0.0": "model.rope_theta = 0.0: must be above 0",
     "--config.rollout.top_p=2.0": "rollout.top_p = 2.0: must be in (0, 1]",
     "--config.objective={'terms': 3}": "objective.terms = 3: must be a mapping",

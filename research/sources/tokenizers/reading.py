@@ -131,9 +131,6 @@ def _check_tokens(values: Mapping[str, Any], file: Path) -> None:
             text = value.get("content") if isinstance(value, dict) else value
             if not isinstance(text, str | None):
                 raise InputError(f"{file}: {name} = {value!r:.80}: must be a token's text. Mend it.")
-    template = values.get("chat_template")
-    if not isinstance(template, str | list | None):
-        raise InputError(f"{file}: chat_template = {template!r:.80}: must be text, or a list of them. Mend it.")
 
 
 def _read_file(file: Path) -> bytes:
