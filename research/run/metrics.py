@@ -304,9 +304,7 @@ def _read_lines(path: str) -> list[tuple[str, str, dict[str, Any]]]:
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 if not line.endswith(b"\n"):
                     break
-                raise InputError(
-                    f"{where}: isn't a record with a step ({error!s:.200}). Delete the line."
-                ) from error
+                raise InputError(f"{where}: isn't a record with a step ({error!s:.200}). Delete the line.") from error
             found.append((where, line.decode().rstrip("\n") + "\n", record))
     return found
 
