@@ -3,7 +3,7 @@
 GROUPS = {
     "Train": ("train", "sweep", "study"),
     "Data": ("split", "generate", "filter", "label", "annotate", "select"),
-    "Models": ("evaluate", "score", "export"),
+    "Models": ("evaluate", "score", "export", "serve"),
     "Runs and machines": ("report", "plan", "benchmark", "cache"),
 }
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from research.models.generation import (
     BATCHES_AT_ONCE,
     Completion,
     MakeGenerate,
+    Stream,
     generate_batches,
     make_generate,
     make_stream,
@@ -51,12 +52,29 @@ class Responder:
     key: jax.Array
     make: MakeGenerate = make_generate
 
-    def stream(self, prompt: Prompt, turn: int | None = None) -> Iterator[str]:
-        """Yields the answer to one prompt in pieces, as they come; draws differ by turn of a conversation."""
+    def stream(
+        self, prompt: Prompt, turn: int | None = None, temperature: float | None = None
+    ) -> Generator[str, None, bool]:
+        """Yields the answer to one prompt in pieces, as they come; returns whether it was cut off for its length.
+
+        Args:
+          prompt: what is to be answered.
+          turn: of a conversation; draws differ by it.
+          temperature: by default that of `sampling`.
+        """
         key = self.key if turn is None else jax.random.fold_in(self.key, turn)
-        start, params = self._streaming
+        sampling = self.sampling if temperature is None else dataclasses.replace(self.sampling, temperature=temperature)
         (ids,) = self.encode_all([prompt]) if turn is None else [self.encode(prompt)]
-        return stream_text(start(params, ids, key), self.decode, self.stops)
+        start, params = self._start(sampling), self._unstacked
+        text = TextStream(self.decode, self.stops)
+        for chunk in start(params, ids, key):
+            if piece := text.add(chunk):
+                yield piece
+            if text.stopped:
+                return False
+        if piece := text.end():
+            yield piece
+        return text.tokens[-1] not in sampling.stop_tokens
 
     def encode_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of prompts; a line on stderr says how many seem to be rendered already."""
@@ -68,10 +86,21 @@ class Responder:
     def decode(self) -> Decode:
         return self.encode.decode
 
+    def _start(self, sampling: SamplingConfig) -> Stream:
+        """What streams tokens that are drawn so; it compiles once."""
+        if sampling not in self._streams:
+            model = self.loaded.with_adapter().model
+            self._streams[sampling] = make_stream(model, sampling, self.loaded.tokenizer.size)
+        return self._streams[sampling]
+
     @functools.cached_property
-    def _streaming(self) -> tuple[Callable[..., Any], Any]:
+    def _streams(self) -> dict[SamplingConfig, Stream]:
+        return {}
+
+    @functools.cached_property
+    def _unstacked(self) -> Any:
         model, values = self.loaded.with_adapter()[:2]
-        return make_stream(model, self.sampling, self.loaded.tokenizer.size), jax.jit(model.unstack)(values)
+        return jax.jit(model.unstack)(values)
 
     def complete(
         self,
@@ -232,27 +261,38 @@ def cut(completion: Completion, decode: Decode, stops: Sequence[str]) -> tuple[s
     return text[:at], Completion(tokens[:n], logprobs[:n])
 
 
-def stream_text(chunks: Iterable[list[int]], decode: Decode, stops: Sequence[str] = ()) -> Iterator[str]:
-    """Turns tokens into pieces of text as they come; joined, they are what `cut` gives for all of them.
+class TextStream:
+    """Turns tokens into text as they come; the pieces joined are what `cut` gives for all of them.
 
     What may change with the next token is held back: bytes that are no whole character yet, which decode to U+FFFD, and
     what may be the beginning of a stop.
+
+    Attributes:
+      tokens: those that have come, up to the one that completes a stop.
+      stopped: whether a stop has come; nothing follows it.
     """
-    tokens: list[int] = []
-    shown = 0
-    for chunk in chunks:
-        tokens += chunk
-        text = decode(tokens)
-        at = _first_stop(text, stops)
+
+    def __init__(self, decode: Decode, stops: Sequence[str] = ()):
+        self.tokens: list[int] = []
+        self.stopped = False
+        self._decode, self._stops, self._shown = decode, stops, 0
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """What is new in the text with these tokens."""
+        self.tokens += tokens
+        text = self._decode(self.tokens)
+        at = _first_stop(text, self._stops)
         if at is not None:
-            yield text[shown:at]
-            return
+            self.stopped = True
+            return text[self._shown : at]
         text = text.rstrip("\ufffd")
-        held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        if len(text) - held > shown:
-            yield text[shown : len(text) - held]
-            shown = len(text) - held
-    yield decode(tokens)[shown:]
+        held = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        first, self._shown = self._shown, max(self._shown, len(text) - held)
+        return text[first : self._shown]
+
+    def end(self) -> str:
+        """What was held back, after the last token."""
+        return "" if self.stopped else self._decode(self.tokens)[self._shown :]
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> int | None:
