@@ -10,7 +10,7 @@ filter` read. A killed run leaves OUTPUT.partial, and the same command goes on f
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +55,7 @@ COMMAND = cli.Command(
             metavar="FILE",
             parse=cli.path,
         ),
-        Flag("interactive", "hold a conversation", False),
+        Flag("interactive", "hold a conversation; /help says what can be done in one", False),
         Flag(
             "output",
             "write completions, tokens and log-probabilities here as JSON lines",
@@ -125,7 +125,7 @@ def _generate(args: SimpleNamespace) -> None:
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     from research import loading
     from research.devices import compilation
-    from research.evals import completions, conversation, prompts
+    from research.evals import completions, conversation, line_reader, prompts
 
     questions = prompts.read_prompts(args.data) if args.data else [prompts.Prompt(*_asked(args))]
     form = _form(args, [prompts.is_gap(question) for question in questions])
@@ -140,18 +140,19 @@ def _generate(args: SimpleNamespace) -> None:
         {name: getattr(args, name) for name in _SAMPLING},
         max_new_tokens=args.max_new_tokens,
         template=args.template,
-        system=args.system,
+        system=None if args.interactive else args.system,
         stops=args.stop,
         seed=args.seed,
         form=form,
         **_by_servers(args),
     )
 
-    def reply(messages: list[dict[str, str]], turn: int) -> Iterator[str]:
-        return responder.stream(prompts.Prompt("the conversation", {"messages": messages}), turn)
+    def reply(messages: list[Any], turn: int, temperature: float) -> Generator[str, None, bool]:
+        return responder.stream(prompts.Prompt("the conversation", {"messages": messages}), turn, temperature)
 
     if args.interactive:
-        conversation.chat(reply, input)
+        talk = conversation.Talk(system=args.system or "", temperature=args.temperature)
+        conversation.chat(reply, line_reader.make_reader(), talk, responder.sampling.max_new_tokens)
     elif args.output:
         flags = {name: getattr(args, name) for name in _DECIDING} | ({"servers": True} if args.servers else {})
         completions.write_completions(responder, questions, Path(args.output), args.batch_size, flags)

@@ -90,9 +90,13 @@ def is_gap(prompt: Prompt) -> bool:
     return not isinstance(prompt.record, str) and not _WHOLE & prompt.record.keys()
 
 
+class TooLong(InputError):
+    """A prompt has more tokens than there is room for."""
+
+
 def _check_length(prompt: Prompt, ids: list[int], longest: int, room: str) -> None:
     if len(ids) > longest:
-        raise InputError(
+        raise TooLong(
             f"{prompt.where}: is {len(ids)} tokens long, and there is room for {longest} ({room}). Shorten the one, or "
             "lower the other."
         )

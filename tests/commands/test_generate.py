@@ -12,8 +12,7 @@ import table_models
 
 from research import files
 from research.commands import generate
-from research.errors import InputError
-from research.evals import completions, conversation
+from research.evals import completions
 from research.evals import prompts as prompts_lib
 from research.loading import LoadedModel
 from research.models.generation import Completion
@@ -46,13 +45,23 @@ def run(monkeypatch, capsys, tmp_path):
     return command
 
 
+def streamed(chunks, stops):
+    """The pieces in which the text of tokens comes."""
+    text, pieces = completions.TextStream(TOKENIZER.decode, stops), []
+    for chunk in chunks:
+        pieces.append(text.add(chunk))
+        if text.stopped:
+            break
+    return [piece for piece in [*pieces, text.end()] if piece]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
 @pytest.mark.parametrize("stops", [(), ("ends",), ("en", "s h"), ("☕!",), ("nowhere", "e\n")])
 @pytest.mark.parametrize("text", ["It ends 日本 here ☕!\n", "e\u0301 ✓\n\n", "", "🎉🏽"])
 def test_streamed_text_is_the_whole_text(text, stops, size):
     tokens = [*TOKENIZER.encode(text), 0xE2, 0x98]  # the end of the last character doesn't come
     chunks = [tokens[i : i + size] for i in range(0, len(tokens), size)]
-    pieces = list(completions.stream_text(chunks, TOKENIZER.decode, stops))
+    pieces = streamed(chunks, stops)
     whole, completion = completions.cut(Completion(tokens, [-1.0] * len(tokens)), TOKENIZER.decode, stops)
     assert "".join(pieces) == whole
     assert all("\ufffd" not in piece for piece in pieces[:-1])
@@ -63,7 +72,7 @@ def test_streamed_text_is_the_whole_text(text, stops, size):
 
 def test_text_is_not_held_back_without_need():
     chunks = [TOKENIZER.encode(c) for c in ("ab", "c#", "d#", "##", "e")]
-    assert list(completions.stream_text(chunks, TOKENIZER.decode, ["##end"])) == ["ab", "c", "#d", "#", "##e"]
+    assert streamed(chunks, ["##end"]) == ["ab", "c", "#d", "#", "##e"]
 
 
 def test_cut_keeps_the_tokens_up_to_the_stop():
@@ -269,46 +278,6 @@ def test_what_cannot_be_filled_in_is_refused(run, flags, message):
     status, stdout, stderr = run(*flags)
     assert (status, stdout) == (2, "")
     assert message in stderr
-
-
-def test_a_conversation_goes_on(capsys):
-    lines = iter(["hello", "", "/rest", "again", "fail", "more", "/reset", "anew", "/quit", "never read"])
-    seen = []
-
-    def reply(messages, turn):
-        seen.append([message["content"] for message in messages])
-        if messages[-1]["content"] == "fail":
-            raise InputError("the conversation: is too long.")
-        return iter(["an", f"swer {turn}"] if messages[-1]["content"] != "more" else [])
-
-    conversation.chat(reply, lambda: next(lines))
-    first = ["hello", "answer 0", "again", "answer 1"]
-    assert seen == [first[:1], first[:3], [*first, "fail"], [*first, "more"], ["anew"]]
-    out, err = capsys.readouterr()
-    assert out == "answer 0\nanswer 1\n\nanswer 3\n"
-    assert "error: the conversation: is too long. /reset" in err
-    assert "an empty answer" in err
-    assert next(lines) == "never read"
-
-
-def test_ctrl_c_stops_an_answer_and_ctrl_d_the_conversation(capsys):
-    lines, seen = iter(["hello", "again"]), []
-
-    def read():
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    def reply(messages, turn):
-        seen.append(len(messages))
-        yield "half an "
-        if turn == 0:
-            raise KeyboardInterrupt
-
-    conversation.chat(reply, read)
-    assert seen == [1, 3]
-    assert capsys.readouterr().out == "half an \nhalf an \n"
 
 
 def test_interactive_from_the_command_line(run, monkeypatch):
