@@ -3,9 +3,15 @@
 DIR holds config.json, safetensors, tokenizer and chat template; of an adapter adapter_config.json and its parameters,
 which PEFT puts to the model that the run began with. With --merge they are merged into that model, which is written
 whole: sums in float32, rounded once.
+
+With --push it goes to the Hugging Face hub, with a model card (README.md): data, settings, metrics, and the licence of
+the model that the run began with. Of paths on this machine the card has the last part alone. Log in by `hf auth login`,
+or set HF_TOKEN.
 """
 
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +31,23 @@ COMMAND = cli.Command(
         cli.STEP,
         cli.EMA,
         Flag("merge", "of a run with an adapter: write the whole model, its adapter merged", False),
-        Flag("output", "a folder that doesn't exist yet", metavar="DIR", parse=cli.path, required=True),
+        Flag(
+            "output",
+            "a folder that doesn't exist yet",
+            metavar="DIR",
+            parse=cli.path,
+            required=True,
+            unless=("push",),
+        ),
+        Flag("push", "upload it to the Hugging Face hub, as OWNER/MODEL", metavar="NAME"),
+        Flag("private", "where --push makes the repository, it is seen by its owner alone", False, of=("push",)),
+        Flag(
+            "license",
+            "what the card says, such as apache-2.0",
+            shown="that of the model that the run began with",
+            metavar="ID",
+            of=("push",),
+        ),
         Flag(
             "dtype",
             "of all tensors: float32, bfloat16 or float16",
@@ -44,20 +66,47 @@ COMMAND = cli.Command(
     examples=(
         "understudy export --model=runs/sft --output=exported",
         "understudy export --model=runs/lora --merge --output=merged",
+        "understudy export --model=runs/sft --push=me/my-model --private",
     ),
     renamed={"checkpoint": "model"},
 )
 
 
 def main(argv: Sequence[str]) -> int:
-    return COMMAND.run(argv, _export)
+    return COMMAND.run(argv, _run)
+
+
+def _run(args: SimpleNamespace) -> None:
+    if args.output:
+        files.check_output(args.output, folder=True)
+    if not args.push:
+        _export(args)
+        return
+
+    # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
+    from research import loading
+    from research.loading import card
+    from research.pretrained import hub
+
+    origin = card.trace(args.model)
+    if origin.base and not (origin.license or args.license):
+        raise InputError(
+            f"--push = {args.push}: the licence of {origin.base}, which this began with, isn't known: there is no "
+            "README.md with one beside it. Look it up, and give it as --license=ID."
+        )
+    hub.check(args.push)
+    with tempfile.TemporaryDirectory() as folder:
+        args.output = args.output or os.path.join(folder, "model")
+        _export(args)
+        peft = bool(loading.find(args.model).run_adapter) and not args.merge
+        text = card.write(args.model, args.push, origin, license=args.license or "", peft=peft)
+        files.write_text(Path(args.output) / card.FILE, text)
+        print(hub.push(Path(args.output), args.push, private=args.private), file=sys.stderr)
 
 
 def _export(args: SimpleNamespace) -> None:
-    files.check_output(args.output, folder=True)
-
-    # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
-    import jax
+    """Writes the folder."""
+    import jax  # late, as above
 
     from research import loading, params
     from research.devices import sharding

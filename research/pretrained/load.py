@@ -78,7 +78,16 @@ def find(name: str) -> Path:
     import huggingface_hub  # here: it takes 0.2 s, which most models never need
 
     repository, _, revision = name.partition("@")
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.*", "*.tiktoken"]
+    patterns = [
+        "README.md",
+        "*.json",
+        "*.safetensors",
+        "tokenizer.model",
+        "*.jinja",
+        "merges.txt",
+        "vocab.*",
+        "*.tiktoken",
+    ]
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # offline, unknown, gated, interrupted: each of its own class
