@@ -64,8 +64,8 @@ class Responder:
         """
         key = self.key if turn is None else jax.random.fold_in(self.key, turn)
         sampling = self.sampling if temperature is None else dataclasses.replace(self.sampling, temperature=temperature)
-        (ids,) = self.encode_all([prompt]) if turn is None else [self.encode(prompt)]
         start, params = self._start(sampling), self._unstacked
+        (ids,) = self.encode_all([prompt]) if turn is None else [self.encode(prompt)]
         text = TextStream(self.decode, self.stops)
         for chunk in start(params, ids, key):
             if piece := text.add(chunk):
