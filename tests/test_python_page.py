@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_the_pieces_run_one_after_the_other(folder, capsys):
     names = {}
     for piece in PIECES:
