@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import IO, Any, BinaryIO, TypeVar
 from research.errors import InputError
 
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of a file that is too big to read for a fingerprint
+_MOST_JSON = 2**28  # bytes of a file that says what something is
 _BELOW = 256  # bytes of the names of files below a folder, such as those of a checkpoint's arrays
 _D = TypeVar("_D")
 _REQUIRED: Any = object()
@@ -40,6 +42,11 @@ def read_json(
     """
     name = f"{name}: {str(path)!r}" if name else f"{path}:"
     try:
+        status = os.stat(path)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # to open a pipe would wait for ever
+            raise InputError(f"{name} is no file, but a device or a pipe. {remedy}")
+        if status.st_size > _MOST_JSON:
+            raise InputError(f"{name} has {status.st_size:,} bytes, and {_MOST_JSON:,} is the most. {remedy}")
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique_names)
     except (FileNotFoundError, NotADirectoryError) as error:
         if default is not _REQUIRED:
@@ -47,6 +54,8 @@ def read_json(
         raise InputError(f"{name} can't be read ({error.strerror}).") from error
     except OSError as error:
         raise InputError(f"{name} can't be read ({error.strerror}).") from error
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is no JSON ({error!s:.200}). {remedy}") from error
     if not isinstance(value, dict):

@@ -18,6 +18,9 @@ _CAPTION = """<p>Faint: as logged. Line: moving mean, where a curve is noisy. A 
 plot.</p>"""
 
 
+_LONGEST_NAME = 100  # characters of a picture's
+
+
 def write_report(workdirs: Sequence[str], out: str | None = None) -> str:
     """Writes the plots and the page; returns the page's path.
 
@@ -41,7 +44,7 @@ def write_report(workdirs: Sequence[str], out: str | None = None) -> str:
     out = out or os.path.join(workdirs[0], "report")
     os.makedirs(out, exist_ok=True)
     for title, png in pictures.items():
-        files.write_bytes(os.path.join(out, re.sub(r"[^\w.-]", "_", title) + ".png"), png["light"])
+        files.write_bytes(os.path.join(out, re.sub(r"[^\w.-]", "_", title)[:_LONGEST_NAME] + ".png"), png["light"])
     path = os.path.join(out, "report.html")
     files.write_text(path, page)
     return path

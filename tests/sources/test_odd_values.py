@@ -1,6 +1,7 @@
 """Odd values in records and in what commands wrote: errors with file and line, and nothing raw on a terminal."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -24,6 +25,17 @@ def test_a_line_that_is_no_object_is_named(tmp_path, line):
     (tmp_path / "x.json").write_bytes(line)
     with pytest.raises(InputError, match=r"x\.json: is no JSON"):
         files.read_json(tmp_path / "x.json")
+
+
+def test_what_is_no_file_or_too_large_is_not_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(InputError, match=r"pipe\.json: is no file, but a device or a pipe"):
+        files.read_json(tmp_path / "pipe.json", {})
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    monkeypatch.setattr(files, "_MOST_JSON", 7)
+    with pytest.raises(InputError, match=r"x\.json: has 8 bytes, and 7 is the most"):
+        files.read_json(tmp_path / "x.json", {})
+    assert files.read_json(tmp_path / "none.json", {}) == {}
 
 
 def test_a_name_twice_is_said():

@@ -39,7 +39,7 @@ _KNOWN_EOS = (
 )
 _OTHER_TEMPLATES = "additional_chat_templates"
 _OTHER_FILES = (SPECIAL, ADDED, "tokenizer.model", GENERATION, TEMPLATE)
-_MOST_TOKENS = 2**24
+_MOST_TOKENS, _MOST_BYTES = 2**24, 2**30
 # What a tokenizer without a tokenizer.json is made of.
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
@@ -134,7 +134,9 @@ def _check_tokens(values: Mapping[str, Any], file: Path) -> None:
 
 
 def _read_file(file: Path) -> bytes:
-    """The content without a byte-order mark."""
+    """The content without a byte-order mark. Raises InputError where it is larger than any tokenizer's."""
+    if (size := file.stat().st_size) > _MOST_BYTES:
+        raise InputError(f"tokenizer.kind: {str(file)!r} has {size:,} bytes, and {_MOST_BYTES:,} is the most.")
     return file.read_bytes().removeprefix(codecs.BOM_UTF8)
 
 
