@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soft_prompts
 
 from research import params
 from research.models import transformer
@@ -146,3 +147,20 @@ def test_rows_are_drawn_by_settings_of_their_own():
             of = {int(k): float(np.exp(v)) for k, v in zip(chances.ids[first], chances.likeliest[first], strict=True)}
             np.testing.assert_allclose([of[k] for k in range(5)], want, atol=1e-5)
             np.testing.assert_allclose(np.exp(chances.chosen[first]), want[int(tokens[first])], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spec", [{"kind": "prompt", "tokens": 3}, {"kind": "prefix", "tokens": 3}], ids=lambda spec: spec["kind"]
+)
+def test_what_an_adapter_puts_before_documents_stands_before_prompts(spec):
+    """Virtual tokens, and prefixes, of requests that share rows, and in a larger room."""
+    config, base = soft_prompts.llama()
+    model, values = soft_prompts.with_adapter(config, base, **spec)
+    size = config.vocab_size
+    rows = Rows(model, values, size, STOP, count=2, longest=model.max_length)
+    generate = make_generate(model, SamplingConfig(6, stop_tokens=STOP), size)
+    asks = [Ask(tuple(range(4, 4 + n)), 6) for n in (3, 9, 1, 20)]
+    for ask, (tokens, _) in zip(asks, finish(rows, asks), strict=True):
+        out = generate(values, *pad_prompts([ask.prompt]), jax.random.key(0))
+        assert [token.id for token in tokens] == out.tokens[0, : int(out.lengths[0])].tolist()
