@@ -20,7 +20,8 @@ def derived(signals: Signals) -> dict[str, float]:
       loss_fall: how much lower the loss is at the end, as a share of its start; loss_drop: in its own unit.
       loss_noise: standard deviation of the last losses, over their mean.
       loss_of_ce: the loss over the cross-entropy that is computed again, from the logits.
-      offset_gap_K: how far the loss is from the cross-entropy of the tokens K places on, as a share of that.
+      offset_gap_K: how far the loss is from the cross-entropy of the tokens K places on, as a share of that,
+        or in nats below 1.
       train_mode_gap: how much higher the loss of a batch is in training than in evaluation, as a share.
       base_of_uniform: cross-entropy of the parameters as they began, over the logarithm of the vocabulary.
       loss_of_base: the last losses over the cross-entropy of the parameters as they began.
@@ -109,5 +110,5 @@ def _less(a: float | None, b: float | None) -> float | None:
 
 
 def _away(a: float | None, b: float | None) -> float | None:
-    """How far a is from b, as a share of b."""
-    return abs(a / b - 1) if a is not None and b else None
+    """How far a is from b, as a share of b; in its own unit where b is less than 1."""
+    return None if a is None or b is None else abs(a - b) / max(abs(b), 1.0)

@@ -4,6 +4,7 @@ import jax
 
 from research.diagnosis import series
 from research.diagnosis.probes import (
+    checkpoint,
     data,
     layers,
     loss,
@@ -20,15 +21,23 @@ from research.diagnosis.probes import (
 from research.diagnosis.subject import Subject
 from research.diagnosis.types import Evidence
 
-PROBES = (setup, data, order, tokens, pairs, loss, perturb, positions, layers, parameters, teachers, optimizer)
+# Of what a run doesn't change, and of what it does.
+STILL = (data, order, pairs, checkpoint)
+MOVING = (setup, tokens, loss, perturb, positions, layers, parameters, teachers, optimizer)
+PROBES = (*STILL, *MOVING)
 
 
-def measure(subject: Subject) -> Evidence:
-    """What all probes and the run's metrics say of a subject."""
-    signals: dict[str, float] = {}
-    rows: dict[str, tuple[str, ...]] = {}
+def measure(subject: Subject, before: Evidence | None = None) -> Evidence:
+    """What all probes and the run's metrics say of a subject.
+
+    Args:
+      subject: to measure.
+      before: what was measured of the same run earlier, where that is known: what no step changes isn't measured again.
+    """
+    signals = {} if before is None else dict(before.signals)
+    rows = {} if before is None else dict(before.rows)
     with jax.set_mesh(subject.mesh):
-        for probe in PROBES:
+        for probe in PROBES if before is None else MOVING:
             measured = probe.measure(subject)
             signals |= measured.signals
             rows |= measured.rows

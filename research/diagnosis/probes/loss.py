@@ -53,7 +53,8 @@ def measure(subject: Subject) -> Measured:
     }
     for i, offset in enumerate(OFFSETS):
         if offset != 1:
-            signals[f"probe/offset_{offset}"] = _mean([r.offsets[..., i] for r in own], weights)
+            there = [_at(subject, batch, offset) for batch in batches]
+            signals[f"probe/offset_{offset}"] = _mean([r.offsets[..., i] for r in own], there)
     return Measured(_known(signals))
 
 
@@ -73,10 +74,21 @@ def few_rows(subject: Subject, batch: Batch) -> Batch:
 
 def supervised(subject: Subject, batch: Batch) -> jax.Array:
     """[B, T], 1 at positions that predict a token that a term counts."""
+    mask = jnp.where(batch["loss_mask"] > 0, 1.0, 0.0) if _is_masked(subject) else None
+    return next_token_targets(batch, mask)[1]
+
+
+def _is_masked(subject: Subject) -> bool:
+    """Whether `loss_mask` says what is predicted: no term reads plain text alone."""
     fields = {field for term in subject.terms.values() for field in term.objective.fields}
-    masked = fields & {"loss_mask", "pair", "advantage"}
-    _, weights = next_token_targets(batch, jnp.isfinite(batch["loss_mask"]) * batch["loss_mask"] if masked else None)
-    return jnp.where(weights > 0, 1.0, 0.0)
+    return bool(fields & {"loss_mask", "pair", "advantage"})
+
+
+def _at(subject: Subject, batch: Batch, offset: int) -> np.ndarray:
+    """[B, T], whether the token so many places on is one that a term counts."""
+    name = "loss_mask" if _is_masked(subject) else "segment_ids"
+    counted = np.nan_to_num(np.asarray(jax.device_get(batch[name]), np.float64)) > 0
+    return np.roll(counted, -offset, axis=1)
 
 
 def _weights(subject: Subject, batch: Batch) -> np.ndarray:

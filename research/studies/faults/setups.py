@@ -19,10 +19,10 @@ LONGEST = 12  # tokens of an answer
 # What runs begin with: the file that it learns from, the objective, and how many steps.
 STARTS: dict[str, tuple[str, str, int]] = {
     "text": ("before", "next_token", 400),
-    "tasks": ("known", "sft", 500),
-    "weak": ("known", "sft", 40),
-    "teacher": ("tasks", "sft", 900),
-    "pairs": ("pairs", "sft", 300),
+    "tasks": ("known", "sft", 250),
+    "weak": ("known", "sft", 30),
+    "teacher": ("tasks", "sft", 300),
+    "pairs": ("pairs", "sft", 150),
 }
 Values = dict[str, Any]
 

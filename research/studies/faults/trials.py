@@ -152,7 +152,7 @@ def run(each: Trial, shared: dict[str, tuple[Parts, Programs]]) -> dict[str, Any
     subject = make_subject(each, shared)
     before = probes.measure(subject)
     after, records = trial.train(subject, setups.STEPS)
-    measured = probes.measure(after)
+    measured = probes.measure(after, before)
     return {
         "key": each.key,
         "title": each.title,
