@@ -1,7 +1,8 @@
 """Shows what lies in the cache: tokens, trained tokenizers and compiled programs; or removes what is no longer used.
 
 Nothing in it is needed: what is gone is made anew by the next run that wants it. Each entry is named by all that
-decides it, so that data or code that changed leave their old entries behind, until --prune removes them.
+decides it, so that data or code that changed leave their old entries behind, until --prune removes them. Runs check
+what they read of it against its digests, block by block; --verify reads all of it, and removes what is damaged.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ COMMAND = cli.Command(
             cli.path,
         ),
         Flag("kind", "only these: tokens, tokenizers, xla (compiled programs)", _KINDS, "all", "KIND,...", _kinds),
+        Flag("verify", "read all tokens and tokenizers, and remove what is damaged", False),
         Flag("prune", "remove what nobody used for --days", False),
         Flag(
             "days",
@@ -53,7 +55,7 @@ COMMAND = cli.Command(
             of=("prune",),
         ),
     ),
-    examples=("understudy cache --kind=tokens", "understudy cache --prune --days=7"),
+    examples=("understudy cache --kind=tokens", "understudy cache --prune --days=7", "understudy cache --verify"),
 )
 
 
@@ -66,17 +68,21 @@ def _cache(args: SimpleNamespace) -> None:
 
     root = files.cache_root(args.cache_dir)
     entries = cache_entries.read_entries(root, args.kind)
+    faults = {entry.paths: entry.fault for entry in entries} if args.verify else {}
     removed = cache_entries.unused(entries, args.days) if args.prune else []
+    removed += [entry for entry in entries if faults.get(entry.paths) and entry not in removed]
     for entry in removed:
         entry.remove()
-    for entry in removed if args.prune else entries:
-        first = entry.paths[0].relative_to(root)
-        print(f"{_megabytes(entry.size)}  {entry.days:6.1f} days  {first}  {printable(entry.about)}".rstrip())
+    changing = args.prune or args.verify
+    for entry in removed if changing else entries:
+        first, fault = entry.paths[0].relative_to(root), faults.get(entry.paths)
+        about = f"damaged: {fault}" if fault else entry.about
+        print(f"{_megabytes(entry.size)}  {entry.days:6.1f} days  {first}  {printable(about)}".rstrip())
     for kind in args.kind:
         sizes = [entry.size for entry in entries if entry.kind == kind]
         gone = [entry.size for entry in removed if entry.kind == kind]
         line = f"{_megabytes(sum(sizes))}  {kind}: {len(sizes):,} entries"
-        print(f"{line}, {len(gone):,} removed ({sum(gone) / 1e6:,.1f} MB)" if args.prune else line)
+        print(f"{line}, {len(gone):,} removed ({sum(gone) / 1e6:,.1f} MB)" if changing else line)
     print(f"{_megabytes(sum(entry.size for entry in entries))}  {root}")
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tqdm
 
-from research import files, params
+from research import digests, files, params
 from research.devices import sharding
 from research.errors import InputError
 from research.models.transformer import Model
@@ -153,7 +153,7 @@ class Teacher:
 
     def _write(self, job: Job) -> Iterator[int]:
         """Fills a store's files from where they are. Yields how many more tokens are done."""
-        pieces, progress = job.pieces, files.read_json(job.folder / PROGRESS)
+        pieces, progress = job.pieces, annotations.read_sealed(job.folder / PROGRESS)
         if progress["done"]:
             yield progress["done"]
         for first, stop in _groups(pieces.segments[:, 1], max(_GROUP_TOKENS, self.rows * self.seq_len)):
@@ -170,6 +170,8 @@ class Teacher:
                     files.sync(file)
             _mark(job.folder, int(high), int(stop))
             yield int(high - low)
+        if "files" not in annotations.read_sealed(job.folder / PROGRESS):
+            _mark(job.folder, len(pieces.at), len(pieces.segments), digests.of_folder(job.folder, [PROGRESS]))
 
     def _annotate(self, job: Job, segments: np.ndarray, at: np.ndarray) -> dict[str, np.ndarray]:
         """What it says at the tokens `at`, by file, from segments packed into rows."""
@@ -228,8 +230,8 @@ def _check_room(output: Path, jobs: Sequence[Job], k: int, vocab_size: int) -> N
 
 def _begin(output: Path, meta: Mapping[str, Any], jobs: Sequence[Job]) -> None:
     """Creates the files at their full size; or checks that those that are there were begun with the same arguments."""
-    before = files.read_json(output / META, None)
-    if before is not None:
+    before = annotations.read_sealed(output / META, {})
+    if before:
         files.check_identity(output, _flat(before), _flat(meta))
         return
     folders = {job.folder.name for job in jobs}
@@ -243,12 +245,12 @@ def _begin(output: Path, meta: Mapping[str, Any], jobs: Sequence[Job]) -> None:
             _reserve(job.folder / f"{name}.bin", size)
         _mark(job.folder, 0, 0)
     output.mkdir(parents=True, exist_ok=True)
-    files.write_json(output / META, meta, indent=1)
+    files.write_json(output / META, digests.seal(meta), indent=1)
 
 
 def _flat(meta: Mapping[str, Any]) -> dict[str, Any]:
     """What annotations are made with, that of their data in the same row as the rest."""
-    rest = {name: value for name, value in meta.items() if name != "settings"}
+    rest = {name: value for name, value in meta.items() if name not in ("settings", digests.SEAL)}
     return json.loads(json.dumps({**rest, **meta["settings"]}))
 
 
@@ -287,6 +289,7 @@ def _batches(
         yield address, np.flatnonzero(batch["segment_ids"]), batch
 
 
-def _mark(folder: Path, done: int, segments: int) -> None:
-    """Notes how many tokens are written, and of how many segments."""
-    files.write_json(folder / PROGRESS, {"done": done, "segments": segments}, indent=1)
+def _mark(folder: Path, done: int, segments: int, entries: Mapping[str, Any] | None = None) -> None:
+    """Notes how many tokens are written, and of how many segments; once all are, with the digests of the files."""
+    noted = {"done": done, "segments": segments} | ({} if entries is None else {"files": entries})
+    files.write_json(folder / PROGRESS, digests.seal(noted), indent=1)

@@ -8,13 +8,14 @@ A folder of annotations has one folder per store, and `meta.json`, which says wh
   log_probs.bin   [N, K] float32
   rest.bin        [N] float32: the log of the mass of all other tokens
   log_prob.bin    [N] float32: in their place, a reference's log-probability of the token that follows
-  progress.json   how many of the N are written
+  progress.json   how many of the N are written; once all are, the digests of the other files
 
 As documents are read apart, what the teacher says at a token depends on its piece alone: neither on the packing of rows
 nor on their order. float16 would save a third of the space, and cost 3 digits: -10 to within 0.004.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from research import files
+from research import digests, files
 from research.errors import InputError
 from research.sources import fields
 from research.sources.store import Store
@@ -136,9 +137,20 @@ def layout(n: int, k: int, vocab_size: int) -> dict[str, tuple[Any, tuple[int, .
     }
 
 
-def map_file(folder: Path, name: str, n: int, k: int, vocab_size: int, mode: str) -> np.ndarray:
-    dtype, shape = layout(n, k, vocab_size)[name]
-    return np.memmap(folder / f"{name}.bin", dtype=dtype, mode=mode, shape=shape)
+def damaged(path: Path, fault: str) -> InputError:
+    """The error for a file of annotations that isn't what was written."""
+    return InputError(
+        f"data.annotations: {path} {fault}: it is damaged. Put it back from a copy, or make new annotations with "
+        "understudy annotate and another --output."
+    )
+
+
+def read_sealed(path: Path, *default: Any) -> dict[str, Any]:
+    """Reads a JSON object; raises InputError where it isn't what was written."""
+    value = files.read_json(path, *default)
+    if not digests.is_whole(value):
+        raise damaged(path, "isn't what was written")
+    return value
 
 
 def read_meta(folder: str) -> dict[str, Any]:
@@ -148,7 +160,7 @@ def read_meta(folder: str) -> dict[str, Any]:
             f"data.annotations = {folder!r}: holds no annotations. Make them: understudy annotate --config=... "
             f"--output={folder}"
         )
-    return files.read_json(path)
+    return read_sealed(path)
 
 
 def attach(
@@ -187,14 +199,25 @@ def attach(
 
 def _open(folder: str, entry: Mapping[str, Any], meta: Mapping[str, Any]) -> Part:
     path, n = Path(folder) / entry["folder"], entry["annotated"]
-    done = files.read_json(path / PROGRESS, {"done": 0})["done"]
-    if done < n:
+    progress = read_sealed(path / PROGRESS, {"done": 0})
+    if progress["done"] < n:
         raise InputError(
-            f"data.annotations = {folder!r}: is unfinished, {done:,} of {n:,} tokens of {entry['name']}. The command "
-            "that began it goes on from there."
+            f"data.annotations = {folder!r}: is unfinished, {progress['done']:,} of {n:,} tokens of {entry['name']}. "
+            "The command that began it goes on from there."
         )
-    arrays = [map_file(path, name, n, meta["k"], meta["vocab_size"], "r") for name in layout(n, meta["k"], 0)]
-    return Part(Pieces(np.load(path / "segments.npy"), np.load(path / "at.npy", mmap_mode="r")), tuple(arrays))
+    known = progress.get("files", {})
+    arrays = [f"{name}.npy" for name in Pieces._fields]
+    if fault := digests.first_fault(path, {name: known[name] for name in arrays if name in known}):
+        raise damaged(path / fault.partition(" ")[0], fault.partition(" ")[2])
+    columns = []
+    for name, (dtype, shape) in layout(n, meta["k"], meta["vocab_size"]).items():
+        file = path / f"{name}.bin"
+        columns.append(digests.mapped(file, dtype, shape, known.get(file.name), functools.partial(damaged, file)))
+    try:
+        pieces = Pieces(np.load(path / arrays[0]), np.load(path / arrays[1], mmap_mode="r"))
+    except (OSError, ValueError) as error:
+        raise damaged(path / arrays[0], f"can't be read ({error})") from error
+    return Part(pieces, tuple(columns))
 
 
 def _mismatch(folder: str, meta: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> InputError:

@@ -10,18 +10,24 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from research import digests
 from research.errors import InputError
 
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # name of a file -> its digests
 _STALE_SECONDS = 24 * 3600
 
 
-def cached(folder: Path, build: Callable[[Path], None]) -> bool:
+def cached(folder: Path, build: Callable[[Path], None], later: tuple[str, ...] = ()) -> bool:
     """Makes `folder` by calling `build(temporary folder)`, unless it is there and whole.
 
     The temporary folder is renamed when it is complete, so that a killed process leaves no half-made
-    `folder`; a folder with a file missing or of another size than when it was made is made again. Of
-    processes that race, one wins.
+    `folder`; one whose files aren't what they were when it was made is made again. Of processes that race, one wins.
+
+    Args:
+      folder: to be made.
+      build: makes it.
+      later: ends of the names of files of which the size alone is checked here: who reads them checks the rest
+        (`entries`, digests.mapped).
 
     Returns:
       True if `folder` was there already.
@@ -29,7 +35,7 @@ def cached(folder: Path, build: Callable[[Path], None]) -> bool:
     Raises:
       InputError: the cache's place can't be written to.
     """
-    if _whole(folder):
+    if not fault(folder, later):
         _note_use(folder)
         return True
     try:
@@ -43,9 +49,8 @@ def cached(folder: Path, build: Callable[[Path], None]) -> bool:
         ) from e
     try:
         build(partial)
-        sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
-        (partial / MANIFEST).write_text(json.dumps(sizes))
-        _publish(partial, folder)
+        (partial / MANIFEST).write_text(json.dumps(digests.seal(digests.of_folder(partial))))
+        _publish(partial, folder, later)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return False
@@ -71,12 +76,34 @@ def _new_folder(parent: Path) -> Path:
     return folder
 
 
-def _whole(folder: Path) -> bool:
+def fault(folder: Path, later: tuple[str, ...] = ()) -> str:
+    """What is wrong with a folder that `cached` has made; "" if nothing. Of files whose names end with one of `later`
+    the size alone is checked."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text())
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if not digests.is_whole(manifest):
+            return f"{MANIFEST} isn't what was written"
+        own = {name: entry for name, entry in manifest.items() if name != digests.SEAL}
+        for name in [name for name in own if name.endswith(later)] if later else ():
+            if (folder / name).stat().st_size != own.pop(name)["size"]:
+                return f"{name} has another size than was written"
+        return digests.first_fault(folder, own)
+    except OSError as error:
+        return f"{MANIFEST} can't be read ({error.strerror})"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return f"{MANIFEST} isn't what was written"
+
+
+def entries(folder: Path) -> dict[str, digests.Entry]:
+    """Name of a file -> its digests, of a whole folder that `cached` has made."""
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def damaged(path: Path, fault: str) -> InputError:
+    """The error for a file whose digests were found to differ as it was read; its folder is made anew next time."""
+    with contextlib.suppress(OSError):
+        (path.parent / MANIFEST).unlink()
+    return InputError(f"{path}: {fault}. It is a cache: the same command makes it anew.")
 
 
 def _note_use(folder: Path) -> None:
@@ -85,12 +112,12 @@ def _note_use(folder: Path) -> None:
         os.utime(folder / MANIFEST)
 
 
-def _publish(partial: Path, folder: Path) -> None:
+def _publish(partial: Path, folder: Path, later: tuple[str, ...]) -> None:
     """Renames `partial` to `folder`. A broken folder there goes; a whole one, by a faster process, stays."""
     for path in partial.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    while not _whole(folder):
+    while fault(folder, later):
         try:
             os.rename(partial, folder)
         except OSError:

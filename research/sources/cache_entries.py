@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from research.sources.cache import MANIFEST
+from research.sources.cache import MANIFEST, fault
 
 FOLDERS = ("tokens", "tokenizers")  # of entries that are folders with a manifest
 PROGRAMS = "xla"  # of entries that are files, which JAX names
@@ -42,6 +42,11 @@ class CacheEntry:
         """Since it was used last."""
         return max(time.time() - self.used, 0) / _DAY
 
+    @property
+    def fault(self) -> str:
+        """What is wrong with its files, all of which are read; "" if nothing. Compiled programs have no digests."""
+        return fault(self.paths[0]) if self.kind in FOLDERS else ""
+
     def remove(self) -> None:
         """Removes it. A folder gets another name first, so that no process sees half of it as whole."""
         for path in self.paths:
@@ -70,7 +75,7 @@ def _of_kind(kind: str, folder: Path) -> Iterator[CacheEntry]:
         return
     if kind in FOLDERS:
         for path in folder.iterdir():
-            if (path / MANIFEST).is_file():
+            if (path / MANIFEST).is_file() or (path / "meta.json").is_file():  # without a manifest: was found damaged
                 stats = _stats(path.iterdir())
                 used = max((each.st_mtime for each in stats), default=0)  # `cached` gives the manifest a new time
                 yield CacheEntry(kind, (path,), sum(each.st_size for each in stats), used, _about(path))

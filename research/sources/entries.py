@@ -168,8 +168,9 @@ def _files(entry: str) -> Origin:
 
 
 def _stamp(file: Path) -> list[Any]:
+    """What tells a file from others: the time of its last change too, which no program can set back."""
     stat = file.stat()
-    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _nearest(path: Path) -> str:

@@ -2,16 +2,19 @@
 
 The file has one JSON object a line, for each record of the data, in the data's order:
 
-  {"file": "a.jsonl", "number": 17, "digest": "9f86d081884c7d65", "tokens": 212, "supervised": 40, "ifd": 0.83}
+  {"file": "a.jsonl", "number": 17, "digest": "9f86d081884c7d65", "tokens": 212, "supervised": 40, "ifd": 0.83,
+   "check": "da62528c"}
 
   file        the file that the record is in, as the data's entry reads it; of generated data the entry
   number      of the record in that file, from 0 on; blank lines aren't counted
   digest      a hash of the record's texts, so that scores of other data under the same name are known (`digest`)
   tokens      how many it has as a training example, under the tokenizer and template that the scores were made with
   supervised  how many of them are learned
+  check       a digest of the row's other values, so that damage is noticed
   all others  scores: numbers, true or false, or null where the score isn't defined for that record
 
-A file may be put together of several: rows of other files are told apart by `file`.
+A file may be put together of several: rows of other files are told apart by `file`. A row that was changed on purpose
+is read once its `check` is taken out.
 """
 
 import array
@@ -26,10 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from research import files
+from research import digests, files
 from research.errors import InputError, did_you_mean, located
 
 ROW = ("file", "number", "digest", "tokens", "supervised")  # fields of a row that are no scores
+CHECK = "check"
 _TEXTS = ("text", "prompt", "response", "messages", "chosen", "rejected", "responses", "tokens")
 _PLACE = re.compile(r"(?s)(.*?)(?::\d+|: (?:record|row) \d+)?")
 
@@ -75,7 +79,8 @@ def row(place: tuple[str, int], digest: str, counts: tuple[int, int], scores: Ma
       scores: name -> value; a number that isn't finite is written as null.
     """
     fixed = zip(ROW, (*place, digest, *counts), strict=True)
-    return files.json_line({**dict(fixed), **{name: _plain(value) for name, value in scores.items()}})
+    values = {**dict(fixed), **{name: _plain(value) for name, value in scores.items()}}
+    return files.json_line(values | {CHECK: digests.of_json(values)})
 
 
 def _plain(value: Any) -> Any:
@@ -180,11 +185,18 @@ def _parse(line: bytes) -> dict[str, Any]:
         whole = all(
             type(values[name]) is int and 0 <= values[name] < 2**63 for name in ("number", "tokens", "supervised")
         )
-        if whole and isinstance(values["file"], str) and re.fullmatch("[0-9a-f]{16}", values["digest"]):
-            return values
+        good = whole and isinstance(values["file"], str) and re.fullmatch("[0-9a-f]{16}", values["digest"])
+        check = values.pop(CHECK, None)
     except (ValueError, KeyError, TypeError):
-        pass
-    raise InputError("is no row of scores. Give what understudy score --with has written.")
+        good = None
+    if not good:
+        raise InputError("is no row of scores. Give what understudy score --with has written.")
+    if check not in (None, digests.of_json(values)):
+        raise InputError(
+            "isn't what was written: it is damaged. Score anew; if it was changed on purpose, take its field "
+            f"{CHECK!r} out."
+        )
+    return values
 
 
 def _number(name: str, value: Any) -> float:

@@ -3,10 +3,10 @@ data isn't copied.
 
 The first line says what was selected, and how. Each other line is a record that is kept, in the data's order:
 
-  {"selection": {"records": 3, "tokens": 91, "ordered": false, "files": {"a.jsonl": 7}, ...}}
-  {"file": "a.jsonl", "number": 17, "digest": "9f86d081884c7d65", "rank": 0}
+  {"selection": {"records": 3, "tokens": 91, "ordered": false, "files": {"a.jsonl": 7}, ...}, "digest": "5e0c01aa"}
+  {"file": "a.jsonl", "number": 17, "digest": "9f86d081884c7d65", "rank": 0, "check": "5948bb14"}
 
-  file, number, digest   of the record, as in a file of scores (sources/scores.py)
+  file, number, digest, check   as in a file of scores (sources/scores.py); of the first line "digest" is its check
   rank                   its place in the order of preference of its stratum, from 0
   files                  of each file the number of records that it had when it was scored
   ordered                the order of preference is that of training: a curriculum
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from research import files
+from research import digests, files
 from research.errors import InputError
 from research.sources import entries as entries_lib
 from research.sources import records, scores
@@ -89,11 +89,11 @@ def write(path: Path, choice: Choice) -> None:
     by_name = dict(zip(table.files, held.tolist(), strict=True))
     counts = {"records": int(keep.sum()), "tokens": int(table.tokens[keep].sum()), "files": by_name}
     with files.replacing(path) as file:
-        file.write(files.json_line({_HEAD: counts | choice.request.about()}))
+        file.write(files.json_line(digests.seal({_HEAD: counts | choice.request.about()})))
         for i in np.flatnonzero(keep).tolist():
             place = {"file": table.files[table.file[i]], "number": int(table.number[i])}
-            digest = f"{int(table.digest[i]):016x}"
-            file.write(files.json_line(place | {"digest": digest, "rank": int(choice.rank[i])}))
+            row = place | {"digest": f"{int(table.digest[i]):016x}", "rank": int(choice.rank[i])}
+            file.write(files.json_line(row | {scores.CHECK: digests.of_json(row)}))
 
 
 def copy(choice: Choice, output: Path) -> None:
@@ -124,7 +124,7 @@ def _locate(name: str) -> Origin:
 def read_about(path: str, field: str) -> dict[str, Any]:
     """Reads the first line of a selection. Args and errors: see `read`."""
     with _naming_faults(path, field), open(path, "rb") as file:
-        return _about(file.readline())
+        return _about(file.readline(), f"{field} = {path!r}")
 
 
 def read(path: str, field: str) -> Selection:
@@ -141,7 +141,7 @@ def read(path: str, field: str) -> Selection:
     with _naming_faults(path, field), open(path, "rb") as file:
         head = file.readline()
         content.update(head)
-        about = _about(head)
+        about = _about(head, f"{field} = {path!r}")
         rows: dict[str, list[tuple[int, int, int]]] = {name: [] for name in about["files"]}
         for number, line in enumerate(file, start=2):
             content.update(line)
@@ -186,8 +186,13 @@ def _naming_faults(path: str, field: str) -> Iterator[None]:
         raise InputError(f"{where}: is no selection. Name what understudy select wrote.") from error
 
 
-def _about(line: bytes) -> dict[str, Any]:
-    about = json.loads(line)[_HEAD]
+def _about(line: bytes, where: str) -> dict[str, Any]:
+    head = json.loads(line)
+    if not digests.is_whole(head):
+        raise InputError(
+            f"{where}: line 1 isn't what was written: it is damaged. Write it anew with understudy select."
+        )
+    about = head[_HEAD]
     about["ordered"], about["records"], dict(about["files"])
     return about
 
@@ -198,7 +203,10 @@ def _row(where: str, line: bytes) -> tuple[str, int, int, int]:
         values = json.loads(line, object_pairs_hook=files.unique_names)
         whole = all(type(values[name]) is int and 0 <= values[name] < 2**63 for name in ("number", "rank"))
         if whole and re.fullmatch("[0-9a-f]{16}", values["digest"]):
-            return values["file"], values["number"], int(values["digest"], 16), values["rank"]
+            check = values.pop(scores.CHECK, None)
+            if check in (None, digests.of_json(values)):
+                return values["file"], values["number"], int(values["digest"], 16), values["rank"]
+            where += ": isn't what was written: it is damaged"
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise InputError(f"{where}: is no row of a selection. Write it anew with understudy select.")

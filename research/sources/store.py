@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -15,11 +16,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from research import files
+from research import digests, files
 from research.errors import InputError, located
 from research.sources import answers, chat, comparisons, entries, formats, json_limits, records, views
 from research.sources import fields as table
-from research.sources.cache import cached, code_digest, digest
+from research.sources.cache import cached, code_digest, damaged, digest
+from research.sources.cache import entries as entries_of
 from research.sources.comparisons import Comparison
 from research.sources.entries import Origin
 from research.sources.records import CONFIG_SETTINGS, NUMBERED, BadRecord, Classes, Turn, speaker
@@ -35,6 +37,7 @@ READING = digest(
     ]
 )
 SAMPLES = 256  # raw records kept beside the tokens
+_LATER = (".bin", ".jsonl")  # files that are checked block by block, as they are read
 _CHUNK_EXAMPLES, _CHUNK_CHARS = 1024, 4_000_000
 _EXAMPLE = np.dtype([("key", "<u8"), ("length", "<i8"), ("supervised", "<i8"), ("bytes", "<i8")])
 
@@ -47,17 +50,16 @@ class Records:
     """
 
     def __init__(self, folder: Path):
-        self._path, self._ends = folder / "records.jsonl", np.load(folder / "records.npy")
+        self._ends = np.load(folder / "records.npy")
+        self._bytes = _Mapping(folder)("records.jsonl", np.uint8)
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, example: int) -> dict[str, Any]:
         """The record that example number `example` was made of."""
-        with open(self._path, "rb") as file:
-            start = int(self._ends[example - 1]) if example else 0
-            file.seek(start)
-            return json.loads(file.read(int(self._ends[example]) - start))
+        start = int(self._ends[example - 1]) if example else 0
+        return json.loads(self._bytes[start : int(self._ends[example])].tobytes())
 
 
 class Example(NamedTuple):
@@ -228,7 +230,7 @@ def open_store(
         if not _write(partial, examples, writing):
             raise _none_usable(origin.name, counts)
 
-    was_cached = cached(folder, build)
+    was_cached = cached(folder, build, _LATER)
     return _read(folder, was_cached)
 
 
@@ -251,7 +253,8 @@ def open_view(store: Store, view: Mapping[str, Any], field: str, seq_len: int, t
             f"{field}: a view is of single documents, and here answers are judged or compared. Take the view out."
         )
     seen = views.load(view, field, seq_len, tokenizer)
-    was_cached = cached(folder, lambda partial: _write_view(partial, store, seen, f"{field}.kind = {view['kind']!r}"))
+    where = f"{field}.kind = {view['kind']!r}"
+    was_cached = cached(folder, lambda partial: _write_view(partial, store, seen, where), _LATER)
     return _read(folder, was_cached and store.was_cached)
 
 
@@ -261,18 +264,29 @@ def _helpers(module: ModuleType) -> list[str]:
     return sorted(each.__file__ for each in modules if each.__name__.startswith("research.sources."))
 
 
+class _Mapping:
+    """Maps arrays from the files of a folder of the cache, with their blocks checked as they are read."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._entries = folder, entries_of(folder)
+
+    def __call__(self, name: str, dtype: Any, shape: tuple[int, ...] | None = None) -> Any:
+        path = self._folder / name
+        return digests.mapped(path, dtype, shape, self._entries[name], functools.partial(damaged, path))
+
+
 def _read(folder: Path, was_cached: bool) -> Store:
-    meta = files.read_json(folder / "meta.json")
+    meta, mapped = files.read_json(folder / "meta.json"), _Mapping(folder)
     examples = np.load(folder / "examples.npy")
-    tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+    tokens = mapped("tokens.bin", meta["dtype"])
     return Store(
         tokens=tokens,
-        mask=None if meta["text"] else np.memmap(folder / "mask.bin", dtype=bool, mode="r"),
+        mask=None if meta["text"] else mapped("mask.bin", bool),
         **{name: np.ascontiguousarray(examples[name]) for name in _EXAMPLE.names},
         samples=meta["samples"],
         labels=np.load(folder / "labels.npy") if (folder / "labels.npy").is_file() else None,
         fields={
-            name: np.memmap(folder / f"{name}.bin", table.find(name).dtype, "r", shape=(len(tokens), *shape))
+            name: mapped(f"{name}.bin", table.find(name).dtype, (len(tokens), *shape))
             for name, shape in meta.get("fields", {}).items()
         },
         answers=np.load(folder / "answers.npy") if (folder / "answers.npy").is_file() else None,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from runs import load
 
-from research import config, loading, params
+from research import config, digests, loading, params
 from research.commands import annotate
 from research.errors import InputError
 from research.evals import teacher_annotations
@@ -139,12 +139,12 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_left_alone(folder, tmp
     assert annotate.main([*flags, f"--output={tmp_path}/whole"]) == 0
     mark, marked = teacher_annotations._mark, []
 
-    def die(path, done, segments):
+    def die(path, done, segments, *entries):
         if done and len(marked) % 2:  # the files are written; that they are isn't known
             marked.append(done)
             raise KeyboardInterrupt
         marked.append(done)
-        mark(path, done, segments)
+        mark(path, done, segments, *entries)
 
     monkeypatch.setattr(teacher_annotations, "_mark", die)
     statuses = []
@@ -165,6 +165,33 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_left_alone(folder, tmp
     flags[flags.index("--k=4")] = "--k=5"
     assert annotate.main([*flags, f"--output={tmp_path}/cut"]) == 2
     assert "was begun by another command: k was 4, and is 5 now" in capsys.readouterr().err
+
+
+def test_annotations_that_are_damaged_are_named(folder, whole, tmp_path):
+    """A digit of JSON, or a bit of an array; and a file that is cut."""
+    path = shutil.copytree(whole, tmp_path / "annotated")
+    c = setup(folder, CACHED, data={"annotations": str(path)})
+    tokenizer = loading.find(str(folder / "teacher")).tokenizer()
+
+    def read():
+        data = dataset.load(config.data_spec(c), c.tokenizer, tokenizer, seed=c.seed)
+        for rows in (data.train[0][0], data.held_out):
+            rows.batch(np.arange(len(rows)))
+
+    read()
+    for name in ("meta.json", "progress.json", "segments.npy", "at.npy", "ids.bin", "log_probs.bin", "rest.bin"):
+        (file,) = path.rglob(name)
+        before = file.read_bytes()
+        file.write_bytes(before[: len(before) // 2])
+        with pytest.raises(InputError, match=rf"{name}\W"):
+            read()
+        is_json, middle = name.endswith("json"), len(before) // 2
+        at = next(i for i in range(middle, len(before)) if not is_json or chr(before[i]).isdigit())
+        file.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+        with pytest.raises(InputError, match=rf"{name}\W.*it is damaged"):
+            read()
+        file.write_bytes(before)
+    read()
 
 
 def test_the_size_is_told_and_must_fit(folder, tmp_path, monkeypatch, capsys):
@@ -287,7 +314,9 @@ def test_cached_log_probs_of_a_reference_are_those_of_the_live_one(folder, compa
 def test_log_probs_of_another_reference_are_refused(folder, compared, tmp_path):
     shutil.copytree(folder / "reference", tmp_path / "reference")
     meta = json.loads((tmp_path / "reference/meta.json").read_text())
-    (tmp_path / "reference/meta.json").write_text(json.dumps({**meta, "source": {"step": 1, "content": "else"}}))
+    (tmp_path / "reference/meta.json").write_text(
+        json.dumps(digests.seal({**meta, "source": {"step": 1, "content": "else"}}))
+    )
     other = {**compared, "data": {**compared["data"], "annotations": str(tmp_path / "reference")}}
     with pytest.raises(InputError, match=r"is another model, or has other parameters.*annotate --reference"):
         resolve.resolve(config.parse(other), str(tmp_path / "run"))

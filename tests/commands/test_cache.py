@@ -6,6 +6,7 @@ import time
 import pytest
 
 from research import cli
+from research.errors import InputError
 from research.sources import cache, cache_entries, entries, store
 from research.sources.tokenizers import making
 
@@ -75,3 +76,33 @@ def test_an_empty_cache_and_wrong_flags(tmp_path, capsys):
     assert cli.main(["cache", "--prune", "--days=-1"]) == 2
     assert cli.main(["cache", "--kind=tokenz"]) == 2
     assert "Did you mean 'tokens'?" in capsys.readouterr().err
+
+
+def test_what_is_damaged_is_named_removed_and_made_anew(root, tmp_path, capsys):
+    tokenizer = making.make_tokenizer(making.TokenizerSpec("bpe", 300), lambda: iter(["hello world hello"]))
+    made = open_tokens(tmp_path, tokenizer)
+    expected = made.tokens[:].tolist()
+
+    def flip(name):
+        data = bytearray((made.folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (made.folder / name).write_bytes(data)
+
+    for name in ("meta.json", "examples.npy", "manifest.json"):  # checked whole as a run begins
+        flip(name)
+        again = open_tokens(tmp_path, tokenizer)
+        assert not again.was_cached, name
+        assert again.tokens[:].tolist() == expected
+    flip("tokens.bin")  # and this as it is read
+    with pytest.raises(InputError, match=r"tokens.bin: has other bytes .* the same command makes it anew"):
+        open_tokens(tmp_path, tokenizer).tokens[0]
+    assert not open_tokens(tmp_path, tokenizer).was_cached
+    assert cli.main(["cache", "--verify"]) == 0
+    assert "tokens: 1 entries, 0 removed" in capsys.readouterr().out
+    flip("tokens.bin")
+    assert cli.main(["cache", "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert "damaged: tokens.bin has other bytes" in out
+    assert "tokens: 1 entries, 1 removed" in out
+    assert not made.folder.exists()
+    assert open_tokens(tmp_path, tokenizer).tokens[:].tolist() == expected

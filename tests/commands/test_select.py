@@ -209,6 +209,7 @@ def test_another_corpus_is_refused_by_name(corpus, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     rows = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k != ("check" if i else "digest")} for i, row in enumerate(rows)]
     rows[0]["selection"]["files"] = {str(other / "a.jsonl"): 20}
     of_a = [{**row, "file": str(other / "a.jsonl")} for row in rows[1:] if "a.jsonl" in row["file"]]
     rows[0]["selection"]["records"] = len(of_a)
@@ -227,6 +228,16 @@ def test_another_corpus_is_refused_by_name(corpus, tmp_path):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(InputError, match=words):
             load(path=f"{corpus}/a.jsonl", select=f"{tmp_path}/bad.jsonl")
+
+
+def test_a_selection_that_is_damaged_is_named(corpus, tmp_path):
+    assert run(corpus, tmp_path, "--by=loss", "--keep=bottom", "--records=5") == 0
+    text = (tmp_path / "kept.jsonl").read_text()
+    for old, new in (('"records": 5', '"records": 4'), ('"rank": 3', '"rank": 7')):
+        assert old in text
+        (tmp_path / "bad.jsonl").write_text(text.replace(old, new, 1))
+        with pytest.raises(InputError, match=r"bad.jsonl.*isn't what was written: it is damaged"):
+            load(path=f"{corpus}/a.jsonl,{corpus}/b.jsonl", select=f"{tmp_path}/bad.jsonl")
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -44,6 +44,10 @@ def test_records_are_numbered_within_their_files():
         ),
         (scores.row(("a", 0), "00000000000000fe", (1, 1), {"x": 2}).decode(), "two rows for record 0 of a"),
         (scores.row(("a", 2**70), "00000000000000fe", (1, 1), {"x": 2}).decode(), ":2: is no row of scores"),
+        (
+            scores.row(("a", 1), "00000000000000fe", (1, 1), {"x": 2}).decode().replace('"x": 2', '"x": 3'),
+            ":2: isn't what was written: it is damaged",
+        ),
     ],
 )
 def test_what_is_no_row_is_named(tmp_path, line, fault):

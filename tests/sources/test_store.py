@@ -69,6 +69,16 @@ def test_a_second_run_does_not_tokenise(tmp_path, no_tokenising):
         store(path, tmp_path / "cache")
 
 
+def test_a_file_of_the_same_size_and_time_is_another(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs(5))
+    first, stat = store(path, tmp_path / "cache"), (tmp_path / "a.jsonl").stat()
+    (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace("r1", "r9"))
+    os.utime(tmp_path / "a.jsonl", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    second = store(path, tmp_path / "cache")
+    assert not second.was_cached
+    assert second.tokens.tolist() != first.tokens.tolist()
+
+
 def test_another_tokenizer_has_other_tokens(tmp_path):
     path = write(tmp_path / "a.jsonl", pairs(5))
     bpe = make_tokenizer(TokenizerSpec("bpe", 270), lambda: iter(["p1 r1"] * 9), cache_dir=str(tmp_path))
