@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import enum
+import errno
 import os
 import re
 import traceback
@@ -40,10 +41,27 @@ class Exit(enum.IntEnum):
     PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: a signal asked for the end
     LOST = 76  # another process of the run, or all of its servers, are gone
     INTERRUPTED = 130
+    UNREAD = 141  # nobody reads standard output any more, as a shell says of who ended by SIGPIPE
 
 
 class Unavailable(Exception):
     """Other machines that the work needs don't answer. The same command goes on from where it stopped."""
+
+
+# What a disk says that is full, vanishes or breaks, and what a place says where nothing can be written.
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO)
+_OF_PLACES = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+_IN_WORDS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
+def disk_fault(error: BaseException) -> str:
+    """What is wrong with a disk, and the file where it is known, where an error comes of that; else ""."""
+    if isinstance(error, OSError) and error.errno in (*_OF_DISKS, *_OF_PLACES):
+        return str(error.strerror) if error.filename is None else f"{error.filename}: {error.strerror}"
+    for number in _IN_WORDS:  # libraries that aren't written in Python
+        if os.strerror(number) in str(error) or re.search(rf"(?i)os error:? {number}\b|code: {number}\b", str(error)):
+            return os.strerror(number)
+    return disk_fault(error.__cause__) if error.__cause__ is not None else ""
 
 
 class InputError(ValueError):

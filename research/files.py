@@ -185,15 +185,16 @@ def sync(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
-def whole_lines(path: Path) -> int:
-    """Drops a torn line at the end of a file, and returns how many lines it has."""
-    lines = end = 0
+def whole_lines(path: Path, group: int = 1) -> int:
+    """Drops a torn line at the end of a file, or a torn group of so many lines, and returns how many lines it has."""
+    lines = end = kept = 0
     with open(path, "rb") as file:
         for line in file:
             if line.endswith(b"\n"):
                 lines, end = lines + 1, end + len(line)
-    os.truncate(path, end)
-    return lines
+                kept = end if lines % group == 0 else kept
+    os.truncate(path, kept)
+    return lines - lines % group
 
 
 def check_output(
@@ -215,7 +216,7 @@ def check_output(
       InputError: it is there, or is no file; or it has no folder to lie in, or none where a file can be written.
     """
     path = Path(path)
-    _check_lengths(path, flag)
+    check_place(path, flag)
     if path.is_dir() and not folder:
         raise InputError(f"{flag} = {path}: is a folder. Name a file in it.")
     if path.exists() and not path.is_file() and not folder:
@@ -235,7 +236,7 @@ def check_appended(path: str | Path, flag: str = "--output") -> None:
         raise InputError(f"{flag} = {path}: is a folder. Name a file in it.")
     if not path.exists():
         check_folder(path.parent, flag)
-        _check_lengths(path, flag)
+        check_place(path, flag)
     elif not os.access(path, os.W_OK):
         raise InputError(f"{flag} = {path}: can't be written to. Name another.")
 
@@ -253,7 +254,7 @@ def check_apart(output: str | Path, inputs: Iterable[str | Path], flag: str = "-
         a folder of data; or its name is too long.
     """
     path = Path(output)
-    _check_lengths(path, flag)
+    check_place(path, flag)
     written = [each for each in (path, partial_path(path)) if each.is_file()]
     for entry in inputs:
         for read in map(Path, (entry, *glob.glob(str(entry), recursive=True))):
@@ -272,7 +273,7 @@ def check_folder(path: str | Path, flag: str) -> None:
 
     A file or a broken link is in the way, the name is too long, or nothing can be written there.
     """
-    _check_lengths(Path(path), flag)
+    check_place(Path(path), flag)
     whole = Path(path).absolute()
     there = next(each for each in (whole, *whole.parents) if os.path.lexists(each))
     if not there.is_dir():
@@ -281,9 +282,15 @@ def check_folder(path: str | Path, flag: str) -> None:
     _check_writable(there, path, flag)
 
 
-def _check_lengths(path: Path, flag: str) -> None:
-    """Raises InputError where a name, or the path with what is written below or beside it, is too long."""
+def check_place(path: Path, flag: str) -> None:
+    """Raises InputError where a name, or the path with what is written below or beside it, is too long; or where it
+    lies in the checkpoints of a run, which removes them."""
     whole = path.absolute()
+    for above in whole.parents:
+        if above.name == "checkpoints" and (above.parent / "config.json").is_file():
+            raise InputError(
+                f"{flag} = {path}: lies in the checkpoints of a run, which removes them. Name another place."
+            )
     longest = max(len(os.fsencode(name)) for name in whole.parts)
     room = os.pathconf("/", "PC_NAME_MAX") - len(f".partial.json.{os.getpid()}.tmp")
     if longest > room:
@@ -331,6 +338,50 @@ def check_identity(
             )
 
 
+class SteadyFile:
+    """A file that grows by pieces, each whole. What there is no room for is kept, and written with what follows.
+
+    Args:
+      path: of the file, which is made where it is missing.
+      say: prints a line when a piece can't be written for the first time.
+    """
+
+    def __init__(self, path: str | Path, say: Callable[[str], None]):
+        self._path, self._say = path, say
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._end = self._file.tell()
+        self._waiting: list[bytes] = []
+
+    def write(self, piece: bytes) -> None:
+        self._waiting.append(bytes(piece))
+        self._write(say=len(self._waiting) == 1)
+
+    def flush(self) -> None:
+        """Nothing waits here that could be written."""
+
+    def close(self) -> None:
+        if self._waiting:
+            self._write(say=True)
+        self._file.close()
+
+    def _write(self, say: bool) -> None:
+        data = b"".join(self._waiting)
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            if say:
+                self._say(
+                    f"{self._path}: can't be written ({error.strerror}); what is to be there is kept until it can"
+                )
+            return
+        self._end += len(data)
+        self._waiting.clear()
+
+
 class ResumableLines:
     """An output of lines that a killed run leaves in part. The same command goes on from there.
 
@@ -340,13 +391,20 @@ class ResumableLines:
       done: how many whole lines an earlier run left.
     """
 
-    def __init__(self, output: Path, identity: Mapping[str, Any], reasons: Mapping[str, str] | None = None):
-        """Creates OUTPUT.partial, or drops a torn line at the end of the one that is there.
+    def __init__(
+        self,
+        output: Path,
+        identity: Mapping[str, Any],
+        reasons: Mapping[str, str] | None = None,
+        group: int = 1,
+    ):
+        """Creates OUTPUT.partial, or drops what is torn at the end of the one that is there.
 
         Args:
           output: where the lines are to be in the end.
           identity: all that decides the lines, plain enough for JSON.
           reasons: see check_identity.
+          group: so many lines are made together, and would be others in the last bits if they weren't.
 
         Raises:
           InputError: it can't be written, or is the work of another command.
@@ -359,7 +417,7 @@ class ResumableLines:
             else:
                 write_json(self._identity, dict(identity))
                 self._partial.touch()
-            self.done = whole_lines(self._partial)
+            self.done = whole_lines(self._partial, group)
             self._file = open(self._partial, "ab")  # noqa: SIM115
         except OSError as error:
             raise InputError(f"{output}: can't be written ({error.strerror}). Name another file.") from error

@@ -3,15 +3,25 @@
 This is `understudy train`, whose flags and work are in research/commands/train.py; research/run/ is what a run does.
 """
 
+from research import signals
+
+if __name__ == "__main__":
+    signals.hold()
+
+from research import console
 from research.devices import startup
 
 if __name__ == "__main__":
     startup.leave_loops()
     startup.use_huge_pages()
+    signals.begin()
+    console.steady(output=True)
 
 import sys
 
 from research.commands.train import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    signals.end()
+    sys.exit(status)

@@ -39,6 +39,7 @@ CASES = {
     "typo in a section": ([SFT, c("optimiser.name", "sgd")], ["optimiser", "Did you mean 'optimizer.name'"]),
     "typo in a flag": ([SFT, "--workdr=x"], ["workdr", "workdir"]),
     "not a number": ([SFT, c("steps", "many")], ["--config.steps", "many"]),
+    "answers longer than the model": ([SFT, c("eval.max_new_tokens", 5000)], ["max_new_tokens = 5000"]),
     "zero steps": ([SFT, c("steps", 0)], ["steps = 0", "at least 1"]),
     "unknown objective": (["--config=DIR/objective.py"], ["objective.terms.nex_token", "Did you mean 'next_token'"]),
     "unknown option of an objective": (["--config=DIR/option.py"], ["objective.sft.smoothing", "label_smoothing"]),

@@ -130,6 +130,10 @@ def test_whole_lines(tmp_path):
     path.write_bytes(b"a\n\nb")
     assert files.whole_lines(path) == 2
     assert path.read_bytes() == b"a\n\n"
+    for group, left in ((2, b"a\nb\nc\nd\n"), (3, b"a\nb\nc\n"), (7, b"")):
+        path.write_bytes(b"a\nb\nc\nd\ne\nf")
+        assert files.whole_lines(path, group) == left.count(b"\n")
+        assert path.read_bytes() == left
 
 
 def test_json_past_the_limits_of_its_reader_is_named(tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from research import files, other_names
+from research import files, other_names, ownership
 from research.cli import experiments
 from research.cli.ending import finish
 from research.cli.flags import Flag
@@ -33,6 +33,7 @@ class Command:
       experiment: whether it takes an experiment with --config, which is `args.experiment` then.
       renamed: a name that a flag once had -> what it is called now.
       resumable: whether the same command, with --output, goes on where an interrupted one stopped.
+      makes_folders: whether folders above --output are made.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Command:
     experiment: bool = False
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resumable: bool = False
+    makes_folders: bool = False
 
     def run(self, argv: Sequence[str], work: Callable[[SimpleNamespace], int | None]) -> int:
         """Parses flags, does the work and returns the exit status; errors are printed, and --help is.
@@ -54,8 +56,17 @@ class Command:
         if {"--help", "-h"} & set(argv):
             print(self.help())
             return Exit.DONE
+        output = next((word.partition("=")[2] for word in argv if word.startswith("--output=")), "")
         resumable = self.resumable and any(word.partition("=")[0] == "--output" for word in argv)
-        return finish(lambda: work(self.parse(argv)), resumable=resumable)
+        return finish(lambda: self._work(argv, work), resumable=resumable, output=output)
+
+    def _work(self, argv: Sequence[str], work: Callable[[SimpleNamespace], int | None]) -> int | None:
+        """Does the work, with --output for this process alone."""
+        args = self.parse(argv)
+        if not getattr(args, "output", None):
+            return work(args)
+        with ownership.own_output(args.output, parents=self.makes_folders):
+            return work(args)
 
     def parse(self, argv: Sequence[str]) -> SimpleNamespace:
         """Flags -> values by name; in `texts` the value of each as it is on the command line; in `experiment` that of

@@ -3,30 +3,48 @@
 import sys
 from collections.abc import Callable
 
-from research.errors import Exit, InputError, Unavailable, printable
+from research import console
+from research.errors import Exit, InputError, Unavailable, disk_fault, printable
 
-_DISK_ERRORS = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
-
-def finish(work: Callable[[], int | None], *, resumable: bool = False) -> int:
+def finish(work: Callable[[], int | None], *, resumable: bool = False, output: str = "") -> int:
     """Does a command's work, and returns its exit status. An error is a line on stderr; a bug keeps its traceback.
 
     Args:
       work: what it returns is the status, None being 0.
       resumable: where it is interrupted, say that the same command goes on.
+      output: what it writes, for a disk that is full.
     """
     try:
-        return work() or Exit.DONE
+        status = work() or Exit.DONE
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except InputError as error:
         return fail(error, Exit.BAD_INPUT)
     except Unavailable as error:
         return fail(error, Exit.LOST)
-    except _DISK_ERRORS as error:
-        return fail(f"{error.filename}: {error.strerror}.", Exit.FAILED)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and console.is_unread():
+            console.drop_output()
+            return Exit.UNREAD
+        if not (fault := disk_fault(error)):
+            raise
+        _drop_broken_output()
+        if output and "/" not in fault:
+            fault = f"{output}: {fault}"
+        return fail(f"{fault}.{' The same command goes on.' if resumable and output else ''}", Exit.FAILED)
     except KeyboardInterrupt:
         if resumable:
             print("interrupted: the same command goes on", file=sys.stderr)
         return Exit.INTERRUPTED
+
+
+def _drop_broken_output() -> None:
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):
+        console.drop_output()
 
 
 def fail(error: object, status: int) -> int:

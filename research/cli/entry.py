@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from research import commands
+from research import commands, signals
+from research import console as console_lib
 from research.cli.ending import fail
 from research.devices import startup
 from research.errors import Exit, did_you_mean
@@ -63,7 +64,17 @@ def console() -> int:
     """
     if os.getcwd() not in sys.path:  # Python puts it there for -m alone
         sys.path.insert(0, os.getcwd())
-    if sys.argv[1:2] and sys.argv[1] in commands.STEPS and "--help" not in sys.argv:
+    name = sys.argv[1] if sys.argv[1:] else ""
+    runs = name in commands.RUNS
+    if runs:
+        signals.hold()
+    if name in commands.STEPS and "--help" not in sys.argv:
         startup.leave_loops()
         startup.use_huge_pages()
-    return main(sys.argv[1:])
+    if runs:
+        signals.begin()
+    console_lib.steady(output=name == "train")
+    status = main(sys.argv[1:])
+    if runs:
+        signals.end()
+    return status

@@ -9,3 +9,4 @@ GROUPS = {
 
 # These compile training steps: their process begins with huge pages and with switches of the compiler for CPUs.
 STEPS = ("train", "study", "benchmark")
+RUNS = ("train", "study", "sweep")  # signals mean to them what they mean to a run

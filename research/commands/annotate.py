@@ -54,6 +54,7 @@ COMMAND = cli.Command(
     ),
     experiment=True,
     resumable=True,
+    makes_folders=True,
 )
 
 

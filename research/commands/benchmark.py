@@ -86,6 +86,7 @@ COMMAND = cli.Command(
     ),
     experiment=True,
     renamed={"out": "output"},
+    makes_folders=True,
 )
 
 

@@ -21,6 +21,7 @@ COMMAND = cli.Command(
         "understudy report --workdir=runs/sft --workdir=runs/dpo --output=compared",
     ),
     renamed={"out": "output"},
+    makes_folders=True,
 )
 
 

@@ -37,6 +37,7 @@ COMMAND = cli.Command(
         ),
     ),
     examples=("understudy split --data=tasks:reverse --output=data/reverse --parts=train:1000,test",),
+    makes_folders=True,
 )
 
 

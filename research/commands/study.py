@@ -13,6 +13,7 @@ Finished stages are skipped, and a study that was killed goes on where it was: t
 after the other in this process, or, with --jobs=N, N at a time in processes of their own. docs/studies.md tells more.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from research import cli, files
+from research import cli, files, ownership
 from research.cli import Flag
 from research.errors import Exit, InputError
 
@@ -77,13 +78,19 @@ def _study(args: SimpleNamespace) -> int | None:
 
     files.check_folder(args.workdir or "runs", "--workdir")
 
+    dated = os.path.join("runs", time.strftime(f"%Y-%m-%d_%H-%M-%S_{Path(args.experiment.path).stem}"))
+    with contextlib.nullcontext(args.workdir) if args.workdir else ownership.new_folder(dated) as workdir:
+        return _run(args, workdir)
+
+
+def _run(args: SimpleNamespace, workdir: str) -> int | None:
+    """Does what is asked of the study in a workdir."""
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     from research.run import run
     from research.studies import execution, study
     from research.studies.submit import submit
 
     experiment = args.experiment
-    workdir = args.workdir or os.path.join("runs", time.strftime(f"%Y-%m-%d_%H-%M-%S_{Path(experiment.path).stem}"))
     planned = study.plan(experiment.name, experiment.config, workdir, experiment.overrides)
     try:
         if args.dry_run:

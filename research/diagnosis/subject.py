@@ -16,12 +16,13 @@ from research.diagnosis import examples
 from research.diagnosis.examples import Example
 from research.diagnosis.programs import Programs
 from research.objectives.terms import Terms
+from research.pretrained import wholeness
 from research.rollouts import experience as experience_lib
 from research.rollouts.experience import Place
-from research.run import assemble, metrics, resolve, resume
+from research.run import assemble, metrics, resolve
 from research.run import run as run_lib
 from research.run.assemble import Parts
-from research.run.checkpoint import make_checkpointer
+from research.run.checkpoint import choose, make_checkpointer
 from research.run.resolve import Inputs
 from research.sources import dataset
 from research.sources.tokenizers import Tokenizer
@@ -98,7 +99,7 @@ class Subject:
         """
         config, devices = _fitted(config, jax.devices() if devices is None else devices)
         nowhere = os.path.join(tempfile.gettempdir(), "no-run", str(os.getpid()))
-        inputs = resolve.resolve(config, workdir or nowhere, devices)
+        inputs = resolve.resolve(config, workdir or nowhere, devices, step=choose(workdir or nowhere))
         log = dataclasses.replace(inputs.config.log, every=1)
         inputs = dataclasses.replace(inputs, config=dataclasses.replace(inputs.config, log=log))
         config, tokenizer = inputs.config, inputs.data.tokenizer
@@ -139,7 +140,7 @@ class Subject:
     @classmethod
     def of_workdir(cls, workdir: str, **options: Any) -> "Subject":
         """The run in a workdir. Args and errors: see `of`."""
-        return cls.of(config_lib.parse(resume.read_record(workdir)["config"]), workdir, **options)
+        return cls.of(config_lib.parse(wholeness.read_record(workdir)["config"]), workdir, **options)
 
     @property
     def started(self) -> bool:

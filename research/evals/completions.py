@@ -128,7 +128,7 @@ class Responder:
         ids = self.encode_all(prompts) if ids is None else ids
         models = {id(each.model): each.model for each in self.loaded.each}  # adapters share one, but for those in front
         generate = {i: self.make(m, self.sampling, self.loaded.tokenizer.size) for i, m in models.items()}
-        total, size = n * len(ids), n * max(1, BATCHES_AT_ONCE * batch_size // n)
+        total, size = n * len(ids), n * together(batch_size, n)
         count, seconds = 0, 0.0
         for first in range(n * done, total, size):
             began = time.perf_counter()
@@ -205,6 +205,11 @@ def make_responder(
     return Responder(loaded, config, encoder, tuple(stops), jax.random.key(seed), make)
 
 
+def together(batch_size: int, n: int) -> int:
+    """How many prompts are answered together, of which each gets n answers and batch_size answers are one batch."""
+    return max(1, BATCHES_AT_ONCE * batch_size // n)
+
+
 def write_completions(
     responder: Responder, prompts: Sequence[Prompt], output: Path, batch_size: int, flags: Mapping[str, Any]
 ) -> None:
@@ -233,8 +238,8 @@ def write_completions(
     }
     reasons = {name: f"--{name} was {{}}" for name in decides}
     reasons |= {"data": "--data holds other prompts", "tokens": "--template or the tokenizer gives other tokens"}
-    with files.ResumableLines(output, decides, reasons) as lines:
-        n = flags["n"]
+    n = flags["n"]
+    with files.ResumableLines(output, decides, reasons, together(batch_size, n)) as lines:
         for answers in responder.complete(prompts, batch_size, n=n, done=lines.done, ids=ids):
             groups = [answers[i : i + n] for i in range(0, len(answers), n)]
             lines.append(group[0][0].line(**_fields([answer[1:] for answer in group])) for group in groups)

@@ -4,6 +4,7 @@ names.py says what a name stands for, start.py what a role of a run begins with,
 same, runs.py reads a run's parameters, run_adapters.py its adapter, and loaded.py makes models ready to run.
 """
 
+from research.loading.frozen import FILE as FROZEN
 from research.loading.frozen import note_frozen
 from research.loading.loaded import LoadedModel, check_reads, check_vocabulary, load_model
 from research.loading.names import ORIGIN, adapter_options, find, identity, make_start, name_adapters, open_adapter
@@ -12,6 +13,7 @@ from research.loading.start import Start, adapted, initial_keys
 from research.loading.types import AdapterSource, Base, ModelSource
 
 __all__ = [
+    "FROZEN",
     "ORIGIN",
     "AdapterSource",
     "Base",

@@ -16,6 +16,7 @@ def note_frozen(workdir: str, frozen: Mapping[str, Any], write: bool) -> None:
     """Notes in the workdir what isn't trained of a run's trained roles. All processes call it; one is to write."""
     marks = {role: params.fingerprint(values) for role, values in frozen.items()}
     if marks and write:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
         write_json(Path(workdir) / FILE, marks)
 
 

@@ -19,7 +19,7 @@ from research.loading.run_adapters import RunAdapter
 from research.loading.start import Start
 from research.loading.types import AdapterSource, Base, ModelSource
 from research.models import adapters, added_rows, transformer
-from research.pretrained import checkpoints, peft, save
+from research.pretrained import checkpoints, peft, save, wholeness
 from research.pretrained import load as pretrained
 from research.sources import formats, tokenizers
 
@@ -100,12 +100,10 @@ def _tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 
 def _find_run(workdir: str, step: int | None, ema: bool) -> ModelSource:
-    record = Path(workdir) / "config.json"
-    if not record.is_file():
-        raise InputError(f"{workdir}: lacks config.json, which a run writes beside its checkpoints.")
-    about = read_json(record)
+    about = wholeness.read_record(workdir)
+    wholeness.check_files(workdir, about)
     with located(str(Path(workdir) / "config.json")):
-        config = config_lib.parse(about.get("config", about))
+        config = config_lib.parse(about["config"])
     tokenizer = tokenizers.load_tokenizer(workdir)
     c, rules = config_lib.model_config(config, tokenizer.size), sharding.make_rules(config.rules)
     model = transformer.make_model(c, rules, adapters.load(config.adapter, tokenizer=tokenizer))

@@ -13,10 +13,9 @@ from research import config as config_lib
 from research import optim, params
 from research.devices import sharding
 from research.errors import InputError
-from research.files import read_json
 from research.loading import names, runs
 from research.models import adapters, transformer
-from research.pretrained import checkpoints
+from research.pretrained import checkpoints, wholeness
 from research.sources import tokenizers
 
 
@@ -120,5 +119,5 @@ def open_trained(workdir: str, mesh: jax.sharding.Mesh) -> TrainedRun:
     """
     if not checkpoints.steps(workdir):
         raise InputError(f"{workdir}: isn't the workdir of a run with checkpoints, whose gradients are asked for.")
-    about = read_json(Path(workdir) / "config.json")
+    about = wholeness.read_record(workdir)
     return TrainedRun(workdir, config_lib.parse(about["config"]), mesh)

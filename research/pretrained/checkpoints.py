@@ -6,24 +6,21 @@ Orbax is imported where it is used: that takes a third of all imports' time.
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from research.errors import InputError
 from research.files import read_json
 from research.params import path_name
+from research.pretrained import wholeness
+from research.pretrained.wholeness import FOLDER, steps
 
-FOLDER = "checkpoints"
 State = Any  # a pytree of arrays
-
-
-def steps(workdir: str | Path) -> list[int]:
-    """Steps of the checkpoints of a working directory, in order."""
-    folder = Path(workdir) / FOLDER
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+T = TypeVar("T")
 
 
 def best_step(workdir: str | Path) -> int:
@@ -32,11 +29,12 @@ def best_step(workdir: str | Path) -> int:
     Raises:
       InputError: the run names no metric, or no checkpoint has its value.
     """
-    record = read_json(Path(workdir) / "config.json")["config"]["checkpoint"]
+    record = wholeness.read_record(workdir)["config"]["checkpoint"]
     name, sign = record["best_metric"], 1 if record["best_mode"] == "max" else -1
     scores = {}
     for step in steps(workdir):
         file = Path(workdir) / FOLDER / str(step) / "metrics" / "metrics"
+        wholeness.check_outline(file.parent.parent)
         if file.is_file() and name in (metrics := read_json(file)):
             scores[step] = score(metrics, name, sign)
     if not scores:
@@ -58,8 +56,7 @@ def parameter_names(workdir: str | Path, *, step: int | None = None, ema: bool =
     Raises:
       InputError: there is no such checkpoint.
     """
-    folder, _ = _folder(workdir, step)
-    return dict(metadata(folder).get("ema" if ema else "params") or {})
+    return _from_newest(workdir, step, lambda folder, _: dict(metadata(folder).get("ema" if ema else "params") or {}))
 
 
 def restore_params(
@@ -76,14 +73,30 @@ def restore_params(
     Raises:
       InputError: there is no checkpoint, or its parameters have other names or shapes.
     """
-    folder, step = _folder(workdir, step)
     key = "ema" if ema else "params"
-    tree = metadata(folder)
-    check_shapes(workdir, tree.get(key), like, key)
     wanted = {key: like}
     leaves = jax.tree_util.tree_leaves_with_path(wanted)
-    values = restore_named(folder, tree, {path_name(path): leaf for path, leaf in leaves})
-    return jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], wanted)[key], step
+
+    def read(folder: Path, step: int) -> tuple[State, int]:
+        tree = metadata(folder)
+        check_shapes(workdir, tree.get(key), like, key)
+        values = restore_named(folder, tree, {path_name(path): leaf for path, leaf in leaves})
+        return jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], wanted)[key], step
+
+    return _from_newest(workdir, step, read)
+
+
+def _from_newest(workdir: str | Path, step: int | None, read: Callable[[Path, int], T]) -> T:
+    """What `read` gives for the folder of a checkpoint's state and its step. The newest is looked for again where a run
+    that is under way has removed it meanwhile."""
+    while True:
+        folder, found = _folder(workdir, step)
+        try:
+            return read(folder, found)
+        except (InputError, OSError):
+            time.sleep(0.2)  # a folder is removed file by file
+            if step is not None or not (there := steps(workdir)) or there[-1] == found:
+                raise
 
 
 def metadata(folder: Path) -> dict[str, Any]:
@@ -95,15 +108,16 @@ def metadata(folder: Path) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     quiet()
+    wholeness.check_outline(folder.parent)
     with ocp.PyTreeCheckpointer() as reader:
         try:
-            return reader.metadata(folder).item_metadata.tree
+            return dict(reader.metadata(folder).item_metadata.tree)
         except Exception as error:
-            raise damaged(folder, error) from error
+            raise unreadable(folder, error) from error
 
 
 def restore_named(folder: Path, tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Reads some of a checkpoint's arrays, by name.
+    """Reads some of a checkpoint's arrays, by name; all of its files are checked meanwhile.
 
     Args:
       folder: of the state.
@@ -116,12 +130,12 @@ def restore_named(folder: Path, tree: Mapping[str, Any], wanted: Mapping[str, An
     import orbax.checkpoint as ocp
 
     target = jax.tree_util.tree_map_with_path(lambda path, _: wanted.get(path_name(path), ocp.PLACEHOLDER), tree)
-    with ocp.PyTreeCheckpointer() as reader:
+    with wholeness.checking(folder.parent), ocp.PyTreeCheckpointer() as reader:
         try:
             arguments = ocp.checkpoint_utils.construct_restore_args(target)
             values = reader.restore(folder, args=ocp.args.PyTreeRestore(target, restore_args=arguments))
         except Exception as error:
-            raise damaged(folder, error) from error
+            raise unreadable(folder, error) from error
     return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(values) if path_name(path) in wanted}
 
 
@@ -172,18 +186,17 @@ def check_shapes(workdir: str | Path, tree: Any, like: State, key: str) -> None:
             )
 
 
-def damaged(folder: Path, error: BaseException) -> InputError:
-    """What to say of a checkpoint that can't be read."""
+def unreadable(folder: Path, error: BaseException) -> InputError:
+    """What to say of a checkpoint whose state can't be read."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return InputError(
-        f"{folder}: this checkpoint is damaged and can't be read: {reason}\nDelete {folder.parent} to go on from the "
-        "checkpoint before it."
-    )
+    if not (folder / "manifest.ocdbt").is_file() and any(folder.glob("ocdbt.process_*")):
+        reason = "its parts were written, and not put together (state/manifest.ocdbt)"
+    return wholeness.damaged(folder.parent, reason)
 
 
 def quiet() -> None:
-    """Orbax reports every internal step at the level of warnings."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Orbax reports every internal step at the level of warnings, and what it raises as an error with its traceback."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _folder(workdir: str | Path, step: int | None) -> tuple[Path, int]:

@@ -1,29 +1,53 @@
 """Checkpoints: {state, place of the experience, resolved config}, written by Orbax in the background.
 
 Orbax writes into a temporary folder and renames it when all is there, so that a kill at any moment leaves the earlier
-checkpoints whole; what a kill left behind is removed at the next start. It is imported where it is used: that takes a
-third of all imports' time.
+checkpoints whole; what a kill left behind is removed at the next start. Before the renaming, what was written is read
+back in outline and its digests are added (pretrained/wholeness.py): only then may an older checkpoint go. Orbax is
+imported where it is used: that takes a third of all imports' time.
 """
 
+import asyncio
 import contextlib
 import dataclasses
+import shutil
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 from research.devices import distributed
-from research.errors import InputError
+from research.errors import InputError, disk_fault
+from research.files import read_json
 from research.params import path_name
-from research.pretrained import checkpoints
+from research.pretrained import checkpoints, wholeness
 from research.pretrained.checkpoints import FOLDER, best_step, restore_params, steps
 from research.rollouts.experience import Place
 
 State = Any  # a pytree of arrays
+_SAVE_SECONDS = 4 * 3600  # of a save, at most
 
-__all__ = ["FOLDER", "Checkpointer", "best_step", "make_checkpointer", "restore_params", "steps"]
+__all__ = [
+    "FOLDER",
+    "Checkpointer",
+    "SaveFailed",
+    "best_step",
+    "choose",
+    "make_checkpointer",
+    "restore_params",
+    "steps",
+]
+
+
+def print_line(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+class SaveFailed(Exception):
+    """The last save came to nothing, since the disk is full or broken. Those before it are whole."""
 
 
 class Checkpointer:
@@ -37,6 +61,7 @@ class Checkpointer:
       best_metric: name among the metrics given to `save`, or "" for none.
       best_mode: "min" or "max".
       read_only: whether nothing of the folder may change, not even what a save that is under way has begun.
+      say: prints a line about a save that came to nothing; the next one is tried all the same.
     """
 
     def __init__(
@@ -47,12 +72,16 @@ class Checkpointer:
         best_metric: str = "",
         best_mode: str = "min",
         read_only: bool = False,
+        say: Callable[[str], None] = print_line,
     ):
+        self._say, self._failed = say, ""
+        self._saving: int | None = None  # the step that is being written
         self._folder, self._read_only = Path(workdir).resolve() / FOLDER, read_only
         self._keep_last, self._best_metric, self._best_mode = keep_last, best_metric, best_mode
         self._opened: Any = None
         self._lock = threading.Lock()
         self._preparing: threading.Thread | None = None
+        self._names: set[str] = set()  # of the arrays that are being written
 
     def prepare(self) -> None:
         """Imports Orbax and opens the folder, in the background. If that fails, it is tried again by the first use,
@@ -106,39 +135,84 @@ class Checkpointer:
                 best_fn=score,  # without it, metrics aren't written, and the best is forgotten when the run is resumed
                 cleanup_tmp_directories=not self._read_only,
                 read_only=self._read_only,
+                temporary_path_class=_sealed_path(self._seal),
+                # Process 0 reads all back while the others wait; who has died, the watch says.
+                async_options=ocp.options.AsyncOptions(timeout_secs=_SAVE_SECONDS),
             ),
             handler_registry=handlers,
         )
 
+    def _seal(self, folder: Path) -> None:
+        wholeness.seal(folder, self._names)
+
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: State, place: Place, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def save(self, state: State, place: Place, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Starts to write; returns when the state is copied off the device. A step that is there is left alone.
 
         On CPU nothing is copied: until it is written, the step that the state is donated to makes new arrays instead.
 
-        Raises:
-          Exception: what went wrong with the save before.
+        Args:
+          state, place: of the run.
+          record: what the run's config.json holds, for when that is lost.
+          metrics: of the evaluation at this step.
+
+        A save that comes to nothing since the disk is full or broken is said, here or by the next call, and not raised
+        but by `wait`.
         """
         import orbax.checkpoint as ocp
 
         step = int(state.step)
-        if self.latest() == step:
+        self._settle()
+        try:
+            if self.latest() == step:
+                return
+        except OSError as error:
+            self._fail(step, error)
             return
         best = {k: v for k, v in metrics.items() if k == self._best_metric}
-        items = {
-            "state": ocp.args.PyTreeSave(state),
-            "run": ocp.args.JsonSave({"source": dict(place.source), "config": dict(config)}),
-        }
+        rest = {name: value for name, value in record.items() if name != "config"}
+        run = {"source": dict(place.source), "config": record.get("config", {}), "record": rest}
+        items = {"state": ocp.args.PyTreeSave(state), "run": ocp.args.JsonSave(run)}
         if jax.tree.leaves(place.buffer):
             items["buffer"] = ocp.args.PyTreeSave(place.buffer)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(**items),
-            metrics=best or None,
-            force=True,
-        )
+        self._names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)}
+        self._failed, self._saving = "", step
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=best or None, force=True)
+        except Exception as error:
+            self._fail(step, error)
+
+    def _settle(self) -> None:
+        """Waits until what is being written is there, or has come to nothing."""
+        if self._opened is None or self._saving is None:
+            return
+        try:
+            self._opened.wait_until_finished()
+        except Exception as error:
+            self._fail(self._saving, error)
+        self._saving = None
+
+    def _fail(self, step: int, error: Exception) -> None:
+        """Notes and says that a save came to nothing because of the disk. Raises what comes of something else, and
+        where there are several processes, of which only some may know."""
+        fault = disk_fault(error) or (str(error) if isinstance(error, FileNotFoundError) else "")
+        if not fault or distributed.several():
+            raise error
+        self._drop(step)
+        there = steps(self._folder.parent)
+        whole = f"the checkpoint of step {there[-1]} is whole" if there else "there is no checkpoint yet"
+        self._failed = f"{self._folder / str(step)}: couldn't be saved ({fault}); {whole}"
+        self._say(self._failed)
+
+    def _drop(self, step: int) -> None:
+        """Forgets what Orbax knows, which counts on a save that came to nothing, and removes what it left."""
+        with contextlib.suppress(Exception):
+            self._opened.close()
+        self._opened, self._saving = None, None
+        for left in self._folder.glob(f"{step}.*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def restore(self, like: State, buffer: Any = (), step: int | None = None) -> tuple[State, Place]:
         """Returns the state and the experience's place of `step`, by default the newest, on the devices asked for.
@@ -151,48 +225,90 @@ class Checkpointer:
         Raises:
           InputError: the checkpoint is damaged, or was made by a run of other shapes.
         """
-        import orbax.checkpoint as ocp
 
         step = self.latest() if step is None else step
-        folder = self._manager.directory / str(step)
+        folder = self._folder / str(step)
+        mine = slice(jax.process_index(), None, jax.process_count())
+        with _together(), wholeness.checking(folder, mine):
+            return self._restore(folder, like, buffer)
+
+    def _restore(self, folder: Path, like: State, buffer: Any) -> tuple[State, Place]:
+        """`restore`, of files that are being checked."""
+        import orbax.checkpoint as ocp
+
         tree = checkpoints.metadata(folder / "state")
         checkpoints.check_shapes(folder, tree.get("params"), like.params, "params")
-        items = {"run": ocp.args.JsonRestore()}
         if jax.tree.leaves(buffer):
             _check_buffer(folder, buffer)
-            items["buffer"] = ocp.args.StandardRestore(buffer)
         # One from before trained and frozen parameters were two trees, or from before objectives had carries and
         # roles followed others.
-        older = checkpoints.restore_two_trees(folder / "state", tree, like)
-        if older is None:
-            there = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
-            for name in ("carry", "synced"):
-                if name not in tree and not there[name]:
-                    del there[name]
-            items["state"] = ocp.args.StandardRestore(there)
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except ValueError as error:  # the structures differ: another optimizer, or an average that wasn't there
+        state = checkpoints.restore_two_trees(folder / "state", tree, like)
+        there = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
+        for name in ("carry", "synced"):
+            if name not in tree and not there[name]:
+                del there[name]
+        if state is None and (difference := _difference(tree, there)):
             raise InputError(
-                f"{folder}: was saved with another optimizer, objective, ema_decay or trainable than the config's"
-                f"{_difference(tree, there)}. Set what the run began with, or start in a new --workdir, with "
-                "model.init_from to take the parameters along."
-            ) from error
-        except Exception as error:
-            raise checkpoints.damaged(Path(folder / "state"), error) from error
-        place = Place(_source(restored["run"]), restored["buffer"] if "buffer" in items else buffer)
-        return older or like.replace(**restored["state"]), place
+                f"{folder}: was saved with another optimizer, objective, ema_decay or trainable than the config's "
+                f"({difference}). Set what the run began with, or start in a new --workdir, with model.init_from to "
+                "take the parameters along."
+            )
+        with ocp.StandardCheckpointer() as reader:
+            try:
+                state = state or like.replace(**reader.restore(folder / "state", there))
+                if jax.tree.leaves(buffer):
+                    buffer = reader.restore(folder / "buffer", buffer)
+            except Exception as error:
+                raise checkpoints.unreadable(folder / "state", error) from error
+        return state, Place(_source(read_json(folder / "run/metadata")), buffer)
 
     def wait(self) -> None:
-        """Until all is written. Raises what went wrong with it."""
-        if self._opened is not None:
-            self._opened.wait_until_finished()
+        """Until all is written.
+
+        Raises:
+          SaveFailed: the last save came to nothing.
+        """
+        self._settle()
+        if self._failed:
+            raise SaveFailed(f"{self._failed}. The same command goes on from there.")
 
     def close(self) -> None:
         if self._preparing is not None:
             self._preparing.join()
         if self._opened is not None:
-            self._opened.close()
+            self._settle()
+            if self._opened is not None:
+                self._opened.close()
+
+
+def _sealed_path(seal: Callable[[Path], None]) -> type:
+    """Orbax's temporary folder of a checkpoint, on which `seal` is called before it gets its name."""
+    import orbax.checkpoint as ocp
+
+    class SealedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+        async def finalize(self, *args: Any, **kwargs: Any) -> None:
+            if self.get_final().name.isdigit():  # not a part of a checkpoint
+                await asyncio.to_thread(seal, Path(self.get()))
+            await super().finalize(*args, **kwargs)
+            if self.get_final().name.isdigit():
+                await asyncio.to_thread(wholeness.seal_rest, Path(self.get_final()))
+
+    return SealedPath
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Has all processes raise an InputError where one of them does: each checks files of its own."""
+    if not distributed.several():
+        yield
+        return
+    error: InputError | None = None
+    try:
+        yield
+    except InputError as raised:
+        error = raised
+    if distributed.any_process(error is not None):
+        raise error or InputError("another process found the checkpoint damaged, and says where.")
 
 
 def _check_buffer(folder: Any, wanted: Any) -> None:
@@ -209,17 +325,53 @@ def _check_buffer(folder: Any, wanted: Any) -> None:
 
 
 def _difference(saved: Any, wanted: Any) -> str:
-    """The first array that only one of two states has, for a message; "" where they have the same."""
-    names = [{path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)} for state in (saved, wanted)]
-    lacking, foreign = min(names[1] - names[0], default=""), min(names[0] - names[1], default="")
+    """The first array that only one of two states has, or has in another shape; "" where they have the same."""
+    shapes = [
+        {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+        for state in (saved, wanted)
+    ]
+    lacking, foreign = min(shapes[1].keys() - shapes[0], default=""), min(shapes[0].keys() - shapes[1], default="")
     parts = [f"it lacks {lacking}" if lacking else "", f"it has {foreign}" if foreign else ""]
-    return f" ({', and '.join(filter(None, parts))})" if any(parts) else ""
+    if other := [name for name in sorted(shapes[0].keys() & shapes[1]) if shapes[0][name] != shapes[1][name]]:
+        parts.append(f"its {other[0]} is {list(shapes[0][other[0]])} and not {list(shapes[1][other[0]])}")
+    return ", and ".join(filter(None, parts))
 
 
 def _source(run: Mapping[str, Any]) -> dict[str, Any]:
     """The source's state. Checkpoints from before it counted rows hold the number of batches."""
     source = run["source"]
     return {"row": source["step"] * run["config"]["batch_size"]} if source.keys() == {"step"} else source
+
+
+def check_name(workdir: str | Path) -> None:
+    """Raises InputError where Orbax would take a folder's name for a pattern, and put no checkpoint together."""
+    if found := sorted(set("[]*?") & set(str(Path(workdir).resolve()))):
+        raise InputError(f"--workdir = {workdir}: holds {' '.join(found)}, which checkpoints can't have. Name another.")
+
+
+def choose(workdir: str | Path, step: int | str | None = None) -> int | None:
+    """The checkpoint that a run goes on from; None of a new run.
+
+    Args:
+      workdir: of the run.
+      step: of a checkpoint; wholeness.WHOLE for the newest that is whole; None for the newest.
+
+    Raises:
+      InputError: there is no such checkpoint; or the newest, where that is asked for, is damaged in its outline.
+    """
+    there = steps(workdir)
+    if step is None or not there:
+        if step not in (None, wholeness.WHOLE):
+            raise InputError(f"--step={step}: {workdir} has no checkpoints. Leave it out to begin a run.")
+        return there[-1] if there else None
+    if step == wholeness.WHOLE:
+        if (whole := wholeness.newest_whole(workdir)) is None:
+            raise InputError(f"--step={step}: none of the checkpoints in {workdir} is whole. Name another --workdir.")
+        return whole
+    if step not in there:
+        known = ", ".join(map(str, there))
+        raise InputError(f"--step={step}: {workdir} has no checkpoint of that step; there are {known}.")
+    return step
 
 
 def make_checkpointer(config: Any, workdir: str | Path, *, read_only: bool = False) -> Checkpointer:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import threading
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import jax
 
-from research import config as config_lib
+from research import signals
 from research.config import Config
 from research.devices import distributed
 from research.errors import InputError, Unavailable, did_you_mean
@@ -34,6 +35,7 @@ class Loop:
     Attributes:
       config: of the run.
       workdir: of the run, for messages.
+      record: what its config.json holds.
       step: the compiled train step: (state, frozen, batch, rates) -> (state, metrics).
       rates: the learning rates that it takes.
       experience: where batches come from.
@@ -48,6 +50,7 @@ class Loop:
 
     config: Config
     workdir: str
+    record: Mapping[str, Any]
     step: Callable[[TrainState, Any, Any, Rates], tuple[TrainState, Metrics]]
     rates: Rates
     experience: Experience
@@ -107,7 +110,7 @@ class Loop:
         except Unavailable:  # nothing is under way that a checkpoint could wait for
             if pending is not None:
                 self.window.add(*pending)
-            self.saver.save(state, place, config_lib.to_dict(self.config), {})
+            self.saver.save(state, place, self.record, {})
             raise
         finally:
             self.saver.wait()
@@ -121,7 +124,7 @@ class Loop:
         self.window.start_clock(afresh=True)
 
     def _save(self, state: TrainState, place: Place, scores: dict[str, float]) -> None:
-        self.saver.save(state, self.experience.settled(place), config_lib.to_dict(self.config), scores)
+        self.saver.save(state, self.experience.settled(place), self.record, scores)
 
 
 def check_best(name: str, scores: Mapping[str, float]) -> None:
@@ -134,10 +137,10 @@ def check_best(name: str, scores: Mapping[str, float]) -> None:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: threading.Event) -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, so that the loop can save first. A second SIGINT interrupts at once.
+    """An event that SIGTERM, SIGINT and SIGHUP set, so that the loop can save first. A second SIGINT interrupts.
 
-    Of several processes each must stop at the same step: SIGTERM goes to JAX, see distributed.should_stop, and SIGINT
-    interrupts at once.
+    Of several processes each must stop at the same step: SIGTERM goes to JAX, see distributed.should_stop, SIGHUP is
+    handed to it as SIGTERM, and SIGINT interrupts at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -145,12 +148,16 @@ def stop_on_signals(stop: threading.Event) -> Iterator[threading.Event]:
     several = distributed.several()
 
     def handle(number: int, _: Any) -> None:
+        if several and number == signal.SIGHUP:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         again = stop.is_set()
         stop.set()
         if number == signal.SIGINT and (several or again):
             raise KeyboardInterrupt
 
-    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGINT, signal.SIGHUP) if several else signals.STOPS
+    numbers = [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from research.devices import chips
 from research.errors import InputError, did_you_mean, printable
-from research.files import json_line
+from research.files import SteadyFile, json_line, write_text
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+_STEADY = "understudy"  # what TensorBoard's writer calls our files
 
 
 class Writer:
@@ -71,8 +72,8 @@ class Writer:
         if not self._active:
             return self
         os.makedirs(self._workdir, exist_ok=True)
-        self._metrics = _reopen(os.path.join(self._workdir, METRICS_FILE), self._start_step)
-        self._samples = _reopen(os.path.join(self._workdir, SAMPLES_FILE), self._start_step)
+        self._metrics = self._reopen(METRICS_FILE)
+        self._samples = self._reopen(SAMPLES_FILE)
         if self._wandb_options is not None:
             self._wandb = _start_wandb(self._workdir, self._wandb_options, self._config)
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:  # 0: unknown
@@ -104,7 +105,7 @@ class Writer:
         values = {name: float(value) for name, value in values.items()}
         record = {"step": step, "time": round(time.time(), 3)}
         record |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+        self._metrics.write(json_line(record))
         if self._use_tensorboard:
             events = self._events()
             for name, value in values.items():
@@ -118,7 +119,7 @@ class Writer:
         if not self._active:
             return
         record = {"step": step, "time": round(time.time(), 3), "name": name, "text": text}
-        self._samples.write(json_line(record).decode())
+        self._samples.write(json_line(record))
         if self._use_tensorboard:
             self._events().add_text(name, _verbatim(text), step)
         if self._wandb is not None:
@@ -139,13 +140,23 @@ class Writer:
         if self._active:
             tqdm.write(printable(message), file=sys.stderr)
 
+    def _reopen(self, name: str) -> SteadyFile:
+        """Opens JSON lines to append, without those after the start; a start at 0 redoes step 0 as well."""
+        path, start = os.path.join(self._workdir, name), self._start_step
+        there = _read_lines(path) if start and os.path.exists(path) else []
+        write_text(path, "".join(line for _, line, record in there if record["step"] <= start))
+        return SteadyFile(path, self.print)
+
     def _events(self) -> Any:
         """TensorBoard's writer, made for the first value: its import takes a while, which a first step needn't wait."""
         if self._tensorboard is None:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter, record_writer
 
+            folder = os.path.join(self._workdir, "tensorboard")
+            os.makedirs(folder, exist_ok=True)
+            record_writer.register_writer_factory(_STEADY, _Factory(self.print))  # else a full disk ends its thread
             self._tensorboard = SummaryWriter(
-                os.path.join(self._workdir, "tensorboard"),
+                f"{_STEADY}:{folder}",
                 purge_step=self._start_step + 1 if self._start_step else 0,
                 flush_secs=1,
             )
@@ -317,15 +328,17 @@ def _metric(where: str, name: str, value: Any) -> float:
     raise InputError(f"{where}: {name} = {value!r:.40}: must be a number. Delete the line.")
 
 
-def _reopen(path: str, start_step: int) -> Any:
-    """Opens JSON lines to append, without those after `start_step`; a start at 0 redoes step 0 as well."""
-    kept: list[str] = []
-    if start_step and os.path.exists(path):
-        kept = [line for _, line, record in _read_lines(path) if record["step"] <= start_step]
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(kept)
-    os.replace(path + ".tmp", path)
-    return open(path, "a", buffering=1, encoding="utf-8")  # flushed line by line
+class _Factory:
+    """Opens the files of TensorBoard's writer, whose names begin with _STEADY and a colon."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+
+    def open(self, path: str) -> SteadyFile:
+        return SteadyFile(path.partition(":")[2], self._say)
+
+    def directory_check(self, path: str) -> None:
+        """The folder is there."""
 
 
 def _start_wandb(workdir: str, options: Mapping[str, Any], config: Mapping[str, Any]) -> Any:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from research import config as config_lib
-from research import loading, params
+from research import digests, loading, params
 from research.config import Config
 from research.devices import distributed, startup
 from research.evals import markers
 from research.files import write_json
-from research.run import metrics, resume
+from research.pretrained import wholeness
+from research.run import metrics
 from research.run.assemble import Parts
 from research.run.resolve import Inputs
 from research.sources.dataset import has_plain_texts
@@ -25,30 +26,39 @@ _SHOWN = 4  # a line lists at most so many tokens
 _WARNED = 0.05  # of a part of the data: what is lost of it beyond this gets a line of its own
 
 
-def begin(inputs: Inputs, command: str, step: int) -> None:
+def begin(inputs: Inputs, command: str, step: int) -> dict[str, Any]:
     """Writes config.json and, of a new run, the tokenizer and where the policy comes from; removes an old done.json.
 
     Args:
       inputs: of the run.
       command: that it was started with.
       step: at which it begins, or goes on.
+
+    Returns:
+      what config.json holds, for checkpoints.
     """
     if not distributed.main():
-        return
+        return {"config": config_lib.to_dict(inputs.config)}
     folder = Path(inputs.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     about = _about(inputs, command)
-    history = _history(resume.read_record(inputs.workdir)) if inputs.resumed else []
+    before = wholeness.read_record(inputs.workdir) if inputs.resumed else {}
+    history = _history(before) if inputs.resumed else []
     began = {"step": step, "changed": [str(change) for change in inputs.changes]} | {k: about[k] for k in _OF_A_START}
     kept = {"data": inputs.data_identity, "tasks": inputs.tasks, "frozen": inputs.frozen_sources}
     kept["plain_texts"] = has_plain_texts(inputs.data)
-    write_json(folder / resume.RECORD, about | kept | {"history": [*history, began]})
-    (folder / "done.json").unlink(missing_ok=True)
     if not inputs.resumed:
         inputs.data.tokenizer.save(inputs.workdir)
         base = inputs.bases.get("policy")
         if base is not None and base.origin:
             write_json(folder / loading.ORIGIN, base.origin)
+        there = (loading.ORIGIN, loading.FROZEN, "tokenizer.json", *inputs.data.tokenizer.files)
+        before = {wholeness.FILES: digests.of_files(folder, [name for name in there if (folder / name).is_file()])}
+    kept[wholeness.FILES] = before.get(wholeness.FILES, {})
+    record = digests.seal(about | kept | {"history": [*history, began]})
+    write_json(folder / wholeness.RECORD, record)
+    (folder / "done.json").unlink(missing_ok=True)
+    return record
 
 
 def _history(before: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -76,8 +86,8 @@ def _about(inputs: Inputs, command: str) -> dict[str, Any]:
     }
 
 
-def open_writer(config: Config, workdir: str, start_step: int) -> metrics.Writer:
-    """The writer of a run that goes on after `start_step`."""
+def make_writer(config: Config, workdir: str, start_step: int) -> metrics.Writer:
+    """The writer of a run that goes on after `start_step`; it can print before its files are opened."""
     return metrics.Writer(
         workdir,
         total_steps=config.steps,

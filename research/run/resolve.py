@@ -6,6 +6,7 @@ Bad input shows here, before anything is compiled or written.
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from research.errors import InputError
 from research.evals import tasks as eval_tasks
 from research.models import adapters
 from research.objectives import Terms
+from research.pretrained import wholeness
 from research.run import assemble, checkpoint, checks, metrics, resume, rollouts
 from research.sources import adaptive, annotations, dataset, fields, identity, tokenizers
 from research.sources.prompts import Prompts
@@ -32,7 +34,7 @@ class Inputs:
     Attributes:
       config: checked, with the architectures of the checkpoints that it names.
       workdir: of the run.
-      resumed: whether the workdir holds a checkpoint to go on from.
+      step: of the checkpoint that it goes on from; None of a new run.
       mesh: of the run's devices.
       bases: role -> the model that its parameters are read from.
       terms: the objective's, by name.
@@ -49,7 +51,7 @@ class Inputs:
 
     config: Config
     workdir: str
-    resumed: bool
+    step: int | None
     mesh: jax.sharding.Mesh
     bases: dict[str, loading.ModelSource]
     terms: Terms
@@ -62,6 +64,10 @@ class Inputs:
     data_identity: dict[str, Any]
     tasks: dict[str, Any]
     frozen_sources: dict[str, Any]
+
+    @property
+    def resumed(self) -> bool:
+        return self.step is not None
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch -> global arrays."""
@@ -78,7 +84,11 @@ class Inputs:
 
 
 def resolve(
-    config: Config, workdir: str, devices: Sequence[Any] | None = None, objective: Mapping[str, Any] | None = None
+    config: Config,
+    workdir: str,
+    devices: Sequence[Any] | None = None,
+    objective: Mapping[str, Any] | None = None,
+    step: int | None = None,
 ) -> Inputs:
     """Finds and checks all that a run reads.
 
@@ -87,16 +97,18 @@ def resolve(
       workdir: of the run, which may hold checkpoints of it.
       devices: to make the mesh of; by default all.
       objective: the one whose special tokens the tokenizer is to have; by default the config's.
+      step: of the checkpoint that it goes on from; None of a new run.
 
     Raises:
       InputError: something in the config can't work. Nothing has been written.
     """
     devices = jax.devices() if devices is None else devices
-    there = checkpoint.steps(workdir)
-    resumed = bool(there)
-    before = resume.read_record(workdir) if resumed else {}
+    resumed, before = step is not None, {}
     if resumed:
-        resume.check_steps(workdir, there[-1], config)
+        wholeness.check_outline(Path(workdir) / checkpoint.FOLDER / str(step))
+        before = wholeness.read_record(workdir)
+        wholeness.check_files(workdir, before)
+        resume.check_steps(workdir, step, config)
     config, bases = with_checkpoints(config, workdir if resumed else None)
     changes = resume.check(workdir, config_lib.parse(before["config"]), config) if resumed else []
     config_lib.check(config, num_devices=len(devices))
@@ -126,7 +138,7 @@ def resolve(
     return Inputs(
         config=config,
         workdir=workdir,
-        resumed=resumed,
+        step=step,
         mesh=mesh,
         bases=bases,
         terms=terms,
@@ -149,18 +161,21 @@ def _frozen_names(config: Config, terms: Terms) -> dict[str, str]:
     return {role: name for role, name in roles.items() if name and role not in trained}
 
 
-def is_finished(config: Config, workdir: str) -> bool:
+def is_finished(config: Config, workdir: str, step: int | None) -> bool:
     """Whether a run of this config has taken its last step in this workdir, so that nothing is left to do.
+
+    Args:
+      config, workdir: of the run.
+      step: of the checkpoint that it goes on from; None of a new run.
 
     Raises:
       InputError: it has taken more steps, or these with another config.
     """
-    there = checkpoint.steps(workdir)
-    if not there or there[-1] < config.steps:
+    if step is None or step < config.steps:
         return False
-    before = config_lib.parse(resume.read_record(workdir)["config"])
-    resume.check_steps(workdir, there[-1], config)
-    return resume.is_finished(workdir, there[-1], before, with_checkpoints(config, workdir)[0])
+    before = config_lib.parse(wholeness.read_record(workdir)["config"])
+    resume.check_steps(workdir, step, config)
+    return resume.is_finished(workdir, step, before, with_checkpoints(config, workdir)[0])
 
 
 def _check_held_out(config: Config, data: dataset.Data) -> None:
@@ -198,7 +213,7 @@ def with_checkpoints(
         where, section = config_lib.model_section(config, role)
         name = section.init_from
         if resumed and role == "policy" and name:
-            began = config_lib.parse(resume.read_record(resumed)["config"])
+            began = config_lib.parse(wholeness.read_record(resumed)["config"])
             if name == began.model.init_from:  # another is refused by resume.check
                 architecture = config_lib.model_config(began, vocab_size=began.model.vocab_size)
                 config = config_lib.with_architecture(config, architecture, resumed)

@@ -8,13 +8,11 @@ import dataclasses
 import enum
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from research import config as config_lib
 from research.config import Config
 from research.errors import InputError
-from research.files import read_json
 from research.ops import quantized
 
 RECORD = "config.json"  # in a workdir: what it ran with
@@ -205,19 +203,6 @@ def _differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, A
                 yield f"{name}.{key}"[1:], before.get(key), now.get(key)
     elif before != now:
         yield name[1:], before, now
-
-
-def read_record(workdir: str) -> dict[str, Any]:
-    """What a run's config.json holds; `config` is what it last ran with.
-
-    Raises:
-      InputError: the file is gone, or damaged.
-    """
-    remedy = f"The workdir has checkpoints, and {RECORD} says of which run. Put it back, or name another --workdir."
-    record = read_json(Path(workdir) / RECORD, {}, remedy=remedy)
-    if not isinstance(record.get("config"), dict):
-        raise InputError(f"{Path(workdir) / RECORD}: doesn't say what the run ran with. {remedy}")
-    return record
 
 
 def check_steps(workdir: str, step: int, config: Config) -> None:

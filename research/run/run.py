@@ -4,18 +4,19 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from research import loading
+from research import loading, ownership
 from research.config import Config
 from research.devices import compilation, distributed, startup
-from research.errors import Unavailable
+from research.errors import InputError, Unavailable
 from research.objectives.terms import Terms
+from research.pretrained import wholeness
 from research.rollouts import experience as experience_lib
-from research.run import assemble, checks, engines, evaluation, record, resolve, resume, rollouts
+from research.run import assemble, checkpoint, checks, engines, evaluation, record, resolve, resume, rollouts
 from research.run.checkpoint import Checkpointer, make_checkpointer
 from research.run.loop import Loop, Preempted, stop_on_signals
 from research.run.window import Diverged, Window
@@ -29,6 +30,7 @@ def run(
     *,
     started: float | None = None,
     command: str = "",
+    step: int | str | None = None,
     devices: Sequence[Any] | None = None,
     stop: threading.Event | None = None,
     make_experience: Callable[..., experience_lib.Experience] = experience_lib.make,
@@ -37,9 +39,12 @@ def run(
 
     Args:
       config: of the run.
-      workdir: where everything that it writes goes; made once all checks have passed.
+      workdir: where everything that it writes goes; this process has it for the time, and nothing is written there
+        before all checks have passed.
       started: unix seconds of the process's start, for the time to the first step.
       command: for the record.
+      step: the checkpoint to go on from, or "whole" for the newest that is whole; later ones are moved aside. By
+        default the newest.
       devices: to make the mesh of; by default all.
       stop: is set where SIGTERM or SIGINT comes, so that the caller knows of one that comes at the run's end.
       make_experience: (source, batch, rollout) -> where the batches of a run without rewards come from; see
@@ -51,10 +56,26 @@ def run(
       Diverged: too many updates in a row were skipped; a checkpoint is written.
       Unavailable: no server answers (rollout.servers); a checkpoint is written.
     """
-    started = started or time.time()
-    if resolve.is_finished(config, workdir):
+    checkpoint.check_name(workdir)
+    with _owned(workdir):
+        step = checkpoint.choose(workdir, step)
+        return _run(config, workdir, step, started or time.time(), command, devices, stop, make_experience)
+
+
+def _run(
+    config: Config,
+    workdir: str,
+    step: int | None,
+    started: float,
+    command: str,
+    devices: Sequence[Any] | None,
+    stop: threading.Event | None,
+    make_experience: Callable[..., experience_lib.Experience],
+) -> dict[str, float]:
+    """`run`, in a workdir that this process has, from the checkpoint of a step, or anew."""
+    if resolve.is_finished(config, workdir, step):
         return record.stay_finished(config, workdir)
-    inputs = resolve.resolve(config, workdir, devices)
+    inputs = resolve.resolve(config, workdir, devices, step=step)
     config, tokenizer = inputs.config, inputs.data.tokenizer
     parts = assemble.assemble(config, inputs.terms, inputs.mesh, inputs.batch, tokenizer.size, tokenizer=tokenizer)
     assemble.check_memory(config, parts, inputs.mesh)
@@ -68,20 +89,27 @@ def run(
         watch = stack.enter_context(
             distributed.watch(workdir, config.stall_seconds, (Preempted, Diverged, Unavailable))
         )
-        record.begin(inputs, command, int(state.step))
+        writer = record.make_writer(config, workdir, int(state.step))
+        record.describe(writer, inputs, parts, int(state.step))
+        evaluate = evaluation.make_evaluation(inputs, parts, tasks, writer)
+        compiled = program()
+        # All checks have passed: from here on, something is written.
+        if inputs.resumed and distributed.main():
+            wholeness.set_aside(workdir, inputs.step)
+        distributed.barrier("set aside")
         if not inputs.resumed:
             loading.note_frozen(workdir, {role: frozen[role] for role in parts.roles.divided}, distributed.main())
-        writer = stack.enter_context(record.open_writer(config, workdir, int(state.step)))
-        record.describe(writer, inputs, parts, int(state.step))
-        compiled = program()
+        began = record.begin(inputs, command, int(state.step))
+        stack.enter_context(writer)
         record.measure(writer, parts, compiled, int(state.step))
         loop = Loop(
             config=config,
             workdir=workdir,
+            record=began,
             step=distributed.one_at_a_time(compiled),
             rates=assemble.learning_rates(config, parts),
             experience=experience,
-            evaluate=evaluation.make_evaluation(inputs, parts, tasks, writer) if config.eval.every else None,
+            evaluate=evaluate,
             saver=saver,
             window=Window.of(config, parts, writer, inputs.mesh),
             progress=watch.progress,
@@ -93,6 +121,21 @@ def run(
         startup.keep_memory(compilation.temporaries(compiled))
         loop.run(state, frozen, place)
     return record.finish(config, workdir)
+
+
+@contextlib.contextmanager
+def _owned(workdir: str) -> Iterator[None]:
+    """Has the workdir for this run: of several processes the first takes it, and all learn whether it could."""
+    with contextlib.ExitStack() as stack:
+        error = None
+        if distributed.main():
+            try:
+                stack.enter_context(ownership.own_folder(workdir, "--workdir"))
+            except InputError as raised:
+                error = raised
+        if distributed.any_process(error is not None):
+            raise error or InputError(f"--workdir = {workdir}: can't be had, as process 0 says.")
+        yield
 
 
 def chances(terms: Terms, name: str, state: TrainState) -> Any:
@@ -137,7 +180,7 @@ def begin(
     """The state, the frozen parameters and the place in the data: those of the newest checkpoint, or the first ones."""
     config = inputs.config
     if inputs.resumed:
-        state, place = saver.restore(parts.state, experience.buffer)
+        state, place = saver.restore(parts.state, experience.buffer, inputs.step)
         return state, assemble.resumed_frozen(config, parts, inputs.bases, inputs.mesh, inputs.workdir), place
     place = experience.init()  # the first batches are read while parameters are read or drawn
     state, frozen = assemble.initial(config, parts, inputs.bases, inputs.mesh)

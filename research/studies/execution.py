@@ -25,17 +25,18 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TextIO
 
 from research import config as config_lib
-from research import files
+from research import files, signals
 from research.errors import Exit, InputError
 from research.run import run
 from research.studies import stages
 from research.studies.stages import Stage
 
 FAILED, BAD_INPUT, DIVERGED, STOPPED = Exit.FAILED, Exit.BAD_INPUT, Exit.DIVERGED, Exit.PREEMPTED
-STOPS = (STOPPED, Exit.INTERRUPTED, -signal.SIGINT, -signal.SIGTERM)  # statuses of what was told to stop
+STOPS = (STOPPED, Exit.INTERRUPTED, *(-number for number in signals.STOPS))  # statuses of what was told to stop
 
 
 class StageFailed(Exception):
@@ -144,8 +145,8 @@ def lock(stage: Stage) -> Iterator[TextIO | None]:
 
 @contextlib.contextmanager
 def interruptible(stopped: Exception) -> Iterator[None]:
-    """SIGTERM and SIGINT interrupt what is inside, where that doesn't take them; `stopped` is raised then."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    """SIGTERM, SIGINT and SIGHUP interrupt what is inside, where that doesn't take them; `stopped` is raised then."""
+    numbers = [number for number in signals.STOPS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.getsignal(number) for number in numbers}
     with contextlib.suppress(ValueError):  # only the main thread may
         for number in numbers:
@@ -169,10 +170,22 @@ def _call(stage: Stage) -> int:
     flags = {flag.name for flag in getattr(getattr(module, "COMMAND", None), "flags", ())}
     if "overwrite" in flags and "--overwrite" not in argv:
         argv.append("--overwrite")  # what lies in the stage's folder is of an earlier try
+    _remove_whole_output(stage, module)
     try:
         return module.main(argv) or 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def _remove_whole_output(stage: Stage, module: ModuleType) -> None:
+    """Removes a folder that an earlier try has written whole, by a command that neither replaces nor goes on with one;
+    it was killed before that was noted."""
+    command, output = getattr(module, "COMMAND", None), stage.settings["args"].get("output")
+    if command is None or command.resumable or not isinstance(output, str) or "{workdir}/" not in output:
+        return
+    folder = Path(output.replace("{workdir}", stage.workdir))
+    if folder.is_dir() and not any(flag.name == "overwrite" for flag in command.flags):
+        shutil.rmtree(folder)
 
 
 class _Output(io.TextIOBase):

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from research import files
+from research import digests, files
 from research.errors import InputError
+from research.pretrained import wholeness
 from research.run.metrics import read_metrics, read_samples
 
 FIRST = ("loss", "perplexity", "bits_per_byte", "exact_match", "accuracy", "agreement")
@@ -62,8 +63,12 @@ def load_run(workdir: str, name: str | None = None) -> Run:
         steps = sorted(values)
         series[metric] = (np.array(steps, np.int64), np.array([values[s] for s in steps], np.float64))
     record = files.read_json(os.path.join(workdir, "config.json"), {})
+    if not digests.is_whole(record):
+        raise InputError(f"{workdir}: its config.json isn't what the run wrote. Put it back from a copy.")
     config = record.pop("config") if isinstance(record.get("config"), dict) else record
     starts = record.pop("history", ()) if record is not config else ()
+    for name in (wholeness.FILES, digests.SEAL):
+        record.pop(name, None)
     return Run(
         name=name or os.path.basename(os.path.abspath(workdir)),
         series=series,

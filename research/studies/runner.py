@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import jax
 
 from research import config as config_lib
-from research import files
+from research import files, signals
 from research.errors import InputError, printable
 from research.run import run
 from research.run.metrics import describe, duration
@@ -225,10 +225,10 @@ class Runner:
 
     @contextlib.contextmanager
     def _handlers(self) -> Iterator[None]:
-        """SIGTERM and SIGINT are noted, for `_collect`; inside a stage that runs here they interrupt it."""
+        """SIGTERM, SIGINT and SIGHUP are noted, for `_collect`; inside a stage that runs here they interrupt it."""
         before = {}
         with contextlib.suppress(ValueError):  # only the main thread may
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (each for each in signals.STOPS if signal.getsignal(each) != signal.SIG_IGN):
                 before[number] = signal.signal(number, lambda received, _: self._signals.append(received))
         try:
             yield

@@ -13,6 +13,7 @@ import numpy as np
 
 from research import files, loading
 from research.models import flops
+from research.pretrained import wholeness
 from research.run.metrics import read_metrics
 from research.sources import entries, records, scores, selected
 from research.studies import pages
@@ -164,7 +165,7 @@ def _tokens(run: str) -> float:
 
 
 def _steps(run: str) -> int:
-    return int(files.read_json(Path(run) / "config.json")["config"]["steps"])
+    return int(wholeness.read_record(run)["config"]["steps"])
 
 
 def _dropped(way: Way, pool: Pool) -> Dropped | None:
@@ -233,13 +234,13 @@ def _training(run: str) -> float:
 
 def _of_model(run: str) -> float:
     """FLOPs of a token in training; a third of them are those of a pass."""
-    length = files.read_json(Path(run) / "config.json")["config"]["seq_len"]
+    length = wholeness.read_record(run)["config"]["seq_len"]
     return flops.of_training(loading.find(run).config, length)
 
 
 def _places(run: str) -> float:
     """How many places of rows a training computes, padding included."""
-    config = files.read_json(Path(run) / "config.json")["config"]
+    config = wholeness.read_record(run)["config"]
     return config["steps"] * config["batch_size"] * config["seq_len"]
 
 

@@ -1,6 +1,7 @@
 """What holds for every command: help, errors of flags, exit statuses, and that a command is one file."""
 
 import dataclasses
+import functools
 import importlib
 import io
 import itertools
@@ -17,7 +18,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from research import cli, commands, config, files
+from research import cli, commands, config, console, files, signals
 from research.bench import names as bench_names
 from research.bench import parts
 from research.devices import startup
@@ -209,11 +210,17 @@ def test_commands_that_train_prepare_their_process(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(startup, "leave_loops", lambda: calls.append("loops"))
     monkeypatch.setattr(startup, "use_huge_pages", lambda: calls.append("pages"))
+    monkeypatch.setattr(console, "steady", lambda output: None)
+    for name in ("hold", "begin", "end"):
+        monkeypatch.setattr(signals, name, functools.partial(calls.append, name))
     for name in NAMES:
         monkeypatch.setattr(sys, "argv", ["understudy", name, "--no_such_flag"])
         assert cli.console() == 2
-    assert calls == ["loops", "pages"] * len(commands.STEPS)
+        steps, runs = ["loops", "pages"] * (name in commands.STEPS), name in commands.RUNS
+        assert calls == (["hold", *steps, "begin", "end"] if runs else steps)
+        calls.clear()
     assert set(commands.STEPS) < set(NAMES)
+    assert set(commands.RUNS) < set(NAMES)
 
 
 def test_a_flag_that_is_a_field_says_how_fields_are_set(run):

@@ -358,7 +358,8 @@ def test_a_killed_run_goes_on(run, tmp_path, monkeypatch):
     assert (status, "out.jsonl.partial: was begun by another command: --seed was 0." in stderr) == (2, True)
     calls.clear()
     assert run(*flags, f"--output={output}")[0] == 0
-    assert len(calls) == 80 - done
+    group = completions.together(batch_size=2, n=1)  # the last one is torn, and made anew
+    assert len(calls) == 80 - done // group * group
     assert output.read_text() == (tmp_path / "whole.jsonl").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl", "x.txt"]
 

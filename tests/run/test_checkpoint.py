@@ -1,7 +1,9 @@
 """What is kept, what comes back, and what a reader is told about a folder that holds nothing or something else."""
 
 import dataclasses
+import errno
 import json
+import re
 import threading
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 
 from research import train
 from research.errors import InputError
+from research.pretrained import wholeness
 from research.rollouts.experience import Place
 from research.run import checkpoint
 
@@ -134,12 +137,40 @@ def test_a_write_that_fails_is_told_at_the_end(tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path) == []
 
 
+def test_a_full_disk_is_said_and_a_later_save_is_tried(tmp_path, monkeypatch):
+    full, said = [], []
+    seal = wholeness.seal
+
+    def fill(folder, names):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / "x"))
+        seal(folder, names)
+
+    monkeypatch.setattr(wholeness, "seal", fill)
+    saver = checkpoint.Checkpointer(tmp_path, keep_last=1, say=said.append)
+    for step in range(1, 6):
+        full[:] = [1] if step in (2, 3, 5) else []
+        saver.save(state_at(step), Place({"row": step}), {}, {})
+        saver._settle()
+        assert checkpoint.steps(tmp_path) == [{2: 1, 3: 1, 5: 4}.get(step, step)]
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(checkpoint.steps(tmp_path)[-1])]
+    assert [re.sub(r"/\S*/", "", line) for line in said] == [
+        f"{step}: couldn't be saved (x: No space left on device); the checkpoint of step {whole} is whole"
+        for step, whole in ((2, 1), (3, 1), (5, 4))
+    ]
+    with pytest.raises(checkpoint.SaveFailed, match=r"of step 4 is whole. The same command goes on from there\."):
+        saver.wait()
+    jax.tree.map(np.testing.assert_array_equal, saver.restore(like(state_at(0)))[0], state_at(4))
+    saver.close()
+
+
 def test_what_fails_in_the_background_is_told_by_the_first_use(tmp_path):
     (tmp_path / "file").touch()
     saver = checkpoint.Checkpointer(tmp_path / "file")
     saver.prepare()
-    with pytest.raises(OSError, match="file"):
-        saver.save(state_at(1), Place({}), {}, {})
+    saver.save(state_at(1), Place({}), {}, {})
+    with pytest.raises(checkpoint.SaveFailed, match=r"file.*Not a directory.*there is no checkpoint yet"):
+        saver.wait()
     saver.close()
 
 

@@ -32,6 +32,7 @@ def test_a_rollout_counts_as_progress_of_its_own(quiet):
     loop.Loop(
         config=config,
         workdir="",
+        record={},
         step=lambda state, frozen, batch, rates: order.append("update") or (state, {}),
         rates={},
         experience=Experience({}, (), lambda: Place({}), draw),

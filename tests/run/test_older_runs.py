@@ -31,7 +31,7 @@ def config_of(workdir):
 
 
 def test_parameters_and_moments_come_back_bit_for_bit(older):
-    inputs = resolve.resolve(config_of(older), str(older), ONE)
+    inputs = resolve.resolve(config_of(older), str(older), ONE, step=checkpoint.choose(older))
     parts = assemble.assemble(inputs.config, inputs.terms, inputs.mesh, inputs.source.spec, inputs.data.tokenizer.size)
     with contextlib.closing(checkpoint.Checkpointer(older)) as saver:
         state, _ = saver.restore(parts.state)

@@ -163,7 +163,7 @@ def test_what_the_run_began_with_must_be_there_and_the_same(finished, tmp_path):
     shutil.copytree(finished("layer"), tmp_path / "run")
     record = json.loads((tmp_path / "run/config.json").read_text())
     record["config"]["seed"] = 5
-    del record["data"]  # another seed makes other data, which is refused before
+    del record["data"], record["digest"]  # another seed makes other data, which is refused before
     (tmp_path / "run/config.json").write_text(json.dumps(record))
     with pytest.raises(
         InputError, match="isn't trained, hence not in the checkpoints but in the seed 5, and has other"

@@ -1,5 +1,6 @@
 """Studies: what is planned, run, skipped, shared, submitted and reported. Runs are fakes in all but one test."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -767,3 +769,21 @@ def test_the_study_of_the_docs_is_planned(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["copy", "anew-s0", "anew-s1", "warm-s0", "warm-s1"]
     assert lines[3].endswith(f"after {lines[0].rpartition('/')[2]}")
+
+
+@pytest.mark.parametrize(
+    ("command", "output", "stays"),
+    [
+        ("export", "{workdir}/model", False),
+        ("annotate", "{workdir}/notes", True),  # goes on with it
+        ("score", "{workdir}/scores", True),  # replaces a file, and says what is wrong with a folder
+        ("export", "DIR/model", True),  # isn't the stage's own
+    ],
+)
+def test_what_a_try_has_written_whole_before_it_was_killed_is_in_nobodys_way(command, output, stays, tmp_path):
+    folder = pathlib.Path(output.replace("{workdir}", str(tmp_path / "stage")).replace("DIR", str(tmp_path)))
+    folder.mkdir(parents=True)
+    settings = {"args": {"output": output.replace("DIR", str(tmp_path))}}
+    stage = SimpleNamespace(workdir=str(tmp_path / "stage"), settings=settings)
+    execution._remove_whole_output(stage, importlib.import_module(f"research.commands.{command}"))
+    assert folder.exists() == stays

@@ -212,6 +212,7 @@ def test_a_reference_that_has_read_what_it_scores_is_refused(scored, folder, tmp
     record = json.loads((folder / "plain/config.json").read_text())
     shutil.copytree(folder / "plain", tmp_path / "after")
     record["config"]["data"]["path"], record["data"] = "tasks:copy", None
+    del record["digest"]
     record["config"]["model"]["init_from"] = str(folder / "plain")
     (tmp_path / "after/config.json").write_text(json.dumps(record))
     status, _, error = scored(*flags[:2], f"--reference={tmp_path / 'after'}", data="other")

@@ -1,0 +1,66 @@
+"""A console that never fails a process: it may be a closed pipe, a full disk, or not there."""
+
+import contextlib
+import io
+import os
+import select
+import sys
+
+
+class _Steady(io.RawIOBase):
+    """A file descriptor to write to. What can't be written is dropped."""
+
+    def __init__(self, fd: int):
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def write(self, data: memoryview) -> int:
+        with contextlib.suppress(OSError):
+            return os.write(self._fd, data)
+        return len(data)
+
+
+def steady(*, output: bool) -> None:
+    """Has standard error, and with `output` standard output too, drop what can't be written. To be called first: a file
+    that is opened later would get the number of one that is closed, and what is printed by others."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    for name, fd in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+    sys.stderr = _wrapped(2, sys.stderr)
+    if output:
+        sys.stdout = _wrapped(1, sys.stdout)
+
+
+def _wrapped(fd: int, before: io.TextIOWrapper) -> io.TextIOWrapper:
+    options = {"encoding": before.encoding, "errors": before.errors, "line_buffering": before.line_buffering}
+    return io.TextIOWrapper(io.BufferedWriter(_Steady(fd)), write_through=True, **options)
+
+
+def is_unread() -> bool:
+    """Whether standard output is a pipe or a socket that nobody reads any more."""
+    poll = select.poll()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in poll.poll(0))
+    return False
+
+
+def drop_output() -> None:
+    """Has all that is still to be printed to standard output go nowhere, also what is buffered."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -1,0 +1,179 @@
+"""Kills, a full disk and other processes at random moments: the run ends with the bits of one that was left alone.
+
+Each test makes a few rounds. UNDERSTUDY_FAULTS=100 makes so many, and UNDERSTUDY_FAULTS_SEED draws other moments:
+
+    UNDERSTUDY_FAULTS=100 pytest -n 0 -s -m slow tests/run/test_faults.py -k kills
+"""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from runs import assert_same
+
+from research.errors import Exit
+from research.run import checkpoint, metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
+
+ROUNDS, SEED = int(os.environ.get("UNDERSTUDY_FAULTS", 0)), int(os.environ.get("UNDERSTUDY_FAULTS_SEED", 0))
+STEPS = 24
+COMMAND = [
+    *(sys.executable, "-m", "research.main", "--config=experiments/sft.py:debug", f"--config.steps={STEPS}"),
+    *("--config.log.every=1", "--config.checkpoint.every=3", "--config.eval.every=12", "--config.eval.generate=0"),
+    *("--config.eval.batches=1", "--config.checkpoint.best_metric=", "--config.checkpoint.keep_last=1"),
+]
+SOON = 0.3  # seconds in which Python itself may not have begun
+
+
+def start(workdir, *flags):
+    with open(f"{workdir}.log", "a") as log:
+        return subprocess.Popen([*COMMAND, f"--workdir={workdir}", *flags], stderr=log, stdout=log)
+
+
+def said(workdir):
+    return Path(f"{workdir}.log").read_text()
+
+
+def check_whole(whole, workdir):
+    """A finished run is that which was left alone, its log of metrics too."""
+    assert_same(whole, workdir)
+    steps = [r["step"] for r in metrics.read_metrics(str(workdir)) if "train/loss" in r]
+    assert steps == list(range(1, STEPS + 1))
+    assert not (workdir / "owner.json").exists()
+    assert "Traceback" not in said(workdir), said(workdir)[-3000:]
+
+
+@pytest.fixture(scope="module")
+def lone(tmp_path_factory):
+    """(workdir of a run that was left alone, seconds that one takes)."""
+    folder = tmp_path_factory.mktemp("lone")
+    for name in ("a", "b"):
+        began = time.monotonic()
+        assert start(folder / name).wait() == 0, said(folder / name)[-3000:]
+    assert_same(folder / "a", folder / "b")
+    return folder / "a", time.monotonic() - began
+
+
+def test_kills_at_any_moment(lone, tmp_path):
+    whole, seconds = lone
+    rng, statuses, runs = random.Random(SEED), [], 0
+    workdir = tmp_path / "run-0"
+    while len(statuses) < (ROUNDS or 6):
+        process, delay = start(workdir), rng.uniform(0, 1.1 * seconds)
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+        before = max(checkpoint.steps(workdir), default=0)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
+        if process.poll() is None:
+            process.send_signal(number)
+            status = process.wait()
+            statuses.append((number.name, round(delay / seconds, 2), status))
+            allowed = {-number} if number == signal.SIGKILL else {Exit.PREEMPTED, Exit.DONE}
+            assert status in allowed | ({-number} if delay < SOON else set()), (statuses[-1], said(workdir)[-3000:])
+        assert max(checkpoint.steps(workdir), default=0) >= before
+        if process.returncode == 0:
+            check_whole(whole, workdir)
+            runs += 1
+            workdir = tmp_path / f"run-{runs}"
+    assert start(workdir).wait() == 0, said(workdir)[-3000:]
+    check_whole(whole, workdir)
+    print(f"{len(statuses)} kills, {runs + 1} runs: {statuses}")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a disk can't be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder, delay, seconds):
+    """Fills a disk after a delay, for so many seconds."""
+    time.sleep(delay)
+    ballast = folder / "ballast"
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+        while True:
+            file.write(b"\0" * 4096)
+    time.sleep(seconds)
+    ballast.unlink()
+
+
+def test_a_disk_that_is_full_for_a_while(lone, small_disk, tmp_path):
+    whole, seconds = lone
+    rng, fills, statuses, runs = random.Random(SEED), 0, [], 0
+    while fills < (ROUNDS or 3):
+        workdir = small_disk / f"run-{runs}"
+        status = None
+        while status != 0:
+            times = rng.uniform(0, seconds), rng.uniform(0.2, 0.5 * seconds)
+            filling = threading.Thread(target=fill, args=(small_disk, *times))
+            with open(tmp_path / "log", "a") as log:
+                process = subprocess.Popen([*COMMAND, f"--workdir={workdir}"], stderr=log, stdout=log)
+            filling.start()
+            status = process.wait()
+            filling.join()
+            fills += 1
+            statuses.append((round(times[0] / seconds, 2), round(times[1], 1), status))
+            text = (tmp_path / "log").read_text()
+            assert status in (Exit.DONE, Exit.FAILED, Exit.BAD_INPUT), (statuses[-1], text[-3000:])
+            assert "Traceback" not in text, text[-3000:]
+            assert status == 0 or "No space left on device" in text.splitlines()[-1], text[-3000:]
+        (workdir.parent / f"{workdir.name}.log").touch()
+        check_whole(whole, workdir)
+        for path in sorted(workdir.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        runs += 1
+    print(f"{fills} fills, {runs} runs: {statuses}")
+
+
+def at_once(commands, rng, within, log):
+    """Starts commands at random moments; their (status, last line)."""
+    began, processes = time.monotonic(), []
+    for moment, command in sorted((rng.uniform(0, within), command) for command in commands):
+        time.sleep(max(0, began + moment - time.monotonic()))
+        with open(f"{log}-{len(processes)}", "w") as file:
+            processes.append(subprocess.Popen(command, stderr=file, stdout=file))
+    statuses = [process.wait() for process in processes]
+    lines = [Path(f"{log}-{i}").read_text().splitlines()[-1] for i in range(len(processes))]
+    return list(zip(statuses, lines, strict=True))
+
+
+def test_several_processes_on_one_workdir_and_on_one_output(lone, tmp_path):
+    whole, seconds = lone
+    rng = random.Random(SEED)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f'{{"text": "record {i} {"x" * (i % 7)}"}}\n' for i in range(2000)))
+    score = [sys.executable, "-m", "research", "score", "--with=length,duplicates", f"--data={data}"]
+    subprocess.run([*score, f"--output={tmp_path}/lone.jsonl"], check=True, capture_output=True)
+    for i in range(ROUNDS or 2):
+        count = rng.randint(2, 8 if ROUNDS else 3)
+        workdir, output = tmp_path / f"run-{i}", tmp_path / f"out-{i}.jsonl"
+        ends = at_once([[*COMMAND, f"--workdir={workdir}"]] * count, rng, rng.uniform(0, seconds), f"{workdir}.log")
+        assert any(status == 0 for status, _ in ends), ends
+        for status, line in ends:  # one that comes when the first has ended finds the run finished
+            assert status == 0 or (status == Exit.BAD_INPUT and "has it" in line), ends
+        (tmp_path / f"run-{i}.log").touch()
+        check_whole(whole, workdir)
+        scored = at_once([[*score, f"--output={output}"]] * count, rng, rng.uniform(0, 2), f"{output}.log")
+        assert [status for status, _ in scored].count(0) == 1, scored
+        for status, line in scored:
+            assert status == 0 or (status == Exit.BAD_INPUT and ("has it" in line or "is there already" in line)), (
+                scored
+            )
+        assert output.read_bytes() == (tmp_path / "lone.jsonl").read_bytes()
+        left = {path.name for path in tmp_path.glob(f"out-{i}.jsonl*")} - {output.name}
+        assert all(".log-" in name for name in left), left
+        print(f"round {i}: {count} processes, runs {[s for s, _ in ends]}, scores {[s for s, _ in scored]}")
