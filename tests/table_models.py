@@ -22,7 +22,9 @@ def make(size, max_length=64, scale=1, **config):
         attention_inputs=None,
         rules=RULES,
         unembed=lambda params: Head(jnp.eye(size), None, 0.0),
-        init_cache=lambda batch_size, length: ((jnp.zeros((batch_size, length, 1)),) * 2,),
+        init_cache=lambda batch_size, length: (
+            (jnp.zeros((batch_size, 1, 1, length)), jnp.zeros((batch_size, 1, length, 1))),
+        ),
         unstack=lambda params: params,
         decode=lambda params, tokens, positions, mask, cache, index: (
             scale * jax.nn.one_hot(params[tokens], size),

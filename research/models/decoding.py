@@ -21,17 +21,25 @@ from research.ops import quantized
 from research.ops.attention import cached_attention
 from research.ops.rope import Angles
 
-Entries = tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]  # keys and values of one layer
+Entries = tuple[Float[Array, "B K h S"], Float[Array, "B K S h"]]  # keys and values of one layer
 Cache = tuple[Entries, ...]  # of every layer
 
-_CACHED = ("batch", "kv_heads", None, "head_dim")
+TIMES = (3, 2)  # the axis S of each
+_AXES = (("batch", "kv_heads", "head_dim", None), ("batch", "kv_heads", None, "head_dim"))
 
 
 def init_cache(c: ModelConfig, rules: Rules, batch_size: int, length: int) -> Cache:
     """An empty cache: zeros, in the compute dtype."""
-    shape = (batch_size, c.num_kv_heads, length, c.dim_per_head)
-    empty = lambda: sharding.constrain(jnp.zeros(shape, c.dtype), _CACHED, rules)  # noqa: E731
-    return tuple((empty(), empty()) for _ in range(c.num_layers))
+    rows, h = (batch_size, c.num_kv_heads), c.dim_per_head
+
+    def empty() -> Entries:
+        shapes = (*rows, h, length), (*rows, length, h)
+        return tuple(
+            sharding.constrain(jnp.zeros(shape, c.dtype), axes, rules)
+            for shape, axes in zip(shapes, _AXES, strict=True)
+        )
+
+    return tuple(empty() for _ in range(c.num_layers))
 
 
 def unstack(c: ModelConfig, params: Params) -> Params:
@@ -132,7 +140,8 @@ class _Step:
         def attend(y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
             nonlocal entries
             q, k, v = blocks.project_qkv(c, p["attention"], y, angles)
-            entries = tuple(self._write(old, new) for old, new in zip(entries, (k, v), strict=True))
+            new = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+            entries = tuple(map(self._write, entries, new, TIMES, _AXES))
             memory = virtual.memory(p["attention"], q.dtype, self.rules)
             y = cached_attention(q, *entries, mask, scale=c.scale, softcap=c.attention_softcap, memory=memory)
             return blocks.linear(p["attention"]["o"], y, contract=2)
@@ -140,6 +149,8 @@ class _Step:
         x = blocks.block(c, self.rules, p, x, attend)
         return x, entries
 
-    def _write(self, old: Float[Array, "B K S h"], new: Float[Array, "B T K h"]) -> Float[Array, "B K S h"]:
-        y = jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), self.index, axis=2)
-        return sharding.constrain(y, _CACHED, self.rules)
+    def _write(
+        self, old: Float[Array, "B K *S"], new: Float[Array, "B K *T"], times: int, axes: tuple[str | None, ...]
+    ) -> Float[Array, "B K *S"]:
+        y = jax.lax.dynamic_update_slice_in_dim(old, new, self.index, axis=times)
+        return sharding.constrain(y, axes, self.rules)

@@ -12,7 +12,7 @@ import numpy as np
 
 from research.errors import InputError
 from research.models import virtual
-from research.models.sampling import SamplingConfig, longest_prompt
+from research.models.sampling import SamplingConfig, longest_prompt, uniforms
 from research.models.slots import Decoder, Generated, Queue
 from research.models.transformer import Model
 
@@ -73,10 +73,11 @@ def make_stream(
     limit = np.array([config.max_new_tokens], np.int32)
     begin = jax.jit(decoder.begin)
     extend = jax.jit(functools.partial(decoder.extend, tokens=chunk), donate_argnums=2)
+    drawn = jax.jit(lambda key: uniforms(jax.random.fold_in(key, 0)[None], config.max_new_tokens))
 
     def stream(params: Params, prompt: Sequence[int], key: jax.Array) -> Iterator[list[int]]:
         prompts, lengths = pad_prompts([prompt], bucket=bucket, longest=longest_prompt(model, config))
-        queue = Queue(*virtual.ahead(model, prompts, lengths), limit, jax.random.fold_in(key, 0)[None])
+        queue = Queue(*virtual.ahead(model, prompts, lengths), limit, drawn(key))
         slots, sent = begin(params, queue), 0
         while True:
             tokens, count, done = jax.device_get((slots.out.tokens[0], slots.count[0], slots.done[0]))

@@ -4,6 +4,7 @@ Axes: B rows, D model, V vocabulary, C candidates.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -82,26 +83,42 @@ def next_logits(head: Head, hidden: Float[Array, "B D"], vocab_size: int) -> Flo
     return jnp.where(jnp.arange(logits.shape[1])[None] < vocab_size, logits, -jnp.inf)
 
 
+def uniforms(keys: Key[Array, " B"], count: int) -> Float[Array, "B N 2"]:
+    """The numbers in [0, 1), float32, that `count` draws of each row are made with: two a draw.
+
+    Those of draw n are made with (key, n). All are made at once, since a generator's rounds cost a decoding loop on a
+    CPU more than its filters.
+    """
+    return jax.vmap(lambda key: _uniform(jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))))(keys)
+
+
+def _uniform(keys: Key[Array, " B"]) -> Float[Array, "B 2"]:
+    return jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+
+
 def choose_tokens(
-    logits: Float[Array, "B V"], config: SamplingConfig, keys: Key[Array, " B"], numbers: Int[Array, " B"]
+    logits: Float[Array, "B V"], config: SamplingConfig, uniform: Float[Array, "B 2"]
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """The next token of each row, int32, and the log of the probability that it was drawn with, float32.
 
     Args:
       logits: float32.
       config: how to choose tokens.
-      keys: random keys of the rows.
-      numbers: which of its new tokens each row gets, from 0; the draw is made with (key, number).
+      uniform: of `uniforms`, for one draw; temperature 0 reads none.
     """
     if config.temperature == 0:
         return argmax(logits), jnp.zeros(logits.shape[0], jnp.float32)
     logits, ids = filter_logits(logits, config)
-    keys = jax.vmap(jax.random.fold_in)(keys, numbers)
-    draws, log_p = draw(logits, keys)
+    draws, log_p = place(logits, uniform)
     return jnp.take_along_axis(ids, draws[:, None], axis=1)[:, 0], log_p
 
 
 def draw(logits: Float[Array, "B C"], keys: Key[Array, " B"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """`place` by numbers that random keys give."""
+    return place(logits, _uniform(keys))
+
+
+def place(logits: Float[Array, "B C"], uniform: Float[Array, "B 2"]) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """A draw from the softmax of each row: its place, int32, and the log of its probability, float32.
 
     It inverts the cumulative distribution, first over blocks of about sqrt(C) candidates, then within a block. That
@@ -109,7 +126,7 @@ def draw(logits: Float[Array, "B C"], keys: Key[Array, " B"]) -> tuple[Int[Array
 
     Args:
       logits: float32; one that is -inf is never drawn.
-      keys: random keys of the rows.
+      uniform: random numbers in [0, 1).
     """
     B, C = logits.shape
     size = math.isqrt(C - 1) + 1
@@ -117,7 +134,6 @@ def draw(logits: Float[Array, "B C"], keys: Key[Array, " B"]) -> tuple[Int[Array
     weights = jnp.exp(logits - top)
     blocks = jnp.pad(weights, ((0, 0), (0, -C % size))).reshape(B, -1, size)
     sums = jnp.sum(blocks, axis=2)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     block = _inverse(sums, uniform[:, 0])
     within = _inverse(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], uniform[:, 1])
     draws = block * size + within

@@ -7,6 +7,7 @@ D model.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from research.devices import sharding
 from research.errors import InputError
 from research.models import virtual
-from research.models.decoding import Cache
-from research.models.sampling import SamplingConfig, choose_tokens, longest_prompt, next_logits
+from research.models.decoding import TIMES, Cache
+from research.models.sampling import SamplingConfig, choose_tokens, longest_prompt, next_logits, uniforms
 from research.models.transformer import Model
 
 Params = Any
@@ -51,13 +52,13 @@ class Queue(NamedTuple):
       prompts: int32, padded on the left; virtual tokens (models.virtual) come first in each.
       lengths: int32, tokens of each prompt; a row of length 0 gets nothing.
       limits: int32, the most new tokens of each row.
-      keys: random key of each row.
+      uniforms: float32, the random numbers of each row's draws; see sampling.uniforms.
     """
 
     prompts: Int[Array, "B P"]
     lengths: Int[Array, " B"]
     limits: Int[Array, " B"]
-    keys: Key[Array, " B"]
+    uniforms: Float[Array, "B N 2"]
 
 
 class Slots(NamedTuple):
@@ -147,7 +148,7 @@ class Decoder:
         N = jnp.full(B, self.config.max_new_tokens, jnp.int32)
         limits = N if limits is None else jnp.minimum(N, limits)
         prompts, lengths = virtual.ahead(self.model, prompts, jnp.where(limits > 0, lengths, 0))
-        queue = Queue(prompts, lengths, limits, keys)
+        queue = Queue(prompts, lengths, limits, uniforms(keys, self.config.max_new_tokens))
         params = self.model.unstack(params)
         if slots is None or slots >= B:
             out = self.extend(params, queue, self.begin(params, queue)).out
@@ -221,7 +222,7 @@ class Decoder:
         """Moves the whole cache to the left as far as possible."""
         by = jnp.min(jnp.where(slots.done, slots.index, slots.first))
         by = jnp.minimum(by, slots.index - queue.prompts.shape[1])
-        cache = jax.tree.map(lambda x: jnp.roll(x, -by, axis=-2), slots.cache)
+        cache = _of_entries(lambda times, x: jnp.roll(x, -by, axis=times), slots.cache)
         return slots._replace(index=slots.index - by, first=slots.first - by, cache=cache)
 
     def empty(self, rows: int) -> Generated:
@@ -231,7 +232,8 @@ class Decoder:
 
     def choose(self, logits: Float[Array, "A V"], queue: Queue, slots: Slots) -> tuple[Int[Array, " A"], Any]:
         """The next token of every slot, and what Generated.logprobs keeps of it."""
-        tokens, drawn = choose_tokens(logits, self.config, queue.keys[slots.row], slots.count)
+        numbers = queue.uniforms.at[slots.row, slots.count].get(mode="clip")  # a row that is done counts on
+        tokens, drawn = choose_tokens(logits, self.config, numbers)
         model = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), tokens[:, None], axis=1)[:, 0]
         return tokens, drawn if self.of_draws else model
 
@@ -363,20 +365,24 @@ class Turns:
 
 
 def cache_size(cache: Cache) -> int:
-    """S: the axis before the last of its arrays."""
-    return jax.tree.leaves(cache)[0].shape[-2]
+    """S."""
+    return cache[0][0].shape[TIMES[0]]
+
+
+def _of_entries(function: Callable[..., Array], *caches: Cache) -> Cache:
+    """function(axis of times, array of each cache), of all keys and values."""
+    return tuple(tuple(map(function, TIMES, *entries)) for entries in zip(*caches, strict=True))
 
 
 def _copy_rows(cache: Cache, new: Cache, into: Int[Array, " R"], count: Int[Array, ""], index: Int[Array, ""]) -> Cache:
     """`cache` with the first `count` rows of `new` at rows `into`, from entry `index` on."""
 
     def copy(i: jax.Array, cache: Cache) -> Cache:
-        return jax.tree.map(
-            lambda old, new: jax.lax.dynamic_update_slice(
-                old, jax.lax.dynamic_slice_in_dim(new, i, 1), (into[i], *(0,) * (old.ndim - 3), index, 0)
-            ),
-            cache,
-            new,
-        )
+        def one(times: int, old: Array, new: Array) -> Array:
+            start = [into[i], *(0,) * (old.ndim - 1)]
+            start[times] = index
+            return jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, i, 1), start)
+
+        return _of_entries(one, cache, new)
 
     return jax.lax.fori_loop(0, count, copy, cache)

@@ -51,7 +51,7 @@ class Model(NamedTuple):
       unstack: (params) -> params with "layers" as a tuple of trees, as `decode` wants them. Decoding loops run it once,
         outside the loop: slicing stacked weights inside copies them at every token.
       decode: (unstacked params, tokens [B, T], positions [B, T], mask [B, T, S], cache, index) -> ([B, T, D], cache).
-        Writes the keys and values of the T tokens at cache[:, :, index : index + T]; `mask` says which of the S cached
+        Writes the keys and values of the T tokens from entry `index` of the cache on; `mask` says which of the S cached
         entries each token may see (sliding windows are applied on top, by cache index).
       of: the role whose parameters it shares, but for those that it has itself; "" for none.
       adapter: what is trained beside its kernels, and in its specs; None for none.

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from research.devices import sharding
 from research.errors import InputError, did_you_mean
 from research.ops.cpu import attention as cpu
-from research.ops.scores import NAME, Documents, Memory, Scores, to_heads, to_rows
+from research.ops.scores import NAME, Documents, Memory, Scores, dot, masked, to_heads, to_rows
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cpu", "cudnn", "splash")
 WITH_MEMORY = ("reference", "cpu")  # those that take a Memory
@@ -127,7 +127,7 @@ def self_attention(
 
 def cached_attention(
     q: Float[Array, "B T H h"],
-    k: Float[Array, "B K S h"],
+    k: Float[Array, "B K h S"],
     v: Float[Array, "B K S h"],
     mask: Bool[Array, "B T S"],
     *,
@@ -135,11 +135,14 @@ def cached_attention(
     softcap: float,
     memory: Memory | None = None,
 ) -> Float[Array, "B T H h"]:
-    """Attention of a few queries over cached keys and values: the reference arithmetic under any mask.
+    """Attention of a few queries over cached keys and values, under any mask.
+
+    Exponentials are summed, and the outputs divided by the sums: there are fewer of these than of probabilities.
 
     Args:
       q: [B, T, H, h].
-      k, v: [B, K, S, h] in q's dtype: as the products want them, for a cache is read far oftener than written.
+      k: [B, K, h, S] in q's dtype: as the product with queries wants it, for a cache is read far oftener than written.
+      v: [B, K, S, h], likewise.
       mask: [B, T, S] bool, True where a query sees a key. A query that sees none gets a finite, meaningless output.
       scale, softcap, memory: see self_attention.
 
@@ -147,17 +150,35 @@ def cached_attention(
       [B, T, H, h] in q.dtype.
     """
     score, rows = Scores(scale, softcap=softcap), to_rows(q, k.shape[1])
-    s = score(rows, k, mask)
-    if memory is None:
-        p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-        return to_heads(jnp.einsum("bkrs,bksh->bkrh", p, v), q.shape[1])
-    # The scores are joined, and not the keys, since that would copy the whole cache.
-    P = memory.keys.shape[0]
-    keys, values = memory.rows(q.shape[0])
-    s = jnp.concatenate([score(rows, keys, jnp.ones((*mask.shape[:2], P), bool)), s], axis=-1)
-    p = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkrp,bkph->bkrh", p[..., :P], values) + jnp.einsum("bkrs,bksh->bkrh", p[..., P:], v)
-    return to_heads(out, q.shape[1])
+    s, P = masked(score.of_products(dot("bkrh,bkhs->bkrs", rows, k)), mask), 0
+    if memory is not None:  # the scores are joined, and not the keys, since that would copy the whole cache
+        P = memory.keys.shape[0]
+        keys, values = memory.rows(q.shape[0])
+        s = jnp.concatenate([score.unmasked(rows, keys), s], axis=-1)
+    p = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
+    total, p = jnp.sum(p, axis=-1, keepdims=True), p.astype(v.dtype)
+    out = dot("bkrs,bksh->bkrh", p[..., P:], v)
+    if memory is not None:
+        out = out + dot("bkrp,bkph->bkrh", p[..., :P], values)
+    return to_heads((out / total).astype(q.dtype), q.shape[1])
+
+
+def _reference(
+    scores: Scores,
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    mask: Bool[Array, "B T S"],
+    memory: Memory | None,
+) -> Float[Array, "B T H h"]:
+    K, P = k.shape[2], 0 if memory is None else memory.keys.shape[0]
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    if memory is not None:
+        keys, values = memory.rows(q.shape[0])
+        k, v = jnp.concatenate([keys, k], axis=2), jnp.concatenate([values, v], axis=2)
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (P, 0)), constant_values=True)
+    p = jax.nn.softmax(scores(to_rows(q, K), k, mask), axis=-1).astype(v.dtype)
+    return to_heads(jnp.einsum("bkrs,bksh->bkrh", p, v), q.shape[1])
 
 
 def _masked(
@@ -172,8 +193,7 @@ def _masked(
 ) -> Float[Array, "B T H h"]:
     """The implementations that take a mask; `causal` says that it hides all keys after a query."""
     if implementation == "reference":
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return cached_attention(q, k, v, mask, scale=scores.scale, softcap=scores.softcap, memory=memory)
+        return _reference(scores, q, k, v, mask, memory)
     if implementation == "xla":
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scores.scale, implementation="xla")
     return _cudnn(q, k, v, mask, scores.scale, causal)

@@ -86,10 +86,21 @@ class Scores:
         self, q: Float[Array, "B K R h"], k: Float[Array, "B K S h"], mask: Bool[Array, "B T S"]
     ) -> Float[Array, "B K R S"]:
         """Masked scores, float32."""
-        s = dot("bkrh,bksh->bkrs", q, k) * self.scale
-        if self.softcap:
-            s = self.softcap * jnp.tanh(s / self.softcap)
-        return jnp.where(mask[:, None, :, None], grouped(s, q.shape[2] // mask.shape[1]), MASKED).reshape(s.shape)
+        return masked(self.unmasked(q, k), mask)
+
+    def unmasked(self, q: Float[Array, "B K R h"], k: Float[Array, "B K S h"]) -> Float[Array, "B K R S"]:
+        """The same before the mask."""
+        return self.of_products(dot("bkrh,bksh->bkrs", q, k))
+
+    def of_products(self, s: Float[Array, "B K R S"]) -> Float[Array, "B K R S"]:
+        """Products of queries and keys, scaled and capped."""
+        s = s * self.scale
+        return self.softcap * jnp.tanh(s / self.softcap) if self.softcap else s
+
+
+def masked(s: Float[Array, "B K R S"], mask: Bool[Array, "B T S"], value: float = MASKED) -> Float[Array, "B K R S"]:
+    """`s` where a query sees a key, elsewhere `value`."""
+    return jnp.where(mask[:, None, :, None], grouped(s, s.shape[2] // mask.shape[1]), value).reshape(s.shape)
 
 
 def to_rows(x: Float[Array, "B T H h"], K: int) -> Float[Array, "B K R h"]:

@@ -264,6 +264,12 @@ def test_draws_are_as_frequent_as_they_are_probable_and_say_so(size):
     assert (np.abs(share - expected) < 5 * np.sqrt(expected / len(keys)) + 1e-9).all()
 
 
+def test_the_numbers_of_a_draw_are_those_of_its_key_and_place():
+    keys = jax.random.split(jax.random.PRNGKey(0), 3)
+    expected = [[jax.random.uniform(jax.random.fold_in(key, n), (2,)) for n in range(4)] for key in keys]
+    np.testing.assert_array_equal(sampling.uniforms(keys, 4), expected)
+
+
 def test_what_has_no_probability_is_not_drawn_at_the_ends_of_the_random_numbers():
     weights = jnp.array([[0.0, 1.0, 0.0, 2.0, 0.0]] * 3)
     places = sampling._inverse(weights, jnp.array([0.0, 1 / 3, 1 - 2**-23], jnp.float32))

@@ -368,7 +368,7 @@ def test_time_that_is_cut_finely_or_for_the_wrong_kernel_is_refused():
 def test_cached_attention_step_by_step_is_self_attention():
     q, k, v, _ = make_inputs(T=12)
     whole = self_attention(q, k, v, jnp.ones((2, 12), jnp.int32), scale=0.3, softcap=0.7, implementation="reference")
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     for t in (0, 6, 11):
         mask = jnp.broadcast_to(jnp.arange(12) <= t, (2, 1, 12))
         step = cached_attention(q[:, t : t + 1], k, v, mask, scale=0.3, softcap=0.7)
@@ -377,7 +377,7 @@ def test_cached_attention_step_by_step_is_self_attention():
 
 def test_a_query_that_sees_nothing_is_finite():
     q, k, v, _ = make_inputs(T=5)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     assert np.isfinite(cached_attention(q, k, v, jnp.zeros((2, 5, 5), bool), scale=0.3, softcap=0.0)).all()
 
 

@@ -135,5 +135,6 @@ class Begin:
         mask = (positions[:, None] >= positions[None])[None]
         ids = jnp.asarray(self.ids, jnp.int32)[None]
         _, cache = model.decode(base, ids, positions[None], mask, model.init_cache(1, P), 0)
-        keys, values = (jnp.stack([entry[i][0].swapaxes(0, 1) for entry in cache]) for i in (0, 1))
+        keys = jnp.stack([keys[0].transpose(2, 0, 1) for keys, _ in cache])
+        values = jnp.stack([values[0].swapaxes(0, 1) for _, values in cache])
         return _beside_attention(params, {"keys": keys, "values": values})

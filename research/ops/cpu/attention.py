@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PyTree
 
-from research.ops.scores import NAME, Documents, Memory, Scores, dot, grouped, to_heads, to_rows
+from research.ops.scores import NAME, Documents, Memory, Scores, dot, grouped, masked, to_heads, to_rows
 
 MIN_ROWS = 64  # of a block: smaller matrix products are slow
 # A batch is cut in two where it has this many scores at least, since below compiling costs more than it saves, and this
@@ -164,9 +164,13 @@ class _Block:
         """What the queries get of the keys at `s`, and the logarithms of the sums of exponentials."""
         G, (memory_keys, memory_values) = self.group, self._memory(queries)
         mask = _behind(self.memory, self.scores.mask(self.documents, self.t, s))
-        block = self.scores(queries, _after(memory_keys, keys[:, :, s]), mask)
+        raw = self.scores.unmasked(queries, _after(memory_keys, keys[:, :, s]))
+        block = masked(raw, mask)
         top = block.max(axis=-1, keepdims=True)
-        p = jnp.exp(grouped(block, G) - grouped(top, G)).reshape(block.shape)
+        if queries.shape[0] == 1:  # what is masked would have p's shape, see above: XLA leaves such an axis out
+            p = masked(jnp.exp(grouped(raw, G) - grouped(top, G)).reshape(raw.shape), mask, 0.0)
+        else:
+            p = jnp.exp(grouped(block, G) - grouped(top, G)).reshape(block.shape)
         total = p.sum(axis=-1, keepdims=True)
         out = dot("bkrs,bksh->bkrh", p.astype(values.dtype), _after(memory_values, values[:, :, s])) / total
         return out, top + jnp.log(total)
