@@ -254,10 +254,9 @@ def _widened(state: Slots, start: Callable[[], Slots]) -> Slots:
     """The state in a larger room: its cache lies before the index as before."""
     fresh = jax.eval_shape(start)
     before = cache_size(fresh.cache) - cache_size(state.cache)
-    cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(before, 0), (0, 0)]), state.cache)
-    out = jax.tree.map(
-        lambda x, like: jnp.pad(x, [(0, b - a) for a, b in zip(x.shape, like.shape, strict=True)]), state.out, fresh.out
-    )
+    more = lambda x, like: [b - a for a, b in zip(x.shape, like.shape, strict=True)]  # noqa: E731
+    cache = jax.tree.map(lambda x, like: jnp.pad(x, [(n, 0) for n in more(x, like)]), state.cache, fresh.cache)
+    out = jax.tree.map(lambda x, like: jnp.pad(x, [(0, n) for n in more(x, like)]), state.out, fresh.out)
     return state._replace(index=state.index + before, first=state.first + before, cache=cache, out=out)
 
 
