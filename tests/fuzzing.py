@@ -24,7 +24,7 @@ import numpy as np
 import safetensors.numpy
 from runs import small
 
-from research import files, loading
+from research import digests, files, loading
 from research.commands import annotate
 from research.config import RoleSection
 from research.errors import InputError
@@ -74,6 +74,7 @@ def digest(*values: Any) -> str:
     """Of arrays, texts and whatever prints as what it is."""
     result = hashlib.blake2b(digest_size=16)
     for value in values:
+        value = value[:] if isinstance(value, digests.Checked) else value
         if isinstance(value, np.ndarray | jax.Array):
             value = np.ascontiguousarray(np.asarray(value))
             result.update(repr((value.dtype, value.shape)).encode())
@@ -161,11 +162,11 @@ def _of_runs(folder: Path) -> Iterator[Kind]:
         found = dataset.load(spec_of, config.tokenizer, tokenizer, seed=0)
         return digest(*(x for _, x in sorted(found.train[0][0].batch(np.arange(4)).items())))
 
-    yield Kind("checkpoint", workdir, read_model, False, ("checkpoints/4/**/*",))
+    yield Kind("checkpoint", workdir, read_model, True, ("checkpoints/4/**/*",))
     yield Kind("records", workdir, read_records, False, ("metrics.jsonl", "done.json", "config.json"))
-    yield Kind("workdir", workdir, read_model, False, ("config.json", "tokenizer.json", "tokenizer_config.json"))
-    yield Kind("cache", cache, read_tokens, False)
-    yield Kind("annotations", noted, read_annotations, False)
+    yield Kind("workdir", workdir, read_model, True, ("config.json", "tokenizer.json", "tokenizer_config.json"))
+    yield Kind("cache", cache, read_tokens, True)
+    yield Kind("annotations", noted, read_annotations, True)
 
 
 _DISTILL = {"terms": {"distill": 1.0}, "distill": {"on": "all"}}
@@ -263,7 +264,7 @@ def _scores(folder: Path) -> Kind:
         table = scores.read(path / "scores.jsonl")
         return digest(table.files, table.number, table.digest, table.tokens, *table.columns.values())
 
-    return Kind("scores", folder, read, False)
+    return Kind("scores", folder, read, True)
 
 
 @dataclasses.dataclass(frozen=True)
