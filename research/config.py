@@ -93,11 +93,14 @@ class LogConfig:
       every: steps between lines of metrics.
       tensorboard: write them to WORKDIR/tensorboard too.
       wandb: the project at Weights & Biases that they are sent to; "" for none.
+      diagnose: steps between looks at the metrics for causes of not learning (docs/diagnosis.md), each of which is said
+        once, on a line; 0 for none.
     """
 
     every: Size = 10
     tensorboard: bool = True
     wandb: str = ""
+    diagnose: Count = 0
 
 
 @dataclasses.dataclass(frozen=True)

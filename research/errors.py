@@ -35,7 +35,7 @@ class Exit(enum.IntEnum):
     """The exit statuses of every command. After PREEMPTED and LOST, the same command goes on from where it stopped."""
 
     DONE = 0
-    FAILED = 1  # a cause was found: a plan that doesn't fit, a stage that failed, a bug
+    FAILED = 1  # something was found: a plan that doesn't fit, a stage that failed, why a run doesn't learn, a bug
     BAD_INPUT = 2
     DIVERGED = 3  # the loss is no number
     PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: a signal asked for the end

@@ -31,6 +31,8 @@ class Command:
       flags: all of them, but --config of an experiment.
       examples: command lines, the first of them with all required flags.
       experiment: whether it takes an experiment with --config, which is `args.experiment` then.
+      instead: a flag that may be given in the place of the experiment, which is None then; the name of a folder
+        alone is its value.
       renamed: a name that a flag once had -> what it is called now.
       resumable: whether the same command, with --output, goes on where an interrupted one stopped.
       makes_folders: whether folders above --output are made.
@@ -41,6 +43,7 @@ class Command:
     flags: tuple[Flag, ...]
     examples: tuple[str, ...]
     experiment: bool = False
+    instead: str = ""
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resumable: bool = False
     makes_folders: bool = False
@@ -95,7 +98,7 @@ class Command:
         self._check_effect(values, texts)
         args = SimpleNamespace(**values, texts=texts)
         if self.experiment:
-            args.experiment = experiments.read_experiment(config)
+            args.experiment = experiments.read_experiment(config) if config or not self.instead else None
         _check_output(args)
         return args
 
@@ -103,8 +106,11 @@ class Command:
         """Raises InputError where a required flag isn't given."""
         needed = (flag for flag in self.flags if flag.required and not any(values[other] for other in flag.unless))
         missing = [flag.name for flag in needed if not values[flag.name]]
-        if self.experiment and not any(flag.startswith("--config=") and flag != "--config=" for flag in config):
-            missing.insert(0, "config")
+        named = any(flag.startswith("--config=") and flag != "--config=" for flag in config)
+        if self.instead and values[self.instead] and config:
+            raise InputError(f"--{self.instead} = {values[self.instead]}, {config[0]}: are two subjects. Give one.")
+        if self.experiment and not named and not (self.instead and values[self.instead]):
+            missing.insert(0, f"{self.instead} or --config" if self.instead else "config")
         if missing:
             names = ", ".join(f"--{name}" for name in missing)
             raise InputError(f"{names}: {'is' if len(missing) == 1 else 'are'} missing. Example: {self.examples[0]}")
@@ -125,6 +131,9 @@ class Command:
         while left:
             word = left.pop(0)
             name, equals, value = word.removeprefix("--").partition("=")
+            if self.instead and _is_folder(word):
+                yield self.instead, word
+                continue
             if not word.startswith("--") or not name:
                 raise self._no_flag(word)
             takes = name not in switches and name.removeprefix("no") not in switches
@@ -166,7 +175,8 @@ class Command:
         summary, _, rest = self.doc.strip().partition("\n")
         flags = list(self.flags)
         if self.experiment:
-            flags.insert(0, Flag("config", experiments.HELP, metavar="EXPERIMENT", required=True))
+            unless = (self.instead,) if self.instead else ()
+            flags.insert(0, Flag("config", experiments.HELP, metavar="EXPERIMENT", required=True, unless=unless))
         width = max(len(flag.spelling) for flag in flags) + 4
         lines = [summary, *([rest.rstrip()] if rest.strip() else []), "", "Flags:"]
         for flag in flags:
@@ -186,13 +196,18 @@ def _prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _is_folder(word: str) -> bool:
+    """Whether a word may be the name of a folder: it is no flag, not even one without its dashes, and no experiment."""
+    return bool(word) and not word.startswith("-") and "=" not in word and not word.partition(":")[0].endswith(".py")
+
+
 def _check_output(args: SimpleNamespace) -> None:
     """Raises InputError where --output would be written over what the other flags name to be read."""
     if not getattr(args, "output", None):
         return
     read = [getattr(args, name, None) for name in _READ]  # in some commands a switch has such a name
     inputs = [each for value in read if value not in (None, True, False) for each in _several(value)]
-    files.check_apart(args.output, [*inputs, *([args.experiment.path] if hasattr(args, "experiment") else [])])
+    files.check_apart(args.output, [*inputs, *([args.experiment.path] if getattr(args, "experiment", None) else [])])
 
 
 def _several(value: str | Sequence[str]) -> Sequence[str]:

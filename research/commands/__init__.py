@@ -4,9 +4,9 @@ GROUPS = {
     "Train": ("train", "sweep", "study"),
     "Data": ("split", "generate", "filter", "label", "annotate", "select"),
     "Models": ("evaluate", "score", "export", "serve"),
-    "Runs and machines": ("report", "plan", "benchmark", "cache"),
+    "Runs and machines": ("report", "diagnose", "plan", "benchmark", "cache"),
 }
 
 # These compile training steps: their process begins with huge pages and with switches of the compiler for CPUs.
-STEPS = ("train", "study", "benchmark")
+STEPS = ("train", "study", "benchmark", "diagnose")
 RUNS = ("train", "study", "sweep")  # signals mean to them what they mean to a run

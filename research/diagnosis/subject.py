@@ -15,6 +15,7 @@ from research.config import Config, MeshConfig
 from research.diagnosis import examples
 from research.diagnosis.examples import Example
 from research.diagnosis.programs import Programs
+from research.diagnosis.stage import stage_of
 from research.objectives.terms import Terms
 from research.pretrained import wholeness
 from research.rollouts import experience as experience_lib
@@ -182,23 +183,6 @@ class Subject:
         with contextlib.ExitStack() as stack:
             made = run_lib.experience_of(self.inputs, self.parts, stack)
             yield made if self.change_batch is None else _changed(made, self.change_batch)
-
-
-def stage_of(config: Config, terms: Terms) -> str:
-    """What kind of training a run is, one of types.STAGES."""
-    read = {field for term in terms.values() for field in term.objective.fields}
-    frozen = {role for term in terms.values() for role in term.objective.frozen}
-    if config.rewards:
-        return "rl"
-    if config.model.num_labels == 1 or "reward" in terms:
-        return "reward"
-    if read & {"pair", "side", "desirable", "mismatched", "reference_log_prob"} or "reference" in frozen:
-        return "preference"
-    if frozen or "teacher_ids" in read:
-        return "distill"
-    if "label_probs" in read:
-        return "classify"
-    return "sft" if "loss_mask" in read else "pretrain"
 
 
 def _fitted(config: Config, devices: Sequence[Any]) -> tuple[Config, Sequence[Any]]:

@@ -68,6 +68,16 @@ class Writer:
         self._bar = self._tensorboard = self._wandb = None
         self._clock: tuple[int, float] | None = None  # the first step done here, and when
 
+    @property
+    def active(self) -> bool:
+        """Whether this process writes."""
+        return self._active
+
+    @property
+    def metrics_file(self) -> str:
+        """Where metrics go."""
+        return os.path.join(self._workdir, METRICS_FILE)
+
     def __enter__(self) -> "Writer":
         if not self._active:
             return self

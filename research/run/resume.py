@@ -162,7 +162,7 @@ FIELDS: dict[str, Rule] = {
     **_rules(_SAID, "checkpoint", "best_metric best_mode"),
     **_rules(_SAID, "eval", "every batches generate max_new_tokens tasks"),
     "eval.show": _FREE,
-    **_rules(_FREE, "log", "every tensorboard wandb"),
+    **_rules(_FREE, "log", "every tensorboard wandb diagnose"),
     "plan.prices": _FREE,
 }
 

@@ -2,13 +2,16 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType
 
 from research.config import Config
+from research.diagnosis import settings
+from research.diagnosis.stage import stage_of
+from research.diagnosis.watch import Watch
 from research.objectives.terms import Terms, of_term
 from research.rollouts import notices
 from research.run import checks, metrics
@@ -32,6 +35,7 @@ class Window:
       find_peak: () -> FLOP/s that the devices can do; None where it isn't known.
       terms: of the objective, which may have something to say of their metrics.
       rewards: of the config, of which there may be something to say too.
+      watch: step -> lines to print once its metrics are written (log.diagnose).
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Window:
         find_peak: Callable[[], float | None] = lambda: None,
         terms: Terms | None = None,
         rewards: Mapping[str, Any] | None = None,
+        watch: Callable[[int], Sequence[str]] = lambda _: (),
     ):
         self.config, self.writer, self.flops_per_token = config, writer, flops_per_token
         self.terms: Terms = terms or {}
@@ -49,7 +54,7 @@ class Window:
         self._hashes: set[int] = set()
         self._new = 0  # batches of this window that no step before had
         self._of_rewards = notices.Constant(rewards or {})
-        self._find_peak, self.peak = find_peak, None
+        self._find_peak, self.peak, self._watch = find_peak, None, watch
         self.steps: list[Metrics] = []
         self._skipped, self._made = 0, 0  # updates
         self.start_clock(afresh=True)
@@ -57,8 +62,11 @@ class Window:
     @classmethod
     def of(cls, config: Config, parts: Parts, writer: metrics.Writer, mesh: jax.sharding.Mesh) -> "Window":
         """The window of a run."""
-        flops = flops_per_token(config, parts)
-        return cls(config, writer, flops, lambda: _peak_flops(mesh), parts.terms, config.rewards)
+        flops, watch = flops_per_token(config, parts), lambda _: ()
+        if config.log.diagnose and writer.active:
+            stage, known = stage_of(config, parts.terms), settings.of_config(config)
+            watch = Watch(writer.metrics_file, stage, config.log.diagnose, known)
+        return cls(config, writer, flops, lambda: _peak_flops(mesh), parts.terms, config.rewards, watch)
 
     def start_clock(self, afresh: bool = False) -> None:
         """Leaves out the time since the last step, which went into evaluating or saving; `afresh`: and all before it,
@@ -147,6 +155,8 @@ class Window:
         self._notice(values)
         self.writer.write(step, {f"train/{name}": value for name, value in values.items()})
         self.steps, self.seconds, self.waited, self.tokens = [], 0.0, 0.0, 0.0
+        for line in self._watch(step):
+            self.writer.print(line)
 
     def _notice(self, values: Mapping[str, float], first: bool = False) -> None:
         """Prints what terms have to say of their metrics, each line once."""

@@ -13,6 +13,7 @@ from research.errors import InputError
 from research.pretrained import wholeness
 from research.run.metrics import read_metrics, read_samples
 
+DIAGNOSIS = "diagnosis.json"  # in a workdir
 FIRST = ("loss", "perplexity", "bits_per_byte", "exact_match", "accuracy", "agreement")
 _TRAINING = ("grad_norm", "update_ratio", "learning_rate", "tokens_per_second", "mfu", "supervised_fraction")
 
@@ -29,6 +30,7 @@ class Run:
       about: what else config.json says: versions, command, ...; as text.
       finished: whether the run came to its end.
       starts: the times that it was started, in order: {"step", "changed", "command", "started", "versions"} each.
+      diagnosis: what `understudy diagnose` last said of it; empty where it wasn't asked.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Run:
     about: Mapping[str, str]
     finished: bool
     starts: Sequence[Mapping[str, Any]] = ()
+    diagnosis: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def last_step(self) -> int:
@@ -77,6 +80,7 @@ def load_run(workdir: str, name: str | None = None) -> Run:
         about=_flatten(record) if record is not config else {},
         finished=os.path.exists(os.path.join(workdir, "done.json")),
         starts=starts,
+        diagnosis=files.read_json(os.path.join(workdir, DIAGNOSIS), {}),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from research import files
-from research.studies import pages
+from research.studies import diagnosis_report, pages
 from research.studies.history import FIRST, Run, group_metrics, load_run, title_of
 from research.studies.pages import escape
 
@@ -40,7 +40,7 @@ def write_report(workdirs: Sequence[str], out: str | None = None) -> str:
         for title, metrics in group_metrics(runs).items()
         if changes(title, metrics, runs)
     }
-    page = make_page(runs, pictures)
+    page = make_page(runs, pictures, [diagnosis_report.pictures(run, plots) for run in runs])
     out = out or os.path.join(workdirs[0], "report")
     os.makedirs(out, exist_ok=True)
     for title, png in pictures.items():
@@ -56,10 +56,22 @@ def changes(title: str, metrics: Sequence[str], runs: Sequence[Run]) -> bool:
     return title in FIRST or any(len(np.unique(values)) > 1 for values in curves)
 
 
-def make_page(runs: Sequence[Run], pictures: Mapping[str, Mapping[str, bytes]]) -> str:
-    """Returns the report as HTML that refers to no other file; `pictures` holds title -> theme -> PNG."""
+def make_page(
+    runs: Sequence[Run],
+    pictures: Mapping[str, Mapping[str, bytes]],
+    diagnosed: Sequence[diagnosis_report.Pictures] | None = None,
+) -> str:
+    """Returns the report as HTML that refers to no other file.
+
+    Args:
+      runs: to show.
+      pictures: title -> theme -> PNG.
+      diagnosed: for each run the curves that its diagnosis speaks of (see diagnosis_report.pictures).
+    """
     names = ", ".join(run.name for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"
     parts = [f"<h1>{escape(names)}</h1>", _status(runs), "<h2>Numbers</h2>", _numbers(runs)]
+    for run, drawn in zip(runs, diagnosed or [{}] * len(runs), strict=True):
+        parts.append(diagnosis_report.section(run, drawn, named=len(runs) > 1))
     parts += ["<h2>Curves</h2>", _CAPTION]
     parts.append('<div class="plots">')
     for title, png in pictures.items():

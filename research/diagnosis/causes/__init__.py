@@ -5,6 +5,7 @@ makes it, and what mends it.
 """
 
 from research.diagnosis.causes import (
+    before,
     data,
     distillation,
     evaluation,
@@ -31,5 +32,6 @@ GROUPS = (
     preferences,
     rewards,
     evaluation,
+    before,
 )
 CAUSES: tuple[Cause, ...] = tuple(cause for group in GROUPS for cause in group.CAUSES)

@@ -8,12 +8,14 @@ from research.diagnosis.probes import (
     data,
     layers,
     loss,
+    memorise,
     optimizer,
     order,
     pairs,
     parameters,
     perturb,
     positions,
+    range_test,
     setup,
     teachers,
     tokens,
@@ -22,7 +24,7 @@ from research.diagnosis.subject import Subject
 from research.diagnosis.types import Evidence
 
 # Of what a run doesn't change, and of what it does.
-STILL = (data, order, pairs, checkpoint)
+STILL = (data, order, pairs, checkpoint, memorise, range_test)
 MOVING = (setup, tokens, loss, perturb, positions, layers, parameters, teachers, optimizer)
 PROBES = (*STILL, *MOVING)
 

@@ -71,7 +71,7 @@ def _entropy(model: Model, params: dict, x: Float[Array, "B T D"], batch: Batch,
     count = jnp.sum(seen, axis=-1)[:, None]
     there = jnp.broadcast_to(count >= _SEEN, entropy.shape)
     share = entropy / jnp.log(jnp.maximum(count, 2).astype(jnp.float32))
-    return jnp.sum(jnp.where(there, share, 0.0)) / jnp.sum(there)
+    return jnp.sum(jnp.where(there, share, 0.0)) / jnp.sum(there, dtype=jnp.float32)
 
 
 def _dead(model: Model, params: dict, x: Float[Array, "B T D"], batch: Batch, layer: int) -> Float[Array, ""]:

@@ -190,6 +190,8 @@ PLANTS = (*SIGNED, *OTHERS)
 
 # Causes that the study plants nowhere, and why.
 UNPLANTED: dict[str, str] = {
+    "rate_above_range": "is seen before a run; lr_too_high is planted",
+    "rate_below_range": "is seen before a run; lr_too_small is planted",
     "unknown_tokens": "the tokenizers of the study know every byte",
     "adapter_matched_nothing": "a run refuses such a config before it begins",
     "evaluation_seen_in_training": "a run takes held-out records out of its training data",
