@@ -256,7 +256,7 @@ CAUSES = (
         stages=("pretrain", "sft", "distill", "classify"),
         predicts=(Prediction("train_mode_gap", ">", 0.2),),
         sureness=0.9,
-        remedy="--config.adapter.dropout=0.05; the same batch has a far higher loss in training than in evaluation",
+        remedy="adapter.dropout = 0.05; the same batch has a far higher loss in training than in evaluation",
         why="So much is left out in training that the model can't use what it has learned.",
         source="Srivastava et al. 2014, jmlr.org/papers/v15/srivastava14a.html",
         explains=("random_labels", "evaluation_of_other_data"),

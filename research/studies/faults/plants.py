@@ -54,7 +54,7 @@ _SGD = {
     "optimizer.weight_decay": 0.0,
 }
 
-# Those of which signatures were measured with another program; see docs/diagnosis.md.
+# Those of which signatures were measured with another program; see docs/planted_faults.md.
 SIGNED: tuple[Plant, ...] = (
     Plant("lr_zero_schedule", ("text", "sft"), {"optimizer.learning_rate": 0.0}),
     Plant("warmup_longer_than_run", ("text", "sft"), {"steps": 100_000, "optimizer.warmup_steps": 100_000}),

@@ -1,6 +1,6 @@
 """Signatures of faults: in which direction a fault moves what is measured, beside a healthy run.
 
-They are of runs of another program (a character model in PyTorch; see docs/diagnosis.md), and are looked for in ours.
+They are of runs of another program, a character model in PyTorch (docs/planted_faults.md), and are looked for in ours.
 """
 
 import math
