@@ -195,8 +195,10 @@ def unreadable(folder: Path, error: BaseException) -> InputError:
 
 
 def quiet() -> None:
-    """Orbax reports every internal step at the level of warnings, and what it raises as an error with its traceback."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    """Orbax reports every internal step at the level of warnings, and what it raises as an error with its traceback;
+    asyncio does that for all of its writes but the first that fails."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _folder(workdir: str | Path, step: int | None) -> tuple[Path, int]:

@@ -200,6 +200,7 @@ class Checkpointer:
         fault = disk_fault(error) or (str(error) if isinstance(error, FileNotFoundError) else "")
         if not fault or distributed.several():
             raise error
+        _leave_late_writes()
         self._drop(step)
         there = steps(self._folder.parent)
         whole = f"the checkpoint of step {there[-1]} is whole" if there else "there is no checkpoint yet"
@@ -279,6 +280,20 @@ class Checkpointer:
             self._settle()
             if self._opened is not None:
                 self._opened.close()
+
+
+def _leave_late_writes() -> None:
+    """Has writes say nothing that end after the first of them failed: nobody waits for them any more, and each would
+    print that the event loop is closed."""
+    before = sys.excepthook
+    if getattr(before, "__module__", "") == __name__:
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (kind is RuntimeError and "Event loop is closed" in str(error)):
+            before(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def _sealed_path(seal: Callable[[Path], None]) -> type:
