@@ -45,7 +45,8 @@ def steady(*, output: bool) -> None:
 
 
 def _wrapped(fd: int, before: io.TextIOWrapper) -> io.TextIOWrapper:
-    options = {"encoding": before.encoding, "errors": before.errors, "line_buffering": before.line_buffering}
+    by_line = before.line_buffering or before.write_through  # the latter by PYTHONUNBUFFERED
+    options = {"encoding": before.encoding, "errors": before.errors, "line_buffering": by_line}
     return io.TextIOWrapper(io.BufferedWriter(_Steady(fd)), write_through=True, **options)
 
 
