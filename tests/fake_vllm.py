@@ -222,6 +222,8 @@ class OwnModel:
             ids[0, : len(prompt)] = prompt
             batch = {"tokens": ids, "segment_ids": np.ones_like(ids), "positions": np.arange(self.longest)[None]}
             logits = self.model.unembed(params).logits(self.model.hidden(params, batch)[:, len(prompt) - 1])
-            logits = np.where(np.arange(logits.shape[1]) < size, logits[0], -np.inf) / (config.temperature or 1.0)
+            ids = np.arange(logits.shape[1])
+            taken = np.isin(ids, sampling["allowed_token_ids"]) if "allowed_token_ids" in sampling else ids < size
+            logits = np.where(taken, logits[0], -np.inf) / (config.temperature or 1.0)
             rows = [logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()]
         return out.tokens[0, :n].tolist(), out.logprobs[0, :n].tolist(), rows

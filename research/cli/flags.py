@@ -127,7 +127,7 @@ TEMPLATE = Flag(
 OVERWRITE = Flag("overwrite", "replace the output where it is there", False, of=("output",))
 SERVERS = Flag(
     "servers",
-    "vLLM servers of the same model, which write the answers (docs/rl.md); --model says how they are asked, and is "
+    "vLLM servers of the same model, which answer in its place (docs/rl.md); --model says how they are asked, and is "
     "compared with them",
     (),
     "the devices here",

@@ -3,7 +3,7 @@
 Each record keeps its fields and gets `probs`, the probability of each class: what `data.format=labelled` trains on. A
 `label` that it had, its true class, is renamed to `gold` and becomes a number. Several models, parted by commas, label
 together: their probabilities are averaged. A language model labels without training where `--words` names a word for
-each class: "--words= no, yes".
+each class: "--words= no, yes". Such a model may be asked of servers.
 
 A killed run leaves OUTPUT.partial, and the same command goes on from there.
 """
@@ -50,6 +50,7 @@ COMMAND = cli.Command(
         ),
         Flag("keep", "keep this share of each predicted class, the most confident ones", 1.0, "", "SHARE", cli.share),
         Flag("max_records", "label only the first N; 0 labels all", 0, metavar="N", parse=cli.whole(0)),
+        cli.SERVERS,
         cli.OVERWRITE,
     ),
     examples=(
@@ -70,11 +71,12 @@ def _label(args: SimpleNamespace) -> None:
 
     # Late: jax and the models take 1 s, which --help and a wrong flag needn't wait for.
     from research.devices import compilation
-    from research.evals import labels
+    from research.evals import labels, served
 
     origin = labels.find_records(args.data)
     compilation.use_compilation_cache()
-    reading = labels.Reading(args.step, args.ema, args.fields, args.prompt, args.words)
+    servers = served.Servers(args.servers) if args.servers else None
+    reading = labels.Reading(args.step, args.ema, args.fields, args.prompt, args.words, servers)
     classifiers = labels.open_classifiers(args.model, origin, reading)
     count = labels.write_labels(
         classifiers, origin, Path(args.output), words=args.words, keep=args.keep, max_records=args.max_records

@@ -19,6 +19,7 @@ import tqdm
 from research import config as config_lib
 from research import files, loading, params
 from research.errors import InputError
+from research.evals.served import Servers
 from research.models import transformer
 from research.models.adapters import prompt
 from research.models.config import ModelConfig
@@ -40,6 +41,7 @@ class Classifier(NamedTuple):
       name: of the model.
       weights: a checksum of them.
       probs: a batch -> [B, T, C] float32, the probabilities of the classes after each token.
+      served: texts -> [N, C], the probabilities after each, by servers in the place of `probs`; None without.
       store: the records, tokenised for it.
       seq_len: of its rows.
       names: of the classes; empty where they have none.
@@ -55,6 +57,7 @@ class Classifier(NamedTuple):
     names: tuple[str, ...]
     fields: Mapping[str, str]
     virtual: range = range(0)
+    served: Callable[[Sequence[np.ndarray]], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Reading:
       fields: field -> the column that it has in the records.
       prompt: what the model reads, with {text} in it.
       words: what a language model would go on with, one for each class.
+      servers: that have the language model, in the place of the devices here; None without.
     """
 
     step: int | str | None = None
@@ -74,6 +78,7 @@ class Reading:
     fields: Mapping[str, str] | None = None
     prompt: str | None = None
     words: tuple[str, ...] | None = None
+    servers: Servers | None = None
 
 
 def find_records(data: str) -> entries.Origin:
@@ -91,6 +96,8 @@ def open_classifiers(names: Sequence[str], origin: entries.Origin, reading: Read
     if reading.prompt is not None and "{text}" not in reading.prompt:
         raise InputError(f"--prompt = {reading.prompt}: has no {{text}}, which stands for what is to be classified.")
     places = [os.path.realpath(name) for name in names]
+    if reading.servers and len(names) > 1:
+        raise InputError(f"--model = {','.join(names)}: servers have one model. Name it alone, or leave --servers out.")
     for i, name in enumerate(names):
         if places[i] in places[:i]:
             raise InputError(f"--model = {','.join(names)}: {name} is there twice, which wouldn't change its labels.")
@@ -110,6 +117,11 @@ def _open_classifier(name: str, origin: entries.Origin, reading: Reading) -> Cla
     if _trained_words(run):  # it labels by words, whatever it reads
         check = None
     loaded = loading.load_model(name, step=reading.step, ema=reading.ema, check=check)
+    if reading.servers and not words:
+        raise InputError(
+            f"--servers: {name} labels by a head for classes, which servers haven't. Leave --servers out, or name a "
+            "language model, and a word for each class in --words."
+        )
     ahead = loaded.model.virtual_tokens
     label_tokens = classes.label_tokens(words, loaded.tokenizer, "--words") if words else None
     fields = dict(run.data.fields) if reading.fields is None else dict(reading.fields)
@@ -130,6 +142,10 @@ def _open_classifier(name: str, origin: entries.Origin, reading: Reading) -> Cla
     if store.counts["markers"]:
         line = describe_markers(store.counts["markers"], store.counts["records"], store.counts["marker"])
         print(f"--data, read by {name}: {line}", file=sys.stderr)
+    served = None
+    if reading.servers:
+        by_servers = reading.servers.make_classes(loaded.model, label_tokens, loaded.tokenizer.size)
+        served = functools.partial(by_servers, loaded.params)
     return Classifier(
         name=name,
         weights=params.checksum(loaded.params),
@@ -139,6 +155,7 @@ def _open_classifier(name: str, origin: entries.Origin, reading: Reading) -> Cla
         names=names,
         fields=fields,
         virtual=range(loaded.model.config.vocab_size, loaded.model.config.vocab_size + ahead),
+        served=served,
     )
 
 
@@ -206,6 +223,7 @@ def write_labels(
         "words": words,
         "keep": keep,
         "max_records": max_records,
+        **({"servers": True} if classifiers[0].served else {}),
     }
     reasons = {"tokens": "--data, --fields or --prompt gives other tokens", "weights": "--model has other weights"}
     reasons |= {name: f"--{name} was {{}}" for name in ("words", "keep", "max_records")}
@@ -236,6 +254,9 @@ def probabilities(classifier: Classifier, numbers: range) -> np.ndarray:
     store, T, ahead = classifier.store, classifier.seq_len, len(classifier.virtual)
     ends = np.cumsum(store.length)[numbers.start : numbers.stop]
     length = np.minimum(store.length[numbers.start : numbers.stop], T - ahead)
+    if classifier.served:
+        starts = ends - length
+        return classifier.served([store.tokens[a:b] for a, b in zip(starts, ends, strict=True)])
     order, splits = packing.rows_of(length + ahead, T)
     rows = Rows((store,), (ends - length)[order], length[order], splits, T, virtual=classifier.virtual)
     row = np.repeat(np.arange(len(rows)), np.diff(splits))

@@ -1,6 +1,7 @@
 """What writes the answers of a run with rewards: its own devices, or servers."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,12 +24,13 @@ from research.run.resolve import Inputs
 WEIGHTS = "weights"  # in a workdir: the versions that servers read
 
 
-def make_engine(inputs: Inputs, policy: Model) -> Engine:
+def make_engine(inputs: Inputs, policy: Model, stopped: Callable[[], bool] = lambda: False) -> Engine:
     """The engine that config.rollout names. Servers have been checked when this returns, and one of them is there.
 
     Args:
       inputs: of a run with rewards.
       policy: its model.
+      stopped: whether answers of servers that are under way are to be given up, since the run is to end.
 
     Raises:
       InputError: servers can't do what the config says, or have another model.
@@ -47,7 +49,8 @@ def make_engine(inputs: Inputs, policy: Model) -> Engine:
     # A server may lag behind by so many versions, each of which must stay to be known as the run's.
     folder, kept = Path(inputs.workdir) / WEIGHTS, spec.staleness + 2
     weights = make_weights(_policy(inputs, policy), folder, transfer=spec.transfer, kept=kept)
-    engine = Vllm([url.rstrip("/") for url in spec.servers], weights, served, prober, staleness=spec.staleness)
+    urls = [url.rstrip("/") for url in spec.servers]
+    engine = Vllm(urls, weights, served, prober, staleness=spec.staleness, stopped=stopped)
     engine.check(prompts.longest + spec.max_new_tokens)
     return engine
 

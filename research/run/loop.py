@@ -100,9 +100,7 @@ class Loop:
                 if saving:
                     self._save(state, place, scores)
                 if stopping and not last:
-                    raise Preempted(
-                        f"saved step {step} of {config.steps} in {self.workdir}. The same command goes on from there."
-                    )
+                    raise self._preempted(step)
                 self.window.start_clock()
         except Diverged:
             self._save(state, place, {})
@@ -111,9 +109,16 @@ class Loop:
             if pending is not None:
                 self.window.add(*pending)
             self.saver.save(state, place, self.record, {})
+            if self.stop.is_set():  # servers were no longer waited for
+                raise self._preempted(int(state.step)) from None
             raise
         finally:
             self.saver.wait()
+
+    def _preempted(self, step: int) -> Preempted:
+        return Preempted(
+            f"saved step {step} of {self.config.steps} in {self.workdir}. The same command goes on from there."
+        )
 
     def _first_step_done(self, step: int, out: Metrics) -> None:
         """Waits for the first step, and begins what would have been in its way."""

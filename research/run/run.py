@@ -83,7 +83,8 @@ def _run(
 
     with jax.set_mesh(inputs.mesh), contextlib.ExitStack() as stack:
         program = assemble.compile_step(parts, stack)
-        experience = experience_of(inputs, parts, stack, make_experience)
+        stop = stop or threading.Event()
+        experience = experience_of(inputs, parts, stack, make_experience, stop)
         saver = stack.enter_context(contextlib.closing(make_checkpointer(config, workdir)))
         state, frozen, place = begin(inputs, parts, experience, saver)
         watch = stack.enter_context(
@@ -113,7 +114,7 @@ def _run(
             saver=saver,
             window=Window.of(config, parts, writer, inputs.mesh),
             progress=watch.progress,
-            stop=stack.enter_context(stop_on_signals(stop or threading.Event())),
+            stop=stack.enter_context(stop_on_signals(stop)),
             started=started,
             measure_first=not inputs.resumed or resume.measures_anew(inputs.changes),
         )
@@ -148,10 +149,12 @@ def experience_of(
     parts: assemble.Parts,
     stack: contextlib.ExitStack,
     make: Callable[..., experience_lib.Experience] = experience_lib.make,
+    stop: threading.Event | None = None,
 ) -> experience_lib.Experience:
-    """Where the run's batches come from; `make` is of a run without rewards, and `stack` ends what was begun."""
+    """Where the run's batches come from; `make` is of a run without rewards, `stack` ends what was begun, and at `stop`
+    servers are no longer waited for."""
     if inputs.prompts is not None:
-        return _of_rewards(inputs, parts, stack)
+        return _of_rewards(inputs, parts, stack, stop or threading.Event())
     rollout = parts.rollout and distributed.one_at_a_time(parts.rollout)
     if drawing := checks.drawing_term(inputs.config, inputs.terms):
         experience = make(OnDemand(inputs.source, inputs.put), parts.batch, rollout)
@@ -160,12 +163,12 @@ def experience_of(
 
 
 def _of_rewards(
-    inputs: resolve.Inputs, parts: assemble.Parts, stack: contextlib.ExitStack
+    inputs: resolve.Inputs, parts: assemble.Parts, stack: contextlib.ExitStack, stop: threading.Event
 ) -> experience_lib.Experience:
     """The experience of a run with rewards; `stack` ends its processes and its thread."""
     config = inputs.config
     judge = rollouts.make_judge(config, stack)
-    engine = engines.make_engine(inputs, parts.models["policy"])
+    engine = engines.make_engine(inputs, parts.models["policy"], stop.is_set)
     collector = rollouts.make_collector(config, inputs.prompts, judge, engine)
     virtual, pool = resolve.virtual_ids(config, inputs.data.tokenizer.size), rollouts.make_pool(config, parts, stack)
     return rollouts.make_experience(config, parts, collector, virtual, pool)

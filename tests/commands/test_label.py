@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from fake_vllm import FakeServer, OwnModel
 
 from experiments import base
 from research import config, loading
@@ -192,6 +193,28 @@ def test_a_language_model_labels_by_words(folder, data, language_model):
     records = run_label(language_model, data, folder / "words.jsonl", *flags)
     assert all(len(record["probs"]) == 3 for record in records)
     assert "gold" not in records[0]
+
+
+def test_servers_label_as_the_devices_here(folder, data, language_model, classifier, capsys):
+    flags = ["--words=red,green,blue", "--prompt={text} is", '--fields={"label": "none"}', "--max_records=6"]
+    here = run_label(language_model, data, folder / "here.jsonl", *flags)
+    loaded = loading.load_model(str(language_model))
+    model = OwnModel(loaded.model, longest=64)
+    with FakeServer(model, loaded.model.config.vocab_size, loaded.params) as server:
+        flags.append(f"--servers={server.url}")
+        served = run_label(language_model, data, folder / "served.jsonl", *flags)
+        assert len(server.requests) == 1 + 6
+        np.testing.assert_allclose([r["probs"] for r in served], [r["probs"] for r in here], atol=2e-6)
+        assert [r["id"] for r in served] == list(range(6))
+        server.fault = lambda number, reply: {"choices": [{"logprobs": {"content": []}}]} if number > 7 else reply
+        for models, message in (
+            (language_model, "shows no log-probabilities"),
+            (classifier, "labels by a head"),
+            (f"{language_model},{classifier}", "servers have one model"),
+        ):
+            named = [f"--model={models}", f"--data={data}", f"--output={folder / 'none.jsonl'}"]
+            assert label.main(named + (flags if models is language_model else flags[-1:])) == 2
+            assert message in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_named(folder, data, classifier, language_model, capsys):

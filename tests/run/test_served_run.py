@@ -1,5 +1,7 @@
 """A run whose answers come from servers: it learns from them as from its own, and outlives them."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from runs import small
 from research import config
 from research.errors import InputError, Unavailable
 from research.run import checkpoint, engines, metrics, run
+from research.run.loop import Preempted
 
 SIZES = {"num_layers": 1, "d_model": 32, "num_heads": 2, "num_kv_heads": 2, "d_ff": 64}
 
@@ -45,28 +48,37 @@ def servers(monkeypatch):
 
 
 class Weights(FakeWeights):
-    """Servers go with version 2, where `lost` says so. What is staged is copied, since updates delete parameters."""
+    """Servers go with version `lost`, and `stop` is set then. What is staged is copied, since updates delete
+    parameters."""
 
-    lost = False
+    lost, stop = None, threading.Event()
 
     def stage(self, params, version):
         super().stage(jax.tree.map(np.array, params), version)
 
     def commit(self, server, version):
         super().commit(server, version)
-        if version == 2 and Weights.lost:
+        if version == Weights.lost:
             self.servers[server].end()
+            Weights.stop.set()
 
 
 def test_a_run_learns_from_servers_saves_when_they_are_gone_and_goes_on(servers, tmp_path, monkeypatch):
     c, workdir = config_of([server.url for server in servers], outage_seconds=0.1), str(tmp_path / "run")
-    monkeypatch.setattr(Weights, "lost", True)
+    monkeypatch.setattr(Weights, "lost", 2)
     with pytest.raises(Unavailable, match=r"^rollout\.servers: none can be used"):
         run.run(c, workdir, devices=jax.devices()[:1])
     assert checkpoint.steps(workdir) == [2]
-    monkeypatch.setattr(Weights, "lost", False)
     for server in servers:
         server.begin()
+    monkeypatch.setattr(Weights, "lost", 3)
+    monkeypatch.setattr(Weights, "stop", threading.Event())
+    waiting = config_of([server.url for server in servers], outage_seconds=600.0)
+    with pytest.raises(Preempted, match="saved step 3 of 4"):
+        run.run(waiting, workdir, devices=jax.devices()[:1], stop=Weights.stop)
+    for server in servers:
+        server.begin()
+    monkeypatch.setattr(Weights, "lost", None)
     run.run(c, workdir, devices=jax.devices()[:1])
     lines = [line for line in metrics.read_metrics(workdir) if "train/loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]

@@ -12,6 +12,7 @@ from research.rollouts.engines.client import Refused
 from research.rollouts.engines.weights import ServerError
 
 _MOST_TRIES = 5  # of a request that servers refuse, or answer with what is no answer
+_MOST_BARREN = 5  # losses of a server in a row, without an answer between them, until it no longer counts as there
 NOTICE_SECONDS = 30.0  # between two lines that say that no server answers
 
 Say = Callable[[str], None]
@@ -69,8 +70,10 @@ class Server:
       up: whether it may be asked.
       known: whether it ever was.
       losses: how often it was lost.
+      barren: how often since it gave an answer that could be used.
       since: when it was lost, in seconds of time.monotonic; None where it isn't.
       why: it can't be asked.
+      last: why it couldn't the last time.
       admission: is held while it is admitted; by a round that has ended, maybe.
     """
 
@@ -78,9 +81,16 @@ class Server:
     up: bool = False
     known: bool = False
     losses: int = 0
+    barren: int = 0
     since: float | None = None
     why: str = ""
+    last: str = ""
     admission: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    @property
+    def failing(self) -> bool:
+        """Whether nothing can be expected of it: it can't be asked, or is found well again and again and then fails."""
+        return (not self.up and bool(self.why)) or self.barren >= _MOST_BARREN
 
 
 class Pool:
@@ -92,14 +102,22 @@ class Pool:
         it can't be used now, and InputError where it is the wrong one.
       limits: see Limits.
       say: prints a line.
+      stopped: whether what is under way is to end now.
 
     Attributes:
       counts: what has been counted since it was read last: "retried", "lost", "dropped/KIND".
     """
 
-    def __init__(self, urls: Sequence[str], admit: Callable[[str], None], limits: Limits, say: Say):
+    def __init__(
+        self,
+        urls: Sequence[str],
+        admit: Callable[[str], None],
+        limits: Limits,
+        say: Say,
+        stopped: Callable[[], bool] = lambda: False,
+    ):
         self.servers = [Server(url) for url in urls]
-        self.admit, self.limits, self.say = admit, limits, say
+        self.admit, self.limits, self.say, self.stopped = admit, limits, say, stopped
         self.counts: collections.Counter[str] = collections.Counter()
 
     def readmit(self) -> None:
@@ -116,7 +134,8 @@ class Pool:
             be used.
 
         Raises:
-          Unavailable: no server was there for limits.outage_seconds.
+          Unavailable: no server was there for limits.outage_seconds, or gave an answer that can be used; or `stopped`
+            said so.
           InputError: a request was refused again and again, or a server is the wrong one.
         """
         return _Round(self, jobs, ask).run()
@@ -173,22 +192,22 @@ class _Round:
                 self.changed.notify_all()
 
     def _watch(self) -> None:
-        """Waits until the round is over, and ends it where no server is there for too long."""
+        """Waits until the round is over, and ends it where no server is there for too long, or it is to stop."""
         limit, alive, told = self.pool.limits.outage_seconds, time.monotonic(), None
         with self.changed:
             while not self.over:
                 now = time.monotonic()
-                if not self._all_failed():
+                if self.pool.stopped():
+                    self.error = Unavailable(f"{self.pool.limits.field}: asked to stop while servers were waited for")
+                elif not all(server.failing for server in self.pool.servers):
                     alive, told = now, None
                 elif now - alive >= limit:
-                    self.error = self.pool.limits.unavailable(now - alive, [each.why for each in self.pool.servers])
+                    whys = [each.why or each.last for each in self.pool.servers]
+                    self.error = self.pool.limits.unavailable(now - alive, whys)
                 elif told is None or now - told >= NOTICE_SECONDS:
                     self.pool.say(f"no server can be used for {now - alive:.0f} s; waiting for up to {limit:g} s")
                     told = now
                 self.changed.wait(min(1.0, max(0.01, alive + limit - now)))
-
-    def _all_failed(self) -> bool:
-        return all(not server.up and server.why for server in self.pool.servers)
 
     def _keep(self, server: Server) -> None:
         """Admits a server, and again each time it was lost."""
@@ -198,6 +217,8 @@ class _Round:
             with self.changed:
                 while server.up and not self.over:
                     self.changed.wait()
+                if server.barren > 1:  # it was found well, and failed at once
+                    self.changed.wait_for(lambda: self.over, min(first * 2.0 ** (server.barren - 2), longest))
                 if self.over:
                     return
             try:
@@ -228,7 +249,7 @@ class _Round:
         """Notes why a server can't be used, and says it where that is new."""
         if why != server.why:
             self.pool.say(f"{why.removesuffix('.')}. It is looked for again and again, and others are asked.")
-        server.up, server.why = False, why
+        server.up, server.why, server.last = False, why, why
         server.since = time.monotonic() if server.since is None else server.since
 
     def _work(self, server: Server) -> None:
@@ -248,6 +269,7 @@ class _Round:
                 self._lost(server, number, losses, error)
             else:
                 with self.changed:
+                    server.barren = 0
                     self.results.setdefault(number, result)
                     if self.over:
                         self.changed.notify_all()
@@ -282,5 +304,6 @@ class _Round:
         """Notes that a server is lost, unless it has been since: of its requests each one fails."""
         if server.losses == losses and server.up:
             server.losses += 1
+            server.barren += 1
             self.pool.counts["lost"] += 1
             self._note(server, why)

@@ -112,6 +112,19 @@ class Served:
         except ServerError as error:
             raise ServerError(f"{server}: {error}") from error
 
+    def ask_among(self, server: str, question: Question, tokens: Sequence[int], name: str) -> list[float]:
+        """The log-probability of each of some tokens after the prompt, where one of them is to come next.
+
+        Raises:
+          ServerError, Refused, Dropped: see `ask`.
+        """
+        body = wire.request_among(question, tokens, name)
+        reply = client.ask(server, wire.ROUTE, body, seconds=self.limits.answer_seconds)
+        try:
+            return wire.read_among(reply, tokens)
+        except Dropped as error:
+            raise Dropped(error.kind, f"{server}: {error}") from error
+
     def prove(self, server: str, prober: probe.Probe, expected: Float[np.ndarray, " V"], name: str) -> tuple[str, ...]:
         """Has a server show that its log-probabilities are ours, and returns the versions that it says it has.
 

@@ -50,13 +50,21 @@ class Vllm:
       served: what they are to have.
       prober: what they are asked before they are trusted.
       staleness: by how many updates a server's weights may be older than the policy, where it can't take newer ones.
+      stopped: whether answers that are under way are to be given up.
     """
 
     def __init__(
-        self, urls: Sequence[str], weights: Weights, served: Served, prober: probe.Probe, *, staleness: int = 0
+        self,
+        urls: Sequence[str],
+        weights: Weights,
+        served: Served,
+        prober: probe.Probe,
+        *,
+        staleness: int = 0,
+        stopped: Callable[[], bool] = lambda: False,
     ):
         self.weights, self.served, self.prober, self.staleness = weights, served, prober, staleness
-        self.pool = Pool(urls, self._admit, served.limits, served.say)
+        self.pool = Pool(urls, self._admit, served.limits, served.say, stopped)
         self._version = -1
         self._expected: dict[int, Float[np.ndarray, " V"]] = {}  # version -> see Probe, of those that may be served
         self._names: dict[int, tuple[str, str]] = {}  # version -> what requests call it, and what answers do
@@ -99,7 +107,7 @@ class Vllm:
         """See Engine. The same arguments are the same requests; vLLM may answer them in other words beside others.
 
         Raises:
-          Unavailable: no server was there for limits.outage_seconds.
+          Unavailable: no server was there for limits.outage_seconds, or `stopped` said so.
           InputError: a server refuses what it is asked, or has another model.
         """
         questions = [Question(prompt, wire.seed(key, i * n + j)) for i, prompt in enumerate(prompts) for j in range(n)]

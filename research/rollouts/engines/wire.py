@@ -93,6 +93,28 @@ def request(question: Question, sampling: SamplingConfig, model: str, padding: r
     return {"model": model, "token_ids": [int(token) for token in question.prompt], "sampling_params": params}
 
 
+def request_among(question: Question, tokens: Sequence[int], model: str) -> dict[str, Any]:
+    """The body of a request for one token that is one of these, and for the log-probabilities of all of them."""
+    body = request(question, SamplingConfig(1, temperature=1.0), model, range(0), len(tokens))
+    body["sampling_params"]["allowed_token_ids"] = [int(token) for token in tokens]
+    return body
+
+
+def read_among(reply: Any, tokens: Sequence[int]) -> list[float]:
+    """The log-probabilities in a reply to `request_among`.
+
+    Raises:
+      Dropped: one is missing, or none is of a token that could come next.
+    """
+    values = shown(reply)
+    if missing := [token for token in tokens if token not in values]:
+        raise Dropped("malformed", f"{ROUTE} shows no log-probability of the token {missing[0]}")
+    found = [values[token] for token in tokens]
+    if not all(x < 1e-3 for x in found) or not max(found) > -1000.0:
+        raise Dropped("malformed", f"{ROUTE} shows log-probabilities that are none: {found}")
+    return found
+
+
 def read(reply: Any, sampling: SamplingConfig, vocab_size: int) -> Answer:
     """The answer in a reply.
 

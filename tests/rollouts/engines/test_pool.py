@@ -18,11 +18,11 @@ SOON = Limits(in_flight=4, outage_seconds=5.0, pauses=(0.01, 0.02))
 class Servers:
     """Servers that are functions; `down` are lost."""
 
-    def __init__(self, *urls, limits=SOON):
+    def __init__(self, *urls, limits=SOON, **options):
         self.down, self.seconds, self.lines = set(), collections.Counter(), []
         self.asked, self.now, self.most = collections.Counter(), collections.Counter(), collections.Counter()
         self.admitted, self.lock = collections.Counter(), threading.Lock()
-        self.pool = Pool(urls, self.admit, limits, self.lines.append)
+        self.pool = Pool(urls, self.admit, limits, self.lines.append, **options)
 
     def admit(self, url):
         if url in self.down:
@@ -133,6 +133,46 @@ def test_a_server_with_a_wrong_version_is_admitted_anew_and_asked_again():
     assert servers.pool.run(range(4), ask) == [0, 1, 2, 3]
     assert servers.admitted["a"] == 2
     assert servers.pool.read_counts() == {"dropped/version": 1, "lost": 1}
+
+
+@pytest.mark.parametrize(
+    "error", [Dropped("version", "a: wrote an answer with the weights 3, and not with 4"), ServerError("a: died of it")]
+)
+def test_a_server_that_is_well_until_it_is_asked_is_not_asked_for_ever(error):
+    servers = Servers("a", limits=Limits(in_flight=2, outage_seconds=0.2, pauses=(0.01, 0.02)))
+
+    def ask(url, job):
+        raise error
+
+    with pytest.raises(Unavailable, match=rf"^rollout\.servers: none can be used for 0 s .*: {error}\. Start"):
+        servers.pool.run(range(3), ask)
+    assert servers.admitted["a"] >= 5
+
+
+def test_a_server_that_fails_now_and_then_is_used_for_as_long_as_it_answers():
+    servers = Servers("a", limits=Limits(in_flight=1, outage_seconds=0.05, pauses=(0.001, 0.001)))
+    odd = collections.Counter()
+
+    def ask(url, job):
+        odd[job] += 1
+        if odd[job] < 4:
+            raise ServerError("a: died of it")
+        return job
+
+    assert servers.pool.run(range(12), ask) == list(range(12))
+    assert servers.pool.read_counts()["lost"] == 36
+
+
+def test_who_is_to_stop_does_not_wait_for_servers():
+    stop = threading.Event()
+    servers = Servers("a", limits=Limits(outage_seconds=60.0, pauses=(0.01, 0.02)), stopped=stop.is_set)
+    servers.down.add("a")
+    threading.Timer(0.1, stop.set).start()
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match="asked to stop while servers were waited for"):
+        servers.pool.run(range(3), servers.ask)
+    assert time.monotonic() - began < 3
+    assert servers.pool.run([], servers.ask) == []
 
 
 def test_a_wrong_server_or_a_bug_ends_the_round():
