@@ -127,6 +127,8 @@ CHANGES: Mapping[str, Change] = {
     "beta_x10": Change("beta 10 times higher", _option("beta", lambda value: value * 10)),
 }
 
+_STRONGER = {"learning_rate_up": ("learning_rate_far_up",), "learning_rate_down": ("learning_rate_far_down",)}
+
 
 def confirm(subject: Subject, diagnosis: Diagnosis, steps: int = STEPS) -> Diagnosis:
     """The diagnosis with its findings tried: each cause that names a change is confirmed where that change helps, and
@@ -144,12 +146,15 @@ def confirm(subject: Subject, diagnosis: Diagnosis, steps: int = STEPS) -> Diagn
 
 
 def _tried(subject: Subject, finding: Finding, steps: int) -> Finding:
-    change = CHANGES.get(finding.cause.counterfactual)
-    if change is None or subject.stage == "rl":
+    """The finding after its change was tried, and where that doesn't help a stronger one."""
+    named = finding.cause.counterfactual
+    if named not in CHANGES or subject.stage == "rl":
         return finding
-    outcome = compare(subject, change, steps)
-    level = "confirmed" if outcome.helps else finding.level
-    return dataclasses.replace(finding, level=level, confirmation=outcome.text)
+    for name in (named, *_STRONGER.get(named, ())):
+        outcome = compare(subject, CHANGES[name], steps)
+        if outcome.helps:
+            return dataclasses.replace(finding, level="confirmed", confirmation=outcome.text)
+    return dataclasses.replace(finding, confirmation=outcome.text)
 
 
 def compare(subject: Subject, change: Change, steps: int = STEPS) -> Outcome:

@@ -55,11 +55,12 @@ def test_a_change_that_helps_confirms_its_cause(subject):
         cause = Cause(name, "optimizer", ("sft",), (), 0.5, "", "", "", counterfactual=counterfactual)
         return Finding(cause, "suspected", 0.5, ())
 
-    findings = found("other", ""), found("too_low", "learning_rate_far_up")
+    findings = found("other", ""), found("too_low", "learning_rate_up")
     before = Diagnosis("cause found", findings, Evidence("sft", False, {}))
     after = confirm.confirm(subject, before, steps=12)
     assert [finding.cause.name for finding in after.findings] == ["too_low", "other"]
     assert [finding.level for finding in after.findings] == ["confirmed", "suspected"]
+    assert "1000 times higher" in after.findings[0].confirmation  # 10 times doesn't do
     assert "the change helps" in after.findings[0].confirmation
     assert not after.findings[1].confirmation
 

@@ -13,7 +13,7 @@ from research.train import means
 
 FACTORS = (1.0, 0.1, 10.0, 0.01, 100.0, 0.001, 0.3, 3.0)  # of the run's own rates, the most telling first
 _FEWEST = 5  # factors without which nothing is said
-_FLOPS = {"cpu": 1.5e12}  # that the test may take, about 15 s on two cores
+_FLOPS = {"cpu": 6e11}  # that the test may take, some 6 s on two cores
 _MOST_FLOPS = 1e15  # elsewhere
 _WORSE = 0.1  # a rate that raises the loss by so much of itself diverges
 
