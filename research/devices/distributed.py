@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from research.errors import Exit, InputError
@@ -165,11 +164,6 @@ def barrier(name: str) -> None:
     """Waits until all processes are here."""
     if several():
         multihost_utils.sync_global_devices(name)
-
-
-def any_process(value: bool) -> bool:
-    """Whether it is so in any of the processes, each of which has to call it."""
-    return bool(np.any(multihost_utils.process_allgather(np.array(value)))) if several() else value
 
 
 def one_at_a_time(program: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import dataclasses
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ class Checkpointer:
         step = self.latest() if step is None else step
         folder = self._folder / str(step)
         mine = slice(jax.process_index(), None, jax.process_count())
-        with _together(), wholeness.checking(folder, mine):
+        with wholeness.checking(folder, mine):
             return self._restore(folder, like, buffer)
 
     def _restore(self, folder: Path, like: State, buffer: Any) -> tuple[State, Place]:
@@ -309,21 +309,6 @@ def _sealed_path(seal: Callable[[Path], None]) -> type:
                 await asyncio.to_thread(wholeness.seal_rest, Path(self.get_final()))
 
     return SealedPath
-
-
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Has all processes raise an InputError where one of them does: each checks files of its own."""
-    if not distributed.several():
-        yield
-        return
-    error: InputError | None = None
-    try:
-        yield
-    except InputError as raised:
-        error = raised
-    if distributed.any_process(error is not None):
-        raise error or InputError("another process found the checkpoint damaged, and says where.")
 
 
 def _check_buffer(folder: Any, wanted: Any) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax
 from research import loading, ownership
 from research.config import Config
 from research.devices import compilation, distributed, startup
-from research.errors import InputError, Unavailable
+from research.errors import Unavailable
 from research.objectives.terms import Terms
 from research.pretrained import wholeness
 from research.rollouts import experience as experience_lib
@@ -124,19 +124,10 @@ def _run(
     return record.finish(config, workdir)
 
 
-@contextlib.contextmanager
-def _owned(workdir: str) -> Iterator[None]:
-    """Has the workdir for this run: of several processes the first takes it, and all learn whether it could."""
-    with contextlib.ExitStack() as stack:
-        error = None
-        if distributed.main():
-            try:
-                stack.enter_context(ownership.own_folder(workdir, "--workdir"))
-            except InputError as raised:
-                error = raised
-        if distributed.any_process(error is not None):
-            raise error or InputError(f"--workdir = {workdir}: can't be had, as process 0 says.")
-        yield
+def _owned(workdir: str) -> contextlib.AbstractContextManager[None]:
+    """Has the workdir for this run. Of several processes the first takes it; where it can't, it ends, and so do the
+    others, whom JAX tells."""
+    return ownership.own_folder(workdir, "--workdir") if distributed.main() else contextlib.nullcontext()
 
 
 def chances(terms: Terms, name: str, state: TrainState) -> Any:
