@@ -34,14 +34,14 @@ DEBUG_MODEL = {"num_layers": 2, "d_model": 64, "num_heads": 4, "num_kv_heads": 2
 
 def debug(config: ConfigDict) -> ConfigDict:
     """Shrinks model, data and steps so that everything runs once in seconds. Comes last, after all else is set."""
-    config.steps = 2
+    config.update(steps=2, epochs=0.0)
     config.batch_size = 8 * config.microbatches
     config.seq_len = min(config.seq_len, 128)
     config.model.update(DEBUG_MODEL)
     config.tokenizer.vocab_size = min(config.tokenizer.vocab_size, 512)
     config.data.examples = 200
     config.data.max_records = 50
-    config.optimizer.warmup_steps = 1
+    config.optimizer.update(warmup_steps=1, warmup_share=0.0)
     if config.rewards:
         prompts = config.batch_size if config.rollout.pairs else 2 * config.microbatches
         config.rollout.update(prompts=prompts, answers=4, max_new_tokens=8)

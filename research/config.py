@@ -56,12 +56,14 @@ class CheckpointConfig:
       keep_last: how many of the newest stay.
       best_metric: also keep the best by this metric of the evaluation, such as "eval/loss"; "" for none.
       best_mode: "min" or "max".
+      patience: end the run after so many evaluations in a row that gave no new best; 0: never.
     """
 
     every: Count = 200
     keep_last: Size = 2
     best_metric: str = ""
     best_mode: str = "min"
+    patience: Count = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,9 @@ class EvalConfig:
       generate: how many held-out prompts are answered greedily and judged; 0 for none.
       max_new_tokens: the longest answer.
       show: so many of the answers are printed.
+      sets: further data that the objective is measured on, as name -> path, where a path is as in data.path, without
+        weights: {"news": "news.jsonl"} gives eval/news/loss and its kin. It is read as the data section says, and
+        nothing that it holds is taken out of training.
       tasks: further evaluations, as `understudy evaluate --task=...` takes them: "choice:questions.jsonl".
     """
 
@@ -82,6 +87,7 @@ class EvalConfig:
     generate: Count = 0
     max_new_tokens: Size = 32
     show: Count = 4
+    sets: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tasks: tuple[str, ...] = ()
 
 
@@ -168,6 +174,8 @@ class Config:
     Attributes:
       seed: of parameters, data order and everything random.
       steps: updates.
+      epochs: the length of the run in passes over the rows that are trained on, in the place of `steps`, which follows
+        from it once the data is read; 0: as steps says. Rows that are drawn by weight have no epochs.
       batch_size: rows in one update, over all devices and microbatches.
       seq_len: T, tokens in a row.
       microbatches: the batch goes through the model in so many parts, one after the other, to save memory.
@@ -213,6 +221,7 @@ class Config:
 
     seed: Annotated[int, Range(0, MOST_SEED)] = 0
     steps: Size = 1000
+    epochs: NotNegative = 0.0
     batch_size: Size = 32
     seq_len: Size = 256
     microbatches: Size = 1
@@ -297,7 +306,8 @@ def check(config: Config, *, num_devices: int) -> None:
     if adapter := adapters.load(config.adapter):
         _check_ahead(config, adapter, model.max_length)
     spec.check(data_spec(config))
-    optim.make_schedule(config.optimizer, config.steps)
+    if not config.epochs:
+        optim.make_schedule(config.optimizer, config.steps)
     rewards.load(config.rewards)
     if config.rewards and config.data.annotations:
         raise InputError(
@@ -421,6 +431,11 @@ def _check_best_metric(config: Config) -> None:
             f"checkpoint.best_metric = {config.checkpoint.best_metric!r} needs an evaluation at every checkpoint, and "
             f"checkpoint.every = {config.checkpoint.every} isn't a multiple of eval.every = {config.eval.every}. "
             "Change either, or set checkpoint.best_metric to ''."
+        )
+    if config.checkpoint.patience and not config.checkpoint.best_metric:
+        raise InputError(
+            f"checkpoint.patience = {config.checkpoint.patience}: waits for a better checkpoint.best_metric, and there "
+            "is none. Name it, such as 'eval/loss', or set checkpoint.patience = 0."
         )
     if config.checkpoint.best_metric and not config.eval.every:
         raise InputError(

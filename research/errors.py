@@ -28,6 +28,7 @@ MAPPINGS = (
     "rewards",
     "optimizer.groups",
     "plan.prices",
+    "eval.sets",
 )
 
 

@@ -40,6 +40,7 @@ class OptimizerSpec:
         such as a policy for its critic.
       warmup_steps: steps of linear warm-up, counted in `steps`. Step 0 runs at start_ratio, step `warmup_steps` is the
         first at `learning_rate`.
+      warmup_share: in its place, the warm-up as a share of the run's steps; 0: as warmup_steps says.
       start_ratio: where the warm-up starts, as a fraction of learning_rate. With 0 the first step changes nothing.
       end_ratio: the fraction of learning_rate that cosine, linear and wsd end at; a floor under inverse_sqrt.
       decay_fraction: the last part of all steps, over which wsd decays.
@@ -71,6 +72,7 @@ class OptimizerSpec:
     schedule: str = "cosine"
     delay_steps: Count = 0
     warmup_steps: Count = 0
+    warmup_share: Share = 0.0
     start_ratio: Share = 0.0
     end_ratio: Share = 0.0
     decay_fraction: Part = 0.2
@@ -110,7 +112,13 @@ def check(spec: OptimizerSpec, steps: int, section: str = "optimizer") -> None:
         raise InputError(
             f"{section}.delay_steps = {spec.delay_steps}: leaves none of steps = {steps}. Lower it, or raise steps."
         )
+    if spec.warmup_share and spec.warmup_steps:
+        raise InputError(
+            f"{section}.warmup_share = {spec.warmup_share}: and {section}.warmup_steps = {spec.warmup_steps}, which is "
+            "the same in steps. Set one of them to 0."
+        )
     steps -= spec.delay_steps
+    spec = _with_warmup(spec, steps)
     if spec.warmup_steps > steps:
         raise InputError(
             f"{section}.warmup_steps = {spec.warmup_steps} is more than steps = {steps}. Lower it, or raise steps."
@@ -132,6 +140,13 @@ def check(spec: OptimizerSpec, steps: int, section: str = "optimizer") -> None:
         check(group_spec(spec, name), steps + spec.delay_steps, f"optimizer.groups.{name}")
 
 
+def _with_warmup(spec: OptimizerSpec, steps: int) -> OptimizerSpec:
+    """The spec with the warm-up in steps, of a schedule of so many."""
+    if not spec.warmup_share:
+        return spec
+    return dataclasses.replace(spec, warmup_steps=round(spec.warmup_share * steps), warmup_share=0.0)
+
+
 def group_spec(spec: OptimizerSpec, name: str) -> OptimizerSpec:
     """What a group of parameters goes by: the spec with the group's fields in the place of its own.
 
@@ -146,6 +161,8 @@ def group_spec(spec: OptimizerSpec, name: str) -> OptimizerSpec:
         if field not in GROUP_FIELDS:
             raise InputError(f"{where}.{field}: no such field of a group.{did_you_mean(field, GROUP_FIELDS)}")
         own[field] = options.convert(ranges.hints(OptimizerSpec)[field], value, f"{where}.{field}")
+    if "warmup_steps" in own:
+        own["warmup_share"] = 0.0
     return dataclasses.replace(spec, **own, groups={})
 
 
@@ -185,7 +202,8 @@ def rates(spec: OptimizerSpec) -> dict[str, np.ndarray]:
 def make_schedule(spec: OptimizerSpec, steps: int) -> Schedule:
     """Returns schedule(t), the learning rate used at step t = 0 ... steps - 1 (afterwards it stays where it ended).
 
-    With w = warmup_steps and r = (steps - t) / (steps - w), the fraction that remains, the part after the warm-up is
+    With w = warmup_steps, or warmup_share of the steps, and r = (steps - t) / (steps - w), the fraction that remains,
+    the part after the warm-up is
       cosine:        end + (1 - end) (1 - cos(pi r)) / 2   (arXiv:1608.03983, equation 5). With n = `cycles` the part
                      that remains of one of n equal cycles is in the place of r: at the start of each it is 1 again
       linear:        end + (1 - end) r
@@ -202,6 +220,7 @@ def make_schedule(spec: OptimizerSpec, steps: int) -> Schedule:
     """
     check(spec, steps)
     steps -= spec.delay_steps
+    spec = _with_warmup(spec, steps)
     warmup, end = spec.warmup_steps, spec.end_ratio
     decay_steps = _decay_steps(spec, steps) if spec.schedule == "wsd" else max(steps - warmup, 1)
     timescale = spec.timescale or warmup or 10_000

@@ -413,3 +413,14 @@ def test_groups_that_can_not_be_are_named(groups, words):
 
     with pytest.raises(InputError, match=words):
         read()
+
+
+def test_a_warm_up_may_be_a_share_of_the_steps():
+    share, steps = (
+        optim.make_schedule(optim.OptimizerSpec(**each), 50) for each in ({"warmup_share": 0.2}, {"warmup_steps": 10})
+    )
+    assert [float(share(t)) for t in range(50)] == [float(steps(t)) for t in range(50)]
+    with pytest.raises(InputError, match=r"optimizer.warmup_share = 0.2: and optimizer.warmup_steps = 3"):
+        optim.make_schedule(optim.OptimizerSpec(warmup_share=0.2, warmup_steps=3), 50)
+    group = optim.OptimizerSpec(warmup_share=0.2, groups={"a": {"match": "x", "warmup_steps": 5}})
+    assert float(optim.make_group_schedules(group, 50)["a"](5)) == pytest.approx(1e-3)

@@ -2,7 +2,7 @@
 
 GROUPS = {
     "Train": ("train", "sweep", "study"),
-    "Data": ("split", "generate", "filter", "label", "annotate", "select"),
+    "Data": ("preview", "split", "generate", "filter", "label", "annotate", "select"),
     "Models": ("evaluate", "score", "export", "serve"),
     "Runs and machines": ("report", "diagnose", "plan", "benchmark", "cache"),
 }

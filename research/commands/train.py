@@ -58,7 +58,7 @@ def _train(args: SimpleNamespace, argv: Sequence[str]) -> int:
     with startup.quick_imports():  # late: jax and the models take 1 s, which --help and a wrong flag needn't wait for
         from research import config
         from research.devices import distributed
-        from research.run import checkpoint, run
+        from research.run import checkpoint, console, run
 
     files.check_folder(args.workdir or "runs", "--workdir")
     try:
@@ -79,7 +79,8 @@ def _train(args: SimpleNamespace, argv: Sequence[str]) -> int:
     try:
         parsed, started = config.parse(args.experiment.values), startup.start_time()
         dated = os.path.join("runs", time.strftime(f"%Y-%m-%d_%H-%M-%S_{name}"))
-        with contextlib.nullcontext(args.workdir) if args.workdir else ownership.new_folder(dated) as workdir:
+        folder = contextlib.nullcontext(args.workdir) if args.workdir else ownership.new_folder(dated)
+        with folder as workdir, console.shown(distributed.main()):
             run.run(parsed, workdir, started=started, command=command, step=args.step)
     except run.Diverged as error:
         return cli.fail(error, Exit.DIVERGED)

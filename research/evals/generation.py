@@ -19,8 +19,17 @@ Record = Mapping[str, Any]
 
 
 class Sample(NamedTuple):
-    """One prompt and what came of it. `prompt` is as the model saw it, special tokens left out; `task` is the record's,
-    or ""; `utility` the planted one of generated preferences, None of others."""
+    """One prompt and what came of it.
+
+    Attributes:
+      prompt: as the model saw it, special tokens left out.
+      expected: the record's answer.
+      completion: the model's, special tokens left out.
+      correct: whether it was accepted.
+      task: the record's, or "".
+      utility: the planted one of generated preferences, None of others.
+      marked: prompt and completion with their special tokens, for people; None where they aren't known.
+    """
 
     prompt: str
     expected: str
@@ -28,10 +37,12 @@ class Sample(NamedTuple):
     correct: bool
     task: str = ""
     utility: float | None = None
+    marked: tuple[str, str] | None = None
 
     def __str__(self) -> str:
         verdict = "right" if self.correct else f"wrong, expected {self.expected!r}"
-        return f"{self.prompt!r} -> {self.completion!r} ({verdict})"
+        prompt, completion = self.marked or (self.prompt, self.completion)
+        return f"{prompt!r} -> {completion!r} ({verdict})"
 
 
 def make_generation(
@@ -99,7 +110,10 @@ def make_generation(
             if n > 1:
                 samples.append(repeated.Answers(shown, expected, texts, correct, task))
             else:
-                samples.append(Sample(shown, expected, texts[0], correct[0], task, utility(record, texts[0])))
+                written = completions[i].tokens
+                marked = tokenizer.decode(prompt, False), tokenizer.decode(written, False)
+                planted = utility(record, texts[0])
+                samples.append(Sample(shown, expected, texts[0], correct[0], task, planted, marked))
         measured = repeated.measure(samples) if n > 1 else _fractions(samples)
         return measured | {"skipped_too_long": float(len(rendered) - len(fitting))}, samples
 

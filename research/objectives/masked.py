@@ -64,7 +64,11 @@ def make(
     def loss(forward: Forward, batch: Batch, context: Context) -> LossOut:
         return _loss(noise, forward, batch, context)
 
-    return Objective(loss=loss, fields=FIELDS, bits_per_byte=False)
+    def hides(batch: Batch, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        choice = noise.choose(batch, keys)
+        return choice.tokens, spread(choice.weights, choice.at, choice.tokens.shape)
+
+    return Objective(loss=loss, fields=FIELDS, bits_per_byte=False, hides=hides if noise else None)
 
 
 def _loss(noise: "Noise | None", forward: Forward, batch: Batch, context: Context) -> LossOut:

@@ -254,6 +254,8 @@ class Objective:
       chances: (carry) -> [S], how probable each of `sources` is to be drawn for a row of the next batch; None where the
         data's weights say that.
       labels: how many numbers it wants of the policy's head (model.num_labels) at least, where the data doesn't say it.
+      hides: (batch, key of each row) -> what the model reads in the place of `tokens`, and [B, T] above 0 where tokens
+        are to be told; for people to look at. None where the model reads the batch as it is.
       init_carry: (shapes and dtypes of the batch) -> the first carry; None for an objective without one.
       update: (carry, statistics summed over the batch) -> the next carry, of the same shapes and dtypes.
     """
@@ -269,6 +271,7 @@ class Objective:
     annotations: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gather: Callable[[Forward, Batch], Any] | None = None
     bits_per_byte: bool = True
+    hides: Callable[[Batch, jax.Array], tuple[jax.Array, jax.Array]] | None = None
     sources: tuple[str, ...] = ()
     chances: Callable[[Any], Any] | None = None
     labels: int = 0

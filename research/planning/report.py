@@ -111,8 +111,9 @@ def _time(config: Config, topology: Topology, plan: Plan) -> Iterator[str]:
     if price:
         hours = [config.steps * seconds / 3600 for seconds in bounds]
         cost = [h * topology.count * price for h in hours]
+        steps = f"{config.steps:,} steps" + " (how many the epochs are, the data decides)" * bool(config.epochs)
         yield (
-            f"cost        {config.steps:,} steps: {hours[0]:.2f} to {hours[1]:.2f} h, {cost[0]:,.2f} to "
+            f"cost        {steps}: {hours[0]:.2f} to {hours[1]:.2f} h, {cost[0]:,.2f} to "
             f"{cost[1]:,.2f} (plan.prices.{topology.kind} = {price} a chip and hour)"
         )
 

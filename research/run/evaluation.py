@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research import params
+from research import params, progress
 from research.config import Config
 from research.devices import distributed
 from research.errors import InputError
@@ -23,6 +23,7 @@ from research.run import metrics
 from research.run.assemble import Parts
 from research.run.resolve import Inputs
 from research.sources import dataset, formats, verification
+from research.sources.rows import Rows
 from research.train import TrainState
 
 ANSWERS_AT_ONCE = 64
@@ -37,6 +38,7 @@ class Evaluation:
       writer: where scores and samples go.
       terms: of the objective, but for those about rewards.
       loss: (params, frozen, carry) -> scores of the held-out rows.
+      sets: name -> the same of the rows of each of `eval.sets`.
       answers: (policy's params, key) -> scores and samples of the held-out prompts; None where there are none.
       tasks: those of `eval.tasks`.
     """
@@ -45,23 +47,31 @@ class Evaluation:
     writer: metrics.Writer
     terms: Terms
     loss: Callable[..., dict[str, float]]
+    sets: Mapping[str, Callable[..., dict[str, float]]]
     answers: Callable[..., Any] | None
     tasks: list[eval_tasks.Evaluation]
 
     def __call__(self, state: TrainState, frozen: dict[str, Any], step: int) -> dict[str, float]:
         """Measures the parameters, or their moving average where there is one; returns and writes {"eval/loss": ...}
         and shows some answers."""
+        progress.say("evaluating")
         key = jax.random.PRNGKey(self.config.seed)
         trained = state.params if state.ema is None else state.ema
-        scores = whole_loss(self.terms, self.loss(trained, {**frozen, **state.synced}, state.carry))
+        models = trained, {**frozen, **state.synced}, state.carry
+        scores = whole_loss(self.terms, self.loss(*models))
+        for name, measure in self.sets.items():
+            progress.say(f"evaluating: {name}")
+            scores |= {f"{name}/{k}": value for k, value in whole_loss(self.terms, measure(*models)).items()}
         policy = params.join(trained.get("policy", {}), frozen.get("policy", {}))
         if self.answers is not None:
+            progress.say(f"evaluating: {self.config.eval.generate} answers")
             judged, samples = self.answers(policy, key)
             scores |= judged
             for sample in samples[: self.config.eval.show]:
                 self.writer.print(f"  {sample}")
                 self.writer.text(step, "eval/sample", str(sample))
         for name, measure in self.tasks:
+            progress.say(f"evaluating: {name}")
             judged, samples = measure(policy, key)
             scores |= {f"{name}/{k}": value for k, value in judged.items() if not k.endswith("_stderr")}
             for sample in samples[: self.config.eval.show]:
@@ -91,6 +101,9 @@ def load_tasks(config: Config, model: Model, data: dataset.Data) -> list[eval_ta
     """
     template = formats.own_template(config.data.template, dataset.has_plain_texts(data))
     loaded = [eval_tasks.load(spec, model, data.tokenizer, template) for spec in config.eval.tasks]
+    clash = sorted({name for name, _ in loaded} & config.eval.sets.keys())
+    if clash:
+        raise InputError(f"eval.sets.{clash[0]}: eval.tasks has one of this name. Give one of them another.")
     twice = [name for name, n in Counter(name for name, _ in loaded).items() if n > 1]
     if twice:
         raise InputError(f"eval.tasks: {twice[0]!r} is there twice. Give one of them another name: KIND,name=...:DATA.")
@@ -123,8 +136,9 @@ def make_evaluation(
             batch_size=min(len(records), ANSWERS_AT_ONCE),
         )
     terms = on_data(parts.terms, config.rollout.pairs)
-    loss = _make_loss(inputs, parts, terms) if terms else _no_loss
-    return Evaluation(config, writer, terms, loss, answers, loaded)
+    loss = _make_loss(inputs, parts, terms, data.held_out) if terms else _no_loss
+    sets = {name: _make_loss(inputs, parts, terms, rows) for name, rows in inputs.sets.items() if terms}
+    return Evaluation(config, writer, terms, loss, sets, answers, loaded)
 
 
 def _no_loss(*_: Any) -> dict[str, float]:
@@ -132,12 +146,10 @@ def _no_loss(*_: Any) -> dict[str, float]:
     return {}
 
 
-def _make_loss(inputs: Inputs, parts: Parts, terms: Terms) -> Callable[..., dict[str, float]]:
-    """(params, frozen, carry) -> what terms say of the held-out rows."""
+def _make_loss(inputs: Inputs, parts: Parts, terms: Terms, rows: Rows) -> Callable[..., dict[str, float]]:
+    """(params, frozen, carry) -> what terms say of rows."""
     config, data = inputs.config, inputs.data
-    batches = list(
-        dataset.eval_batches(data.held_out, config.batch_size, config.eval.batches or None, mine=inputs.rows)
-    )
+    batches = list(dataset.eval_batches(rows, config.batch_size, config.eval.batches or None, mine=inputs.rows))
     first = next(iter(terms.values()))
     return perplexity.make_perplexity(
         distributed.one_at_a_time(parts.evaluate),

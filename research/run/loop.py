@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 
 from research import signals
-from research.config import Config
+from research.config import CheckpointConfig, Config
 from research.devices import distributed
 from research.errors import InputError, Unavailable, did_you_mean
 from research.optim import Rates
@@ -45,6 +46,7 @@ class Loop:
       progress: is told of each step that begins, and of each rollout before it: of the step that was made last.
       stop: an event that asks the loop to save and end.
       started: unix seconds of the process's start.
+      scored: step -> what checkpoint.best_metric was there, in the steps before this process's.
       measure_first: evaluate before the first step too, and see that checkpoint.best_metric is among the scores.
     """
 
@@ -60,19 +62,25 @@ class Loop:
     progress: Callable[[int], None]
     stop: threading.Event
     started: float
+    scored: Mapping[int, float] = dataclasses.field(default_factory=dict)
     measure_first: bool = True
 
-    def run(self, state: TrainState, frozen: Any, place: Place) -> None:
-        """Trains until the last step.
+    def run(self, state: TrainState, frozen: Any, place: Place) -> int:
+        """Trains until the last step, and returns its number: that of config.steps, or of the end of patience.
 
         Raises:
           Preempted: the stop came; a checkpoint is written.
           Diverged: too many updates in a row were skipped; a checkpoint is written.
           InputError: checkpoint.best_metric is none of the evaluation's.
         """
-        config, first = self.config, int(state.step)
+        config, first, scored = self.config, int(state.step), dict(self.scored)
         if config.eval.every and self.measure_first:
-            check_best(config.checkpoint.best_metric, self.evaluate(state, frozen, first))
+            scores = self.evaluate(state, frozen, first)
+            check_best(config.checkpoint.best_metric, scores)
+            self._note(scored, first, scores)
+        if first and out_of_patience(config.checkpoint, scored):  # it ended here, and was killed before it said so
+            return first
+        self.window.begin_at(place.source.get("row", 0))
         pending = None  # metrics are read one step late, so that the host doesn't wait for the step it has just sent
         self.window.start_clock()
         try:
@@ -97,8 +105,16 @@ class Loop:
                 self.window.add(*pending)
                 pending = None
                 scores = self.evaluate(state, frozen, step) if evaluating else {}
-                if saving:
+                self._note(scored, step, scores)
+                over = not last and bool(evaluating) and out_of_patience(config.checkpoint, scored)
+                if saving or over:
                     self._save(state, place, scores)
+                if over:
+                    self.window.writer.print(
+                        f"step {step}: no new best {config.checkpoint.best_metric} in {config.checkpoint.patience} "
+                        "evaluations (checkpoint.patience): this is the end"
+                    )
+                    return step
                 if stopping and not last:
                     raise self._preempted(step)
                 self.window.start_clock()
@@ -114,6 +130,12 @@ class Loop:
             raise
         finally:
             self.saver.wait()
+        return config.steps
+
+    def _note(self, scored: dict[int, float], step: int, scores: Mapping[str, float]) -> None:
+        """Notes what the best is chosen by."""
+        if (name := self.config.checkpoint.best_metric) in scores:
+            scored[step] = scores[name]
 
     def _preempted(self, step: int) -> Preempted:
         return Preempted(
@@ -123,7 +145,9 @@ class Loop:
     def _first_step_done(self, step: int, out: Metrics) -> None:
         """Waits for the first step, and begins what would have been in its way."""
         jax.block_until_ready(out)
-        self.window.writer.write(step, {"startup/seconds_to_first_step": time.time() - self.started})
+        seconds = time.time() - self.started
+        self.window.writer.write(step, {"startup/seconds_to_first_step": seconds})
+        self.window.show_first(step, out, seconds)
         self.saver.prepare()
         self.window.measure_peak()
         self.window.start_clock(afresh=True)
@@ -138,6 +162,19 @@ def check_best(name: str, scores: Mapping[str, float]) -> None:
         raise InputError(
             f"checkpoint.best_metric = {name!r}: the evaluation gives no such metric.{did_you_mean(name, scores)}"
         )
+
+
+def out_of_patience(checkpoint: CheckpointConfig, scored: Mapping[int, float]) -> bool:
+    """Whether the last `patience` evaluations gave no new best.
+
+    Args:
+      checkpoint: of the config.
+      scored: step -> the best metric's value at its evaluation.
+    """
+    values = [scored[step] for step in sorted(scored)]
+    sign = 1.0 if checkpoint.best_mode == "min" else -1.0
+    best = min(range(len(values)), key=lambda i: (math.isnan(values[i]), sign * values[i]), default=0)
+    return 0 < checkpoint.patience <= len(values) - 1 - best
 
 
 @contextlib.contextmanager

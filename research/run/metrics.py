@@ -18,12 +18,16 @@ from absl import logging
 from tqdm import tqdm
 
 from research.devices import chips
-from research.errors import InputError, did_you_mean, printable
+from research.errors import InputError, did_you_mean
 from research.files import SteadyFile, json_line, write_text
+from research.run import console
+from research.run.console import describe, duration
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+LOG_FILE = "log.txt"
 _STEADY = "understudy"  # what TensorBoard's writer calls our files
+_QUIET = ("startup/",)  # metrics that lines of their own speak of
 
 
 class Writer:
@@ -33,8 +37,9 @@ class Writer:
     needs no `if`. On a restart, what was written for steps after `start_step` is dropped, because those
     steps will be done again.
 
-    Of the "train/..." values the console shows loss, grad_norm, learning_rate, tokens_per_second and mfu
-    (a fraction), in the bar; all others ("eval/...") stay as a line above it.
+    Of the "train/..." values the console shows loss, grad_norm, learning_rate, epoch, tokens_per_second and mfu
+    (a fraction), in the bar; all others ("eval/...") stay as a line above it. WORKDIR/log.txt has all lines, of the
+    starts before too.
     """
 
     def __init__(
@@ -66,6 +71,8 @@ class Writer:
         self._workdir, self._total_steps, self._start_step = workdir, total_steps, start_step
         self._use_tensorboard, self._wandb_options, self._config = tensorboard, wandb, run_config
         self._bar = self._tensorboard = self._wandb = None
+        self._log, self._early = None, []  # lines that were printed before there was a file
+        self._described = ""  # what the bar says of the last steps
         self._clock: tuple[int, float] | None = None  # the first step done here, and when
 
     @property
@@ -84,9 +91,14 @@ class Writer:
         os.makedirs(self._workdir, exist_ok=True)
         self._metrics = self._reopen(METRICS_FILE)
         self._samples = self._reopen(SAMPLES_FILE)
+        log = os.path.join(self._workdir, LOG_FILE)
+        self._log = None if _is_stderr(log) else open(log, "a", buffering=1, encoding="utf-8")
+        if self._log is not None:
+            self._log.writelines(self._early)
+        self._early = []
         if self._wandb_options is not None:
             self._wandb = _start_wandb(self._workdir, self._wandb_options, self._config)
-        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:  # 0: unknown
+        if console.on_terminal(sys.stderr):
             self._bar = tqdm(
                 total=self._total_steps,
                 initial=self._start_step,
@@ -94,13 +106,17 @@ class Writer:
                 dynamic_ncols=True,
                 bar_format="step {n_fmt}/{total_fmt} {bar:16}  {desc}",
             )
+            console.use_bar(self._bar)
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if not self._active:
             return
         if self._bar is not None:
+            console.use_bar(None)
             self._bar.close()
+        if self._log is not None:
+            self._log.close()
         self._metrics.close()
         self._samples.close()
         if self._tensorboard is not None:
@@ -122,7 +138,7 @@ class Writer:
                 events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
-        self._show(step, values)
+        self.show(step, {name: value for name, value in values.items() if not name.startswith(_QUIET)})
 
     def text(self, step: int, name: str, text: str) -> None:
         """Records a sample of generated text. It isn't printed."""
@@ -146,9 +162,17 @@ class Writer:
             self._bar.update(step - self._bar.n)
 
     def print(self, message: str) -> None:
-        """Prints to stderr, above the bar where there is one."""
+        """Prints to stderr, above the bar where there is one, and to log.txt."""
         if self._active:
-            tqdm.write(printable(message), file=sys.stderr)
+            console.line(message)
+            self._note(message)
+
+    def _note(self, message: str) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n"
+        if self._log is not None:
+            self._log.write(line)
+        else:
+            self._early.append(line)
 
     def _reopen(self, name: str) -> SteadyFile:
         """Opens JSON lines to append, without those after the start; a start at 0 redoes step 0 as well."""
@@ -174,7 +198,10 @@ class Writer:
             self._tensorboard.add_text("config", _verbatim(config), self._start_step)
         return self._tensorboard
 
-    def _show(self, step: int, values: dict[str, float]) -> None:
+    def show(self, step: int, values: Mapping[str, float], also: str = "") -> None:
+        """Shows values of a step, and what there is to say `also`; records nothing."""
+        if not self._active:
+            return
         train = describe({k: v for k, v in values.items() if k.startswith("train/")})
         rest = describe({k: v for k, v in values.items() if not k.startswith("train/")})
         if not train and not rest:  # an evaluation of nothing
@@ -182,12 +209,16 @@ class Writer:
         eta = self._eta(step) if train else ""
         at = f"step {step}/{self._total_steps}"
         if self._bar is None:
-            self.print("  ".join(filter(None, (at, train, rest, eta))))
+            self.print("  ".join(filter(None, (at, train, rest, also, eta))))
             return
         if rest:
             self.print(f"{at}  {rest}")
-        if train:  # what is left over is cut off at the terminal's right edge, so the ETA goes first
-            self._bar.set_description_str("  ".join(filter(None, (eta, train))), refresh=False)
+        if not train:  # what was done for these values is no longer being done
+            self._bar.set_description_str(self._described, refresh=False)
+        else:  # what is left over is cut off at the terminal's right edge, so the ETA goes first
+            self._note("  ".join(filter(None, (at, train, also, eta))))
+            self._described = "  ".join(filter(None, (eta, train)))
+            self._bar.set_description_str(self._described, refresh=False)
         self.advance(step)
         self._bar.refresh()
 
@@ -227,40 +258,6 @@ def read_samples(workdir: str) -> list[dict[str, Any]]:
         if not all(isinstance(record.get(name), str) for name in ("name", "text")):
             raise InputError(f"{where}: has no texts 'name' and 'text'. Delete the line.")
     return [record for _, _, record in found]
-
-
-def describe(values: Mapping[str, float]) -> str:
-    """Returns values as a line to read: "loss 1.234  lr 1.0e-03  23.1k tok/s  MFU 41%  eval  loss 1.3"."""
-    formats = {
-        "loss": lambda v: f"loss {v:.4g}",
-        "reward": lambda v: f"reward {v:.4g}",
-        "rollout/agreeing": lambda v: f"agreeing {v:.0%}",
-        "grad_norm": lambda v: f"grad_norm {v:.3g}",
-        "learning_rate": lambda v: f"lr {v:.1e}",
-        "tokens_per_second": lambda v: f"{tqdm.format_sizeof(v)} tok/s",
-        "mfu": lambda v: f"MFU {v:.0%}",
-    }
-    train = [show(values[f"train/{name}"]) for name, show in formats.items() if f"train/{name}" in values]
-    groups: dict[str, list[str]] = {}
-    for name, value in values.items():
-        group, slash, rest = name.partition("/")
-        if group != "train":
-            groups.setdefault(group if slash else "", []).append(f"{rest or name} {_shown(value)}")
-    return "  ".join(train + ["  ".join([*filter(None, [group]), *shown]) for group, shown in groups.items()])
-
-
-def _shown(value: float) -> str:
-    """Four digits, and a count with all of its own."""
-    return f"{value:,.0f}" if abs(value) >= 1e4 and float(value).is_integer() else f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """Returns "1:23" (minutes:seconds), "1:02:03" or "2d 1:02:03"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    clock = f"{hours}:{minutes:02}:{seconds:02}" if days or hours else f"{minutes}:{seconds:02}"
-    return f"{days}d {clock}" if days else clock
 
 
 def check_wandb(options: Mapping[str, Any]) -> None:
@@ -349,6 +346,14 @@ class _Factory:
 
     def directory_check(self, path: str) -> None:
         """The folder is there."""
+
+
+def _is_stderr(path: str) -> bool:
+    """Whether what is printed goes to this file already, as that of a study's stage does."""
+    try:
+        return os.path.exists(path) and os.path.samestat(os.fstat(sys.stderr.fileno()), os.stat(path))
+    except (OSError, ValueError):  # a stream without a file
+        return False
 
 
 def _start_wandb(workdir: str, options: Mapping[str, Any], config: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from research.devices import distributed, startup
 from research.evals import markers
 from research.files import write_json
 from research.pretrained import wholeness
-from research.run import metrics
+from research.run import console, metrics, summary
 from research.run.assemble import Parts
 from research.run.resolve import Inputs
 from research.sources.dataset import has_plain_texts
@@ -112,7 +112,9 @@ def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int) ->
         writer.print(f"added    {_added_tokens(inputs, parts)}")
     for line in startup.describe():
         writer.print(line)
-    describe_data(writer.print, inputs.data.report)
+    describe_data(
+        writer.print, inputs.data.report, 0 if inputs.prompts else inputs.config.steps * inputs.config.batch_size
+    )
     for line in data_warnings(inputs.data.report, inputs.config.seq_len):
         writer.print(f"warning  {line}")
     if inputs.resumed:
@@ -136,6 +138,10 @@ def measure(writer: metrics.Writer, parts: Parts, compiled: Any, step: int) -> N
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
         values["startup/step_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
     writer.write(step, values)
+    trained = f"{console.size(values['startup/trained_parameters'])} parameters are trained"
+    if "startup/step_bytes" in values:
+        trained += f", and a step takes {console.size(values['startup/step_bytes'])}B on each device"
+    writer.print(f"step     {trained}")
 
 
 def _added_tokens(inputs: Inputs, parts: Parts) -> str:
@@ -149,18 +155,16 @@ def _added_tokens(inputs: Inputs, parts: Parts) -> str:
     return f"{c.added_rows} token{'s' * (c.added_rows > 1)} from {c.added_from} on: {shown}; {fate}"
 
 
-def describe_data(say: Callable[[str], None], report: dict[str, Any]) -> None:
-    """Says what was read, and from which files, what was left out, and how many examples there are.
+def describe_data(say: Callable[[str], None], report: dict[str, Any], drawn: int = 0) -> None:
+    """Says what was read, and from which files, what was left out, and how many examples there are; of several sources
+    in a table.
 
     Args:
       say: prints a line.
       report: of sources.dataset.Data.
+      drawn: how many rows the run draws; 0 where they aren't what is trained on.
     """
-    several = len(report["sources"]) > 1
     for source in report["sources"]:
-        share = ""
-        if several and "share" in source:
-            share = f", {source['examples']:,} examples, {source['tokens']:,} tokens, {source['share']:.1%} of training"
         bad = "".join(f", {n:,} skipped: {reason}" for reason, n in source["bad"].items())
         twice = f", {source['duplicates']:,} duplicates dropped" if source["duplicates"] else ""
         files = f" in {source['files']}" if source["files"] else ""
@@ -173,7 +177,9 @@ def describe_data(say: Callable[[str], None], report: dict[str, Any]) -> None:
             )
             if source.get(name)
         )
-        say(f"data     {source['name']}: {source['records']:,} records{files}{compared}{twice}{bad}{share}")
+        say(f"data     {source['name']}: {source['records']:,} records{files}{compared}{twice}{bad}")
+    for line in source_table(report, drawn):
+        say(f"data     {line}")
     for line in markers.source_lines(report):
         say(f"data     {line}")
     for part in ("train", "held_out"):
@@ -184,6 +190,32 @@ def describe_data(say: Callable[[str], None], report: dict[str, Any]) -> None:
             f"({counts['supervised_tokens']:,} supervised) in {counts['rows']:,} rows, packing efficiency "
             f"{counts['packing_efficiency']:.1%}" + "".join(f", {n:,} {k.replace('_', ' ')}" for k, n in faults.items())
         )
+
+
+def source_table(report: dict[str, Any], drawn: int = 0) -> list[str]:
+    """What each of several sources has to train on, and how often the run reads it; no line where there is one source.
+
+    Args: see `describe_data`.
+    """
+    sources = [source for source in report["sources"] if "share" in source]
+    if len(sources) < 2:
+        return []
+    weighted = sources[0]["row_share"] is not None
+    rows = [
+        ["source", "examples", "tokens", "learned", *["of rows"] * weighted, "of tokens", *["epochs"] * bool(drawn)]
+    ]
+    for source in sources:
+        learned = source["supervised_tokens"] / max(source["tokens"], 1)
+        row = [source["name"], f"{source['examples']:,}", f"{source['tokens']:,}", f"{learned:.1%}"]
+        row += [f"{source['row_share']:.1%}"] if weighted else []
+        rows.append([*row, f"{source['share']:.1%}", *([f"{drawn * source['passes']:.2f}"] if drawn else [])])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
 
 
 def data_warnings(report: dict[str, Any], seq_len: int) -> list[str]:
@@ -220,18 +252,34 @@ def data_warnings(report: dict[str, Any], seq_len: int) -> list[str]:
     return lines
 
 
-def finish(config: Config, workdir: str) -> dict[str, float]:
-    """Writes done.json: this run is over; with the last value of every metric, which it returns."""
+def scored(config: Config, workdir: str, step: int) -> dict[int, float]:
+    """Step -> checkpoint.best_metric, of the evaluations up to a step at which a run goes on, where it has patience."""
+    name = config.checkpoint.best_metric
+    if not (config.checkpoint.patience and step):
+        return {}
+    there = metrics.read_metrics(workdir)
+    return {int(record["step"]): record[name] for record in there if name in record and record["step"] <= step}
+
+
+def sum_up(writer: metrics.Writer, config: Config, workdir: str, steps: tuple[int, int], seconds: float) -> None:
+    """Says what the run took and gave; see `summary.lines`."""
+    if distributed.main():
+        for line in summary.lines(config, workdir, metrics.read_metrics(workdir), steps, seconds):
+            writer.print(line)
+
+
+def finish(workdir: str, step: int) -> dict[str, float]:
+    """Writes done.json: this run is over, after so many steps; returns the last value of every metric."""
     final: dict[str, float] = {}
     for record in metrics.read_metrics(workdir):
         final |= {name: value for name, value in record.items() if "/" in name}
     if distributed.main():
-        write_json(Path(workdir) / "done.json", {"step": config.steps, "metrics": final})
+        write_json(Path(workdir) / "done.json", {"step": step, "metrics": final})
     return final
 
 
-def stay_finished(config: Config, workdir: str) -> dict[str, float]:
+def stay_finished(workdir: str, step: int) -> dict[str, float]:
     """Says that a run has nothing left to do; returns the last value of every metric."""
     if distributed.main():
-        print(f"finished at step {config.steps} already: {workdir} stays as it is", file=sys.stderr)
-    return finish(config, workdir)
+        print(f"finished at step {step} already: {workdir} stays as it is", file=sys.stderr)
+    return finish(workdir, step)

@@ -4,6 +4,8 @@ Bad input shows here, before anything is compiled or written.
 """
 
 import dataclasses
+import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import jax
 import numpy as np
 
 from research import config as config_lib
-from research import loading, objectives
+from research import files, loading, objectives, optim, progress
 from research.config import Config
 from research.devices import compilation, sharding
 from research.errors import InputError
@@ -21,9 +23,10 @@ from research.evals import tasks as eval_tasks
 from research.models import adapters
 from research.objectives import Terms
 from research.pretrained import wholeness
-from research.run import assemble, checkpoint, checks, metrics, resume, rollouts
+from research.run import assemble, checkpoint, checks, eval_sets, metrics, resume, rollouts
 from research.sources import adaptive, annotations, dataset, fields, identity, tokenizers
 from research.sources.prompts import Prompts
+from research.sources.rows import Rows
 from research.sources.types import Source
 
 
@@ -46,6 +49,7 @@ class Inputs:
       changes: what differs from what the run last ran with, where it goes on.
       data_identity: what the data is made of; see sources.identity.
       tasks: task of eval.tasks -> what its records are (evals.tasks.identity).
+      sets: name -> rows, of eval.sets.
       frozen_sources: role -> what it is read from (loading.identity), of those of which nothing is trained.
     """
 
@@ -64,6 +68,7 @@ class Inputs:
     data_identity: dict[str, Any]
     tasks: dict[str, Any]
     frozen_sources: dict[str, Any]
+    sets: dict[str, Rows] = dataclasses.field(default_factory=dict)
 
     @property
     def resumed(self) -> bool:
@@ -108,7 +113,9 @@ def resolve(
         wholeness.check_outline(Path(workdir) / checkpoint.FOLDER / str(step))
         before = wholeness.read_record(workdir)
         wholeness.check_files(workdir, before)
-        resume.check_steps(workdir, step, config)
+        config = _with_steps_so_far(config, config_lib.parse(before["config"]))
+        if not config.epochs:
+            resume.check_steps(workdir, step, config)
     config, bases = with_checkpoints(config, workdir if resumed else None)
     changes = resume.check(workdir, config_lib.parse(before["config"]), config) if resumed else []
     config_lib.check(config, num_devices=len(devices))
@@ -122,6 +129,9 @@ def resolve(
     else:
         config, tokenizer = with_tokenizer(config, bases, objective)
     data, terms = read_data(config, bases, tokenizer)
+    config = with_steps(config, data)
+    if resumed:
+        resume.check_steps(workdir, step, config)
     data_identity = identity.identity(data, config_lib.data_spec(config))
     tasks = {spec: eval_tasks.identity(spec) for spec in config.eval.tasks}
     frozen_sources = {role: loading.identity(name) for role, name in _frozen_names(config, terms).items()}
@@ -130,6 +140,15 @@ def resolve(
         resume.check_sources(workdir, before.get("frozen"), frozen_sources)
         changes += resume.task_changes(before.get("tasks"), tasks)
     _check_held_out(config, data)
+    load = functools.partial(
+        dataset.load,
+        tokenizer_spec=config.tokenizer,
+        tokenizer=tokenizer,
+        seed=config.seed + 1,
+        teacher=_teacher_tokenizer(config, bases, terms),
+        virtual=virtual_ids(config, tokenizer.size),
+    )
+    sets = eval_sets.read(config, terms, load) if config.eval.every else {}
     rows = sharding.local_rows(mesh, config.batch_size, sharding.make_rules(config.rules))
     make_source = adaptive.make_source if checks.drawing_term(config, terms) else dataset.make_source
     source = make_source(
@@ -151,6 +170,7 @@ def resolve(
         data_identity=data_identity,
         tasks=tasks,
         frozen_sources=frozen_sources,
+        sets=sets,
     )
 
 
@@ -171,11 +191,47 @@ def is_finished(config: Config, workdir: str, step: int | None) -> bool:
     Raises:
       InputError: it has taken more steps, or these with another config.
     """
-    if step is None or step < config.steps:
+    if step is None:
         return False
     before = config_lib.parse(wholeness.read_record(workdir)["config"])
+    config = _with_steps_so_far(config, before)
+    if _ended_early(workdir, step, before, config):
+        before, config = (dataclasses.replace(each, steps=step) for each in (before, config))
+    if step < config.steps:
+        return False
     resume.check_steps(workdir, step, config)
     return resume.is_finished(workdir, step, before, with_checkpoints(config, workdir)[0])
+
+
+def _ended_early(workdir: str, step: int, before: Config, now: Config) -> bool:
+    """Whether a run was over at its last checkpoint, before its last step, and has no more patience now."""
+    waits = [(c.checkpoint.patience, c.checkpoint.best_metric, c.checkpoint.best_mode) for c in (before, now)]
+    done = Path(workdir) / "done.json"
+    if step >= now.steps or not now.checkpoint.patience or waits[0] != waits[1] or not done.is_file():
+        return False
+    return files.read_json(done)["step"] == step
+
+
+def _with_steps_so_far(config: Config, before: Config) -> Config:
+    """A config whose length is in epochs, with the steps that these were when the run began, before data is read."""
+    same = (config.epochs, config.batch_size) == (before.epochs, before.batch_size)
+    return dataclasses.replace(config, steps=before.steps) if config.epochs and same else config
+
+
+def with_steps(config: Config, data: dataset.Data) -> Config:
+    """The config with as many steps as its epochs are.
+
+    Raises:
+      InputError: the data has no epochs, or the schedule doesn't go with so few steps.
+    """
+    if not config.epochs:
+        return config
+    if config.rewards or len(data.train) > 1:
+        reason = "answers are trained on, and not rows" if config.rewards else "rows are drawn by weight"
+        raise InputError(f"epochs = {config.epochs}: {reason}, so that there are none. Set steps, and epochs to 0.")
+    steps = max(1, math.ceil(config.epochs * len(data.train[0][0]) / config.batch_size - 1e-9))
+    optim.make_schedule(config.optimizer, steps)
+    return dataclasses.replace(config, steps=steps)
 
 
 def _check_held_out(config: Config, data: dataset.Data) -> None:
@@ -277,6 +333,7 @@ def read_data(
     Raises:
       InputError: the data, the tokenizer, the objective and the models don't go together.
     """
+    progress.say("reading data")
     spec = config_lib.data_spec(config)
     terms = objectives.load(config.objective, tokenizer, assemble.sampler(config, tokenizer.size))
     for term in terms.values():

@@ -96,7 +96,7 @@ _HELD = Rule(Effect.SAID, "what is trained was trained beside the kernels as the
 _SWITCH = Rule(Effect.SAID, "the optimizer's state in the checkpoint is of another kind", switch=True)
 
 FIELDS: dict[str, Rule] = {
-    **_rules(_SAID, "", "steps batch_size roles objective"),
+    **_rules(_SAID, "", "steps epochs batch_size roles objective"),
     "frozen_dtype": _HELD,
     **_rules(_HOW, "", "microbatches rules"),
     **_rules(_FREE, "", "max_bad_steps stall_seconds compilation_cache"),
@@ -137,7 +137,7 @@ FIELDS: dict[str, Rule] = {
         _DATA,
         "data",
         "path sources eval_path eval_fraction format fields template pack shuffle on_bad_record on_long labels "
-        "num_classes prompt examples max_records select annotations",
+        "num_classes prompt examples max_records select annotations weights",
     ),
     "data.cache_dir": _FREE,
     **_rules(
@@ -155,12 +155,12 @@ FIELDS: dict[str, Rule] = {
     **_rules(
         _SAID,
         "optimizer",
-        "learning_rate schedule delay_steps warmup_steps start_ratio end_ratio decay_fraction decay_shape timescale "
-        "cycles b1 b2 eps momentum nesterov muon_scaling",
+        "learning_rate schedule delay_steps warmup_steps warmup_share start_ratio end_ratio decay_fraction decay_shape "
+        "timescale cycles b1 b2 eps momentum nesterov muon_scaling",
     ),
-    **_rules(_FREE, "checkpoint", "every keep_last"),
+    **_rules(_FREE, "checkpoint", "every keep_last patience"),
     **_rules(_SAID, "checkpoint", "best_metric best_mode"),
-    **_rules(_SAID, "eval", "every batches generate max_new_tokens tasks"),
+    **_rules(_SAID, "eval", "every batches generate max_new_tokens sets tasks"),
     "eval.show": _FREE,
     **_rules(_FREE, "log", "every tensorboard wandb diagnose"),
     "plan.prices": _FREE,

@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 
-from research import loading, ownership
+from research import loading, ownership, progress
 from research.config import Config
 from research.devices import compilation, distributed, startup
 from research.errors import Unavailable
 from research.objectives.terms import Terms
 from research.pretrained import wholeness
 from research.rollouts import experience as experience_lib
-from research.run import assemble, checkpoint, checks, engines, evaluation, record, resolve, resume, rollouts
+from research.run import assemble, checkpoint, checks, engines, evaluation, preview, record, resolve, resume, rollouts
 from research.run.checkpoint import Checkpointer, make_checkpointer
 from research.run.loop import Loop, Preempted, stop_on_signals
 from research.run.window import Diverged, Window
@@ -74,7 +74,7 @@ def _run(
 ) -> dict[str, float]:
     """`run`, in a workdir that this process has, from the checkpoint of a step, or anew."""
     if resolve.is_finished(config, workdir, step):
-        return record.stay_finished(config, workdir)
+        return record.stay_finished(workdir, step)
     inputs = resolve.resolve(config, workdir, devices, step=step)
     config, tokenizer = inputs.config, inputs.data.tokenizer
     parts = assemble.assemble(config, inputs.terms, inputs.mesh, inputs.batch, tokenizer.size, tokenizer=tokenizer)
@@ -93,6 +93,7 @@ def _run(
         writer = record.make_writer(config, workdir, int(state.step))
         record.describe(writer, inputs, parts, int(state.step))
         evaluate = evaluation.make_evaluation(inputs, parts, tasks, writer)
+        progress.say("compiling the train step")
         compiled = program()
         # All checks have passed: from here on, something is written.
         if inputs.resumed and distributed.main():
@@ -101,6 +102,8 @@ def _run(
         if not inputs.resumed:
             loading.note_frozen(workdir, {role: frozen[role] for role in parts.roles.divided}, distributed.main())
         began = record.begin(inputs, command, int(state.step))
+        if not inputs.resumed and distributed.main():
+            preview.write(inputs, workdir)
         stack.enter_context(writer)
         record.measure(writer, parts, compiled, int(state.step))
         loop = Loop(
@@ -112,16 +115,25 @@ def _run(
             experience=experience,
             evaluate=evaluate,
             saver=saver,
-            window=Window.of(config, parts, writer, inputs.mesh),
+            window=Window.of(config, parts, writer, inputs.mesh, epoch_rows(inputs)),
             progress=watch.progress,
             stop=stack.enter_context(stop_on_signals(stop)),
             started=started,
+            scored=record.scored(config, workdir, int(state.step)),
             measure_first=not inputs.resumed or resume.measures_anew(inputs.changes),
         )
         startup.release_memory()
         startup.keep_memory(compilation.temporaries(compiled))
-        loop.run(state, frozen, place)
-    return record.finish(config, workdir)
+        first = int(state.step)
+        last = loop.run(state, frozen, place)
+        record.sum_up(writer, config, workdir, (first, last), time.time() - started)
+    return record.finish(workdir, last)
+
+
+def epoch_rows(inputs: resolve.Inputs) -> int:
+    """How many rows of data an epoch has; 0 where there are no epochs: rows are drawn by weight, or answers are."""
+    train = inputs.data.train
+    return len(train[0][0]) if len(train) == 1 and inputs.prompts is None else 0
 
 
 def _owned(workdir: str) -> contextlib.AbstractContextManager[None]:
@@ -176,6 +188,8 @@ def begin(
     if inputs.resumed:
         state, place = saver.restore(parts.state, experience.buffer, inputs.step)
         return state, assemble.resumed_frozen(config, parts, inputs.bases, inputs.mesh, inputs.workdir), place
+    if inputs.bases:
+        progress.say("reading parameters")
     place = experience.init()  # the first batches are read while parameters are read or drawn
     state, frozen = assemble.initial(config, parts, inputs.bases, inputs.mesh)
     return state, frozen, place

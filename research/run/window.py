@@ -18,6 +18,7 @@ from research.run import checks, metrics
 from research.run.assemble import Parts
 from research.train import Metrics, means
 
+_SILENCE = 30.0  # seconds after which a step is shown, whatever log.every says
 _MOVED = 10  # by this step an adapter is to have moved from its start
 
 
@@ -36,6 +37,7 @@ class Window:
       terms: of the objective, which may have something to say of their metrics.
       rewards: of the config, of which there may be something to say too.
       watch: step -> lines to print once its metrics are written (log.diagnose).
+      epoch_rows: how many rows of data an epoch has; 0 where there are none, since rows are drawn.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Window:
         terms: Terms | None = None,
         rewards: Mapping[str, Any] | None = None,
         watch: Callable[[int], Sequence[str]] = lambda _: (),
+        epoch_rows: int = 0,
     ):
         self.config, self.writer, self.flops_per_token = config, writer, flops_per_token
         self.terms: Terms = terms or {}
@@ -55,18 +58,23 @@ class Window:
         self._new = 0  # batches of this window that no step before had
         self._of_rewards = notices.Constant(rewards or {})
         self._find_peak, self.peak, self._watch = find_peak, None, watch
+        self._epoch_rows, self._rows = epoch_rows, 0
+        self._shown = time.perf_counter()
         self.steps: list[Metrics] = []
         self._skipped, self._made = 0, 0  # updates
         self.start_clock(afresh=True)
 
     @classmethod
-    def of(cls, config: Config, parts: Parts, writer: metrics.Writer, mesh: jax.sharding.Mesh) -> "Window":
+    def of(
+        cls, config: Config, parts: Parts, writer: metrics.Writer, mesh: jax.sharding.Mesh, epoch_rows: int = 0
+    ) -> "Window":
         """The window of a run."""
         flops, watch = flops_per_token(config, parts), lambda _: ()
         if config.log.diagnose and writer.active:
             stage, known = stage_of(config, parts.terms), settings.of_config(config)
             watch = Watch(writer.metrics_file, stage, config.log.diagnose, known)
-        return cls(config, writer, flops, lambda: _peak_flops(mesh), parts.terms, config.rewards, watch)
+        peak = lambda: _peak_flops(mesh)  # noqa: E731
+        return cls(config, writer, flops, peak, parts.terms, config.rewards, watch, epoch_rows)
 
     def start_clock(self, afresh: bool = False) -> None:
         """Leaves out the time since the last step, which went into evaluating or saving; `afresh`: and all before it,
@@ -80,6 +88,17 @@ class Window:
         """Finds the peak that utilisation is a fraction of; on CPU by a matrix product, so nothing else should run."""
         with jax.set_mesh(jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=jax.local_devices()[:1])):
             self.peak = self._find_peak()
+
+    def begin_at(self, rows: int) -> None:
+        """Says how many rows of data were drawn before the next step."""
+        self._rows = rows
+
+    def show_first(self, step: int, out: Metrics, seconds: float) -> None:
+        """Shows the first step; `seconds` went by since the process started."""
+        if self.config.log.every > 1:
+            values = {f"train/{name}": value for name, value in means([jax.device_get(out)]).items()}
+            self.writer.show(step, values, also=f"{metrics.duration(seconds)} to the first step")
+        self._shown = time.perf_counter()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -102,6 +121,7 @@ class Window:
         self.since, self.timed = now, True
         self.steps.append(out)
         self._count(int(out["batch_hash"][0]))
+        self._rows += self.config.batch_size
         values = means([out])
         if step == _MOVED and values.get("adapter_zero"):
             self.writer.print(
@@ -128,6 +148,9 @@ class Window:
                 )
         if step % self.config.log.every == 0 or step == self.config.steps:
             self._write(step)
+        elif now - self._shown > _SILENCE:
+            self.writer.show(step, {f"train/{name}": value for name, value in values.items()})
+            self._shown = now
         skipped = bool(values["empty_batch"] or values["nonfinite"])
         self._skipped, self._made = self._skipped + skipped, self._made + (not skipped)
         if step == self.config.steps and not self._made:
@@ -152,7 +175,10 @@ class Window:
             values["data_wait_fraction"] = self.waited / self.seconds
             if self.peak:
                 values["mfu"] = values["tokens_per_second"] * self.flops_per_token / self.peak
+        if self._epoch_rows:
+            values["epoch"] = self._rows / self._epoch_rows
         self._notice(values)
+        self._shown = time.perf_counter()
         self.writer.write(step, {f"train/{name}": value for name, value in values.items()})
         self.steps, self.seconds, self.waited, self.tokens = [], 0.0, 0.0, 0.0
         for line in self._watch(step):

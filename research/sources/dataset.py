@@ -24,7 +24,17 @@ from research.sources.types import Source, State
 
 _TOKENIZER_CHARS = 100_000_000  # a trained tokenizer sees at most so much text, shared among the sources
 _KEYS = 2**64
-_OF_ROWS = ("pack", "shuffle", "in_order", "mismatches", "keep_records", "eval_fraction", "annotations", "cache_dir")
+_OF_ROWS = (
+    "weights",
+    "pack",
+    "shuffle",
+    "in_order",
+    "mismatches",
+    "keep_records",
+    "eval_fraction",
+    "annotations",
+    "cache_dir",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,6 +119,9 @@ def load(
     counts = [count for _, counts in placed for count in counts]
     sums = [sum(counts, Counter()) for _, counts in placed]
     _check_left(sums, [len(each) for each, _ in placed], entries, spec, len(virtual))
+    if weights is not None and spec.weights == "tokens":  # a row of each part has so many tokens on average
+        filled = [count["tokens"] / len(each) for count, (each, _) in zip(sums, placed, strict=True)]
+        weights = [weight / tokens for weight, tokens in zip(weights, filled, strict=True)]
     held_out, eval_counts = rows.lay_out(_parts(eval_inputs or train_inputs, to_eval), spec, None, virtual)
     finish = functools.partial(_finish, inputs=inputs, spec=short, tokenizer=tokenizer, teacher=teacher, seed=seed)
     train = list(zip([finish(each) for each, _ in placed], weights or [1.0], strict=True))
@@ -472,8 +485,9 @@ def _report_sources(
     counts: Sequence[Counter[str]],
     eval_counts: Sequence[Counter[str]],
 ) -> list[dict[str, Any]]:
-    """What was read of each source, and "examples" and "tokens" to train on, "share" of the tokens that training draws,
-    and "held_out_examples"; of what is only evaluated, "held_out_examples" alone."""
+    """What was read of each source, and "examples", "tokens" and "supervised_tokens" to train on, "share" of the tokens
+    that training draws, "row_share" of the rows (None where they are shared), "passes", how many times it is read whole
+    for each row that is drawn, and "held_out_examples"; of what is only evaluated, "held_out_examples" alone."""
     report = [
         {
             "name": each.entry.name,
@@ -487,8 +501,13 @@ def _report_sources(
     ]
     per_row = [count["tokens"] * weight / len(each) for count, (each, weight) in zip(counts, train, strict=False)]
     drawn = per_row if len(train) > 1 else [count["tokens"] for count in counts]
-    for source, count, tokens in zip(report, counts, drawn, strict=False):
-        source |= {"examples": count["examples"], "tokens": count["tokens"], "share": tokens / max(sum(drawn), 1e-9)}
+    total, several = sum(weight for _, weight in train), len(train) > 1
+    for i, (source, count, tokens) in enumerate(zip(report, counts, drawn, strict=False)):
+        names = ("examples", "tokens", "supervised_tokens")
+        source |= {name: count[name] for name in names} | {"share": tokens / max(sum(drawn), 1e-9)}
+        each, weight = train[i if several else 0]
+        source |= {"row_share": weight / total if several else None}
+        source |= {"passes": weight / total / max(len(each), 1)}
     for source, count in zip(report[len(counts) :] or report, eval_counts, strict=True):
         source["held_out_examples"] = count["examples"]
     return report

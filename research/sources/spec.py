@@ -14,7 +14,11 @@ from research.sources import infilling, mixture, views
 from research.sources.formats import TEMPLATES
 from research.sources.records import FIELDS, FORMATS, Classes
 
-_CHOICES = {"format": ("auto", *FORMATS), "template": TEMPLATES, "on_bad_record": ("error", "skip")}
+_CHOICES = {
+    "format": ("auto", *FORMATS),
+    "template": TEMPLATES,
+    "on_bad_record": ("error", "skip"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,8 @@ class DataSection:
         "ranked" or "unpaired"; or "labelled", which has to be asked for: text with a class, `label`, or the
         probabilities of the classes, `probs`.
       fields: field -> the column that holds it: {"prompt": "question", "response": "answer"}.
+      weights: what the weights of a mixture are shares of: "rows" that are drawn, or "tokens" to be trained on, which
+        a source with emptier rows then needs more rows for.
       template: how a conversation is written: by the model's own chat template ("model"), "chat", "plain", or "auto",
         the first of these that fits.
       pack: several examples share a row; else each has its own.
@@ -60,6 +66,7 @@ class DataSection:
     format: str = "auto"
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     template: str = "auto"
+    weights: str = "rows"
     pack: bool = True
     shuffle: bool = True
     on_bad_record: str = "error"
@@ -98,7 +105,8 @@ class SourceSpec:
 
     Attributes:
       path: one entry, as in data.path; a comma in it is a part of the name.
-      weight: rows are drawn in proportion to it; 0 where no source has one, and every row comes once an epoch.
+      weight: rows, or tokens (data.weights), are drawn in proportion to it; 0 where no source has one, and every row
+        comes once an epoch.
       eval_path: one entry, for evaluation in place of data.eval_fraction. Where one source has it, all have.
       view: how its documents are seen: {"kind": "truncate", "tokens": 100}; see research/sources/views/. {} leaves
         them as they are.
@@ -258,6 +266,10 @@ def check(data: DataSpec) -> None:
     if data.on_long not in ("drop", "truncate"):
         raise InputError(
             f"data.on_long: {data.on_long!r} is not known.{did_you_mean(data.on_long, ('drop', 'truncate'))}"
+        )
+    if data.weights not in ("rows", "tokens"):
+        raise InputError(
+            f"data.weights = {data.weights!r}: is not known.{did_you_mean(data.weights, ('rows', 'tokens'))}"
         )
     if data.num_classes < len(data.labels) and data.num_classes:
         raise InputError(f"data.num_classes: {data.num_classes} is fewer than data.labels names, {len(data.labels)}.")

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from research import digests, files
+from research import digests, files, progress
 from research.errors import InputError, located
 from research.sources import answers, chat, comparisons, entries, formats, json_limits, records, views
 from research.sources import fields as table
@@ -392,6 +392,7 @@ def _write(partial: Path, examples: Iterator[Example], writing: _Writing) -> boo
         mask_file = stack.enter_context(open(partial / "mask.bin", "wb"))
         records_file = stack.enter_context(open(partial / "records.jsonl", "wb")) if keep_records else None
         for chunk in _chunks(examples):
+            progress.say(f"tokenising {name}: {counts['records']:,} records")
             text = chunk[0].turns[0][0] == "text"
             tokens, mask, lengths, chunk = _encode(chunk, tokenizer, template, counts, skip)
             if not chunk:

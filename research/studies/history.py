@@ -29,6 +29,7 @@ class Run:
       config: dotted field -> value, as text; empty where the workdir holds no config.json.
       about: what else config.json says: versions, command, ...; as text.
       finished: whether the run came to its end.
+      data: how its first rows looked, as preview.json has it; empty where there is none.
       starts: the times that it was started, in order: {"step", "changed", "command", "started", "versions"} each.
       diagnosis: what `understudy diagnose` last said of it; empty where it wasn't asked.
     """
@@ -41,6 +42,7 @@ class Run:
     finished: bool
     starts: Sequence[Mapping[str, Any]] = ()
     diagnosis: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def last_step(self) -> int:
@@ -81,6 +83,7 @@ def load_run(workdir: str, name: str | None = None) -> Run:
         finished=os.path.exists(os.path.join(workdir, "done.json")),
         starts=starts,
         diagnosis=files.read_json(os.path.join(workdir, DIAGNOSIS), {}),
+        data=files.read_json(os.path.join(workdir, "preview.json"), {}),
     )
 
 

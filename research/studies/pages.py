@@ -101,6 +101,8 @@ th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 .settings td { font-family: ui-monospace, monospace; font-size: .82rem; overflow-wrap: anywhere; }
 p { margin: .4rem 0 .8rem; color: var(--soft); font-size: .88rem; }
 .settings td:first-child { white-space: nowrap; }
+.read { color: var(--soft); } .learned { color: var(--done); } .special { opacity: .75; font-weight: 600; }
+.hidden { text-decoration: line-through; }
 .name { margin: .8rem 0 .2rem; color: var(--soft); font-size: .85rem; }
 pre { margin: 0 0 .4rem; padding: .6rem .8rem; background: var(--page); border-radius: .4rem;
   white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.45 ui-monospace, monospace; }

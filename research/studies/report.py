@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from research import files
-from research.studies import diagnosis_report, pages
+from research.studies import data_section, diagnosis_report, pages
 from research.studies.history import FIRST, Run, group_metrics, load_run, title_of
 from research.studies.pages import escape
 
@@ -77,6 +77,9 @@ def make_page(
     for title, png in pictures.items():
         parts.append(pages.picture(png, f"{title_of(title)} over steps"))
     parts += ["</div>", *(_samples(run, named=len(runs) > 1) for run in runs if run.samples)]
+    parts += [
+        data_section.section(f"Data of {run.name}" if len(runs) > 1 else "Data", run.data) for run in runs if run.data
+    ]
     parts += [_starts(run, named=len(runs) > 1) for run in runs if len(run.starts) > 1]
     parts += [_settings("Config", runs, [run.config for run in runs])]
     parts += [_settings("Versions and command", runs, [run.about for run in runs])]

@@ -19,7 +19,7 @@ from research import config as config_lib
 from research import files, signals
 from research.errors import InputError, printable
 from research.run import run
-from research.run.metrics import describe, duration
+from research.run.console import describe, duration
 from research.studies import execution, stages
 from research.studies.execution import FAILED, STOPS, StageFailed
 from research.studies.stages import Stage, finished, state

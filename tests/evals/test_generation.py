@@ -36,7 +36,8 @@ def test_exact_match_overall_and_by_task():
     assert [sample.expected for sample in samples] == ["abc", "abc ", "zyx", "abc"]
     assert {sample.completion for sample in samples} == {"abc"}
     assert "reverse: xyz" in samples[2].prompt
-    assert str(samples[2]) == "'reverse: xyz' -> 'abc' (wrong, expected 'zyx')"
+    shown = str(samples[2])
+    assert shown == "'<|bos|><|user|>reverse: xyz<|assistant|>' -> 'abc<|eos|>' (wrong, expected 'zyx')"
 
 
 def test_an_answer_without_an_end_runs_on():

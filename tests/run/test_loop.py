@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from research import config as config_lib
 from research.rollouts.experience import Experience, Place
 from research.run import loop, window
 
@@ -14,8 +15,9 @@ from research.run import loop, window
 def quiet(monkeypatch):
     """A window and a saver that do nothing."""
     monkeypatch.setattr(window.Window, "add", lambda self, step, out: None)
+    monkeypatch.setattr(window.Window, "show_first", lambda *_: None)
     monkeypatch.setattr(loop.Loop, "_save", lambda *_: None)
-    sections = {"eval": SimpleNamespace(every=0), "checkpoint": SimpleNamespace(every=0)}
+    sections = {"eval": SimpleNamespace(every=0), "checkpoint": SimpleNamespace(every=0, best_metric="", patience=0)}
     saver = SimpleNamespace(save=lambda *_: None, prepare=lambda: None, wait=lambda: None)
     return SimpleNamespace(steps=3, **sections), saver
 
@@ -48,7 +50,7 @@ def test_a_rollout_counts_as_progress_of_its_own(quiet):
 
 def add_steps(kinds, steps):
     """A window takes in updates: "made", "empty" or "nonfinite"."""
-    config = SimpleNamespace(steps=steps, max_bad_steps=99, log=SimpleNamespace(every=1))
+    config = SimpleNamespace(steps=steps, max_bad_steps=99, batch_size=1, log=SimpleNamespace(every=1))
     writer = SimpleNamespace(write=lambda *_: None, print=lambda _: None, advance=lambda _: None)
     kept = window.Window(config, writer, 0.0)
     for step, kind in enumerate(kinds, start=1):
@@ -67,3 +69,19 @@ def test_a_run_that_skipped_every_update_does_not_end_well(kinds):
 def test_a_run_that_made_one_update_ends(kinds):
     add_steps(kinds, len(kinds))
     add_steps(["empty"], 2)  # it isn't the last step
+
+
+@pytest.mark.parametrize(
+    ("patience", "mode", "values", "over"),
+    [
+        (0, "min", [1.0, 2.0, 3.0], False),
+        (2, "min", [1.0, 2.0], False),
+        (2, "min", [1.0, 2.0, 1.5], True),
+        (2, "min", [1.0, 2.0, 0.5, 0.75], False),
+        (2, "max", [1.0, 2.0, 1.5, 2.0], True),  # as good is no better
+        (2, "min", [float("nan"), float("nan"), 1.0], False),
+    ],
+)
+def test_patience(patience, mode, values, over):
+    checkpoint = config_lib.CheckpointConfig(best_metric="eval/loss", best_mode=mode, patience=patience)
+    assert loop.out_of_patience(checkpoint, {10 * i: value for i, value in enumerate(values)}) == over

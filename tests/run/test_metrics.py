@@ -13,7 +13,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from research.errors import InputError
 from research.run import metrics
-from research.run.metrics import Writer, describe, duration, peak_flops, read_metrics, read_samples
+from research.run.console import describe, duration
+from research.run.metrics import Writer, peak_flops, read_metrics, read_samples
 from research.train import means
 
 
@@ -125,6 +126,8 @@ def test_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert lines[0] == "step 0/100  eval  loss 2  exact_match 0.25"
     assert lines[1].startswith("step 10/100  loss 1.234  grad_norm 0.52  lr 1.0e-03  23.1k tok/s  MFU 41%  ETA ")
     assert lines[2:] == ["a message"]
+    logged = [line[21:] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert logged == lines
 
 
 def test_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
@@ -205,6 +208,11 @@ def test_describe_and_duration():
     )
     rollout = {"train/rollout/agreeing": 0.375, "train/reward": 0.0625, "train/loss": -0.01, "train/reward/mine": 1.0}
     assert describe(rollout) == "loss -0.01  reward 0.0625  agreeing 38%"
+    scores = {"skipped_too_long": 0.0, "accuracy": 0.0, "nll": 2.5, "loss": 2.5, "exact_match": 0.5}
+    scores |= {"exact_match/copy": 1.0, "exact_match/sort": 0.0, "alone": 0.25, "alone/a": 0.25, "b/identical": 2.0}
+    assert describe({f"eval/{name}": value for name, value in scores.items()}) == (
+        "eval  loss 2.5  accuracy 0  exact_match 0.5 (copy 1, sort 0)  alone 0.25  b/identical 2"
+    )
     startup = {"startup/trained_parameters": 98_624.0, "startup/seconds": 12_345.6, "x": math.inf}
     assert describe(startup) == "startup  trained_parameters 98,624  seconds 1.235e+04  x inf"
     assert [duration(s) for s in (0, 83, 3723, 2 * 86400 + 3723)] == ["0:00", "1:23", "1:02:03", "2d 1:02:03"]

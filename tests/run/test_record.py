@@ -40,3 +40,22 @@ def test_comparisons_are_counted(tmp_path):
         printer.print, load(DataSpec(path=str(tmp_path / "x.jsonl"), seq_len=64), TokenizerSpec()).report
     )
     assert printer.lines[0].endswith("x.jsonl: 20 records, 20 comparisons, 2 with one answer twice")
+
+
+def test_several_sources_are_a_table(tmp_path):
+    for name, count in (("a", 40), ("b", 20)):
+        lines = [{"prompt": f"{name}{i}", "response": "yes"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sources = {name: {"path": str(tmp_path / f"{name}.jsonl"), "weight": w} for name, w in (("a", 0.75), ("b", 0.25))}
+    spec = DataSpec("", sources=sources, seq_len=64, eval_fraction=0.1)
+    report = load(spec, TokenizerSpec()).report
+    head, first, second = record.source_table(report, drawn=1000)
+    assert head.split() == ["source", "examples", "tokens", "learned", "of", "rows", "of", "tokens", "epochs"]
+    assert first.split()[0] == "a"
+    assert first.split()[4] == "75.0%"
+    rows = -(-report["sources"][1]["tokens"] // 64)
+    assert abs(float(second.split()[-1]) - 250 / rows) < 0.2 * 250 / rows
+    assert record.source_table(report)[0].split()[-1] == "tokens"
+    plain = DataSpec(sources["a"]["path"] + "," + sources["b"]["path"], seq_len=64)
+    assert "of rows" not in record.source_table(load(plain, TokenizerSpec()).report)[0]
+    assert record.source_table(load(DataSpec(sources["a"]["path"], seq_len=64), TokenizerSpec()).report) == []

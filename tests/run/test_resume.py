@@ -118,6 +118,7 @@ OTHER = {
     "advantage.combine": "advantages",
     "advantage.clip": (0.0, 1.0),
     "advantage.kl.estimator": "k2",
+    "eval.sets": {"x": "y"},
 }
 
 

@@ -1,5 +1,6 @@
 """data.sources: named sources, their weights and options, and the batch field that says which one a token is of."""
 
+import dataclasses
 import json
 
 import jax
@@ -111,6 +112,21 @@ def test_weights_hold_and_the_report_says_so(paths):
         assert a[name] + b[name] == data.report["train"][name]
     assert a["held_out_examples"] + b["held_out_examples"] == data.report["held_out"]["examples"]
     assert a["examples"] + a["held_out_examples"] == 60
+
+
+def test_weights_may_be_shares_of_tokens(tmp_path):
+    """Of rows that are full and rows that are nearly empty."""
+    long = write(tmp_path / "long.jsonl", [{"text": f"{i:02} " + "x" * 60} for i in range(40)])
+    short = write(tmp_path / "short.jsonl", [{"text": f"{i:02}"} for i in range(40)])
+    sources = {"long": {"path": long, "weight": 0.5}, "short": {"path": short, "weight": 0.5}}
+    spec = DataSpec("", sources=sources, seq_len=64, pack=False)
+    by_rows, by_tokens = (load(dataclasses.replace(spec, weights=of), BYTE) for of in ("rows", "tokens"))
+    assert [source["row_share"] for source in by_rows.report["sources"]] == [0.5, 0.5]
+    assert by_rows.report["sources"][0]["share"] > 0.85
+    assert [source["share"] for source in by_tokens.report["sources"]] == pytest.approx([0.5, 0.5])
+    drawn = batches(by_tokens, 50, batch_size=40)
+    real = np.concatenate([batch["source"][batch["segment_ids"] > 0] for batch in drawn])
+    assert np.mean(real == 0) == pytest.approx(0.5, abs=0.02)
 
 
 def test_without_weights_shares_are_those_of_the_tokens(paths):
