@@ -67,6 +67,7 @@ CAUSES = (
         remedy="--config.optimizer.learning_rate=... 10 to 1000 times higher",
         why="The parameters move by less than a fifty-thousandth of themselves in a step.",
         source="an update is about a thousandth of the parameters where training goes well (Karpathy 2015, CS231n)",
+        explains=("rate_below_range",),
         counterfactual="learning_rate_up",
     ),
     Cause(
@@ -83,7 +84,10 @@ CAUSES = (
             Prediction("param_norm.last_over_first", ">", 1.3),
             Prediction("update_ratio.max", ">", 2e-2),
         ),
-        explains=("saturated_attention", "random_labels", "grad_not_zeroed", "answers_of_other_prompts"),
+        explains=(
+            *("saturated_attention", "random_labels", "grad_not_zeroed", "answers_of_other_prompts"),
+            "rate_above_range",
+        ),
         sureness=0.65,
         remedy="--config.optimizer.learning_rate=... 3 to 100 times lower, and optimizer.warmup_steps",
         why="The loss is above its start, and the updates are large: each step overshoots.",

@@ -1,5 +1,8 @@
 """Probes: what is measured of a run on demand, on a few of its batches. Each module measures one subject."""
 
+from collections.abc import Sequence
+from types import ModuleType
+
 import jax
 
 from research.diagnosis import series
@@ -29,17 +32,18 @@ MOVING = (setup, tokens, loss, perturb, positions, layers, parameters, teachers,
 PROBES = (*STILL, *MOVING)
 
 
-def measure(subject: Subject, before: Evidence | None = None) -> Evidence:
+def measure(subject: Subject, before: Evidence | None = None, skip: Sequence[ModuleType] = ()) -> Evidence:
     """What all probes and the run's metrics say of a subject.
 
     Args:
       subject: to measure.
       before: what was measured of the same run earlier, where that is known: what no step changes isn't measured again.
+      skip: probes that are left out.
     """
     signals = {} if before is None else dict(before.signals)
     rows = {} if before is None else dict(before.rows)
     with jax.set_mesh(subject.mesh):
-        for probe in PROBES if before is None else MOVING:
+        for probe in [each for each in (PROBES if before is None else MOVING) if each not in skip]:
             measured = probe.measure(subject)
             signals |= measured.signals
             rows |= measured.rows
