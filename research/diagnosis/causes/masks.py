@@ -57,8 +57,8 @@ CAUSES = (
         group=GROUP,
         stages=stages.TEXT,
         predicts=(
-            Prediction("offset_gap_2", "<", 0.005),
-            Prediction("offset_gap_1", ">", 0.02),
+            Prediction("offset_gap_2", "<", 0.002),
+            Prediction("offset_gap_1", ">", 0.002),
         ),
         supports=(Prediction("loss_of_base", ">", 1.2),),
         sureness=0.95,
@@ -73,8 +73,8 @@ CAUSES = (
         group=GROUP,
         stages=stages.TEXT,
         predicts=(
-            Prediction("offset_gap_0", "<", 0.005),
-            Prediction("offset_gap_1", ">", 0.02),
+            Prediction("offset_gap_0", "<", 0.002),
+            Prediction("offset_gap_1", ">", 0.002),
         ),
         supports=(Prediction("loss.last", "<", 0.5), Prediction("eval_rise", ">", 0.5)),
         sureness=0.95,

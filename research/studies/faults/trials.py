@@ -203,7 +203,7 @@ def _program_key(config: Config, plant: Plant | None) -> str:
     values["optimizer"]["learning_rate"] = values["model"]["init_from"] = ""
     for role in values["roles"].values():
         role["init_from"] = ""
-    fault = plant.title if plant and (plant.parts or plant.subject) else ""
+    fault = plant.title if plant and plant.parts else ""
     return json.dumps([values, fault], sort_keys=True, default=str)
 
 
