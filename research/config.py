@@ -16,7 +16,7 @@ from research.errors import MOST_SEED, InputError, did_you_mean
 from research.models import adapters, added_rows
 from research.models.config import ModelConfig
 from research.ops import quantized
-from research.ranges import Count, Decay, NotNegative, Part, Range, Size
+from research.ranges import Count, Fraction, NotNegative, Part, Range, Size
 from research.rollouts import rewards
 from research.rollouts import spec as rollout_spec
 from research.rollouts.advantages import AdvantageSpec
@@ -225,7 +225,7 @@ class Config:
     batch_size: Size = 32
     seq_len: Size = 256
     microbatches: Size = 1
-    ema_decay: Decay = 0.0
+    ema_decay: Fraction = 0.0
     max_bad_steps: Size = 5
     stall_seconds: Count = 1800
     compilation_cache: bool = True

@@ -14,7 +14,7 @@ import optax
 from research import options, ranges
 from research import params as params_lib
 from research.errors import InputError, did_you_mean
-from research.ranges import Count, Decay, NotNegative, Part, Positive, Share, Size
+from research.ranges import Count, Fraction, NotNegative, Part, Positive, Share, Size
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "constant", "inverse_sqrt")
@@ -80,10 +80,10 @@ class OptimizerSpec:
     timescale: Count = 0
     cycles: Size = 1
     weight_decay: NotNegative = 0.1
-    b1: Decay = 0.9
-    b2: Decay = 0.95
+    b1: Fraction = 0.9
+    b2: Fraction = 0.95
     eps: Positive = 1e-8
-    momentum: Decay = 0.95
+    momentum: Fraction = 0.95
     nesterov: bool = True
     muon_scaling: str = "match_rms_adamw"
     scale_by_parameter: bool = False

@@ -67,7 +67,7 @@ NotNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(0, 1)]
 Part = Annotated[float, Range(above=0, most=1)]  # a share of which there is something
-Decay = Annotated[float, Range(0, below=1)]
+Fraction = Annotated[float, Range(0, below=1)]  # a share that is never all
 
 
 def check(values: Any, section: str = "") -> None:

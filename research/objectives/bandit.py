@@ -17,10 +17,10 @@ from research.objectives.types import (
     token_loss,
 )
 from research.ops.domains import Arms, by_source, first_arms, next_arms
-from research.ranges import Decay
+from research.ranges import Fraction
 
 
-def make(names: Sequence[str] = (), smoothing: Decay = 0.9) -> Objective:
+def make(names: Sequence[str] = (), smoothing: Fraction = 0.9) -> Objective:
     """Cross-entropy of the tokens that sft learns, on batches whose rows are drawn from data.sources with chances that
     EXP3 learns from their losses; see ops.domains.next_arms. The metrics `weight/NAME` say how probable each source is.
 

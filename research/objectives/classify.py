@@ -11,7 +11,7 @@ from research.errors import InputError, did_you_mean
 from research.objectives.classes import class_logits, label_tokens
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective
 from research.ops import class_losses
-from research.ranges import Decay, NotNegative
+from research.ranges import Fraction, NotNegative
 from research.sources.tokenizers import Tokenizer
 
 FIELDS = ("tokens", "segment_ids", "positions", "label_probs")
@@ -35,7 +35,7 @@ class Predictions(NamedTuple):
 def make(
     head: str = "linear",
     words: Sequence[str] = (),
-    label_smoothing: Decay = 0.0,
+    label_smoothing: Fraction = 0.0,
     class_weights: Sequence[NotNegative] = (),
     tokenizer: Tokenizer | None = None,
 ) -> Objective:

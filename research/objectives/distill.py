@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from research.errors import InputError, did_you_mean
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective, next_token_targets
 from research.ops import divergences
-from research.ranges import Decay, NotNegative, Positive, Share
+from research.ranges import Fraction, NotNegative, Positive, Share
 from research.sources import parallel
 from research.sources.tokenizers import Tokenizer
 
@@ -23,7 +23,7 @@ def make(
     teacher_temperature: Positive | None = None,
     scale_by_temperature: bool = False,
     beta: Share = 0.5,
-    alpha: Decay = 0.1,
+    alpha: Fraction = 0.1,
     on: str = "supervised",
     teachers: Mapping[str, NotNegative] | None = None,
     cached: bool = False,

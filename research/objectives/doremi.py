@@ -13,7 +13,7 @@ from research.objectives import excess
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective
 from research.ops.domains import Domains, by_source, next_domains
 from research.ops.losses import cross_entropy
-from research.ranges import Decay, Positive
+from research.ranges import Fraction, Positive
 from research.sources.tokenizers import Tokenizer
 
 
@@ -30,7 +30,7 @@ class Gathered(NamedTuple):
 
 
 def make(
-    tokenizer: Tokenizer, weights: Mapping[str, Positive] | None = None, eta: Positive = 1.0, epsilon: Decay = 1e-3
+    tokenizer: Tokenizer, weights: Mapping[str, Positive] | None = None, eta: Positive = 1.0, epsilon: Fraction = 1e-3
 ) -> Objective:
     """Group distributionally robust training of a small model (DoReMi, arXiv:2305.10429, algorithm 1).
 

@@ -1,10 +1,10 @@
 """Next-token prediction on every token of every document."""
 
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective, next_token_targets, token_loss
-from research.ranges import Decay, NotNegative
+from research.ranges import Fraction, NotNegative
 
 
-def make(z_loss: NotNegative = 0.0, label_smoothing: Decay = 0.0) -> Objective:
+def make(z_loss: NotNegative = 0.0, label_smoothing: Fraction = 0.0) -> Objective:
     """Cross-entropy of each token given those before it in its document; not of a prefix that the model sees whole.
 
     Args:

@@ -23,7 +23,7 @@ from research.objectives.types import (
     next_token_targets,
     token_loss,
 )
-from research.ranges import Decay, NotNegative, Share
+from research.ranges import Fraction, NotNegative, Share
 
 SPLITS = ("random", "given")
 
@@ -32,7 +32,7 @@ def make(
     split: str = "random",
     share: Sequence[Share] = (0.0, 1.0),
     z_loss: NotNegative = 0.0,
-    label_smoothing: Decay = 0.0,
+    label_smoothing: Fraction = 0.0,
 ) -> Objective:
     """Cross-entropy of the tokens that follow each document's prefix. It needs a model with model.prefix = True.
 

@@ -10,10 +10,10 @@ from research.objectives.types import (
     next_token_targets,
     token_loss,
 )
-from research.ranges import Decay, NotNegative
+from research.ranges import Fraction, NotNegative
 
 
-def make(z_loss: NotNegative = 0.0, label_smoothing: Decay = 0.0) -> Objective:
+def make(z_loss: NotNegative = 0.0, label_smoothing: Fraction = 0.0) -> Objective:
     """Cross-entropy of the tokens that the source marked in `loss_mask`: a prompt's response or the assistant's turns,
     their end-of-sequence token included; of answers that are compared the best, of those with a verdict the desirable.
     z_loss and label_smoothing as in next_token."""

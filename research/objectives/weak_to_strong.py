@@ -21,7 +21,7 @@ from research.objectives.classify import HEADS, Predictions
 from research.objectives.types import Batch, Context, Forward, LossOut, Objective
 from research.ops import class_losses
 from research.ops.class_losses import RunningThresholds, ThresholdSums
-from research.ranges import Count, Decay, Part, Positive, Range, Share
+from research.ranges import Count, Fraction, Part, Positive, Range, Share
 from research.sources.tokenizers import Tokenizer
 
 _NAMES = {"accuracy": "agreement"}  # labels are the weaker model's: who predicts them agrees, and may be wrong
@@ -133,7 +133,7 @@ class Loss:
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy(Loss):
     name = "cross_entropy"
-    label_smoothing: Decay = 0.0
+    label_smoothing: Fraction = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

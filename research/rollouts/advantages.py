@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from research import ranges
 from research.errors import InputError, did_you_mean
-from research.ranges import Decay, Positive, Real, Share
+from research.ranges import Fraction, Positive, Real, Share
 from research.rollouts.kl_penalty import KlPenalty
 
 SCALES = ("group", "batch", "none")
@@ -56,7 +56,7 @@ class AdvantageSpec:
     combine: str = "rewards"
     clip: tuple[Real, Real] | None = None
     epsilon: Positive = 1e-4
-    decay: Decay = 0.9
+    decay: Fraction = 0.9
     gamma: Share = 1.0
     lam: Share = 0.95
     kl: KlPenalty = KlPenalty()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from research import ranges
 from research.errors import InputError, did_you_mean
 from research.options import convert
-from research.ranges import Count, Decay, NotNegative, Range, Size
+from research.ranges import Count, Fraction, NotNegative, Range, Size
 from research.sources import infilling, mixture, views
 from research.sources.formats import TEMPLATES
 from research.sources.records import FIELDS, FORMATS, Classes
@@ -62,7 +62,7 @@ class DataSection:
     path: str = "builtin:python_docs"
     sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     eval_path: str = ""
-    eval_fraction: Decay = 0.05
+    eval_fraction: Fraction = 0.05
     format: str = "auto"
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     template: str = "auto"

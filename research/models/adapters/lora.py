@@ -15,7 +15,7 @@ from research.models.adapters.targets import Target
 from research.models.adapters.types import Adapter, also_trained
 from research.models.specs import Specs
 from research.params import Initializer, ParamSpec
-from research.ranges import Decay, Positive, Size
+from research.ranges import Fraction, Positive, Size
 
 INITS = ("default", "gaussian", *starts.KINDS)
 BIASES = ("none", "all", "lora_only")
@@ -24,7 +24,7 @@ BIASES = ("none", "all", "lora_only")
 def make(
     rank: Size = 16,
     alpha: Positive = 32.0,
-    dropout: Decay = 0.0,
+    dropout: Fraction = 0.0,
     targets: str = targets_lib.ALL,
     exclude: str = "",
     rank_pattern: Mapping[str, Size] = {},

@@ -11,7 +11,7 @@ from research.models.adapters.lora import constant
 from research.models.adapters.types import Adapter, also_trained
 from research.models.specs import Specs
 from research.params import ParamSpec
-from research.ranges import Decay, Real, Size
+from research.ranges import Fraction, Real, Size
 
 
 def make(
@@ -19,7 +19,7 @@ def make(
     targets: str = targets_lib.ALL,
     exclude: str = "",
     d: Real = 0.1,
-    dropout: Decay = 0.0,
+    dropout: Fraction = 0.0,
     also: str = "",
 ) -> Adapter:
     """Vectors beside linear maps.
