@@ -22,8 +22,11 @@ BEGIN = "from research import signals; signals.hold(); signals.begin(); print('b
 
 
 def start(program, **options):
+    """A program that ignores no signal: a shell's job in the background would hand on that SIGINT is ignored."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    return subprocess.Popen([sys.executable, "-c", program], **options)
+    heard = "import signal; [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGTERM, signal.SIGHUP)]; "
+    heard += "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    return subprocess.Popen([sys.executable, "-c", heard + program], **options)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -33,7 +36,10 @@ def test_before_the_loop_a_signal_ends_a_run_at_once(wait, number):
     assert process.stdout.readline() == "begun\n"
     time.sleep(0.1)
     process.send_signal(number)
-    assert process.wait(5) == Exit.PREEMPTED
+    try:
+        assert process.wait(30) == Exit.PREEMPTED
+    finally:
+        process.kill()
     assert process.stderr.read() == f"{number.name}: stopped. The same command goes on.\n"
 
 
