@@ -2,7 +2,7 @@
 
 Each test makes a few rounds. UNDERSTUDY_FAULTS=100 makes so many, and UNDERSTUDY_FAULTS_SEED draws other moments:
 
-    UNDERSTUDY_FAULTS=100 pytest -n 0 -s -m slow tests/run/test_faults.py -k kills
+    UNDERSTUDY_FAULTS=100 pytest -n 0 -s -m slow tests/run/test_kills.py -k kills
 """
 
 import contextlib
