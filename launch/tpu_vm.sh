@@ -78,10 +78,14 @@ make_ready() {
   done
 }
 
+# Whether tar with this status left nothing out. GNU's says 1 where a file changed as it was read, such as one of .git;
+# another's says 1 of any error.
+only_changed() { [[ $1 == 1 && $(tar --version) == *GNU* ]] || return "$1"; }
+
 # Ends what a lost connection may have left running (it saves), and installs this folder as it is now. The TPU's own
 # Python can be older than 3.11.
 prepare() {
-  call tar -czf "$archive" -C "$here/.." --exclude=./runs --exclude=./.venv --exclude='*.egg-info' . &&
+  call tar -czf "$archive" -C "$here/.." --exclude=./runs --exclude=./.venv --exclude='*.egg-info' . || only_changed $? &&
     call gcloud compute tpus tpu-vm scp "$archive" "$RUN_NAME:understudy.tar.gz" "${place[@]}" --worker=all &&
     remote "set -e
 pkill -TERM -f '[r]esearch.main' || true

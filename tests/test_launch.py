@@ -565,6 +565,16 @@ def test_tpu_vm_takes_the_one_that_is_there_and_can_keep_it(box):
     assert json.loads((box / "tpu.json").read_text()) == {"made": 0, "runs": 1, "node": "READY"}
 
 
+@pytest.mark.parametrize(("name", "status", "done"), [("GNU tar", 1, 0), ("GNU tar", 2, 2), ("bsdtar", 1, 1)])
+def test_tpu_vm_copies_files_that_change_meanwhile(box, name, status, done):
+    """GNU tar's status 1 says that they did, that of others could be any error: the TPU would run half a copy."""
+    (box / "script").write_text("0")
+    stand_in(box, "gcloud", FAKE_GCLOUD)
+    stand_in(box, "tar", f"print({name!r}) if argv == ['--version'] else sys.exit({status})")
+    assert launch("tpu_vm.sh", *CLOUD).returncode == done
+    assert any(call[4:5] == ["scp"] for call in calls(box)) == (done == 0)
+
+
 def test_tpu_vm_copies_this_repository(box):
     (box / "script").write_text("0")
     stand_in(box, "gcloud", "argv[3] == 'scp' and Path(argv[4]).rename('archive')\n" + FAKE_GCLOUD)

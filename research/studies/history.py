@@ -72,8 +72,8 @@ def load_run(workdir: str, name: str | None = None) -> Run:
         raise InputError(f"{workdir}: its config.json isn't what the run wrote. Put it back from a copy.")
     config = record.pop("config") if isinstance(record.get("config"), dict) else record
     starts = record.pop("history", ()) if record is not config else ()
-    for name in (wholeness.FILES, digests.SEAL):
-        record.pop(name, None)
+    for field in (wholeness.FILES, digests.SEAL):
+        record.pop(field, None)
     return Run(
         name=name or os.path.basename(os.path.abspath(workdir)),
         series=series,

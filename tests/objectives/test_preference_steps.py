@@ -11,7 +11,7 @@ import optax
 import pytest
 from test_train import SMALL
 
-from research import loading, objectives, optim, params, train
+from research import loading, objectives, optim, params, step_signals, train
 from research.devices import sharding
 from research.models.transformer import make_model
 from research.objectives.terms import Inputs, init_carry, row_numbers
@@ -147,7 +147,7 @@ def policies():
 
 
 def gradients(policies, batch, microbatches=1, mesh=None):
-    """The gradient of the policy and every term's sums."""
+    """The gradient of the policy and every term's sums, without what is measured of a sample of each row."""
     model, policy, reference = policies
     spec = {"terms": {name: {"objective": "preference", "weight": 0.5, **x} for name, x in TERMS.items()}}
     terms = objectives.load(spec)
@@ -161,7 +161,8 @@ def gradients(policies, batch, microbatches=1, mesh=None):
         batch = jax.device_put(batch, sharding.named(mesh, ("batch", "time")))
         place = params.shardings({"policy": model.specs}, mesh)["policy"]
         policy, reference = (jax.device_put(x, place) for x in (policy, reference))
-    return jax.jit(step.gradients)({"policy": policy}, {"reference": reference}, batch, inputs)
+    grads, outs = jax.jit(step.gradients)({"policy": policy}, {"reference": reference}, batch, inputs)
+    return grads, step_signals.detach(outs)[0]
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def test_views_and_objectives_add_what_they_need(values, tmp_path):
     run(config.parse(values), str(tmp_path / "w"))
     tokenizer = load_tokenizer(tmp_path / "w")
     assert [tokenizer.special(name) for name in NEEDED] == list(range(261, 266))
-    inputs = resolve.resolve(config.parse({**values, "steps": 2}), str(tmp_path / "w"))
+    inputs = resolve.resolve(config.parse({**values, "steps": 2}), str(tmp_path / "w"), step=1)
     assert inputs.resumed
     assert inputs.data.tokenizer.fingerprint() == tokenizer.fingerprint()
     assert inputs.source.next(inputs.source.init())[0]["tokens"][0, :2].tolist() == [262, 263]
@@ -86,11 +86,11 @@ def test_a_run_keeps_the_tokens_that_it_began_with(values, tmp_path):
     run(config.parse(values), str(tmp_path / "w"))
     more = {**values, "steps": 2, "tokenizer": {"added_tokens": ("<|tool|>", "<|more|>")}}
     with pytest.raises(InputError, match=r"tokenizer.added_tokens.*can't change in .*w, where the run goes on"):
-        resolve.resolve(config.parse(more), str(tmp_path / "w"))
+        resolve.resolve(config.parse(more), str(tmp_path / "w"), step=1)
     terms = {"naming": 1.0, "again": {"objective": "naming", "name": "<|third|>"}}
     more = {**values, "steps": 2, "objective": {"terms": terms}}
     with pytest.raises(InputError, match=r"need the special tokens <\|third\|>, .* Start in a new --workdir"):
-        resolve.resolve(config.parse(more), str(tmp_path / "w"))
+        resolve.resolve(config.parse(more), str(tmp_path / "w"), step=1)
 
 
 def test_an_error_of_what_says_the_tokens_names_the_field(values, tmp_path):

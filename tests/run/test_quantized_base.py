@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import runs
 
-from research import config, loading, objectives, params
+from research import config, digests, loading, objectives, params
 from research.commands import export
 from research.devices import sharding
 from research.errors import InputError
@@ -18,6 +18,7 @@ from research.models.specs import make_specs
 from research.ops import quantized
 from research.planning import estimate
 from research.planning import topology as topologies
+from research.pretrained import wholeness
 from research.run import assemble, checkpoint, metrics
 from research.run.run import run
 
@@ -170,6 +171,10 @@ def test_a_base_that_has_changed_is_named(base, case, whole, tmp_path):
     name = "layers/1/mlp/up/kernel/nf4"
     record["policy"][name][0] += 0.01 * record["policy"][name][1]
     (tmp_path / "half" / "frozen.json").write_text(json.dumps(record))
+    about = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert "frozen.json" in about.pop(wholeness.FILES)  # whose digest would say that the file was changed
+    del about[digests.SEAL]
+    (tmp_path / "half" / "config.json").write_text(json.dumps(about))
     with pytest.raises(InputError, match=f"{name} of the role 'policy'"):
         start(tmp_path / "half", **case)
 

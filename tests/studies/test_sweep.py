@@ -265,7 +265,9 @@ def wait_for(path):
 def test_ctrl_c_is_passed_on_and_waited_for(tmp_path, experiment, program):
     path, out = experiment(seeds(75, 2)), tmp_path / "out"
     call = f"sweep({path!r}, {{}}, {str(out)!r}, program={program!r})"
-    code = f"from research.studies.sweep import sweep; raise SystemExit({call})"
+    # A shell's job in the background would hand on that SIGINT is ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"from research.studies.sweep import sweep; raise SystemExit({call})"
     root = pathlib.Path(__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
     try:
