@@ -18,6 +18,9 @@ from research.devices import startup
 from research.errors import Exit, InputError, did_you_mean
 
 _WIDTH = 100
+# Fields of the config that are in no section: known here without jax, and before a flag that is spelt much the same.
+TOP_FIELDS = ("seed", "steps", "epochs", "batch_size", "seq_len", "microbatches", "ema_decay", "max_bad_steps")
+TOP_FIELDS += ("stall_seconds", "compilation_cache", "trainable", "frozen_dtype")
 _READ = ("data", "model", "teacher", "reference", "target", "eval_data")  # flags that name what is read
 
 
@@ -156,13 +159,12 @@ class Command:
         if name in self.renamed:
             now = self.renamed[name]
             return InputError(f"--{name}: is called --{now} now. Write --{now}{'' if value is None else f'={value}'}.")
-        field = f"config.{name.partition('.')[2]}"
-        if self.experiment and "." in name and difflib.get_close_matches(name, [field]):
-            return InputError(f"--{name}: no such flag. Did you mean '--{field}'?")
-        if self.experiment and (name in other_names.NAMES or not difflib.get_close_matches(name, self._names())):
-            from research.cli import fields  # late: it imports ml_collections
-
-            hint = fields.hint(name) or " docs/configs.md lists them."
+        first, _, rest = name.partition(".")
+        if self.experiment and rest and difflib.get_close_matches(first, ["config"]):
+            return InputError(f"--{name}: no such flag. Did you mean '--config.{rest}'?")
+        of_config = name in TOP_FIELDS or name in other_names.NAMES
+        if self.experiment and (of_config or not difflib.get_close_matches(name, self._names())):
+            hint = other_names.answer(name) or _field_hint(name) or " docs/configs.md lists them."
             return InputError(f"--{name}: no such flag. Fields of the config are set by --config.FIELD=VALUE.{hint}")
         return InputError(f"--{name}: no such flag.{did_you_mean(f'--{name}', self._names().values())}")
 
@@ -194,6 +196,15 @@ def _prepare() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # characters that the terminal lacks are shown as \\xe9, \\u65e5
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _field_hint(name: str) -> str:
+    """What a flag that there isn't may have meant as a field of the config."""
+    if name in TOP_FIELDS:
+        return f" Did you mean {name!r}?"
+    from research.cli import fields  # late, and for names alone that nothing else explains: it imports jax
+
+    return fields.hint(name)
 
 
 def _is_folder(word: str) -> bool:

@@ -76,7 +76,7 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
     if len(named) > 1:
         raise InputError(f"{' '.join(named)}: names {len(named)} experiments. Give one.")
     path, _, variants = named[0].removeprefix("--config=").partition(":")
-    values = flags.FlagValues()
+    values, module = flags.FlagValues(), None
     try:
         module = _experiment_module(path)
         finish = getattr(module, "finish", None)
@@ -91,7 +91,11 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
             added = dict(_field(flag) for flag in new)
             added = {name: fields.add(values.config, name, text) for name, text in added.items()}
     except Exception as error:
-        raise InputError(explain_flag_error(error, argv, fields.hint)) from error
+
+        def hint(field: str) -> str:
+            return fields.hint(field, _own_config(module, variants))
+
+        raise InputError(explain_flag_error(error, argv, hint)) from error
     if rest:
         raise InputError(f"{rest[0]}: is no flag. Flags have the form --name=value.")
     holder = values["config"]
@@ -121,6 +125,14 @@ def _new_fields(module: ModuleType, path: str, variants: str, argv: Sequence[str
     with own_code(path):
         config = module.get_config(variants) if variants else module.get_config()
     return [flag for flag in free if fields.is_new(config, _field(flag)[0])]
+
+
+def _own_config(module: ModuleType | None, variants: str) -> Any:
+    """The config that an experiment makes, for the names of its fields; None where its file can't make one."""
+    try:
+        return module.get_config(variants) if variants else module.get_config()
+    except Exception:
+        return None
 
 
 def _finish(finish: Callable[..., None], config: Any, variants: str, overrides: Mapping[str, Any]) -> None:

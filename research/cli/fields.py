@@ -23,11 +23,17 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     return names
 
 
-def hint(field: str) -> str:
-    """What a field that isn't there may have meant; a sentence that begins with a space, or ""."""
+def hint(field: str, own: Any = None) -> str:
+    """What a field that isn't there may have meant; a sentence that begins with a space, or "".
+
+    Args:
+      field: its dotted name, as given.
+      own: the config of the experiment, which may have sections of its own, such as `study`.
+    """
     from research import config  # late: only errors need it, and it imports jax
 
-    return other_names.hint(field, dotted(config.defaults()))
+    known = [*dotted(config.defaults()), *(dotted(own) if hasattr(own, "items") else ())]
+    return other_names.hint(field, dict.fromkeys(known))
 
 
 def is_new(config: Any, field: str) -> bool:

@@ -18,7 +18,7 @@ from research import config as config_lib
 from research import files, loading, objectives, optim, progress
 from research.config import Config
 from research.devices import compilation, sharding
-from research.errors import InputError
+from research.errors import InputError, located
 from research.evals import tasks as eval_tasks
 from research.models import adapters
 from research.objectives import Terms
@@ -274,7 +274,8 @@ def with_checkpoints(
                 architecture = config_lib.model_config(began, vocab_size=began.model.vocab_size)
                 config = config_lib.with_architecture(config, architecture, resumed)
         elif name:
-            bases[role] = loading.find(name)
+            with located(f"{where}.init_from"):
+                bases[role] = loading.find(name)
             if (ahead := bases[role].front) is not None:
                 raise InputError(
                     f"{where}.init_from = {name!r}: its adapter ({ahead.kind}) puts something in front of documents, "

@@ -109,6 +109,7 @@ OTHER = {
     "rules": {"embed": None},
     "mesh.data": 1,
     "model.prefix": True,
+    "model.rope_scaling.factor": 2.0,
     "adapter": {"kind": "bias"},
     "rewards": {"exact_match": 0.5},
     "rollout.truncated": "mask",
@@ -519,7 +520,7 @@ def test_nothing_held_out_is_said_before_anything_is_written(finished, tmp_path)
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("name", ["evaluate", "export", "generate", "label", "score"])
+@pytest.mark.parametrize("name", ["evaluate", "export", "generate", "label", "score", "serve"])
 def test_the_best_checkpoint_can_be_asked_for_wherever_a_model_is(name):
     command = importlib.import_module(f"research.commands.{name}").COMMAND
     (step,) = [flag for flag in command.flags if flag.name == "step"]
@@ -530,7 +531,8 @@ def test_no_other_command_takes_a_model():
     names = (path.stem for path in (ROOT / "research/commands").glob("*.py") if path.stem != "__init__")
     commands = [importlib.import_module(f"research.commands.{name}").COMMAND for name in names]
     named = {command.name for command in commands if {"model", "step"} & {flag.name for flag in command.flags}}
-    assert named == {"evaluate", "export", "generate", "label", "score", "train"}  # the last goes on from its own
+    models = {"evaluate", "export", "generate", "label", "score", "serve"}
+    assert named == models | {"preview", "train"}  # a step of the data, and a model's own
 
 
 @pytest.mark.parametrize(

@@ -593,7 +593,7 @@ def test_submit_hands_over_what_is_not_done_in_order(tmp_path, experiment, runs,
 
 def test_command_line_errors(tmp_path, experiment, capsys):
     for flags, message in (
-        (["--config.study.seedz=3"], "'seeds'"),
+        (["--config.study.seedz=3"], r"no such field 'study.seedz'. Did you mean 'study.seeds'\?$"),
         (["--dry_run", "--report"], "give one of them"),
         (["--onli=x"], "onli"),
         ([f"--config.study.store={tmp_path}/a,b"], "study.store = .*can't name files"),
