@@ -293,6 +293,7 @@ def test_trl_finds_the_same_loss(variant, capsys):
     assert record["against"]["hf"]["error"] == "peers know next_token and sft alone"
 
 
+@pytest.mark.slow
 def test_a_step_with_rewards_is_a_rollout_and_its_updates(monkeypatch, capsys):
     """Of 8 answers of 8 tokens; both updates of the rollout are in its time."""
     monkeypatch.setattr(peers, "check", lambda names: None)  # none is started

@@ -195,6 +195,7 @@ def test_a_language_model_labels_by_words(folder, data, language_model):
     assert "gold" not in records[0]
 
 
+@pytest.mark.slow
 def test_servers_label_as_the_devices_here(folder, data, language_model, classifier, capsys):
     flags = ["--words=red,green,blue", "--prompt={text} is", '--fields={"label": "none"}', "--max_records=6"]
     here = run_label(language_model, data, folder / "here.jsonl", *flags)

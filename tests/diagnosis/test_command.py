@@ -66,6 +66,7 @@ def test_the_report_shows_it_with_its_curves(stuck):
         assert text in section
 
 
+@pytest.mark.slow
 def test_a_config_is_looked_at_before_a_run(tmp_path):
     """Four prompts with as many answers as there are records can't be learned."""
     records = [{"prompt": f"Say {i % 4}:", "response": f"{i * 37 % 101}"} for i in range(48)]

@@ -221,7 +221,8 @@ def moved(model, values):
     return params.join(structure.unflatten(noisy), rest)
 
 
-@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_loftq_makes_up_for_what_quantising_loses(kind):
     """What the model computes is nearer to the float base than that of its quantised kernels alone, as each map is."""
     adapter = adapters.load({"kind": "lora", "rank": 4, "init": "loftq"})

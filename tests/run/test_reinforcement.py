@@ -123,6 +123,7 @@ def test_a_rollout_that_is_drawn_ahead_is_in_checkpoints(finished, tmp_path):
     assert whole[2]["train/rollout/seconds/generation"] > 0
 
 
+@pytest.mark.slow
 def test_pairs_of_the_policy_s_answers(finished, tmp_path):
     finished.check_resumed("pairs", tmp_path)
     lines = [line for line in metrics.read_metrics(str(finished("pairs"))) if "train/loss" in line]

@@ -215,7 +215,12 @@ EFFECTS = {  # field -> another value
 }
 
 
-@pytest.mark.parametrize("field", EFFECTS)
+_EACH_RUN = ("steps", "batch_size", "optimizer.learning_rate")  # the others are slow tests: each is a run
+
+
+@pytest.mark.parametrize(
+    "field", [pytest.param(field, marks=() if field in _EACH_RUN else pytest.mark.slow) for field in EFFECTS]
+)
 def test_a_change_that_is_said_has_its_effect_from_there(field, begun, finished, capfd):
     workdir, options = begun
     train(workdir, **options, **{field: EFFECTS[field]})
