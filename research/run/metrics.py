@@ -71,7 +71,7 @@ class Writer:
         self._workdir, self._total_steps, self._start_step = workdir, total_steps, start_step
         self._use_tensorboard, self._wandb_options, self._config = tensorboard, wandb, run_config
         self._bar = self._tensorboard = self._wandb = None
-        self._log, self._early = None, []  # lines that were printed before there was a file
+        self._log, self._early = None, []  # what was printed before there was a file; None afterwards
         self._described = ""  # what the bar says of the last steps
         self._clock: tuple[int, float] | None = None  # the first step done here, and when
 
@@ -92,10 +92,10 @@ class Writer:
         self._metrics = self._reopen(METRICS_FILE)
         self._samples = self._reopen(SAMPLES_FILE)
         log = os.path.join(self._workdir, LOG_FILE)
-        self._log = None if _is_stderr(log) else open(log, "a", buffering=1, encoding="utf-8")
-        if self._log is not None:
-            self._log.writelines(self._early)
-        self._early = []
+        self._log = None if _is_stderr(log) else SteadyFile(log, console.line)
+        early, self._early = self._early, None
+        if self._log is not None and early:
+            self._log.write("".join(early).encode())
         if self._wandb_options is not None:
             self._wandb = _start_wandb(self._workdir, self._wandb_options, self._config)
         if console.on_terminal(sys.stderr):
@@ -170,8 +170,8 @@ class Writer:
     def _note(self, message: str) -> None:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n"
         if self._log is not None:
-            self._log.write(line)
-        else:
+            self._log.write(line.encode())
+        elif self._early is not None:
             self._early.append(line)
 
     def _reopen(self, name: str) -> SteadyFile:
@@ -188,7 +188,7 @@ class Writer:
 
             folder = os.path.join(self._workdir, "tensorboard")
             os.makedirs(folder, exist_ok=True)
-            record_writer.register_writer_factory(_STEADY, _Factory(self.print))  # else a full disk ends its thread
+            record_writer.register_writer_factory(_STEADY, _Factory(console.line))  # else a full disk ends its thread
             self._tensorboard = SummaryWriter(
                 f"{_STEADY}:{folder}",
                 purge_step=self._start_step + 1 if self._start_step else 0,

@@ -130,6 +130,22 @@ def test_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert logged == lines
 
 
+def test_a_full_disk_keeps_no_line_from_the_console_and_ends_no_thread(tmp_path, capsys):
+    """log.txt is written by the thread of TensorBoard's writer too, which a run would wait for in vain."""
+    with open_writer(tmp_path) as writer:
+        room = writer._log._file
+        with open("/dev/full", "wb", buffering=0) as writer._log._file:
+            writer.print("first")
+            writer.print("second")
+        writer._log._file = room
+        writer.print("third")
+    lines = capsys.readouterr().err.splitlines()
+    assert [lines[0], *lines[2:]] == ["first", "second", "third"]
+    assert "log.txt: can't be written (No space left on device)" in lines[1]
+    logged = [line[21:] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert logged == ["first", "second", "third"]
+
+
 def test_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
