@@ -114,6 +114,7 @@ class Checkpointer:
         from orbax.checkpoint import checkpoint_managers as policies
 
         checkpoints.quiet()
+        _leave_late_writes()
         keep: list[Any] = [policies.LatestN(self._keep_last)]
         score = None
         if self._best_metric:
@@ -200,7 +201,6 @@ class Checkpointer:
         fault = disk_fault(error) or (str(error) if isinstance(error, FileNotFoundError) else "")
         if not fault or distributed.several():
             raise error
-        _leave_late_writes()
         self._drop(step)
         there = steps(self._folder.parent)
         whole = f"the checkpoint of step {there[-1]} is whole" if there else "there is no checkpoint yet"
@@ -284,7 +284,7 @@ class Checkpointer:
 
 def _leave_late_writes() -> None:
     """Has writes say nothing that end after the first of them failed: nobody waits for them any more, and each would
-    print that the event loop is closed."""
+    print that the event loop is closed, some before the save's own error is known."""
     before = sys.excepthook
     if getattr(before, "__module__", "") == __name__:
         return
