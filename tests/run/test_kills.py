@@ -66,7 +66,7 @@ def test_kills_at_any_moment(lone, tmp_path):
     whole, seconds = lone
     rng, statuses, runs = random.Random(SEED), [], 0
     workdir = tmp_path / "run-0"
-    while len(statuses) < (ROUNDS or 6):
+    while len(statuses) < (ROUNDS or 3):
         process, delay = start(workdir), rng.uniform(0, 1.1 * seconds)
         number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
         before = max(checkpoint.steps(workdir), default=0)
@@ -114,7 +114,7 @@ def fill(folder, delay, seconds):
 def test_a_disk_that_is_full_for_a_while(lone, small_disk, tmp_path):
     whole, seconds = lone
     rng, fills, statuses, runs = random.Random(SEED), 0, [], 0
-    while fills < (ROUNDS or 3):
+    while fills < (ROUNDS or 1):
         workdir = small_disk / f"run-{runs}"
         status = None
         while status != 0:
@@ -160,7 +160,7 @@ def test_several_processes_on_one_workdir_and_on_one_output(lone, tmp_path):
     data.write_text("".join(f'{{"text": "record {i} {"x" * (i % 7)}"}}\n' for i in range(2000)))
     score = [sys.executable, "-m", "research", "score", "--with=length,duplicates", f"--data={data}"]
     subprocess.run([*score, f"--output={tmp_path}/lone.jsonl"], check=True, capture_output=True)
-    for i in range(ROUNDS or 2):
+    for i in range(ROUNDS or 1):
         count = rng.randint(2, 8 if ROUNDS else 3)
         workdir, output = tmp_path / f"run-{i}", tmp_path / f"out-{i}.jsonl"
         ends = at_once([[*COMMAND, f"--workdir={workdir}"]] * count, rng, rng.uniform(0, seconds), f"{workdir}.log")
