@@ -48,7 +48,7 @@ def whole(tmp_path_factory):
     return folder / "a"
 
 
-@pytest.mark.parametrize(("number", "times"), [(signal.SIGKILL, 10), (signal.SIGTERM, 4)])
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGKILL, 6), (signal.SIGTERM, 4)])
 def test_killed_run_ends_with_the_same_parameters(number, times, whole, tmp_path):
     workdir = tmp_path / "run"
     rng = random.Random(times)
