@@ -285,15 +285,15 @@ class Checkpointer:
 def _leave_late_writes() -> None:
     """Has writes say nothing that end after the first of them failed: nobody waits for them any more, and each would
     print that the event loop is closed, some before the save's own error is known."""
-    before = sys.excepthook
+    before = sys.unraisablehook  # they end in threads of another language, whose errors nobody can catch
     if getattr(before, "__module__", "") == __name__:
         return
 
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if not (kind is RuntimeError and "Event loop is closed" in str(error)):
-            before(kind, error, trace)
+    def hook(late: Any) -> None:
+        if not (late.exc_type is RuntimeError and "Event loop is closed" in str(late.exc_value)):
+            before(late)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
 
 
 def _sealed_path(seal: Callable[[Path], None]) -> type:
