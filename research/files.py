@@ -354,17 +354,24 @@ class SteadyFile:
 
     def write(self, piece: bytes) -> None:
         self._waiting.append(bytes(piece))
-        self._write(say=len(self._waiting) == 1)
+        if (fault := self._write()) and len(self._waiting) == 1:
+            self._say(f"{self._path}: can't be written ({fault}); what is to be there is kept until it can")
 
     def flush(self) -> None:
         """Nothing waits here that could be written."""
 
     def close(self) -> None:
-        if self._waiting:
-            self._write(say=True)
-        self._file.close()
+        """Says what there is still no room for, which is lost."""
+        fault = self._write() if self._waiting else ""
+        try:
+            self._file.close()
+        except OSError as error:  # storage on a network may say only now that it is full
+            fault = fault or str(error.strerror)
+        if fault:
+            self._say(f"{self._path}: can't be written ({fault}); the end of it is lost")
 
-    def _write(self, say: bool) -> None:
+    def _write(self) -> str:
+        """Writes what waits. Returns why it can't; "" where it could."""
         data = b"".join(self._waiting)
         try:
             written = 0
@@ -373,13 +380,10 @@ class SteadyFile:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._end)
-            if say:
-                self._say(
-                    f"{self._path}: can't be written ({error.strerror}); what is to be there is kept until it can"
-                )
-            return
+            return str(error.strerror)
         self._end += len(data)
         self._waiting.clear()
+        return ""
 
 
 class ResumableLines:

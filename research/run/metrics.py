@@ -114,15 +114,24 @@ class Writer:
             return
         if self._bar is not None:
             console.use_bar(None)
-            self._bar.close()
-        if self._log is not None:
-            self._log.close()
-        self._metrics.close()
-        self._samples.close()
+            self._close("the bar", self._bar.close)
+        self._close(METRICS_FILE, self._metrics.close)
+        self._close(SAMPLES_FILE, self._samples.close)
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            self._close("TensorBoard's writer", self._tensorboard.close)
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+            self._close("Weights & Biases", lambda: self._wandb.finish(exit_code=0 if kind is None else 1))
+        log, self._log = self._log, None  # last, since it has what the others say
+        if log is not None:
+            self._close(LOG_FILE, log.close)
+
+    def _close(self, name: str, close: Callable[[], object]) -> None:
+        """Closes one of the places that are written to. What fails is said: the others are to be closed too, and it is
+        not why the run ends."""
+        try:
+            close()
+        except Exception as error:
+            self.print(f"{name}: couldn't be closed ({type(error).__name__}: {error!s:.200})")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records values ("train/loss": 1.2, ...) of a step; those of one step may come in several calls."""

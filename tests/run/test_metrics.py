@@ -13,6 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from research.errors import InputError
 from research.run import metrics
+from research.run.checkpoint import SaveFailed
 from research.run.console import describe, duration
 from research.run.metrics import Writer, peak_flops, read_metrics, read_samples
 from research.train import means
@@ -144,6 +145,40 @@ def test_a_full_disk_keeps_no_line_from_the_console_and_ends_no_thread(tmp_path,
     assert "log.txt: can't be written (No space left on device)" in lines[1]
     logged = [line[21:] for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert logged == ["first", "second", "third"]
+
+
+def test_what_can_not_be_closed_is_said_and_the_run_ends_for_its_own_reason(tmp_path, monkeypatch, capsys):
+    """On a full disk the last lines have no room; a told error had become a traceback of files that were closed."""
+    broken = FakeWandb()
+    broken.finish = lambda exit_code: broken.calls.remove(exit_code)
+    monkeypatch.setitem(sys.modules, "wandb", broken)
+    told, writers = SaveFailed("checkpoints/2: couldn't be saved"), []
+
+    def run():
+        with open_writer(tmp_path, tensorboard=True, wandb={}) as writer:
+            writers.append(writer)
+            writer.write(1, {"train/loss": 1.0})
+            for file in (writer._metrics, writer._samples, writer._log):
+                file._file.close()
+                file._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+            writer.write(2, {"train/loss": 2.0})
+            writer.text(2, "sample", "x")
+            raise told
+
+    with pytest.raises(SaveFailed) as raised:
+        run()
+    assert raised.value is told
+    assert told.__context__ is None
+    lines = [line.replace(f"{tmp_path}/", "") for line in capsys.readouterr().err.splitlines()]
+    full = "can't be written (No space left on device)"
+    ends = [f"metrics.jsonl: {full}; the end of it is lost", f"samples.jsonl: {full}; the end of it is lost"]
+    ends += ["Weights & Biases: couldn't be closed (ValueError: list.remove(x): x not in list)"]
+    assert lines[-4:] == [*ends, f"log.txt: {full}; the end of it is lost"]
+    assert [r["train/loss"] for r in read_metrics(str(tmp_path))] == [1.0]
+    (writer,) = writers
+    assert writer._tensorboard.all_writers is None
+    writer.print("after the end")
+    assert capsys.readouterr().err == "after the end\n"
 
 
 def test_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
