@@ -3,8 +3,13 @@
 import contextlib
 import io
 import os
+import re
 import select
 import sys
+
+from research.errors import printable
+
+_OWN = re.compile("(\r|\x1b\\[[KA])")  # what a line of status and bars move the cursor by, on standard error
 
 
 class _Steady(io.RawIOBase):
@@ -28,9 +33,19 @@ class _Steady(io.RawIOBase):
         return len(data)
 
 
+class _Terminal(io.TextIOWrapper):
+    """Text for a terminal, which gets no escape sequences of what files and models say: see errors.printable."""
+
+    def write(self, text: str) -> int:
+        parts = _OWN.split(text) if self.fileno() == 2 else [text]
+        super().write("".join(part if i % 2 else printable(part) for i, part in enumerate(parts)))
+        return len(text)
+
+
 def steady(*, output: bool) -> None:
-    """Has standard error, and with `output` standard output too, drop what can't be written. To be called first: a file
-    that is opened later would get the number of one that is closed, and what is printed by others."""
+    """Has standard error, and with `output` standard output too, drop what can't be written; and a terminal get no
+    escape sequences. To be called first: a file that is opened later would get the number of one that is closed, and
+    what is printed by others."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -39,15 +54,16 @@ def steady(*, output: bool) -> None:
     for name, fd in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
             setattr(sys, name, open(fd, "w" if fd else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
-    sys.stderr = _wrapped(2, sys.stderr)
-    if output:
-        sys.stdout = _wrapped(1, sys.stdout)
+    sys.stderr = _wrapped(2, sys.stderr, _Steady(2))
+    if output or os.isatty(1):
+        sys.stdout = _wrapped(1, sys.stdout, _Steady(1) if output else io.FileIO(1, "w", closefd=False))
 
 
-def _wrapped(fd: int, before: io.TextIOWrapper) -> io.TextIOWrapper:
+def _wrapped(fd: int, before: io.TextIOWrapper, raw: io.RawIOBase) -> io.TextIOWrapper:
     by_line = before.line_buffering or before.write_through  # the latter by PYTHONUNBUFFERED
     options = {"encoding": before.encoding, "errors": before.errors, "line_buffering": by_line}
-    return io.TextIOWrapper(io.BufferedWriter(_Steady(fd)), write_through=True, **options)
+    make = _Terminal if os.isatty(fd) else io.TextIOWrapper
+    return make(io.BufferedWriter(raw), write_through=True, **options)
 
 
 def is_unread() -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from research import files
-from research.errors import Exit, InputError
+from research.errors import Exit, InputError, printable
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
@@ -201,7 +201,7 @@ def _taken(what: str, owner: Mapping[str, Any]) -> InputError:
 def _describe(owner: Mapping[str, Any]) -> str:
     if not owner:
         return "another process"
-    return f"process {owner.get('pid')} on {owner.get('host')}, begun {owner.get('started')},"
+    return printable(f"process {owner.get('pid')} on {owner.get('host')}, begun {owner.get('started')},")
 
 
 def _read(lock: Path) -> tuple[dict[str, Any], int | None]:
