@@ -70,3 +70,12 @@ def test_a_template_that_never_ends_is_named(folder):
     )
     with pytest.raises(InputError, match=rf"{folder}: the model's chat template takes more than .* steps"):
         reading.load_pretrained(folder)
+
+
+def test_a_regular_expression_over_its_limit_of_steps_is_an_error(folder):
+    slow = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False}
+    change(folder / "tokenizer.json", pre_tokenizer=slow)
+    tokenizer = reading.load_pretrained(folder)
+    assert tokenizer.decode(tokenizer.encode("aab")) == "aab"
+    with pytest.raises(InputError, match=r"tokenizer\.json: the tokenizer can't encode 'aaa.* retry-limit"):
+        tokenizer.encode("a" * 60)

@@ -4,7 +4,8 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,7 @@ from research.pretrained.peft import modules as modules_lib
 from research.pretrained.peft.experts import Experts
 from research.pretrained.peft.folder import CONFIG, Folder, naming, remedy
 from research.pretrained.peft.modules import Module
+from research.pretrained.peft.patterns import first_matching
 from research.pretrained.safetensors_file import Entry
 
 Params = Any
@@ -330,12 +332,14 @@ class _Lora:
         reader.finish()
         places: dict[str, list[int]] = collections.defaultdict(list)
         rank_pattern, alpha_pattern = {}, {}
+        names = [module.name.format(layer=layer) for module, layer, _ in reader.modules()]
+        alphas, ranks = (_by_name(values, names, reader.folder.where) for values in (alphas, ranks))
         for module, layer, entries in reader.modules():
             own_rank = module.rank(entries[_ending("A", module)].shape) if _ending("A", module) in entries else rank
             name = module.name.format(layer=layer)
             if isinstance(module, Experts):
-                self._check_experts(name, module, entries, ranks.get(_pattern_key(ranks, name), rank))
-            own_alpha = float(alphas.get(_pattern_key(alphas, name), alpha))
+                self._check_experts(name, module, entries, ranks.get(name, rank))
+            own_alpha = float(alphas.get(name, alpha))
             for path in module.paths:
                 places[path].append(0 if layer is None else layer)
                 key = path if layer is None else path.replace("layers/", f"layers/{layer}/", 1)
@@ -378,10 +382,13 @@ def _ending(letter: str, module: Module | Experts) -> str:
     return f"lora_embedding_{letter}" if module.paths == ("embed",) else f"lora_{letter}"
 
 
-def _pattern_key(patterns: Mapping[str, Any], name: str) -> str:
-    """The key of PEFT's rank_pattern or alpha_pattern for a module: the first that the end of its name matches."""
-    names = (name, experts_lib.current_name(name), f"{experts_lib.current_name(name)}.weight")
-    return next((key for key in patterns if any(re.match(rf"(.*\.)?({key})$", each) for each in names)), name)
+def _by_name(patterns: Mapping[str, Any], names: Sequence[str], where: Path) -> dict[str, Any]:
+    """Name of a module -> its value in PEFT's rank_pattern or alpha_pattern: that of the first key that the end of its
+    name matches. Modules without one are left out."""
+    values = list(patterns.values())
+    groups = [(name, now, f"{now}.weight") for name in names for now in [experts_lib.current_name(name)]]
+    found = first_matching([rf"(.*\.)?({key})" for key in patterns], groups, where) if values else []
+    return {name: values[i] for name, i in zip(names, found, strict=False) if i is not None}
 
 
 class _Ia3:
@@ -396,10 +403,12 @@ class _Ia3:
         reader.finish()
         places: dict[str, list[int]] = collections.defaultdict(list)
         inputs: dict[str, None] = {}
+        names = list(dict.fromkeys(module.name for module, _, _ in reader.modules()))
+        targets = _targeted(feedforward, names, reader.folder.where)
         for module, layer, _ in reader.modules():
             for path in module.paths:
                 places[path].append(0 if layer is None else layer)
-                if _is_target(feedforward, module.name):
+                if module.name in targets:
                     inputs[path.removeprefix("layers/")] = None
         options = {"kind": "ia3", "targets": _targets(places, reader.c), "inputs": "|".join(inputs)}
         return reader.make(options, functools.partial(self.leaves, list(inputs)))
@@ -418,11 +427,12 @@ class _Ia3:
         return leaves
 
 
-def _is_target(targets: Any, name: str) -> bool:
-    """Whether PEFT's target_modules or feedforward_modules name a module."""
+def _targeted(targets: Any, names: Sequence[str], where: Path) -> set[str]:
+    """Of modules, those that PEFT's target_modules or feedforward_modules name."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+        found = first_matching([targets], [(name,) for name in names], where)
+        return {name for name, i in zip(names, found, strict=True) if i is not None}
+    return {name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)}
 
 
 class _Vera:

@@ -96,7 +96,15 @@ class Tokenizer:
         return result
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:  # panics of the package aren't Exceptions
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(
+                f"tokenizer.json: the tokenizer can't encode {max(texts, key=len)!r:.60} ({error!s:.200}). A regular "
+                "expression in it may go over its limit of steps. Use the files of another."
+            ) from None
 
     @functools.cached_property
     def _adds_space(self) -> bool:
