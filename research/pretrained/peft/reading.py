@@ -403,12 +403,12 @@ class _Ia3:
         reader.finish()
         places: dict[str, list[int]] = collections.defaultdict(list)
         inputs: dict[str, None] = {}
-        names = list(dict.fromkeys(module.name for module, _, _ in reader.modules()))
+        names = [module.name.format(layer=layer) for module, layer, _ in reader.modules()]
         targets = _targeted(feedforward, names, reader.folder.where)
-        for module, layer, _ in reader.modules():
+        for name, (module, layer, _) in zip(names, reader.modules(), strict=True):
             for path in module.paths:
                 places[path].append(0 if layer is None else layer)
-                if module.name in targets:
+                if name in targets:
                     inputs[path.removeprefix("layers/")] = None
         options = {"kind": "ia3", "targets": _targets(places, reader.c), "inputs": "|".join(inputs)}
         return reader.make(options, functools.partial(self.leaves, list(inputs)))
