@@ -1,22 +1,26 @@
-"""Counterfactuals: one change of the config, some steps with it and without, and whether it helps."""
+"""Counterfactuals: one change of the config or of the batches, some steps with it and without, and whether it helps."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research import optim
 from research.config import Config
 from research.diagnosis import trial
-from research.diagnosis.subject import Subject
+from research.diagnosis.probes import perturb
+from research.diagnosis.subject import Batch, Params, Subject
 from research.diagnosis.types import Diagnosis, Finding, number
 from research.errors import InputError
 
 STEPS = 30
 _ALREADY = 1e-9  # losses that differ by less are the same
 _BETTER = 0.02  # a loss must be lower by this share of itself, and by twice its noise, to count as lower
+_MOVING = 1e-5  # of the parameters, that an update must be at least, for a twin to say something
+TWIN = "inputs_exchanged"  # the change of CHANGES that is of the batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +106,15 @@ def _option(name: str, change: Callable[[float], float]) -> Callable[[Config], C
     return make
 
 
+def exchanged(batch: Batch) -> Batch:
+    """The batch with the tokens of its prompts exchanged by chance; of plain text, with all but the first of each
+    document."""
+    real = batch["segment_ids"] > 0
+    prompts = real & (batch["loss_mask"] == 0) & (batch["positions"] > 0)
+    shown = jnp.where(jnp.any(prompts), prompts, real & (batch["positions"] > 0))
+    return {**batch, "tokens": perturb.letters(batch, shown)}
+
+
 CHANGES: Mapping[str, Change] = {
     "learning_rate_up": Change("learning rates 10 times higher", _times(10)),
     "learning_rate_far_up": Change("learning rates 1000 times higher", _times(1000)),
@@ -148,7 +161,14 @@ def confirm(subject: Subject, diagnosis: Diagnosis, steps: int = STEPS) -> Diagn
 def _tried(subject: Subject, finding: Finding, steps: int) -> Finding:
     """The finding after its change was tried, and where that doesn't help a stronger one."""
     named = finding.cause.counterfactual
-    if named not in CHANGES or subject.stage == "rl":
+    if subject.stage == "rl" and (named in CHANGES or named == TWIN):
+        text = f"nothing: of reinforcement learning {steps} steps say too little. Change one thing, and run it again."
+        return dataclasses.replace(finding, confirmation=text)
+    if named == TWIN:
+        outcome = twin(subject, steps)
+        level = "confirmed" if outcome.helps else finding.level
+        return dataclasses.replace(finding, level=level, confirmation=outcome.text)
+    if named not in CHANGES:
         return finding
     for name in (named, *_STRONGER.get(named, ())):
         outcome = compare(subject, CHANGES[name], steps)
@@ -184,6 +204,31 @@ def compare(subject: Subject, change: Change, steps: int = STEPS) -> Outcome:
     return Outcome(helps, without, changed, text)
 
 
+def twin(subject: Subject, steps: int = STEPS) -> Outcome:
+    """Takes steps from where the run is with inputs exchanged by chance, and without: where that costs nothing, targets
+    don't follow from inputs, which is what `helps` then says. Zhang et al. 2017, arXiv:1611.03530, exchange labels."""
+    own = subject.change_batch
+
+    def change(batch: Batch) -> Batch:
+        return exchanged(batch if own is None else own(batch))
+
+    with jax.set_mesh(subject.mesh):
+        here = begun(subject, subject.state.params)
+    records = trial.train(here, steps)[1]
+    moved = [record["train/update_ratio"] for record in records if "train/update_ratio" in record]
+    if not moved or float(np.median(moved)) < _MOVING:
+        text = f"with inputs exchanged by chance: {steps} steps at this learning rate change too little to tell."
+        return Outcome(False, math.nan, math.nan, text)
+    without, noise = _result(records)
+    changed, _ = _result(trial.train(dataclasses.replace(here, change_batch=change), steps)[1])
+    same = math.isfinite(changed) and not _is_lower(without, changed, noise)
+    text = (
+        f"with inputs exchanged by chance, {steps} steps end at a loss of {number(changed)}, and without at "
+        f"{number(without)}: {'the targets do not follow from the inputs' if same else 'the inputs matter'}."
+    )
+    return Outcome(same, without, changed, text)
+
+
 def restarted(subject: Subject, like: Subject | None = None) -> Subject:
     """The subject before its first step: with the first parameters of `like`, by default its own, where these are the
     same arrays, and a new optimizer."""
@@ -192,6 +237,11 @@ def restarted(subject: Subject, like: Subject | None = None) -> Subject:
     own = jax.tree.structure(subject.state.params)
     if jax.tree.structure(params) != own:  # the change trains something else
         params = subject.state.params
+    return begun(subject, params)
+
+
+def begun(subject: Subject, params: Params) -> Subject:
+    """The subject before a first step from some parameters, with a new optimizer and the beginning of the data."""
     key = jax.device_put(np.asarray(subject.state.key), subject.parts.state.key.sharding)
     state = subject.parts.init_state(jax.tree.map(lambda x: x.copy(), params), key)
     with subject.experience() as experience:

@@ -28,7 +28,6 @@ def derived(signals: Signals) -> dict[str, float]:
       loss_of_unigram: the last losses over the entropy of single targets.
       teacher_of_uniform, teacher_gap: the teacher's cross-entropy over the logarithm of the vocabulary, and less the
         student's as it began.
-      rope_gain: what another base of RoPE would lower the cross-entropy by, as a share.
       epochs: how many times the run has gone over its data.
       eval_rise, eval_fall: of the held-out loss from the first to the last evaluation.
       eval_gap: how much higher the held-out loss is than that of training, before training, as a share.
@@ -82,12 +81,11 @@ def _losses(s: Signals) -> list[tuple[str, float | None]]:
 
 
 def _models(s: Signals) -> list[tuple[str, float | None]]:
-    base, uniform, rope = s.get("probe/base_ce"), s.get("probe/uniform"), s.get("parameters/rope_base_loss")
+    base, uniform = s.get("probe/base_ce"), s.get("probe/uniform")
     return [
         ("base_of_uniform", _ratio(base, uniform)),
         ("teacher_of_uniform", _ratio(s.get("teacher/ce"), uniform)),
         ("teacher_gap", _less(s.get("teacher/ce"), base)),
-        ("rope_gain", _ratio(_less(s.get("probe/ce_recomputed"), rope), s.get("probe/ce_recomputed"))),
     ]
 
 

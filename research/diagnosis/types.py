@@ -109,7 +109,7 @@ class Cause:
       source: where it is described, or what it was measured on.
       observed: whether the signals are the fault itself (an empty mask), and not symptoms of it.
       explains: causes that follow from this one and rank below it.
-      counterfactual: the name of the change in confirm.CHANGES that shows it; "" where there is none.
+      counterfactual: the name of the change in confirm.CHANGES that shows it, or confirm.TWIN; "" where there is none.
       alike: the class of causes that no signal tells from this one; "" where it is alone.
     """
 

@@ -18,6 +18,17 @@ CAUSES = (
         counterfactual="learning_rate_down",
     ),
     Cause(
+        name="batch_not_learned",
+        group=GROUP,
+        stages=stages.TEXT,
+        predicts=(Prediction("probe/memorise", ">", 0.98),),
+        sureness=0.6,
+        remedy="look at what is trained, at the masks, and at how the model begins: 20 steps on one batch don't lower "
+        "its loss",
+        why="The model can't learn a batch by heart, whatever the learning rate.",
+        source="Karpathy 2019, A Recipe for Training Neural Networks (overfit one batch)",
+    ),
+    Cause(
         name="rate_below_range",
         group=GROUP,
         stages=stages.ON_DATA,

@@ -64,6 +64,7 @@ CAUSES = (
         remedy="read some targets beside their inputs (the diagnosis prints them): they don't depend on them",
         why="The loss ends at the entropy of single tokens: nothing in the inputs tells the targets.",
         source="Zhang et al. 2017, arXiv:1611.03530 (random labels)",
+        counterfactual="inputs_exchanged",
         alike="targets_without_structure",
     ),
     Cause(
@@ -80,6 +81,7 @@ CAUSES = (
         remedy="look at prompts beside their answers (the diagnosis prints some): the columns are out of step",
         why="The model has unlearned to read the prompt, since the answers that it is trained on are another prompt's.",
         source="measured by experiments/faults.py",
+        counterfactual="inputs_exchanged",
         alike="targets_without_structure",
     ),
     Cause(

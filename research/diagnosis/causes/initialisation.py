@@ -5,6 +5,7 @@ from research.diagnosis.types import Cause, Prediction
 
 GROUP = "initialisation"
 _LANGUAGE = ("pretrain", "sft", "distill", "preference")
+_OTHER_BASE = Prediction("parameters/rope_base_gain", ">", 0.02)
 
 CAUSES = (
     Cause(
@@ -70,6 +71,7 @@ CAUSES = (
         source="transformers warns of it in one line (newly initialized weights)",
         explains=(
             "wrong_rope_base",
+            "rope_base_misread",
             "random_labels",
             "weights_partly_loaded",
             "tokenizer_mismatch",
@@ -89,18 +91,30 @@ CAUSES = (
         remedy="look at the names of the checkpoint's tensors: some of them weren't read into the model",
         why="The run is to begin with a model, and some of its parameters aren't that one's.",
         source="transformers warns of it in one line (newly initialized weights)",
-        explains=("random_labels", "wrong_rope_base", "tokenizer_mismatch"),
+        explains=("random_labels", "wrong_rope_base", "rope_base_misread", "tokenizer_mismatch"),
     ),
     Cause(
         name="wrong_rope_base",
         group=GROUP,
         stages=_LANGUAGE,
         predicts=(Prediction("setup/init_from", "==", 1), Prediction("setup/rope_theta_of_base", "!=", 1.0)),
-        supports=(Prediction("rope_gain", ">", 0.02),),
+        supports=(_OTHER_BASE,),
         sureness=0.9,
         observed=True,
         remedy="leave --config.model.rope_theta at its default: the model that is named decides it",
         why="RoPE turns by another base than the model was trained with, so that it misjudges distances.",
+        source="Su et al. 2021, arXiv:2104.09864",
+        explains=("rope_base_misread", "tokenizer_mismatch", "answers_of_other_prompts"),
+    ),
+    Cause(
+        name="rope_base_misread",
+        group=GROUP,
+        stages=_LANGUAGE,
+        predicts=(Prediction("setup/init_from", "==", 1), _OTHER_BASE),
+        sureness=0.8,
+        remedy="--config.model.rope_theta=... that of the model's authors; its files say another (rope_theta in "
+        "config.json, rope.freq_base of a .gguf)",
+        why="The model predicts its data better with another base of RoPE than with the one that its files name.",
         source="Su et al. 2021, arXiv:2104.09864",
         explains=("tokenizer_mismatch", "answers_of_other_prompts"),
     ),

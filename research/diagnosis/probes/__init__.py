@@ -19,6 +19,7 @@ from research.diagnosis.probes import (
     perturb,
     positions,
     range_test,
+    rotation,
     setup,
     teachers,
     tokens,
@@ -27,7 +28,7 @@ from research.diagnosis.subject import Subject
 from research.diagnosis.types import Evidence
 
 # Of what a run doesn't change, and of what it does.
-STILL = (data, order, pairs, checkpoint, memorise, range_test)
+STILL = (data, order, pairs, checkpoint, rotation, memorise, range_test)
 MOVING = (setup, tokens, loss, perturb, positions, layers, parameters, teachers, optimizer)
 PROBES = (*STILL, *MOVING)
 

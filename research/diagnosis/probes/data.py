@@ -23,7 +23,8 @@ def measure(subject: Subject) -> Measured:
     data/constant_targets: the share of examples with a prompt that have the most frequent answer.
     data/empty: the share of examples with a prompt whose answer says nothing.
     data/cut: the share of examples of which the rows hold a part alone.
-    data/overlap: the share of held-out examples that are among those to train on.
+    data/overlap: the share of held-out examples that are among those to train on, but for case and white space; a run
+      takes out of its training data what is the same letter by letter.
     data/prompt_trained: the share of targets that are of prompts.
     """
     first = [each for each in subject.examples if each.side <= 0]
@@ -41,7 +42,9 @@ def measure(subject: Subject) -> Measured:
     if prompted:
         signals |= _answers(subject, prompted, rows)
     if subject.held_out and not subject.config.rewards:
-        signals["data/overlap"] = _overlap(subject)
+        seen = _seen(subject)
+        signals["data/overlap"] = len(seen) / len(subject.held_out)
+        rows["data/overlap"] = _shown(seen)
     if (share := _prompt_trained(subject)) is not None:
         signals["data/prompt_trained"] = share
     return Measured(signals, rows)
@@ -90,11 +93,17 @@ def _repeated(keys: Sequence[bytes]) -> list[int]:
     return again
 
 
-def _overlap(subject: Subject) -> float:
+def _seen(subject: Subject) -> list[Example]:
+    """The held-out examples that are among those to train on."""
     parts = subject.inputs.data.train
     most = max(_COMPARED // len(parts), 1)
-    known = {each.tokens.tobytes() for rows, _ in parts for each in examples.read(rows, subject.tokenizer, most)}
-    return sum(each.tokens.tobytes() in known for each in subject.held_out) / len(subject.held_out)
+    known = {_plain(each) for rows, _ in parts for each in examples.read(rows, subject.tokenizer, most)}
+    return [each for each in subject.held_out if _plain(each) in known]
+
+
+def _plain(example: Example) -> str:
+    """Prompt and response without case, and with single spaces."""
+    return " ".join(f"{example.prompt}{example.response}".casefold().split())
 
 
 def _prompt_trained(subject: Subject) -> float | None:

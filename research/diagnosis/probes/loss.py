@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import params as params_lib
-from research.diagnosis import trial
+from research.diagnosis import series, trial
 from research.diagnosis.probes.types import Measured
 from research.diagnosis.programs import OFFSETS, Reading
 from research.diagnosis.subject import Batch, Subject
@@ -18,6 +18,7 @@ from research.run import evaluation
 from research.train import means
 
 _BATCHES = 2
+_FIRST = ("grad_norm", "supervised_fraction", "supervised_rows", "empty_batch", "nonfinite")
 _WORK = 1.25e11  # parameters times tokens of a pass
 
 
@@ -29,13 +30,18 @@ def measure(subject: Subject) -> Measured:
     probe/offset_K: the same of the tokens K places on from the position that predicts, for K of -1, 0 and 2.
     probe/entropy, probe/accuracy: of these predictions, the mean.
     probe/unigram: the entropy of the supervised tokens, taken singly; probe/uniform: the logarithm of the vocabulary.
+
+    Before a run also what the series of some metrics gives, of these steps: the gradient's norms, what is supervised,
+    and whether all is finite.
     """
     batches = tuple(few_rows(subject, batch) for batch in subject.batches[:_BATCHES])
     signals: dict[str, float] = {"probe/uniform": math.log(subject.tokenizer.size)}
     if on_data(subject.terms, subject.config.rollout.pairs) and not subject.config.rewards:
         whole = subject.batches[:_BATCHES]
         signals["probe/loss"] = _evaluated(subject, whole)
-        signals["probe/loss_train_mode"] = _in_training(subject, whole)
+        records = _in_training(subject, whole)
+        signals["probe/loss_train_mode"] = float(np.mean([record.get("loss", math.nan) for record in records]))
+        signals |= {} if subject.started else _first_metrics(records)
     if subject.models["policy"].config.num_labels or not subject.models["policy"].config.causal:
         return Measured(_known(signals))
     weights = [_weights(subject, batch) for batch in batches]
@@ -130,13 +136,24 @@ def _evaluated(subject: Subject, batches: tuple[Batch, ...]) -> float:
     return evaluation.whole_loss(terms, means(parts)).get("loss", math.nan)
 
 
-def _in_training(subject: Subject, batches: tuple[Batch, ...]) -> float:
-    """The loss that a step gives before its update."""
-    rates, losses = trial.scaled(subject, 1.0), []
+def _in_training(subject: Subject, batches: tuple[Batch, ...]) -> list[dict[str, float]]:
+    """The metrics of a step on each batch, before its update."""
+    rates, records = trial.scaled(subject, 1.0), []
     for batch in batches:
         _, out = subject.parts.step(trial.copied(subject.state), subject.frozen, batch, rates)
-        losses.append(means([jax.device_get(out)]).get("loss", math.nan))
-    return float(np.mean(losses))
+        records.append(means([jax.device_get(out)]))
+    return records
+
+
+def _first_metrics(records: list[dict[str, float]]) -> dict[str, float]:
+    """Those of metrics that need no update to say something."""
+    signals = {}
+    for name in dict.fromkeys(name for record in records for name in record):
+        if name.partition("/")[0] not in _FIRST:
+            continue
+        made = series.summary([record[name] for record in records if name in record])
+        signals |= {f"{name}.{what}": made[what] for what in ("max", "min", "mean", "median") if what in made}
+    return signals
 
 
 def _known(signals: dict[str, float]) -> dict[str, float]:

@@ -83,15 +83,15 @@ def _prompts(subject: Subject, batch: Batch, params: dict) -> float:
     ends = jnp.asarray(subject.tokenizer.stop, jnp.int32)
     answer = (batch["loss_mask"] > 0) & (batch["segment_ids"] > 0)
     shown = (batch["segment_ids"] > 0) & ~answer & (batch["positions"] > 0)
-    changed = {**batch, "tokens": jnp.where(shown, _letters(batch, shown), batch["tokens"])}
+    changed = {**batch, "tokens": jnp.where(shown, letters(batch, shown), batch["tokens"])}
     weights = jnp.pad(answer[:, 1:], ((0, 0), (0, 1))) & (batch["segment_ids"] > 0)
     own, other = (subject.programs.read("policy", params, each, ends).nll for each in (batch, changed))
     total, count = jax.device_get((jnp.sum(jnp.where(weights, other - own, 0.0)), jnp.sum(weights)))
     return float(total / count) if count else float("nan")
 
 
-def _letters(batch: Batch, shown: jax.Array) -> jax.Array:
-    """The prompts' own tokens, exchanged over the batch by chance, the same each time."""
+def letters(batch: Batch, shown: jax.Array) -> jax.Array:
+    """The tokens of the batch, those at some places exchanged by chance, the same each time."""
     flat, mask = batch["tokens"].reshape(-1), shown.reshape(-1)
     chance = jax.random.uniform(jax.random.PRNGKey(0), flat.shape)
     source = jnp.argsort(jnp.where(mask, chance, 2.0))  # places of prompts, in an order by chance, come first

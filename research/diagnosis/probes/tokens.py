@@ -15,6 +15,7 @@ from research.diagnosis.probes.types import Measured
 from research.diagnosis.subject import Subject
 from research.sources import entries
 from research.sources import spec as spec_lib
+from research.sources.tokenizers import Tokenizer
 
 _TEXTS = 64
 _FIELDS = ("text", "prompt", "response", "chosen", "rejected")
@@ -26,7 +27,8 @@ def measure(subject: Subject) -> Measured:
     tokens/round_trip: the share of the data's texts that come back from their tokens as they were.
     tokens/unknown: the share of tokens that stand for what the tokenizer doesn't know.
     tokens/double_bos: the share of documents whose first two tokens are both the one that begins a text.
-    tokens/end_supervised: the share of answers that end with a token that ends an answer, and have it as a target.
+    tokens/end_supervised: the share of answers that end with a token that ends an answer, and have it as a target;
+      white space may follow, as a template writes it between turns.
     tokens/p_end: the probability of these tokens where an answer ends, the geometric mean.
     tokens/untrained: the share of the batches' tokens whose embedding is far larger or smaller than others.
     """
@@ -86,34 +88,41 @@ def _ends(subject: Subject, batch: dict[str, np.ndarray]) -> dict[str, float]:
     """What is told of the ends of answers; nothing where the data is plain text, or answers have yet to be drawn."""
     if subject.config.rewards or not any(not e.plain and e.label is None for e in subject.examples):
         return {}
-    segments, real = batch["segment_ids"], batch["segment_ids"] > 0
-    last = real & np.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    real = batch["segment_ids"] > 0
     fields = {field for term in subject.terms.values() for field in term.objective.fields}
-    counted = batch["loss_mask"] > 0 if "loss_mask" in fields or "pair" in fields else real
-    answered = last & _of_document(counted, segments)
-    if not answered.any():
+    counted = real & (batch["loss_mask"] > 0) if "loss_mask" in fields or "pair" in fields else real
+    answers = list(_answers(subject.tokenizer, batch, counted))
+    if not answers:
         return {}
-    ends = np.isin(batch["tokens"], list(subject.tokenizer.stop))
-    signals = {"tokens/end_supervised": float(np.mean((ends & counted)[answered]))}
+    signals = {"tokens/end_supervised": float(np.mean([supervised for _, _, supervised in answers]))}
     if subject.models["policy"].config.num_labels:
         return signals
     few = loss.few_rows(subject, subject.batches[0])
     stop = jnp.asarray(subject.tokenizer.stop, jnp.int32)
-    reading = subject.programs.read("policy", subject.params, few, stop)
-    size = len(few["tokens"])
-    before = (last & ends)[:size, 1:]
-    if before.any():
-        values = np.asarray(jax.device_get(reading.end))[:, :-1][before]
+    before = [(row, place - 1) for row, place, _ in answers if row < len(few["tokens"]) and place > 0]
+    if before:
+        reading = subject.programs.read("policy", subject.params, few, stop)
+        values = np.asarray(jax.device_get(reading.end))[tuple(np.transpose(before))]
         signals["tokens/p_end"] = float(np.exp(np.mean(values)))
     return signals
 
 
-def _of_document(counted: np.ndarray, segments: np.ndarray) -> np.ndarray:
-    """Whether anything of each token's document counts."""
-    there = np.zeros(segments.shape, bool)
-    for i, (own, numbers) in enumerate(zip(counted, segments, strict=True)):
-        there[i] = np.isin(numbers, np.unique(numbers[own]))
-    return there
+def _answers(
+    tokenizer: Tokenizer, batch: dict[str, np.ndarray], counted: np.ndarray
+) -> Iterator[tuple[int, int, bool]]:
+    """(row, place, whether it is a target) of the token that ends the last answer of each document in which something
+    counts. The place is -1 where no such token follows what counts."""
+    ends = np.isin(batch["tokens"], list(tokenizer.stop))
+    for row, segments in enumerate(batch["segment_ids"]):
+        for number in np.unique(segments[counted[row]]):
+            places = np.flatnonzero(segments == number)
+            last = places[counted[row, places]][-1]
+            within = places[(places <= last) & ends[row, places] & counted[row, places]]
+            if len(within) and not tokenizer.decode(batch["tokens"][row, within[-1] + 1 : last + 1].tolist()).strip():
+                yield row, int(within[-1]), True
+            else:
+                after = places[(places > last) & ends[row, places]]
+                yield row, int(after[0]) if len(after) else -1, False
 
 
 def _untrained(subject: Subject, batch: dict[str, np.ndarray]) -> dict[str, float]:

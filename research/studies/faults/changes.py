@@ -224,6 +224,11 @@ def without_positions(model: Any) -> Callable[..., Any]:
     return lambda params, batch: model.hidden(params, {**batch, "positions": jnp.zeros_like(batch["positions"])})
 
 
+def other_base(model: Any) -> Callable[..., Any]:
+    """A pass with another base of RoPE than the one that the config names."""
+    return functools.partial(transformer.hidden, dataclasses.replace(model.config, rope_theta=20.0), model.rules)
+
+
 def dropping(rate: float) -> Callable[[Any], Callable[..., Any]]:
     """A pass of which so much of the last hidden states is left out; of a batch the same each time."""
 

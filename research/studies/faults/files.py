@@ -7,7 +7,7 @@ the study, dev and test, have other tasks, texts and seeds.
   sorted.jsonl, other.jsonl      the texts of text.jsonl in an order, and texts of another kind
   tasks.jsonl, eval.jsonl        prompts with answers, and held-out ones
   known.jsonl                    prompts that models have learned to answer before
-  conflicts, duplicates, shuffled, constant, empty, long, few, tiny_eval
+  conflicts, duplicates, shuffled, constant, empty, long, few, tiny_eval, near_eval
                                  tasks.jsonl or eval.jsonl with a fault
   pairs.jsonl, pairs_eval.jsonl  preferences
   same, longer, shorter, chance  pairs.jsonl with a fault
@@ -91,6 +91,7 @@ def contents(part: str) -> dict[str, list[Record]]:
         "long": [{**record, "response": " ".join([record["response"]] * rng.randint(2, 30))} for record in train],
         "few": train[:100],
         "tiny_eval": held_out[:3],
+        "near_eval": [{**record, "prompt": record["prompt"].replace(" ", "  ")} for record in train[:_HELD_OUT]],
         "pairs": pairs[:_RECORDS],
         "pairs_eval": pairs[_RECORDS:],
         "same": [{**pair, "rejected": pair["chosen"]} for pair in pairs[:_RECORDS]],

@@ -138,6 +138,7 @@ OTHERS: tuple[Plant, ...] = (
     Plant("weights_not_loaded", ("text",), subject=_policy(changes.drawn_anew(False))),
     Plant("weights_partly_loaded", ("text",), subject=_policy(changes.drawn_anew(True))),
     Plant("wrong_rope_base", ("text",), {"model.rope_theta": 20.0}),
+    Plant("rope_base_misread", ("text",), parts=changes.with_hidden(changes.other_base)),
     Plant("init_too_large", ("scratch",), {"model.init_std": 0.5}),
     Plant("init_all_zero", ("scratch",), {"model.init_std": 0.0}),
     Plant(
@@ -183,6 +184,7 @@ OTHERS: tuple[Plant, ...] = (
     ),
     Plant("evaluation_too_small", ("sft",), {"data.eval_path": "{data}/tiny_eval.jsonl"}),
     Plant("average_lags", ("text",), {"ema_decay": 0.99999}),
+    Plant("evaluation_seen_in_training", ("sft",), {"data.eval_path": "{data}/near_eval.jsonl"}),
     Plant("evaluation_of_other_data", ("text",), {"data.eval_path": "{data}/other.jsonl"}),
 )
 
@@ -192,8 +194,8 @@ PLANTS = (*SIGNED, *OTHERS)
 UNPLANTED: dict[str, str] = {
     "rate_above_range": "is seen before a run; lr_too_high is planted",
     "rate_below_range": "is seen before a run; lr_too_small is planted",
+    "batch_not_learned": "is seen before a run; frozen_all is planted",
     "unknown_tokens": "the tokenizers of the study know every byte",
     "adapter_matched_nothing": "a run refuses such a config before it begins",
-    "evaluation_seen_in_training": "a run takes held-out records out of its training data",
     "sampler_gap": "the only engine of the study is the trainer's own model",
 }
