@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from research import params as params_lib
-from research.objectives import terms as terms_lib
+from research.devices import compilation
 from research.objectives.types import Forward, next_token_targets
 from research.ops.head import Head
 from research.run.assemble import Parts
@@ -62,8 +62,19 @@ class Programs:
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function of a module whose first argument is the run's parts, jitted once; it takes the others."""
         if function not in self._jitted:
-            self._jitted[function] = jax.jit(functools.partial(function, self.parts))
+            options = compilation.compiler_options(self.mesh)
+            self._jitted[function] = jax.jit(functools.partial(function, self.parts), compiler_options=options)
         return self._jitted[function]
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.parts.state.step.sharding.mesh
+
+    @functools.cached_property
+    def evaluate(self) -> Callable[..., Any]:
+        """The evaluation, compiled as fast as other probes are; see assemble.Parts."""
+        options = compilation.compiler_options(self.mesh)
+        return jax.jit(inspect.unwrap(self.parts.evaluate), compiler_options=options)
 
     @functools.cached_property
     def read(self) -> Callable[..., Reading]:
@@ -72,19 +83,7 @@ class Programs:
         def read(role: str, params: Params, batch: Batch, ends: Int[Array, " N"]) -> Reading:
             return reading(Forward(self.parts.models, params, batch), role, ends)
 
-        return jax.jit(read, static_argnums=0)
-
-    @functools.cached_property
-    def gradients(self) -> Callable[..., tuple[Params, dict[str, Any]]]:
-        """(state, frozen, batch) -> (gradient by what is trained, the terms' metrics)."""
-
-        def gradients(state: Any, frozen: Params, batch: Batch) -> tuple[Params, dict[str, Any]]:
-            key = jax.random.fold_in(state.key, state.step)
-            inputs = terms_lib.Inputs(key, state.step, terms_lib.row_numbers(batch), state.carry)
-            grads, outs = self.step.gradients(state.params, {**frozen, **state.synced}, batch, inputs)
-            return grads, terms_lib.metrics(self.parts.terms, outs, state.step)
-
-        return jax.jit(gradients)
+        return jax.jit(read, static_argnums=0, compiler_options=compilation.compiler_options(self.mesh))
 
 
 def reading(forward: Forward, role: str, ends: Int[Array, " N"]) -> Reading:

@@ -15,6 +15,9 @@ from research.run import assemble, evaluation
 from research.train import TrainState, means
 
 Record = dict[str, float]
+_FLOPS = 2.5e11  # that the steps of all probes may take together, some seconds on two cores
+_STEPS_BEFORE, _STEPS_AFTER = 41, 6  # that they make, before a run and of one that has begun
+_TOKENS = 512
 
 
 def train(
@@ -66,7 +69,7 @@ def held_out_scores(subject: Subject, state: TrainState) -> Record:
     frozen = {**subject.frozen, **state.synced}
     for number, batch in enumerate(subject.eval_batches):
         first = jnp.asarray(number * subject.config.batch_size, jnp.int32)
-        parts.append(subject.parts.evaluate(state.params, frozen, batch, key, state.carry, first))
+        parts.append(subject.programs.evaluate(state.params, frozen, batch, key, state.carry, first))
     scores = evaluation.whole_loss(terms, means(parts))
     return {f"eval/{name}": value for name, value in scores.items()}
 
@@ -77,6 +80,29 @@ def scaled(subject: Subject, factor: float) -> Rates:
     return {name: jax.device_put(np.asarray(rate) * factor, rate.sharding) for name, rate in own.items()}
 
 
+def row_flops(subject: Subject) -> float:
+    """The model FLOPs of a train step on one row."""
+    length = subject.config.seq_len
+    return length * sum(each.total for each in subject.parts.roles.flops(length).values())
+
+
+def few_rows(subject: Subject, batch: Batch) -> Batch:
+    """The first rows of a batch, so many that what probes do with them takes some seconds on a few cores, but those of
+    _TOKENS tokens at least. All of them on other machines, and where devices or microbatches share rows."""
+    rows, length = batch["tokens"].shape
+    shared = subject.mesh.size > 1 or subject.config.microbatches > 1
+    if shared or subject.mesh.devices.flat[0].platform != "cpu":
+        return batch
+    steps = _STEPS_AFTER if subject.started else _STEPS_BEFORE
+    count = max(int(_FLOPS / (steps * row_flops(subject))), -(-_TOKENS // length), 1)
+    return batch if count >= rows else {name: values[:count] for name, values in batch.items()}
+
+
 def copied(state: TrainState) -> TrainState:
     """A state that the step may write over."""
+    return _copied(state)
+
+
+@jax.jit
+def _copied(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)

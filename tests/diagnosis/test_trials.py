@@ -8,7 +8,7 @@ import pytest
 import subjects
 
 from research.diagnosis import confirm, trial
-from research.diagnosis.probes import memorise, range_test
+from research.diagnosis.probes import range_test
 from research.diagnosis.types import Cause, Diagnosis, Evidence, Finding
 
 RATE = 1e-5  # of the subject, a thousandth of what would do
@@ -42,10 +42,10 @@ def test_a_constant_rate_is_what_the_step_takes(subject):
 
 def test_a_batch_is_learned_by_heart_unless_nothing_leads_there(subject):
     with jax.set_mesh(subject.mesh):
-        learned = memorise.measure(subject).signals["probe/memorise"]
+        learned = range_test.measure(subject).signals["probe/memorise"]
         frozen = jax.tree.map(lambda x: x * 0, subject.state.params)
         dead = dataclasses.replace(subject, state=subject.state.replace(params=frozen))
-        stuck = memorise.measure(dead).signals["probe/memorise"]
+        stuck = range_test.measure(dead).signals["probe/memorise"]
     assert learned < 0.9
     assert stuck > 0.99
 

@@ -13,7 +13,7 @@ CAUSES = (
         predicts=(Prediction("range/diverges_at", "<=", 1.0), Prediction("range/own_over_best", ">=", 10.0)),
         sureness=0.8,
         remedy="--config.optimizer.learning_rate=... what range/best says, or less",
-        why="At the config's learning rate the loss rises within two passes over four batches; a tenth lowers it.",
+        why="At the config's learning rate the loss of a batch rises within six updates on it; a tenth lowers it.",
         source="a range test (Smith 2017, arXiv:1506.01186)",
         counterfactual="learning_rate_down",
     ),
@@ -23,9 +23,8 @@ CAUSES = (
         stages=stages.TEXT,
         predicts=(Prediction("probe/memorise", ">", 0.98),),
         sureness=0.6,
-        remedy="look at what is trained, at the masks, and at how the model begins: 20 steps on one batch don't lower "
-        "its loss",
-        why="The model can't learn a batch by heart, whatever the learning rate.",
+        remedy="look at what is trained, at the masks, and at how the model begins",
+        why="Some updates on one batch don't lower its loss, whatever the learning rate.",
         source="Karpathy 2019, A Recipe for Training Neural Networks (overfit one batch)",
     ),
     Cause(

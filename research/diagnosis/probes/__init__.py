@@ -11,7 +11,6 @@ from research.diagnosis.probes import (
     data,
     layers,
     loss,
-    memorise,
     optimizer,
     order,
     pairs,
@@ -28,7 +27,7 @@ from research.diagnosis.subject import Subject
 from research.diagnosis.types import Evidence
 
 # Of what a run doesn't change, and of what it does.
-STILL = (data, order, pairs, checkpoint, rotation, memorise, range_test)
+STILL = (data, order, pairs, checkpoint, rotation, range_test)
 MOVING = (setup, tokens, loss, perturb, positions, layers, parameters, teachers, optimizer)
 PROBES = (*STILL, *MOVING)
 

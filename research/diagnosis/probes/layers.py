@@ -14,13 +14,14 @@ from research.ops import moe
 from research.run.assemble import Parts
 
 _ROWS = 4  # of a batch that are looked at
+_LAYERS = 4  # that are looked at, evenly over all
 _SEEN = 8  # tokens that one must see, to have a choice
 
 
 def measure(subject: Subject) -> Measured:
     """
     probe/attention_entropy: the entropy of attention over the logarithm of how many tokens are seen, the mean over
-      heads, layers and tokens that see at least 8; probe/attention_entropy_least: of the layer with the least.
+      heads, some layers and tokens that see at least 8; probe/attention_entropy_least: of the layer with the least.
     probe/router_load: of a mixture of experts, the share of tokens that go to the experts that most go to, as many as a
       token goes to.
     probe/dead_units: the share of the MLPs' units that are 0 for all tokens of some rows, where these can be.
@@ -43,10 +44,10 @@ def measure(subject: Subject) -> Measured:
 
 
 def _read(parts: Parts, params: dict, batch: Batch) -> tuple[Array, Array, Array]:
-    """Of each layer the entropy of attention, the share of dead units and the routers' load, [L] each; [0] where no
+    """Of some layers the entropy of attention, the share of dead units and the routers' load, [L] each; [0] where no
     unit can be dead, and without experts."""
     model = parts.models["policy"]
-    layers = range(1, model.config.num_layers + 1)
+    layers = np.unique(np.linspace(1, model.config.num_layers, _LAYERS).astype(int)).tolist()
     _, states = model.hidden_at(params, batch, tuple(number - 1 for number in layers))
     entropies = [_entropy(model, params, x, batch, n) for x, n in zip(states, layers, strict=True)]
     dies = model.config.mlp == "relu" and not model.config.num_experts and model.config.block == "pre"

@@ -19,7 +19,6 @@ from research.train import means
 
 _BATCHES = 2
 _FIRST = ("grad_norm", "supervised_fraction", "supervised_rows", "empty_batch", "nonfinite")
-_WORK = 1.25e11  # parameters times tokens of a pass
 
 
 def measure(subject: Subject) -> Measured:
@@ -34,12 +33,11 @@ def measure(subject: Subject) -> Measured:
     Before a run also what the series of some metrics gives, of these steps: the gradient's norms, what is supervised,
     and whether all is finite.
     """
-    batches = tuple(few_rows(subject, batch) for batch in subject.batches[:_BATCHES])
+    batches = tuple(trial.few_rows(subject, batch) for batch in subject.batches[:_BATCHES])
     signals: dict[str, float] = {"probe/uniform": math.log(subject.tokenizer.size)}
     if on_data(subject.terms, subject.config.rollout.pairs) and not subject.config.rewards:
-        whole = subject.batches[:_BATCHES]
-        signals["probe/loss"] = _evaluated(subject, whole)
-        records = _in_training(subject, whole)
+        signals["probe/loss"] = _evaluated(subject, batches)
+        records = _in_training(subject, batches)
         signals["probe/loss_train_mode"] = float(np.mean([record.get("loss", math.nan) for record in records]))
         signals |= {} if subject.started else _first_metrics(records)
     if subject.models["policy"].config.num_labels or not subject.models["policy"].config.causal:
@@ -69,13 +67,6 @@ def whole_initial(subject: Subject) -> Any:
     if not subject.started:
         return None
     return params_lib.join(subject.initial(), {**subject.frozen, **subject.state.synced})
-
-
-def few_rows(subject: Subject, batch: Batch) -> Batch:
-    """So many of the batch's rows that a pass takes some seconds on a few cores, at least one."""
-    size = sum(x.size for x in jax.tree.leaves(subject.params["policy"]))
-    rows = max(1, int(_WORK / max(size, 1) / batch["tokens"].shape[1]))
-    return batch if rows >= batch["tokens"].shape[0] else {name: value[:rows] for name, value in batch.items()}
 
 
 def supervised(subject: Subject, batch: Batch) -> jax.Array:
@@ -128,7 +119,7 @@ def _evaluated(subject: Subject, batches: tuple[Batch, ...]) -> float:
     terms = on_data(subject.terms, subject.config.rollout.pairs)
     size = subject.config.batch_size
     parts = [
-        subject.parts.evaluate(
+        subject.programs.evaluate(
             subject.state.params, frozen, batch, key, subject.state.carry, jnp.asarray(i * size, jnp.int32)
         )
         for i, batch in enumerate(batches)

@@ -23,7 +23,8 @@ def measure(subject: Subject) -> Measured:
     if (count := _count(subject.state.opt_state)) is not None and int(subject.state.updates) > 0:
         signals["optimizer/count"] = count / int(subject.state.updates)
     if not subject.config.rewards:
-        falls = [fall for batch in subject.batches[:_BATCHES] if (fall := _descent(subject, batch)) is not None]
+        few = [trial.few_rows(subject, batch) for batch in subject.batches[:_BATCHES]]
+        falls = [fall for batch in few if (fall := _descent(subject, batch)) is not None]
         if falls:
             signals["optimizer/descent"] = float(np.mean(falls))
     return Measured(signals)

@@ -1,9 +1,12 @@
 """What predictions change with: later tokens, other documents, the prompt."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.diagnosis import trial
 from research.diagnosis.probes import loss
 from research.diagnosis.probes.types import Measured
 from research.diagnosis.subject import Batch, Subject
@@ -22,7 +25,7 @@ def measure(subject: Subject) -> Measured:
     policy = subject.models["policy"].config
     if not policy.causal:
         return Measured({})
-    batch, params = loss.few_rows(subject, subject.batches[0]), subject.params
+    batch, params = trial.few_rows(subject, subject.batches[0]), subject.params
     signals = {"probe/future_leak": _future(subject, batch)}
     if (leak := _documents(subject, batch)) is not None:
         signals["probe/document_leak"] = leak
@@ -45,51 +48,60 @@ def _hidden(parts: Parts, params: dict, batch: Batch) -> jax.Array:
     return Forward(parts.models, params, batch).hidden("policy").astype(jnp.float32)
 
 
-def _others(subject: Subject, batch: Batch) -> jax.Array:
-    """Other tokens for each place: those of another row."""
+@functools.partial(jax.jit, static_argnums=2)
+def _others(batch: Batch, where: jax.Array, size: int) -> Batch:
+    """The batch with other tokens at some places: those of another row.
+
+    Args:
+      batch: to change.
+      where: the places, [B, T].
+      size: of the vocabulary.
+    """
     tokens = jnp.roll(batch["tokens"], 1, axis=0) if batch["tokens"].shape[0] > 1 else batch["tokens"][:, ::-1]
-    return jnp.where(tokens == batch["tokens"], (tokens + 1) % subject.tokenizer.size, tokens)
+    tokens = jnp.where(tokens == batch["tokens"], (tokens + 1) % size, tokens)
+    return {**batch, "tokens": jnp.where(where, tokens, batch["tokens"])}
 
 
-def _change(a: jax.Array, b: jax.Array, where: jax.Array) -> float:
-    """The largest change at some places, over the root mean square of the states."""
-    apart = jnp.max(jnp.where(where[..., None], jnp.abs(a - b), 0.0))
-    size = jnp.sqrt(jnp.mean(jnp.square(a)))
-    apart, size = jax.device_get((apart, size))
+@jax.jit
+def _apart(a: jax.Array, b: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest change at some places, and the root mean square of the states."""
+    return jnp.max(jnp.where(where[..., None], jnp.abs(a - b), 0.0)), jnp.sqrt(jnp.mean(jnp.square(a)))
+
+
+def _leak(subject: Subject, batch: Batch, changed: np.ndarray, watched: np.ndarray) -> float:
+    """By how much states change at the places that are watched where the tokens at others are changed."""
+    other = _others(batch, changed, subject.tokenizer.size)
+    apart, size = jax.device_get(_apart(hidden(subject, batch), hidden(subject, other), watched))
     return float(apart / size) if size > 0 else 0.0
 
 
 def _future(subject: Subject, batch: Batch) -> float:
     half = batch["tokens"].shape[1] // 2
-    place = jnp.arange(batch["tokens"].shape[1])[None]
-    later = (place >= half) & (batch["segment_ids"] > 0)
-    changed = {**batch, "tokens": jnp.where(later, _others(subject, batch), batch["tokens"])}
-    before = (place < half) & (batch["segment_ids"] > 0)
-    return _change(hidden(subject, batch), hidden(subject, changed), before)
+    place, real = np.arange(batch["tokens"].shape[1])[None], np.asarray(batch["segment_ids"]) > 0
+    return _leak(subject, batch, (place >= half) & real, (place < half) & real)
 
 
 def _documents(subject: Subject, batch: Batch) -> float | None:
     """The first document of each row is another; the change in those that follow. None where no row has several."""
-    segments = batch["segment_ids"]
-    first, rest = segments == 1, segments > 1
-    if not bool(jnp.any(rest)):
-        return None
-    changed = {**batch, "tokens": jnp.where(first, _others(subject, batch), batch["tokens"])}
-    return _change(hidden(subject, batch), hidden(subject, changed), rest)
+    segments = np.asarray(batch["segment_ids"])
+    return _leak(subject, batch, segments == 1, segments > 1) if (segments > 1).any() else None
 
 
 def _prompts(subject: Subject, batch: Batch, params: dict) -> float:
     """How much the cross-entropy of answers rises with other prompts."""
     ends = jnp.asarray(subject.tokenizer.stop, jnp.int32)
-    answer = (batch["loss_mask"] > 0) & (batch["segment_ids"] > 0)
-    shown = (batch["segment_ids"] > 0) & ~answer & (batch["positions"] > 0)
-    changed = {**batch, "tokens": jnp.where(shown, letters(batch, shown), batch["tokens"])}
-    weights = jnp.pad(answer[:, 1:], ((0, 0), (0, 1))) & (batch["segment_ids"] > 0)
-    own, other = (subject.programs.read("policy", params, each, ends).nll for each in (batch, changed))
-    total, count = jax.device_get((jnp.sum(jnp.where(weights, other - own, 0.0)), jnp.sum(weights)))
-    return float(total / count) if count else float("nan")
+    real, mask = np.asarray(batch["segment_ids"]) > 0, np.asarray(batch["loss_mask"]) > 0
+    answer = mask & real
+    shown = real & ~answer & (np.asarray(batch["positions"]) > 0)
+    weights = np.pad(answer[:, 1:], ((0, 0), (0, 1))) & real
+    if not weights.any():
+        return float("nan")
+    changed = {**batch, "tokens": letters(batch, shown)}
+    own, other = (np.asarray(subject.programs.read("policy", params, each, ends).nll) for each in (batch, changed))
+    return float(np.mean((other - own)[weights], dtype=np.float64))
 
 
+@jax.jit
 def letters(batch: Batch, shown: jax.Array) -> jax.Array:
     """The tokens of the batch, those at some places exchanged by chance, the same each time."""
     flat, mask = batch["tokens"].reshape(-1), shown.reshape(-1)

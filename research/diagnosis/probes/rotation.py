@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from research.diagnosis import trial
 from research.diagnosis.probes import loss
 from research.diagnosis.probes.types import Measured
 from research.diagnosis.programs import Batch, Params, reading
@@ -30,7 +31,7 @@ def measure(subject: Subject) -> Measured:
     reads_tokens = policy.causal and not policy.num_labels
     if not subject.config.model.init_from or policy.positions != "rope" or not reads_tokens or subject.config.rewards:
         return Measured({})
-    batch = loss.few_rows(subject, subject.batches[0])
+    batch = trial.few_rows(subject, subject.batches[0])
     weights = np.asarray(jax.device_get(loss.supervised(subject, batch)), np.float64)
     if not weights.sum():
         return Measured({})

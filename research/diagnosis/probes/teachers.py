@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.diagnosis import trial
 from research.diagnosis.probes import loss
 from research.diagnosis.probes.types import Measured
 from research.diagnosis.subject import Subject
@@ -47,7 +48,7 @@ def _comparable(subject: Subject, role: str) -> bool:
 def _compared(subject: Subject, role: str, began: dict) -> tuple[float, float]:
     """A role's cross-entropy, and how far it is from that of the policy as it began."""
     ends, total, apart, count = jnp.asarray(subject.tokenizer.stop, jnp.int32), 0.0, 0.0, 0.0
-    for batch in (loss.few_rows(subject, batch) for batch in subject.batches[:2]):
+    for batch in (trial.few_rows(subject, batch) for batch in subject.batches[:2]):
         _, weights = next_token_targets(batch, batch["loss_mask"])
         other = subject.programs.read(role, subject.params, batch, ends).nll
         policy = subject.programs.read("policy", began, batch, ends).nll

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import config as config_lib
-from research.diagnosis.probes import loss
+from research.diagnosis import trial
 from research.diagnosis.probes.types import Measured
 from research.diagnosis.subject import Subject
 from research.sources import entries
@@ -97,7 +97,7 @@ def _ends(subject: Subject, batch: dict[str, np.ndarray]) -> dict[str, float]:
     signals = {"tokens/end_supervised": float(np.mean([supervised for _, _, supervised in answers]))}
     if subject.models["policy"].config.num_labels:
         return signals
-    few = loss.few_rows(subject, subject.batches[0])
+    few = trial.few_rows(subject, subject.batches[0])
     stop = jnp.asarray(subject.tokenizer.stop, jnp.int32)
     before = [(row, place - 1) for row, place, _ in answers if row < len(few["tokens"]) and place > 0]
     if before:

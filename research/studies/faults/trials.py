@@ -35,7 +35,7 @@ from research.studies.faults.plants import Plant
 TRIALS_FILE = "trials.jsonl"
 HEALTHY = "healthy"
 _DIGITS = 7
-_TRIED = (probes.memorise, probes.range_test)  # which train for some steps, as the run then does
+_TRIED = (probes.range_test,)  # which trains for some steps, as the run then does
 
 COMMAND = cli.Command(
     "faults.trials",
