@@ -39,6 +39,11 @@ class Sample(NamedTuple):
     utility: float | None = None
     marked: tuple[str, str] | None = None
 
+    def parts(self) -> dict[str, Any]:
+        """What a report shows of it: prompt, answers and the expected one."""
+        prompt, completion = self.marked or (self.prompt, self.completion)
+        return {"prompt": prompt, "answers": [{"text": completion, "right": self.correct}], "expected": self.expected}
+
     def __str__(self) -> str:
         verdict = "right" if self.correct else f"wrong, expected {self.expected!r}"
         prompt, completion = self.marked or (self.prompt, self.completion)

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,11 @@ class Answers(NamedTuple):
     completions: list[str]
     correct: list[bool]
     task: str = ""
+
+    def parts(self) -> dict[str, Any]:
+        """What a report shows of it: prompt, answers and the expected one."""
+        answers = [{"text": c, "right": right} for c, right in zip(self.completions, self.correct, strict=True)]
+        return {"prompt": self.prompt, "answers": answers, "expected": self.expected}
 
     def __str__(self) -> str:
         right = f"{sum(self.correct)} of {len(self.correct)} right, expected {self.expected!r}"

@@ -13,7 +13,7 @@ from research import params, progress
 from research.config import Config
 from research.devices import distributed
 from research.errors import InputError
-from research.evals import generation, perplexity
+from research.evals import generation, perplexity, repeated
 from research.evals import tasks as eval_tasks
 from research.models.sampling import SamplingConfig
 from research.models.transformer import Model
@@ -69,13 +69,15 @@ class Evaluation:
             scores |= judged
             for sample in samples[: self.config.eval.show]:
                 self.writer.print(f"  {sample}")
-                self.writer.text(step, "eval/sample", str(sample))
+                self.writer.text(step, "eval/sample", str(sample), sample.parts())
         for name, measure in self.tasks:
             progress.say(f"evaluating: {name}")
             judged, samples = measure(policy, key)
             scores |= {f"{name}/{k}": value for k, value in judged.items() if not k.endswith("_stderr")}
             for sample in samples[: self.config.eval.show]:
                 self.writer.print(f"  {name}: {sample}")
+                if isinstance(sample, generation.Sample | repeated.Answers):
+                    self.writer.text(step, f"eval/{name}", str(sample), sample.parts())
         scores = {f"eval/{name}": value for name, value in scores.items()}
         self.writer.write(step, scores)
         return scores

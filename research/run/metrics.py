@@ -149,11 +149,19 @@ class Writer:
             self._wandb.log(values, step=step)
         self.show(step, {name: value for name, value in values.items() if not name.startswith(_QUIET)})
 
-    def text(self, step: int, name: str, text: str) -> None:
-        """Records a sample of generated text. It isn't printed."""
+    def text(self, step: int, name: str, text: str, parts: Mapping[str, Any] | None = None) -> None:
+        """Records a sample of generated text. It isn't printed.
+
+        Args:
+          step: of it.
+          name: what it is of.
+          text: the whole.
+          parts: the same for a report: "prompt", "answers" ({"text", "right", "reward"} each, the last two where they
+            are known) and "expected".
+        """
         if not self._active:
             return
-        record = {"step": step, "time": round(time.time(), 3), "name": name, "text": text}
+        record = {"step": step, "time": round(time.time(), 3), "name": name, "text": text} | dict(parts or {})
         self._samples.write(json_line(record))
         if self._use_tensorboard:
             self._events().add_text(name, _verbatim(text), step)
@@ -266,7 +274,20 @@ def read_samples(workdir: str) -> list[dict[str, Any]]:
     for where, _, record in found:
         if not all(isinstance(record.get(name), str) for name in ("name", "text")):
             raise InputError(f"{where}: has no texts 'name' and 'text'. Delete the line.")
+        if "answers" in record and not _is_conversation(record):
+            raise InputError(f"{where}: prompt or answers aren't texts as a run writes them. Delete the line.")
     return [record for _, _, record in found]
+
+
+def _is_conversation(record: Mapping[str, Any]) -> bool:
+    """Whether a sample has a prompt and answers with texts; see Writer.text."""
+    answers = record["answers"]
+    return (
+        isinstance(record.get("prompt"), str)
+        and isinstance(answers, list)
+        and all(isinstance(each, dict) and isinstance(each.get("text"), str) for each in answers)
+        and all(type(each.get("reward")) in (int, float, type(None)) for each in answers)
+    )
 
 
 def check_wandb(options: Mapping[str, Any]) -> None:

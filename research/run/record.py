@@ -134,6 +134,7 @@ def measure(writer: metrics.Writer, parts: Parts, compiled: Any, step: int) -> N
       step: at which the run begins, or goes on.
     """
     values: dict[str, float] = {"startup/trained_parameters": params.count(parts.roles.trained)}
+    values["startup/parameters"] = params.count(parts.models["policy"].specs)
     if (memory := compiled.memory_analysis()) is not None:
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
         values["startup/step_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs

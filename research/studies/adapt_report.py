@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,9 @@ import numpy as np
 from research import files
 from research.errors import InputError
 from research.run.metrics import read_metrics
-from research.studies import pages
-from research.studies.compare_report import Mean, mean
+from research.studies import pages, paper
+from research.studies.means import Mean, mean
+from research.studies.paper import Table
 from research.studies.tables import text_table
 
 METHOD = (
@@ -60,6 +62,7 @@ class Result:
     Attributes:
       way: the way.
       metrics: name -> of the last evaluation, over seeds.
+      seeds: name -> the same of each seed.
       before: the same of the model that all began with, and what the adapter begins as, with the first seed.
       trained: parameters.
       step_bytes: of a step.
@@ -68,6 +71,7 @@ class Result:
 
     way: Way
     metrics: Mapping[str, Mean]
+    seeds: Mapping[str, Sequence[float]]
     before: Mapping[str, float]
     trained: int
     step_bytes: float
@@ -88,6 +92,7 @@ def read(way: Way, metrics: Sequence[str]) -> Result:
     return Result(
         way,
         {name: mean([run["last"][name] for run in runs]) for name in metrics},
+        {name: [run["last"][name] for run in runs] for name in metrics},
         runs[0]["first"],
         int(runs[0]["trained"]),
         max(run["step_bytes"] for run in runs),
@@ -116,7 +121,8 @@ def _read_run(run: str, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def report(ways: Sequence[Way], metrics: Sequence[str], workdir: str) -> None:
-    """Writes table.csv, table.json, two PNGs of each metric and report.html into a folder, and prints the table.
+    """Writes table.csv, .json, .md and .tex, plots of each metric (PNG, SVG, PDF) and report.html into a folder, and
+    prints the table.
 
     Args:
       ways: to compare.
@@ -136,7 +142,8 @@ def report(ways: Sequence[Way], metrics: Sequence[str], workdir: str) -> None:
     print(text_table([header, *rows]))
     remarks = [METHOD, *_remarks(results)]
     print("\n" + "\n".join(remarks))
-    print(f"\nin full in {out / 'report.html'}, {out / 'table.csv'} and {out / 'table.json'}")
+    paper.write(out, "Adaptation", paper_tables(results, metrics), " ".join(remarks))
+    print(f"\nin full in {out / 'report.html'}, table.md, table.tex, table.csv and table.json")
     _write_page(out, results, metrics, remarks)
 
 
@@ -150,6 +157,22 @@ def table(results: Sequence[Result], metrics: Sequence[str]) -> tuple[list[str],
             [r.way.name, f"{r.way.rate:g}", str(len(r.way.runs)), *(_text(r.metrics[m]) for m in metrics), *cost]
         )
     return header, rows
+
+
+def paper_tables(results: Sequence[Result], metrics: Sequence[str]) -> list[Table]:
+    """The ways, the losses of the rates that were tried, and the runs one by one."""
+    header, rows = table(results, metrics)
+    rates = [[r.way.name, f"{rate:g}", _loss(loss)] for r in results for rate, loss in sorted(r.way.rates.items())]
+    seeds = [
+        [r.way.name, str(place), *(f"{value:.4g}" for value in values)]
+        for r in results
+        for place, values in enumerate(zip(*(r.seeds[m] for m in metrics), strict=True), start=1)
+    ]
+    return [
+        Table("Ways to adapt", ["way", *header[1:]], rows),
+        Table("Learning rates", ["way", "rate", "held-out loss of one seed"], rates),
+        Table("Seeds", ["way", "run", *metrics], seeds),
+    ]
 
 
 def _remarks(results: Sequence[Result]) -> list[str]:
@@ -177,14 +200,23 @@ def _write_page(out: Path, results: Sequence[Result], metrics: Sequence[str], re
         metrics, (("trained", "trained parameters"), ("step_bytes", "bytes of a step"))
     ):
         points = {r.way.name: (getattr(r, name), *r.metrics[metric]) for r in results}
-        png = {theme: plots.plot_costs(metric, title, points, theme) for theme in plots.THEMES}
-        (out / f"{metric.replace('/', '_')}_over_{name}.png").write_bytes(png["light"])
-        pictures += pages.picture(png, f"{metric} over {title}")
+        draw = functools.partial(plots.plot_costs, metric, title, points)
+        pictures += pages.plot(out, f"{metric.replace('/', '_')}_over_{name}", draw, f"{metric} over {title}")
+    for metric in metrics:
+        draw = functools.partial(
+            plots.plot_methods,
+            metric,
+            {r.way.name: r.metrics[metric] for r in results},
+            {r.way.name: r.seeds[metric] for r in results},
+            {},
+        )
+        pictures += pages.plot(out, metric.replace("/", "_"), draw, f"{metric} of each way")
     losses = {r.way.name: sorted(r.way.rates.items()) for r in results}
     rates = [[name, ", ".join(f"{rate:g}: {_loss(loss)}" for rate, loss in own)] for name, own in losses.items()]
     body = ["<h1>Adaptation</h1>", *(f"<p>{pages.escape(text)}</p>" for text in remarks)]
     body += [pages.table(*table(results, metrics), "numbers"), f'<div class="plots">{pictures}</div>']
     body += ["<h2>Learning rates</h2>", pages.table(["", "rate: held-out loss of one seed"], rates, "settings")]
+    body.append(paper.section(paper.settings(out), folded=True))
     (out / "report.html").write_text(pages.page("Adaptation", body), encoding="utf-8")
 
 
@@ -220,6 +252,7 @@ def _as_json(result: Result) -> dict[str, Any]:
         "rates": {f"{rate:g}": finite(loss) for rate, loss in result.way.rates.items()},
         "runs": list(result.way.runs),
         **{name: {k: finite(x) for k, x in cell._asdict().items()} for name, cell in result.metrics.items()},
+        "values of seeds": {name: [finite(x) for x in values] for name, values in result.seeds.items()},
         "before": {name: finite(x) for name, x in result.before.items()},
         **{name: finite(getattr(result, name)) for name in ("trained", "step_bytes", "seconds")},
     }

@@ -2,32 +2,26 @@
 
 import csv
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from research import files
 from research.errors import InputError, did_you_mean
 from research.run.metrics import read_metrics
-from research.studies import pages
+from research.studies import pages, paper
+from research.studies.means import Mean, mean
+from research.studies.paper import Table
 from research.studies.tables import text_table
 
-LEVEL = 0.95
 METHOD = (
     "Means over seeds of the last evaluation, and in brackets 95 % intervals of the mean by Student's t distribution; "
     "with one seed there are none. Curves: means over seeds, between the least and the greatest."
 )
-
-
-class Mean(NamedTuple):
-    """A mean and its interval, which is nan with one value."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,42 +47,6 @@ class Way:
     differences: Mapping[str, Mean | None] = dataclasses.field(default_factory=dict)
 
 
-def mean(values: Sequence[float]) -> Mean:
-    """Mean with a two-sided interval at LEVEL: m +- t s / sqrt(n), s with n - 1 in its denominator."""
-    m, n = float(np.mean(values)), len(values)
-    if n < 2:
-        return Mean(m, math.nan, math.nan)
-    half = student_quantile(LEVEL, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return Mean(m, m - half, m + half)
-
-
-def student_quantile(level: float, freedom: int) -> float:
-    """The t with P(|T| < t) = level, of Student's distribution.
-
-    With t = sqrt(freedom) tan(angle) the probability is a finite sum in cos(angle) (Abramowitz and Stegun, Handbook of
-    Mathematical Functions, 26.7.3 and 26.7.4), which grows with the angle: bisection finds it to the last bits.
-
-    Args:
-      level: in (0, 1).
-      freedom: degrees of freedom, at least 1.
-    """
-    low, high = 0.0, math.pi / 2
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if _student_probability(middle, freedom) < level else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-def _student_probability(angle: float, freedom: int) -> float:
-    """P(|T| < sqrt(freedom) tan(angle))."""
-    odd, square = freedom % 2, math.cos(angle) ** 2
-    term, terms = math.cos(angle) if odd else 1.0, []
-    for k in range(1, freedom // 2 + 1):
-        terms.append(term)
-        term *= square * (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k))
-    total = math.sin(angle) * math.fsum(terms)
-    return (angle + total) * 2 / math.pi if odd else total
-
-
 def report(
     runs: Mapping[str, Sequence[str]],
     metrics: Sequence[str],
@@ -97,7 +55,8 @@ def report(
     gap: tuple[str, str] | None = None,
     base: str = "",
 ) -> None:
-    """Writes table.csv, table.json, a PNG for each metric and report.html into a folder, and prints the table.
+    """Writes table.csv, .json, .md and .tex, two plots of each metric (PNG, SVG, PDF) and report.html into a folder,
+    and prints the table.
 
     A study returns functools.partial(report, runs, metrics), or one with `gap` or `base` set as well.
 
@@ -129,11 +88,15 @@ def report(
     files.write_json(out / "table.json", [_as_json(way) for way in ways])
     _write_csv(out / "table.csv", ways, metrics)
     header, rows = table(ways, metrics)
+    tables = [Table("Means", ["way", *header[1:]], rows)]
+    tables += [Table(_heading(base), ["way", *metrics], difference_rows(ways))] if base else []
+    tables.append(Table("Seeds", ["way", "run", *metrics], seed_rows(ways, metrics)))
+    paper.write(out, "Comparison", tables, METHOD)
     print(text_table([header, *rows]))
     if base:
         print(f"\n{_heading(base)}:\n{text_table([['', *metrics], *difference_rows(ways)])}")
-    print(f"\n{METHOD}\n\nin full in {out / 'report.html'}, {out / 'table.csv'} and {out / 'table.json'}")
-    _write_page(out, ways, metrics, base)
+    print(f"\n{METHOD}\n\nin full in {out / 'report.html'}, table.md, table.tex, table.csv and table.json")
+    _write_page(out, ways, metrics, tables)
 
 
 def read_way(name: str, runs: Sequence[str], metrics: Sequence[str]) -> Way:
@@ -204,6 +167,15 @@ def table(ways: Sequence[Way], metrics: Sequence[str]) -> tuple[list[str], list[
     return header, rows
 
 
+def seed_rows(ways: Sequence[Way], metrics: Sequence[str]) -> list[list[str]]:
+    """A row of text for each run: its last values."""
+    return [
+        [way.name, str(place), *(f"{c[m][max(c[m])]:.4g}" if c[m] else "-" for m in metrics)]
+        for way in ways
+        for place, c in enumerate(way.curves, start=1)
+    ]
+
+
 def _write_csv(path: Path, ways: Sequence[Way], metrics: Sequence[str]) -> None:
     missing = Mean(math.nan, math.nan, math.nan)
     with open(path, "w", encoding="utf-8", newline="") as file:
@@ -216,22 +188,22 @@ def _write_csv(path: Path, ways: Sequence[Way], metrics: Sequence[str]) -> None:
             writer.writerow([way.name, len(way.runs), *("" if math.isnan(x) else x for x in numbers)])
 
 
-def _write_page(out: Path, ways: Sequence[Way], metrics: Sequence[str], base: str) -> None:
+def _write_page(out: Path, ways: Sequence[Way], metrics: Sequence[str], tables: Sequence[Table]) -> None:
     """Writes the plots and report.html."""
     plots = pages.load_plots()
     curves, pictures = {way.name: way.curves for way in ways}, ""
     for metric in metrics:
-        png = {theme: plots.plot_ways(metric, curves, theme) for theme in plots.THEMES}
-        (out / f"{metric.replace('/', '_')}.png").write_bytes(png["light"])
-        pictures += pages.picture(png, metric)
-    body = [f"<h1>Comparison</h1><p>{pages.escape(METHOD)}</p>", pages.table(*table(ways, metrics), "numbers")]
-    if base:
-        body += [
-            f"<h2>{pages.escape(_heading(base))}</h2>",
-            pages.table(["", *metrics], difference_rows(ways), "numbers"),
-        ]
-    body.append(f'<div class="plots">{pictures}</div>')
-    (out / "report.html").write_text(pages.page("Comparison", body), encoding="utf-8")
+        name = metric.replace("/", "_")
+        cells = {way.name: cell for way in ways if (cell := way.means[metric])}
+        points = {way.name: _last(way.curves, metric) for way in ways}
+        draw = functools.partial(plots.plot_methods, f"{metric}, last", cells, points, {})
+        pictures += pages.plot(out, f"{name}_last", draw, f"last {metric} of each way")
+        pictures += pages.plot(out, name, functools.partial(plots.plot_ways, metric, curves), f"{metric} over steps")
+    *shown, seeds = tables
+    body = ["<h1>Comparison</h1>", *map(paper.section, shown), f'<div class="plots">{pictures}</div>']
+    body += [paper.section(seeds, folded=True), f"<p>{pages.escape(METHOD)}</p>"]
+    body.append(paper.section(paper.settings(out), folded=True))
+    files.write_text(out / "report.html", pages.page("Comparison", body))
 
 
 def _read_curves(run: str, metrics: Sequence[str]) -> dict[str, dict[int, float]]:
@@ -265,7 +237,9 @@ def _as_json(way: Way) -> dict[str, Any]:
     means = {metric: _interval(cell) for metric, cell in way.means.items()}
     shares = {f"PGR of {metric}": share for metric, share in way.recovered.items()}
     differences = {f"difference of {metric}": _interval(cell) for metric, cell in way.differences.items()}
-    return {"name": way.name, "seeds": len(way.runs), **means, "runs": list(way.runs), **shares, **differences}
+    seeds = {metric: _last(way.curves, metric) for metric in way.means}
+    row = {"name": way.name, "seeds": len(way.runs), **means, "runs": list(way.runs), **shares, **differences}
+    return {**row, "values of seeds": seeds}
 
 
 def _interval(cell: Mean | None) -> dict[str, float | None] | None:

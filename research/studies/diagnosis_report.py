@@ -17,7 +17,7 @@ def pictures(run: Run, plots: ModuleType) -> dict[str, dict[str, bytes]]:
     """The curves that the findings of a run speak of."""
     names = dict.fromkeys(name for finding in _findings(run) for name in _metrics(run, finding))
     return {
-        name: {theme: plots.plot_curves(name, _curves(run, name), [run], theme) for theme in plots.THEMES}
+        name: {t: plots.to_png(plots.plot_curves(name, _curves(run, name), [run], t)) for t in plots.THEMES}
         for name in names
     }
 

@@ -1,13 +1,16 @@
 """What a run's folder tells of it: its metrics over steps, samples, config and state."""
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from research import config as config_lib
 from research import digests, files
 from research.errors import InputError
 from research.pretrained import wholeness
@@ -16,6 +19,23 @@ from research.run.metrics import read_metrics, read_samples
 DIAGNOSIS = "diagnosis.json"  # in a workdir
 FIRST = ("loss", "perplexity", "bits_per_byte", "exact_match", "accuracy", "agreement")
 _TRAINING = ("grad_norm", "update_ratio", "learning_rate", "tokens_per_second", "mfu", "supervised_fraction")
+_REWARDS = ("reward", "rollout/kl", "rollout/tokens", "rollout/agreeing", "rollout/truncated")
+_TITLES = {
+    "mfu": "MFU (model-FLOPs utilisation)",
+    "grad_norm": "Gradient norm",
+    "nll": "Nats a token",
+    "kl": "KL",
+    "old_kl": "KL from the policy that wrote the answers",
+    "ratio": "Ratio of probabilities, new over old",
+    "clip_high": "Share clipped above",
+    "clip_low": "Share clipped below",
+    "rollout/kl": "KL from the start",
+    "rollout/tokens": "Tokens of an answer",
+    "rollout/agreeing": "Groups whose answers have one reward",
+    "rollout/truncated": "Answers that were cut off",
+    "rollout/seconds": "Seconds of a rollout",
+    "rollout/staleness": "Updates since the answers were written",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +50,9 @@ class Run:
       about: what else config.json says: versions, command, ...; as text.
       finished: whether the run came to its end.
       data: how its first rows looked, as preview.json has it; empty where there is none.
+      workdir: its folder.
+      settings: its config as it is, section -> field -> value; empty where the workdir holds no config.json.
+      seconds: that its records span, the time between a stop and the next start left out.
       starts: the times that it was started, in order: {"step", "changed", "command", "started", "versions"} each.
       diagnosis: what `understudy diagnose` last said of it; empty where it wasn't asked.
     """
@@ -43,10 +66,31 @@ class Run:
     starts: Sequence[Mapping[str, Any]] = ()
     diagnosis: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    workdir: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def last_step(self) -> int:
         return max(int(steps[-1]) for steps, _ in self.series.values())
+
+    @property
+    def resumes(self) -> list[int]:
+        """The steps at which it went on after a stop."""
+        return [int(start["step"]) for start in self.starts[1:]]
+
+    @property
+    def records(self) -> list[dict[str, float]]:
+        """Its metrics as records, one a step, in order."""
+        records: dict[int, dict[str, float]] = {}
+        for metric, (steps, values) in self.series.items():
+            for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+                records.setdefault(step, {"step": step})[metric] = value
+        return [records[step] for step in sorted(records)]
+
+    def last(self, metric: str) -> float:
+        """The last value of a metric; nan where it has none."""
+        return float(self.series[metric][1][-1]) if metric in self.series else math.nan
 
 
 def load_run(workdir: str, name: str | None = None) -> Run:
@@ -58,7 +102,8 @@ def load_run(workdir: str, name: str | None = None) -> Run:
       InputError: there are no metrics, or a file can't be read.
     """
     points: dict[str, dict[int, float]] = {}
-    for record in read_metrics(workdir):
+    records = read_metrics(workdir)
+    for record in records:
         for metric in record.keys() - {"step", "time"}:
             points.setdefault(metric, {})[record["step"]] = record[metric]
     if not points:
@@ -78,13 +123,22 @@ def load_run(workdir: str, name: str | None = None) -> Run:
         name=name or os.path.basename(os.path.abspath(workdir)),
         series=series,
         samples=read_samples(workdir),
-        config=_flatten(config),
-        about=_flatten(record) if record is not config else {},
+        config=flatten(config),
+        about=flatten(record) if record is not config else {},
         finished=os.path.exists(os.path.join(workdir, "done.json")),
         starts=starts,
         diagnosis=files.read_json(os.path.join(workdir, DIAGNOSIS), {}),
         data=files.read_json(os.path.join(workdir, "preview.json"), {}),
+        workdir=workdir,
+        settings=config,
+        seconds=_seconds(records),
     )
+
+
+def _seconds(records: Sequence[Mapping[str, float]]) -> float:
+    """The time between records; the first of a start, which says how much is trained, comes after a pause."""
+    pairs = [(a, b) for a, b in itertools.pairwise(records) if "time" in a and "time" in b]
+    return sum(max(0.0, b["time"] - a["time"]) for a, b in pairs if "startup/trained_parameters" not in b)
 
 
 def group_metrics(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -98,9 +152,14 @@ def group_metrics(runs: Sequence[Run]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for metric in metrics:
         parts = metric.split("/")[1:] or [metric]
+        if parts[0] == "rollout" and len(parts) > 1:  # its tokens are those of an answer, its KL that from the start
+            groups.setdefault("/".join(parts[:2]), []).append(metric)
+            continue
         groups.setdefault(next((part for part in parts if part in plain), parts[-1]), []).append(metric)
 
     def order(title: str) -> tuple[int, str]:
+        if title in _REWARDS:
+            return 50 + _REWARDS.index(title), title
         if title in FIRST:
             return FIRST.index(title), title
         if title in _TRAINING:
@@ -112,14 +171,28 @@ def group_metrics(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def title_of(group: str) -> str:
     """The title of a group of metrics."""
-    return {"mfu": "MFU (model-FLOPs utilisation)"}.get(group, group.replace("_", " ").capitalize())
+    return _TITLES.get(group, group.replace("_", " ").capitalize())
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted field -> value, as text."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
     return flat
+
+
+def differing(settings: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Dotted field -> (value, default), of the fields of a config that aren't as they are by default; a default is ""
+    where there is none."""
+    default = flatten(json.loads(json.dumps(config_lib.defaults(), default=str)))
+    fields = {}
+    for field, value in flatten(settings).items():
+        role = field.split(".", 2)
+        known = default.get(f"model.{role[2]}", "") if role[0] == "roles" and len(role) > 2 else default.get(field, "")
+        if value != known and role[0] != "plan":
+            fields[field] = value, known
+    return fields

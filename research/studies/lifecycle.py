@@ -19,7 +19,7 @@ from research.errors import InputError
 from research.run.metrics import read_metrics
 from research.studies import stages
 from research.studies.answers import ANSWERS_FILE
-from research.studies.compare_report import Mean, mean
+from research.studies.means import Mean, mean
 
 TEXT, RIGHT, TRUE, PROXY = "text/loss", "answers/exact_match", "answers/utility", "answers/reward"
 KL, LENGTH, PAIRS = "answers/kl", "answers/length", "eval/utility/accuracy"

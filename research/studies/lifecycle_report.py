@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from research import files
-from research.studies import lifecycle, pages
-from research.studies.compare_report import Mean, mean
+from research.studies import lifecycle, pages, paper
 from research.studies.lifecycle import Curve, Fall, Phase
+from research.studies.means import Mean, mean
+from research.studies.paper import Table
 from research.studies.tables import text_table
 
 METHOD = (
@@ -132,7 +133,8 @@ def read(phases: Sequence[Phase], start: str) -> Life:
 
 
 def report(phases: Sequence[Phase], start: str, workdir: str) -> None:
-    """Writes table.md, .csv and .json, samples.md, costs.csv, PNGs and report.html into a folder; prints the tables.
+    """Writes table.md, .tex, .csv and .json, samples.md, costs.csv, plots (PNG, SVG, PDF) and report.html into a
+    folder; prints the tables.
 
     Args:
       phases: in their order.
@@ -149,13 +151,13 @@ def report(phases: Sequence[Phase], start: str, workdir: str) -> None:
     samples, costs = sample_table(life), cost_table(life)
     files.write_json(out / "table.json", _as_json(life))
     _write_csv(out / "table.csv", life)
-    parts = [f"## {title}\n\n{_markdown(rows)}" for title, rows in tables.items() if len(rows) > 1]
-    files.write_text(out / "table.md", "\n\n".join([*parts, METHOD]) + "\n")
-    files.write_text(out / "samples.md", _markdown(samples) + "\n")
+    written = [Table(title, ["stage", *rows[0][1:]], rows[1:]) for title, rows in tables.items()]
+    paper.write(out, "Lifecycle", [*written, Table("Seeds", *seed_table(life))], METHOD)
+    files.write_text(out / "samples.md", paper.markdown(samples[0], samples[1:]) + "\n")
     with open(out / "costs.csv", "w", encoding="utf-8", newline="") as file:  # apart: no two runs take as long
         csv.writer(file).writerows(costs)
     print("\n\n".join(text_table(rows) for rows in (*tables.values(), costs) if len(rows) > 1))
-    print(f"\n{METHOD}\n\nin full in {out / 'report.html'}, {out / 'table.md'}, table.csv, table.json and samples.md")
+    print(f"\n{METHOD}\n\nin full in {out / 'report.html'}, table.md, .tex, .csv, .json and samples.md")
     _write_page(out, life, {**tables, "Costs of all seeds": costs}, samples)
 
 
@@ -168,6 +170,16 @@ def table(life: Life) -> list[list[str]]:
             [phase.name, str(phase.seeds), *(_text(mean(cells[m])) if m in cells else "-" for m in TITLES)],
         )
     return rows
+
+
+def seed_table(life: Life) -> tuple[list[str], list[list[str]]]:
+    """The heading and a row for each stage and seed, as text."""
+    rows = []
+    for phase in life.phases:
+        cells = life.values[phase.name]
+        for i in range(phase.seeds):
+            rows.append([phase.name, str(i + 1), *(f"{cells[m][i]:.4g}" if m in cells else "-" for m in TITLES)])
+    return ["stage", "seed", *TITLES.values()], rows
 
 
 def gain_table(life: Life) -> list[list[str]]:
@@ -227,12 +239,6 @@ def _text(cell: Mean) -> str:
     return f"{cell.value:.3g}{interval}"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown; a bar inside a cell is escaped."""
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
-    return "\n".join(f"| {line} |" for line in (lines[0], "|".join(["---"] * len(rows[0])), *lines[1:]))
-
-
 def _write_csv(path: Path, life: Life) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -277,13 +283,12 @@ def _write_page(
         ("rewards_over_kl", lambda theme: plots.plot_rewards_over_kl(life.curves, theme)),
         ("rewards_by_stage", lambda theme: plots.plot_stages(stages, theme)),
     ):
-        png = {theme: draw(theme) for theme in plots.THEMES}
-        (out / f"{name}.png").write_bytes(png["light"])
-        pictures += pages.picture(png, name.replace("_", " "))
+        pictures += pages.plot(out, name, draw, name.replace("_", " "))
     body = ["<h1>Lifecycle</h1>", f"<p>{pages.escape(METHOD)}</p>"]
     for title, rows in tables.items():
         if len(rows) > 1:
             body += [f"<h2>{title}</h2>", pages.table(rows[0], rows[1:], "numbers")]
     body += [f'<div class="plots">{pictures}</div>', "<h2>The same prompts after each stage</h2>"]
     body.append(pages.table(samples[0], samples[1:], "settings"))
+    body.append(paper.section(paper.settings(out), folded=True))
     (out / "report.html").write_text(pages.page("Lifecycle", body), encoding="utf-8")

@@ -37,11 +37,37 @@ class Predictions(NamedTuple):
       path: of the file.
       gold: [N] int64, the true class.
       answers: [N] int64, the most probable class.
+      confidence: [N] float64, the probability of the answer.
     """
 
     path: str
     gold: np.ndarray
     answers: np.ndarray
+    confidence: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """[N] bool."""
+        return self.answers == self.gold
+
+
+class Calibration(NamedTuple):
+    """Whether a supervisor knows when it is right (Guo et al., arXiv:1706.04599, section 2), over all of its seeds.
+
+    Attributes:
+      name: of the supervisor.
+      seeds: how many.
+      accuracy, confidence: means over seeds and examples.
+      errors: of each seed the expected calibration error: the mean over examples of |right - confidence| of their bin.
+      bins: [K, 3], of each bin of all seeds the mean confidence, the share that is right, and the count.
+    """
+
+    name: str
+    seeds: int
+    accuracy: float
+    confidence: float
+    errors: tuple[float, ...]
+    bins: np.ndarray
 
 
 class Missing(NamedTuple):
@@ -64,6 +90,10 @@ class Group:
         [0, 1]: nan where `excluded`. agreement: how often the student says what its supervisor says; agreement_right
         and agreement_wrong: among the examples where the supervisor is right, and wrong.
       excluded: why there is no PGR; "" where there is.
+      points: weak, student, ceiling and pgr -> value of each seed; the pgr of a seed without a gap is nan.
+      base: the loss that `difference` is from: the first of the pair of sizes; "" for that one itself.
+      difference: of the student's accuracy from that of the base's, on the same examples and seeds; None where their
+        seeds differ.
     """
 
     weak_size: str
@@ -75,6 +105,9 @@ class Group:
     examples: int
     estimates: Mapping[str, Estimate]
     excluded: str
+    points: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    base: str = ""
+    difference: Estimate | None = None
 
 
 def read_predictions(path: str) -> Predictions:
@@ -86,7 +119,7 @@ def read_predictions(path: str) -> Predictions:
     Raises:
       InputError: a line has no such fields, or holds no probabilities.
     """
-    gold, answers = [], []
+    gold, answers, confidence = [], [], []
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -107,9 +140,10 @@ def read_predictions(path: str) -> Predictions:
                     "gold the number of one of them. Label the records again."
                 )
             answers.append(int(values[0] <= values[1]) if of_pair else int(values.argmax()))
+            confidence.append(1 / (1 + math.exp(-min(abs(values[0] - values[1]), 700.0))) if of_pair else values.max())
     if not gold:
         raise InputError(f"{path}: is empty. Label the test records again.")
-    return Predictions(path, np.array(gold), np.array(answers))
+    return Predictions(path, np.array(gold), np.array(answers), np.array(confidence, np.float64))
 
 
 def measure(
@@ -142,7 +176,71 @@ def measure(
             if cell[key] not in predictions:
                 predictions[cell[key]] = read_predictions(cell[key])
         groups.setdefault(_key(cell), []).append((cell, [predictions[cell[key]] for key in PREDICTIONS]))
-    return [_group(members, draws, seed) for members in groups.values()], missing
+    measured = []
+    for key, members in groups.items():
+        base = next(other for other in groups if other[:2] == key[:2])
+        group = _group(members, draws, seed)
+        if base != key:
+            difference = _difference(members, groups[base], draws, seed)
+            group = dataclasses.replace(group, base=str(base[2]), difference=difference)
+        measured.append(group)
+    return measured, missing
+
+
+def calibrations(cells: Sequence[Mapping[str, Any]], bins: int = 10) -> list[Calibration]:
+    """How well each supervisor of a study knows when it is right.
+
+    Args:
+      cells: see `measure`; those without a file of the weak model are left out.
+      bins: of equal width between 0 and 1.
+    """
+    files: dict[tuple, dict[str, None]] = {}
+    for cell in cells:
+        if Path(cell["weak"]).is_file():
+            files.setdefault((cell["weak_size"], cell["loss"]), {})[cell["weak"]] = None
+    named: dict[tuple[str, ...], str] = {}
+    for (size, loss), paths in files.items():
+        another = any(name.split(" of ")[0] == str(size) for name in named.values())
+        named.setdefault(tuple(paths), f"{size} of {loss}" if another else str(size))
+    return [_calibration(name, [read_predictions(path) for path in paths], bins) for paths, name in named.items()]
+
+
+def _calibration(name: str, seeds: Sequence[Predictions], count: int) -> Calibration:
+    pooled = [np.concatenate([getattr(each, field) for each in seeds]) for field in ("confidence", "right")]
+    parts = [_bins(each.confidence, each.right, count) for each in seeds]
+    errors = tuple(float(np.sum(np.abs(p[:, 0] - p[:, 1]) * p[:, 2]) / p[:, 2].sum()) for p in parts)
+    return Calibration(
+        name, len(seeds), float(pooled[1].mean()), float(pooled[0].mean()), errors, _bins(*pooled, count)
+    )
+
+
+def _bins(confidence: np.ndarray, right: np.ndarray, count: int) -> np.ndarray:
+    """[K, 3], see Calibration; bins without examples are left out."""
+    place = np.clip((confidence * count).astype(int), 0, count - 1)
+    return np.array(
+        [
+            (confidence[place == i].mean(), right[place == i].mean(), float(np.sum(place == i)))
+            for i in range(count)
+            if np.any(place == i)
+        ]
+    )
+
+
+def _difference(
+    members: Sequence[tuple[Mapping[str, Any], list[Predictions]]],
+    base: Sequence[tuple[Mapping[str, Any], list[Predictions]]],
+    draws: int,
+    seed: int,
+) -> Estimate | None:
+    """Of the accuracy of a group's student from that of another's: seeds and examples are drawn once for both."""
+    own, others = ({cell["seed"]: each[1].right for cell, each in group} for group in (members, base))
+    if own.keys() != others.keys() or len({len(right) for right in (*own.values(), *others.values())}) > 1:
+        return None
+    parts = np.array([[own[s] for s in own], [others[s] for s in own]], np.float32)
+    resampled = resample(parts, draws=draws, seed=seed)
+    low, high = np.quantile(resampled[:, 0] - resampled[:, 1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    value = parts.mean(axis=(1, 2), dtype=np.float64)
+    return Estimate(float(value[0] - value[1]), float(low), float(high))
 
 
 def _key(cell: Mapping[str, Any]) -> tuple:
@@ -186,7 +284,16 @@ def _group(members: Sequence[tuple[Mapping[str, Any], list[Predictions]]], draws
         examples=len(first.gold),
         estimates=estimates,
         excluded=excluded,
+        points=_points(answers == first.gold),
     )
+
+
+def _points(right: np.ndarray) -> dict[str, tuple[float, ...]]:
+    """The values of each seed; right: [S, 3, N] bool, of weak, student and ceiling."""
+    shares = right.mean(axis=2)
+    gaps = shares[:, 2] - shares[:, 0]
+    pgr = np.divide(shares[:, 1] - shares[:, 0], gaps, out=np.full(len(gaps), math.nan), where=gaps > 0)
+    return {name: tuple(x.tolist()) for name, x in zip((*PREDICTIONS, "pgr"), (*shares.T, pgr), strict=True)}
 
 
 def estimate(

@@ -2,14 +2,17 @@
 
 import csv
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from research import files
-from research.studies import pages, pgr
-from research.studies.pgr import Estimate, Group, Missing
+from research.studies import pages, paper, pgr
+from research.studies.means import mean
+from research.studies.paper import Table
+from research.studies.pgr import Calibration, Estimate, Group, Missing
 from research.studies.tables import text_table
 
 METHOD = (
@@ -17,7 +20,9 @@ METHOD = (
     "examples together, weak, student and ceiling on the same examples; with one seed, of examples alone. PGR is the "
     "ratio of the means over seeds, (student - weak) / (ceiling - weak), not the mean of ratios; there is none where "
     "the gap can't be told from 0. Agreement is of the student with its supervisor: on all examples, on those where "
-    "the supervisor is right, and on those where it is wrong."
+    "the supervisor is right, and on those where it is wrong. Differences are of students' accuracies, on the same "
+    "seeds and examples. Calibration: the mean probability of the supervisor's answers beside the share that is right, "
+    "and the expected calibration error over ten bins (arXiv:1706.04599), over seeds."
 )
 _COLUMNS = {  # estimate -> heading
     "weak": "weak",
@@ -33,7 +38,8 @@ _FIRST = ("weak", "student", "ceiling", "pgr")
 
 
 def report(cells: Sequence[Mapping[str, Any]], workdir: str) -> None:
-    """Writes table.csv, table.json, accuracy.png, pgr.png and report.html into a folder, and prints the table.
+    """Writes table.csv, .json, .md and .tex, the plots accuracy, pgr and calibration (PNG, SVG, PDF) and report.html
+    into a folder, and prints the table.
 
     Cells that lack a file are listed with the reason and, where WORKDIR/study.json tells, with how the stage stands
     that was to write it. A study returns functools.partial(report, cells).
@@ -49,17 +55,20 @@ def report(cells: Sequence[Mapping[str, Any]], workdir: str) -> None:
     missing = [Missing(cell, reason + _stage_of(cell, workdir)) for cell, reason in missing]
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / "table.json", _as_json(groups, missing))
+    calibrations = pgr.calibrations(cells)
+    files.write_json(out / "table.json", _as_json(groups, missing, calibrations))
     with open(out / "table.csv", "w", encoding="utf-8", newline="") as f:
         csv.writer(f).writerows(_as_csv(groups))
     header, rows = table(groups, brief=True)
     omissions = left_out(groups, missing)
+    tables = paper_tables(groups, calibrations)
+    paper.write(out, "Weak to strong", tables, METHOD)
     print(text_table([header, *rows]))
     print(f"\n{METHOD}")
     for what, why in omissions:
         print(f"left out: {what}: {why}")
-    print(f"\nin full in {out / 'report.html'}, {out / 'table.csv'} and {out / 'table.json'}")
-    _write_page(out, groups, omissions)
+    print(f"\nin full in {out / 'report.html'}, table.md, table.tex, table.csv and table.json")
+    _write_page(out, groups, omissions, tables, calibrations)
 
 
 def table(groups: Sequence[Group], brief: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -82,19 +91,67 @@ def left_out(groups: Sequence[Group], missing: Sequence[Missing]) -> list[list[s
     return omissions
 
 
-def _write_page(out: Path, groups: Sequence[Group], omissions: Sequence[Sequence[str]]) -> None:
+def paper_tables(groups: Sequence[Group], calibrations: Sequence[Calibration]) -> list[Table]:
+    """The students, what is below and above them, how far they are from the first loss, and the supervisors'
+    calibration; then the seeds one by one."""
+    students, bounds, differences, seeds = [], {}, [], []
+    pairs = len({(group.weak_size, group.strong_size) for group in groups}) > 1
+    for group in groups:
+        pair = f"{group.weak_size} -> {group.strong_size}"
+        name = f"{group.loss}, {pair}" if pairs else str(group.loss)
+        cells = [_text(group.estimates[e], alone=False) for e in ("student", "pgr")]
+        agreement = [
+            _text(group.estimates[e], alone=False) for e in ("agreement", "agreement_right", "agreement_wrong")
+        ]
+        students.append([name, str(len(group.seeds)), *cells, *agreement])
+        ends = [_text(group.estimates[e], alone=False) for e in ("weak", "ceiling", "gap")]
+        sizes = [f"{group.weak_params:,.0f}", f"{group.strong_params:,.0f}", f"{group.examples:,}"]
+        bounds.setdefault((pair, *ends), [pair, *sizes, str(len(group.seeds)), *ends])
+        if group.difference is not None:
+            low, high = group.difference[1:]
+            verdict = "better" if low > 0 else "worse" if high < 0 else "can't be told"
+            differences.append([name, group.base, _text(group.difference, alone=False), verdict])
+        for i, seed in enumerate(group.seeds):
+            each = [group.points[k][i] for k in (*pgr.PREDICTIONS, "pgr")]
+            seeds.append([name, str(seed), *("-" if math.isnan(x) else f"{x:.3f}" for x in each)])
+    supervisors = []
+    for each in calibrations:
+        error = Estimate(*mean(each.errors))
+        numbers = [f"{each.accuracy:.3f}", f"{each.confidence:.3f}", _text(error, alone=math.isnan(error.low))]
+        supervisors.append([each.name, str(each.seeds), *numbers])
+    agreements = ["agreement", "where right", "where wrong"]
+    head = ["pair", "parameters of weak", "of strong", "test examples", "seeds", "weak", "ceiling", "gap"]
+    return [
+        Table("Students", ["loss", "seeds", "accuracy", "PGR", *agreements], students),
+        Table("Supervisors and ceilings", head, list(bounds.values())),
+        Table("Paired differences of accuracy", ["loss", "from", "difference", ""], differences),
+        Table("Calibration of supervisors", ["supervisor", "seeds", "right", "confidence", "error"], supervisors),
+        Table("Seeds", ["loss", "seed", "weak", "student", "ceiling", "PGR"], seeds),
+    ]
+
+
+def _write_page(
+    out: Path,
+    groups: Sequence[Group],
+    omissions: Sequence[Sequence[str]],
+    tables: Sequence[Table],
+    calibrations: Sequence[Calibration],
+) -> None:
     """Writes the plots and report.html; `omissions` is what is left out."""
     plots, pictures = pages.load_plots(), ""
-    body = [f"<h1>Weak to strong</h1><p>{pages.escape(METHOD)}</p>", pages.table(*table(groups), "numbers")]
-    if omissions:
-        body += ["<h2>Left out</h2>", pages.table(["what", "why"], omissions, "settings")]
     for name, title in (("accuracy", "Accuracy"), ("pgr", "Performance gap recovered")):
         if groups:
-            png = {theme: plots.plot_pairs(name, title, groups, theme) for theme in plots.THEMES}
-            (out / f"{name}.png").write_bytes(png["light"])
-            pictures += pages.picture(png, f"{title} over the size gap")
-    body.append(f'<h2>Over the size gap</h2><div class="plots">{pictures}</div>')
-    (out / "report.html").write_text(pages.page("Weak to strong", body), encoding="utf-8")
+            pictures += pages.plot(out, name, functools.partial(plots.plot_pairs, name, title, groups), title)
+    if calibrations:
+        draw = functools.partial(plots.plot_calibration, {each.name: each.bins for each in calibrations})
+        pictures += pages.plot(out, "calibration", draw, "Calibration of supervisors")
+    students, *others, seeds = tables
+    body = ["<h1>Weak to strong</h1>", paper.section(students), f'<div class="plots">{pictures}</div>']
+    if omissions:
+        body += ["<h2>Left out</h2>", pages.table(["what", "why"], omissions, "settings")]
+    body += [*map(paper.section, others), paper.section(seeds, folded=True)]
+    body += [f"<p>{pages.escape(METHOD)}</p>", paper.section(paper.settings(out), folded=True)]
+    files.write_text(out / "report.html", pages.page("Weak to strong", body))
 
 
 def _stage_of(cell: Mapping[str, Any], workdir: str) -> str:
@@ -125,7 +182,9 @@ def _as_csv(groups: Sequence[Group]) -> list[list[Any]]:
     return lines
 
 
-def _as_json(groups: Sequence[Group], missing: Sequence[Missing]) -> dict[str, Any]:
+def _as_json(
+    groups: Sequence[Group], missing: Sequence[Missing], calibrations: Sequence[Calibration]
+) -> dict[str, Any]:
     def finite(x: float) -> float | str | None:
         return None if math.isnan(x) else x if math.isfinite(x) else str(x)
 
@@ -134,7 +193,10 @@ def _as_json(groups: Sequence[Group], missing: Sequence[Missing]) -> dict[str, A
         "groups": [
             dataclasses.asdict(group)
             | {"estimates": {k: {n: finite(x) for n, x in e._asdict().items()} for k, e in group.estimates.items()}}
+            | {"points": {k: [finite(x) for x in values] for k, values in group.points.items()}}
+            | {"difference": group.difference and group.difference._asdict()}
             for group in groups
         ],
+        "calibrations": [each._asdict() | {"bins": each.bins.tolist()} for each in calibrations],
         "missing": [{"cell": dict(cell), "reason": reason} for cell, reason in missing],
     }

@@ -1,4 +1,5 @@
-"""Plots as PNGs, by matplotlib: curves of runs, of ways to train, of weak-to-strong pairs, of costs, and of rewards."""
+"""Plots, by matplotlib: curves of runs, of ways to train, of weak-to-strong pairs, of costs, and of rewards; each is a
+figure, which to_png and to_vector write."""
 
 import dataclasses
 import io
@@ -7,15 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
+from research.studies.charts import moving_mean, suits_log
 from research.studies.history import Run, title_of
-from research.studies.pgr import Group
+from research.studies.means import mean
+from research.studies.pgr import Estimate, Group
 
 COLORS = ("#4a7de0", "#e07b39", "#2f9e6e", "#c0487f", "#8a63d2", "#c9a227", "#3aa0b8", "#8c6d5a")
 THEMES = {
@@ -23,15 +26,14 @@ THEMES = {
     "dark": {"face": "#1b1e24", "ink": "#c9ced8", "grid": "#333842"},
 }
 _BAD = "#d33b3b"
-_LOG_SCALE = ("loss", "perplexity", "bits_per_byte", "grad_norm", "update_ratio")
 _OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}  # of a legend
 
 # A metric of several ways to train: way -> its seeds' curves, each metric -> step -> value.
 Ways = Mapping[str, Sequence[Mapping[str, Mapping[int, float]]]]
 
 
-def plot_curves(title: str, metrics: Sequence[str], runs: Sequence[Run], theme: str = "light") -> bytes:
-    """Returns a PNG with the curves of `metrics` over steps.
+def plot_curves(title: str, metrics: Sequence[str], runs: Sequence[Run], theme: str = "light") -> Figure:
+    """Returns a plot with the curves of `metrics` over steps.
 
     With one run, colours tell metrics apart; with several, colours tell runs and line styles tell metrics
     apart. A noisy curve is faint under its moving mean; a step whose value isn't finite is a cross at the foot.
@@ -47,11 +49,12 @@ def plot_curves(title: str, metrics: Sequence[str], runs: Sequence[Run], theme: 
     broken = curves.draw(axes)
     curves.scale(axes)
     curves.add_legend(axes, broken)
-    return _to_png(figure)
+    return figure
 
 
-def plot_ways(metric: str, ways: Ways, theme: str = "light") -> bytes:
-    """Returns a PNG of a metric over steps, in a colour for each way to train: the mean, and the range of the seeds."""
+def plot_ways(metric: str, ways: Ways, theme: str = "light") -> Figure:
+    """Returns a plot of a metric over steps, in a colour for each way to train: the mean, the range of the seeds, and
+    faintly the points of each."""
     figure, axes = _new_axes(metric, "step", theme)
     for i, (name, seeds) in enumerate(ways.items()):
         points = [curve[metric] for curve in seeds if curve[metric]]
@@ -60,15 +63,95 @@ def plot_ways(metric: str, ways: Ways, theme: str = "light") -> bytes:
             color = COLORS[i % len(COLORS)]
             y = np.array([[p[step] for step in steps] for p in points])
             axes.plot(steps, y.mean(axis=0), color=color, label=name, linewidth=1.6, marker="o", markersize=3)
+            if len(y) > 1:
+                axes.plot(np.tile(steps, (len(y), 1)).T, y.T, "o", color=color, markersize=1.8, alpha=0.5)
             axes.fill_between(steps, y.min(axis=0), y.max(axis=0), color=color, alpha=0.18, linewidth=0)
     _add_legend(axes, theme)
-    return _to_png(figure)
+    return figure
 
 
-def plot_pairs(quantity: str, title: str, groups: Sequence[Group], theme: str = "light") -> bytes:
-    """Returns a PNG over the size gap, parameters of strong over parameters of weak, in a colour for each loss.
+def plot_methods(
+    title: str,
+    cells: Mapping[str, Estimate],
+    points: Mapping[str, Sequence[float]],
+    bands: Mapping[str, Estimate],
+    theme: str = "light",
+) -> Figure:
+    """Returns a plot with methods on the x axis: of each its value with the interval, and a point for each seed.
 
-    A line joins the weak sizes that supervise one strong size.
+    Args:
+      title: of the plot.
+      cells: method -> (value, low, high); low and high are nan where there is no interval.
+      points: method -> values of its seeds.
+      bands: name -> (value, low, high) of what all methods are beside: lines across, with their intervals as bands.
+      theme: of THEMES.
+    """
+    figure, axes = _new_axes(title, "", theme)
+    ink, places = THEMES[theme]["ink"], np.arange(len(cells))
+    for (name, (value, low, high)), style in zip(bands.items(), (":", "--", "-."), strict=False):
+        axes.axhline(value, color=ink, linewidth=1.2, linestyle=style, label=name)
+        if math.isfinite(low):
+            axes.axhspan(low, high, color=ink, alpha=0.1, linewidth=0)
+    for place, (name, (value, low, high)) in zip(places, cells.items(), strict=True):
+        color, own = COLORS[place % len(COLORS)], points.get(name, ())
+        axes.plot(place + 0.16 + np.zeros(len(own)), own, "o", color=color, markersize=3, alpha=0.55)
+        errors = [[_length(value - low)], [_length(high - value)]]
+        axes.errorbar([place], [value], yerr=errors, color=color, marker="s", markersize=5, capsize=3, linestyle="")
+    axes.set_xlim(-0.6, len(cells) - 0.4)
+    crowded = sum(map(len, cells)) > 50
+    axes.set_xticks(
+        places, list(cells), **({"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {})
+    )
+    _add_legend(axes, theme)
+    return figure
+
+
+def plot_over_field(
+    metric: str, field: str, points: Sequence[tuple[float, Sequence[float]]], theme: str = "light"
+) -> Figure:
+    """Returns a plot of a metric over a field of numbers: the mean with its interval, and a point for each seed.
+
+    Args:
+      metric: what is drawn upwards.
+      field: what is drawn to the right; on a logarithmic scale where it spans more than a factor of 10.
+      points: (value of the field, values of the seeds), in order.
+      theme: of THEMES.
+    """
+    figure, axes = _new_axes(metric, field, theme)
+    x, means = [each for each, _ in points], [mean(values) for _, values in points]
+    errors = [[_length(m.value - m.low) for m in means], [_length(m.high - m.value) for m in means]]
+    axes.errorbar(x, [m.value for m in means], yerr=errors, color=COLORS[0], marker="o", markersize=4, capsize=2.5)
+    for each, values in points:
+        axes.plot([each] * len(values), values, "o", color=COLORS[1], markersize=3, alpha=0.6)
+    if min(x) > 0 and max(x) / min(x) > 10:
+        axes.set_xscale("log")
+        axes.set_xlabel(f"{field} (log scale)", color=THEMES[theme]["ink"], fontsize=9)
+    return figure
+
+
+def plot_calibration(bins: Mapping[str, np.ndarray], theme: str = "light") -> Figure:
+    """Returns a plot of how often a model is right over how sure it is; on the diagonal it is calibrated.
+
+    Args:
+      bins: name of a model -> [K, 3], of each bin the mean confidence, the share that is right, and the count.
+      theme: of THEMES.
+    """
+    figure, axes = _new_axes("calibration: share that is right", "confidence", theme)
+    low = min(float(each[:, 0].min()) for each in bins.values())
+    axes.plot([low, 1], [low, 1], color=THEMES[theme]["ink"], linewidth=0.8, alpha=0.6)
+    for i, (name, each) in enumerate(bins.items()):
+        sizes = 12 + 120 * each[:, 2] / each[:, 2].sum()
+        axes.plot(each[:, 0], each[:, 1], color=COLORS[i % len(COLORS)], linewidth=1.4, label=name)
+        axes.scatter(each[:, 0], each[:, 1], s=sizes, color=COLORS[i % len(COLORS)], alpha=0.8)
+    _add_legend(axes, theme)
+    return figure
+
+
+def plot_pairs(quantity: str, title: str, groups: Sequence[Group], theme: str = "light") -> Figure:
+    """Returns a plot over the size gap, parameters of strong over parameters of weak, in a colour for each loss.
+
+    A line joins the weak sizes that supervise one strong size. With one pair of sizes the losses stand on the x axis,
+    and weak and ceiling are bands.
 
     Args:
       quantity: "accuracy" (of student, with weak and ceiling beside) or "pgr"; groups that are excluded from PGR have
@@ -77,6 +160,8 @@ def plot_pairs(quantity: str, title: str, groups: Sequence[Group], theme: str = 
       groups: to draw.
       theme: of THEMES.
     """
+    if len({(group.weak_size, group.strong_size) for group in groups}) == 1:
+        return _plot_pair(quantity, title, groups, theme)
     figure, axes = _new_axes(title, "parameters, strong / weak", theme)
     ink = THEMES[theme]["ink"]
     if quantity == "accuracy":
@@ -105,13 +190,25 @@ def plot_pairs(quantity: str, title: str, groups: Sequence[Group], theme: str = 
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
     _add_legend(axes, theme)
-    return _to_png(figure)
+    return figure
+
+
+def _plot_pair(quantity: str, title: str, groups: Sequence[Group], theme: str) -> Figure:
+    """plot_pairs with one pair of sizes."""
+    name = "student" if quantity == "accuracy" else "pgr"
+    shown = [group for group in groups if not (quantity == "pgr" and group.excluded)]
+    cells = {group.loss: group.estimates[name] for group in shown}
+    points = {group.loss: [x for x in group.points[name] if math.isfinite(x)] for group in shown}
+    bands = {"supervisor": Estimate(0, math.nan, math.nan), "ceiling": Estimate(1, math.nan, math.nan)}
+    if quantity == "accuracy":
+        bands = {each: groups[0].estimates[each] for each in ("weak", "ceiling")}
+    return plot_methods(title, cells, points, bands, theme)
 
 
 def plot_costs(
     metric: str, cost: str, points: Mapping[str, tuple[float, float, float, float]], theme: str = "light"
-) -> bytes:
-    """Returns a PNG of how good each way is, with its interval, over what it costs.
+) -> Figure:
+    """Returns a plot of how good each way is, with its interval, over what it costs.
 
     Args:
       metric: what is drawn upwards.
@@ -126,11 +223,11 @@ def plot_costs(
         axes.errorbar([x], [value], yerr=errors, capsize=2.5, markersize=6, linestyle="", **style)
     axes.set_xscale("log")
     _add_legend(axes, theme)
-    return _to_png(figure)
+    return figure
 
 
-def plot_rewards_over_kl(curves: Mapping[str, Any], theme: str = "light") -> bytes:
-    """Returns a PNG of the true reward (a line) and of the proxy (dashed) of policies on their way, over the square
+def plot_rewards_over_kl(curves: Mapping[str, Any], theme: str = "light") -> Figure:
+    """Returns a plot of the true reward (a line) and of the proxy (dashed) of policies on their way, over the square
     root of the KL from their start (arXiv:2210.10760, figure 1): means over seeds, and of the truth the range.
 
     Args:
@@ -144,11 +241,11 @@ def plot_rewards_over_kl(curves: Mapping[str, Any], theme: str = "light") -> byt
         axes.fill_between(x, curve.true.min(axis=0), curve.true.max(axis=0), color=color, alpha=0.18, linewidth=0)
         axes.plot(x, curve.proxy.mean(axis=0), "--", color=color, linewidth=1.4)
     _add_legend(axes, theme)
-    return _to_png(figure)
+    return figure
 
 
-def plot_stages(stages: Mapping[str, Sequence[Sequence[float]]], theme: str = "light") -> bytes:
-    """Returns a PNG of the true reward and the proxy after each stage: a mark for each seed.
+def plot_stages(stages: Mapping[str, Sequence[Sequence[float]]], theme: str = "light") -> Figure:
+    """Returns a plot of the true reward and the proxy after each stage: a mark for each seed.
 
     Args:
       stages: name -> (true rewards, proxies), a value a seed.
@@ -161,29 +258,7 @@ def plot_stages(stages: Mapping[str, Sequence[Sequence[float]]], theme: str = "l
         axes.plot(np.array(x) + 0.12 * (2 * i - 1), y, "os"[i], color=COLORS[i], label=name, markersize=5, alpha=0.8)
     axes.set_xticks(range(len(stages)), list(stages))
     _add_legend(axes, theme)
-    return _to_png(figure)
-
-
-def moving_mean(values: np.ndarray) -> np.ndarray | None:
-    """Centred mean over a twelfth of the curve, non-finite values left out; None where the curve needs none.
-
-    Args:
-      values: [N] float64.
-
-    Returns:
-      [N] float64 or None.
-    """
-    finite = np.isfinite(values)
-    width = len(values) // 12
-    if width < 3 or finite.sum() < 3:
-        return None
-    seen = values[finite]
-    if np.abs(np.diff(seen, n=2)).mean() < 0.01 * np.ptp(seen):
-        return None
-    window = np.ones(2 * (width // 2) + 1)
-    total = np.convolve(np.where(finite, values, 0.0), window, "same")
-    count = np.convolve(finite.astype(np.float64), window, "same")
-    return np.divide(total, count, out=np.full_like(values, np.nan), where=finite & (count > 0))
+    return figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +314,8 @@ class _Curves:
         """Chooses the scales by the title and the range of the values."""
         seen = np.concatenate([run.series[metric][1] for run, metric in self.members()])
         seen = seen[np.isfinite(seen)]
-        if self.title in _LOG_SCALE and seen.size and seen.min() > 0 and seen.max() / seen.min() > 10:
+        if suits_log(self.title, [seen]):
+            axes.set_ylabel("log scale", color=self.ink, fontsize=8)
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if seen.max() / seen.min() < 1000 else (1,)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -307,7 +383,15 @@ def _add_legend(axes: Axes, theme: str) -> None:
         axes.legend(frameon=False, fontsize=8, labelcolor=THEMES[theme]["ink"], **_OUTSIDE)
 
 
-def _to_png(figure: Figure) -> bytes:
+def to_vector(figure: Figure, kind: str) -> bytes:
+    """A figure as "svg" or "pdf", the same bytes each time; a PDF has its texts as letters, for papers."""
+    written, date = io.BytesIO(), {"svg": "Date", "pdf": "CreationDate"}[kind]
+    with rc_context({"svg.hashsalt": "understudy", "pdf.fonttype": 42}):
+        figure.savefig(written, format=kind, metadata={date: None})
+    return written.getvalue()
+
+
+def to_png(figure: Figure) -> bytes:
     """A figure as a PNG of at most 256 colours."""
     full, png = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png")

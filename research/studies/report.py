@@ -1,6 +1,6 @@
-"""Plots and a page from the metrics of a run, or of several compared.
+"""A page from the metrics of a run, or of several compared: of a sweep's or a study's runs too, grouped over seeds.
 
-There is one PNG per metric, and report.html, a page that needs no other file.
+There is report.html, a page that needs no other file, and one PNG per metric, but for those that it folds away.
 """
 
 import os
@@ -10,80 +10,174 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from research import files
-from research.studies import data_section, diagnosis_report, pages
-from research.studies.history import FIRST, Run, group_metrics, load_run, title_of
+from research.run.console import duration
+from research.studies import (
+    card,
+    charts,
+    data_section,
+    diagnosis_report,
+    groups_section,
+    pages,
+    samples_section,
+    sections,
+)
+from research.studies import groups as groups_lib
+from research.studies.charts import Chart, Curve
+from research.studies.groups import Group
+from research.studies.history import FIRST, Run, group_metrics, title_of
 from research.studies.pages import escape
 
-_CAPTION = """<p>Faint: as logged. Line: moving mean, where a curve is noisy. A metric that never changes has no
-plot.</p>"""
-
-
+_HINT = (
+    "Point at a curve to see its values, drag over a part to see it alone, double-click for the whole; a name in the "
+    "legend hides its curve. Faint: as logged; line: moving mean, where a curve is noisy. × is a value that isn't "
+    "finite, a dotted line a step at which the run went on after a stop. A metric that never changes has no curve."
+)
 _LONGEST_NAME = 100  # characters of a picture's
+_COMPARED = 6  # metrics of the table of several runs
 
 
 def write_report(workdirs: Sequence[str], out: str | None = None) -> str:
     """Writes the plots and the page; returns the page's path.
 
     Args:
-      workdirs: of the runs to show.
+      workdirs: of the runs to show; the folder of a sweep or a study stands for its runs.
       out: the folder to write to; the first workdir's report/ if None.
 
     Raises:
       InputError: a workdir has no metrics, or matplotlib isn't installed. Nothing is written then.
     """
     plots = pages.load_plots()
-    bases = [os.path.basename(os.path.abspath(workdir)) for workdir in workdirs]
-    unique = len(set(bases)) == len(bases)
-    runs = [load_run(workdir, base if unique else workdir) for workdir, base in zip(workdirs, bases, strict=True)]
-    pictures = {
-        title: {theme: plots.plot_curves(title, metrics, runs, theme) for theme in plots.THEMES}
-        for title, metrics in group_metrics(runs).items()
-        if changes(title, metrics, runs)
-    }
-    page = make_page(runs, pictures, [diagnosis_report.pictures(run, plots) for run in runs])
+    runs = groups_lib.load([member for workdir in workdirs for member in groups_lib.members(workdir)])
+    shown = {t: m for t, metrics in group_metrics(runs).items() if (m := moving(t, metrics, runs))}
+    whole = {t: m for t, m in shown.items() if not sections.is_detail(sections.section_of(t, m, False), t)}
+    pictures = {title: plots.to_png(plots.plot_curves(title, metrics, runs)) for title, metrics in whole.items()}
+    diagnosed = [diagnosis_report.pictures(run, plots) for run in runs]
     out = out or os.path.join(workdirs[0], "report")
     os.makedirs(out, exist_ok=True)
-    for title, png in pictures.items():
-        files.write_bytes(os.path.join(out, re.sub(r"[^\w.-]", "_", title)[:_LONGEST_NAME] + ".png"), png["light"])
+    title = os.path.basename(os.path.abspath(workdirs[0])) if len(workdirs) == 1 and len(runs) > 1 else ""
+    page = make_page(runs, diagnosed, title, out)
+    for name, png in pictures.items():
+        files.write_bytes(os.path.join(out, re.sub(r"[^\w.-]", "_", name)[:_LONGEST_NAME] + ".png"), png)
     path = os.path.join(out, "report.html")
     files.write_text(path, page)
     return path
 
 
-def changes(title: str, metrics: Sequence[str], runs: Sequence[Run]) -> bool:
-    """Whether there is anything to plot: a curve that isn't the same number all along; a loss is plotted anyway."""
-    curves = (run.series[metric][1] for run in runs for metric in metrics if metric in run.series)
-    return title in FIRST or any(len(np.unique(values)) > 1 for values in curves)
+def moving(title: str, metrics: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The metrics of a plot of which there is anything to see: those that aren't the same number all along; losses and
+    other first measures are plotted anyway, as long as a run has them."""
+
+    def moves(metric: str) -> bool:
+        own = [run.series[metric][1] for run in runs if metric in run.series]
+        return any(len(np.unique(values)) > 1 for values in own)
+
+    return list(metrics) if title in FIRST else [metric for metric in metrics if moves(metric)]
 
 
 def make_page(
     runs: Sequence[Run],
-    pictures: Mapping[str, Mapping[str, bytes]],
     diagnosed: Sequence[diagnosis_report.Pictures] | None = None,
+    title: str = "",
+    out: str | None = None,
 ) -> str:
     """Returns the report as HTML that refers to no other file.
 
     Args:
       runs: to show.
-      pictures: title -> theme -> PNG.
       diagnosed: for each run the curves that its diagnosis speaks of (see diagnosis_report.pictures).
+      title: of the page; by default the names of the runs.
+      out: a folder that plots of groups of runs are written to as well.
     """
-    names = ", ".join(run.name for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"
-    parts = [f"<h1>{escape(names)}</h1>", _status(runs), "<h2>Numbers</h2>", _numbers(runs)]
+    several = len(runs) > 1
+    title = title or (", ".join(run.name for run in runs) if len(runs) <= 4 else f"{len(runs)} runs")
+    groups = groups_lib.by_seed(runs) if several else []
+    grouped = len(groups) < len(runs) or len(groups) > 2
+    parts = [f"<h1>{escape(title)}</h1>", _status(runs) if len(runs) <= 8 else ""]
+    if several:
+        parts += [groups_section.section(groups, out) if grouped else "", "<h2>Runs</h2>", _runs(runs)]
+    else:
+        parts.append(card.card(runs[0]))
     for run, drawn in zip(runs, diagnosed or [{}] * len(runs), strict=True):
-        parts.append(diagnosis_report.section(run, drawn, named=len(runs) > 1))
-    parts += ["<h2>Curves</h2>", _CAPTION]
-    parts.append('<div class="plots">')
-    for title, png in pictures.items():
-        parts.append(pages.picture(png, f"{title_of(title)} over steps"))
-    parts += ["</div>", *(_samples(run, named=len(runs) > 1) for run in runs if run.samples)]
-    parts += [
-        data_section.section(f"Data of {run.name}" if len(runs) > 1 else "Data", run.data) for run in runs if run.data
-    ]
-    parts += [_starts(run, named=len(runs) > 1) for run in runs if len(run.starts) > 1]
+        parts.append(diagnosis_report.section(run, drawn, named=several))
+    parts.append(f"<p>{_HINT}</p>")
+    samples = [samples_section.section(run, named=several) for run in runs]
+    data = [data_section.section(f"Data of {run.name}" if several else "", run.data) for run in runs if run.data]
+    for name, titles in sections.of_runs(runs).items():
+        parts += _section(name, titles, runs, groups if grouped else [])
+        if name == "Quality":
+            parts += [text.replace("<h2>", "<h3>").replace("</h2>", "</h3>") for text in samples]
+            samples = []
+        if name == "Data":
+            parts += data
+    parts += [*samples, "<h2>Numbers</h2>", _numbers(runs)]
+    parts += [_starts(run, named=several) for run in runs if len(run.starts) > 1]
     parts += [_settings("Config", runs, [run.config for run in runs])]
     parts += [_settings("Versions and command", runs, [run.about for run in runs])]
-    return pages.page(names, parts)
+    return pages.page(title, parts, charts.script())
+
+
+def _section(name: str, titles: Mapping[str, Sequence[str]], runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
+    """A section's charts; those that say the same as others are folded."""
+    drawn: dict[bool, list[str]] = {False: [], True: []}
+    for title, metrics in titles.items():
+        if moved := moving(title, metrics, runs):
+            chart = _grouped_chart(title, moved, groups) if groups else _chart(title, moved, runs)
+            drawn[sections.is_detail(name, title)].append(charts.figure(chart))
+    if not drawn[False] and not drawn[True] and name != "Data":
+        return []
+    parts = [f"<h2>{name}</h2><p>{sections.ABOUT[name]}</p>"]
+    parts.append(f'<div class="plots">{"".join(drawn[False])}</div>' if drawn[False] else "")
+    if drawn[True]:
+        inner = f'<div class="plots">{"".join(drawn[True])}</div>'
+        parts.append(f"<details><summary>{len(drawn[True])} more curves</summary>{inner}</details>")
+    return parts
+
+
+def _labels(title: str, metrics: Sequence[str]) -> dict[str, str]:
+    """metric -> what tells it apart from the others of a plot."""
+    own = title.split("/")
+    parts = {metric: [part for part in metric.split("/") if part not in own] for metric in metrics}
+    if len({rest[0] for rest in parts.values() if rest}) == 1:  # all are of training, or of an evaluation
+        parts = {metric: rest[1:] for metric, rest in parts.items()}
+    return {metric: "/".join(rest) or ("all" if len(metrics) > 1 else metric) for metric, rest in parts.items()}
+
+
+def _chart(title: str, metrics: Sequence[str], runs: Sequence[Run]) -> Chart:
+    """With one run, colours tell metrics apart; with several, colours tell runs and dashes metrics."""
+    labels, curves = _labels(title, metrics), []
+    for place, run in enumerate(runs):
+        for number, metric in enumerate(metric for metric in metrics if metric in run.series):
+            steps, values = run.series[metric]
+            name = labels[metric] if len(runs) == 1 else run.name
+            name += f" {labels[metric]}" if len(runs) > 1 and len(metrics) > 1 else ""
+            color, dash = (number, 0) if len(runs) == 1 else (place, metrics.index(metric))
+            curves.append(Curve(name, steps, values, color, dash))
+    return _with_scale(title, curves, runs[0].resumes if len(runs) == 1 else ())
+
+
+def _grouped_chart(title: str, metrics: Sequence[str], groups: Sequence[Group]) -> Chart:
+    """A curve for each group: the mean over its seeds, between the least and the greatest."""
+    labels, curves = _labels(title, metrics), []
+    for place, group in enumerate(groups):
+        for number, metric in enumerate(metrics):
+            own = [run.series[metric] for run in group.runs if metric in run.series]
+            if not own:
+                continue
+            steps = own[0][0]
+            for other, _ in own[1:]:
+                steps = np.intersect1d(steps, other)
+            if not steps.size:
+                continue
+            values = np.stack([y[np.isin(x, steps)] for x, y in own])
+            name = f"{group.name} {labels[metric]}" if len(metrics) > 1 else group.name
+            band = (values.min(axis=0), values.max(axis=0)) if len(own) > 1 else (None, None)
+            curves.append(Curve(name, steps, values.mean(axis=0), place, number, *band))
+    return _with_scale(title, curves)
+
+
+def _with_scale(title: str, curves: Sequence[Curve], resumes: Sequence[int] = ()) -> Chart:
+    log = charts.suits_log(title, [curve.values for curve in curves])
+    return Chart(title_of(title), curves, log, title == "mfu", resumes)
 
 
 def _number(value: float) -> str:
@@ -101,37 +195,42 @@ def _status(runs: Sequence[Run]) -> str:
     return f'<p class="chips">{"".join(chips)}</p>'
 
 
+def _runs(runs: Sequence[Run]) -> str:
+    """A row for each run: its state, its course, its last measures, what it took."""
+    measures, rows = sections.measures(runs, _COMPARED), []
+    for run in runs:
+        course = card.course(run)
+        row = [run.name, f"{run.last_step:,}" + ("" if run.finished else ", not finished")]
+        row += [_number(run.last(metric)) if metric in run.series else "" for metric in measures]
+        best = "" if course is None else f"{_number(course.best[1])} at {course.best[0]:,}"
+        rows.append([*row, best, duration(run.seconds) if run.seconds else ""])
+    named = {course.name for run in runs if (course := card.course(run))}
+    best = f"best {next(iter(named))}" if len(named) == 1 else "best"
+    return pages.table(["", "steps", *measures, best, "time"], rows, "numbers wide")
+
+
 def _numbers(runs: Sequence[Run]) -> str:
+    """A folded table of all metrics."""
     metrics = [metric for group in group_metrics(runs).values() for metric in group]
     if len(runs) > 1:
         rows = [
             [metric, *(_number(run.series[metric][1][-1]) if metric in run.series else "" for run in runs)]
             for metric in metrics
         ]
-        return pages.table(["last value of", *(run.name for run in runs)], rows, "numbers")
+        table = pages.table(["last value of", *(run.name for run in runs)], rows, "numbers")
+    else:
+        table = pages.table(["metric", "first", "last", "at step", "lowest", "highest"], _extremes(runs[0]), "numbers")
+    return f"<details><summary>{len(metrics)} metrics</summary>{table}</details>"
+
+
+def _extremes(run: Run) -> list[list[str]]:
     rows = []
-    for metric in metrics:
-        steps, values = runs[0].series[metric]
+    for metric in (metric for group in group_metrics([run]).values() for metric in group):
+        steps, values = run.series[metric]
         finite = values[np.isfinite(values)]
         bounds = [_number(finite.min()), _number(finite.max())] if finite.size else ["", ""]
-        rows.append([metric, _number(values[-1]), str(steps[-1]), *bounds])
-    return pages.table(["metric", "last", "at step", "lowest", "highest"], rows, "numbers")
-
-
-def _samples(run: Run, named: bool, shown: int = 10) -> str:
-    """The sampled texts, the newest step first and unfolded."""
-    by_step: dict[int, list[str]] = {}
-    for sample in run.samples:
-        block = f'<p class="name">{escape(sample["name"])}</p><pre>{escape(sample["text"])}</pre>'
-        by_step.setdefault(sample["step"], []).append(block)
-    steps = sorted(by_step, reverse=True)
-    parts = [f"<h2>Samples{escape(f' of {run.name}') if named else ''}</h2>"]
-    for step in steps[:shown]:
-        unfolded = " open" if step == steps[0] else ""
-        parts.append(f"<details{unfolded}><summary>step {step}</summary>{''.join(by_step[step])}</details>")
-    if len(steps) > shown:
-        parts.append(f"<p>Those of {len(steps) - shown} earlier steps are in samples.jsonl.</p>")
-    return "\n".join(parts)
+        rows.append([metric, _number(values[0]), _number(values[-1]), str(steps[-1]), *bounds])
+    return rows
 
 
 def _starts(run: Run, named: bool) -> str:

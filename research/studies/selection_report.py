@@ -16,8 +16,10 @@ from research.models import flops
 from research.pretrained import wholeness
 from research.run.metrics import read_metrics
 from research.sources import entries, records, scores, selected
-from research.studies import pages
-from research.studies.compare_report import Mean, mean, read_way
+from research.studies import pages, paper
+from research.studies.compare_report import read_way
+from research.studies.means import Mean, mean
+from research.studies.paper import Table
 from research.studies.planted_noise import KINDS
 from research.studies.tables import text_table
 
@@ -91,6 +93,7 @@ class Result:
       way: it.
       pool: name of the pool.
       metrics: name -> of the last evaluation, over seeds.
+      seeds: name -> the same of each seed.
       differences: the same less that of random, seed by seed; None for random itself.
       dropped: the mean over seeds; None where nothing is selected beforehand.
       cost: FLOPs of the selection over those of a training.
@@ -100,6 +103,7 @@ class Result:
     way: Way
     pool: str
     metrics: Mapping[str, Mean]
+    seeds: Mapping[str, Sequence[float]]
     differences: Mapping[str, Mean | None]
     dropped: Dropped | None
     cost: float
@@ -107,7 +111,7 @@ class Result:
 
 
 def report(pools: Sequence[Pool], metrics: Sequence[str], workdir: str) -> None:
-    """Writes table.md, table.csv, table.json, PNGs and report.html into a folder, and prints the tables.
+    """Writes table.md, .tex, .csv and .json, plots (PNG, SVG, PDF) and report.html into a folder; prints the tables.
 
     Args:
       pools: with their ways, `random` among them.
@@ -124,14 +128,15 @@ def report(pools: Sequence[Pool], metrics: Sequence[str], workdir: str) -> None:
     files.write_json(out / "table.json", [_as_json(result) for result in flat])
     with open(out / "table.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(_as_csv(flat, metrics))
-    parts = []
+    tables = []
     for name, own in results.items():
         header, rows = table(own, metrics)
         verdicts = [verdict(own, metric) for metric in metrics]
-        parts.append(f"## {name}\n\n{_markdown(header, rows)}\n\n" + "\n".join(f"- {each}" for each in verdicts))
+        tables.append(Table(name, ["way", *header[1:]], rows, " ".join(verdicts)))
         print(f"{name}:\n{text_table([header, *rows])}\n" + "\n".join(verdicts) + "\n")
-    files.write_text(out / "table.md", f"# Data selection\n\n{METHOD}\n\n" + "\n\n".join(parts) + "\n")
-    print(f"{METHOD}\n\nin full in {out / 'report.html'}, {out / 'table.md'}, {out / 'table.csv'}")
+    tables.append(Table("Seeds", ["pool", "way", "run", *metrics], seed_rows(flat, metrics)))
+    paper.write(out, "Data selection", tables, METHOD)
+    print(f"{METHOD}\n\nin full in {out / 'report.html'}, table.md, table.tex, table.csv and table.json")
     _write_page(out, results, metrics)
 
 
@@ -149,7 +154,16 @@ def read(pool: Pool, metrics: Sequence[str]) -> list[Result]:
             differences[m] = mean(np.subtract(own, base).tolist()) if paired else None
         found = {m: mean(last[way.name][m]) for m in metrics}
         results.append(
-            Result(way, pool.name, found, differences, _dropped(way, pool), costs.of_way(way), _tokens(way.runs[0]))
+            Result(
+                way,
+                pool.name,
+                found,
+                last[way.name],
+                differences,
+                _dropped(way, pool),
+                costs.of_way(way),
+                _tokens(way.runs[0]),
+            )
         )
     return results
 
@@ -284,9 +298,13 @@ def _text(cell: Mean | None) -> str:
     return f"{cell.value:.3g}" + ("" if math.isnan(cell.low) else f" [{cell.low:.3g}, {cell.high:.3g}]")
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def seed_rows(results: Sequence[Result], metrics: Sequence[str]) -> list[list[str]]:
+    """A row of text for each run: its last values."""
+    return [
+        [r.pool, r.way.name, str(place), *(f"{value:.4g}" for value in values)]
+        for r in results
+        for place, values in enumerate(zip(*(r.seeds[m] for m in metrics), strict=True), start=1)
+    ]
 
 
 def _write_page(out: Path, results: Mapping[str, Sequence[Result]], metrics: Sequence[str]) -> None:
@@ -298,12 +316,15 @@ def _write_page(out: Path, results: Mapping[str, Sequence[Result]], metrics: Seq
         for metric in metrics:
             points = {r.way.name: (1 + r.cost, *r.metrics[metric]) for r in own}
             title = "FLOPs, selection included, over those of a training"
-            png = {theme: plots.plot_costs(metric, title, points, theme) for theme in plots.THEMES}
-            (out / f"{name}_{metric.replace('/', '_')}.png").write_bytes(png["light"])
-            pictures += pages.picture(png, f"{metric} of {name}")
+            draw = functools.partial(plots.plot_costs, metric, title, points)
+            pictures += pages.plot(out, f"{name}_{metric.replace('/', '_')}", draw, f"{metric} of {name}")
+            cells, seeds = {r.way.name: r.metrics[metric] for r in own}, {r.way.name: r.seeds[metric] for r in own}
+            draw = functools.partial(plots.plot_methods, f"{metric} of {name}", cells, seeds, {})
+            pictures += pages.plot(out, f"{name}_{metric.replace('/', '_')}_ways", draw, f"{metric} of each way")
         verdicts = [f"<p>{pages.escape(verdict(own, metric))}</p>" for metric in metrics]
         body += [f"<h2>{pages.escape(name)}</h2>", pages.table(*table(own, metrics), "numbers"), *verdicts]
         body.append(f'<div class="plots">{pictures}</div>')
+    body.append(paper.section(paper.settings(out), folded=True))
     (out / "report.html").write_text(pages.page("Data selection", body), encoding="utf-8")
 
 
@@ -335,6 +356,7 @@ def _as_json(r: Result) -> dict[str, Any]:
         "name": r.way.name,
         "runs": list(r.way.runs),
         "metrics": {m: cell._asdict() for m, cell in r.metrics.items()},
+        "values of seeds": {m: list(values) for m, values in r.seeds.items()},
         "differences": {m: cell and cell._asdict() for m, cell in r.differences.items()},
         "dropped": r.dropped and r.dropped._asdict(),
         "cost": r.cost,

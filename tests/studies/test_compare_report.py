@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from research.errors import InputError
-from research.studies import compare_report
+from research.studies import compare_report, means
 
 
 def write(folder, values, metric="eval/loss"):
@@ -22,8 +22,8 @@ def write(folder, values, metric="eval/loss"):
 def test_an_interval_is_that_of_a_t_test():
     values = [1.0, 1.2, 1.7]
     want = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    assert compare_report.mean(values) == pytest.approx((1.3, want.low, want.high))
-    assert math.isnan(compare_report.mean([2.0]).low)
+    assert means.mean(values) == pytest.approx((1.3, want.low, want.high))
+    assert math.isnan(means.mean([2.0]).low)
 
 
 def test_the_table_has_the_last_values_over_seeds(tmp_path, capsys):
@@ -45,9 +45,13 @@ def test_the_table_has_the_last_values_over_seeds(tmp_path, capsys):
     assert table["taught"]["eval/loss"] == {"value": 1.5, "low": None, "high": None}
     assert table["other"]["eval/exact_match"]["value"] == 0.5
     assert table["alone"]["runs"] == runs["alone"]
-    for name in ("eval_loss.png", "eval_exact_match.png"):
-        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    assert "2.5 [-3.853, 8.853]" in (tmp_path / "out/report.html").read_text()
+    for name in ("eval_loss", "eval_loss_last", "eval_exact_match"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "out" / f"{name}.pdf").is_file()
+    assert table["alone"]["values of seeds"]["eval/loss"] == [2.0, 3.0]
+    assert r"alone & 2 & 2.5 {\scriptsize [$-$3.853, 8.853]} & - \\" in (tmp_path / "out/table.tex").read_text()
+    assert "| alone | 2 | 3 | - |" in (tmp_path / "out/table.md").read_text()
+    assert '2.5 <span class="interval">[-3.853, 8.853]' in (tmp_path / "out/report.html").read_text()
 
 
 def test_the_gap_recovered_is_a_ratio_of_means(tmp_path, capsys):
@@ -73,7 +77,7 @@ def test_differences_are_of_runs_of_one_seed(tmp_path, capsys):
     )
     assert rows["short"]["difference of eval/loss"] is None
     assert "difference of eval/loss" not in rows["start"]
-    assert f"1.1 [{want.low:.4g}, {want.high:.4g}]" in (tmp_path / "out/report.html").read_text()
+    assert f'1.1 <span class="interval">[{want.low:.4g}, {want.high:.4g}]' in (tmp_path / "out/report.html").read_text()
     with open(tmp_path / "out/table.csv", newline="") as file:
         cells = {row["name"]: row["difference of eval/loss"] for row in csv.DictReader(file)}
     assert cells == {"start": "", "taught": str(rows["taught"]["difference of eval/loss"]["value"]), "short": ""}
@@ -92,7 +96,7 @@ def test_quantiles_are_those_of_scipy():
     for freedom in (1, 2, 3, 4, 5, 9, 10, 29, 100, 999):
         for level in (0.5, 0.95, 0.999):
             want = stats.t.ppf((1 + level) / 2, freedom)
-            assert compare_report.student_quantile(level, freedom) == pytest.approx(want, rel=1e-12)
+            assert means.student_quantile(level, freedom) == pytest.approx(want, rel=1e-12)
 
 
 def test_without_matplotlib_the_tables_are_there(tmp_path, monkeypatch, capsys):

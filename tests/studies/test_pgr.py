@@ -216,15 +216,48 @@ def test_report_writes_everything_and_lists_what_is_left_out(cells, tmp_path, ca
     assert stored["groups"][0]["estimates"]["pgr"]["value"] == pytest.approx(0.5)
     assert stored["missing"][0]["cell"]["loss"] == "late"
     page = (tmp_path / "out/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4  # two plots, light and dark
+    assert page.count("data:image/png;base64,") == 6  # three plots, light and dark
     assert "&lt;once&gt;" in page
     assert "<once>" not in page
     assert 'src="data' in page
-    for name in ("accuracy", "pgr"):
+    for name in ("accuracy", "pgr", "calibration"):
         assert (tmp_path / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"out/{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert "<svg" in (tmp_path / f"out/{name}.svg").read_text()
+    for text in (r"soft, tiny $\rightarrow$ large & 2 & ", r"\textless{}once\textgreater{}"):
+        assert text in (tmp_path / "out/table.tex").read_text()
+    assert "| soft, tiny -> large | 0 | " in (tmp_path / "out/table.md").read_text()
 
 
 def test_report_of_nothing(cells, tmp_path, capsys):
     pgr_report.report([cells[0] | {"weak": "none"}], str(tmp_path / "out"))
     assert "seed 0: weak: there is no none" in capsys.readouterr().out
     assert (tmp_path / "out/report.html").is_file()
+
+
+def test_a_difference_is_paired_by_seeds_and_examples(cells):
+    groups, _ = measure(cells)
+    by_name = {(group.strong_size, group.loss): group for group in groups}
+    hard, soft = by_name["large", "hard"], by_name["large", "soft"]
+    first, other = (hard, soft) if soft.base else (soft, hard)
+    assert (first.base, first.difference, other.base) == ("", None, first.loss)
+    students = [np.array(group.points["student"]) for group in (other, first)]
+    assert other.difference.value == pytest.approx((students[0] - students[1]).mean())
+    assert other.difference.low <= other.difference.value <= other.difference.high
+    assert np.mean(hard.points["weak"]) == pytest.approx(hard.estimates["weak"].value)
+
+
+def test_a_supervisor_is_calibrated_where_it_is_right_as_often_as_it_is_sure(tmp_path):
+    lines = [{"gold": int(i % 10 >= 8), "probs": [0.8, 0.2]} for i in range(50)]
+    lines += [{"gold": 0, "probs": [0.5 - 0.05, 0.5 + 0.05]} for i in range(50)]
+    path = tmp_path / "weak"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cell = {"weak_size": "xs", "loss": "soft", "weak": str(path)}
+    (found,) = pgr.calibrations([cell, cell | {"loss": "hard"}])
+    assert (found.name, found.seeds) == ("xs", 1)
+    assert found.bins[:, 2].tolist() == [50, 50]
+    np.testing.assert_allclose(found.bins[:, :2], [[0.55, 0.0], [0.8, 0.8]], atol=1e-9)
+    assert found.errors == (pytest.approx(0.275),)
+    rewards = tmp_path / "pairs"
+    rewards.write_text('{"rewards": [1.0, -1.0]}\n')
+    assert read_predictions(str(rewards)).confidence.tolist() == [pytest.approx(1 / (1 + math.exp(-2)))]

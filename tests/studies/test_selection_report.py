@@ -11,7 +11,7 @@ import runs
 from experiments import select
 from research.sources import choice, scores, selected
 from research.studies import planted_noise, selection_report, study
-from research.studies.compare_report import mean
+from research.studies.means import mean
 from research.studies.selection_report import Dropped, Result, Way
 
 
@@ -77,6 +77,7 @@ def result(name, values, dropped=None):
         Way(name, ["r"] * len(values), [], ()),
         "pool",
         {"eval/nll": mean(values)},
+        {"eval/nll": values},
         {"eval/nll": None},
         dropped,
         0.5,
@@ -99,7 +100,7 @@ def test_what_the_intervals_say_against_random():
     assert rows[0][4:] == ["-", "-", "-", "-", "0.50"]
     assert "nothing can be said" in selection_report.verdict([result("random", [1.0])], "eval/nll")
     better = [
-        Result(r.way, r.pool, {"eval/test/exact_match": r.metrics["eval/nll"]}, {}, None, 0.0, 0.0) for r in results
+        Result(r.way, r.pool, {"eval/test/exact_match": r.metrics["eval/nll"]}, {}, {}, None, 0.0, 0.0) for r in results
     ]
     assert selection_report.verdict(better, "eval/test/exact_match").endswith(
         "better: full; worse: rho; not told apart: band."

@@ -13,8 +13,11 @@ from research import files
 from research.diagnosis import ranking, series
 from research.diagnosis.causes import CAUSES
 from research.diagnosis.types import Cause, Evidence
+from research.studies import pages, paper
 from research.studies.faults import signatures
 from research.studies.faults.trials import HEALTHY, TRIALS_FILE, evidence, read
+from research.studies.paper import Table
+from research.studies.pgr import Estimate
 from research.studies.tables import text_table
 
 MOMENTS = (0, 5, 10, 20, 40, 60)  # steps at which it is asked
@@ -72,7 +75,8 @@ class Share:
 
 
 def report(folders: Sequence[str], workdir: str) -> None:
-    """Writes table.md, table.csv (the confusion matrix) and table.json into a folder, and prints the tables.
+    """Writes table.md, table.tex, table.csv (the confusion matrix), table.json, the plot noticed.png (SVG, PDF) and
+    report.html into a folder, and prints the tables.
 
     Args:
       folders: of the stages that made the trials.
@@ -87,9 +91,19 @@ def report(folders: Sequence[str], workdir: str) -> None:
         csv.writer(file).writerows(confusion([each for each in outcomes if each.part == "test"] or outcomes))
     table = signatures.table(lines)
     text = page(outcomes) + f"\n## Signatures\n\n```\n{text_table(table)}\n```\n"
-    files.write_text(out / "table.md", text)
+    parts = paper_tables(outcomes)
+    paper.write(out, "The diagnosis on planted faults", parts, METHOD)
+    files.write_text(out / "table.md", text)  # in columns: it is read on terminals
     print(text)
-    print(f"in full in {out / 'table.md'}, {out / 'table.csv'}")
+    print(f"in full in {out / 'report.html'}, table.md, table.tex, table.csv and table.json")
+    plots = pages.load_plots()
+    draw = functools.partial(plots.plot_methods, "faults noticed by step", noticed(outcomes), {}, {})
+    body = [
+        *map(paper.section, parts),
+        f'<div class="plots">{pages.plot(out, "noticed", draw, "noticed by step")}</div>',
+    ]
+    body += [f"<p>{pages.escape(METHOD)}</p>", paper.section(paper.settings(out), folded=True)]
+    files.write_text(out / "report.html", pages.page("Planted faults", ["<h1>Planted faults</h1>", *body]))
 
 
 def outcome(line: Mapping[str, Any], causes: Sequence[Cause] = CAUSES) -> Outcome:
@@ -150,6 +164,26 @@ def same_class(planted: str, found: str) -> bool:
 @functools.cache
 def _classes() -> dict[str, str]:
     return {cause.name: cause.alike for cause in CAUSES}
+
+
+def paper_tables(outcomes: Sequence[Outcome]) -> list[Table]:
+    """What each part of the study comes to, and its causes one by one."""
+    tables = []
+    for part in dict.fromkeys(each.part for each in outcomes):
+        own = [each for each in outcomes if each.part == part]
+        for title, (header, *rows) in ((f"Part {part}", summary(own)), (f"Causes of part {part}", by_cause(own))):
+            tables.append(Table(title, header, rows))
+    return tables
+
+
+def noticed(outcomes: Sequence[Outcome]) -> dict[str, Estimate]:
+    """Step -> the share of faults that were noticed by then, with its exact interval."""
+    faulty = [each for each in outcomes if each.planted != HEALTHY]
+    shares = {}
+    for step in MOMENTS if faulty else ():
+        soon = sum(each.noticed is not None and each.noticed <= step for each in faulty)
+        shares[str(step)] = Estimate(soon / len(faulty), *exact_interval(soon, len(faulty)))
+    return shares
 
 
 def page(outcomes: Sequence[Outcome]) -> str:
