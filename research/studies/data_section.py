@@ -24,7 +24,7 @@ def section(title: str, preview: Mapping[str, Any]) -> str:
         for each in preview["lengths"]
     ]
     head = ["source", "examples", "median tokens", "90 %", "99 %", "longest", "over seq_len"]
-    parts = [f"<h2>{escape(title)}</h2>", *(f"<p>{escape(line)}.</p>" for line in preview["facts"])]
+    parts = [f"<h3>{escape(title)}</h3>", *(f"<p>{escape(line)}.</p>" for line in preview["facts"])]
     parts.append(pages.table(head, rows, "numbers"))
     documents = []
     for number, row in enumerate(preview["rows"], 1):

@@ -18,13 +18,13 @@ from research.studies import (
     diagnosis_report,
     groups_section,
     pages,
+    run_charts,
     samples_section,
     sections,
 )
 from research.studies import groups as groups_lib
-from research.studies.charts import Chart, Curve
 from research.studies.groups import Group
-from research.studies.history import FIRST, Run, group_metrics, title_of
+from research.studies.history import FIRST, Run, group_metrics
 from research.studies.pages import escape
 
 _HINT = (
@@ -51,11 +51,10 @@ def write_report(workdirs: Sequence[str], out: str | None = None) -> str:
     shown = {t: m for t, metrics in group_metrics(runs).items() if (m := moving(t, metrics, runs))}
     whole = {t: m for t, m in shown.items() if not sections.is_detail(sections.section_of(t, m, False), t)}
     pictures = {title: plots.to_png(plots.plot_curves(title, metrics, runs)) for title, metrics in whole.items()}
-    diagnosed = [diagnosis_report.pictures(run, plots) for run in runs]
     out = out or os.path.join(workdirs[0], "report")
     os.makedirs(out, exist_ok=True)
     title = os.path.basename(os.path.abspath(workdirs[0])) if len(workdirs) == 1 and len(runs) > 1 else ""
-    page = make_page(runs, diagnosed, title, out)
+    page = make_page(runs, title, out)
     for name, png in pictures.items():
         files.write_bytes(os.path.join(out, re.sub(r"[^\w.-]", "_", name)[:_LONGEST_NAME] + ".png"), png)
     path = os.path.join(out, "report.html")
@@ -76,7 +75,6 @@ def moving(title: str, metrics: Sequence[str], runs: Sequence[Run]) -> list[str]
 
 def make_page(
     runs: Sequence[Run],
-    diagnosed: Sequence[diagnosis_report.Pictures] | None = None,
     title: str = "",
     out: str | None = None,
 ) -> str:
@@ -84,7 +82,6 @@ def make_page(
 
     Args:
       runs: to show.
-      diagnosed: for each run the curves that its diagnosis speaks of (see diagnosis_report.pictures).
       title: of the page; by default the names of the runs.
       out: a folder that plots of groups of runs are written to as well.
     """
@@ -97,19 +94,22 @@ def make_page(
         parts += [groups_section.section(groups, out) if grouped else "", "<h2>Runs</h2>", _runs(runs)]
     else:
         parts.append(card.card(runs[0]))
-    for run, drawn in zip(runs, diagnosed or [{}] * len(runs), strict=True):
-        parts.append(diagnosis_report.section(run, drawn, named=several))
+    parts += [diagnosis_report.section(run, named=several) for run in runs]
     parts.append(f"<p>{_HINT}</p>")
     samples = [samples_section.section(run, named=several) for run in runs]
-    data = [data_section.section(f"Data of {run.name}" if several else "", run.data) for run in runs if run.data]
+    data = [
+        data_section.section(f"Data of {run.name}" if several else "Lengths and first rows", run.data)
+        for run in runs
+        if run.data
+    ]
     for name, titles in sections.of_runs(runs).items():
         parts += _section(name, titles, runs, groups if grouped else [])
         if name == "Quality":
             parts += [text.replace("<h2>", "<h3>").replace("</h2>", "</h3>") for text in samples]
             samples = []
         if name == "Data":
-            parts += data
-    parts += [*samples, "<h2>Numbers</h2>", _numbers(runs)]
+            parts, data = [*parts, *data], []
+    parts += [*samples, *data, "<h2>Numbers</h2>", _numbers(runs)]
     parts += [_starts(run, named=several) for run in runs if len(run.starts) > 1]
     parts += [_settings("Config", runs, [run.config for run in runs])]
     parts += [_settings("Versions and command", runs, [run.about for run in runs])]
@@ -121,7 +121,7 @@ def _section(name: str, titles: Mapping[str, Sequence[str]], runs: Sequence[Run]
     drawn: dict[bool, list[str]] = {False: [], True: []}
     for title, metrics in titles.items():
         if moved := moving(title, metrics, runs):
-            chart = _grouped_chart(title, moved, groups) if groups else _chart(title, moved, runs)
+            chart = run_charts.of_groups(title, moved, groups) if groups else run_charts.of_runs(title, moved, runs)
             drawn[sections.is_detail(name, title)].append(charts.figure(chart))
     if not drawn[False] and not drawn[True] and name != "Data":
         return []
@@ -131,53 +131,6 @@ def _section(name: str, titles: Mapping[str, Sequence[str]], runs: Sequence[Run]
         inner = f'<div class="plots">{"".join(drawn[True])}</div>'
         parts.append(f"<details><summary>{len(drawn[True])} more curves</summary>{inner}</details>")
     return parts
-
-
-def _labels(title: str, metrics: Sequence[str]) -> dict[str, str]:
-    """metric -> what tells it apart from the others of a plot."""
-    own = title.split("/")
-    parts = {metric: [part for part in metric.split("/") if part not in own] for metric in metrics}
-    if len({rest[0] for rest in parts.values() if rest}) == 1:  # all are of training, or of an evaluation
-        parts = {metric: rest[1:] for metric, rest in parts.items()}
-    return {metric: "/".join(rest) or ("all" if len(metrics) > 1 else metric) for metric, rest in parts.items()}
-
-
-def _chart(title: str, metrics: Sequence[str], runs: Sequence[Run]) -> Chart:
-    """With one run, colours tell metrics apart; with several, colours tell runs and dashes metrics."""
-    labels, curves = _labels(title, metrics), []
-    for place, run in enumerate(runs):
-        for number, metric in enumerate(metric for metric in metrics if metric in run.series):
-            steps, values = run.series[metric]
-            name = labels[metric] if len(runs) == 1 else run.name
-            name += f" {labels[metric]}" if len(runs) > 1 and len(metrics) > 1 else ""
-            color, dash = (number, 0) if len(runs) == 1 else (place, metrics.index(metric))
-            curves.append(Curve(name, steps, values, color, dash))
-    return _with_scale(title, curves, runs[0].resumes if len(runs) == 1 else ())
-
-
-def _grouped_chart(title: str, metrics: Sequence[str], groups: Sequence[Group]) -> Chart:
-    """A curve for each group: the mean over its seeds, between the least and the greatest."""
-    labels, curves = _labels(title, metrics), []
-    for place, group in enumerate(groups):
-        for number, metric in enumerate(metrics):
-            own = [run.series[metric] for run in group.runs if metric in run.series]
-            if not own:
-                continue
-            steps = own[0][0]
-            for other, _ in own[1:]:
-                steps = np.intersect1d(steps, other)
-            if not steps.size:
-                continue
-            values = np.stack([y[np.isin(x, steps)] for x, y in own])
-            name = f"{group.name} {labels[metric]}" if len(metrics) > 1 else group.name
-            band = (values.min(axis=0), values.max(axis=0)) if len(own) > 1 else (None, None)
-            curves.append(Curve(name, steps, values.mean(axis=0), place, number, *band))
-    return _with_scale(title, curves)
-
-
-def _with_scale(title: str, curves: Sequence[Curve], resumes: Sequence[int] = ()) -> Chart:
-    log = charts.suits_log(title, [curve.values for curve in curves])
-    return Chart(title_of(title), curves, log, title == "mfu", resumes)
 
 
 def _number(value: float) -> str:

@@ -59,9 +59,9 @@ def test_the_report_shows_it_with_its_curves(stuck):
     }
     (stuck / "diagnosis.json").write_text(json.dumps(answer))
     html = Path(page.write_report([str(stuck)], str(stuck / "report"))).read_text()
-    section = html[html.index("<h2>Diagnosis</h2>") : html.index("<h2>Curves</h2>")]
+    section = html[html.index("<h2>Diagnosis</h2>") : html.index("<h2>Learning</h2>")]
     assert "1. &lt;cause&gt;" in section
-    assert section.count("<picture>") == 1
+    assert section.count('<figure class="chart">') == 1
     for text in ("run at step 6", "loss.last 3 (&gt; 2)", "remedy", "all signals"):
         assert text in section
 
