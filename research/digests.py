@@ -1,8 +1,8 @@
 """Digests of what is on disk, so that damage is noticed where a file is read, and by its name.
 
-A block of a file is seen as a matrix of 64-bit words, and its digest is a CRC-32 (zlib's) of the sums of its rows and
-columns: twice as fast as a CRC-32 of all, and beside other threads. One of 2^32 damaged blocks passes; it is no
-signature. What was written before there were digests has none, and is read as it is.
+A file has one for each of its blocks: XXH3 of 64 bits, by the library xxhash, as fast as the file can be read. It is no
+signature. What was written before there were digests has none, and is read as it is; of what had those of another kind,
+the sizes are compared.
 """
 
 import concurrent.futures
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
-BLOCK = 2**18  # bytes
+BLOCK = 2**18  # bytes; more would leave the processor's cache between being read and being looked at
 SEAL = "digest"  # the field of a JSON object that has the digest of the others
-_HEX = 8  # digits of a block's
+_KIND = "xxh3_64"  # the field of an entry that has the digests of the blocks
+_HEX = 16  # digits of a block's
 _TASK = 2**25  # bytes that a thread checks at once
-_READ = 2**20  # bytes that are read at once
-_COLUMNS = 1024
-_THREADS = min(8, os.cpu_count() or 1)
+_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))  # the other half is for what reads the files meanwhile
 
-Entry = Mapping[str, Any]  # of a file: {"size": bytes, "blocks": their digests, one after the other}
+Entry = Mapping[str, Any]  # of a file: {"size": bytes, "xxh3_64": the digests of its blocks, one after the other}
 
 
 def of_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -36,7 +36,7 @@ def of_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
             ranges, pool.map(lambda r: _of_range(folder / r[0], *r[1:]), ranges), strict=True
         ):
             parts[name].append(part)
-    return {name: {"size": sizes[name], "blocks": "".join(parts[name])} for name in sizes}
+    return {name: {"size": sizes[name], _KIND: "".join(parts[name])} for name in sizes}
 
 
 def of_folder(folder: Path, without: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
@@ -50,12 +50,13 @@ def first_fault(folder: Path, entries: Mapping[str, Entry]) -> str:
     for name, entry in entries.items():
         if fault := _fault_of_size(folder / name, entry["size"]):
             return f"{name} {fault}"
-    ranges = [(name, start, stop) for name, entry in entries.items() for start, stop in _tasks(entry["size"])]
+    known = {name: entry for name, entry in entries.items() if _KIND in entry}
+    ranges = [(name, start, stop) for name, entry in known.items() for start, stop in _tasks(entry["size"])]
 
     def check(task: tuple[str, int, int]) -> str:
         name, start, stop = task
         first, last = start // BLOCK * _HEX, -(-stop // BLOCK) * _HEX
-        wanted = entries[name]["blocks"][first:last]
+        wanted = entries[name][_KIND][first:last]
         there = _of_range(folder / name, start, stop)
         if there == wanted:
             return ""
@@ -86,24 +87,15 @@ def _tasks(size: int) -> Iterator[tuple[int, int]]:
 
 def _of_range(path: Path, start: int, stop: int) -> str:
     """The digests of the blocks of a file from `start`, which begins one, to `stop`; fewer where it is shorter."""
-    buffer, parts = np.empty(min(_READ, stop - start), np.uint8), []
+    buffer, parts = memoryview(bytearray(min(BLOCK, stop - start))), []
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        for at in range(start, stop, _READ):
-            wanted, got = min(_READ, stop - at), 0
-            while got < wanted and (n := file.readinto(memoryview(buffer)[got:wanted])):
+        for at in range(start, stop, BLOCK):
+            wanted, got = min(BLOCK, stop - at), 0
+            while got < wanted and (n := file.readinto(buffer[got:wanted])):
                 got += n
-            parts += [f"{_of_block(buffer[i : min(i + BLOCK, got)]):08x}" for i in range(0, got, BLOCK)]
+            parts += [xxhash.xxh3_64_hexdigest(buffer[:got])] if got else []
     return "".join(parts)
-
-
-def _of_block(data: np.ndarray) -> int:
-    """The digest of a block: [at most BLOCK] uint8."""
-    row = 8 * _COLUMNS
-    if data.size % row:  # how many bytes there are, the size of the file says
-        data = np.concatenate([data, np.zeros(-data.size % row, np.uint8)])
-    words = data.view("<u8").reshape(-1, _COLUMNS)
-    return zlib.crc32(np.add.reduce(words, 0).tobytes(), zlib.crc32(np.add.reduce(words, 1).tobytes()))
 
 
 class Checked:
@@ -119,7 +111,7 @@ class Checked:
         self._array, self._damaged, self._size = array, damaged, entry["size"]
         self._bytes = array.reshape(-1).view(np.uint8) if array.size else np.zeros(0, np.uint8)
         self._row = self._bytes.size // max(len(array), 1)  # bytes of a row
-        self._wanted = np.frombuffer(bytes.fromhex(entry["blocks"]), ">u4")
+        self._wanted = np.frombuffer(bytes.fromhex(entry[_KIND]), ">u8")
         self._left = np.ones(len(self._wanted), bool)  # blocks that haven't been read
 
     dtype = property(lambda self: self._array.dtype)
@@ -154,7 +146,7 @@ class Checked:
             blocks = np.concatenate([first // BLOCK, (first + self._row - 1) // BLOCK])
         for block in np.unique(blocks[self._left[blocks]]).tolist():
             start = block * BLOCK
-            if _of_block(self._bytes[start : start + BLOCK]) != self._wanted[block]:
+            if xxhash.xxh3_64_intdigest(self._bytes[start : start + BLOCK]) != self._wanted[block]:
                 raise self._damaged(other_bytes(start, self._size))
             self._left[block] = False
 
@@ -183,7 +175,7 @@ def mapped(
     if not path.stat().st_size:  # nothing that could be mapped
         return np.zeros(shape or (0,), dtype)
     array = np.memmap(path, dtype, "r", shape=shape)
-    return array if entry is None else Checked(array, entry, damaged)
+    return Checked(array, entry, damaged) if entry and _KIND in entry else array
 
 
 def seal(value: Mapping[str, Any]) -> dict[str, Any]:

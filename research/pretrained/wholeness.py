@@ -48,15 +48,20 @@ def seal(folder: Path, names: Iterable[str]) -> None:
     Raises:
       OSError, ValueError: it can't be read, or lacks some of them.
     """
-    there = json.loads((folder / "state/_METADATA").read_text())["tree_metadata"].values()
-    found = {"/".join(str(key["key"]) for key in each["key_metadata"]) for each in there}
-    if lacking := set(names) - found:
+    if lacking := set(names) - arrays(folder / "state"):
         raise ValueError(f"{folder}: the array {min(lacking)} was not written")
     for item in folder.glob("*/_METADATA"):
         if not item.with_name("manifest.ocdbt").is_file():
             raise ValueError(f"{item.parent}: its parts were not put together")
     json.loads((folder / "run/metadata").read_text())
     _write_digests(folder, digests.of_folder(folder, [_STEP]))
+
+
+def arrays(state: Path) -> set[str]:
+    """The params.path_name of the arrays in the folder of a checkpoint's state, as its outline has them."""
+    there = json.loads((state / "_METADATA").read_text())["tree_metadata"].values()
+    held = (each for each in there if not each["value_metadata"].get("skip_deserialize"))
+    return {"/".join(str(key["key"]) for key in each["key_metadata"]) for each in held}
 
 
 def seal_rest(folder: Path) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,18 @@ from research.sources.rows import Rows
 from research.train import TrainState
 
 ANSWERS_AT_ONCE = 64
+
+
+class Measured(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+      scores: "eval/loss" and others -> its value.
+      samples: (name, answer) to show, the name being that of the task, or "sample" of the held-out prompts.
+    """
+
+    scores: dict[str, float]
+    samples: list[tuple[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +66,12 @@ class Evaluation:
     def __call__(self, state: TrainState, frozen: dict[str, Any], step: int) -> dict[str, float]:
         """Measures the parameters, or their moving average where there is one; returns and writes {"eval/loss": ...}
         and shows some answers."""
+        measured = self.measure(state, frozen)
+        self.note(step, measured)
+        return measured.scores
+
+    def measure(self, state: TrainState, frozen: dict[str, Any]) -> Measured:
+        """Measures, and writes nothing."""
         progress.say("evaluating")
         key = jax.random.PRNGKey(self.config.seed)
         trained = state.params if state.ema is None else state.ema
@@ -63,24 +81,26 @@ class Evaluation:
             progress.say(f"evaluating: {name}")
             scores |= {f"{name}/{k}": value for k, value in whole_loss(self.terms, measure(*models)).items()}
         policy = params.join(trained.get("policy", {}), frozen.get("policy", {}))
+        samples: list[tuple[str, Any]] = []
         if self.answers is not None:
             progress.say(f"evaluating: {self.config.eval.generate} answers")
-            judged, samples = self.answers(policy, key)
+            judged, found = self.answers(policy, key)
             scores |= judged
-            for sample in samples[: self.config.eval.show]:
-                self.writer.print(f"  {sample}")
-                self.writer.text(step, "eval/sample", str(sample), sample.parts())
+            samples += [("sample", sample) for sample in found[: self.config.eval.show]]
         for name, measure in self.tasks:
             progress.say(f"evaluating: {name}")
-            judged, samples = measure(policy, key)
+            judged, found = measure(policy, key)
             scores |= {f"{name}/{k}": value for k, value in judged.items() if not k.endswith("_stderr")}
-            for sample in samples[: self.config.eval.show]:
-                self.writer.print(f"  {name}: {sample}")
-                if isinstance(sample, generation.Sample | repeated.Answers):
-                    self.writer.text(step, f"eval/{name}", str(sample), sample.parts())
-        scores = {f"eval/{name}": value for name, value in scores.items()}
-        self.writer.write(step, scores)
-        return scores
+            samples += [(name, sample) for sample in found[: self.config.eval.show]]
+        return Measured({f"eval/{name}": value for name, value in scores.items()}, samples)
+
+    def note(self, step: int, measured: Measured) -> None:
+        """Shows and writes what was found at a step."""
+        for name, sample in measured.samples:
+            self.writer.print(f"  {sample}" if name == "sample" else f"  {name}: {sample}")
+            if isinstance(sample, generation.Sample | repeated.Answers):
+                self.writer.text(step, f"eval/{name}", str(sample), sample.parts())
+        self.writer.write(step, measured.scores)
 
 
 def whole_loss(terms: Terms, scores: dict[str, float]) -> dict[str, float]:

@@ -46,8 +46,7 @@ class Loop:
       progress: is told of each step that begins, and of each rollout before it: of the step that was made last.
       stop: an event that asks the loop to save and end.
       started: unix seconds of the process's start.
-      scored: step -> what checkpoint.best_metric was there, in the steps before this process's.
-      measure_first: evaluate before the first step too, and see that checkpoint.best_metric is among the scores.
+      scored: step -> what checkpoint.best_metric was there, at the step that the loop begins with and before it.
     """
 
     config: Config
@@ -63,7 +62,6 @@ class Loop:
     stop: threading.Event
     started: float
     scored: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    measure_first: bool = True
 
     def run(self, state: TrainState, frozen: Any, place: Place) -> int:
         """Trains until the last step, and returns its number: that of config.steps, or of the end of patience.
@@ -71,13 +69,8 @@ class Loop:
         Raises:
           Preempted: the stop came; a checkpoint is written.
           Diverged: too many updates in a row were skipped; a checkpoint is written.
-          InputError: checkpoint.best_metric is none of the evaluation's.
         """
         config, first, scored = self.config, int(state.step), dict(self.scored)
-        if config.eval.every and self.measure_first:
-            scores = self.evaluate(state, frozen, first)
-            check_best(config.checkpoint.best_metric, scores)
-            self._note(scored, first, scores)
         if first and out_of_patience(config.checkpoint, scored):  # it ended here, and was killed before it said so
             return first
         self.window.begin_at(place.source.get("row", 0))
@@ -105,7 +98,7 @@ class Loop:
                 self.window.add(*pending)
                 pending = None
                 scores = self.evaluate(state, frozen, step) if evaluating else {}
-                self._note(scored, step, scores)
+                scored |= best_score(config.checkpoint, step, scores)
                 over = not last and bool(evaluating) and out_of_patience(config.checkpoint, scored)
                 if saving or over:
                     self._save(state, place, scores)
@@ -132,11 +125,6 @@ class Loop:
             self.saver.wait()
         return config.steps
 
-    def _note(self, scored: dict[int, float], step: int, scores: Mapping[str, float]) -> None:
-        """Notes what the best is chosen by."""
-        if (name := self.config.checkpoint.best_metric) in scores:
-            scored[step] = scores[name]
-
     def _preempted(self, step: int) -> Preempted:
         return Preempted(
             f"saved step {step} of {self.config.steps} in {self.workdir}. The same command goes on from there."
@@ -162,6 +150,11 @@ def check_best(name: str, scores: Mapping[str, float]) -> None:
         raise InputError(
             f"checkpoint.best_metric = {name!r}: the evaluation gives no such metric.{did_you_mean(name, scores)}"
         )
+
+
+def best_score(checkpoint: CheckpointConfig, step: int, scores: Mapping[str, float]) -> dict[int, float]:
+    """Step -> checkpoint.best_metric, of an evaluation at a step that gives it; else nothing."""
+    return {step: scores[checkpoint.best_metric]} if checkpoint.best_metric in scores else {}
 
 
 def out_of_patience(checkpoint: CheckpointConfig, scored: Mapping[int, float]) -> bool:

@@ -18,7 +18,7 @@ from research.pretrained import wholeness
 from research.rollouts import experience as experience_lib
 from research.run import assemble, checkpoint, checks, engines, evaluation, preview, record, resolve, resume, rollouts
 from research.run.checkpoint import Checkpointer, make_checkpointer
-from research.run.loop import Loop, Preempted, stop_on_signals
+from research.run.loop import Loop, Preempted, best_score, check_best, stop_on_signals
 from research.run.window import Diverged, Window
 from research.sources.prefetch import OnDemand, Prefetch
 from research.train import TrainState
@@ -95,6 +95,7 @@ def _run(
         evaluate = evaluation.make_evaluation(inputs, parts, tasks, writer)
         progress.say("compiling the train step")
         compiled = program()
+        measured = measure_first(inputs, evaluate, state, frozen)
         # All checks have passed: from here on, something is written.
         if inputs.resumed and distributed.main():
             wholeness.set_aside(workdir, inputs.step)
@@ -106,6 +107,10 @@ def _run(
             preview.write(inputs, workdir)
         stack.enter_context(writer)
         record.measure(writer, parts, compiled, int(state.step))
+        scored = record.scored(config, workdir, int(state.step))
+        if measured is not None:
+            evaluate.note(int(state.step), measured)
+            scored |= best_score(config.checkpoint, int(state.step), measured.scores)
         loop = Loop(
             config=config,
             workdir=workdir,
@@ -119,8 +124,7 @@ def _run(
             progress=watch.progress,
             stop=stack.enter_context(stop_on_signals(stop)),
             started=started,
-            scored=record.scored(config, workdir, int(state.step)),
-            measure_first=not inputs.resumed or resume.measures_anew(inputs.changes),
+            scored=scored,
         )
         startup.release_memory()
         startup.keep_memory(compilation.temporaries(compiled))
@@ -128,6 +132,21 @@ def _run(
         last = loop.run(state, frozen, place)
         record.sum_up(writer, config, workdir, (first, last), time.time() - started)
     return record.finish(workdir, last)
+
+
+def measure_first(
+    inputs: resolve.Inputs, evaluate: evaluation.Evaluation | None, state: TrainState, frozen: dict[str, Any]
+) -> evaluation.Measured | None:
+    """The evaluation before the first step of a run, or of one that goes on with other evaluations; else None.
+
+    Raises:
+      InputError: checkpoint.best_metric is none of its scores.
+    """
+    if evaluate is None or (inputs.resumed and not resume.measures_anew(inputs.changes)):
+        return None
+    measured = evaluate.measure(state, frozen)
+    check_best(inputs.config.checkpoint.best_metric, measured.scores)
+    return measured
 
 
 def epoch_rows(inputs: resolve.Inputs) -> int:

@@ -5,6 +5,7 @@ import errno
 import json
 import re
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,25 @@ def test_a_save_waits_for_no_write_and_holds_what_was_then(tmp_path, monkeypatch
     go.set()
     saver.wait()
     jax.tree.map(np.testing.assert_array_equal, saver.restore(like(state_at(1)))[0], state_at(1))
+    saver.close()
+
+
+def test_a_clock_that_is_set_ahead_in_a_save_changes_nothing(tmp_path, monkeypatch):
+    """Orbax takes times by the clock, and ended a save by its limit when a machine's clock was set right meanwhile."""
+    held, go, real, ahead = threading.Event(), threading.Event(), time.time, [0.0]
+    hold_writes(monkeypatch, lambda: held.set() or go.wait(20))
+    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.save(state_at(1), Place({"row": 8}), {}, {})
+    assert held.wait(20)
+    ahead[0] = 56 * 365 * 86400.0  # from 1970, where a board without a battery begins
+    go.set()
+    saver.wait()
+    jax.tree.map(np.testing.assert_array_equal, saver.restore(like(state_at(1)))[0], state_at(1))
+    ahead[0] = -3600.0
+    saver.save(state_at(2), Place({"row": 16}), {}, {})
+    saver.wait()
+    assert checkpoint.steps(tmp_path) == [1, 2]
     saver.close()
 
 

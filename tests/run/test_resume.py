@@ -19,7 +19,7 @@ from research.errors import InputError
 from research.models.config import ModelConfig
 from research.pretrained import wholeness
 from research.rollouts import experience
-from research.run import checkpoint, metrics, resume, run
+from research.run import checkpoint, resume, run
 from research.run.resume import Effect
 
 ONE = jax.devices()[:1]
@@ -501,19 +501,20 @@ def test_a_finished_run_is_left_as_it_is(finished, tmp_path, capfd):
     assert json.loads((tmp_path / "w/done.json").read_text()) == last
 
 
-def test_a_best_metric_that_no_evaluation_gives_is_an_error_at_step_0(finished, tmp_path):
+def test_a_best_metric_that_no_evaluation_gives_is_an_error_before_anything_is_written(finished, tmp_path):
     options = {"data.path": str(finished / "good.jsonl"), "checkpoint.best_metric": "eval/los"}
     with pytest.raises(InputError, match=r"best_metric = 'eval/los': the evaluation gives no such .* mean 'eval/loss'"):
         train(tmp_path / "w", **options)
-    assert checkpoint.steps(tmp_path / "w") == []
-    assert not any("train/loss" in record for record in metrics.read_metrics(str(tmp_path / "w")))
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_best_metric_that_changes_is_looked_for_before_the_next_step(begun):
     workdir, options = begun
+    before = {name: (workdir / name).read_bytes() for name in ("config.json", "metrics.jsonl")}
     with pytest.raises(InputError, match=r"best_metric = 'eval/los'"):
         train(workdir, **options, **{"checkpoint.best_metric": "eval/los"})
     assert checkpoint.steps(workdir) == [2]
+    assert before == {name: (workdir / name).read_bytes() for name in before}
     train(workdir, **options, **{"checkpoint.best_metric": "eval/accuracy", "checkpoint.best_mode": "max"})
     assert checkpoint.best_step(workdir) == 4  # the one before has no such metric
 
