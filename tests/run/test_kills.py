@@ -2,12 +2,13 @@
 
 Each test makes a few rounds. UNDERSTUDY_FAULTS=100 makes so many, and UNDERSTUDY_FAULTS_SEED draws other moments:
 
-    UNDERSTUDY_FAULTS=100 pytest -n 0 -s -m slow tests/run/test_kills.py -k kills
+    UNDERSTUDY_FAULTS=100 pytest -n 0 -s -m slow tests/run/test_kills.py -k moment
 """
 
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,11 +32,17 @@ COMMAND = [
     *("--config.eval.batches=1", "--config.checkpoint.best_metric=", "--config.checkpoint.keep_last=1"),
 ]
 SOON = 0.3  # seconds in which Python itself may not have begun
+# Two devices, so that arrays are saved in parts; eight would take most of the time to wait for each other.
+ENVIRONMENT = os.environ | {"XLA_FLAGS": re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])}
 
 
-def start(workdir, *flags):
+def start(workdir):
     with open(f"{workdir}.log", "a") as log:
-        return subprocess.Popen([*COMMAND, f"--workdir={workdir}", *flags], stderr=log, stdout=log)
+        return begin([*COMMAND, f"--workdir={workdir}"], log)
+
+
+def begin(command, log):
+    return subprocess.Popen(command, stderr=log, stdout=log, env=ENVIRONMENT)
 
 
 def said(workdir):
@@ -53,29 +60,44 @@ def check_whole(whole, workdir):
 
 @pytest.fixture(scope="module")
 def lone(tmp_path_factory):
-    """(workdir of a run that was left alone, seconds that one takes)."""
-    folder = tmp_path_factory.mktemp("lone")
-    for name in ("a", "b"):
-        began = time.monotonic()
-        assert start(folder / name).wait() == 0, said(folder / name)[-3000:]
-    assert_same(folder / "a", folder / "b")
-    return folder / "a", time.monotonic() - began
+    """(workdir of a run that was left alone, seconds that it took)."""
+    workdir, began = tmp_path_factory.mktemp("lone") / "run", time.monotonic()
+    assert start(workdir).wait() == 0, said(workdir)[-3000:]
+    return workdir, time.monotonic() - began
+
+
+def reached(workdir):
+    """The last step in the log of metrics."""
+    there = (workdir / "metrics.jsonl").exists()
+    return max((r["step"] for r in metrics.read_metrics(str(workdir))), default=0) if there else 0
+
+
+def wait_somewhere(process, workdir, rng, seconds):
+    """Waits until a random moment, or the end of a process: one of the time that a run takes, most of which is its
+    start, or one in a step, an evaluation or a save. Returns the seconds."""
+    began, until, target = time.monotonic(), rng.uniform(0, seconds), 0
+    if rng.random() < 0.5:
+        target, until = reached(workdir) + rng.randint(1, STEPS // 2), rng.uniform(0, 0.3)
+    while process.poll() is None and reached(workdir) < target:
+        time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(until)
+    return time.monotonic() - began
 
 
 def test_kills_at_any_moment(lone, tmp_path):
     whole, seconds = lone
     rng, statuses, runs = random.Random(SEED), [], 0
     workdir = tmp_path / "run-0"
-    while len(statuses) < (ROUNDS or 3):
-        process, delay = start(workdir), rng.uniform(0, 1.1 * seconds)
-        number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    while len(statuses) < (ROUNDS or 4):
         before = max(checkpoint.steps(workdir), default=0)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(delay)
+        process = start(workdir)
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+        delay = wait_somewhere(process, workdir, rng, seconds)
         if process.poll() is None:
             process.send_signal(number)
-            status = process.wait()
-            statuses.append((number.name, round(delay / seconds, 2), status))
+            status, step = process.wait(), reached(workdir)
+            statuses.append((number.name, round(delay / seconds, 2), step, status))
             allowed = {-number} if number == signal.SIGKILL else {Exit.PREEMPTED, Exit.DONE}
             assert status in allowed | ({-number} if delay < SOON else set()), (statuses[-1], said(workdir)[-3000:])
         assert max(checkpoint.steps(workdir), default=0) >= before
@@ -85,7 +107,7 @@ def test_kills_at_any_moment(lone, tmp_path):
             workdir = tmp_path / f"run-{runs}"
     assert start(workdir).wait() == 0, said(workdir)[-3000:]
     check_whole(whole, workdir)
-    print(f"{len(statuses)} kills, {runs + 1} runs: {statuses}")
+    print(f"{len(statuses)} kills, {runs + 1} runs, (signal, share of a run's time, step, status): {statuses}")
 
 
 @pytest.fixture
@@ -121,7 +143,7 @@ def test_a_disk_that_is_full_for_a_while(lone, small_disk, tmp_path):
             times = rng.uniform(0, seconds), rng.uniform(0.2, 0.5 * seconds)
             filling = threading.Thread(target=fill, args=(small_disk, *times))
             with open(tmp_path / "log", "a") as log:
-                process = subprocess.Popen([*COMMAND, f"--workdir={workdir}"], stderr=log, stdout=log)
+                process = begin([*COMMAND, f"--workdir={workdir}"], log)
             filling.start()
             status = process.wait()
             filling.join()
@@ -145,7 +167,7 @@ def at_once(commands, rng, within, log):
     for moment, command in sorted((rng.uniform(0, within), command) for command in commands):
         time.sleep(max(0, began + moment - time.monotonic()))
         with open(f"{log}-{len(processes)}", "w") as file:
-            processes.append(subprocess.Popen(command, stderr=file, stdout=file))
+            processes.append(begin(command, file))
     statuses = [process.wait() for process in processes]
     lines = [Path(f"{log}-{i}").read_text().splitlines()[-1] for i in range(len(processes))]
     return list(zip(statuses, lines, strict=True))
