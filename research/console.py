@@ -9,7 +9,7 @@ import sys
 
 from research.errors import printable
 
-_OWN = re.compile("(\r|\x1b\\[[KA])")  # what a line of status and bars move the cursor by, on standard error
+_OWN = re.compile("(\r|\x1b\\[(?:[KA]|[0-9;]*m))")  # what lines of status and bars move the cursor by, and colours
 
 
 class _Steady(io.RawIOBase):
@@ -34,18 +34,17 @@ class _Steady(io.RawIOBase):
 
 
 class _Terminal(io.TextIOWrapper):
-    """Text for a terminal, which gets no escape sequences of what files and models say: see errors.printable."""
+    """Text for a terminal, which gets no escape sequences but those that are our own: see errors.printable."""
 
     def write(self, text: str) -> int:
-        parts = _OWN.split(text) if self.fileno() == 2 else [text]
-        super().write("".join(part if i % 2 else printable(part) for i, part in enumerate(parts)))
+        super().write("".join(part if i % 2 else printable(part) for i, part in enumerate(_OWN.split(text))))
         return len(text)
 
 
 def steady(*, output: bool) -> None:
     """Has standard error, and with `output` standard output too, drop what can't be written; and a terminal get no
-    escape sequences. To be called first: a file that is opened later would get the number of one that is closed, and
-    what is printed by others."""
+    escape sequences of others. To be called first: a file that is opened later would get the number of one that is
+    closed, and what is printed by others."""
     for fd in range(3):
         try:
             os.fstat(fd)

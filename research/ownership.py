@@ -2,7 +2,7 @@
 
 A small file beside what is written says who: host, process, start and command. It is touched every few seconds. An
 owner of this host is gone when its process is; one of another host, on storage that both share, when its file was left
-alone for a minute by the storage's own clock. The next to come takes over from an owner that is gone.
+alone for a minute by the storage's own clock, and while the next to come looks at it. That one takes over.
 """
 
 import contextlib
@@ -165,8 +165,9 @@ def _is_alive(owner: Mapping[str, Any]) -> bool:
 
 def _take(lock: Path, mine: Mapping[str, Any], what: str) -> None:
     """Puts this process into a lock that is free, or whose owner is gone. Raises InputError where another has it."""
-    seen, said = None, False
+    seen, said, began = None, False, time.monotonic()
     while True:
+        watched = time.monotonic() - began > 2 * BEAT_SECONDS  # the storage's clock alone may be set ahead
         with _alone(lock.parent):
             owner, beat = _read(lock)
             if beat is None:
@@ -176,7 +177,7 @@ def _take(lock: Path, mine: Mapping[str, Any], what: str) -> None:
             here = bool(owner) and _is_here(owner)
             if here and _is_alive(owner):
                 raise _taken(what, owner)
-            if here or _age(lock.parent, beat) > STALE_SECONDS:
+            if here or (watched and _age(lock.parent, beat) > STALE_SECONDS):
                 _put(lock, mine)
                 if here:
                     return

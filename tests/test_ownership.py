@@ -1,5 +1,6 @@
 """A place has one owner; the next takes over from one that is gone, on this host or another."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -66,11 +67,10 @@ def test_a_number_that_another_process_has_by_now_is_no_owner(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("content", ["elsewhere", "cut"])
-def test_an_owner_elsewhere_is_believed_while_its_file_is_touched(content, quick, tmp_path, capsys):
-    lock = tmp_path / "out.jsonl.owner"
-    there = {**ownership._myself(), "boot": "other", "host": "elsewhere"}
-    lock.write_text(json.dumps(there) if content == "elsewhere" else '{"pi')
+@contextlib.contextmanager
+def beating(lock, content):
+    """A lock of an owner elsewhere that lives while the block runs."""
+    lock.write_text(content)
     over = threading.Event()
 
     def beat():
@@ -80,18 +80,38 @@ def test_an_owner_elsewhere_is_believed_while_its_file_is_touched(content, quick
     thread = threading.Thread(target=beat)
     thread.start()
     try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def elsewhere():
+    return json.dumps({**ownership._myself(), "boot": "other", "host": "elsewhere"})
+
+
+@pytest.mark.parametrize("content", ["elsewhere", "cut"])
+def test_an_owner_elsewhere_is_believed_while_its_file_is_touched(content, quick, tmp_path, capsys):
+    lock = tmp_path / "out.jsonl.owner"
+    with beating(lock, elsewhere() if content == "elsewhere" else '{"pi'):
         began = time.monotonic()
         whose = f"process {os.getpid()} on elsewhere" if content == "elsewhere" else "another process"
         with pytest.raises(InputError, match=f"{whose}.* has it"), ownership.own_output(tmp_path / "out.jsonl"):
             pass
         assert time.monotonic() - began < 1
-    finally:
-        over.set()
-        thread.join()
     with ownership.own_output(tmp_path / "out.jsonl"):  # a second after its last sign of life
         assert json.loads(lock.read_text())["host"] == os.uname().nodename
     assert list(tmp_path.iterdir()) == []
     assert "waiting for a sign of life" in capsys.readouterr().err
+
+
+def test_a_clock_of_the_storage_that_is_set_ahead_takes_nothing_from_an_owner(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(ownership, "_age", lambda folder, beat: 3600.0)
+    lock = tmp_path / "out.jsonl.owner"
+    with beating(lock, elsewhere()):
+        with pytest.raises(InputError, match=r"on elsewhere, .* has it"), ownership.own_output(tmp_path / "out.jsonl"):
+            pass
+        assert json.loads(lock.read_text())["host"] == "elsewhere"
 
 
 def test_an_owner_that_was_silent_for_too_long_ends(tmp_path):

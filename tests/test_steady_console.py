@@ -20,13 +20,13 @@ SAYS = """
 import sys
 from research import console
 console.steady(output={output})
-print("a\\x1b]0;title\\x07b", "\\u202ec")
-print("\\r\\x1b[Kd\\x1b[2Je", file=sys.stderr, flush=True)
+print("a\\x1b]0;title\\x07b", "\\u202ec\\x1b[1md\\x1b[0m")
+print("\\r\\x1b[Ke\\x1b[2Jf\\x1b[5;5Hg", file=sys.stderr, flush=True)
 """
 
 
 @pytest.mark.parametrize("output", [True, False])
-def test_a_terminal_gets_no_escape_sequences_but_those_of_a_line_of_status(output):
+def test_a_terminal_gets_no_escape_sequences_but_colours_and_those_of_a_line_of_status(output):
     ours, theirs = pty.openpty()
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     program = [sys.executable, "-c", SAYS.format(output=output)]
@@ -34,11 +34,12 @@ def test_a_terminal_gets_no_escape_sequences_but_those_of_a_line_of_status(outpu
     os.close(theirs)
     said = os.read(ours, 4096).decode()
     os.close(ours)
-    assert said == "a\\x1b]0;title\\x07b \\u202ec\r\n\r\x1b[Kd\\x1b[2Je\r\n"
+    first = "a\\x1b]0;title\\x07b \\u202ec\x1b[1md\x1b[0m\r\n"
+    assert said == first + "\r\x1b[Ke\\x1b[2Jf\\x1b[5;5Hg\r\n"
 
 
 def test_a_file_gets_what_is_printed_as_it_is():
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     program = [sys.executable, "-c", SAYS.format(output=False)]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "a\x1b]0;title\x07b \u202ec\n"
+    assert done.stdout == "a\x1b]0;title\x07b \u202ec\x1b[1md\x1b[0m\n"

@@ -3,6 +3,7 @@
 from research import config as config_lib
 from research import files
 from research.config import Config
+from research.errors import printable
 from research.planning import estimate, report, topology
 from research.planning.search import search
 
@@ -23,7 +24,7 @@ def run(experiment: dict, name: str, *, max_compiles: int = 0, output: str = "")
     config = config_lib.parse(experiment)
     attempts = search(config, place, max_compiles, _show) if max_compiles else [(config, estimate.make(config, place))]
     best, plan = attempts[-1]
-    print(report.describe(best, place, plan))
+    print(printable(report.describe(best, place, plan)))
     if output:
         records = [report.record(tried, place, plan) for tried, plan in attempts]
         files.write_json(output, records)
@@ -31,4 +32,4 @@ def run(experiment: dict, name: str, *, max_compiles: int = 0, output: str = "")
 
 
 def _show(config: Config, plan: estimate.Plan) -> None:
-    print(report.describe_attempt(config, plan), flush=True)
+    print(printable(report.describe_attempt(config, plan)), flush=True)

@@ -74,7 +74,7 @@ def run_stage(
                 )
             status = _call(stage)
     except (InputError, run.Diverged) as error:
-        log.write(f"error: {error}\n")
+        _note(log, f"error: {error}\n")
         status = BAD_INPUT if isinstance(error, InputError) else DIVERGED
         fault = failure(stage, str(error), status)
         if status == DIVERGED and stage.may_diverge:
@@ -83,7 +83,7 @@ def run_stage(
     except (run.Preempted, KeyboardInterrupt):
         raise
     except Exception as error:
-        log.write(traceback.format_exc())
+        _note(log, traceback.format_exc())
         raise failure(stage, f"{type(error).__name__}: {error}", FAILED) from error
     finally:
         output.clear()
@@ -97,18 +97,26 @@ def run_stage(
     return {}
 
 
+def _note(log: TextIO, text: str) -> None:
+    """Writes to a log, which may lie on the disk whose fault the text tells of."""
+    with contextlib.suppress(OSError):
+        log.write(text)
+
+
 def _add_cost(stage: Stage, seconds: float, cpu_seconds: float) -> None:
     """Adds the time of this try to that of those before, in cost.json. Of a try that was killed nothing is known."""
     path = Path(stage.workdir) / stages.COST
     before = files.read_json(path, {})
     spent = {"seconds": seconds, "cpu_seconds": cpu_seconds}
-    files.write_json(path, {name: round(before.get(name, 0.0) + value, 3) for name, value in spent.items()})
+    with contextlib.suppress(OSError):  # why the stage ended counts for more
+        files.write_json(path, {name: round(before.get(name, 0.0) + value, 3) for name, value in spent.items()})
 
 
 def failure(stage: Stage, reason: str, status: int) -> StageFailed:
     """The error of a stage, which is noted in its folder."""
     diverged = {"diverged": True} if status == DIVERGED else {}
-    files.write_json(Path(stage.workdir) / stages.FAULT, {"error": reason} | diverged)
+    with contextlib.suppress(OSError):
+        files.write_json(Path(stage.workdir) / stages.FAULT, {"error": reason} | diverged)
     return StageFailed(f"stage {stage.name} in {stage.workdir}: {reason}", status)
 
 

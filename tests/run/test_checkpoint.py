@@ -17,6 +17,7 @@ import pytest
 from research import train
 from research.errors import InputError
 from research.pretrained import wholeness
+from research.pretrained.checkpoints import metadata
 from research.rollouts.experience import Place
 from research.run import checkpoint
 
@@ -72,6 +73,22 @@ def test_state_and_source_come_back(tmp_path):
     saver.close()
     assert place.source == {"row": 16}
     jax.tree.map(np.testing.assert_array_equal, state, state_at(2))
+
+
+def test_what_a_checkpoint_holds_is_asked_where_it_is_not_what_is_wanted(tmp_path, monkeypatch):
+    """That takes Orbax a sixth of a restore, and is for errors."""
+    save(tmp_path, [None])
+    saver, asked = checkpoint.Checkpointer(tmp_path), []
+    monkeypatch.setattr(checkpoint.checkpoints, "metadata", lambda folder: asked.append(folder) or metadata(folder))
+    saver.restore(like(state_at(1)))
+    assert asked == []
+    wanted = like(state_at(1))
+    wide = wanted.replace(params={"policy": {"w": jax.ShapeDtypeStruct((8, 5), jnp.float32)}})
+    for other in (wide, wanted.replace(ema=None)):
+        with pytest.raises(InputError, match=r"has shape \(8, 4\) in the checkpoint|another optimizer.*it has ema"):
+            saver.restore(other)
+    assert len(asked) == 2
+    saver.close()
 
 
 @pytest.mark.parametrize(

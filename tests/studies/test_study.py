@@ -1,5 +1,6 @@
 """Studies: what is planned, run, skipped, shared, submitted and reported. Runs are fakes in all but one test."""
 
+import errno
 import importlib
 import json
 import os
@@ -391,6 +392,17 @@ def test_a_run_that_may_diverge_is_a_result(tmp_path, runs, capsys, elsewhere):
     assert same.workdir == hot.workdir
     with pytest.raises(execution.StageFailed, match="step 3: loss not finite"):
         run_stages(add.stages)
+
+
+def test_a_full_disk_hides_no_reason(tmp_path, runs, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stage = Plan(f"{tmp_path}/store").train("hot", RUN | {"seed": 13})
+    os.makedirs(stage.workdir)
+    monkeypatch.setattr(execution.files, "write_json", full)
+    with pytest.raises(execution.StageFailed, match="step 3: loss not finite"):
+        execution.run_stage(stage, SimpleNamespace(write=full, flush=lambda: None))
 
 
 def test_keep_going_leaves_out_what_needs_the_failed_stage(tmp_path, runs, capsys):
