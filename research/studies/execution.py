@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import TextIO
 
 from research import config as config_lib
-from research import files, signals
+from research import console, files, signals
 from research.errors import Exit, InputError
 from research.run import run
 from research.studies import stages
@@ -98,7 +98,7 @@ def run_stage(
 
 
 def _note(log: TextIO, text: str) -> None:
-    """Writes to a log, which may lie on the disk whose fault the text tells of."""
+    """Writes to a log. A disk that is full keeps no run from going on, nor its error from being told."""
     with contextlib.suppress(OSError):
         log.write(text)
 
@@ -143,12 +143,14 @@ def stage_arguments(stage: Stage) -> list[str]:
 def lock(stage: Stage) -> Iterator[TextIO | None]:
     """The stage's log, locked until every process that holds it has ended. None where another holds it."""
     os.makedirs(stage.workdir, exist_ok=True)
-    with open(os.path.join(stage.workdir, stages.LOG), "a", buffering=1, encoding="utf-8") as log:
+    # Without a buffer, in which what a full disk has no room for would wait, and fail once more at the end.
+    with open(os.path.join(stage.workdir, stages.LOG), "ab", buffering=0) as file:
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log = None
-        yield log
+            yield None
+        else:
+            yield io.TextIOWrapper(file, encoding="utf-8", write_through=True)
 
 
 @contextlib.contextmanager
@@ -206,7 +208,7 @@ class _Output(io.TextIOBase):
         self._terminal = sys.stdout if sys.stdout.isatty() else None
 
     def write(self, text: str) -> int:
-        self._log.write(text)
+        _note(self._log, text)
         if self._terminal is not None:
             *lines, self._line = re.split(r"[\r\n]", self._line + text)
             newest = next((line for line in reversed(lines) if line.strip()), "")
@@ -217,7 +219,8 @@ class _Output(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        self._log.flush()
+        with contextlib.suppress(OSError):
+            self._log.flush()
 
     def clear(self) -> None:
         if self._terminal is not None:
@@ -244,4 +247,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    console.steady(output=True)
     sys.exit(main(sys.argv[1:]))
