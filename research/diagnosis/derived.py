@@ -18,6 +18,8 @@ def derived(signals: Signals) -> dict[str, float]:
         minus that.
       norms_of_gradient: the norm of the gradient by scales and biases of norms, over the whole.
       loss_fall: how much lower the loss is at the end, as a share of its start; loss_drop: in its own unit.
+      loss_risen: how far the last losses are above the first one, as a share; where they are no better than single
+        targets' entropy, how far the highest loss is above it.
       loss_noise: standard deviation of the last losses, over their mean.
       loss_of_ce: the loss over the cross-entropy that is computed again, from the logits.
       offset_gap_K: how far the loss is from the cross-entropy of the tokens K places on, as a share of that,
@@ -26,8 +28,11 @@ def derived(signals: Signals) -> dict[str, float]:
       base_of_uniform: cross-entropy of the parameters as they began, over the logarithm of the vocabulary.
       loss_of_base: the last losses over the cross-entropy of the parameters as they began.
       loss_of_unigram: the last losses over the entropy of single targets.
+      tokens_of_base: setup/tokens_of_base; 0 where the model that the run begins with has no tokenizer to compare.
+      gap_grown: held-out loss over training loss at the end, over that at the start.
       teacher_of_uniform, teacher_gap: the teacher's cross-entropy over the logarithm of the vocabulary, and less the
         student's as it began.
+      gradient_left: optimizer/gradient_left; where that wasn't measured, 1 where the gradient's norm grows steadily.
       epochs: how many times the run has gone over its data.
       eval_rise, eval_fall: of the held-out loss from the first to the last evaluation.
       eval_gap: how much higher the held-out loss is than that of training, before training, as a share.
@@ -55,18 +60,30 @@ def _optimizer(s: Signals) -> list[tuple[str, float | None]]:
         ("eps_of_gradient", _ratio(eps and count and eps * math.sqrt(count), seen)),
         ("decay_of_run", None if None in (rate, decay, steps) else rate * decay * steps),
         ("norms_of_gradient", _ratio(s.get("grad_norm/norms.median"), norm)),
+        ("gradient_left", s.get("optimizer/gradient_left", _grows(s))),
         ("epochs", _ratio(s.get("setup/rows_read"), s.get("setup/rows"))),
         ("average_horizon", (1 - average) * steps if average and steps is not None else None),
     ]
 
 
+def _grows(s: Signals) -> float | None:
+    """Whether the gradient's norm has grown fivefold, and steadily: by eight times its noise."""
+    change, trend = s.get("grad_norm.last_over_first"), s.get("grad_norm.trend")
+    if change is None or trend is None or s.get("steps", 0.0) < 20:
+        return None
+    return float(change > 5 and trend > 8)
+
+
 def _losses(s: Signals) -> list[tuple[str, float | None]]:
     first, last, loss = s.get("loss.first"), s.get("loss.last"), s.get("probe/loss")
     drop = _less(first, last)
+    lost = (_ratio(last, s.get("probe/unigram")) or 0.0) > 0.9
+    start = s.get("loss.start")
     offsets = [(f"offset_gap_{k}", _away(loss, s.get(f"probe/offset_{k}"))) for k in (0, 2)]
     return [
         ("loss_drop", drop),
         ("loss_fall", _ratio(drop, first)),
+        ("loss_risen", _ratio(_less(s.get("loss.max") if lost else last, start), start)),
         ("loss_noise", _ratio(s.get("loss.std_last"), last)),
         ("loss_of_ce", _ratio(loss, s.get("probe/ce_recomputed"))),
         ("offset_gap_1", _away(loss, s.get("probe/ce_recomputed"))),
@@ -76,7 +93,8 @@ def _losses(s: Signals) -> list[tuple[str, float | None]]:
         ("loss_of_unigram", _ratio(last, s.get("probe/unigram"))),
         ("eval_rise", _less(s.get("eval/loss.end"), s.get("eval/loss.start"))),
         ("eval_fall", _less(s.get("eval/loss.start"), s.get("eval/loss.end"))),
-        ("eval_gap", _ratio(_less(s.get("eval/loss.start"), first), first)),
+        ("gap_grown", _ratio(_ratio(s.get("eval/loss.end"), last), _ratio(s.get("eval/loss.start"), start))),
+        ("eval_gap", _ratio(_less(s.get("eval/loss.start"), start), start)),
     ]
 
 
@@ -84,6 +102,7 @@ def _models(s: Signals) -> list[tuple[str, float | None]]:
     base, uniform = s.get("probe/base_ce"), s.get("probe/uniform")
     return [
         ("base_of_uniform", _ratio(base, uniform)),
+        ("tokens_of_base", s.get("setup/tokens_of_base", 0.0) if s.get("setup/init_from") else None),
         ("teacher_of_uniform", _ratio(s.get("teacher/ce"), uniform)),
         ("teacher_gap", _less(s.get("teacher/ce"), base)),
     ]

@@ -23,7 +23,7 @@ def golden():
     return runs, runs.pop("healthy")
 
 
-def outcome(planted, found, key="k", **fields):
+def outcome(planted, found, key="test/k", **fields):
     values = {"others": (), "verdict": "cause found", "noticed": 0, "signed": True, "part": "test", "setup": "text"}
     return report.Outcome(planted, found, key=key, **{**values, **fields})
 
@@ -87,22 +87,24 @@ def test_exact_intervals(count, total, low, high):
 
 def test_what_is_counted():
     outcomes = [
-        outcome("frozen_all", "frozen_all", "a", noticed=5),
-        outcome("frozen_all", "lr_too_small", "b", others=("frozen_all",), noticed=None),
-        outcome("random_labels", "answers_of_other_prompts", "c", noticed=60),
-        outcome(trials.HEALTHY, report.NOTHING, "d", verdict="healthy", noticed=None),
-        outcome(trials.HEALTHY, "lr_too_small", "e", noticed=None),
+        outcome("frozen_all", "frozen_all", "test/a", noticed=5),
+        outcome("frozen_all", "lr_too_small", "test/b", others=("frozen_all",), noticed=None),
+        outcome("random_labels", "answers_of_other_prompts", "test/c", noticed=60),
+        outcome(trials.HEALTHY, report.NOTHING, "test/d", verdict="healthy", noticed=None),
+        outcome(trials.HEALTHY, "lr_too_small", "test/e", noticed=None),
     ]
     rows = {row[0]: row[1:] for row in report.summary(outcomes)}
     assert rows["with a signature"][0].startswith("2 of 3")
     assert rows["with a signature"][1].startswith("3 of 3")
     assert rows["false alarms"][0].startswith("1 of 2")
     assert rows["precision"][0].startswith("2 of 4")
-    assert rows["noticed by step 5"][0].startswith("1 of 3")
+    assert dict(zip(*report.moments(outcomes), strict=True))["5"] == "1 (33%)"
+    assert report.by_kind(outcomes)[1] == ["text", "3", "2", "2", "1"]
     matrix = report.confusion(outcomes)
     assert matrix[0] == ["planted", "answers_of_other_prompts", "frozen_all", "lr_too_small", "nothing"]
     assert ["frozen_all", "0", "1", "1", "0"] in matrix
-    assert "False alarms" in report.page(outcomes)
+    page = report.page(outcomes)
+    assert page.endswith("Taken for another:\n\n- b: lr_too_small, frozen_all\n\nFalse alarms:\n\n- e: lr_too_small\n")
 
 
 def test_signatures_are_those_of_the_measurements_of_another_program():

@@ -52,7 +52,13 @@ CAUSES = (
         remedy="draw A at random (adapter.init = 'default'): where A and B are 0, neither has a gradient",
         why="The adapter has no gradient at all: both of its matrices are 0.",
         source="Hu et al. 2021, arXiv:2106.09685, section 4.1 (A is random, B is 0)",
-        explains=("frozen_all", "adapter_stays_zero", "lr_too_small", "optimizer_holds_stale_params"),
+        explains=(
+            "frozen_all",
+            "adapter_stays_zero",
+            "lr_too_small",
+            "optimizer_holds_stale_params",
+            "weights_partly_loaded",
+        ),
     ),
     Cause(
         name="adapter_stays_zero",

@@ -19,6 +19,7 @@ CAUSES = (
         source="measured by experiments/faults.py",
         explains=(
             "frozen_all",
+            "lr_zero_schedule",
             "optimizer_holds_stale_params",
             "lr_too_small",
             "lora_both_zero",
@@ -95,7 +96,7 @@ CAUSES = (
         remedy="--config.model.causal=True, and look at what attention gets for a mask",
         why="Predictions change with tokens that come later: the model reads what it is to predict.",
         source="Press et al. 2021 and many others test this by perturbing later tokens",
-        explains=("label_no_shift", "document_leak", "loss_divided_twice", "saturated_attention"),
+        explains=("label_no_shift", "document_leak", "loss_divided_twice", "saturated_attention", "tokenizer_mismatch"),
     ),
     Cause(
         name="document_leak",

@@ -31,7 +31,13 @@ CAUSES = (
         remedy="look at the first batch: an infinite weight, 0 / 0, a logarithm of 0; --config.model.dtype=float32",
         why="Loss or gradient is never finite, so that every update is skipped.",
         source="measured by experiments/faults.py",
-        explains=("optimizer_holds_stale_params", "lr_too_small", "some_batches_not_finite", "all_labels_masked"),
+        explains=(
+            "optimizer_holds_stale_params",
+            "lr_too_small",
+            "lr_zero_schedule",
+            "some_batches_not_finite",
+            "all_labels_masked",
+        ),
     ),
     Cause(
         name="some_batches_not_finite",

@@ -13,6 +13,7 @@ CAUSES = (
         stages=_LANGUAGE,
         predicts=(
             Prediction("setup/init_from", "==", 1),
+            Prediction("tokens_of_base", "<", 0.9),
             Prediction("base_of_uniform", ">", 1.15),
         ),
         supports=(Prediction("parameters/from_checkpoint", ">", 0.99), Prediction("loss.last_over_first", "<", 0.8)),

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research.diagnosis import trial
@@ -11,12 +12,15 @@ from research.diagnosis.subject import Subject
 from research.train import means
 
 _BATCHES = 2
+_OF_TOKENS = ("pretrain", "sft", "distill")
 
 
 def measure(subject: Subject) -> Measured:
     """
     optimizer/descent: by how much, as a share, a step of a hundredth of the learning rate lowers the loss of the batch
       that it is made on; absent where it changes nothing, and in reinforcement learning.
+    optimizer/gradient_left: the norm of the gradient that a step gives for a batch in which nothing is supervised, over
+      that of the batch; of runs that have begun, whose loss is one of tokens.
     optimizer/count: the updates that the optimizer's moments have counted, over those that the run has made.
     """
     signals = {}
@@ -27,6 +31,8 @@ def measure(subject: Subject) -> Measured:
         falls = [fall for batch in few if (fall := _descent(subject, batch)) is not None]
         if falls:
             signals["optimizer/descent"] = float(np.mean(falls))
+    if subject.started and subject.stage in _OF_TOKENS and (left := _left(subject, subject.batches[0])) is not None:
+        signals["optimizer/gradient_left"] = left
     return Measured(signals)
 
 
@@ -39,6 +45,16 @@ def _descent(subject: Subject, batch: dict[str, jax.Array]) -> float | None:
     if not np.isfinite([before, now]).all() or before == now or before == 0:
         return None
     return float((before - now) / abs(before))
+
+
+def _left(subject: Subject, batch: dict[str, jax.Array]) -> float | None:
+    """What is in a gradient beside the batch's own; None where a norm isn't finite, or 0 for the batch."""
+    nothing = {name: jnp.zeros_like(batch[name]) for name in ("loss_mask", "segment_ids")}
+    norms = []
+    for each in (batch, {**batch, **nothing}):
+        _, out = subject.parts.step(trial.copied(subject.state), subject.frozen, each, trial.scaled(subject, 1.0))
+        norms.append(means([jax.device_get(out)]).get("grad_norm", np.nan))
+    return norms[1] / norms[0] if np.isfinite(norms).all() and norms[0] > 0 else None
 
 
 def _count(opt_state: Any) -> float | None:

@@ -6,7 +6,8 @@ from jaxtyping import Float
 from research.diagnosis.probes.types import Measured
 from research.diagnosis.subject import Subject
 
-_BATCHES = 32
+_READ = ("tokens", "segment_ids", "positions", "loss_mask")
+_PAIRS = 16  # of neighbouring batches
 
 
 def measure(subject: Subject) -> Measured:
@@ -15,13 +16,14 @@ def measure(subject: Subject) -> Measured:
       by which batches differ most.
     data/order.spread: the variance of that feature's means, over what rows drawn by chance would give.
 
-    The features, of each row of the next batches: shares of kinds of tokens (below 64, from 64 to 96, from 96 on,
-    modulo 128), the length of documents and the share that is supervised.
+    Pairs of neighbouring batches are read that lie evenly over an epoch, since an order may show over its whole alone.
+    The features, of each row: shares of kinds of tokens (below 64, from 64 to 96, from 96 on, modulo 128), the length
+    of documents and the share that is supervised.
     """
     if subject.config.rewards:
         return Measured({})
     rows = np.stack([_features(batch) for batch in _batches(subject)])  # batches, rows, features
-    if len(rows) < 8 or rows.shape[1] < 2:
+    if rows.shape[1] < 2:
         return Measured({})
     means, within = rows.mean(axis=1), rows.var(axis=1).mean(axis=0)
     centred = means - means.mean(axis=0)
@@ -29,7 +31,7 @@ def measure(subject: Subject) -> Measured:
     real = variance > 1e-12
     if not real.any():
         return Measured({})
-    neighbours = (centred[1:] * centred[:-1]).mean(axis=0)[real] / variance[real]
+    neighbours = (centred[::2] * centred[1::2]).mean(axis=0)[real] / variance[real]
     spread = (variance * rows.shape[1])[real] / np.maximum(within[real], 1e-12)
     # The feature whose batches differ more than chance has it, and hang together.
     best = int(np.argmax(np.minimum(np.maximum(neighbours, 0), 1) * np.minimum(spread, 100.0)))
@@ -38,12 +40,16 @@ def measure(subject: Subject) -> Measured:
 
 
 def _batches(subject: Subject) -> list[dict[str, np.ndarray]]:
-    """The next batches, on the host."""
-    source = subject.inputs.source
-    state, batches = source.init(), []
-    for _ in range(_BATCHES):
-        batch, state = source.next(state)
-        batches.append({name: np.asarray(batch[name]) for name in ("tokens", "segment_ids", "positions", "loss_mask")})
+    """Two neighbouring batches from each of some places of an epoch, on the host."""
+    source, size = subject.inputs.source, subject.config.batch_size
+    rows = sum(len(each) for each, _ in subject.inputs.data.train)
+    apart = max(rows // size // _PAIRS, 2)  # batches from a pair to the next
+    batches = []
+    for pair in range(_PAIRS):
+        state = {**source.init(), "row": pair * apart * size}
+        for _ in range(2):
+            batch, state = source.next(state)
+            batches.append({name: np.asarray(batch[name]) for name in _READ})
     return batches
 
 

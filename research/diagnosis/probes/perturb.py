@@ -1,6 +1,7 @@
 """What predictions change with: later tokens, other documents, the prompt."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from research.diagnosis.subject import Batch, Subject
 from research.objectives.types import Forward
 from research.run.assemble import Parts
 
+_PAIRED = 48  # examples whose answers are put behind other prompts
+
 
 def measure(subject: Subject) -> Measured:
     """
@@ -21,6 +24,8 @@ def measure(subject: Subject) -> Measured:
     probe/document_leak: the same where only tokens of other documents of the row are others, later ones left out.
     probe/prompt_matters: by how many nats a token the cross-entropy of answers rises where their prompts' tokens are
       others of the batch; probe/base_prompt_matters: that of the parameters as they were before the first step.
+    probe/pairing: by how many nats a token answers are likelier after their own prompts than after other examples';
+      probe/base_pairing: that of the parameters as they were.
     """
     policy = subject.models["policy"].config
     if not policy.causal:
@@ -32,11 +37,47 @@ def measure(subject: Subject) -> Measured:
     prompted = any(not each.plain and each.label is None for each in subject.examples)
     if prompted and not policy.num_labels and not subject.config.rewards:
         began = loss.whole_initial(subject)
+        signals["probe/pairing"] = _pairing(subject, batch, params)
+        signals["probe/base_pairing"] = signals["probe/pairing"] if began is None else _pairing(subject, batch, began)
         signals["probe/prompt_matters"] = _prompts(subject, batch, params)
         signals["probe/base_prompt_matters"] = (
             signals["probe/prompt_matters"] if began is None else _prompts(subject, batch, began)
         )
     return Measured({name: value for name, value in signals.items() if np.isfinite(value)})
+
+
+def _pairing(subject: Subject, batch: Batch, params: dict) -> float:
+    """How much likelier the tokens of answers are after their own prompts than after those of the next examples."""
+    chosen = [each for each in subject.examples if each.prompt_tokens.size and each.side <= 0 and not each.plain]
+    rows = len(batch["tokens"])
+    half, gains = rows // 2, []
+    for first in range(0, min(len(chosen) - 1, _PAIRED) if half else 0, max(half, 1)):
+        own = chosen[first : first + half]
+        others = [chosen[(first + i + 1) % len(chosen)] for i in range(len(own))]
+        texts = [(e.prompt_tokens, e.response_tokens) for e in own]
+        texts += [(o.prompt_tokens, e.response_tokens) for o, e in zip(others, own, strict=True)]
+        made, counted = _rows_of(batch, texts)
+        nll = np.asarray(subject.programs.read("policy", params, made, jnp.asarray(subject.tokenizer.stop)).nll)
+        total = np.where(counted, nll, 0.0).sum(axis=1, dtype=np.float64)
+        same = counted.sum(axis=1)
+        for i in range(len(own)):
+            j = len(own) + i
+            if same[i] == same[j] > 0:
+                gains.append((total[j] - total[i], same[i]))
+    return float(sum(g for g, _ in gains) / sum(n for _, n in gains)) if gains else float("nan")
+
+
+def _rows_of(batch: Batch, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[Batch, np.ndarray]:
+    """A batch of that shape of a prompt and an answer in each row; and which tokens predict one of an answer."""
+    shape = batch["tokens"].shape
+    tokens, real, counted = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for i, (prompt, answer) in enumerate(texts):
+        whole = np.concatenate([prompt, answer])[: shape[1]]
+        tokens[i, : len(whole)], real[i, : len(whole)] = whole, 1
+        counted[i, len(prompt) - 1 : len(whole) - 1] = True
+    place = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    made = {"tokens": tokens, "segment_ids": real, "positions": place}
+    return {**batch, **{name: jax.device_put(x, batch[name].sharding) for name, x in made.items()}}, counted
 
 
 def hidden(subject: Subject, batch: Batch) -> jax.Array:

@@ -26,13 +26,18 @@ def measure(subject: Subject) -> Measured:
     setup/ids_beyond: the share of the batches' tokens that the embedding has no row for.
     setup/teacher_weight: the weight of the terms that read other models, before the first step.
     setup/rope_theta_of_base: the base of RoPE, over that of the model that the policy begins with.
+    setup/tokens_of_base: the share of the tokenizer's tokens that have the id which they have for that model.
     """
     signals = of_config(subject.config)
     signals |= _parameters(subject) | _rows(subject) | _weights(subject.terms)
     signals["setup/ids_beyond"] = _ids_beyond(subject)
     base = subject.config.model.init_from
     if base:
-        signals["setup/rope_theta_of_base"] = subject.models["policy"].config.rope_theta / _theta(base)
+        source = loading.find(base)
+        signals["setup/rope_theta_of_base"] = subject.models["policy"].config.rope_theta / source.config.rope_theta
+        if source.has_tokenizer:
+            own, there = subject.tokenizer.backend.get_vocab(), source.tokenizer().backend.get_vocab()
+            signals["setup/tokens_of_base"] = sum(there.get(token) == i for token, i in own.items()) / len(own)
     return Measured(signals)
 
 
@@ -89,8 +94,3 @@ def _ids_beyond(subject: Subject) -> float:
         there = batch["segment_ids"] > 0
         real, beyond = real + int(there.sum()), beyond + int(((batch["tokens"] >= size) & there).sum())
     return beyond / max(real, 1)
-
-
-def _theta(name: str) -> float:
-    """The base of RoPE of a model that is named."""
-    return loading.find(name).config.rope_theta

@@ -18,7 +18,6 @@ from research.studies.faults import signatures
 from research.studies.faults.trials import HEALTHY, TRIALS_FILE, evidence, read
 from research.studies.paper import Table
 from research.studies.pgr import Estimate
-from research.studies.tables import text_table
 
 MOMENTS = (0, 5, 10, 20, 40, 60)  # steps at which it is asked
 NOTHING = "nothing"  # what is found where nothing is
@@ -75,8 +74,8 @@ class Share:
 
 
 def report(folders: Sequence[str], workdir: str) -> None:
-    """Writes table.md, table.tex, table.csv (the confusion matrix), table.json, the plot noticed.png (SVG, PDF) and
-    report.html into a folder, and prints the tables.
+    """Writes table.md, table.tex, table.csv (the whole confusion matrix), table.json, the plot noticed.png (SVG, PDF)
+    and report.html into a folder, and prints the first.
 
     Args:
       folders: of the stages that made the trials.
@@ -89,11 +88,10 @@ def report(folders: Sequence[str], workdir: str) -> None:
     files.write_json(out / "table.json", [dataclasses.asdict(each) for each in outcomes])
     with open(out / "table.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(confusion([each for each in outcomes if each.part == "test"] or outcomes))
-    table = signatures.table(lines)
-    text = page(outcomes) + f"\n## Signatures\n\n```\n{text_table(table)}\n```\n"
     parts = paper_tables(outcomes)
     paper.write(out, "The diagnosis on planted faults", parts, METHOD)
-    files.write_text(out / "table.md", text)  # in columns: it is read on terminals
+    text = f"{page(outcomes)}\n## Signatures\n\n{markdown_table(signatures.table(lines))}\n"
+    files.write_text(out / "table.md", text)
     print(text)
     print(f"in full in {out / 'report.html'}, table.md, table.tex, table.csv and table.json")
     plots = pages.load_plots()
@@ -171,7 +169,8 @@ def paper_tables(outcomes: Sequence[Outcome]) -> list[Table]:
     tables = []
     for part in dict.fromkeys(each.part for each in outcomes):
         own = [each for each in outcomes if each.part == part]
-        for title, (header, *rows) in ((f"Part {part}", summary(own)), (f"Causes of part {part}", by_cause(own))):
+        named = {"Part": summary(own), "Kinds of runs of part": by_kind(own), "Causes of part": by_cause(own)}
+        for title, (header, *rows) in ((f"{about} {part}", table) for about, table in named.items()):
             tables.append(Table(title, header, rows))
     return tables
 
@@ -187,16 +186,29 @@ def noticed(outcomes: Sequence[Outcome]) -> dict[str, Estimate]:
 
 
 def page(outcomes: Sequence[Outcome]) -> str:
-    """The report as Markdown."""
-    parts = [f"# The diagnosis on planted faults\n\n{METHOD}"]
-    for part in dict.fromkeys(each.part for each in outcomes):
+    """The report as Markdown; what is counted, the part test, comes first."""
+    sections = [METHOD]
+    for part in sorted(dict.fromkeys(each.part for each in outcomes), reverse=True):
         own = [each for each in outcomes if each.part == part]
-        parts.append(f"## {part}\n\n```\n{text_table(summary(own))}\n```")
-        parts.append(f"```\n{text_table(by_cause(own))}\n```")
+        sections.append(f"## Runs of `{part}`")
+        sections += map(markdown_table, (summary(own), moments(own), by_kind(own), by_cause(own)))
+        if wrong := [each for each in own if not each.right and each.planted != HEALTHY]:
+            sections.append("Taken for another:\n\n" + "\n".join(map(_told, wrong)))
         if alarms := [each for each in own if each.planted == HEALTHY and each.found != NOTHING]:
-            lines = "\n".join(f"- {each.key}: {', '.join((each.found, *each.others))}" for each in alarms)
-            parts.append(f"False alarms:\n\n{lines}")
-    return "\n\n".join(parts) + "\n"
+            sections.append("False alarms:\n\n" + "\n".join(map(_told, alarms)))
+    return "\n\n".join(sections) + "\n"
+
+
+def _told(outcome: Outcome) -> str:
+    """A line on a run: what the diagnosis said of it."""
+    said = outcome.verdict if outcome.found == NOTHING else ", ".join((outcome.found, *outcome.others))
+    return f"- {outcome.key.split('/', 1)[1]}: {said}"
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown, the first line its header."""
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[list[str]]:
@@ -217,9 +229,25 @@ def summary(outcomes: Sequence[Outcome]) -> list[list[str]]:
     rows.append(["false alarms", Share(len(alarmed), len(healthy)).text(), ""])
     rows.append(["called healthy", Share(sum(e.verdict == "healthy" for e in healthy), len(healthy)).text(), ""])
     rows.append(["precision", Share(sum(each.right for each in told), len(told)).text(), ""])
-    for step in MOMENTS:
-        soon = sum(each.noticed is not None and each.noticed <= step for each in faulty)
-        rows.append([f"noticed by step {step}", Share(soon, len(faulty)).text(), ""])
+    return rows
+
+
+def moments(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """How many of the faults are noticed by a step."""
+    faulty = [each for each in outcomes if each.planted != HEALTHY]
+    soon = [sum(each.noticed is not None and each.noticed <= step for each in faulty) for step in MOMENTS]
+    shares = [f"{count} ({count / len(faulty):.0%})" if faulty else "0" for count in soon]
+    return [["noticed by step", *map(str, MOMENTS)], [f"of {len(faulty)} faults", *shares]]
+
+
+def by_kind(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """A line for each kind of run."""
+    rows = [["kind of run", "faults", "ranked first", "healthy runs", "false alarms"]]
+    for setup in dict.fromkeys(each.setup for each in outcomes):
+        faulty = [each for each in outcomes if each.setup == setup and each.planted != HEALTHY]
+        healthy = [each for each in outcomes if each.setup == setup and each.planted == HEALTHY]
+        counts = sum(each.right for each in faulty), sum(each.found != NOTHING for each in healthy)
+        rows.append([setup, str(len(faulty)), str(counts[0]), str(len(healthy)), str(counts[1])])
     return rows
 
 
