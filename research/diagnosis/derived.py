@@ -36,7 +36,8 @@ def derived(signals: Signals) -> dict[str, float]:
       epochs: how many times the run has gone over its data.
       eval_rise, eval_fall: of the held-out loss from the first to the last evaluation.
       eval_gap: how much higher the held-out loss is than that of training, before training, as a share.
-      chosen_fell: by how many nats the chosen answers became less likely.
+      chosen_fell: by how much the chosen answers became less likely, as a share of their first log-probability.
+      accuracy_told: in how many comparisons the better one is told at the end: the mean over training and evaluation.
       start_gap: how far the first loss is from that of a policy that is its reference.
       average_horizon: of the moving average: steps times (1 - decay), how many times it has turned over.
       reward_failed: the share of answers on which the worst reward fails.
@@ -55,7 +56,7 @@ def _optimizer(s: Signals) -> list[tuple[str, float | None]]:
     average = s.get("config/ema_decay")
     return [
         ("rate_of_peak", _ratio(s.get("learning_rate.max"), s.get("config/optimizer.learning_rate"))),
-        ("idle_groups", float(sum(v == 0 for v in groups)) if groups and s.get("learning_rate.max") else None),
+        ("idle_groups", float(sum(v == 0 for v in groups)) if s.get("learning_rate.max") else None),
         ("clip_of_norm", _ratio(clip, norm) if clip else None),
         ("eps_of_gradient", _ratio(eps and count and eps * math.sqrt(count), seen)),
         ("decay_of_run", None if None in (rate, decay, steps) else rate * decay * steps),
@@ -110,8 +111,10 @@ def _models(s: Signals) -> list[tuple[str, float | None]]:
 
 def _answers(s: Signals) -> list[tuple[str, float | None]]:
     failed = [v for k, v in s.items() if k.startswith("reward/") and k.endswith("/failed.mean")]
+    chosen, told = s.get("log_prob_chosen.first"), [s.get("accuracy.last"), s.get("eval/accuracy.last")]
     return [
-        ("chosen_fell", _less(s.get("log_prob_chosen.first"), s.get("log_prob_chosen.last"))),
+        ("chosen_fell", _ratio(_less(chosen, s.get("log_prob_chosen.last")), chosen and abs(chosen))),
+        ("accuracy_told", None if None in told else sum(told) / 2),
         ("start_gap", _less(s.get("preference_loss.start"), s.get("start_loss.start"))),
         ("reward_failed", max(failed) if failed else None),
         ("sampler_gap", s.get("rollout/log_prob_gap.median", s.get("old_kl.start") and abs(s["old_kl.start"]))),

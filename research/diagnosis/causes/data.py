@@ -123,7 +123,7 @@ CAUSES = (
         sureness=0.88,
         observed=True,
         remedy="understudy filter --data=FILE --min_length=1; or name the right column: data.fields",
-        why="Many answers are empty: the model learns to say nothing.",
+        why="Many answers are empty, or have marks of no width alone: the model learns to say nothing.",
         source="measured by experiments/faults.py",
         explains=("constant_targets", "duplicate_records", "answers_of_other_prompts", "contradictory_duplicates"),
     ),

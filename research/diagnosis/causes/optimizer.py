@@ -103,6 +103,7 @@ CAUSES = (
             Prediction("update_ratio.max", "<=", 0.0),
             Prediction("grad_norm.median", ">", 0.0),
             Prediction("nonfinite.mean", "<", 0.5),
+            Prediction("idle_groups", "<", 1),
         ),
         supports=(Prediction("parameters/changed", "<=", 0.0),),
         sureness=0.93,

@@ -21,7 +21,7 @@ def measure(subject: Subject) -> Measured:
     data/duplicates: the share of examples that are the same as an earlier one, among those that were looked at.
     data/conflicts: the share of examples with a prompt whose prompt has another answer too.
     data/constant_targets: the share of examples with a prompt that have the most frequent answer.
-    data/empty: the share of examples with a prompt whose answer says nothing.
+    data/empty: the share of examples with a prompt whose answer has nothing that can be seen.
     data/cut: the share of examples of which the rows hold a part alone.
     data/overlap: the share of held-out examples that are among those to train on, but for case and white space; a run
       takes out of its training data what is the same letter by letter.
@@ -66,13 +66,18 @@ def _answers(subject: Subject, prompted: Sequence[Example], rows: dict[str, tupl
         (common, times), *_ = Counter(answers).most_common(1)
         signals["data/constant_targets"] = times / len(prompted)
         rows["data/constant_targets"] = _shown([e for e, a in zip(prompted, answers, strict=True) if a == common])
-    empty = [i for i, each in enumerate(answers) if not subject.tokenizer.decode(list(each)).strip()]
+    empty = [i for i, each in enumerate(answers) if _says_nothing(subject.tokenizer.decode(list(each)))]
     signals["data/empty"] = len(empty) / len(prompted)
     rows["data/empty"] = _shown([prompted[i] for i in empty])
     cut = [each for each in prompted if each.kept < len(each.tokens)]
     signals["data/cut"] = len(cut) / len(prompted)
     rows["data/cut"] = _shown(cut)
     return signals
+
+
+def _says_nothing(text: str) -> bool:
+    """Whether nothing of a text can be seen: there are spaces and marks of no width at most."""
+    return not any(letter.isprintable() and not letter.isspace() for letter in text)
 
 
 def _whole(example: Example, every: Sequence[Example]) -> bytes:

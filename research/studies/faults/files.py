@@ -87,7 +87,7 @@ def contents(part: str) -> dict[str, list[Record]]:
         "duplicates": [record for record in train[:40] for _ in range(40)],
         "shuffled": list(shuffled(train, rng)),
         "constant": [{**record, "response": "yes"} if rng.random() < 0.95 else record for record in train],
-        "empty": [{**record, "response": " "} if rng.random() < 0.6 else record for record in train],
+        "empty": [{**record, "response": "\u200b"} if rng.random() < 0.6 else record for record in train],
         "long": [{**record, "response": " ".join([record["response"]] * rng.randint(2, 30))} for record in train],
         "few": train[:100],
         "tiny_eval": held_out[:3],

@@ -89,7 +89,15 @@ SIGNED: tuple[Plant, ...] = (
     Plant("no_causal_mask", ("text", "sft"), parts=changes.with_hidden(changes.not_causal)),
     Plant("nan_batches_skipped", ("sft", "lora"), batch=_batch(changes.infinite)),
     Plant("one_exploding_batch", ("text", "sft"), {**_SGD, "optimizer.clip_norm": 0.0}, changes.of_kind(Exploding)),
-    Plant("teacher_worse_than_student", ("distill",), {"roles": {"teacher": {"init_from": "{weak}"}}}),
+    Plant(
+        "teacher_worse_than_student",
+        ("distill",),
+        {
+            "model.init_from": "{teacher}",
+            "roles": {"teacher": {"init_from": "{weak}"}},
+            "objective": {"terms": {"distill": {"kind": "forward_kl"}}},
+        },
+    ),
     Plant("loss_divided_twice", ("text", "sft"), _SGD, changes.scaled(1e-3)),
 )
 
@@ -160,9 +168,10 @@ OTHERS: tuple[Plant, ...] = (
     Plant("likelihood_displacement", ("preference",), {"optimizer.learning_rate": 2e-3}),
     Plant(
         "preferences_without_signal",
-        ("preference", "reward"),
+        ("preference",),
         {"data.path": "{data}/chance.jsonl", "optimizer.learning_rate": 3e-4},
     ),
+    Plant("preferences_without_signal", ("reward",), {"data.path": "{data}/chance.jsonl"}),
     Plant("beta_too_small", ("preference",), _preference(beta=1e-4)),
     Plant("beta_too_large", ("preference",), _preference(beta=30.0)),
     Plant("reward_reads_length", ("reward",), {"data.path": "{data}/longer.jsonl"}),
