@@ -1,12 +1,8 @@
 """A reward that fails on every answer, to be planted."""
 
-from research.rollouts.rewards.types import Reward, Sample
+from research.rollouts.rewards.types import Sample
 
 
-def make() -> Reward:
-    """The reward."""
-
-    def reward(sample: Sample) -> float | None:
-        raise ValueError(f"the answer {sample.text!r} can't be judged")
-
-    return reward
+def judge(sample: Sample) -> float | None:
+    """Raises ValueError whatever the answer."""
+    raise ValueError(f"the answer {sample.answer!r} can't be judged")

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from research.diagnosis.subject import Subject
-from research.studies.faults import changes
+from research.studies.faults import changes, failing
 from research.studies.faults.changes import ChangeBatch, ChangeParts, Exploding
 
-FAILING = "research.studies.faults.failing"
+FAILING = f"{failing.__file__}:judge"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,7 +168,7 @@ def _rl(folder: str, starts: Mapping[str, str], part: str) -> Values:
         "optimizer.learning_rate": 3e-4,
         "optimizer.weight_decay": 0.0,
         "optimizer.schedule": "constant",
-        **_begin(starts, "weak"),
+        **_begin(starts, "tasks"),
     }
 
 
@@ -183,7 +183,7 @@ def _critic(folder: str, starts: Mapping[str, str], part: str) -> Values:
         "objective": {"terms": {"policy_gradient": policy, "value": 0.5}},
         "advantage.kind": "critic",
         "advantage.scale": "none",
-        "roles": {"critic": {"init_from": starts["weak"], "num_labels": 1}},
+        "roles": {"critic": {"init_from": starts["tasks"], "num_labels": 1}},
         "optimizer.groups": groups,
     }
 
