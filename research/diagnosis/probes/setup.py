@@ -46,7 +46,8 @@ def _parameters(subject: Subject) -> dict[str, float]:
     whole = {role: subject.params[role] for role in trained}
     leaves, everything = jax.tree.leaves(trained), jax.tree.leaves(whole)
     count, total = sum(x.size for x in leaves), sum(x.size for x in everything)
-    kernels = [x for x in everything if x.ndim >= 2 and min(x.shape[-2:]) > 1 and jnp.issubdtype(x.dtype, jnp.floating)]
+    named = [(params_lib.path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(whole)]
+    kernels = [x for name, x in named if _is_kernel(name) and jnp.issubdtype(x.dtype, jnp.floating)]
     norm = _squares(kernels) / max(sum(x.size for x in kernels), 1)
     mlp = any("/mlp/" in params_lib.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trained))
     return {
@@ -56,6 +57,11 @@ def _parameters(subject: Subject) -> dict[str, float]:
         "setup/kernels": math.sqrt(norm),
         "setup/mlp_trained": float(mlp),
     }
+
+
+def _is_kernel(name: str) -> bool:
+    """Whether a parameter is none of a norm and no bias: those may begin at anything."""
+    return "norm" not in name and not name.endswith(("bias", "scale"))
 
 
 def _squares(values: list[jax.Array]) -> float:
