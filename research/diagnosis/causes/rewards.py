@@ -53,7 +53,6 @@ CAUSES = (
         remedy="--config.rollout.temperature=1.0, more answers, or prompts that are neither too easy nor too hard",
         why="The answers to a prompt nearly always have one reward, so that their advantages are 0.",
         source="DAPO, arXiv:2503.14476, section 3.2",
-        explains=("entropy_collapse",),
     ),
     Cause(
         name="answers_cut_off",
@@ -81,6 +80,7 @@ CAUSES = (
         remedy="a lower learning rate, clip_high above clip_low, or objective.terms.policy_gradient.entropy_coef",
         why="The policy has become sure of its answers long before they are right, and tries nothing else.",
         source="Cui et al. 2025, arXiv:2505.22617; DAPO, arXiv:2503.14476, section 3.1",
+        explains=("groups_without_variance",),
     ),
     Cause(
         name="sampler_gap",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from research.diagnosis.subject import Subject
-from research.studies.faults import changes, failing
+from research.studies.faults import changes, failing, losses
 from research.studies.faults.changes import ChangeBatch, ChangeParts, Exploding
 
 FAILING = f"{failing.__file__}:judge"
@@ -65,8 +65,8 @@ SIGNED: tuple[Plant, ...] = (
     Plant("only_norms_trainable", ("text", "sft"), {"trainable": ".*norm/.*"}),
     Plant("all_labels_masked", ("sft", "lora"), batch=_batch(changes.masked)),
     Plant("almost_all_labels_masked", ("sft", "lora"), batch=_batch(changes.mostly_masked)),
-    Plant("label_shift_double", ("text", "sft"), parts=changes.targets_at(2)),
-    Plant("label_no_shift", ("text", "sft"), parts=changes.targets_at(0)),
+    Plant("label_shift_double", ("text", "sft"), parts=losses.targets_at(2)),
+    Plant("label_no_shift", ("text", "sft"), parts=losses.targets_at(0)),
     Plant(
         "grad_not_zeroed",
         ("text", "sft"),
@@ -80,7 +80,7 @@ SIGNED: tuple[Plant, ...] = (
     Plant("sorted_data_order", ("text",), {"data.path": "{data}/sorted.jsonl", "data.shuffle": False}),
     Plant("same_batch_every_step", ("text", "sft"), batch=lambda tokenizer: changes.always_the_first()),
     Plant("contradictory_duplicates", ("sft", "lora"), {"data.path": "{data}/conflicts.jsonl"}),
-    Plant("random_labels", ("text",), parts=changes.chance_targets),
+    Plant("random_labels", ("text",), parts=losses.chance_targets),
     Plant("dropout_too_high", ("text", "sft"), parts=changes.with_hidden(changes.dropping(0.7), training_only=True)),
     Plant("saturated_attention", ("text", "sft"), subject=_policy(changes.saturated)),
     Plant("dead_mlp_zero_init_both", ("text", "sft"), subject=_policy(changes.dead_mlp)),
@@ -98,7 +98,7 @@ SIGNED: tuple[Plant, ...] = (
             "objective": {"terms": {"distill": {"kind": "forward_kl"}}},
         },
     ),
-    Plant("loss_divided_twice", ("text", "sft"), _SGD, changes.scaled(1e-3)),
+    Plant("loss_divided_twice", ("text", "sft"), _SGD, losses.scaled(1e-3)),
 )
 
 
@@ -129,14 +129,14 @@ OTHERS: tuple[Plant, ...] = (
     Plant("positions_ignored", ("text",), parts=changes.with_hidden(changes.without_positions)),
     Plant("prompt_trained", ("sft",), {"objective": {"terms": {"next_token": 1.0}}}),
     Plant("end_not_supervised", ("sft",), batch=lambda tokenizer: changes.without_ends(tokenizer.stop)),
-    Plant("padding_trained", ("sft",), {"data.pack": False}, changes.padding_too),
+    Plant("padding_trained", ("sft",), {"data.pack": False}, losses.padding_too),
     Plant("ids_beyond_vocabulary", ("text",), batch=_batch(changes.beyond)),
     Plant("double_bos", ("sft",), batch=lambda tokenizer: changes.twice_begun(tokenizer.bos)),
     Plant("lossy_tokenizer", ("sft",), {"tokenizer.kind": "{data}/lower"}),
     Plant("untrained_tokens", ("sft",), subject=_policy(changes.new_rows)),
     Plant("rate_zero_most_steps", ("text",), {"optimizer.delay_steps": 50}),
     Plant("gradient_ascent", ("text",), parts=changes.of_kind(changes.Ascending)),
-    Plant("loss_too_large", ("text",), parts=changes.scaled(1e3)),
+    Plant("loss_too_large", ("text",), parts=losses.scaled(1e3)),
     Plant("moments_lost", ("text",), parts=changes.of_kind(changes.Forgetful)),
     Plant("idle_group", ("text",), _groups(layers=0.0)),
     Plant("adapter_stays_zero", ("lora",), _groups(b=0.0)),
@@ -181,7 +181,7 @@ OTHERS: tuple[Plant, ...] = (
     Plant("reward_always_fires", ("rl",), {"rewards": {"regex": {"pattern": "(?s).*"}}}),
     Plant("groups_without_variance", ("rl",), {"rollout.temperature": 0.02}),
     Plant("answers_cut_off", ("rl",), {"rollout.max_new_tokens": 3}),
-    Plant("entropy_collapse", ("rl",), {"optimizer.learning_rate": 1e-2}),
+    Plant("entropy_collapse", ("rl",), {"optimizer.learning_rate": 1e-3}, losses.entropy_lowered(1.0)),
     Plant("critic_useless", ("critic",), _groups(policy=3e-4, critic=1e-9)),
     Plant(
         "kl_too_strong",
