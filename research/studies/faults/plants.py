@@ -182,7 +182,7 @@ OTHERS: tuple[Plant, ...] = (
     Plant("groups_without_variance", ("rl",), {"rollout.temperature": 0.02}),
     Plant("answers_cut_off", ("rl",), {"rollout.max_new_tokens": 3}),
     Plant("entropy_collapse", ("rl",), {"optimizer.learning_rate": 1e-3}, losses.entropy_lowered(1.0)),
-    Plant("critic_useless", ("critic",), _groups(policy=3e-4, critic=1e-9)),
+    Plant("critic_useless", ("critic",), _groups(policy=3e-4, critic=1e-6)),
     Plant(
         "kl_too_strong",
         ("rl",),
