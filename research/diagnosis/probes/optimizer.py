@@ -31,8 +31,9 @@ def measure(subject: Subject) -> Measured:
         falls = [fall for batch in few if (fall := _descent(subject, batch)) is not None]
         if falls:
             signals["optimizer/descent"] = float(np.mean(falls))
-    if subject.started and subject.stage in _OF_TOKENS and (left := _left(subject, subject.batches[0])) is not None:
-        signals["optimizer/gradient_left"] = left
+    if subject.started and subject.stage in _OF_TOKENS:
+        left = _left(subject, trial.few_rows(subject, subject.batches[0]))
+        signals |= {} if left is None else {"optimizer/gradient_left": left}
     return Measured(signals)
 
 
