@@ -96,7 +96,10 @@ CAUSES = (
         remedy="--config.model.causal=True, and look at what attention gets for a mask",
         why="Predictions change with tokens that come later: the model reads what it is to predict.",
         source="Press et al. 2021 and many others test this by perturbing later tokens",
-        explains=("label_no_shift", "document_leak", "loss_divided_twice", "saturated_attention", "tokenizer_mismatch"),
+        explains=(
+            *("label_no_shift", "document_leak", "loss_divided_twice", "saturated_attention", "tokenizer_mismatch"),
+            "rope_base_misread",
+        ),
     ),
     Cause(
         name="document_leak",
@@ -111,6 +114,7 @@ CAUSES = (
         remedy="give attention the batch's segment_ids, or set data.pack=False",
         why="Documents that share a row see each other.",
         source="Krell et al. 2021, arXiv:2107.02027 (packing without cross-contamination)",
+        explains=("rope_base_misread",),
     ),
     Cause(
         name="positions_ignored",
@@ -122,7 +126,7 @@ CAUSES = (
         remedy="give the model the batch's positions: all tokens stand at one",
         why="Predictions don't depend on positions: to the model a text is a bag of the words before.",
         source="Su et al. 2021, arXiv:2104.09864 (RoPE)",
-        explains=("wrong_rope_base", "answers_of_other_prompts", "random_labels"),
+        explains=("wrong_rope_base", "rope_base_misread", "answers_of_other_prompts", "random_labels"),
     ),
     Cause(
         name="prompt_trained",
