@@ -128,24 +128,25 @@ def study(tmp_path_factory):
     return str(folder), dict.fromkeys(setups.STARTS, str(folder / "start"))
 
 
-FAULTS = (
-    "lr_zero_schedule",
-    "lr_too_small",
-    "optimizer_holds_stale_params",
-    "frozen_all",
-)  # others need a longer start
+# By kind of run, few in each, which share its programs; others need a longer start.
+FAULTS = {
+    "text": ("lr_zero_schedule", "optimizer_holds_stale_params", "frozen_all"),
+    "sft": ("all_labels_masked", "nan_batches_skipped"),
+}
 
 
 @pytest.mark.slow
-def test_faults_planted_end_to_end(study):
+@pytest.mark.parametrize("setup", FAULTS)
+def test_faults_planted_end_to_end(study, setup):
     """Each is found, and moves what is measured in the direction of its signature."""
-    shared, lines = {}, {}
+    shared, lines, faults = {}, {}, FAULTS[setup]
     for each in trials.trials("dev", *study, 1):
-        if each.setup == "text" and each.title in (*FAULTS, "healthy-0-0"):
+        if each.setup == setup and each.title in (*faults, "healthy-0-0"):
             lines[each.title] = json.loads(json.dumps(trials.run(each, shared)))
     healthy_run = lines.pop("healthy-0-0")
-    assert report.outcome(healthy_run).found == report.NOTHING
-    assert set(lines) == set(FAULTS)
+    assert set(lines) == set(faults)
+    if setup == "text":  # what the other kind begins with knows nothing of prompts
+        assert report.outcome(healthy_run).found == report.NOTHING
     for title, line in lines.items():
         made = report.outcome(line)
         assert made.found == title
@@ -153,8 +154,24 @@ def test_faults_planted_end_to_end(study):
         moved = signatures.directions(signatures.signals(line), signatures.signals(healthy_run), title)
         assert all(moved.values()), (title, moved)
     table = signatures.table([healthy_run, *lines.values()])
-    assert len(table) == 1 + len(FAULTS)
-    assert {row[0] for row in ranked(lines.values())} == set(FAULTS)
+    assert len(table) == 1 + len(faults)
+    assert {row[0] for row in ranked(lines.values())} == set(faults)
+
+
+def test_a_fault_of_adapters_is_beside_a_run_in_which_all_is_trained():
+    def line(cause, setup, **after):
+        return {"cause": cause, "setup": setup, "part": "dev", "after": after}
+
+    still = {"grad_norm.median": 0.0, "parameters/changed": 0.0, "setup/trained_share": 0.1}
+    rows = signatures.table(
+        [
+            line(trials.HEALTHY, "lora", **{**still, "grad_norm.median": 1.0, "parameters/changed": 1.0}),
+            line(trials.HEALTHY, "sft", **{name: 1.0 for name in still}),
+            line("lora_both_zero", "lora", **still),
+        ]
+    )
+    assert rows[1][0] == "lora_both_zero"
+    assert rows[1][-1] == "3 of 3"
 
 
 def ranked(lines):

@@ -29,6 +29,8 @@ SIGNALS = {
 }
 # Where the objective of a faulty run isn't the cross-entropy of the next token, that is computed again.
 AGAIN = ("label_shift_double", "label_no_shift", "teacher_worse_than_student")
+# Faults whose healthy run is of another kind: there all was trained, as in the healthy run of the measurements.
+BESIDE = {"lora_both_zero": "sft"}
 # Beside the healthy run: "zero"; "low", at most 0.8 of it; "high", at least 1.2 times it; "same", from a third to three
 # times it; "all", at least 0.95 of all.
 Direction = str
@@ -61,7 +63,7 @@ SIGNATURES: dict[str, dict[str, Direction]] = {
     "dropout_too_high": {"train_loss_first": "high", "train_loss_last10": "high"},
     "saturated_attention": {"grad_norm_max_over_median": "high", "update_ratio_median": "low"},
     "dead_mlp_zero_init_both": {"train_loss_first": "high", "fraction_params_changed": "low"},
-    "lora_both_zero": {"grad_norm_median": "zero", "update_ratio_median": "zero", "trainable_fraction": "low"},
+    "lora_both_zero": {"grad_norm_median": "zero", "fraction_params_changed": "zero", "trainable_fraction": "low"},
     "tokenizer_mismatch": {"train_loss_first": "high", "train_loss_last10": "high"},
     "no_causal_mask": {"future_leak": "high", "train_loss_last10": "low", "train_loss_first": "high"},
     "nan_batches_skipped": {"nonfinite_grad_steps": "high", "fraction_params_changed": "zero"},
@@ -113,7 +115,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             healthy.setdefault((line["part"], line["setup"]), signals(line))
     rows = [["planted", "run", "signature", "ours (healthy)", "reproduced"]]
     for line in lines:
-        beside = healthy.get((line["part"], line["setup"]))
+        beside = healthy.get((line["part"], BESIDE.get(line["cause"], line["setup"])))
         if line["cause"] not in SIGNATURES or beside is None:
             continue
         own, columns = signals(line), SIGNATURES[line["cause"]]
