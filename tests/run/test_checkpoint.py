@@ -52,6 +52,11 @@ def test_the_last_and_the_best_are_kept(mode, kept, tmp_path):
     assert checkpoint.steps(tmp_path) == kept
 
 
+def test_a_score_that_is_no_number_is_no_best(tmp_path):
+    save(tmp_path, [float("nan"), 2.0, None], keep_last=1, best_metric="eval/loss")
+    assert checkpoint.steps(tmp_path) == [2, 3]
+
+
 @pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 1)])
 def test_the_best_is_known_and_kept_when_the_run_goes_on(mode, best, tmp_path):
     options = {"keep_last": 1, "best_metric": "eval/loss", "best_mode": mode}
