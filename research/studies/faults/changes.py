@@ -229,7 +229,10 @@ def always_the_first() -> ChangeBatch:
 
 def begun(subject: Subject, change: Callable[[Any], Any], role: str = "policy") -> Subject:
     """The subject, whose run begins with other parameters of a role."""
-    params = {**subject.state.params, role: jax.tree.map(jnp.asarray, change(subject.state.params[role]))}
+    own = subject.state.params[role]
+    # Where they lie already: the compiled programs are for that.
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), change(own), own)
+    params = {**subject.state.params, role: placed}
     return dataclasses.replace(
         subject,
         state=subject.state.replace(params=params),
