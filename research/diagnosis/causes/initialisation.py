@@ -5,7 +5,7 @@ from research.diagnosis.types import Cause, Prediction
 
 GROUP = "initialisation"
 _LANGUAGE = ("pretrain", "sft", "distill", "preference")
-_OTHER_BASE = Prediction("parameters/rope_base_gain", ">", 0.02)
+_OTHER_BASE = Prediction("parameters/rope_base_gain", ">", 0.03)
 
 CAUSES = (
     Cause(
