@@ -11,7 +11,8 @@ A task is KIND[,OPTION=VALUE...]:DATA, and --task may come several times:
   infill,span=1:x.jsonl                        {"prefix", "middle", "suffix"}, or text, of which words are left out
   best_of:x.jsonl                              {"prompt", "chosen": [...], "rejected": [...]}, to a reward model
 
-Options of all: name, limit. Of all but infill: template. Of exact_match: verifier (task: that of the record's task,
+Options of all: name, limit. Of all but infill: template. Of both perplexities: split=paragraph, with which a blank line
+ends a record (else a .txt is cut into documents of 16 KiB). Of exact_match: verifier (task: that of the record's task,
 else exact; exact; number: the last number; contains), max_new_tokens, batch_size, samples, temperature (1 where there
 are several samples, else 0). Of infill: form (auto, psm, spm, sentinel, left: the prefix alone, mask: of encoders),
 max_new_tokens, batch_size; of texts: span (words left out, N or MIN-MAX), context (the most words shown on either

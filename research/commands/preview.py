@@ -68,7 +68,7 @@ def lines(shown: Any, *, color: bool, whole: bool) -> list[str]:
             text.append(_rule(f"row {number}, document {place}: {', '.join(about)}", color))
             text.append("".join(_span(span, color, whole) for span in document.spans).replace("⟧⟦", ""))
         if row.padding:
-            text.append(_dim(f"· {row.padding:,} places of padding", color))
+            text.append(_dim(f"· {row.padding:,} place{'s' * (row.padding > 1)} of padding", color))
     text += ["", *shown.facts, "", *table(shown.lengths)]
     return text
 

@@ -40,6 +40,9 @@ same command goes on from there.
 
 import dataclasses
 import functools
+import json
+import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,6 +53,7 @@ from research import cli, files
 from research.cli import Flag
 from research.errors import InputError
 
+_OF_ROWS = ("number",)  # fields of a row that are no scores
 _BETA = 0.1  # as the objective preference has it
 
 COMMAND = cli.Command(
@@ -162,6 +166,35 @@ def _score(args: SimpleNamespace) -> None:
         scorer = record_scores.RecordScorer(loaded, template, args.on_long, args.per_token, args.batch_tokens)
     count = scorer.write(origin, Path(args.output))
     print(f"{count:,} records scored: {args.output}", file=sys.stderr)
+    if means := _means(args.output, reward=args.reward, rows=bool(names)):
+        print(f"means: {means}", file=sys.stderr)
+
+
+def _means(path: str, *, reward: bool, rows: bool) -> str:
+    """The means over a file of scored records: of the loss over tokens, of rewards, or of each score of rows."""
+    sums: dict[str, list[float]] = {}
+    with open(path, "rb") as lines:
+        for line in lines:
+            record = json.loads(line)
+            if rows:
+                values = {n: (x, 1) for n, x in record.items() if type(x) in (int, float) and n not in _OF_ROWS}
+            elif reward:
+                names = [name for name in ("reward", "rewards") if name in record]
+                values = {name: (_mean(record[name]), 1) for name in names}
+            else:
+                values = {"loss": (record["loss"] * record["count"], record["count"])}
+            for name, (value, weight) in values.items():
+                each = sums.setdefault(name, [0.0, 0.0])
+                each[0], each[1] = each[0] + value, each[1] + weight
+    means = {name: total / weight for name, (total, weight) in sums.items() if weight}
+    told = [f"{name} {value:.4g}" for name, value in means.items()]
+    if "loss" in means and not (rows or reward):
+        told[0] += f" nats a token (perplexity {math.exp(min(means['loss'], 700)):.4g})"
+    return ", ".join(told)
+
+
+def _mean(value: float | Sequence[float]) -> float:
+    return statistics.fmean(value) if isinstance(value, list) else value
 
 
 def _scorers(args: SimpleNamespace) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Whether a model's own answers to held-out prompts are right."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from research.sources.tokenizers import Tokenizer
 from research.sources.verification import utility
 
 Record = Mapping[str, Any]
+_REPEATED = re.compile(r"(<[^<>\s]+>)\1{3,}")  # a special token, as an untrained model says it for ever
 
 
 class Sample(NamedTuple):
@@ -47,6 +49,7 @@ class Sample(NamedTuple):
     def __str__(self) -> str:
         verdict = "right" if self.correct else f"wrong, expected {self.expected!r}"
         prompt, completion = self.marked or (self.prompt, self.completion)
+        completion = _REPEATED.sub(lambda found: f"{found[1]} x {len(found[0]) // len(found[1])}", completion)
         return f"{prompt!r} -> {completion!r} ({verdict})"
 
 

@@ -12,12 +12,13 @@ A task is written KIND[,OPTION=VALUE...]:DATA, where DATA is an entry as in data
   best_of:x.jsonl                              prompt, right and wrong answers, to a reward model; see best_of.py
 
 Options of all: name (in results; default: that of the file), limit (the first so many records). Of all but infill:
-template (default: the model's). Of exact_match: verifier (see VERIFIERS in sources/verification.py), max_new_tokens
-(default: 256, or half of the model's max_length if that is less), batch_size (default: 64), samples (how many answers
-each prompt gets; default: 1), temperature (default: 0, and 1 with samples above 1). Of infill: form (see infill.py),
-max_new_tokens (default: 8 more than the longest middle has), batch_size (default: 64), and of records with text: span
-(how many words are missing: N, or MIN-MAX; default: 1-8) and context (the most words that are shown on either side;
-default: 64).
+template (default: the model's). Of both perplexities: split=paragraph, with which a blank line ends a record (else a
+.txt is cut into documents of 16 KiB). Of exact_match: verifier (see VERIFIERS in sources/verification.py),
+max_new_tokens (default: 256, or half of the model's max_length if that is less), batch_size (default: 64), samples (how
+many answers each prompt gets; default: 1), temperature (default: 0, and 1 with samples above 1). Of infill: form (see
+infill.py), max_new_tokens (default: 8 more than the longest middle has), batch_size (default: 64), and of records with
+text: span (how many words are missing: N, or MIN-MAX; default: 1-8) and context (the most words that are shown on
+either side; default: 64).
 """
 
 import functools
@@ -26,7 +27,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -60,10 +61,11 @@ SERVED = ("exact_match",)  # kinds of which servers may write the answers
 
 _GENERATED_RECORDS = 1000
 _GENERATED_SEED = 0x5EED  # none that training is likely to draw from
+_SPLITS = ("paragraph",)
 _COMMON = ("name", "template", "limit")
 _OPTIONS = {
-    "perplexity": _COMMON,
-    "pseudo_perplexity": _COMMON,
+    "perplexity": (*_COMMON, "split"),
+    "pseudo_perplexity": (*_COMMON, "split"),
     "choice": _COMMON,
     "exact_match": (*_COMMON, "verifier", "max_new_tokens", "batch_size", "samples", "temperature"),
     "best_of": _COMMON,
@@ -114,7 +116,7 @@ def load(
     try:
         if tokenizer is None and kind != "perplexity":
             raise InputError("needs text, and the model has no tokenizer.")
-        items = _read(spec, entry, _whole(options, "limit", limit, 0))
+        items = _read(spec, entry, _whole(options, "limit", limit, 0), "split" in options)
         say_markers(f"task {spec}", (record for _, record in items), tokenizer)
         name = options.get("name") or _name(entry)
         if kind in ("perplexity", "pseudo_perplexity"):
@@ -159,7 +161,7 @@ def identity(spec: str) -> dict[str, Any]:
     """
     _, options, entry = parse(spec)
     try:
-        items = _read(spec, entry, _whole(options, "limit", 0, 0))
+        items = _read(spec, entry, _whole(options, "limit", 0, 0), "split" in options)
     except InputError as error:
         raise InputError(f"task {spec}: {error}") from error
     content = digest(json.dumps(record, sort_keys=True, default=str) for _, record in items)
@@ -184,7 +186,8 @@ def parse(spec: str) -> tuple[str, dict[str, str], str]:
         if name in options:
             raise InputError(f"task {spec}: option {name!r} is there twice. Leave one out.")
         options[name] = value
-    for name, known in (("template", TEMPLATES), ("verifier", verification.VERIFIERS), ("form", infill.FORMS)):
+    choices = {"template": TEMPLATES, "verifier": verification.VERIFIERS, "form": infill.FORMS, "split": _SPLITS}
+    for name, known in choices.items():
         if name in options and options[name] not in known:
             raise InputError(f"task {spec}: {name}={options[name]} isn't known.{did_you_mean(options[name], known)}")
     return kind, options, entry
@@ -210,16 +213,27 @@ def _temperature(options: Mapping[str, str], samples: int) -> float:
     return value
 
 
-def _read(spec: str, entry: str, limit: int) -> list[tuple[str, dict[str, Any]]]:
+def _read(spec: str, entry: str, limit: int, paragraphs: bool = False) -> list[tuple[str, dict[str, Any]]]:
     origin = entries.locate(entry, count=limit or _GENERATED_RECORDS, seed=_GENERATED_SEED)
     entries.say_files(f"task {spec}", origin)
     items = []
-    for where, raw in itertools.islice(origin.read(), limit or None):
+    for where, raw in itertools.islice(_paragraphs(origin.read()) if paragraphs else origin.read(), limit or None):
         with located(where):
             items.append((where, records_lib.parse(raw)))
     if not items:
         raise InputError("holds no record. Write one JSON object a line.")
     return items
+
+
+def _paragraphs(raw_records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The paragraphs of texts, which blank lines part, a record each. Raises InputError for a record without text."""
+    for where, raw in raw_records:
+        with located(where):
+            record = records_lib.parse(raw)
+            if not isinstance(record.get("text"), str):
+                raise InputError("has no 'text', and split=paragraph cuts texts. Leave it out.")
+        for number, text in enumerate(filter(None, map(str.strip, re.split(r"\n[ \t\r]*\n", record["text"]))), 1):
+            yield f"{where}, paragraph {number}", {"text": text}
 
 
 def _name(entry: str) -> str:

@@ -40,6 +40,8 @@ class Experience(NamedTuple):
       next: (train state, frozen parameters by role, place) -> (batch, the next place, metrics). Its result depends on
         its arguments alone.
       settled: a place -> the same for a checkpoint, with what is still under way.
+      samples: n -> of the answers that were written last, those to the first n prompts, for people: {"prompt",
+        "answers": {"text", "reward"} each} each; none where nothing is written.
     """
 
     spec: Mapping[str, jax.ShapeDtypeStruct]
@@ -47,6 +49,7 @@ class Experience(NamedTuple):
     init: Callable[[], Place]
     next: Callable[[Any, Any, Place], tuple[Batch, Place, Metrics]]
     settled: Callable[[Place], Place] = lambda place: place
+    samples: Callable[[int], list[dict[str, Any]]] = lambda n: []
 
 
 Rollout = Callable[[Any, Any, Batch], Batch]  # (train state, frozen, batch) -> batch

@@ -5,8 +5,10 @@ A rollout comes before every K x M updates, K epochs of M minibatches. What it h
 the run has come in Place.source, so that a run that was stopped between two minibatches goes on as if it hadn't been.
 """
 
+import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from research import params as params_lib
 from research.devices import distributed
-from research.rollouts import ahead, buffer
+from research.rollouts import advantages, ahead, buffer
 from research.rollouts.ahead import WAITING, Drawn, UnderWay
 from research.rollouts.buffer import Arrays
 from research.rollouts.collection import Clock, Collector, Group, Metrics, ModelJudge
@@ -24,6 +26,8 @@ from research.rollouts.experience import Batch, Experience, Place
 from research.rollouts.model_rewards import ModelRewards
 from research.rollouts.pairs import NoCredit
 from research.rollouts.spec import Sizes
+
+_SHOWN = 4  # answers of a group that are shown to people
 
 
 class Start(NamedTuple):
@@ -53,6 +57,7 @@ class Reinforcement:
       sizes: how many of what a rollout has.
       spec: field -> ShapeDtypeStruct with sharding, of the batches that the step takes.
       seed: of the run.
+      recent: the groups of the last rollout, for people.
       ahead: draws each rollout while the one before is trained on; None where it is drawn after that.
     """
 
@@ -65,10 +70,13 @@ class Reinforcement:
     spec: Mapping[str, jax.ShapeDtypeStruct]
     seed: int
     ahead: UnderWay | None = None
+    recent: collections.deque = dataclasses.field(default_factory=functools.partial(collections.deque, maxlen=1))
 
     def experience(self) -> Experience:
         """This as an Experience."""
-        return Experience(self.spec, self.buffer, self.init, Steps(self, self._take(), Clock()), self.settled)
+        return Experience(
+            self.spec, self.buffer, self.init, Steps(self, self._take(), Clock()), self.settled, self.samples
+        )
 
     @property
     def buffer(self) -> dict[str, Any]:
@@ -111,6 +119,7 @@ class Reinforcement:
             drawn = self._next(self._waited(place, clock), self._sync(state, frozen, version), at, clock)
         rows = drawn.rows | self._scored(state, frozen, drawn.rows)
         clock.lap("scores")
+        self.recent.append(drawn.groups)
         fields, carry, more = self.credit(drawn.groups, rows, place.source["carry"])
         metrics = drawn.metrics | more | _agreement(rows) | _seconds(clock, drawn.metrics)
         source = {"row": drawn.row, "rollout": at.number, "served": 0, "carry": carry}
@@ -119,6 +128,21 @@ class Reinforcement:
         there = {WAITING: place.buffer[WAITING]} if self.ahead is not None else {}
         placed = {name: x for name, x in self.buffer.items() if name != WAITING}
         return Place(source, buffer.put(rows | fields, placed) | there), metrics
+
+    def samples(self, n: int) -> list[dict[str, Any]]:
+        """See Experience: the first answers of groups, with the sum of their rewards."""
+        weights, clip = self.collector.judge.weights, self.collector.advantage.clip
+        samples = []
+        for group in self.recent[-1][:n] if self.recent else ():
+            if group.prompt is None:  # it waited in a checkpoint, which has no texts
+                continue
+            sums = advantages.sum_rewards(group.rewards[None], weights, clip)[0].tolist()
+            answers = [
+                {"text": group.prompt.decode(tokens[:length].tolist()), "reward": None if math.isnan(value) else value}
+                for tokens, length, value in zip(group.tokens, group.lengths, sums, strict=True)
+            ]
+            samples.append({"prompt": group.prompt.text, "answers": answers[:_SHOWN]})
+        return samples
 
     def settled(self, place: Place) -> Place:
         """The place with the rollout that waits, which a checkpoint is to have."""

@@ -53,6 +53,7 @@ class Evaluation:
       sets: name -> the same of the rows of each of `eval.sets`.
       answers: (policy's params, key) -> scores and samples of the held-out prompts; None where there are none.
       tasks: those of `eval.tasks`.
+      written: n -> answers of the last rollout, for people; see Experience.samples.
     """
 
     config: Config
@@ -62,6 +63,7 @@ class Evaluation:
     sets: Mapping[str, Callable[..., dict[str, float]]]
     answers: Callable[..., Any] | None
     tasks: list[eval_tasks.Evaluation]
+    written: Callable[[int], list[dict[str, Any]]] = lambda n: []
 
     def __call__(self, state: TrainState, frozen: dict[str, Any], step: int) -> dict[str, float]:
         """Measures the parameters, or their moving average where there is one; returns and writes {"eval/loss": ...}
@@ -100,6 +102,9 @@ class Evaluation:
             self.writer.print(f"  {sample}" if name == "sample" else f"  {name}: {sample}")
             if isinstance(sample, generation.Sample | repeated.Answers):
                 self.writer.text(step, f"eval/{name}", str(sample), sample.parts())
+        for sample in self.written(self.config.eval.show):
+            told = [f"{each['text']!r} (reward {each['reward']})" for each in sample["answers"]]
+            self.writer.text(step, "rollout", f"{sample['prompt']!r} -> {', '.join(told)}", sample)
         self.writer.write(step, measured.scores)
 
 
@@ -139,9 +144,14 @@ def _counted(term: Term, sources: Sequence[str], prefix: bool, batch: Mapping[st
 
 
 def make_evaluation(
-    inputs: Inputs, parts: Parts, loaded: list[eval_tasks.Evaluation], writer: metrics.Writer
+    inputs: Inputs,
+    parts: Parts,
+    loaded: list[eval_tasks.Evaluation],
+    writer: metrics.Writer,
+    written: Callable[[int], list[dict[str, Any]]] = lambda n: [],
 ) -> Evaluation | None:
-    """The evaluation of a run, None where `eval.every` is 0; `loaded` comes from `load_tasks`."""
+    """The evaluation of a run, None where `eval.every` is 0; `loaded` comes from `load_tasks`, `written` is that of
+    Evaluation."""
     if not inputs.config.eval.every:
         return None
     config, data, tokenizer = inputs.config, inputs.data, inputs.data.tokenizer
@@ -160,7 +170,7 @@ def make_evaluation(
     terms = on_data(parts.terms, config.rollout.pairs)
     loss = _make_loss(inputs, parts, terms, data.held_out) if terms else _no_loss
     sets = {name: _make_loss(inputs, parts, terms, rows) for name, rows in inputs.sets.items() if terms}
-    return Evaluation(config, writer, terms, loss, sets, answers, loaded)
+    return Evaluation(config, writer, terms, loss, sets, answers, loaded, written)
 
 
 def _no_loss(*_: Any) -> dict[str, float]:

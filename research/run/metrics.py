@@ -27,6 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 LOG_FILE = "log.txt"
 _STEADY = "understudy"  # what TensorBoard's writer calls our files
+_HPARAM_METRICS = ("train/loss", "eval/loss", "train/reward", "eval/exact_match")  # beside the hyperparameters
 _QUIET = ("startup/",)  # metrics that lines of their own speak of
 
 
@@ -201,7 +202,7 @@ class Writer:
     def _events(self) -> Any:
         """TensorBoard's writer, made for the first value: its import takes a while, which a first step needn't wait."""
         if self._tensorboard is None:
-            from tensorboardX import SummaryWriter, record_writer
+            from tensorboardX import SummaryWriter, record_writer, summary
 
             folder = os.path.join(self._workdir, "tensorboard")
             os.makedirs(folder, exist_ok=True)
@@ -213,6 +214,8 @@ class Writer:
             )
             config = json.dumps(self._config, indent=2, default=str)
             self._tensorboard.add_text("config", _verbatim(config), self._start_step)
+            for record in summary.hparams(_hparams(self._config), dict.fromkeys(_HPARAM_METRICS, 0)):
+                self._tensorboard.file_writer.add_summary(record)
         return self._tensorboard
 
     def show(self, step: int, values: Mapping[str, float], also: str = "") -> None:
@@ -251,6 +254,19 @@ class Writer:
     def _mark(self, step: int) -> None:
         if self._clock is None and step > self._start_step:
             self._clock = step, time.monotonic()
+
+
+def _hparams(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted field -> value of a config, as TensorBoard's page of hyperparameters takes it: numbers, bools, texts."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _hparams(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = (
+                value if isinstance(value, bool | int | float | str) else json.dumps(value, default=str)
+            )
+    return flat
 
 
 def read_metrics(workdir: str) -> list[dict[str, float]]:

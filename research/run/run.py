@@ -92,7 +92,7 @@ def _run(
         )
         writer = record.make_writer(config, workdir, int(state.step))
         record.describe(writer, inputs, parts, int(state.step))
-        evaluate = evaluation.make_evaluation(inputs, parts, tasks, writer)
+        evaluate = evaluation.make_evaluation(inputs, parts, tasks, writer, experience.samples)
         progress.say("compiling the train step")
         compiled = program()
         measured = measure_first(inputs, evaluate, state, frozen)

@@ -226,7 +226,9 @@ def open_store(
     def build(partial: Path) -> None:
         counts: Counter[str] = Counter()
         examples = read_examples(origin, format, fields, on_bad_record, counts, classes)
-        writing = _Writing(tokenizer, template, counts, on_bad_record == "skip", keep_records, origin.name)
+        writing = _Writing(
+            tokenizer, template, counts, on_bad_record == "skip", keep_records, origin.name, origin.count()
+        )
         if not _write(partial, examples, writing):
             raise _none_usable(origin.name, counts)
 
@@ -372,6 +374,7 @@ class _Writing(NamedTuple):
       skip: those that the template refuses are skipped.
       keep_records: they are kept beside the tokens.
       name: of what they are, for `understudy cache`.
+      total: how many records there are; 0 where that isn't known.
     """
 
     tokenizer: Tokenizer
@@ -380,11 +383,13 @@ class _Writing(NamedTuple):
     skip: bool
     keep_records: bool
     name: str
+    total: int = 0
 
 
 def _write(partial: Path, examples: Iterator[Example], writing: _Writing) -> bool:
     """Writes the examples' tokens and what belongs to them; returns whether there are any."""
-    tokenizer, template, counts, skip, keep_records, name = writing
+    tokenizer, template, counts, skip, keep_records, name, total = writing
+    of = f" of {total:,}" if total else ""
     dtype = "<u2" if tokenizer.size <= 2**16 else "<u4"
     columns, samples, text, marker = _Columns([], [], [], []), [], False, ""
     with contextlib.ExitStack() as stack:
@@ -392,7 +397,7 @@ def _write(partial: Path, examples: Iterator[Example], writing: _Writing) -> boo
         mask_file = stack.enter_context(open(partial / "mask.bin", "wb"))
         records_file = stack.enter_context(open(partial / "records.jsonl", "wb")) if keep_records else None
         for chunk in _chunks(examples):
-            progress.say(f"tokenising {name}: {counts['records']:,} records")
+            progress.say(f"tokenising {name}: {counts['records']:,}{of} records")
             text = chunk[0].turns[0][0] == "text"
             tokens, mask, lengths, chunk = _encode(chunk, tokenizer, template, counts, skip)
             if not chunk:

@@ -180,7 +180,7 @@
       const left = scales.px(step), right = left > scales.width / 2;
       tip.style.left = right ? "auto" : `${left + 12}px`;
       tip.style.right = right ? `${scales.width - left + 12}px` : "auto";
-      tip.style.top = `${svg.offsetTop + TOP}px`;
+      tip.style.top = `${caption.offsetHeight + 14}px`;
     };
 
     svg.addEventListener("pointerdown", (event) => { if (event.button === 0) { start = point(event); svg.setPointerCapture(event.pointerId); } });

@@ -20,6 +20,7 @@ ABOUT = {
 _MACHINE = {"tokens_per_second", "mfu", "data_wait_fraction", "servers", "behind"}
 _REWARDS = {"kl", "old_kl", "ratio", "clip_high", "clip_low", "explained_variance", "value", "returns", "advantage"}
 _PREFERENCES = {"margin", "preference_loss", "start_loss", "sft_nll", "identical", "unused", "shift", "centering"}
+_OF_PAIRS = {"accuracy", "chosen", "rejected", "log_loss", "spread", "squared_error", "absolute_error"}
 _SIDES = re.compile(r".+_(chosen|rejected|desirable|undesirable)(_.*)?|accuracy_where_.*|calibration_error|desirable")
 _TEACHER = re.compile(r"(.*_)?(divergence|teacher_entropy|agreement)(_.*)?|hidden_.*|attention_\d.*")
 _SELECTION = {"selected", "selected_nll", "excess", "selected_excess", "documents"}
@@ -50,9 +51,11 @@ def section_of(title: str, metrics: Sequence[str], compared: bool) -> str:
     names = "/".join(metrics)
     if title in _MACHINE or title == "rollout/seconds" or names.startswith("startup/"):
         return "Machine"
-    if title in _DATA or "/tokens/" in names:
+    if (title in _DATA and not (compared and title in _OF_PAIRS)) or "/tokens/" in names:
         return "Data"
-    if title in _PREFERENCES or _SIDES.fullmatch(title) or (compared and title == "accuracy"):
+    if compared and title in _OF_PAIRS:
+        return "Preferences"
+    if title in _PREFERENCES or _SIDES.fullmatch(title):
         return "Preferences"
     if title in _REWARDS or names.startswith(("train/reward", "train/rollout/")):
         return "Rewards"

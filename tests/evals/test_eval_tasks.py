@@ -77,6 +77,12 @@ def test_choice_and_perplexity(tmp_path):
     metrics, samples = tasks.load(f"perplexity:{texts}", MODEL, TOKENIZER, "chat").evaluate(values, KEY)
     assert [sample.count for sample in samples] == [4, 2]
     assert metrics["tokens"] == 6
+    (tmp_path / "p.txt").write_text("abc\n\n \nde\nfg\n\n")
+    split = tasks.load(f"perplexity,split=paragraph:{tmp_path / 'p.txt'}", MODEL, TOKENIZER, "chat")
+    assert [(x.where.split("/")[-1], x.count) for x in split.evaluate(values, KEY)[1]] == [
+        ("p.txt:1, paragraph 1", 4),
+        ("p.txt:1, paragraph 2", 6),
+    ]
     ids = _file(tmp_path / "i.jsonl", {"tokens": [1, 2, 3]})
     metrics, _ = tasks.load(f"perplexity:{ids}", MODEL, None, "chat").evaluate(values, KEY)
     assert "bits_per_byte" not in metrics
@@ -87,6 +93,7 @@ def test_choice_and_perplexity(tmp_path):
     [
         ("choise:{}", r"task choise:.*: there is no kind 'choise'. Did you mean 'choice'\?"),
         ("choice", "task choice: names no data. Write choice:x.jsonl"),
+        ("perplexity,split=line:{}", "split=line isn't known"),
         ("choice,verifier=exact:{}", "choice has no option 'verifier'"),
         ("exact_match,verifer=exact:{}", "has no option 'verifer'. Did you mean 'verifier'"),
         ("exact_match,verifier:{}", "option 'verifier' has no value"),

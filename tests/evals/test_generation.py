@@ -36,6 +36,8 @@ def test_exact_match_overall_and_by_task():
     assert [sample.expected for sample in samples] == ["abc", "abc ", "zyx", "abc"]
     assert {sample.completion for sample in samples} == {"abc"}
     assert "reverse: xyz" in samples[2].prompt
+    marked = samples[2]._replace(marked=("p", "a" + "<|eos|>" * 9 + "b"))
+    assert "'a<|eos|> x 9b'" in str(marked)
     shown = str(samples[2])
     assert shown == "'<|bos|><|user|>reverse: xyz<|assistant|>' -> 'abc<|eos|>' (wrong, expected 'zyx')"
 

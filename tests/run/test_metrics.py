@@ -102,6 +102,8 @@ def test_tensorboard_gets_values_text_and_the_purge_step(tmp_path):
     values = [(e.step, v) for e in events for v in e.summary.value]
     assert (8, 0.5) in [(step, v.simple_value) for step, v in values if v.tag == "train/loss"]
     assert any(b"2+2=4" in v.tensor.string_val[0] for _, v in values if v.tag.startswith("sample"))
+    (given,) = (v for _, v in values if v.tag == "_hparams_/session_start_info")
+    assert b"seed" in given.metadata.plugin_data.content
 
 
 def test_lines_where_there_is_no_terminal(tmp_path, capsys):

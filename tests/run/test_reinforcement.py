@@ -102,6 +102,10 @@ def test_resumed_in_the_middle_of_the_epochs_is_uninterrupted(finished, tmp_path
     assert max(line.get("train/rollout/log_prob_gap", 0) for line in lines) < 1e-5
     assert lines[0]["train/ratio"] == pytest.approx(1, abs=1e-4)
     assert lines[0]["train/grad_norm"] > 0
+    told = [s for s in metrics.read_samples(str(finished("epochs"))) if s["name"] == "rollout"]
+    assert {s["step"] for s in told} == {5}  # none is written before the first step
+    assert all(s["prompt"].startswith("copy: ") for s in told)
+    assert all(isinstance(a["text"], str) and a["reward"] is not None for s in told for a in s["answers"])
     again = [line for line in metrics.read_metrics(str(tmp_path / "half")) if "train/loss" in line]
     same = lambda line: {k: v for k, v in line.items() if "seconds" not in k and "/mfu" not in k}  # noqa: E731
     assert [same(line)["train/loss"] for line in again] == [same(line)["train/loss"] for line in lines]
