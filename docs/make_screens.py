@@ -30,7 +30,7 @@ STYLES |= {"35": "color:#c79bf2", "36": "color:#6fd0d8"}
 
 def main(argv: list[str]) -> None:
     run = Path(argv[0])
-    log = [line[21:] for line in (run / "log.txt").read_text().splitlines()]
+    log = [line[21:].replace(str(run), f"runs/{run.name}") for line in (run / "log.txt").read_text().splitlines()]
     shot(
         terminal("python -m research.main --config=experiments/sft.py", "\n".join([*log[:24], "...", *log[-9:]])),
         "console",

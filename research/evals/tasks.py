@@ -229,11 +229,15 @@ def _paragraphs(raw_records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, d
     """The paragraphs of texts, which blank lines part, a record each. Raises InputError for a record without text."""
     for where, raw in raw_records:
         with located(where):
-            record = records_lib.parse(raw)
-            if not isinstance(record.get("text"), str):
+            text = records_lib.parse(raw).get("text")
+            if not isinstance(text, str | bytes):
                 raise InputError("has no 'text', and split=paragraph cuts texts. Leave it out.")
-        for number, text in enumerate(filter(None, map(str.strip, re.split(r"\n[ \t\r]*\n", record["text"]))), 1):
-            yield f"{where}, paragraph {number}", {"text": text}
+            try:
+                text = text.decode() if isinstance(text, bytes) else text
+            except UnicodeDecodeError as error:
+                raise InputError(f"not valid UTF-8 at byte {error.start}. Save the file as UTF-8.") from None
+        for number, part in enumerate(filter(None, map(str.strip, re.split(r"\n[ \t\r]*\n", text))), 1):
+            yield f"{where}, paragraph {number}", {"text": part}
 
 
 def _name(entry: str) -> str:
