@@ -89,7 +89,7 @@ def shot(page: str | Path, name: str, height: int = 0) -> None:
         flags = ["--headless=new", "--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=3000", size]
         subprocess.run(["chromium", *flags, f"--screenshot={png}", path.resolve().as_uri()], check=True)
         small = io.BytesIO()
-        Image.open(png).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(small, "PNG", optimize=True)
+        Image.open(png).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT).save(small, "PNG", optimize=True)
     if small.tell() > LARGEST:
         raise SystemExit(f"docs/{name}.png: {small.tell():,} bytes, and {LARGEST:,} is the most. Lower its height.")
     (DOCS / f"{name}.png").write_bytes(small.getvalue())
