@@ -21,6 +21,7 @@ def _labels(title: str, metrics: Sequence[str]) -> dict[str, str]:
 
 def of_runs(title: str, metrics: Sequence[str], runs: Sequence[Run]) -> Chart:
     """With one run, colours tell metrics apart; with several, colours tell runs and dashes metrics."""
+    metrics = metrics if len(runs) == 1 else _wholes(metrics)
     labels, curves = _labels(title, metrics), []
     for place, run in enumerate(runs):
         for number, metric in enumerate(metric for metric in metrics if metric in run.series):
@@ -34,6 +35,7 @@ def of_runs(title: str, metrics: Sequence[str], runs: Sequence[Run]) -> Chart:
 
 def of_groups(title: str, metrics: Sequence[str], groups: Sequence[Group]) -> Chart:
     """A curve for each group: the mean over its seeds, between the least and the greatest."""
+    metrics = _wholes(metrics)
     labels, curves = _labels(title, metrics), []
     for place, group in enumerate(groups):
         for number, metric in enumerate(metrics):
@@ -50,6 +52,12 @@ def of_groups(title: str, metrics: Sequence[str], groups: Sequence[Group]) -> Ch
             band = (values.min(axis=0), values.max(axis=0)) if len(own) > 1 else (None, None)
             curves.append(Curve(name, steps, values.mean(axis=0), place, number, *band))
     return _with_scale(title, curves)
+
+
+def _wholes(metrics: Sequence[str]) -> list[str]:
+    """The metrics that are no part of another, as grad_norm/mlp is of grad_norm, since side by side they would be too
+    many."""
+    return [metric for metric in metrics if not any(metric.startswith(f"{other}/") for other in metrics)]
 
 
 def _with_scale(title: str, curves: Sequence[Curve], resumes: Sequence[int] = ()) -> Chart:

@@ -31,13 +31,15 @@ _SHOWN = {"loss", "accuracy", "grad_norm", "learning_rate", "update_ratio", "ent
 
 
 def of_runs(runs: Sequence[Run]) -> dict[str, dict[str, list[str]]]:
-    """Section -> title of a plot -> its metrics, in the order of a report; empty sections are left out."""
+    """Section -> title of a plot -> its metrics, in the order of a report: that of SECTIONS, but for rewards, which
+    come first where there are some. Empty sections are left out."""
     groups = group_metrics(runs)
     compared = any(title in _PREFERENCES for title in groups)
     sections: dict[str, dict[str, list[str]]] = {name: {} for name in SECTIONS}
     for title, metrics in groups.items():
         sections[section_of(title, metrics, compared)][title] = metrics
-    return {name: titles for name, titles in sections.items() if titles}
+    order = sorted(sections, key=lambda name: name != "Rewards" or "reward" not in sections[name])
+    return {name: sections[name] for name in order if sections[name]}
 
 
 def section_of(title: str, metrics: Sequence[str], compared: bool) -> str:

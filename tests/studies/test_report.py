@@ -205,6 +205,7 @@ def test_metrics_have_sections():
     names = ["train/loss", "eval/loss", "eval/exact_match", "train/reward", "train/rollout/tokens", "train/tokens"]
     names += ["train/rollout/kl", "train/rollout/seconds/reward", "train/mfu", "train/grad_norm/mlp", "train/moved"]
     found = sections.of_runs([run_of({name: ([0], [0.0]) for name in names})])
+    assert next(iter(found)) == "Rewards"
     assert {name: list(titles) for name, titles in found.items()} == {
         "Learning": ["loss", "mlp", "moved"],
         "Quality": ["exact_match"],
