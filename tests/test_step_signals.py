@@ -36,6 +36,7 @@ def records(subject):
     return trial.train(subject, 3, evaluate=False)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"microbatches": 2}, {"mesh": config_lib.MeshConfig(1, fsdp=2, tensor=2)}])
 def test_they_are_the_same_in_microbatches_and_on_several_devices(config, records, fields):
     changed = dataclasses.replace(config, **fields)

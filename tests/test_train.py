@@ -160,8 +160,12 @@ def on_one_device(experts):
     return one_step(SFT, make_batch(), optimizer=optimizer, steps=3, model=model, initial=initial)
 
 
+CUTS = [(mesh, False) for mesh in MESHES[:6]] + [(mesh, True) for mesh in (MESHES[1], *MESHES[5:])]
+ALWAYS = (CUTS[2], CUTS[5], CUTS[9])  # each axis once
+
+
 @pytest.mark.parametrize(
-    ("mesh", "experts"), [(mesh, False) for mesh in MESHES[:6]] + [(mesh, True) for mesh in (MESHES[1], *MESHES[5:])]
+    ("mesh", "experts"), [pytest.param(*cut, marks=() if cut in ALWAYS else pytest.mark.slow) for cut in CUTS]
 )
 def test_sharded_equals_single_device(mesh, experts):
     single, single_metrics = on_one_device(experts)
@@ -219,6 +223,7 @@ def test_what_is_frozen_stays_and_is_no_part_of_the_state(pattern):
     assert jax.tree.structure(state.ema) == jax.tree.structure(state.params)
 
 
+@pytest.mark.slow
 def test_a_part_is_trained_alike_in_microbatches_and_on_a_mesh():
     single, _, metrics = part_step("layers/1/.*|final_norm/.*")
     cut, _, _ = part_step("layers/1/.*|final_norm/.*", microbatches=4)
@@ -331,6 +336,7 @@ def test_a_carry_stays_where_the_update_is_skipped(carried):
     assert not np.allclose(third.carry["carrying"]["mean"], first.carry["carrying"]["mean"])
 
 
+@pytest.mark.slow
 def test_a_carry_is_the_same_for_microbatches_and_for_a_mesh(carried):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     cut = three_steps(microbatches=4)

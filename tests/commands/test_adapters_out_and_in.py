@@ -20,6 +20,8 @@ from research.errors import InputError
 from research.models import virtual
 from research.run import resolve, run
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(goldens.__file__).parent / "golden/hf_tiny"
 LORA = {"kind": "lora", "rank": 2, "alpha": 6.0, "targets": "q|v|up", "rank_pattern": {"layers/1/attention/q": 4}}
 CASES = {

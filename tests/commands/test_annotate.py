@@ -132,6 +132,7 @@ def files(path):
     return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_left_alone(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(teacher_annotations, "_GROUP_TOKENS", 64)  # fewer than a batch of rows has
     flags = ["--config=experiments/sft.py:debug", f"--config.data.path={folder}/pairs.jsonl", "--k=4"]
@@ -299,6 +300,7 @@ def compared(folder):
     return began
 
 
+@pytest.mark.slow
 def test_cached_log_probs_of_a_reference_are_those_of_the_live_one(folder, compared, tmp_path):
     inputs = resolve.resolve(config.parse(compared), str(tmp_path / "run"))
     batch, _ = inputs.source.next(inputs.source.init())

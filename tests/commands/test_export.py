@@ -105,6 +105,7 @@ def test_an_adapter_says_what_it_is_beside(trained, monkeypatch, capfd):
         assert capfd.readouterr().err.startswith(f"x: lora, 33.3 kB; PEFT reads it beside {words}")
 
 
+@pytest.mark.slow
 def test_a_causal_model_becomes_a_prefix_lm_and_stays_one_when_exported(trained, tmp_path, capfd):
     began, _, data = trained
     model = {"init_from": str(began), "prefix": True}
@@ -205,6 +206,7 @@ def test_a_model_that_began_with_us_is_exported(trained, tmp_path):
     assert theirs("né", add_special_tokens=False)["input_ids"] == list("né".encode()) == tokenizer.encode("né")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_what_it_began_with_is_gone(trained, tmp_path):
     began, workdir, data = trained
     shutil.copytree(workdir, tmp_path / "run")

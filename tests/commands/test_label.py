@@ -19,6 +19,8 @@ from research.objectives.classes import class_logits
 from research.objectives.types import Forward
 from research.run import checkpoint, run
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("red", "green", "blue")
 TEXTS = [f"text number {i} " + "more " * (i % 5) for i in range(60)]
 

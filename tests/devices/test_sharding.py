@@ -66,6 +66,7 @@ def local_shapes(text):
     return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\bf32\[([\d,]+)\]", text)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_losses_and_gradients_are_those_of_one_device_and_lie_as_the_rules_say(batch, name):
     overrides, (rows, tokens, units) = LAYOUTS[name]

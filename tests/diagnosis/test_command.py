@@ -46,6 +46,7 @@ def test_a_run_that_stands_still_is_told_so(stuck, tmp_path, capsys):
     assert {path: time for path, time in after.items() if path.name != "diagnosis.json"} == before
 
 
+@pytest.mark.slow
 def test_the_report_shows_it_with_its_curves(stuck):
     answer = {
         "subject": "run at step 6",

@@ -280,13 +280,8 @@ def build(name):
     return small(adapter, **fields)
 
 
-_DEAR = ("experts",)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in _DEAR else ()) for name in (*SAME, *CLOSE, *MORE)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SAME, *CLOSE, *MORE])
 def test_decoding_is_as_training_reads(name):
     model, own, _, _ = build(name)
     own = moved(model, own)

@@ -98,6 +98,7 @@ def test_a_prefix_is_read_in_both_directions_and_the_rest_in_one(variant):
         np.testing.assert_array_equal(np.asarray((other != row).any(axis=2))[0], np.arange(20) >= first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_a_prefix_reaches_every_layer_whatever_is_recomputed(remat):
     plain, values = build("llama", prefix=True, remat="none", attention="reference")

@@ -24,6 +24,8 @@ from research.sources.rows import Part, lay_out
 from research.sources.spec import DataSpec
 from research.sources.store import Store
 
+pytestmark = pytest.mark.slow
+
 SPECS = {
     "prompt": {"kind": "prompt", "tokens": 3},
     "p_tuning": {"kind": "p_tuning", "tokens": 2, "hidden": 5},

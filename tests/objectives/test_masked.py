@@ -265,11 +265,13 @@ def assert_same(one, two):
     close(one[0].params, two[0].params, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [2, 4])
 def test_microbatches_change_nothing(microbatches):
     assert_same(run_steps(microbatches), whole())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "microbatches"), [({"data": 2, "fsdp": 2, "tensor": 2}, 1), ({"data": 2, "sequence": 4}, 2)]
 )

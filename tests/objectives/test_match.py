@@ -109,6 +109,7 @@ def test_projections_train_and_the_teacher_does_not(whole):
     assert whole[0].params.keys() == {"policy", "objectives"}
 
 
+@pytest.mark.slow
 def test_microbatches_on_a_mesh_give_the_update_of_the_whole_batch(whole):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):

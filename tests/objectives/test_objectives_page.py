@@ -33,6 +33,7 @@ def test_the_page_lists_all_objectives():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["denoise", "harder"])
 def test_the_objectives_shown_train_the_same_with_microbatches(name, tmp_path, monkeypatch):
     (tmp_path / f"{name}.py").write_text(MODULES[name])

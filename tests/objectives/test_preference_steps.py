@@ -38,7 +38,8 @@ def rows_of(ids, attention, completion):
     return batch | {"loss_mask": jnp.asarray(beside(completion), jnp.float32)}
 
 
-@pytest.mark.parametrize("name", ["dpo_sigmoid_llama", pytest.param("dpo_ipo_llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo_sigmoid_llama", "dpo_ipo_llama"])
 def test_a_training_of_trl(name):
     case, h = CASES[name], CASES[name].hparams
     mesh = sharding.make_mesh({}, jax.devices()[:1])
@@ -204,6 +205,7 @@ def test_sharded_pairs_learn_as_those_of_one_device(policies, unpacked):
     assert_same(cut, unpacked)
 
 
+@pytest.mark.slow
 def test_a_reference_that_follows_moves_every_so_many_steps(policies):
     """And is no part of the gradient: what it follows with is state."""
     model, policy, _ = policies

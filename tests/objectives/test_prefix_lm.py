@@ -140,6 +140,7 @@ def whole():
     return one_step(spec(), make_batch(), model=PREFIX, optimizer=adamw(PREFIX), steps=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 def test_microbatches_give_the_update_of_the_whole_batch(whole, parts):
     cut = one_step(spec(), make_batch(), model=PREFIX, optimizer=adamw(PREFIX), steps=3, microbatches=parts)
@@ -148,6 +149,7 @@ def test_microbatches_give_the_update_of_the_whole_batch(whole, parts):
         np.testing.assert_allclose(*(m[name][0] / m[name][1] for m in (cut[1], whole[1])), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 2, "sequence": 2, "tensor": 2}])
 def test_sharded_equals_single_device(whole, axes):
     mesh = sharding.make_mesh(axes)

@@ -71,6 +71,7 @@ def three_steps(name, microbatches=1, mesh=None):
     return state, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize(("microbatches", "mesh"), [(4, None), (1, (("data", 8),))])
 def test_a_batch_selects_the_same_in_microbatches_and_on_a_mesh(name, microbatches, mesh):

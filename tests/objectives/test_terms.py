@@ -106,11 +106,13 @@ def test_two_terms_of_a_kind_have_their_own_parameters_carries_and_draws(whole):
     np.testing.assert_allclose(loss, 0.5 * first + second, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [2, 4])
 def test_microbatches_change_no_draw_and_no_update(two_of_a_kind, whole, microbatches):
     assert_same(run_steps(two_of_a_kind, microbatches)[0], whole[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_nor_does_a_mesh(two_of_a_kind, whole, microbatches):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2} if microbatches == 1 else {"data": 4, "sequence": 2})

@@ -267,6 +267,7 @@ def test_running_thresholds_are_the_same_for_microbatches_and_a_mesh():
     same(sharded, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"balance": True}, {"own_labels": "soft", "balance": True}], ids=["batch", "balanced", "soft"]
 )

@@ -339,6 +339,7 @@ def test_sharded_over_batch_and_heads_is_the_same(implementation, kind):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["auto", "reference", "xla", "splash"])
 @pytest.mark.parametrize("kind", ["causal", "window", "bidirectional", "prefix", "prefix_window"])
 def test_sharded_over_time_is_the_same(implementation, kind):

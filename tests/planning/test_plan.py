@@ -101,6 +101,7 @@ def small(**overrides):
     return config.parse(values.to_dict())
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_one_device():
     eight = topology.find("gpu:8xH100")  # first, as it decides how many devices there are
     whole = estimate.make(small(), topology.find("cpu:1"))

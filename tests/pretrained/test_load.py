@@ -365,8 +365,9 @@ def test_a_family_without_a_head_of_its_own_refuses_one(part, tmp_path):
         load.open_pretrained(str(folder))
 
 
-@pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["hf_tiny/llama", pytest.param("hf_tiny/mixtral", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["hf_tiny/llama", "hf_tiny/mixtral"])
 def test_kernels_are_quantised_as_they_are_read_the_same_on_a_mesh(name, kind):
     found, exact = read(name, one_device())
     specs = quantized.held_in(make_specs(found.config), kind)

@@ -72,6 +72,7 @@ def test_an_answer_is_what_generate_gives_for_the_prompt():
     assert not np.array_equal(after["tokens"][0], before["tokens"][0])
 
 
+@pytest.mark.slow
 def test_rows_that_take_turns_get_the_same_answers():
     together, turns = (roll(1.0, temperature=1.0, slots=slots)[1] for slots in (0, 1))
     for name, want in together.items():
@@ -84,6 +85,7 @@ def test_a_row_without_room_or_without_a_prompt_keeps_its_answer():
         np.testing.assert_array_equal(after[name][2:], before[name][2:])
 
 
+@pytest.mark.slow
 def test_the_share_is_of_rows_and_chance_is_the_key_s():
     before, after = roll(0.0)
     np.testing.assert_array_equal(after["tokens"], before["tokens"])

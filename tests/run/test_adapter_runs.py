@@ -49,16 +49,14 @@ def finished(tmp_path_factory):
     return runs.Finished(tmp_path_factory, lambda name, **fields: config_of(CASES[name], **fields))
 
 
-_EACH_RUN = ("lora with dropout", "prefix")
-_MOST_SLOW = [pytest.param(name, marks=() if name in _EACH_RUN else pytest.mark.slow) for name in CASES]
-
-
-@pytest.mark.parametrize("name", _MOST_SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_half_a_run_and_the_rest_are_the_whole(name, finished, tmp_path):
     finished.check_resumed(name, tmp_path)
 
 
-@pytest.mark.parametrize("name", _MOST_SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_microbatches_and_a_mesh_change_nothing(name, finished, tmp_path):
     """Kernels and what lies beside them are cut over fsdp and tensor, those of experts over expert too."""
     mesh = {"data": 1, "fsdp": 2, "expert" if name == "experts" else "sequence": 2, "tensor": 2}
@@ -110,9 +108,8 @@ def test_a_kind_that_adds_no_parameters_begins_with_a_model(kind, finished):
     jax.tree.map(np.testing.assert_array_equal, values, loading.load_model(workdir).params)
 
 
-@pytest.mark.parametrize(
-    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dora from pissa", "vera")), "bias"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dora from pissa", "vera", "bias"])
 def test_a_run_is_loaded_as_it_was_trained(name, finished):
     """The loss of a model that is loaded, its adapter merged, is the one that the run evaluates with it apart."""
     workdir = str(finished(name))

@@ -22,6 +22,8 @@ from research.run import assemble, resolve
 from research.run.run import run
 from research.sources.tokenizers import TokenizerSpec, load_tokenizer, make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ONE = jax.devices()[:1]
 SHAPE = {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "d_ff": 16, "init_std": 0.3}
 BYTES = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))

@@ -93,6 +93,7 @@ def test_parameters_and_moments_are_not_copied(config):
     assert not re.search(r"f32\[\d+,[\d,]+\]\S* copy\(%state_", text)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_never_merged_and_its_base_has_no_gradient(config):
     """The step makes no array of a kernel's shape, within fusions neither: it only cuts layers from their stacks."""
     model = dataclasses.replace(config.model, d_model=48, d_ff=80, num_layers=3)  # of shapes that nothing else has
@@ -141,6 +142,7 @@ def test_such_talk_would_be_found():
     assert HOST.search(f.lower(jnp.ones(())).compile().as_text())
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_second_step(tmp_path, monkeypatch):
     """Evaluations, answers and checkpoints included, the second time that they come."""
     at, found = [0], []

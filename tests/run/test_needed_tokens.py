@@ -12,6 +12,8 @@ from research.run import resolve
 from research.run.run import run
 from research.sources.tokenizers import TokenizerSpec, load_tokenizer, make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 MODEL = {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 16}
 VIEW = """
 from research.sources.views import View

@@ -22,6 +22,8 @@ from research.pretrained import wholeness
 from research.run import assemble, checkpoint, metrics
 from research.run.run import run
 
+pytestmark = pytest.mark.slow
+
 MODEL = {"num_layers": 2, "d_model": 64, "num_heads": 4, "num_kv_heads": 2, "d_ff": 128}
 NORMS = r"layers/.*norm/scale|final_norm/.*"
 TEACHER = {"objective": {"terms": {"distill": 1.0}}, "roles": {"teacher": {**MODEL, "vocab_size": 264}}}

@@ -93,6 +93,7 @@ def finished(tmp_path_factory):
     return Finished(tmp_path_factory, config_of)
 
 
+@pytest.mark.slow
 def test_resumed_in_the_middle_of_the_epochs_is_uninterrupted(finished, tmp_path):
     """The answers that are trained on after the checkpoint, the running mean and the next prompts are in it."""
     finished.check_resumed("epochs", tmp_path)
@@ -112,6 +113,7 @@ def test_resumed_in_the_middle_of_the_epochs_is_uninterrupted(finished, tmp_path
     assert again[-1]["train/reward"] == lines[-1]["train/reward"]
 
 
+@pytest.mark.slow
 def test_a_rollout_that_is_drawn_ahead_is_in_checkpoints(finished, tmp_path):
     """What is logged of it too, and how many updates its policy lies behind."""
     finished.check_resumed("ahead", tmp_path)

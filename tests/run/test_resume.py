@@ -334,6 +334,7 @@ def test_a_run_from_before_data_was_noted_goes_on_with_the_same_names_only(begun
     assert starts[0]["versions"] == before["versions"]
 
 
+@pytest.mark.slow
 def test_a_task_with_other_records_is_said(begun, tmp_path, capfd):
     workdir, options = begun
     file = tmp_path / "t.jsonl"
@@ -376,6 +377,7 @@ def test_a_teacher_that_is_as_it_was_goes_on(taught, finished, tmp_path):
     runs.assert_same(taught / "w", tmp_path / "w")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["step", "bytes"])
 def test_a_teacher_that_isnt_what_it_was_is_refused(fault, taught, finished, tmp_path):
     shutil.copytree(taught / "w", tmp_path / "w")
@@ -442,7 +444,8 @@ def rows_read(workdir, **options):
     return seen
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 8])
 def test_every_row_is_read_once_an_epoch_though_the_batch_changes(size, tmp_path):
     options = {"data.path": write_data(tmp_path / "a.jsonl", 40), "data.eval_fraction": 0.0}
     whole = rows_read(tmp_path / "whole", steps=10, batch_size=8, **options)

@@ -12,6 +12,8 @@ from research.errors import InputError
 from research.run import metrics
 from research.run.run import run
 
+pytestmark = pytest.mark.slow
+
 MODEL = {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "d_ff": 16, "num_labels": 1}
 
 

@@ -58,17 +58,20 @@ def finished(tmp_path_factory):
     return runs.Finished(tmp_path_factory, lambda name, **fields: config_of(CASES[name], **fields))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_half_a_run_and_the_rest_are_the_whole(name, finished, tmp_path):
     finished.check_resumed(name, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_microbatches_and_a_mesh_change_nothing(name, finished, tmp_path):
     finished.check_cut(name, tmp_path / "cut", microbatches=2)
     finished.check_cut(name, tmp_path / "sharded", mesh={"data": 2, "fsdp": 2, "tensor": 1})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_is_trained_of_all_roles(finished):
     names = {name for name in runs.parameters(finished("parts of both")) if name.startswith("['params']")}
     assert all("['policy']['layers']['2']" in name or "['value']" in name for name in names)
@@ -111,6 +114,7 @@ def test_a_frozen_head_has_no_gradient():
     assert not products(parts_of(CASES["layer"]))
 
 
+@pytest.mark.slow
 def test_the_policy_is_evaluated_and_answers_with_a_part_of_it_frozen(finished, tmp_path):
     """An evaluation joins the two trees: its loss is the one of the whole model, loaded from the checkpoint."""
     evals = {"every": 4, "batches": 1, "generate": 1, "max_new_tokens": 2}
@@ -173,6 +177,7 @@ def test_what_the_run_began_with_must_be_there_and_the_same(finished, tmp_path):
         run(config_of(CASES["layer"], seed=5, steps=6), str(tmp_path / "run"), devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_a_part_of_a_checkpoint_is_trained_and_the_rest_comes_from_it(finished, tmp_path):
     """A run that starts from a run of which a part is trained, and trains another part; then resumes."""
     base = str(finished("layer"))

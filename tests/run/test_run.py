@@ -97,6 +97,7 @@ def test_experiment_traces_at_full_size(name, mesh):
     jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), state, parts.state)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     options = {"steps": 6, "checkpoint.every": 2, "eval.every": 2, "ema_decay": 0.9, "log.every": 1}
     run.run(load("sft", **options), str(tmp_path / "whole"))
@@ -123,6 +124,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone_until_it_gets_more_steps(tmp_path, capfd):
     first = run.run(load("sft"), str(tmp_path))
     before = parameters(tmp_path)
@@ -135,6 +137,7 @@ def test_a_finished_run_is_left_alone_until_it_gets_more_steps(tmp_path, capfd):
     assert "changed  steps: 2 -> 3" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_sharded_run_has_the_losses_of_a_single_device(tmp_path):
     def losses(name, devices, **mesh):
         c = load("sft", steps=4, **{"eval.every": 0, "checkpoint.best_metric": "", "optimizer.warmup_steps": 0}, **mesh)
@@ -148,7 +151,10 @@ def test_sharded_run_has_the_losses_of_a_single_device(tmp_path):
     np.testing.assert_allclose(mixed, single, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("adamw", "muon") else pytest.mark.slow) for name in optim.OPTIMIZERS],
+)
 def test_every_optimizer_trains_on_a_mesh(name, tmp_path):
     mesh = {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}
     rate = {"sgd": 0.3}.get(name, 3e-3)
@@ -177,6 +183,7 @@ def test_a_run_that_is_never_finite_ends_and_says_so(tmp_path):
     assert all(np.isfinite(v).all() for k, v in parameters(tmp_path).items() if "params" in k)
 
 
+@pytest.mark.slow
 def test_init_from_takes_the_parameters_of_another_run(tmp_path):
     run.run(load("sft"), str(tmp_path / "a"))
     c = load("sft", steps=1, **{"model.init_from": str(tmp_path / "a"), "optimizer.learning_rate": 1e-9})

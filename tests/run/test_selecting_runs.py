@@ -42,6 +42,7 @@ def drawn(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_bandit_that_goes_on_draws_what_it_would_have_drawn(drawn, tmp_path):
     c = bandit(checkpoint={"every": 4, "keep_last": 9})
     runs.check_resumed(c, drawn, tmp_path / "cut", devices=ONE)

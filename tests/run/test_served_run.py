@@ -13,6 +13,8 @@ from research.errors import InputError, Unavailable
 from research.run import checkpoint, engines, metrics, run
 from research.run.loop import Preempted
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"num_layers": 1, "d_model": 32, "num_heads": 2, "num_kv_heads": 2, "d_ff": 64}
 
 

@@ -123,6 +123,7 @@ def test_log_probabilities_of_the_likeliest(rows):
     assert all(token.likeliest[0] == (token.id, pytest.approx(token.logprob, abs=1e-5)) for token in tokens)
 
 
+@pytest.mark.slow
 def test_rows_are_drawn_by_settings_of_their_own():
     """Frequencies of many draws: greedy, from all, from the top, from the top share, from all but the unlikely."""
     logits = jnp.log(jnp.array([0.4, 0.3, 0.15, 0.1, 0.05]))

@@ -10,6 +10,8 @@ from research.errors import InputError
 from research.studies import adapt_report
 from research.studies.adapt_report import Way
 
+pytestmark = pytest.mark.slow
+
 METRIC = "eval/test/exact_match"
 
 

@@ -28,6 +28,7 @@ def outcome(planted, found, key="test/k", **fields):
     return report.Outcome(planted, found, key=key, **{**values, **fields})
 
 
+@pytest.mark.slow
 def test_the_data_has_the_faults_that_it_is_said_to_have():
     made = files.contents("dev")
     answers: dict[str, set[str]] = {}

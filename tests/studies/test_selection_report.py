@@ -14,6 +14,8 @@ from research.studies import planted_noise, selection_report, study
 from research.studies.means import mean
 from research.studies.selection_report import Dropped, Result, Way
 
+pytestmark = pytest.mark.slow
+
 
 def test_noise_is_planted_in_known_shares(tmp_path, capsys):
     flags = ["--tasks=reverse,copy", f"--output={tmp_path}", "--pool=300", "--held_out=50", "--test=40"]

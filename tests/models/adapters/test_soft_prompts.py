@@ -148,6 +148,7 @@ def test_the_output_changes_at_init(spec):
     assert jnp.abs(after - before).max(axis=2).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_text_as_a_prompt_or_as_a_prefix_is_as_if_it_came_before():
     c, base = soft_prompts.llama()
     text, ids = "5 9 11 40", np.arange(14).reshape(2, 7) + 3

@@ -1,7 +1,6 @@
 """The engine on the run's own devices: what it answers, and with which probabilities."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,12 +21,17 @@ ENGINE = Local(MODEL, V, prompts=3, longest=4)
 ENGINE.sync(PARAMS, 5)
 
 
+@jax.jit
+def logits_of(batch):
+    return MODEL.unembed(PARAMS).logits(MODEL.hidden(PARAMS, batch))[0, :, :V]
+
+
 def log_softmax(tokens, temperature):
     """[N, V] of the token after each, by the whole model."""
-    ids = jnp.asarray([tokens])
-    batch = {"tokens": ids, "segment_ids": jnp.ones_like(ids), "positions": jnp.arange(len(tokens))[None]}
-    logits = MODEL.unembed(PARAMS).logits(MODEL.hidden(PARAMS, batch))[0, :, :V]
-    return np.asarray(jax.nn.log_softmax(logits / temperature))
+    ids, n = np.zeros((1, 16), np.int32), len(tokens)
+    ids[0, :n] = tokens
+    batch = {"tokens": ids, "segment_ids": np.int32(np.arange(16)[None] < n), "positions": np.arange(16)[None]}
+    return np.asarray(jax.nn.log_softmax(logits_of(batch)[:n] / temperature))
 
 
 @pytest.mark.parametrize("top_k", [0, 4])

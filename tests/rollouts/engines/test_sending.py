@@ -116,6 +116,7 @@ def servers():
         fake.http.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", [True, False])
 def test_whole_weights_are_the_models(tmp_path, tie):
     """What a server reads is what the run computes with, and the plugin finds each tensor as it was written."""
