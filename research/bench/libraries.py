@@ -52,6 +52,15 @@ class Library:
         """Does what was prepared n times; returns the seconds of each."""
         return measure.timed(self.work, n)
 
+    def matmul(self, n: int, dtype: str) -> list[float]:
+        """The seconds of each of n square matrix products of measure.PRODUCT."""
+        product = self._product(dtype)
+        product()
+        return measure.timed(product, n)
+
+    def _product(self, dtype: str) -> Callable[[], Any]:
+        raise NotImplementedError
+
     def memory(self) -> dict[str, int | None]:
         """Bytes at the peak of what was run, and on the device of all."""
         return {"resident_peak": measure.peak_resident(), "device_peak": self.device_peak()}
@@ -133,6 +142,17 @@ class HuggingFace(Library):
             return out[:, prompts.shape[1] :].cpu().tolist()
 
         return {"tokens": self._begin(generate)}
+
+    def _product(self, dtype: str) -> Callable[[], Any]:
+        torch, size = self.torch, measure.PRODUCT[self.device == "cuda"]
+        a = torch.ones((size, size), dtype=getattr(torch, dtype), device=self.device)
+
+        def product() -> None:
+            torch.matmul(a, a)
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+
+        return product
 
     def _model(self, folder: str) -> Any:
         import transformers
@@ -332,6 +352,13 @@ class PlainJax(Library):
             return float(jax.block_until_ready((self.state, value))[1])
 
         return {"loss": self._begin(work)}
+
+    def _product(self, dtype: str) -> Callable[[], Any]:
+        import jax
+
+        size = measure.PRODUCT[jax.devices()[0].platform != "cpu"]
+        a, product = jax.numpy.ones((size, size), dtype), jax.jit(jax.numpy.matmul)
+        return lambda: jax.block_until_ready(product(a, a))
 
     def _model(self, folder: str, dtype: str, **changes: str) -> tuple[Any, Any]:
         import jax

@@ -11,12 +11,9 @@ from research.bench import measure
 Runner = Callable[[int], list[float]]
 
 
-def matmul(mesh: Mesh, dtype: str, size: int = 0) -> tuple[Runner, float]:
-    """A square matrix product on every device of the mesh at once: a runner for `in_turn`, and its FLOPs in all.
-
-    `size` is 8192, or 1024 on a CPU, by default.
-    """
-    size = size or (1024 if mesh.devices.flat[0].platform == "cpu" else 8192)
+def matmul(mesh: Mesh, dtype: str) -> tuple[Runner, float]:
+    """A square matrix product on every device of the mesh at once: a runner for `in_turn`, and its FLOPs in all."""
+    size = measure.PRODUCT[mesh.devices.flat[0].platform != "cpu"]
     shape, where = (mesh.size, size, size), _one_each(mesh)
     a, b = (jax.jit(lambda: jax.numpy.ones(shape, dtype), out_shardings=where)() for _ in range(2))
     product = jax.jit(jax.numpy.matmul, out_shardings=where)

@@ -10,6 +10,7 @@ from typing import Any
 from research.devices import startup
 
 ROUNDS = 4
+PRODUCT = (1024, 8192)  # the size of the square matrices whose product says a peak: of CPUs, of other devices
 
 
 class Failed(Exception):

@@ -16,6 +16,9 @@ from research.bench.types import Record, in_ms, peak_memory
 from research.devices import startup
 from research.errors import InputError
 
+_PRODUCT = " matmul"  # after a peer's name: its runner of products
+_SLOW = 0.8  # a peak below this part of ours isn't what the processor can do
+
 
 def check(names: Sequence[str]) -> None:
     """Raises InputError where a peer, of PEERS, isn't installed."""
@@ -124,13 +127,20 @@ class Others:
             if name not in self.errors
         }
 
+    def products(self, dtype: str) -> dict[str, Callable[[int], list[float]]]:
+        """The same of the product that says each one's peak of arithmetic; three of them, for they are short."""
+        return {
+            name + _PRODUCT: (lambda n, name=name: self.processes[name].call("matmul", n=3 * n, dtype=dtype))
+            for name in self.runners()
+        }
+
     def compare(
         self, seconds: Mapping[str, list[float] | str], figures: Callable[[Mapping[str, float]], Record]
     ) -> dict[str, dict[str, Record]]:
         """{"against": name -> what a peer took, or its error}; nothing where there are no peers.
 
         Args:
-          seconds: of `in_turn`.
+          seconds: of `in_turn`, of `runners` and maybe of `products`.
           figures: spread of a peer's seconds -> what else is said of them.
         """
         records: dict[str, Record] = {}
@@ -142,14 +152,36 @@ class Others:
             times = measure.spread(seconds[name])
             memory = self.processes[name].call("memory")
             records[name] = {"seconds": times, **figures(times), **self.answers[name], "memory": memory}
+            products = seconds.get(name + _PRODUCT)
+            if isinstance(products, list):
+                records[name]["product_seconds"] = measure.spread(products)["median"]
         return {"against": records} if records else {}
+
+
+def with_peaks(record: Record, product_flops: float, peak: float) -> None:
+    """Adds to each peer of a record its own peak of arithmetic, "matmul_flops_per_second"; that as a part of ours,
+    "peak_ratio"; and "own_mfu", the part of it that the work's model FLOPs take, as "mfu" is of ours.
+
+    Args:
+      record: with the model FLOPs.
+      product_flops: of the product that a device of ours and a peer make.
+      peak: our device's, in FLOPs per second.
+    """
+    for figures in record.get("against", {}).values():
+        if "product_seconds" in figures:
+            own = product_flops / figures.pop("product_seconds")
+            figures |= {
+                "matmul_flops_per_second": own,
+                "peak_ratio": own / peak,
+                "own_mfu": record["model_flops"] / figures["seconds"]["median"] / own,
+            }
 
 
 def describe(record: Record) -> str:
     """A line for each peer of a record."""
     lines = ""
     for name, figures in record.get("against", {}).items():
-        text = f"failed: {figures['error']}" if "error" in figures else _in_short(figures)
+        text = f"failed: {figures['error']}" if "error" in figures else _in_short(figures) + _of_peak(record, figures)
         lines += f"\n{'':<10}   {name}: {text}"
     return lines
 
@@ -158,3 +190,17 @@ def _in_short(figures: Record) -> str:
     kernels = f", MKL's kernels: {figures['mkl']}" if "mkl" in figures else ""
     time = f"{in_ms(figures['seconds'])}, {figures['ratio']:.2f} times ours"
     return f"{time}, {peak_memory(figures['memory'])}{kernels}"
+
+
+def _of_peak(record: Record, figures: Record) -> str:
+    """What a peer's matmul peak is beside ours; and where it is far below, what that says of the comparison."""
+    if "peak_ratio" not in figures:
+        return ""
+    text = f", MFU {figures['own_mfu']:.1%} of its own {figures['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s"
+    if figures["peak_ratio"] >= _SLOW:
+        return text
+    used = record["mfu"] / figures["own_mfu"]
+    return (
+        f"{text}; its products run at {figures['peak_ratio']:.2f} of the speed of ours: this build is slow on this "
+        f"processor. Of its own peak each uses a part: ours is {used:.2f} of its"
+    )

@@ -49,7 +49,7 @@ def _train(bench: Bench, name: str) -> Result:
         measure.forget_peak()
         startup.keep_memory(compilation.temporaries(step.compiled))
         product, product_flops = machine.matmul(bench.mesh, dtype)
-        runners = {"": ours, " matmul": lambda n: product(3 * n), **others.runners()}
+        runners = {"": ours, " matmul": lambda n: product(3 * n), **others.runners(), **others.products(dtype)}
         seconds = measure.in_turn(runners, bench.count(warm))
         profile = _profile(bench, ours, name) if bench.profile else {}
         peak = product_flops / measure.spread(seconds[" matmul"])["median"]
@@ -66,6 +66,7 @@ def _train(bench: Bench, name: str) -> Result:
                 "ratio": times["median"] / record["seconds"]["median"],
             },
         )
+        peers.with_peaks(record, product_flops / bench.mesh.size, peak / bench.mesh.size)
     text = (
         f"{name}: {in_ms(record['seconds'])}, {record['tokens_per_second']:.5g} tokens/s, MFU {record['mfu']:.1%} of "
         f"{peak / 1e12:.3g} TFLOP/s, {peak_memory(record['memory'])}"

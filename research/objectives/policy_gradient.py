@@ -62,18 +62,24 @@ make.__signature__ = inspect.signature(Settings)
 make.__annotations__ = {field.name: field.type for field in dataclasses.fields(Settings)}
 
 
-class SampledTokens(NamedTuple):
-    """The sampled tokens of a batch.
+class Facts(NamedTuple):
+    """What a batch says of its tokens; constants.
 
     Attributes:
-      samples: as the loss sees them.
-      sampler: log-probs that they were drawn with.
-      entropy: of the policy where each was drawn.
+      old: log-probs by the policy that ratios are against.
+      sampler: log-probs that the tokens were drawn with.
+      advantage: of each.
+      mask: 1 at the tokens that count.
+      reference: log-probs by the role `reference`; None where it isn't read.
+      correction: what each token weighs for having been drawn by a sampler that isn't the trainer; None for 1.
     """
 
-    samples: Samples
+    old: Float[Array, "B T"]
     sampler: Float[Array, "B T"]
-    entropy: Float[Array, "B T"]
+    advantage: Float[Array, "B T"]
+    mask: Float[Array, "B T"]
+    reference: Float[Array, "B T"] | None
+    correction: Float[Array, "B T"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,70 +165,97 @@ class PolicyGradient:
     def loss(self, forward: Forward, batch: Batch, context: Context) -> LossOut:
         """The weighted sum of the tokens' losses, and what it is divided by."""
         targets, mask = next_token_targets(batch, batch["loss_mask"])
-        policy = self._log_probs(forward, targets)
-        old = batch[_NAMES[self.ratios.old]]
-        tokens = SampledTokens(
-            Samples.of(policy.target, old, batch["advantage"], mask), batch["sampler_log_prob"], policy.entropy
-        )
-        out = LOSSES[self.kind].function(tokens.samples, self.options)
-        weights, more = self._weights(tokens, context)
-        values, count = out.values * weights, jnp.sum(mask)
-        if self.extras.entropy_coef:
-            learned = more.get("high_entropy", mask)
-            values -= self.extras.entropy_coef * jnp.where(learned > 0, tokens.entropy, 0)
-        if self.extras.kl_coef:
-            reference = jnp.where(mask > 0, batch["reference_log_prob"], 0)
-            log_ratio = tokens.samples.log_prob - tokens.samples.old
-            kl = KL[self.extras.kl].function(tokens.samples.log_prob, reference, log_ratio)
-            values += self.extras.kl_coef * kl
-            more["kl"] = kl
-        shares = self.shares.of(mask, batch, context)
-        metrics = {
-            name: (jax.lax.stop_gradient(jnp.sum(mask * x)), count)
-            for name, x in (self._metrics(tokens, out) | more).items()
+        facts, shares = self._facts(batch, mask), self.shares.of(mask, batch, context)
+        if self._by_token:
+            args = (forward.hidden(), forward.next_token_head(), targets, shares.weights, facts)
+            total, values, details = losses.sampled_loss(self._values, *args, **self._drawn())
+        else:
+            values, details = self._values(self._log_probs(forward, targets), facts, context)
+            total = jnp.sum(shares.weights * values)
+        values, details = jax.lax.stop_gradient((values, details))
+        metrics = {name: (jnp.sum(mask * x), jnp.sum(mask)) for name, x in details.items()}
+        return LossOut(total, shares.weight, metrics, per_token=(values, shares.weights))
+
+    @property
+    def _by_token(self) -> bool:
+        """Whether the loss of a token reads nothing of what the policy makes of others."""
+        whole = self.extras.top_entropy < 1 or self.extras.off_policy_mask is not None
+        return LOSSES[self.kind].by_token and not whole
+
+    def _drawn(self) -> dict[str, Any]:
+        """Of which distribution log-probs are: that answers are drawn from."""
+        return {
+            "temperature": self.sampler.temperature,
+            "vocab_size": self.sampler.vocab_size,
+            "frozen_entropy": not self.extras.entropy_coef,
         }
-        per_token = (jax.lax.stop_gradient(values), shares.weights)
-        return LossOut(jnp.sum(shares.weights * values), shares.weight, metrics, per_token=per_token)
 
     def _log_probs(self, forward: Forward, targets: Int[Array, "B T"]) -> losses.LogProbs:
-        """The policy's, of the distribution that answers are drawn from."""
-        return losses.log_probs(
-            forward.hidden(),
-            forward.next_token_head(),
-            targets,
-            temperature=self.sampler.temperature,
-            vocab_size=self.sampler.vocab_size,
-            frozen_entropy=not self.extras.entropy_coef,
-        )
+        """The policy's."""
+        return losses.log_probs(forward.hidden(), forward.next_token_head(), targets, **self._drawn())
 
-    def _weights(
-        self, tokens: SampledTokens, context: Context
-    ) -> tuple[Float[Array, "B T"], dict[str, Float[Array, "B T"]]]:
-        """What tokens count in the policy's loss, constants; and of that what is reported."""
-        samples, parts = tokens.samples, {}
+    def _facts(self, batch: Batch, mask: Float[Array, "B T"]) -> Facts:
+        """What the batch says."""
+        old, sampler = batch[_NAMES[self.ratios.old]], batch["sampler_log_prob"]
+        correction = None
         if self.ratios.corrects:
-            parts["correction"] = policy_losses.importance(
-                samples.old,
-                tokens.sampler,
-                samples.mask,
+            correction = policy_losses.importance(
+                jnp.where(mask > 0, old, 0),
+                sampler,
+                mask,
                 sequence=self.ratios.correction == "sequence",
                 bounds=self.ratios.bounds,
                 drop=self.ratios.drop,
             )
+        reference = batch["reference_log_prob"] if self.extras.kl_coef else None
+        return Facts(old, sampler, batch["advantage"], mask, reference, correction)
+
+    def _values(
+        self, probs: losses.LogProbs, facts: Facts, context: Context | None = None
+    ) -> tuple[Float[Array, "B T"], dict[str, Float[Array, "B T"]]]:
+        """The loss of each token, and what is reported of it.
+
+        Args:
+          probs: of the policy; of a part of the tokens, where each token's loss is its own.
+          facts: of these.
+          context: where some tokens are left out.
+        """
+        mask, extras = facts.mask, self.extras
+        samples = Samples.of(probs.target, facts.old, facts.advantage, mask)
+        out = LOSSES[self.kind].function(samples, self.options)
+        weights = self._weights(samples, probs.entropy, facts, context)
+        values = out.values * functools.reduce(jnp.multiply, weights.values(), mask)
+        if extras.entropy_coef:
+            learned = weights.get("high_entropy", mask)
+            values -= extras.entropy_coef * jnp.where(learned > 0, probs.entropy, 0)
+        details = self._details(samples, probs.entropy, out) | weights
+        if extras.kl_coef:
+            reference = jnp.where(mask > 0, facts.reference, 0)
+            details["kl"] = KL[extras.kl].function(samples.log_prob, reference, samples.log_prob - samples.old)
+            values += extras.kl_coef * details["kl"]
+        return values, details
+
+    def _weights(
+        self, samples: Samples, entropy: Float[Array, "B T"], facts: Facts, context: Context | None
+    ) -> dict[str, Float[Array, "B T"]]:
+        """What tokens count in the policy's loss, constants, by what it is for."""
+        parts = {} if facts.correction is None else {"correction": facts.correction}
         if self.extras.off_policy_mask is not None:
-            parts["near_policy"] = policy_losses.near_policy(samples, tokens.sampler, self.extras.off_policy_mask)
+            parts["near_policy"] = policy_losses.near_policy(samples, facts.sampler, self.extras.off_policy_mask)
         if self.extras.top_entropy < 1:
             of_batch = context.gathered["entropies"]
-            parts["high_entropy"] = policy_losses.high_entropy(tokens.entropy, of_batch, self.extras.top_entropy)
-        return functools.reduce(jnp.multiply, parts.values(), samples.mask), parts
+            parts["high_entropy"] = policy_losses.high_entropy(entropy, of_batch, self.extras.top_entropy)
+        return parts
 
-    def _metrics(self, tokens: SampledTokens, out: TokenLosses) -> dict[str, Float[Array, "B T"]]:
+    def _details(
+        self, samples: Samples, entropy: Float[Array, "B T"], out: TokenLosses
+    ) -> dict[str, Float[Array, "B T"]]:
         """What is reported of each token."""
-        metrics: dict[str, Any] = {"old_kl": -tokens.samples.log_ratio(), "entropy": tokens.entropy}
+        details: dict[str, Any] = {"old_kl": -samples.log_ratio(), "entropy": entropy}
         if LOSSES[self.kind].ratio:
-            metrics["ratio"] = out.ratio
+            details["ratio"] = out.ratio
         flags = {"clip_low": out.low, "clip_high": out.high, "clip_dual": out.dual}
-        return metrics | {name: flag for name, flag in flags.items() if flag is not None}
+        return details | {name: flag for name, flag in flags.items() if flag is not None}
 
 
 def notices(metrics: Mapping[str, float], first: bool) -> dict[str, str]:

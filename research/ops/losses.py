@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from research.ops.head import Comparison, Head, detached_values, token_values, weighted_sum
 
@@ -113,6 +114,37 @@ def log_probs(
     compare = functools.partial(_compare_log_probs, _Sampled(temperature, vocab_size), frozen_entropy)
     out = token_values(compare, hidden, head, targets, chunk=chunk)
     return out._replace(entropy=jax.lax.stop_gradient(out.entropy)) if frozen_entropy else out
+
+
+@jax.named_scope("loss")
+def sampled_loss(
+    function: Callable[[LogProbs, PyTree], tuple[Float[Array, "B t"], PyTree]],
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    extras: PyTree = (),
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    frozen_entropy: bool = False,
+    chunk: int | None = None,
+) -> tuple[Float[Array, ""], Float[Array, "B T"], PyTree]:
+    """The sum over tokens of weight times function(LogProbs, extras): see head.weighted_sum.
+
+    For losses of which each token's reads no other token's log-probability. A function of what `log_probs` returns may
+    read all, and its gradient computes the logits again: four products with the head, where these are three.
+
+    Args:
+      function: of the tokens of a chunk; returns the loss of each and details, a pytree of arrays [B, t].
+      hidden, head, targets, temperature, vocab_size, frozen_entropy, chunk: see `log_probs`.
+      weights, extras: see head.weighted_sum.
+
+    Returns:
+      The sum, the loss of each token and the details. Only the sum has a gradient.
+    """
+    compare = functools.partial(_compare_sampled, function, _Sampled(temperature, vocab_size), frozen_entropy)
+    return weighted_sum(compare, hidden, head, weights, (targets, extras), chunk=chunk)
 
 
 class TargetLogProbs(NamedTuple):
@@ -243,6 +275,20 @@ def _compare_log_probs(
         return sampled.gradient(_log_probs_gradient(chunk, of_entropy, weights))
 
     return Comparison(values, None, gradient)
+
+
+def _compare_sampled(
+    function: Callable,
+    sampled: _Sampled,
+    frozen_entropy: bool,
+    logits: Float[Array, "B t V"],
+    extras: tuple[Int[Array, "B t"], PyTree],
+) -> Comparison:
+    """What `function` makes of LogProbs."""
+    targets, others = extras
+    of_probs = _compare_log_probs(sampled, frozen_entropy, logits, targets)
+    values, pullback, details = jax.vjp(lambda probs: function(probs, others), of_probs.values, has_aux=True)
+    return Comparison(values, details, lambda weights: of_probs.gradient(*pullback(weights)))
 
 
 def _log_probs_gradient(chunk: _Chunk, entropy: Float[Array, "B t"] | None, weights: LogProbs) -> Float[Array, "B t V"]:

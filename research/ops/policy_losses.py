@@ -109,6 +109,7 @@ class Loss:
       ratio: it compares with p_old.
       aggregation: of AGGREGATIONS, what it was published with.
       rows: an answer has one loss, so that only a mean over answers makes sense.
+      by_token: the loss of a token reads nothing of the answer's others.
     """
 
     function: Callable[[Samples, Options], TokenLosses]
@@ -118,6 +119,7 @@ class Loss:
     ratio: bool = True
     aggregation: str = "token-mean"
     rows: bool = False
+    by_token: bool = False
 
 
 def reinforce(samples: Samples, options: Options) -> TokenLosses:
@@ -196,12 +198,14 @@ LOSSES: dict[str, Loss] = {
         reinforce,
         "REINFORCE, Williams 1992, doi:10.1007/BF00992696; GPG's too, arXiv:2504.02546",
         ratio=False,
+        by_token=True,
     ),
     "ppo": Loss(
         ppo,
         "PPO, arXiv:1707.06347, equation 7; dual clip arXiv:1912.09729; different bounds above and below DAPO, "
         "arXiv:2503.14476, equation 8",
         takes=(*_CLIPS, "dual_clip"),
+        by_token=True,
     ),
     "ppo_sequence": Loss(
         ppo_sequence,
@@ -223,6 +227,7 @@ LOSSES: dict[str, Loss] = {
         "CISPO, MiniMax-M1, arXiv:2506.13585, equations 4 and 5, without a lower bound",
         takes=_CLIPS,
         defaults={"clip_low": 1.0, "clip_high": 4.0},
+        by_token=True,
     ),
     "gmpo": Loss(
         gmpo,
@@ -237,6 +242,7 @@ LOSSES: dict[str, Loss] = {
         "SAPO, arXiv:2511.20347",
         takes=("tau_pos", "tau_neg"),
         aggregation="seq-mean-token-mean",
+        by_token=True,
     ),
     "vespo": Loss(
         vespo,

@@ -4,6 +4,7 @@ import ctypes
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -91,6 +92,8 @@ def test_train_step_in_turn_with_a_peer(lines, monkeypatch, tmp_path):
     theirs = sft["against"]["jax"]
     assert theirs["loss"] == pytest.approx(sft["loss"], rel=1e-4)  # the same work
     assert theirs["ratio"] == pytest.approx(theirs["seconds"]["median"] / seconds["median"])
+    assert theirs["own_mfu"] == pytest.approx(flops / theirs["seconds"]["median"] / theirs["matmul_flops_per_second"])
+    assert "of its own" in said
     memory = sft["memory"]
     state = 12 * (weights + 64 * 384) / 8  # parameters, the look-up too, and two moments, of each of 8 devices
     assert state < memory["arguments"] < 1.1 * state
@@ -386,6 +389,28 @@ def test_a_peer_that_fails_leaves_the_others():
 
     seconds = measure.in_turn({"a": lambda n: [1.0] * n, "b": fails}, 7)
     assert seconds == {"a": [1.0] * 7, "b": "it ended with status 1"}
+
+
+@pytest.mark.parametrize(("part", "slow"), [(0.47, True), (0.95, False)])
+def test_a_peer_s_own_peak_stands_beside_ours(part, slow):
+    """Of a peer that takes twice as long: with half of our peak it uses as much of its own as we do."""
+    record = {"model_flops": 30.0, "mfu": 0.3, "matmul_flops_per_second": 100.0, "seconds": {"median": 1.0}}
+    others = peers.Others(answers={"hf": {"loss": 1.0}})
+    others.processes["hf"] = SimpleNamespace(call=lambda name: {"device_peak": None, "resident_peak": 10**8})
+    seconds = {"hf": [2.0] * 4, "hf matmul": [4.0 / part] * 12}
+    record |= others.compare(seconds, lambda times: {"ratio": times["median"]})
+    peers.with_peaks(record, 400.0, 100.0)
+    figures = record["against"]["hf"]
+    assert figures["peak_ratio"] == pytest.approx(part)
+    assert figures["own_mfu"] == pytest.approx(30 / 2 / (100 * part))
+    assert ("this build is slow on this processor" in peers.describe(record)) == slow
+    others.processes.clear()
+
+
+def test_a_product_says_a_peer_s_peak():
+    seconds = libraries.PlainJax().matmul(2, "float32")
+    assert len(seconds) == 2
+    assert min(seconds) > 0
 
 
 def test_runs_take_turns():

@@ -159,6 +159,19 @@ def test_losses_and_metrics_by_hand():
     close(outs["gmpo"].loss_sum, (gmpo + kl)[:-1].sum())
 
 
+def test_a_loss_of_single_tokens_is_one_pass_over_the_head():
+    """Three products with the head and its gradient, where a loss of whole answers takes four."""
+
+    def products(**term):
+        program = jax.make_jaxpr(functools.partial(losses, terms_of(only=term)))(VALUES, rollout())
+        return str(program).count("dot_general")
+
+    tokens = [{"kind": kind} for kind in ("reinforce", "ppo", "cispo", "sapo")]
+    tokens.append({"old": "trainer", "correction": "sequence", "kl_coef": 0.1, "entropy_coef": 0.1})
+    whole = {products(kind="gspo"), products(off_policy_mask=0.1)}
+    assert {products(**term) + 1 for term in tokens} == whole
+
+
 def test_microbatches_change_nothing():
     close(jax.jit(functools.partial(losses, terms_of(**TERMS), microbatches=4))(VALUES, rollout()), whole())
 

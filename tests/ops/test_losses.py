@@ -209,7 +209,20 @@ def test_log_probs_entropies_and_their_gradients(by_token, temperature, size):
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(hidden, kernel, bias)
 
-    _close(gradient(ours), gradient(theirs), rtol=1e-5, atol=1e-5)
+    expected = gradient(theirs)
+    _close(gradient(ours), expected, rtol=1e-5, atol=1e-5)
+
+    def at_once(h, k, b):
+        """The same in one pass over the head, with the target's log-probability as a detail."""
+        function = lambda probs, factor: (probs.target**2 + factor * probs.entropy**2, probs.target)  # noqa: E731
+        args = (_head(k, b, 2.0, by_token), targets, weights, jnp.full(targets.shape, 3.0))
+        return losses.sampled_loss(function, h, *args, temperature=temperature, vocab_size=size, chunk=4)
+
+    by_args = jax.jit(jax.grad(lambda *x: at_once(*x)[0], argnums=(0, 1, 2)))(hidden, kernel, bias)
+    _close(by_args, expected, rtol=1e-5, atol=1e-5)
+    _, values, details = at_once(hidden, kernel, bias)
+    out = theirs(hidden, kernel, bias)
+    _close((values, details), (out.target**2 + 3 * out.entropy**2, out.target), rtol=1e-5)
     head = _head(kernel, bias, 2.0, by_token)
     alone = losses.target_log_probs(hidden, head, targets, temperature=temperature, vocab_size=size).target
     np.testing.assert_allclose(alone, ours(hidden, kernel, bias).target, rtol=1e-5, atol=1e-6)
@@ -252,9 +265,11 @@ def test_no_array_holds_the_logits(devices):
     head = lambda k: Head(k, None, 0.0, rules=sharding.RULES)  # noqa: E731
     ce = lambda h, k, t, w: cross_entropy(h, head(k), t, w).loss_sum  # noqa: E731
     lp = lambda h, k, t, w: sum((w * x).sum() for x in log_probs(h, head(k), t))  # noqa: E731
+    own = lambda p, _: (p.target, None)  # noqa: E731
+    once = lambda h, k, t, w: losses.sampled_loss(own, h, head(k), t, w)[0]  # noqa: E731
     mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2}) if devices == 8 else None
     with jax.set_mesh(mesh) if mesh else jax.default_device(None):
-        for f in (ce, lp):
+        for f in (ce, lp, once):
             assert _largest(jax.grad(f, argnums=(0, 1)), *args) * 4 <= chunks.chunk_bytes() * devices
 
 
