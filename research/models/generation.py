@@ -34,7 +34,8 @@ class Completion(NamedTuple):
 def make_generate(
     model: Model, config: SamplingConfig, vocab_size: int | None = None, *, of_draws: bool = False
 ) -> Generate:
-    """Returns generate(params, prompts, lengths, key, rows=None, limits=None, *, slots=None) -> Generated, jitted.
+    """Returns generate(params, prompts, lengths, key, rows=None, limits=None, *, slots=None, each=1) -> Generated,
+    jitted.
 
     It takes
       params: of `model`, sharded as you like under the mesh of jax.set_mesh. The result is on every device.
@@ -46,6 +47,8 @@ def make_generate(
       limits: [B] int32, the most tokens of each row, where that is below N.
       slots: A, an int: the most rows that are decoded at once; None: all. Of more, the next takes the place of one that
         has ended. Every row gets the same tokens, and the cache has room for A rows.
+      each: an int: how many rows each prompt is continued in, one after the other. `prompts` and `lengths` then have
+        B / each rows, and all else has B. A prompt is read once where its rows begin together.
 
     Args:
       model: to decode with.
@@ -58,7 +61,7 @@ def make_generate(
         called, P + N > model.max_length, or `slots` is below 1.
     """
     decoder = Decoder(model, config, model.config.vocab_size if vocab_size is None else vocab_size, of_draws)
-    return jax.jit(decoder.generate, static_argnames="slots")
+    return jax.jit(decoder.generate, static_argnames=("slots", "each"))
 
 
 def make_stream(

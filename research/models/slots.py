@@ -17,10 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from research.devices import sharding
 from research.errors import InputError
-from research.models import virtual
+from research.models import decoding, virtual
 from research.models.decoding import TIMES, Cache
 from research.models.sampling import SamplingConfig, choose_tokens, longest_prompt, next_logits, uniforms
 from research.models.transformer import Model
+from research.ops.cpu import few_rows
 
 Params = Any
 
@@ -132,9 +133,10 @@ class Decoder:
         limits: Int[Array, " B"] | None = None,
         *,
         slots: int | None = None,
+        each: int = 1,
     ) -> Generated:
         """See make_generate; `params` as the model takes them."""
-        B, P = prompts.shape
+        P, B = prompts.shape[1], len(prompts) * each
         if slots is not None and slots < 1:
             raise InputError(f"slots = {slots}: must be at least 1. None decodes all prompts at once.")
         if longest_prompt(self.model, self.config) < P:
@@ -147,24 +149,34 @@ class Decoder:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
         N = jnp.full(B, self.config.max_new_tokens, jnp.int32)
         limits = N if limits is None else jnp.minimum(N, limits)
-        prompts, lengths = virtual.ahead(self.model, prompts, jnp.where(limits > 0, lengths, 0))
+        whole = slots is None or slots >= B
+        parts = sharding.axis_parts("batch", self.model.rules)
+        if not whole or len(prompts) % parts:  # a prompt's rows begin at other times, or each device has its own rows
+            prompts, lengths, each = jnp.repeat(prompts, each, axis=0), jnp.repeat(lengths, each), 1
+        wanted = jnp.max(limits.reshape(-1, each), axis=1) > 0
+        prompts, lengths = virtual.ahead(self.model, prompts, jnp.where(wanted, lengths, 0))
         queue = Queue(prompts, lengths, limits, uniforms(keys, self.config.max_new_tokens))
         params = self.model.unstack(params)
-        if slots is None or slots >= B:
-            out = self.extend(params, queue, self.begin(params, queue)).out
+        if few_rows.apply(B if whole else slots):
+            params = decoding.in_blocks(params)
+        if whole:
+            out = self.extend(params, queue, self.begin(params, queue, each)).out
         else:
             out = Turns.plan(self, params, queue, slots).run(slots)
         return jax.tree.map(sharding.replicate, out)
 
-    def begin(self, params: Params, queue: Queue) -> Slots:
-        """As many slots as there are rows, after the prompts and one new token."""
-        B, P = queue.prompts.shape
-        cache = self.model.init_cache(B, P + self.config.max_new_tokens)
+    def begin(self, params: Params, queue: Queue, each: int = 1) -> Slots:
+        """As many slots as there are rows, after the prompts and one new token. Of prompts that have `each` rows one
+        after the other, queue.prompts and queue.lengths have one: it is read once."""
+        rows, P = queue.prompts.shape
+        cache = self.model.init_cache(rows, P + self.config.max_new_tokens)
         hidden, cache = self._read(params, queue.prompts, queue.lengths, cache, 0, P)
-        none = jnp.zeros(B, jnp.int32)
-        out = self.empty(B)
-        slots = Slots(jnp.int32(P), jnp.arange(B), P - queue.lengths, none, none, queue.lengths == 0, cache, out)
-        return self._append(params, queue, slots, hidden[:, -1])
+        hidden, lengths, cache = jax.tree.map(lambda x: _repeated(x, each), (hidden[:, -1], queue.lengths, cache))
+        B = rows * each
+        none, out = jnp.zeros(B, jnp.int32), self.empty(B)
+        done = (lengths == 0) | (queue.limits == 0)
+        slots = Slots(jnp.int32(P), jnp.arange(B), P - lengths, none, none, done, cache, out)
+        return self._append(params, queue, slots, hidden)
 
     def step(self, params: Params, queue: Queue, slots: Slots) -> Slots:
         """One more token in every slot that isn't done."""
@@ -362,6 +374,11 @@ class Turns:
 
     def _is_full(self, slots: Slots) -> Bool[Array, ""]:
         return slots.index == cache_size(slots.cache)
+
+
+def _repeated(x: Array, each: int) -> Array:
+    """Each row of x so many times, one after the other."""
+    return x if each == 1 else jnp.repeat(x, each, axis=0)
 
 
 def cache_size(cache: Cache) -> int:

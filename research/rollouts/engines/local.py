@@ -44,12 +44,11 @@ class Local:
         Raises:
           InputError: sampling leaves no room for a prompt, or has a stop token beyond the vocabulary.
         """
-        size, count = self.prompts * n, len(prompts) * n
-        padded, lengths = np.zeros((size, self.longest), np.int32), np.zeros(size, np.int32)
+        count = len(prompts) * n
+        padded, lengths = np.zeros((self.prompts, self.longest), np.int32), np.zeros(self.prompts, np.int32)
         for i, prompt in enumerate(prompts):
-            lengths[i * n : i * n + n] = len(prompt)
-            padded[i * n : i * n + n, self.longest - len(prompt) :] = prompt
-        out = self._program(sampling)(self._params, padded, lengths, key, slots=self.slots or None)
+            lengths[i], padded[i, self.longest - len(prompt) :] = len(prompt), prompt
+        out = self._program(sampling)(self._params, padded, lengths, key, slots=self.slots or None, each=n)
         tokens, lengths, log_probs = (x[:count] for x in jax.device_get(tuple(out)))
         last = np.take_along_axis(tokens, np.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
         stopped = (lengths > 0) & np.isin(last, sampling.stop_tokens)
