@@ -30,7 +30,9 @@ def start(workdir, processes, devices, mesh, steps=STEPS, config="experiments/sf
         port = s.getsockname()[1]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_", "PJRT_"))}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    env["XLA_FLAGS"] = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"  # compiles in half the time
+    # Each compiles for itself: half the time without the newer emitters, and less without LLVM's optimisations.
+    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 "
+    env["XLA_FLAGS"] += "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
     command = [sys.executable, "-m", "research.main", f"--config={config}", f"--workdir={workdir}"]
     options = {"steps": steps, "log.every": 1, "eval.every": 0, "checkpoint.every": 4, "checkpoint.best_metric": ""}
     options |= {f"mesh.{axis}": size for axis, size in mesh.items()}
@@ -90,7 +92,7 @@ def same(found, wanted):
 @slow
 @pytest.mark.parametrize(
     ("processes", "mesh"),
-    [(2, {"data": 2, "fsdp": 2}), (2, {"sequence": 2, "tensor": 2}), (4, {"fsdp": 4, "sequence": 2})],
+    [(2, {"sequence": 2, "tensor": 2}), (4, {"fsdp": 4, "sequence": 2})],  # those killed below have data and fsdp
 )
 def test_several_processes_have_the_losses_of_one(processes, mesh, alone, tmp_path):
     workdir = tmp_path / "w"
