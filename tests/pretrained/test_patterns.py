@@ -37,9 +37,9 @@ def test_the_first_that_matches_is_found(expressions):
 
 
 def test_one_that_takes_too_long_or_is_none_is_named(monkeypatch):
-    monkeypatch.setattr(patterns, "_SECONDS", 0.5)
+    monkeypatch.setattr(patterns, "_SECONDS", 0.2)
     began = time.monotonic()
-    with pytest.raises(InputError, match=r"folder: its regular expressions .*\(\[\^!\].*take more than 0.5 s"):
+    with pytest.raises(InputError, match=r"folder: its regular expressions .*\(\[\^!\].*take more than 0.2 s"):
         patterns.first_matching([SLOW], [("a" * 60,)], Path("folder"))
     assert time.monotonic() - began < 20
     with pytest.raises(InputError, match=r"folder: '\(a' is no regular expression"):
@@ -50,12 +50,11 @@ def test_one_that_takes_too_long_or_is_none_is_named(monkeypatch):
     ("name", "changes"),
     [
         ("lora_qv", {"alpha_pattern": {SLOW: 3}}),
-        ("lora_qv", {"rank_pattern": {SLOW: 3}}),
         ("ia3", {"feedforward_modules": SLOW}),
     ],
 )
 def test_a_folder_with_one_is_refused(name, changes, monkeypatch, tmp_path):
-    monkeypatch.setattr(patterns, "_SECONDS", 0.5)
+    monkeypatch.setattr(patterns, "_SECONDS", 0.2)
     shutil.copytree(GOLDEN / "peft_adapters" / name, tmp_path / "folder")
     file = tmp_path / "folder/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))

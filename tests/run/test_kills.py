@@ -21,6 +21,7 @@ from runs import assert_same
 
 from research.errors import Exit
 from research.run import checkpoint, metrics
+from research.signals import STOPS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
@@ -34,6 +35,17 @@ COMMAND = [
 SOON = 0.3  # seconds in which Python itself may not have begun
 # Two devices, so that arrays are saved in parts; eight would take most of the time to wait for each other.
 ENVIRONMENT = os.environ | {"XLA_FLAGS": re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def heard():
+    """Programs that are begun ignore no signal, as a shell's job in the background would have them do."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    for number in STOPS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def start(workdir):
