@@ -3,12 +3,12 @@
 This is `understudy train`, whose flags and work are in research/commands/train.py; research/run/ is what a run does.
 """
 
-from research import signals
+import signal
 
-if __name__ == "__main__":
-    signals.hold()
+if __name__ == "__main__":  # before anything else is imported; research.signals says what becomes of them
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 
-from research import console
+from research import console, signals
 from research.devices import startup
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ COMMAND = [
     *("--config.log.every=1", "--config.checkpoint.every=3", "--config.eval.every=12", "--config.eval.generate=0"),
     *("--config.eval.batches=1", "--config.checkpoint.best_metric=", "--config.checkpoint.keep_last=1"),
 ]
-SOON = 0.3  # seconds in which Python itself may not have begun
+SOON = 2.0  # seconds in which Python itself may not have begun, on a busy machine
 # Two devices, so that arrays are saved in parts; eight would take most of the time to wait for each other.
 ENVIRONMENT = os.environ | {"XLA_FLAGS": re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])}
 
@@ -112,7 +112,11 @@ def test_kills_at_any_moment(lone, tmp_path):
             kills += 1
             print(f"kill {kills}: {number.name} after {took:.1f} s, at step {reached(workdir)}: status {status}")
             allowed = {-number} if number == signal.SIGKILL else {Exit.PREEMPTED, Exit.DONE}
-            assert status in allowed | ({-number} if took < SOON else set()), said(workdir)[-3000:]
+            if took < SOON and status not in allowed:
+                assert status in (-number, 1), said(workdir)[-3000:]
+                Path(f"{workdir}.log").write_text("")  # of a traceback of Python's own start
+                continue
+            assert status in allowed, said(workdir)[-3000:]
         else:
             seconds = min(seconds, took)  # the first run compiled what the others read
         assert max(checkpoint.steps(workdir), default=0) >= before
