@@ -7,12 +7,18 @@ import math
 import pytest
 
 from research.errors import InputError
-from research.studies import adapt_report
+from research.studies import adapt_report, plots
 from research.studies.adapt_report import Way
 
 pytestmark = pytest.mark.slow
 
 METRIC = "eval/test/exact_match"
+
+
+@pytest.fixture(autouse=True)
+def no_vectors(monkeypatch):
+    """PDFs and SVGs are tested once, in test_pgr.py: each takes 0.2 s."""
+    monkeypatch.setattr(plots, "to_vector", lambda figure, kind: kind.encode())
 
 
 def write(folder, quality, loss=0.5, trained=1000.0):
@@ -38,6 +44,7 @@ def test_the_table_has_quality_and_costs(tmp_path, capsys):
         Way("norms", 0.1, {0.01: 0.9, 0.1: 0.75}, norms),
     ]
     adapt_report.report(ways, [METRIC, "eval/loss"], str(tmp_path / "out"))
+    assert "lora & 0.01 & 3 & 0.75 {" in (tmp_path / "out/table.tex").read_text()
     printed = capsys.readouterr().out
     cells = {line.split()[0]: line for line in printed.splitlines() if line.startswith(("lora", "norms"))}
     assert cells["lora"].split()[1:6] == ["0.01", "3", "0.75", "[0.129,", "1.37]"]

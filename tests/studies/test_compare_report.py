@@ -9,7 +9,13 @@ import pytest
 from scipy import stats
 
 from research.errors import InputError
-from research.studies import compare_report, means
+from research.studies import compare_report, means, plots
+
+
+@pytest.fixture(autouse=True)
+def no_vectors(monkeypatch):
+    """PDFs and SVGs are tested once, in test_pgr.py: each takes 0.2 s."""
+    monkeypatch.setattr(plots, "to_vector", lambda figure, kind: kind.encode())
 
 
 def write(folder, values, metric="eval/loss"):
@@ -54,13 +60,19 @@ def test_the_table_has_the_last_values_over_seeds(tmp_path, capsys):
     assert '2.5 <span class="interval">[-3.853, 8.853]' in (tmp_path / "out/report.html").read_text()
 
 
-def test_the_gap_recovered_is_a_ratio_of_means(tmp_path, capsys):
+def test_the_gap_recovered_is_a_ratio_of_means(tmp_path):
     losses = {"weak": [4.0, 2.0], "student": [1.5, 3.0], "ceiling": [1.0, 1.0]}
     runs = {k: [write(tmp_path / f"{k}{i}", {1: x}) for i, x in enumerate(v)] for k, v in losses.items()}
-    compare_report.report(runs, ["eval/loss"], str(tmp_path / "out"), gap=("weak", "ceiling"))
-    assert "PGR of eval/loss" in capsys.readouterr().out
-    table = {row["name"]: row["PGR of eval/loss"] for row in json.loads((tmp_path / "out/table.json").read_text())}
-    assert table == {"weak": None, "student": pytest.approx(0.375), "ceiling": None}
+    ways = [compare_report.read_way(name, seeds, ["eval/loss"]) for name, seeds in runs.items()]
+    ways = compare_report.with_recovered(ways, "weak", "ceiling")
+    header, rows = compare_report.table(ways, ["eval/loss"])
+    assert header == ["", "seeds", "eval/loss", "PGR of eval/loss"]
+    assert [row[-1] for row in rows] == ["-", "0.375", "-"]
+    assert {way.name: way.recovered["eval/loss"] for way in ways} == {
+        "weak": None,
+        "student": pytest.approx(0.375),
+        "ceiling": None,
+    }
 
 
 def test_differences_are_of_runs_of_one_seed(tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from research.errors import InputError
-from research.studies import lifecycle, lifecycle_report
+from research.studies import lifecycle, lifecycle_report, plots
 from research.studies.lifecycle import Curve, Phase, Scale
 
 SEEDS = 3
@@ -59,6 +59,12 @@ def test_a_fall_is_measured_where_the_other_seeds_are_the_best():
     assert (fall.kl_at_best, fall.kl_at_end) == (3.0, 4.0)
     alone = lifecycle.fall(Curve(kl[:1], true[:1], true[:1]))
     assert (alone.true.value, alone.kl_at_best) == (-1.5, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def no_vectors(monkeypatch):
+    """PDFs and SVGs are tested once, in test_pgr.py: each takes 0.2 s."""
+    monkeypatch.setattr(plots, "to_vector", lambda figure, kind: kind.encode())
 
 
 @pytest.fixture
@@ -138,6 +144,8 @@ def test_the_report_says_of_each_stage_whether_it_gave_what_it_is_for(phases, tm
     page = (tmp_path / "out/report.html").read_text()
     assert "The same prompts after each stage" in page
     assert "data:image/png" in page
+    assert "| sft | 3 | 0.76 [0.735, 0.785] |" in (tmp_path / "out/table.md").read_text()
+    assert r"\begin{tabular}" in (tmp_path / "out/table.tex").read_text()
     samples = (tmp_path / "out/samples.md").read_text().splitlines()
     assert samples[2] == r"| p0 | 'a\|0.5' 0.25 | 'a\|1.0' 1 | 'a\|3.0' 1.2 | 'a\|3.0' 0.5 | 'a\|3.03' 1.1 |"
     assert (tmp_path / "out/costs.csv").read_text().splitlines()[1] == "pretrain,30,12,30,12"
