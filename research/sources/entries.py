@@ -58,14 +58,16 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
     """
     scheme, _, rest = entry.partition(":")
     if scheme == "tasks":
-        return _generated(entry, tasks, lambda: tasks.records(rest, count, seed), [count, seed])
+        return _generated(entry, tasks, lambda: tasks.records(rest, count, seed), [count, seed], count)
     if scheme == "preferences":
         code = code_digest(tasks.__file__)
-        return _generated(entry, preferences, lambda: preferences.records(rest, count, seed), [count, seed, code])
+        return _generated(
+            entry, preferences, lambda: preferences.records(rest, count, seed), [count, seed, code], count
+        )
     if scheme == "grammar":
-        return _generated(entry, grammar, lambda: grammar.records(rest, count, seed), [count, seed])
+        return _generated(entry, grammar, lambda: grammar.records(rest, count, seed), [count, seed], count)
     if scheme == "reasoning_gym":
-        return _generated(entry, reasoning, lambda: reasoning.records(rest, count, seed), [count, seed])
+        return _generated(entry, reasoning, lambda: reasoning.records(rest, count, seed), [count, seed], count)
     if scheme == "builtin":
         known = {
             "python_docs": stdlib_text.records,
@@ -101,11 +103,13 @@ def say_files(where: str, origin: Origin) -> None:
         print(printable(f"{where}: {origin.name} holds {origin.summary}"), file=sys.stderr)
 
 
-def _generated(name: str, module: ModuleType, records: Callable[[], Iterator[dict]], identity: list[Any]) -> Origin:
+def _generated(
+    name: str, module: ModuleType, records: Callable[[], Iterator[dict]], identity: list[Any], count: int = 0
+) -> Origin:
     def read() -> Iterator[tuple[str, Raw]]:
         return ((f"{name}: record {i}", record) for i, record in enumerate(records(), start=1))
 
-    return Origin(name, [name, code_digest(module.__file__), *identity], read, generated=True)
+    return Origin(name, [name, code_digest(module.__file__), *identity], read, generated=True, count=lambda: count)
 
 
 def _hub(entry: str, rest: str) -> Origin:

@@ -217,7 +217,7 @@ def _sum_up(entries: Sequence[Entry], workdir: str, metric: str | None, maximize
         writer.writeheader()
         writer.writerows(rows)
     print("\n" + format_table(columns, rows, shutil.get_terminal_size((120, 24)).columns))
-    print(f"\nin full in {path}", flush=True)
+    print(f"\nin full in {path}\nnext     understudy report --workdir={shlex.quote(workdir)}", flush=True)
     done = [row for row in rows if row["status"] == "done"]
     if metric and done and not any(metric in row for row in done):
         raise InputError(f"--metric={metric}: no run has it.{did_you_mean(metric, columns[3:])}")

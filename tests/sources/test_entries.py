@@ -126,3 +126,12 @@ def test_other_bad_entries(tmp_path):
     (tmp_path / "x.json").write_text('{"text": "a"}')
     with pytest.raises(InputError, match=r"x\.json: holds an object .*not a list"):
         read(tmp_path / "x.json")
+
+
+def test_records_are_counted_beforehand_where_that_is_cheap(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' * 7)
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n' * 3)
+    (tmp_path / "c.txt").write_text("x\n")
+    counts = {e: locate(e, count=5, seed=0).count() for e in (f"{tmp_path}/*.jsonl", "tasks:copy")}
+    assert list(counts.values()) == [10, 5]
+    assert locate(f"{tmp_path}/c.txt", count=5, seed=0).count() == 0
