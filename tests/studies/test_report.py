@@ -238,7 +238,8 @@ def test_samples_are_conversations_the_first_beside_the_last(tmp_path):
         write_report([workdir])
 
 
-def test_a_sweep_is_grouped_over_seeds(tmp_path):
+def test_a_sweep_is_grouped_over_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "to_vector", lambda figure, kind: kind.encode())  # see test_pgr.py
     for rate in (0.1, 0.2, 0.4):
         for seed in (0, 1):
             folder = tmp_path / f"s/learning_rate={rate},seed={seed}"
@@ -248,7 +249,7 @@ def test_a_sweep_is_grouped_over_seeds(tmp_path):
     table = page[page.index("Over seeds") : page.index("<h2>Runs</h2>")]
     assert "<td>learning_rate=0.2</td><td>2</td><td>0.00625 <span" in table  # the mean of 0.2/40 and 0.3/40
     for kind in ("png", "svg", "pdf"):
-        assert (tmp_path / f"s/report/eval_loss_over_learning_rate.{kind}").stat().st_size > 1000
+        assert (tmp_path / f"s/report/eval_loss_over_learning_rate.{kind}").is_file()
     (loss,) = (c for c in map(json.loads, re.findall(r'json">(.*?)</script>', page)) if c["title"] == "Loss")
     assert [c["name"] for c in loss["curves"]][::2] == [f"learning_rate={rate} train" for rate in (0.1, 0.2, 0.4)]
     assert loss["curves"][1]["low"] == [0.01, 0.005, 0.0033333, 0.0025]
