@@ -140,7 +140,7 @@ def _write_page(
     """Writes the plots and report.html; `omissions` is what is left out."""
     plots, pictures = pages.load_plots(), ""
     for name, title in (("accuracy", "Accuracy"), ("pgr", "Performance gap recovered")):
-        if groups:
+        if any(name == "accuracy" or not group.excluded for group in groups):
             pictures += pages.plot(out, name, functools.partial(plots.plot_pairs, name, title, groups), title)
     if calibrations:
         draw = functools.partial(plots.plot_calibration, {each.name: each.bins for each in calibrations})
