@@ -46,7 +46,7 @@ def members(workdir: str) -> list[str]:
         return [workdir]
     record = files.read_json(os.path.join(workdir, _RECORD), None)
     if record is not None:
-        folders = [stage["workdir"] for stage in record["stages"] if stage["kind"] == "train"]
+        folders = [_found(stage["workdir"], workdir) for stage in record["stages"] if stage["kind"] == "train"]
     else:
         names = sorted(os.listdir(workdir)) if os.path.isdir(workdir) else []
         folders = [os.path.join(workdir, n) for n in names if os.path.exists(os.path.join(workdir, n, _SETTINGS))]
@@ -54,6 +54,12 @@ def members(workdir: str) -> list[str]:
     if folders and not begun:
         raise InputError(f"{workdir}: none of its {len(folders)} runs has metrics yet. Wait for the first.")
     return begun or [workdir]  # what it is then is said where it is read
+
+
+def _found(folder: str, study: str) -> str:
+    """A stage's folder, as its study.json names it; or, where that was from another place, in the store beside it."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(study)), "store", os.path.basename(folder))
+    return beside if not os.path.exists(folder) and os.path.exists(beside) else folder
 
 
 def _has_records(path: str) -> bool:

@@ -141,7 +141,7 @@ th, td { padding: .35rem 1rem; text-align: left; border-bottom: 1px solid var(--
 tbody tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 .numbers td + td, .numbers th + th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.numbers td:first-child { min-width: 7.5rem; }
+.numbers td:first-child { min-width: 7.5rem; } .numbers.wide td:first-child { white-space: nowrap; }
 .numbers.wide th { white-space: normal; vertical-align: bottom; }
 .interval { display: block; color: var(--soft); font-size: .82em; }
 .settings td { font-family: ui-monospace, monospace; font-size: .82rem; overflow-wrap: anywhere; }

@@ -283,4 +283,8 @@ def test_runs_of_a_study_are_one_group_where_their_ancestry_differs_in_seeds_alo
     entries = [{"name": s.name, "kind": s.kind, "workdir": s.workdir} for s in plan.stages]
     (tmp_path / "study.json").write_text(json.dumps({"stages": entries}))
     groups = by_seed(load(members(str(tmp_path))))
+    moved = [entry | {"workdir": f"elsewhere/{pathlib.Path(entry['workdir']).name}"} for entry in entries]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/study.json").write_text(json.dumps({"stages": moved}))
+    assert members(str(tmp_path / "x")) == members(str(tmp_path))
     assert [(group.name, len(group.runs)) for group in groups] == [("first", 2), ("warm", 2), ("cold", 2)]
