@@ -183,7 +183,10 @@ def make_subject(each: Trial, shared: dict[str, tuple[Parts, Programs]]) -> Subj
     def change_parts(parts: Parts) -> Parts:
         if key not in shared:
             changed = plant.parts(parts) if plant and plant.parts else parts
-            shared[key] = changed, Programs(changed)
+            # Probes read models and terms alone, which most faults of a step leave as they are.
+            reads = _reading_key(config, plant if changed.evaluate is not parts.evaluate else None)
+            shared.setdefault(reads, (changed, Programs(changed)))
+            shared[key] = changed, shared[reads][1]
         return shared[key][0]
 
     change_batch = plant.batch(_BYTES) if plant and plant.batch else None
@@ -205,6 +208,15 @@ def _program_key(config: Config, plant: Plant | None) -> str:
         role["init_from"] = ""
     fault = plant.title if plant and plant.parts else ""
     return json.dumps([values, fault], sort_keys=True, default=str)
+
+
+def _reading_key(config: Config, plant: Plant | None) -> str:
+    """What decides the programs of probes: models, terms and the shape of a batch."""
+    values = dataclasses.asdict(config)
+    read = {name: values[name] for name in ("model", "adapter", "roles", "objective", "batch_size", "seq_len", "mesh")}
+    read["roles"] = {role: {**each, "init_from": ""} for role, each in read["roles"].items()}
+    read["model"] = {**read["model"], "init_from": ""}
+    return json.dumps(["probes", read, plant.title if plant else ""], sort_keys=True, default=str)
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, Any]:
