@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from research.devices import compilation
 from research.diagnosis.subject import Subject
 from research.models import transformer
 from research.objectives.types import Batch
@@ -26,7 +27,8 @@ _LETTERS = slice(ord("a"), ord("z") + 1)
 
 def with_step(parts: Parts, change: Callable[[TrainStep], TrainStep]) -> Parts:
     """The parts with another train step, jitted anew."""
-    return parts._replace(step=jax.jit(change(inspect.unwrap(parts.step)), donate_argnums=0))
+    options = compilation.compiler_options(parts.state.step.sharding.mesh)
+    return parts._replace(step=jax.jit(change(inspect.unwrap(parts.step)), donate_argnums=0, compiler_options=options))
 
 
 def of_kind(kind: type[TrainStep]) -> ChangeParts:
