@@ -10,7 +10,7 @@ CAUSES = (
         name="sorted_data_order",
         group=GROUP,
         stages=stages.ON_DATA,
-        predicts=(Prediction("data/order.autocorrelation", ">", 0.6), Prediction("data/order.spread", ">", 4.0)),
+        predicts=(Prediction("data/order.autocorrelation", ">", 0.3), Prediction("data/order.spread", ">", 4.0)),
         supports=(Prediction("setup/shuffle", "==", 0), Prediction("eval_rise", ">", 0.0)),
         sureness=0.85,
         observed=True,
