@@ -9,13 +9,15 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from research import ranges
 from research.models.transformer import Model
 from research.ops.cpu.argmax import argmax
 from research.ops.head import Head
 from research.ranges import Count, NotNegative, Part, Share, Size
+
+_CANDIDATES = 256  # tokens that are sorted first for a top_p: sorting all takes longer than the rest of a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,8 @@ class SamplingConfig:
       max_new_tokens: N, the most tokens that a row gets.
       temperature: logits are divided by it; 0 takes the likeliest token (of equals, the one of least id).
       top_k: keep this many of the likeliest tokens; 0 keeps all.
-      top_p: keep the fewest of the likeliest tokens whose probabilities add up to this (arXiv:1904.09751). It sorts
-        the vocabulary at every token; after a top_k it sorts only those.
+      top_p: keep the fewest of the likeliest tokens whose probabilities add up to this (arXiv:1904.09751). Where the
+        256 likeliest do, only they are sorted, as those of a top_k are, and else the vocabulary.
       min_p: keep tokens at least this times as probable as the likeliest (arXiv:2407.01082).
       stop_tokens: ids that end a row.
     """
@@ -60,14 +62,17 @@ def filter_logits(logits: Float[Array, "B V"], config: SamplingConfig) -> tuple[
       config: how to choose tokens.
 
     Returns:
-      logits: float32, of the candidates, -inf for those filtered out; C is top_k if that is set, else V.
+      logits: float32, of the candidates, -inf for those filtered out; C is top_k if that is set, else V. The likeliest
+        come first where they are sorted.
       ids: int32, of the candidates.
     """
     B, V = logits.shape
     logits = logits / config.temperature
     ids = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32)[None], (B, V))
-    if config.top_k or config.top_p < 1:
-        logits, ids = jax.lax.top_k(logits, min(config.top_k or V, V))
+    if config.top_p < 1 and not config.top_k:
+        logits, ids = _nucleus(logits, config.top_p)
+    elif config.top_k:
+        logits, ids = jax.lax.top_k(logits, min(config.top_k, V))
         p = jax.nn.softmax(logits, axis=1)
         before = jnp.cumsum(p, axis=1) - p
         logits = jnp.where(before < config.top_p, logits, -jnp.inf)
@@ -75,6 +80,25 @@ def filter_logits(logits: Float[Array, "B V"], config: SamplingConfig) -> tuple[
         best = jnp.max(logits, axis=1, keepdims=True)
         logits = jnp.where(logits >= best + math.log(config.min_p), logits, -jnp.inf)
     return logits, ids
+
+
+def _nucleus(logits: Float[Array, "B V"], top_p: float) -> tuple[Float[Array, "B V"], Int[Array, "B V"]]:
+    """The likeliest tokens that add up to top_p, the likeliest first, -inf for the others; and their ids."""
+    V = logits.shape[1]
+    total = jax.nn.logsumexp(logits, axis=1, keepdims=True)
+
+    def likeliest(count: int) -> tuple[Float[Array, "B V"], Int[Array, "B V"], Bool[Array, ""]]:
+        kept, ids = jax.lax.top_k(logits, count)
+        p = jnp.exp(kept - total)
+        sums = jnp.cumsum(p, axis=1)
+        kept = jnp.where(sums - p < top_p, kept, -jnp.inf)
+        others = ((0, 0), (0, V - count))
+        return jnp.pad(kept, others, constant_values=-jnp.inf), jnp.pad(ids, others), jnp.all(sums[:, -1] >= top_p)
+
+    if V <= _CANDIDATES:
+        return likeliest(V)[:2]
+    kept, ids, enough = likeliest(_CANDIDATES)
+    return jax.lax.cond(enough, lambda: (kept, ids), lambda: likeliest(V)[:2])
 
 
 def next_logits(head: Head, hidden: Float[Array, "B D"], vocab_size: int) -> Float[Array, "B V"]:

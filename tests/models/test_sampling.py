@@ -266,6 +266,7 @@ def _reference(logits, c):
         SamplingConfig(temperature=0.8, min_p=0.2),
         SamplingConfig(temperature=0.8, min_p=1.0),
         SamplingConfig(temperature=0.8, top_p=1e-6),
+        SamplingConfig(temperature=2.0, top_p=0.97),
         SamplingConfig(temperature=1.5, top_k=10, top_p=0.8, min_p=0.15),
     ],
 )
@@ -278,6 +279,18 @@ def test_filters_leave_the_reference_distribution(config):
         p = np.zeros(30)
         p[ids[row]] = jax.nn.softmax(kept[row])
         np.testing.assert_allclose(p, _reference(logits[row].astype(np.float64), config), atol=1e-6)
+
+
+@pytest.mark.parametrize(("top_p", "enough"), [(0.5, True), (0.97, False)])
+def test_a_nucleus_of_few_candidates_is_that_of_all(top_p, enough, monkeypatch):
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(3, 30)) * 2, jnp.float32).at[1, 5:].set(-jnp.inf)
+    whole, ids = sampling.filter_logits(logits, SamplingConfig(temperature=1.0, top_p=top_p))
+    monkeypatch.setattr(sampling, "_CANDIDATES", 8)
+    kept, candidates = sampling.filter_logits(logits, SamplingConfig(temperature=1.0, top_p=top_p))
+    np.testing.assert_array_equal(kept, whole)
+    left = np.isfinite(whole)
+    assert (left.sum(axis=1).max() <= 8) == enough
+    np.testing.assert_array_equal(np.where(left, candidates, 0), np.where(left, ids, 0))
 
 
 def test_draws_follow_the_distribution(tiny):
