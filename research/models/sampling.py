@@ -17,7 +17,7 @@ from research.ops.cpu.argmax import argmax
 from research.ops.head import Head
 from research.ranges import Count, NotNegative, Part, Share, Size
 
-_CANDIDATES = 256  # tokens that are sorted first for a top_p: sorting all takes longer than the rest of a step
+CANDIDATES = 256  # tokens that are sorted first for a top_p: sorting all takes longer than the rest of a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +95,9 @@ def _nucleus(logits: Float[Array, "B V"], top_p: float) -> tuple[Float[Array, "B
         others = ((0, 0), (0, V - count))
         return jnp.pad(kept, others, constant_values=-jnp.inf), jnp.pad(ids, others), jnp.all(sums[:, -1] >= top_p)
 
-    if V <= _CANDIDATES:
+    if V <= CANDIDATES:
         return likeliest(V)[:2]
-    kept, ids, enough = likeliest(_CANDIDATES)
+    kept, ids, enough = likeliest(CANDIDATES)
     return jax.lax.cond(enough, lambda: (kept, ids), lambda: likeliest(V)[:2])
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from research.models.sampling import draw
+from research.models.sampling import CANDIDATES, draw
 from research.models.slots import Decoder, Generated, Queue, Slots
 from research.ops.cpu.argmax import argmax
 
@@ -134,14 +134,27 @@ def _filter(candidates: Candidates, draws: Draws) -> Candidates:
 
 
 def _truncate(candidates: Candidates, draws: Draws, sorts: Bool[Array, " A"]) -> Candidates:
+    """After top_k and top_p. As many tokens as sampling.CANDIDATES are sorted first, and all where those don't do."""
     V = candidates.logits.shape[1]
-    logits, ids = jax.lax.top_k(candidates.logits, V)
-    top_k = jnp.where(draws.top_k == 0, V, draws.top_k)
-    logits = jnp.where(jnp.arange(V)[None] < top_k[:, None], logits, -jnp.inf)
-    p = jax.nn.softmax(logits, axis=1)
-    before = jnp.cumsum(p, axis=1) - p
-    logits = jnp.where((before < draws.top_p[:, None]) | (draws.top_p == 1)[:, None], logits, -jnp.inf)
-    return jax.tree.map(lambda a, b: jnp.where(sorts[:, None], a, b), Candidates(logits, ids), candidates)
+    everything = jax.nn.logsumexp(candidates.logits, axis=1)
+
+    def likeliest(count: int) -> tuple[Candidates, Bool[Array, ""]]:
+        logits, ids = jax.lax.top_k(candidates.logits, count)
+        top_k = jnp.where(draws.top_k == 0, V, draws.top_k)
+        logits = jnp.where(jnp.arange(count)[None] < top_k[:, None], logits, -jnp.inf)
+        total = jnp.where(draws.top_k == 0, everything, jax.nn.logsumexp(logits, axis=1))
+        p = jnp.exp(logits - total[:, None])
+        sums = jnp.cumsum(p, axis=1)
+        logits = jnp.where((sums - p < draws.top_p[:, None]) | (draws.top_p == 1)[:, None], logits, -jnp.inf)
+        done = jnp.where(draws.top_k == 0, (sums[:, -1] >= draws.top_p) & (draws.top_p < 1), top_k <= count)
+        others = ((0, 0), (0, V - count))
+        kept = Candidates(jnp.pad(logits, others, constant_values=-jnp.inf), jnp.pad(ids, others))
+        return kept, jnp.all(done | ~sorts)
+
+    kept, enough = likeliest(min(CANDIDATES, V))
+    if CANDIDATES < V:
+        kept = jax.lax.cond(enough, lambda: kept, lambda: likeliest(V)[0])
+    return jax.tree.map(lambda a, b: jnp.where(sorts[:, None], a, b), kept, candidates)
 
 
 def _likeliest(source: Candidates, shown: int) -> tuple[Int[Array, "A K"], Float[Array, "A K"]]:

@@ -285,7 +285,7 @@ def test_filters_leave_the_reference_distribution(config):
 def test_a_nucleus_of_few_candidates_is_that_of_all(top_p, enough, monkeypatch):
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(3, 30)) * 2, jnp.float32).at[1, 5:].set(-jnp.inf)
     whole, ids = sampling.filter_logits(logits, SamplingConfig(temperature=1.0, top_p=top_p))
-    monkeypatch.setattr(sampling, "_CANDIDATES", 8)
+    monkeypatch.setattr(sampling, "CANDIDATES", 8)
     kept, candidates = sampling.filter_logits(logits, SamplingConfig(temperature=1.0, top_p=top_p))
     np.testing.assert_array_equal(kept, whole)
     left = np.isfinite(whole)

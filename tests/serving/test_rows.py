@@ -123,6 +123,24 @@ def test_log_probabilities_of_the_likeliest(rows):
     assert all(token.likeliest[0] == (token.id, pytest.approx(token.logprob, abs=1e-5)) for token in tokens)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_few_candidates_leave_is_what_all_do(wide, monkeypatch):
+    """Of rows that keep all, the top, the top share, and both; a wide one needs more than the candidates."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, 30)) * 3, jnp.float32)
+    top_p = np.array([1.0, 1.0, 0.97 if wide else 0.5, 0.6, 1.0], np.float32)
+    draws = Draws(np.ones(5, np.float32), np.array([0, 4, 0, 6, 20 if wide else 8], np.int32), top_p, None, None, None)
+    candidates = draws_lib.Candidates(logits, jnp.broadcast_to(jnp.arange(30, dtype=jnp.int32), (5, 30)))
+    sorts = jnp.arange(5) > 0
+    whole = draws_lib._truncate(candidates, draws, sorts)
+    monkeypatch.setattr(draws_lib, "CANDIDATES", 8)
+    few = draws_lib._truncate(candidates, draws, sorts)
+    left = np.isfinite(whole.logits)
+    np.testing.assert_array_equal(few.logits, whole.logits)
+    np.testing.assert_array_equal(np.where(left, few.ids, 0), np.where(left, whole.ids, 0))
+    assert left.sum(axis=1).tolist()[:2] == [30, 4]
+    assert left[1:].sum(axis=1).max() > 8 if wide else left[1:].sum(axis=1).max() <= 8
+
+
 @pytest.mark.slow
 def test_rows_are_drawn_by_settings_of_their_own():
     """Frequencies of many draws: greedy, from all, from the top, from the top share, from all but the unlikely."""
