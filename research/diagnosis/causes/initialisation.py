@@ -5,7 +5,10 @@ from research.diagnosis.types import Cause, Prediction
 
 GROUP = "initialisation"
 _LANGUAGE = ("pretrain", "sft", "distill", "preference")
-_OTHER_BASE = Prediction("parameters/rope_base_gain", ">", 0.03)
+_OTHER_BASE = (
+    Prediction("parameters/rope_base_gain", ">", 0.03),
+    Prediction("parameters/rope_base_certainty", ">", 4.0),
+)
 
 CAUSES = (
     Cause(
@@ -98,7 +101,7 @@ CAUSES = (
         group=GROUP,
         stages=_LANGUAGE,
         predicts=(Prediction("setup/init_from", "==", 1), Prediction("setup/rope_theta_of_base", "!=", 1.0)),
-        supports=(_OTHER_BASE,),
+        supports=_OTHER_BASE,
         sureness=0.9,
         observed=True,
         remedy="leave --config.model.rope_theta at its default: the model that is named decides it",
@@ -110,7 +113,7 @@ CAUSES = (
         name="rope_base_misread",
         group=GROUP,
         stages=_LANGUAGE,
-        predicts=(Prediction("setup/init_from", "==", 1), _OTHER_BASE),
+        predicts=(Prediction("setup/init_from", "==", 1), *_OTHER_BASE),
         sureness=0.8,
         remedy="--config.model.rope_theta=... that of the model's authors; its files say another (rope_theta in "
         "config.json, rope.freq_base of a .gguf)",
