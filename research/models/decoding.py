@@ -19,7 +19,6 @@ from research.models.config import ModelConfig
 from research.models.specs import Params, make_specs
 from research.ops import quantized
 from research.ops.attention import cached_attention
-from research.ops.cpu import few_rows
 from research.ops.rope import Angles
 
 Entries = tuple[Float[Array, "B K h S"], Float[Array, "B K S h"]]  # keys and values of one layer
@@ -56,24 +55,6 @@ def unstack(c: ModelConfig, params: Params) -> Params:
         **_in_compute_dtype(c, kernels.merge(rest), specs),
         "layers": tuple(_join(c, _in_compute_dtype(c, layer, specs["layers"])) for layer in layers),
     }
-
-
-def in_blocks(params: Params) -> Params:
-    """What `unstack` returns, with each kernel that steps of few rows read in blocks beside it (ops.cpu.few_rows)."""
-
-    def visit(node: Params, contract: int) -> Params:
-        if not isinstance(node, dict) or "router" in node:  # a mixture's experts are read otherwise
-            return node
-        if "kernel" not in node:
-            return {name: visit(part, 2 if name == "o" else 1) for name, part in node.items()}
-        blocks = few_rows.blocks(node["kernel"], contract)
-        return node if blocks is None else {**node, "blocks": blocks}
-
-    layers = tuple(
-        {**layer, **{name: visit(layer[name], 1) for name in ("attention", "mlp")}} for layer in params["layers"]
-    )
-    head = few_rows.blocks(params["head"] if "head" in params else params["embed"].T)
-    return {**params, "layers": layers, **({} if head is None else {"head_blocks": head})}
 
 
 def _in_compute_dtype(c: ModelConfig, values: Params, specs: Params) -> Params:

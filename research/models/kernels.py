@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from research.models import virtual
 from research.models.specs import Params
 from research.ops import quantized
-from research.ops.cpu import few_rows, matmul
+from research.ops.cpu import matmul
 
 ADDED = ("lora", "vera", "ia3")  # what may lie beside a kernel, and isn't the model's
 
@@ -47,7 +47,7 @@ def linears(maps: Sequence[Params], x: Float[Array, "..."], contract: int = 1) -
     outputs = []
     for p, low in zip(maps, narrow, strict=True):
         scales = p.get("ia3", {})
-        y = _product(p, x * _row(scales["in"], x) if "in" in scales else x, contract)
+        y = quantized.product(x * _row(scales["in"], x) if "in" in scales else x, p["kernel"], contract)
         if low is not None:
             y = y + _widened(p, low)
         if "magnitude" in p.get("lora", {}):
@@ -58,14 +58,6 @@ def linears(maps: Sequence[Params], x: Float[Array, "..."], contract: int = 1) -
             y = y + _row(p["bias"], y)
         outputs.append(y * _row(scales["out"], y) if "out" in scales else y)
     return outputs
-
-
-def _product(p: Params, x: Float[Array, "..."], contract: int) -> Float[Array, "..."]:
-    """x [*rows, *in] times the kernel of a map: by its blocks, where few rows are decoded (decoding.in_blocks)."""
-    if "blocks" not in p or not few_rows.apply(math.prod(x.shape[: x.ndim - contract])):
-        return quantized.product(x, p["kernel"], contract)
-    y = few_rows.product(x, p["blocks"], contract)
-    return y.reshape(*y.shape[:-1], *p["kernel"].shape[contract:])
 
 
 def _narrow(maps: Sequence[Params], x: Float[Array, "..."], contract: int) -> list[Float[Array, "..."] | None]:

@@ -17,11 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from research.devices import sharding
 from research.errors import InputError
-from research.models import decoding, virtual
+from research.models import virtual
 from research.models.decoding import TIMES, Cache
 from research.models.sampling import SamplingConfig, choose_tokens, longest_prompt, next_logits, uniforms
 from research.models.transformer import Model
-from research.ops.cpu import few_rows
 
 Params = Any
 
@@ -157,8 +156,6 @@ class Decoder:
         prompts, lengths = virtual.ahead(self.model, prompts, jnp.where(wanted, lengths, 0))
         queue = Queue(prompts, lengths, limits, uniforms(keys, self.config.max_new_tokens))
         params = self.model.unstack(params)
-        if few_rows.apply(B if whole else slots):
-            params = decoding.in_blocks(params)
         if whole:
             out = self.extend(params, queue, self.begin(params, queue, each)).out
         else:

@@ -288,10 +288,9 @@ def unembed(c: ModelConfig, rules: Rules, params: Params) -> Head:
     """The kernel that turns hidden states into logits, its bias and soft-cap."""
     tied = "head" not in params
     kernel, bias = params["embed" if tied else "head"], params.get("head_bias")
-    head = Head(kernel, bias, c.logit_softcap, tied, rules, blocks=params.get("head_blocks"))
     if not c.added_rows or c.num_labels:
-        return head
+        return Head(kernel, bias, c.logit_softcap, tied, rules)
     if c.head_bias:
         bias = added_rows.put(c, bias, params["head_bias_added"], axis=0)
     added = params["embed_added" if tied else "head_added"]
-    return dataclasses.replace(head, bias=bias, added=added, added_from=c.added_from)
+    return Head(kernel, bias, c.logit_softcap, tied, rules, added, c.added_from)

@@ -10,7 +10,6 @@ Axes: B batch, T time, t the time of one chunk, D model, V vocabulary.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,12 +21,11 @@ from jaxtyping import Array, Float, Int, PyTree
 from research.devices import sharding
 from research.devices.sharding import Rules
 from research.ops.chunks import Chunks, chunk_size, time_parts
-from research.ops.cpu import few_rows
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("stored", "bias", "added", "blocks"),
+    data_fields=("stored", "bias", "added"),
     meta_fields=("softcap", "by_token", "rules", "added_from"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +42,6 @@ class Head:
       added: the kernel of n tokens that stands in the place of theirs in `stored`, whose axes it has; None for none. It
         takes their gradient, so that it may be trained where `stored` isn't.
       added_from: the first of these tokens.
-      blocks: `stored` in blocks, for the products of few rows (ops.cpu.few_rows); None where there is no need of them.
     """
 
     stored: Float[Array, "D V"] | Float[Array, "V D"]
@@ -54,7 +51,6 @@ class Head:
     rules: Rules | None = None
     added: Float[Array, "D n"] | Float[Array, "n D"] | None = None
     added_from: int = 0
-    blocks: Float[Array, "n D C"] | None = None
 
     @property
     def kernel(self) -> Float[Array, "D V"]:
@@ -87,13 +83,8 @@ class Head:
           columns: tokens; the logits are then [..., C], of these alone.
         """
         head = self if columns is None else self.columns(columns)
-        dtype = accumulator(hidden)
-        in_blocks = head.blocks is not None and head.blocks.dtype == hidden.dtype
-        if in_blocks and few_rows.apply(math.prod(hidden.shape[:-1])):
-            logits = few_rows.product(hidden, head.blocks)
-        else:
-            kernel = head.stored.astype(hidden.dtype)
-            logits = jnp.einsum(f"...d,{head.axes}->...v", hidden, kernel, preferred_element_type=dtype)
+        kernel, dtype = head.stored.astype(hidden.dtype), accumulator(hidden)
+        logits = jnp.einsum(f"...d,{head.axes}->...v", hidden, kernel, preferred_element_type=dtype)
         if head.added is not None:
             kernel = head.added.astype(hidden.dtype)
             own = jnp.einsum(f"...d,{head.axes}->...v", hidden, kernel, preferred_element_type=dtype)
@@ -113,7 +104,7 @@ class Head:
             own = (columns >= self.added_from) & (columns < self.added_to)
             added = self._at(self.added, jnp.clip(columns - self.added_from, 0, self.added_to - self.added_from - 1))
             stored = jnp.where(own[:, None] if self.by_token else own[None], added.astype(stored.dtype), stored)
-        return dataclasses.replace(self, stored=stored, bias=bias, added=None, added_from=0, blocks=None)
+        return dataclasses.replace(self, stored=stored, bias=bias, added=None, added_from=0)
 
     def first(self, size: int) -> "Head":
         """The head of the first `size` tokens."""
@@ -122,7 +113,7 @@ class Head:
         own = max(size - self.added_from, 0)
         added = None if self.added is None or not own else self._at(self.added, slice(own))
         bias = None if self.bias is None else self.bias[:size]
-        return dataclasses.replace(self, stored=self._at(self.stored, slice(size)), bias=bias, added=added, blocks=None)
+        return dataclasses.replace(self, stored=self._at(self.stored, slice(size)), bias=bias, added=added)
 
     def _at(self, kernel: Array, tokens: Any) -> Array:
         return kernel[tokens] if self.by_token else kernel[:, tokens]

@@ -8,13 +8,12 @@ import pytest
 from research import params as params_lib
 from research.devices import sharding
 from research.errors import InputError
-from research.models import decoding, sampling
+from research.models import sampling
 from research.models import slots as slots_lib
 from research.models.config import ModelConfig
 from research.models.generation import generate_batches, make_generate, make_stream, pad_prompts
 from research.models.sampling import SamplingConfig
 from research.models.transformer import make_model
-from research.ops.cpu import few_rows
 
 TINY = ModelConfig(
     vocab_size=48, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, max_length=64, init_std=0.3
@@ -173,30 +172,6 @@ def test_rows_that_take_turns_get_the_same(changes, temperature, monkeypatch):
     kept = np.arange(12) < turns.lengths[:, None]
     np.testing.assert_array_equal(turns.tokens, np.where(kept, alone.tokens, 0))
     np.testing.assert_allclose(turns.logprobs, np.where(kept, alone.logprobs, 0), atol=1e-4)
-
-
-def test_kernels_in_blocks_give_the_same(monkeypatch):
-    """Joined kernels, a bias, a head that is tied: what is decoded by few rows, and what isn't."""
-    model, params = _model(num_layers=1, attention_bias=True, vocab_size=64)
-    prompts, lengths = pad_prompts(PROMPTS)
-
-    def generated():
-        return make_generate(model, SamplingConfig(max_new_tokens=6))(params, prompts, lengths, jax.random.key(0))
-
-    plain = generated()  # so small that nothing is in blocks
-    monkeypatch.setattr(few_rows, "_LEAST", 0)
-    monkeypatch.setattr(few_rows, "MOST_ROWS", 4)
-    unstacked = decoding.in_blocks(model.unstack(params))
-    layer = unstacked["layers"][0]
-    kernels = (
-        *(layer["attention"][name] for name in ("qkv", "o")),
-        *(layer["mlp"][name] for name in ("up_gate", "down")),
-    )
-    assert all("blocks" in p for p in kernels)
-    assert unstacked["head_blocks"].shape == (2, 32, 32)
-    in_blocks = generated()
-    np.testing.assert_array_equal(in_blocks.tokens, plain.tokens)
-    np.testing.assert_allclose(in_blocks.logprobs, plain.logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize("slots", [None, pytest.param(3, marks=pytest.mark.slow)])
