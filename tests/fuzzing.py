@@ -257,7 +257,7 @@ def _peft(folder: Path) -> Kind:
 
 def _scores(folder: Path) -> Kind:
     folder.mkdir()
-    rows = [scores.row(("a.jsonl", i), f"{i:016x}", (9, 5), {"ifd": i / 7, "good": i % 2 == 0}) for i in range(20)]
+    rows = [scores.row(("a.jsonl", i), f"{i:016x}", (9, 5), {"ifd": i / 7, "good": i % 2 == 0}, 20) for i in range(20)]
     (folder / "scores.jsonl").write_bytes(b"".join(rows))
 
     def read(path: Path) -> str:

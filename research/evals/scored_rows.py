@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,11 +68,13 @@ class Seen:
 
     Attributes:
       count: how many there are.
+      by_file: file -> how many of them are in it.
       data: a hash of them.
       spools: encoder -> the tokens.
     """
 
     count: int
+    by_file: Mapping[str, int]
     data: str
     spools: Mapping[Encoder, Spool]
 
@@ -136,10 +139,12 @@ class RowScorer:
         open_file = lambda: stack.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: E731, SIM115
         spools = {encoder: Spool(open_file()) for encoder in encoders}
         data, count, spelled, marker = hashlib.blake2b(digest_size=16), 0, 0, ""
+        by_file: Counter[str] = Counter()
         tokenizer = self.counting.tokenizer if spools else None
         for items in read_chunks(origin, (), _READ_AT_ONCE):
             for item in items:
                 data.update(_content(item.raw))
+                by_file[scores.file_of(item.where)] += 1
             if tokenizer is not None:
                 number, first = count_markers((texts_of(item.record) for item in items), tokenizer)
                 spelled, marker = spelled + number, marker or first
@@ -155,7 +160,7 @@ class RowScorer:
             print(f"--data: {describe_markers(spelled, count, marker)}", file=sys.stderr)
         for spool in spools.values():
             spool.rewind()
-        return Seen(count, data.hexdigest(), spools)
+        return Seen(count, by_file, data.hexdigest(), spools)
 
     def _score(self, origin: entries.Origin, seen: Seen, lines: files.ResumableLines) -> None:
         raw, numbers = origin.read(), scores.Numbers()
@@ -167,10 +172,10 @@ class RowScorer:
                 # A group that was cut off is scored again, whole, so that its values are the same.
                 chunk = Chunk(group.start, items, encoded)
                 if group.stop > lines.done:
-                    lines.append(self._rows(chunk, places)[max(0, lines.done - group.start) :])
+                    lines.append(self._rows(chunk, places, seen.by_file)[max(0, lines.done - group.start) :])
                 bar.update(len(group))
 
-    def _rows(self, chunk: Chunk, places: Sequence[tuple[str, int]]) -> list[bytes]:
+    def _rows(self, chunk: Chunk, places: Sequence[tuple[str, int]], by_file: Mapping[str, int]) -> list[bytes]:
         """The lines of some records."""
         columns: dict[str, Sequence[Any]] = {}
         for name, scorer in self.scorers.items():
@@ -182,7 +187,7 @@ class RowScorer:
         for i, (item, place, example) in enumerate(zip(chunk.items, places, counted, strict=True)):
             counts = len(example.tokens), int(np.count_nonzero(example.mask))
             values = {name: column[i] for name, column in columns.items()}
-            rows.append(scores.row(place, scores.digest(item.record), counts, values))
+            rows.append(scores.row(place, scores.digest(item.record), counts, values, by_file[place[0]]))
         return rows
 
 

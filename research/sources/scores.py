@@ -3,18 +3,19 @@
 The file has one JSON object a line, for each record of the data, in the data's order:
 
   {"file": "a.jsonl", "number": 17, "digest": "9f86d081884c7d65", "tokens": 212, "supervised": 40, "ifd": 0.83,
-   "check": "da62528c"}
+   "of": 300, "check": "da62528c"}
 
   file        the file that the record is in, as the data's entry reads it; of generated data the entry
   number      of the record in that file, from 0 on; blank lines aren't counted
   digest      a hash of the record's texts, so that scores of other data under the same name are known (`digest`)
   tokens      how many it has as a training example, under the tokenizer and template that the scores were made with
   supervised  how many of them are learned
+  of          how many records that file has, so that rows that are gone are noticed
   check       a digest of the row's other values, so that damage is noticed
   all others  scores: numbers, true or false, or null where the score isn't defined for that record
 
 A file may be put together of several: rows of other files are told apart by `file`. A row that was changed on purpose
-is read once its `check` is taken out.
+is read once its `check` is taken out, and part of a file's rows once their `of` is.
 """
 
 import array
@@ -33,7 +34,7 @@ from research import digests, files
 from research.errors import InputError, did_you_mean, located
 
 ROW = ("file", "number", "digest", "tokens", "supervised")  # fields of a row that are no scores
-CHECK = "check"
+OF, CHECK = "of", "check"
 _TEXTS = ("text", "prompt", "response", "messages", "chosen", "rejected", "responses", "tokens")
 _PLACE = re.compile(r"(?s)(.*?)(?::\d+|: (?:record|row) \d+)?")
 
@@ -69,7 +70,9 @@ class Numbers:
         return file, self.count - 1
 
 
-def row(place: tuple[str, int], digest: str, counts: tuple[int, int], scores: Mapping[str, Any]) -> bytes:
+def row(
+    place: tuple[str, int], digest: str, counts: tuple[int, int], scores: Mapping[str, Any], of: int | None = None
+) -> bytes:
     """A line of a file of scores.
 
     Args:
@@ -77,9 +80,10 @@ def row(place: tuple[str, int], digest: str, counts: tuple[int, int], scores: Ma
       digest: of it.
       counts: its tokens, and those that are learned.
       scores: name -> value; a number that isn't finite is written as null.
+      of: how many records its file has; None where that isn't known.
     """
     fixed = zip(ROW, (*place, digest, *counts), strict=True)
-    values = {**dict(fixed), **{name: _plain(value) for name, value in scores.items()}}
+    values = {**dict(fixed), **{name: _plain(value) for name, value in scores.items()}, **({OF: of} if of else {})}
     return files.json_line(values | {CHECK: digests.of_json(values)})
 
 
@@ -131,14 +135,17 @@ def read(path: str | Path, flag: str = "--scores") -> Table:
       flag: what names it.
 
     Raises:
-      InputError: it can't be read, a line is no row, rows have different scores, or a record has two.
+      InputError: it can't be read, a line is no row, rows have different scores, a record has two, or rows are gone.
     """
     names: dict[str, int] = {}
+    wanted: dict[str, int] = {}
     fixed = {name: array.array("Q" if name == "digest" else "q") for name in ROW}
     columns: dict[str, array.array] = {}
     for where, line in _lines(path, flag):
         with located(where):
             values = _parse(line)
+            if (of := values.pop(OF, None)) != wanted.setdefault(values["file"], of):
+                raise InputError(f"says that {values['file']} has {of} records, and rows before that it has others.")
             scores = {name: value for name, value in values.items() if name not in ROW}
             if not fixed["file"]:
                 columns = {name: array.array("d") for name in scores}
@@ -156,6 +163,12 @@ def read(path: str | Path, flag: str = "--scores") -> Table:
     arrays = {name: np.array(values) for name, values in fixed.items()}
     arrays["file"] = arrays["file"].astype(np.int32)
     _check_once(arrays["file"], arrays["number"], tuple(names), f"{flag} = {path}")
+    for name, there in zip(names, np.bincount(arrays["file"]).tolist(), strict=True):
+        if wanted[name] not in (None, there):
+            raise InputError(
+                f"{flag} = {path}: has {there:,} rows of {name}, and had {wanted[name]:,}: it is damaged. Score anew; "
+                f"if rows were taken out on purpose, take the field {OF!r} out too, and {CHECK!r} with it."
+            )
     return Table(files=tuple(names), **arrays, columns={name: np.array(values) for name, values in columns.items()})
 
 
@@ -182,9 +195,8 @@ def _lines(path: str | Path, flag: str) -> Iterator[tuple[str, bytes]]:
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         values = json.loads(line)
-        whole = all(
-            type(values[name]) is int and 0 <= values[name] < 2**63 for name in ("number", "tokens", "supervised")
-        )
+        counts = (*(values[name] for name in ("number", "tokens", "supervised")), values.get(OF, 0))
+        whole = all(type(count) is int and 0 <= count < 2**63 for count in counts)
         good = whole and isinstance(values["file"], str) and re.fullmatch("[0-9a-f]{16}", values["digest"])
         check = values.pop(CHECK, None)
     except (ValueError, KeyError, TypeError):

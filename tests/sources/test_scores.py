@@ -55,3 +55,17 @@ def test_what_is_no_row_is_named(tmp_path, line, fault):
     (tmp_path / "s.jsonl").write_text(first + line + "\n")
     with pytest.raises(InputError, match=fault):
         scores.read(tmp_path / "s.jsonl")
+
+
+def test_rows_that_are_gone_are_noticed(tmp_path):
+    rows = [scores.row((file, i), "00000000000000ff", (1, 1), {"x": i}, 3) for file in "ab" for i in range(3)]
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"".join(rows[::-1]))
+    assert len(scores.read(path)) == 6
+    for left in (rows[:5], rows[:1] + rows[2:]):
+        path.write_bytes(b"".join(left))
+        with pytest.raises(InputError, match=r"has 2 rows of [ab], and had 3: it is damaged"):
+            scores.read(path)
+    path.write_bytes(rows[0] + scores.row(("a", 1), "00000000000000ff", (1, 1), {"x": 1}, 2))
+    with pytest.raises(InputError, match=r"s\.jsonl:2: says that a has 2 records"):
+        scores.read(path)
