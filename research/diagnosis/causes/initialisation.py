@@ -6,7 +6,7 @@ from research.diagnosis.types import Cause, Prediction
 GROUP = "initialisation"
 _LANGUAGE = ("pretrain", "sft", "distill", "preference")
 _OTHER_BASE = (
-    Prediction("parameters/rope_base_gain", ">", 0.03),
+    Prediction("parameters/rope_base_gain", ">", 0.05),
     Prediction("parameters/rope_base_certainty", ">", 4.0),
 )
 
