@@ -136,6 +136,7 @@ def test_two_trees_with_the_same_leaf_are_not_joined():
     assert params.overlay({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"c": 4}}) == {"a": 1, "b": {"c": 4, "d": 3}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [(0,), (4, 0), (4, 4, 0)])
 def test_a_model_in_pieces_computes_the_same(window):
     """Forward passes with the states that are asked for, gradients, attention's inputs, and the weights of decoding."""

@@ -282,6 +282,7 @@ def test_nor_does_a_mesh(mesh, microbatches):
     assert_same(sharded, whole())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     first, _ = run_steps(count=1)
     restored = runs.restored(first, tmp_path)

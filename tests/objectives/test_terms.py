@@ -121,6 +121,7 @@ def test_nor_does_a_mesh(two_of_a_kind, whole, microbatches):
     assert_same(sharded, whole[0])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, two_of_a_kind, whole):
     step, batches = stepper(two_of_a_kind), [make_batch(seed=seed) for seed in range(2)]
     first, _ = step(begin(two_of_a_kind, batches[0]), {}, batches[0])

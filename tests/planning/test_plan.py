@@ -124,6 +124,7 @@ def test_bytes_are_those_of_one_device():
     assert f"memory      {cut.used / 2**20:.3g} MiB of 74.5 GiB a chip: fits. parameters" in text
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_compiles_for_a_tpu_that_is_not_here(tmp_path, capsys):
     command = ["--config=experiments/pretrain.py:debug", "--topology=v5e:2x2", "--config.mesh.fsdp=2"]

@@ -148,7 +148,8 @@ def test_a_started_adapter_that_stays_zero_is_said(tmp_path, capsys):
     assert "the adapters of 7 maps are 0 still after 10 steps" in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("name", [pytest.param("prompt", marks=pytest.mark.slow), "prefix"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
 def test_a_run_is_loaded_with_what_is_in_front_of_documents(name, finished):
     loaded = loading.load_model(str(finished(name)))
     parts = parts_of(CASES[name])

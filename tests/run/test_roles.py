@@ -83,6 +83,7 @@ def test_a_checkpoint_holds_what_is_trained_of_all_roles(finished):
     assert all("['layers']['1']" in name for name in state)
 
 
+@pytest.mark.slow
 def test_every_role_moves_and_what_is_frozen_does_not(finished):
     first, last = (checkpoint.steps(finished("two models"))[i] for i in (0, -1))
     assert (first, last) == (2, 4)
@@ -138,6 +139,7 @@ def test_a_head_on_the_trunk_needs_no_second_pass():
     assert passes(shared) == passes(plain) < passes(alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layer", "attention of layers", "reference"])
 def test_a_run_with_frozen_parameters_is_loaded_whole(name, finished):
     workdir = finished(name)

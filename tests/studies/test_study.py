@@ -267,6 +267,7 @@ def test_batches_that_fit_no_device_are_found_before_anything_runs(tmp_path, run
     assert runs == []
 
 
+@pytest.mark.slow
 def test_with_jobs_the_devices_are_left_to_the_runs(tmp_path):
     """What plans touches none: a process that has touched a TPU has it alone."""
     code = f"""

@@ -57,6 +57,7 @@ def flat(tree):
     return {params.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_logits_loss_gradients_and_counts_are_those_of_peft(name):
     case, (c, base) = CASES[name], soft_prompts.llama()
