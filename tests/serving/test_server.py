@@ -345,6 +345,7 @@ def test_limits(monkeypatch):
         assert all(not connection.recv(100) for connection in slow)
         assert running.ask("/health", method="GET")[0] == 200
         monkeypatch.setattr(server_lib, "_READ_SECONDS", 60)  # so that a busy machine closes none of these two
+        time.sleep(0.5)  # until the server knows that the connections before have ended
         fast = [socket.create_connection(("127.0.0.1", running.port), timeout=10) for _ in range(2)]
         assert running.raw(b"GET /health HTTP/1.1\r\n\r\n") == b""  # a third connection
         for connection in (*slow, *fast):
