@@ -53,7 +53,7 @@ from research import cli, files
 from research.cli import Flag
 from research.errors import InputError
 
-_OF_ROWS = ("number",)  # fields of a row that are no scores
+_OF_ROWS = ("number", "of")  # fields of a row that say which record it is of
 _BETA = 0.1  # as the objective preference has it
 
 COMMAND = cli.Command(

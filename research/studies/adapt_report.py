@@ -14,7 +14,7 @@ import numpy as np
 from research import files
 from research.errors import InputError
 from research.run.metrics import read_metrics
-from research.studies import pages, paper
+from research.studies import means, pages, paper
 from research.studies.means import Mean, mean
 from research.studies.paper import Table
 from research.studies.tables import text_table
@@ -154,7 +154,7 @@ def table(results: Sequence[Result], metrics: Sequence[str]) -> tuple[list[str],
     for r in results:
         cost = [f"{r.trained:,}", f"{r.step_bytes / 2**20:.1f}", f"{1000 * r.seconds:.0f}"]
         rows.append(
-            [r.way.name, f"{r.way.rate:g}", str(len(r.way.runs)), *(_text(r.metrics[m]) for m in metrics), *cost]
+            [r.way.name, f"{r.way.rate:g}", str(len(r.way.runs)), *(means.text(r.metrics[m]) for m in metrics), *cost]
         )
     return header, rows
 
@@ -222,11 +222,6 @@ def _write_page(out: Path, results: Sequence[Result], metrics: Sequence[str], re
 
 def _loss(loss: float) -> str:
     return "diverged" if math.isinf(loss) else f"{loss:.4g}"
-
-
-def _text(cell: Mean) -> str:
-    interval = "" if math.isnan(cell.low) else f" [{cell.low:.3g}, {cell.high:.3g}]"
-    return f"{cell.value:.3g}{interval}"
 
 
 def _as_csv(results: Sequence[Result]) -> list[list[Any]]:

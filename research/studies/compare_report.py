@@ -13,11 +13,12 @@ import numpy as np
 from research import files
 from research.errors import InputError, did_you_mean
 from research.run.metrics import read_metrics
-from research.studies import pages, paper
+from research.studies import means, pages, paper
 from research.studies.means import Mean, mean
 from research.studies.paper import Table
 from research.studies.tables import text_table
 
+_DIGITS = 4
 METHOD = (
     "Means over seeds of the last evaluation, and in brackets 95 % intervals of the mean by Student's t distribution; "
     "with one seed there are none. Curves: means over seeds, between the least and the greatest."
@@ -154,7 +155,9 @@ def with_differences(ways: Sequence[Way], base: str) -> list[Way]:
 
 def difference_rows(ways: Sequence[Way]) -> list[list[str]]:
     """Returns a row of text for each way that is compared with another."""
-    return [[way.name, *map(_text, way.differences.values())] for way in ways if way.differences]
+    return [
+        [way.name, *(means.text(each, _DIGITS) for each in way.differences.values())] for way in ways if way.differences
+    ]
 
 
 def table(ways: Sequence[Way], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -163,7 +166,7 @@ def table(ways: Sequence[Way], metrics: Sequence[str]) -> tuple[list[str], list[
     rows = []
     for way in ways:
         shares = ["-" if share is None else f"{share:.3f}" for share in way.recovered.values()]
-        rows.append([way.name, str(len(way.runs)), *(_text(way.means[m]) for m in metrics), *shares])
+        rows.append([way.name, str(len(way.runs)), *(means.text(way.means[m], _DIGITS) for m in metrics), *shares])
     return header, rows
 
 
@@ -224,12 +227,6 @@ def _last(curves: Sequence[Mapping[str, Mapping[int, float]]], metric: str) -> l
 def _heading(base: str) -> str:
     """What the table of differences is called."""
     return f"Differences from {base}, seed by seed"
-
-
-def _text(cell: Mean | None) -> str:
-    if cell is None:
-        return "-"
-    return f"{cell.value:.4g}" + ("" if math.isnan(cell.low) else f" [{cell.low:.4g}, {cell.high:.4g}]")
 
 
 def _as_json(way: Way) -> dict[str, Any]:

@@ -19,9 +19,8 @@ def section(run: Run, named: bool) -> str:
     """
     if not run.diagnosis:
         return ""
-    title = f"Diagnosis{f' of {run.name}' if named else ''}"
     parts = [
-        f"<h2>{escape(title)}</h2>",
+        pages.heading("Diagnosis", run.name if named else ""),
         f"<p>{escape(run.diagnosis['subject'])}: {escape(_verdict(run.diagnosis))}</p>",
     ]
     for place, finding in enumerate(_findings(run), start=1):

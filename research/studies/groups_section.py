@@ -4,12 +4,13 @@ where one or two fields tell the groups apart."""
 import math
 from collections.abc import Sequence
 
-from research.studies import pages, sections
+from research.studies import means, pages, sections
 from research.studies.groups import Group
 from research.studies.means import Mean, mean
 from research.studies.pages import escape
 
 _MEASURES = 6  # metrics of the table
+_DIGITS = 4
 _DRAWN = 2  # metrics that are drawn over a field
 METHOD = "Means over seeds of the last values, and below them 95 % intervals of the mean by Student's t distribution; "
 METHOD += "with one seed there are none."
@@ -24,7 +25,8 @@ def section(groups: Sequence[Group], out: str | None) -> str:
     """
     measures = sections.measures([run for group in groups for run in group.runs], _MEASURES)
     rows = [
-        [group.name, str(len(group.runs)), *(text(_mean(group, metric)) for metric in measures)] for group in groups
+        [group.name, str(len(group.runs)), *(means.text(_mean(group, metric), _DIGITS) for metric in measures)]
+        for group in groups
     ]
     parts = ["<h2>Over seeds</h2>", f"<p>{escape(METHOD)}</p>"]
     parts.append(pages.table(["", "seeds", *measures], rows, "numbers wide"))
@@ -35,13 +37,6 @@ def section(groups: Sequence[Group], out: str | None) -> str:
     if len(fields) == 2 and len(groups) > 2:
         parts += [_heat(metric, fields, groups) for metric in measures[:_DRAWN]]
     return "\n".join(parts)
-
-
-def text(cell: Mean | None) -> str:
-    """A mean with its interval: "0.712 [0.695, 0.73]"."""
-    if cell is None:
-        return "-"
-    return f"{cell.value:.4g}" + ("" if math.isnan(cell.low) else f" [{cell.low:.4g}, {cell.high:.4g}]")
 
 
 def _mean(group: Group, metric: str) -> Mean | None:
@@ -77,7 +72,7 @@ def _heat(metric: str, fields: Sequence[str], groups: Sequence[Group]) -> str:
         for other in across:
             cell = cells.get((each, other))
             part = (cell.value - low) / width if cell and math.isfinite(cell.value) else 0.0
-            row += f'<td style="--part: {part:.2f}">{escape(text(cell) if cell else "")}</td>'
+            row += f'<td style="--part: {part:.2f}">{escape(means.text(cell, _DIGITS) if cell else "")}</td>'
         rows.append(f"<tr>{row}</tr>")
     table = f'<table class="heat"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return f'<h3>{escape(metric)}</h3><div class="scroll">{table}</div>'

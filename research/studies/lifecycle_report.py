@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from research import files
-from research.studies import lifecycle, pages, paper
+from research.studies import lifecycle, means, pages, paper
 from research.studies.lifecycle import Curve, Fall, Phase
 from research.studies.means import Mean, mean
 from research.studies.paper import Table
@@ -167,7 +167,7 @@ def table(life: Life) -> list[list[str]]:
     for phase in life.phases:
         cells = life.values[phase.name]
         rows.append(
-            [phase.name, str(phase.seeds), *(_text(mean(cells[m])) if m in cells else "-" for m in TITLES)],
+            [phase.name, str(phase.seeds), *(means.text(mean(cells[m])) if m in cells else "-" for m in TITLES)],
         )
     return rows
 
@@ -187,7 +187,7 @@ def gain_table(life: Life) -> list[list[str]]:
     rows = [["", "is for", "compared with", "difference", ""]]
     for gain in life.gains():
         aim = f"{gain.measure}, lower" if gain.falls else gain.measure
-        rows.append([gain.stage, aim, gain.before, _text(gain.difference), gain.verdict])
+        rows.append([gain.stage, aim, gain.before, means.text(gain.difference), gain.verdict])
     return rows
 
 
@@ -196,7 +196,7 @@ def fall_table(life: Life) -> list[list[str]]:
     rows = [["", "KL where the truth is highest", "KL at the end", "true since", "proxy since", ""]]
     for name, fall in life.falls.items():
         kl = [f"{value:.3g}" for value in (fall.kl_at_best, fall.kl_at_end)]
-        rows.append([name, *kl, _text(fall.true), _text(fall.proxy), _verdict(fall)])
+        rows.append([name, *kl, means.text(fall.true), means.text(fall.proxy), _verdict(fall)])
     return rows
 
 
@@ -232,11 +232,6 @@ def _verdict(fall: Fall) -> str:
     if math.isnan(fall.true.high):
         return "one seed"
     return "overoptimised" if fall.true.high < 0 <= fall.proxy.value else "can't be told"
-
-
-def _text(cell: Mean) -> str:
-    interval = "" if math.isnan(cell.low) else f" [{cell.low:.3g}, {cell.high:.3g}]"
-    return f"{cell.value:.3g}{interval}"
 
 
 def _write_csv(path: Path, life: Life) -> None:

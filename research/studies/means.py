@@ -26,6 +26,14 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(m, m - half, m + half)
 
 
+def text(cell: Mean | None, digits: int = 3) -> str:
+    """A mean with its interval, where it has one: "0.712 [0.695, 0.73]"; "-" for none."""
+    if cell is None:
+        return "-"
+    value, low, high = (f"{number:.{digits}g}" for number in cell)
+    return value if math.isnan(cell.low) else f"{value} [{low}, {high}]"
+
+
 def student_quantile(level: float, freedom: int) -> float:
     """The t with P(|T| < t) = level, of Student's distribution.
 

@@ -71,6 +71,11 @@ def escape(text: Any) -> str:
     return html.escape(str(text))
 
 
+def heading(title: str, run: str = "") -> str:
+    """The heading of a section; of a page of several runs with the name of the section's own."""
+    return f"<h2>{escape(f'{title} of {run}' if run else title)}</h2>"
+
+
 def data_url(png: bytes) -> str:
     """A PNG inside a page."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

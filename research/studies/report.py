@@ -196,8 +196,8 @@ def _starts(run: Run, named: bool) -> str:
         rows.append(
             [str(start["step"]), changed, str(start.get("started")), ", ".join(versions), str(start["command"])]
         )
-    title = f"Starts{escape(f' of {run.name}') if named else ''}"
-    return f"<h2>{title}</h2>" + pages.table(["at step", "changed", "time", "versions", "command"], rows, "settings")
+    title = pages.heading("Starts", run.name if named else "")
+    return title + pages.table(["at step", "changed", "time", "versions", "command"], rows, "settings")
 
 
 def _settings(title: str, runs: Sequence[Run], settings: Sequence[Mapping[str, str]]) -> str:

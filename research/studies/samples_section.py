@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from research.studies import pages
 from research.studies.history import Run
 from research.studies.pages import escape
 
@@ -28,7 +29,7 @@ def section(run: Run, named: bool) -> str:
     """
     if not run.samples:
         return ""
-    title = f"<h2>Samples{escape(f' of {run.name}') if named else ''}</h2>"
+    title = pages.heading("Samples", run.name if named else "")
     talks, plain = [], []
     for sample in run.samples:
         (talks if "answers" in sample else plain).append(sample)

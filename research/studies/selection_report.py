@@ -16,7 +16,7 @@ from research.models import flops
 from research.pretrained import wholeness
 from research.run.metrics import read_metrics
 from research.sources import entries, records, scores, selected
-from research.studies import pages, paper
+from research.studies import means, pages, paper
 from research.studies.compare_report import read_way
 from research.studies.means import Mean, mean
 from research.studies.paper import Table
@@ -266,7 +266,7 @@ def table(results: Sequence[Result], metrics: Sequence[str]) -> tuple[list[str],
     rows = []
     for r in results:
         cells = [r.way.name, str(len(r.way.runs))]
-        cells += [text for m in metrics for text in (_text(r.metrics[m]), _text(r.differences[m]))]
+        cells += [text for m in metrics for text in (means.text(r.metrics[m]), means.text(r.differences[m]))]
         shares = (r.dropped.kept_tokens, r.dropped.precision, r.dropped.recall) if r.dropped else (math.nan,) * 3
         by_kind = [r.dropped.by_kind[kind] for kind in kinds] if r.dropped else [math.nan] * len(kinds)
         cells += ["-" if math.isnan(x) else f"{x:.2f}" for x in (*shares, *by_kind)]
@@ -290,12 +290,6 @@ def verdict(results: Sequence[Result], metric: str) -> str:
         groups[kind].append(r.way.name)
     said = "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in groups.items())
     return f"{metric} against random, by disjoint intervals: {said}."
-
-
-def _text(cell: Mean | None) -> str:
-    if cell is None:
-        return "-"
-    return f"{cell.value:.3g}" + ("" if math.isnan(cell.low) else f" [{cell.low:.3g}, {cell.high:.3g}]")
 
 
 def seed_rows(results: Sequence[Result], metrics: Sequence[str]) -> list[list[str]]:

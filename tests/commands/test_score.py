@@ -16,6 +16,7 @@ from research.evals import record_scores
 from research.loading import LoadedModel
 from research.models.config import ModelConfig
 from research.models.transformer import make_model
+from research.sources import scores
 from research.sources.tokenizers import TokenizerSpec, make_tokenizer
 
 TOKENIZER = make_tokenizer(TokenizerSpec("byte"), lambda: iter(()))
@@ -274,3 +275,9 @@ def test_a_mesh_that_cannot_be(run):
 
 def test_an_empty_input(run):
     assert "holds no record" in run("\n")[2]
+
+
+def test_means_are_of_scores_and_counts_alone(tmp_path):
+    rows = [scores.row(("a", i), "00000000000000ff", (4, 2), {"ifd": i / 2, "good": True}, 3) for i in range(3)]
+    (tmp_path / "s.jsonl").write_bytes(b"".join(rows))
+    assert score._means(str(tmp_path / "s.jsonl"), reward=False, rows=True) == "tokens 4, supervised 2, ifd 0.5"
