@@ -9,7 +9,7 @@ Axes: B batch, T time, D model, N positions of a row.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,7 +74,7 @@ def clipped(grads: Tree, clips: Clips) -> Metrics:
     return {"clipped": _one(jnp.any(jnp.stack(cuts)))} if cuts else {}
 
 
-def update_shares(params: Tree, updates: Tree, axes: Tree = None) -> Metrics:
+def update_shares(params: Tree, updates: Tree, axes: Tree = None, due: jax.Array | bool = True) -> Metrics:
     """`moved`, the share of trained numbers that the update changes, and `rounded`, the share with an update that isn't
     0 and is lost when it is added.
 
@@ -85,21 +85,25 @@ def update_shares(params: Tree, updates: Tree, axes: Tree = None) -> Metrics:
       updates: what is added.
       axes: of each array an axis that no device holds a part of, which the sample is cut along; -1 for none, and the
         array isn't looked at. None: any axis will do.
+      due: see `where`.
     """
     axes = jax.tree.map(longest_axis, params) if axes is None else axes
-    moved, rounded, total = jnp.zeros(()), jnp.zeros(()), 0.0
-    for p, u, axis in zip(*map(jax.tree.leaves, (params, updates, axes)), strict=True):
-        if axis < 0 or not p.size:
-            continue
-        size = float(np.prod(p.shape, dtype=np.float64))
-        p, u = _sample(p, axis), _sample(u, axis).astype(p.dtype)
-        same = p + u == p
-        moved += size * jnp.mean(~same)
-        rounded += size * jnp.mean(same & (u != 0))
-        total += size
-    if not total:
+    triples = zip(*map(jax.tree.leaves, (params, updates, axes)), strict=True)
+    looked = [(p, u, axis) for p, u, axis in triples if axis >= 0 and p.size]
+    if not looked:
         return {}
-    return {"moved": _one(moved / total), "rounded": _one(rounded / total)}
+    sizes = np.asarray([np.prod(p.shape, dtype=np.float64) for p, _, _ in looked])
+
+    def shares(params: Sequence[jax.Array], updates: Sequence[jax.Array]) -> Metrics:
+        moved, rounded = jnp.zeros(()), jnp.zeros(())
+        for p, u, (_, _, axis), size in zip(params, updates, looked, sizes / sizes.sum(), strict=True):
+            p, u = _sample(p, axis), _sample(u, axis).astype(p.dtype)
+            same = p + u == p
+            moved += float(size) * jnp.mean(~same)
+            rounded += float(size) * jnp.mean(same & (u != 0))
+        return {"moved": _one(moved), "rounded": _one(rounded)}
+
+    return where(due, shares, [p for p, _, _ in looked], [u for _, u, _ in looked])
 
 
 def made(shares: Metrics, ok: jax.Array) -> Metrics:
@@ -111,6 +115,21 @@ def settled(*parts: Metrics) -> jax.Array:
     """True, which depends on metrics: what is done only where it holds comes after all that they read."""
     values = [total for part in parts for total, _ in part.values()]
     return jnp.all(jnp.stack([value != jnp.inf for value in values])) if values else jnp.asarray(True)
+
+
+def where(due: jax.Array | bool, measure: Callable[..., Metrics], *operands: Tree) -> Metrics:
+    """Metrics of operands where they are due; else sums and weights of 0, for which nothing is computed.
+
+    Args:
+      due: a bool, which is the same on all devices.
+      measure: operands -> metrics.
+      operands: arrays, which aren't differentiated.
+    """
+    if due is True:
+        return measure(*operands)
+    shapes = jax.eval_shape(measure, *operands)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.cond(due, measure, lambda *_: nothing, *operands)
 
 
 def longest_axis(x: Any) -> int:
@@ -163,20 +182,32 @@ def batch_hash(batch: Batch) -> UInt[Array, ""]:
     return jnp.sum(row, dtype=jnp.uint32)
 
 
-def attach(outs: Mapping[str, LossOut], forward: Forward, reads: Iterable[str]) -> dict[str, LossOut]:
+def attach(
+    outs: Mapping[str, LossOut], forward: Forward, reads: Iterable[str], due: jax.Array | bool = True
+) -> dict[str, LossOut]:
     """The terms' sums with the entropy of the policy's predictions at some targets of each row, where it has made a
-    pass that predicts next tokens."""
+    pass that predicts next tokens.
+
+    Args:
+      outs: of the terms.
+      forward: their passes.
+      reads: the batch fields that the objective reads.
+      due: see `where`.
+    """
     hidden, model = forward.made("policy"), forward.models.get("policy")
     if hidden is None or model.config.num_labels or not model.config.causal:
         return dict(outs)
-    chosen, weights = _places(supervised(forward.batch, reads))
-    at = jnp.einsum("bnt,btd->bnd", chosen.astype(hidden.dtype), jax.lax.stop_gradient(hidden))
-    head = jax.lax.stop_gradient(forward.head())
-    log_probs = jax.nn.log_softmax(head.logits(at).astype(jnp.float32), axis=-1)
-    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+
+    def entropy(hidden: jax.Array, head: Any, batch: Batch) -> Metrics:
+        chosen, weights = _places(supervised(batch, reads))
+        at = jnp.einsum("bnt,btd->bnd", chosen.astype(hidden.dtype), hidden)
+        log_probs = jax.nn.log_softmax(head.logits(at).astype(jnp.float32), axis=-1)
+        values = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+        return {_ENTROPY: (jnp.sum(jnp.where(weights > 0, values, 0)), jnp.sum(weights))}
+
+    metrics = where(due, entropy, *jax.lax.stop_gradient((hidden, forward.head())), forward.batch)
     name, out = next(iter(outs.items()))
-    value = jnp.sum(jnp.where(weights > 0, entropy, 0)), jnp.sum(weights)
-    return {**outs, name: out._replace(metrics={**out.metrics, _ENTROPY: value})}
+    return {**outs, name: out._replace(metrics={**out.metrics, **metrics})}
 
 
 def detach(outs: Mapping[str, LossOut]) -> tuple[dict[str, LossOut], Metrics]:

@@ -112,6 +112,8 @@ class TrainStep:
       clips: what optim clips gradients to, for the metrics (see optim.clips).
       sampled: of each parameter that is trained the axis along which the update's effect is sampled (see
         step_signals.update_shares); None for any.
+      log_every: what costs a part of a step is measured at the steps whose number is a multiple of this, and
+      last: at the step of this number. Elsewhere it has the weight 0.
     """
 
     __name__ = "step"  # what jax.jit calls the program, and traces show
@@ -127,6 +129,8 @@ class TrainStep:
     syncs: Mapping[str, Sync] = dataclasses.field(default_factory=dict)
     clips: step_signals.Clips = ()
     sampled: Any = None
+    log_every: int = 1
+    last: int = 0
 
     def __call__(
         self, state: TrainState, frozen: Params, batch: Batch, rates: Rates | None = None
@@ -143,11 +147,10 @@ class TrainStep:
         whole, states = params_lib.join(params, frozen), terms_lib.hidden_states(self.terms)
         return Forward(self.models, whole, batch, states, keys)
 
-    def losses(self, params: Params, frozen: Params, batch: Batch, inputs: Inputs) -> dict[str, LossOut]:
-        """What each term makes of the batch, or of a part of it, with what is measured of the predictions."""
-        forward = self.forward(params, frozen, batch, inputs)
-        outs = terms_lib.losses(self.terms, forward, inputs, self.sources)
-        return step_signals.attach(outs, forward, self.reads)
+    def logged(self, step: jax.Array) -> jax.Array | bool:
+        """Whether a line of the log is due after a step from the state with this `step`."""
+        number = step + 1
+        return True if self.log_every == 1 else (number % self.log_every == 0) | (number == self.last)
 
     @property
     def reads(self) -> set[str]:
@@ -157,8 +160,11 @@ class TrainStep:
     def objective(
         self, params: Params, frozen: Params, batch: Batch, inputs: Inputs, weights: Weights | None = None
     ) -> tuple[jax.Array, dict[str, LossOut]]:
-        """The scalar whose gradient is taken, sum_i c_i S_i / W_i; the W_i are `weights`, by default the batch's."""
-        outs = self.losses(params, frozen, batch, inputs)
+        """The scalar whose gradient is taken, sum_i c_i S_i / W_i; the W_i are `weights`, by default the batch's. And
+        what each term makes of the batch, or of a part of it, with what is measured of the predictions."""
+        forward = self.forward(params, frozen, batch, inputs)
+        outs = terms_lib.losses(self.terms, forward, inputs, self.sources)
+        outs = step_signals.attach(outs, forward, self.reads, self.logged(inputs.step))
         return terms_lib.weighted_sum(self.terms, outs, inputs.step, weights), outs
 
     def gradients(
@@ -199,7 +205,9 @@ class TrainStep:
 
         def weigh(_: None, part: tuple[Batch, jax.Array]) -> tuple[None, Weights]:
             batch, rows = part
-            outs = self.losses(params, frozen, batch, inputs._replace(rows=rows))
+            inputs_of_part = inputs._replace(rows=rows)
+            forward = self.forward(params, frozen, batch, inputs_of_part)
+            outs = terms_lib.losses(self.terms, forward, inputs_of_part, self.sources)
             return None, {name: out.weight for name, out in outs.items()}
 
         _, weights = jax.lax.scan(weigh, None, parts)
@@ -221,7 +229,7 @@ class TrainStep:
         params = optax.apply_updates(state.params, updates)
         # Parameters change after all that reads the old ones, these norms too: otherwise XLA would copy them.
         update_norm = optax.tree.norm(updates)
-        shares = step_signals.update_shares(state.params, updates, self.sampled)
+        shares = step_signals.update_shares(state.params, updates, self.sampled, self.logged(state.step))
         finite &= jnp.isfinite(update_norm) & step_signals.settled(seen, shares)
         ok &= finite
         kept = _choose(ok, params, state.params)

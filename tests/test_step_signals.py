@@ -1,6 +1,7 @@
 """What a step always measures: on one device and several, whole and in microbatches, and against plain formulas."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from research.run import metrics
 from research.run.run import run
 from research.train import means
 
+LOGGED = {"train/entropy", "train/moved", "train/rounded"}  # measured where a line of the log is due alone
 MEASURED = ("entropy", "moved", "rounded", "clipped", "param_norm", "supervised_rows", "batch_hash")
 
 
@@ -36,17 +38,38 @@ def records(subject):
     return trial.train(subject, 3, evaluate=False)[1]
 
 
+def with_a_line_of_two_steps(parts):
+    """The parts of a run of 3 steps, whose log has a line of 2 of them, and one at the end."""
+    step = dataclasses.replace(inspect.unwrap(parts.step), log_every=2, last=3)
+    where = jax.tree.map(lambda x: x.sharding, parts.state)
+    return parts._replace(step=jax.jit(step, donate_argnums=0, out_shardings=(where, None)))
+
+
+def check_logged(records, others):
+    """The same where a line of the log is due, which is after steps 2 and 3."""
+    for number, (record, again) in enumerate(zip(records, others, strict=True), 1):
+        assert record.keys() - again.keys() == (LOGGED if number == 1 else set())
+        assert record["train/batch_hash"] == again["train/batch_hash"]
+        for name in again:
+            np.testing.assert_allclose(again[name], record[name], rtol=2e-3, atol=2e-2, err_msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"microbatches": 2}, {"mesh": config_lib.MeshConfig(1, fsdp=2, tensor=2)}])
 def test_they_are_the_same_in_microbatches_and_on_several_devices(config, records, fields):
     changed = dataclasses.replace(config, **fields)
-    other = Subject.of(changed, devices=jax.devices()[: 4 if "mesh" in fields else 1])
-    others = trial.train(other, 3, evaluate=False)[1]
-    for record, again in zip(records, others, strict=True):
-        assert record.keys() == again.keys()
-        assert record["train/batch_hash"] == again["train/batch_hash"]
-        for name in record:
-            np.testing.assert_allclose(again[name], record[name], rtol=2e-3, atol=2e-2, err_msg=name)
+    devices = jax.devices()[: 4 if "mesh" in fields else 1]
+    other = Subject.of(changed, devices=devices, change_parts=with_a_line_of_two_steps)
+    check_logged(records, trial.train(other, 3, evaluate=False)[1])
+
+
+def test_what_costs_is_measured_where_a_line_of_the_log_is_due(subject, records):
+    parts = with_a_line_of_two_steps(subject.parts)
+    with jax.set_mesh(subject.mesh):
+        program = parts.step.lower(parts.state, parts.frozen, parts.batch, parts.rates).compile()  # one for all steps
+    assert " conditional(" in program.as_text()
+    again = trial.train(dataclasses.replace(subject, parts=parts._replace(step=program)), 3, evaluate=False)[1]
+    check_logged(records, again)
 
 
 def test_what_a_run_says(subject, records):

@@ -195,6 +195,8 @@ def _make_step(
         ema_decay=config.ema_decay,
         sources=sources,
         syncs=_syncs(config),
+        log_every=config.log.every,
+        last=config.steps,
     )
 
 
