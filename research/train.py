@@ -229,7 +229,9 @@ class TrainStep:
         params = optax.apply_updates(state.params, updates)
         # Parameters change after all that reads the old ones, these norms too: otherwise XLA would copy them.
         update_norm = optax.tree.norm(updates)
-        shares = step_signals.update_shares(state.params, updates, self.sampled, self.logged(state.step))
+        due = self.logged(state.step)
+        norms = step_signals.where(due, step_signals.gradient_norms, grads)
+        shares = step_signals.update_shares(state.params, updates, self.sampled, due)
         finite &= jnp.isfinite(update_norm) & step_signals.settled(seen, shares)
         ok &= finite
         kept = _choose(ok, params, state.params)
@@ -249,7 +251,7 @@ class TrainStep:
             "tokens": _one(real),
             "supervised_fraction": (next(iter(outs.values())).weight, real),
             "grad_norm": _one(grad_norm),
-            **step_signals.gradient_norms(grads),
+            **norms,
             **step_signals.clipped(grads, self.clips),
             "param_norm": _one(param_norm),
             **step_signals.made(shares, ok),

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from research import config as config_lib
+from research import objectives as objectives_lib
 from research.diagnosis import ranking
 from research.run import run
 from research.sources.tokenizers import TokenizerSpec
@@ -66,7 +67,10 @@ def test_trials_are_planted_ones_and_healthy_ones_of_both_parts():
         assert len(keys) == len(set(keys))
         planted = {each.plant.cause for each in made if each.plant}
         assert planted == {plant.cause for plant in plants.PLANTS}
-        assert all(setups.parse(dict(each.values)).steps >= setups.STEPS for each in made)
+        configs = [setups.parse(dict(each.values)) for each in made]
+        assert all(config.steps >= setups.STEPS for config in configs)
+        objectives = {json.dumps(config.objective, default=str): config.objective for config in configs}
+        assert all(map(objectives_lib.load, objectives.values()))
     assert sum(each.plant is None for each in parts["test"]) >= 190
     assert {each.values["seed"] for each in parts["dev"]}.isdisjoint({each.values["seed"] for each in parts["test"]})
     assert set(healthy.VARIATIONS) == set(setups.SETUPS)

@@ -94,7 +94,7 @@ VARIATIONS: dict[str, tuple[Values, ...]] = {
     "rl": (
         {"advantage.kind": "leave_one_out", "advantage.scale": "none", "optimizer.name": "muon"},
         {"rollout.temperature": 0.8, "rollout.answers": 4, "rollout.prompts": 32},
-        _policy(kind="grpo") | {"advantage.scale": "batch", "batch_size": 32},
+        _policy(kind="cispo") | {"advantage.scale": "batch", "batch_size": 32},
         {"advantage.kind": "batch", "advantage.whiten": "answers", "optimizer.clip_norm": 0.3},
     ),
     "critic": (

@@ -86,6 +86,8 @@ def _run(args: SimpleNamespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     compilation.use_compilation_cache(str(Path(args.data) / "cache"))
     path = out / TRIALS_FILE
+    if path.exists():
+        files.whole_lines(path)
     done = {line["key"] for line in read(path)}
     todo = [each for each in trials(args.part, args.data, args.starts, args.seeds) if each.key not in done]
     todo = [each for each in todo if not args.setups or each.setup in args.setups]
