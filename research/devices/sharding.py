@@ -216,6 +216,12 @@ def mesh_axes(axes: str | Sequence[str] | None) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
+def device_count() -> int:
+    """Of the mesh in context; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def platform() -> str:
     """ "cpu", "gpu" or "tpu": that of the mesh in context, which this process may only compile for; else its own."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

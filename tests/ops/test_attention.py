@@ -14,6 +14,7 @@ from research.errors import InputError
 from research.ops import attention
 from research.ops.attention import cached_attention, self_attention
 from research.ops.cpu import attention as blocks
+from research.ops.cpu import tiles
 from research.ops.scores import Memory
 
 CASES = {
@@ -225,6 +226,71 @@ def test_cpu_at_other_lengths_and_groups(T, heads):
     expected = out_and_gradients(*x, implementation="reference", window=100)
     for a, b in zip(out_and_gradients(*x, implementation="cpu", window=100), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Any row is cut into tiles of 32 keys."""
+    monkeypatch.setattr(blocks, "LEAST_TILED", 1)
+    monkeypatch.setattr(tiles, "ROWS", 64)
+    monkeypatch.setattr(tiles, "KEYS", 32)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("small_tiles")
+def test_tiles_agree_with_the_reference(case):
+    got = out_and_gradients(*make_inputs(), implementation="cpu", **CASES[case])
+    for a, b in zip(got, reference(case, 2, 150), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["causal", "prefix"])
+@pytest.mark.usefixtures("small_tiles")
+def test_every_query_sees_the_memory_in_tiles_too(case):
+    x, memory = make_inputs(B=1, T=70), make_memory()
+    expected = with_memory(*x, memory, implementation="reference", **CASES[case])
+    for a, b in zip(with_memory(*x, memory, implementation="cpu", **CASES[case]), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_tiles_on_a_mesh_are_the_same():
+    x = make_inputs(B=4, T=72)
+    expected = out_and_gradients(*x, implementation="reference")
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    spec = P("data", None, "tensor", None)
+    x = jax.device_put(x, tuple(NamedSharding(mesh, s) for s in (spec, spec, spec, P("data", None))))
+    with jax.set_mesh(mesh):
+        got = out_and_gradients(*x, implementation="cpu", spec=spec)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_tiles_of_other_documents_are_not_read():
+    """What isn't read may be NaN. Where one row sees it, all do; where rows lie on several devices, all is read."""
+    q, k, v, _ = make_inputs(T=128)
+    segment_ids = np.ones((2, 128), np.int32)
+    segment_ids[0, 32:], segment_ids[1, 64:] = 2, 2
+    hidden = lambda x: x.at[0, :32].set(jnp.nan)  # noqa: E731
+    run = jax.jit(functools.partial(self_attention, scale=0.3, implementation="cpu"))
+    finite = np.isfinite(run(q, hidden(k), hidden(v), segment_ids)).all(axis=(2, 3))
+    assert finite[1].all()
+    assert finite[0, 64:].all()
+    assert not finite[0, :64].any()
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])):
+        assert not np.isfinite(run(q, hidden(k), hidden(v), segment_ids)[0]).any()
+
+
+def test_what_tiles_hold_does_not_grow_with_the_square_of_a_row():
+    def temporaries(T):
+        x = [jax.ShapeDtypeStruct((1, T, heads, 8), jnp.float32) for heads in (4, 2, 2)]
+        run = lambda q, k, v, ids: self_attention(q, k, v, ids, scale=0.3, implementation="cpu")  # noqa: E731
+        gradients = jax.jit(jax.grad(lambda *x: run(*x).sum(), argnums=(0, 1, 2)))
+        return gradients.lower(*x, jax.ShapeDtypeStruct((1, T), jnp.int32)).compile().memory_analysis()
+
+    short, long = (temporaries(T).temp_size_in_bytes for T in (2048, 8192))
+    assert long < 4 * short < 60e6  # the scores of one head alone are 268 MB
 
 
 def halved_inputs(last):

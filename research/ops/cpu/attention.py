@@ -2,6 +2,7 @@
 
 The gradient recomputes the scores (FlashAttention's, arXiv:2205.14135), so that O(T) memory is kept for it; it is in
 reverse mode only. Nothing here depends on the platform but its speed: on a CPU a block's scores stay in the cache.
+Long rows are computed by tiles (ops/cpu/tiles.py).
 
 Axes: see ops/scores.py.
 """
@@ -9,16 +10,20 @@ Axes: see ops/scores.py.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PyTree
 
+from research.devices.sharding import device_count
+from research.ops.cpu import tiles
+from research.ops.cpu.tiles import Rows
 from research.ops.scores import NAME, Documents, Memory, Scores, dot, grouped, masked, to_heads, to_rows
 
 MIN_ROWS = 64  # of a block: smaller matrix products are slow
+LEAST_TILED = 1024  # T from which attention is computed by tiles (ops/cpu/tiles.py)
 # A batch is cut in two where it has this many scores at least, since below compiling costs more than it saves, and this
 # many products at a time, B K, at most: more of them keep all cores busy as they are.
 _LEAST_SPLIT, _MOST_SPLIT = 2**20, 16
@@ -45,43 +50,36 @@ def attention(
 # then doesn't write it over its operand, and its older emitters (devices/compilation.py) vectorise no loop that does.
 
 
-class _Rows(NamedTuple):
-    """What is read of some rows of a batch."""
-
-    q: Float[Array, "B T H h"]
-    k: Float[Array, "B T K h"]
-    v: Float[Array, "B T K h"]
-    documents: Documents
-
-
 def _forward(scores, q, k, v, documents, memory):
-    out, logsumexp = _in_halves(functools.partial(_outputs, scores, memory), _Rows(q, k, v, documents))
+    outputs = tiles.outputs if q.shape[1] >= LEAST_TILED else _outputs
+    out, logsumexp = _in_halves(functools.partial(outputs, scores, memory), Rows(q, k, v, documents))
     out, logsumexp = checkpoint_name(out, NAME), checkpoint_name(logsumexp, NAME)
     return out, (q, k, v, documents, memory, out, logsumexp)
 
 
 def _backward(scores, residuals, d_out):
     q, k, v, documents, memory, out, logsumexp = residuals
-    gradients = functools.partial(_gradients, scores, memory)
-    dq, dk, dv, d_memory = _in_halves(gradients, _Rows(q, k, v, documents), out, logsumexp, d_out)
+    gradients = tiles.gradients if q.shape[1] >= LEAST_TILED else _gradients
+    gradients, rows = functools.partial(gradients, scores, memory), Rows(q, k, v, documents)
+    dq, dk, dv, d_memory = _in_halves(gradients, rows, out, logsumexp, d_out)
     if memory is not None:
         d_keys, d_values = d_memory.sum(axis=0).transpose(0, 3, 1, 2)
         d_memory = Memory((d_keys * scores.scale).astype(k.dtype), d_values.astype(v.dtype))
     return dq, dk, dv, None, d_memory
 
 
-def _in_halves(function: Callable[..., Any], rows: _Rows, *others: PyTree) -> PyTree:
+def _in_halves(function: Callable[..., Any], rows: Rows, *others: PyTree) -> PyTree:
     """function(rows, *others) of half of a batch and of the other half, joined: XLA runs at the same time what doesn't
     depend on each other, and most steps of a block are too small for all cores."""
     (B, T, H, _), K, arrays = rows.q.shape, rows.k.shape[2], (rows, *others)
-    if B % 2 or B * H * T * T < _LEAST_SPLIT or B * K > _MOST_SPLIT or _device_count() > 1:
+    if B % 2 or B * H * T * T < _LEAST_SPLIT or B * K > _MOST_SPLIT or device_count() > 1:
         return function(*arrays)
     halves = (jax.tree.map(lambda x, half=half: x[half], arrays) for half in (slice(B // 2), slice(B // 2, B)))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(function(*half) for half in halves))
 
 
 def _outputs(
-    scores: Scores, memory: Memory | None, rows: _Rows
+    scores: Scores, memory: Memory | None, rows: Rows
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B K R 1"]]:
     """The result, and the logarithms of the sums of exponentials."""
     q, k, v, documents = rows
@@ -99,7 +97,7 @@ def _outputs(
 def _gradients(
     scores: Scores,
     memory: Memory | None,
-    rows: _Rows,
+    rows: Rows,
     out: Float[Array, "B T H h"],
     logsumexp: Float[Array, "B K R 1"],
     d_out: Float[Array, "B T H h"],
@@ -152,7 +150,8 @@ class _Block:
         several documents."""
         T = self.documents.segments.shape[1]
         half = T // 2
-        if T < _LEAST_HALVED or not self.s.start < half <= self.t.start or _device_count() > 1:
+        # Devices that have other rows would have to agree on what is seen.
+        if T < _LEAST_HALVED or not self.s.start < half <= self.t.start or device_count() > 1:
             return compute(self.s, *arrays)
         seen = jnp.any(self.scores.mask(self.documents, self.t, slice(self.s.start, half)))
         shorter = functools.partial(compute, slice(half, self.s.stop))
@@ -211,12 +210,6 @@ class _Block:
 
 
 attention.defvjp(_forward, _backward)
-
-
-def _device_count() -> int:
-    """Of the mesh in context. Devices that have other rows would have to agree on what is seen."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
 
 
 def _after(memory: Float[Array, "B K P h"] | None, x: Float[Array, "B K S h"]) -> Float[Array, "B K P+S h"]:
