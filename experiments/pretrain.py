@@ -2,6 +2,7 @@
 
     python -m research.main --config=experiments/pretrain.py
     python -m research.main --config=experiments/pretrain.py --config.data.path=my_texts.jsonl
+    python -m research.main --config=experiments/pretrain.py:moe    # a mixture of 8 experts, 2 for each token
 
     understudy sweep --config=experiments/pretrain.py --workdir=runs/sweeps/pretrain
 
@@ -14,7 +15,7 @@ finish = base.finish
 
 
 def get_config(arg: str = ""):
-    chosen = base.variants(arg)
+    chosen = base.variants(arg, "moe")
     config = base.get_config()
     config.steps = 500
     config.batch_size = 8
@@ -27,6 +28,10 @@ def get_config(arg: str = ""):
     config.optimizer.update(name="muon", learning_rate=3e-3, warmup_steps=50, schedule="cosine", weight_decay=0.1)
     config.eval.update(every=250, batches=20)
     config.checkpoint.update(every=250, best_metric="eval/loss")
+    if "moe" in chosen:
+        config.steps, config.seq_len = 300, 128
+        config.objective.terms.update(load_balance=0.01, router_z=0.001)
+        config.model.update(d_model=128, d_ff=256, num_experts=8, experts_per_token=2)
     return base.debug(config) if "debug" in chosen else config
 
 

@@ -29,6 +29,7 @@ GROUPS = ("embed", "attention", "mlp", "norms", "head", "adapter", "terms")
 _ADAPTERS = {"lora", "vera", "ia3", "embed_lora", "prompt", "prefix", "prefix_encoder"}
 _SAMPLE = 4096  # numbers of each array whose update is looked at
 _ENTROPY = "prediction_entropy"  # in LossOut.metrics, until `detach` takes it out
+_ROUTERS = "routers/"  # begins what of a Routing is there as well
 _PLACES = (1 / 3, 2 / 3)  # of a row's targets: where the entropy of predictions is measured
 
 
@@ -52,10 +53,12 @@ def group_of(name: str) -> str:
 
 
 def gradient_norms(grads: Tree) -> Metrics:
-    """`grad_norm/GROUP` of each group that is trained, and of the policy's `first_layer` and `last_layer`."""
+    """`grad_norm/GROUP` of each group that is trained, and of routers, the policy's `first_layer` and `last_layer`."""
     groups: dict[str, list[jax.Array]] = {}
     for name, leaf in params_lib.named_leaves(grads):
         groups.setdefault(group_of(name), []).append(leaf)
+        if "router" in name.split("/"):
+            groups.setdefault("router", []).append(leaf)
     layers = grads.get("policy", {}).get("layers", {}) if isinstance(grads.get("policy"), Mapping) else {}
     if jax.tree.leaves(layers):
         pieces = params_lib.layer_pieces(layers)
@@ -186,7 +189,7 @@ def attach(
     outs: Mapping[str, LossOut], forward: Forward, reads: Iterable[str], due: jax.Array | bool = True
 ) -> dict[str, LossOut]:
     """The terms' sums with the entropy of the policy's predictions at some targets of each row, where it has made a
-    pass that predicts next tokens.
+    pass that predicts next tokens, and what its routers did in a pass.
 
     Args:
       outs: of the terms.
@@ -195,6 +198,13 @@ def attach(
       due: see `where`.
     """
     hidden, model = forward.made("policy"), forward.models.get("policy")
+    if hidden is not None and model.config.num_experts:
+        routing = jax.lax.stop_gradient(forward.routing("policy"))
+        sums = jax.tree.map(lambda y: (jnp.sum(y, axis=1), jnp.ones(())), routing._asdict())
+        sums["choices"] = model.config.experts_per_token * jnp.sum(routing.tokens), jnp.ones(())
+        name, out = next(iter(outs.items()))
+        routers = {_ROUTERS + part: value for part, value in sums.items()}
+        outs = {**outs, name: out._replace(metrics={**out.metrics, **routers})}
     if hidden is None or model.config.num_labels or not model.config.causal:
         return dict(outs)
 
@@ -211,14 +221,37 @@ def attach(
 
 
 def detach(outs: Mapping[str, LossOut]) -> tuple[dict[str, LossOut], Metrics]:
-    """The terms' sums without what `attach` added, and that as the metric `entropy`."""
+    """The terms' sums without what `attach` added, and that as the metric `entropy` and those of `of_routers`."""
     kept, seen = {}, {}
     for name, out in outs.items():
         metrics = dict(out.metrics)
+        routers = {part: metrics.pop(part)[0] for part in out.metrics if part.startswith(_ROUTERS)}
+        if routers:
+            seen |= of_routers(*(routers[_ROUTERS + part] for part in ("counts", "entropies", "tokens", "choices")))
         if _ENTROPY in metrics:
             seen["entropy"] = metrics.pop(_ENTROPY)
         kept[name] = out._replace(metrics=metrics)
     return kept, seen
+
+
+def of_routers(
+    counts: Float[Array, "L E"], entropies: Float[Array, " L"], tokens: Float[Array, " L"], choices: Float[Array, ""]
+) -> Metrics:
+    """What routers did with a batch: `router/entropy` of their probabilities, in nats; `router/largest_load` and
+    `router/smallest_load`, of any layer's expert, where 1 is even; and `router/dropped`, the share of choices that
+    reach no expert.
+
+    Args:
+      counts, entropies, tokens: of a Routing, summed over the batch.
+      choices: how often an expert was chosen in all layers.
+    """
+    loads = counts * counts.shape[1] / jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1)
+    return {
+        "router/entropy": (jnp.sum(entropies), jnp.sum(tokens)),
+        "router/largest_load": _one(jnp.max(loads)),
+        "router/smallest_load": _one(jnp.min(loads)),
+        "router/dropped": (choices - jnp.sum(counts), choices),
+    }
 
 
 def _places(weights: Float[Array, "B T"]) -> tuple[Float[Array, "B N T"], Float[Array, "B N"]]:

@@ -77,6 +77,23 @@ def test_microbatches_give_the_update_of_the_whole_batch(spec):
             np.testing.assert_allclose(*(m[name][0] / m[name][1] for m in (cut_metrics, metrics)), rtol=1e-4)
 
 
+ROUTED = {"terms": {"sft": 1.0, "load_balance": 0.5, "router_z": 0.1}}
+
+
+def test_microbatches_give_the_update_of_the_whole_batch_with_losses_of_routers():
+    batch = make_batch()
+    whole, metrics = one_step(ROUTED, batch, model=EXPERTS, initial=INITIAL_EXPERTS)
+    cut, cut_metrics = one_step(ROUTED, batch, microbatches=4, model=EXPERTS, initial=INITIAL_EXPERTS)
+    close(cut.params, whole.params)
+    names = ("loss", "load_balance/loss", "router_z/loss", "grad_norm/router", "router/entropy", "router/largest_load")
+    for name in names:
+        np.testing.assert_allclose(*(m[name][0] / m[name][1] for m in (cut_metrics, metrics)), rtol=1e-4, err_msg=name)
+    values = train.means([metrics])
+    assert values["grad_norm/router"] > 0
+    assert values["router/dropped"] == 0
+    assert values["router/smallest_load"] < 1 < values["router/largest_load"] < 2
+
+
 def test_an_update_of_parameters_that_are_all_zero_has_no_ratio_to_them():
     zero = {"a": jnp.zeros(3)}
     terms = {"sum": Term(Objective(loss=_sum_of_parameters), lambda step: jnp.asarray(1.0))}
@@ -157,7 +174,8 @@ def of(experts):
 @functools.cache
 def on_one_device(experts):
     model, initial, optimizer = of(experts)
-    return one_step(SFT, make_batch(), optimizer=optimizer, steps=3, model=model, initial=initial)
+    spec = ROUTED if experts else SFT
+    return one_step(spec, make_batch(), optimizer=optimizer, steps=3, model=model, initial=initial)
 
 
 CUTS = [(mesh, False) for mesh in MESHES[:6]] + [(mesh, True) for mesh in (MESHES[1], *MESHES[5:])]
@@ -171,10 +189,9 @@ def test_sharded_equals_single_device(mesh, experts):
     single, single_metrics = on_one_device(experts)
     model, initial, optimizer, batch = *of(experts), make_batch()
     mesh = sharding.make_mesh(mesh)
+    terms = objectives.load(ROUTED if experts else SFT)
     with jax.set_mesh(mesh):
-        step = jax.jit(
-            train.TrainStep(objectives.load(SFT), {"policy": model}, optimizer, schedule=lambda t: jnp.asarray(1.0))
-        )
+        step = jax.jit(train.TrainStep(terms, {"policy": model}, optimizer, schedule=lambda t: jnp.asarray(1.0)))
         placed = params.shardings({"policy": model.specs}, mesh)
         values = jax.device_put({"policy": initial}, placed)
         state = train.init_state(values, optimizer, jax.random.PRNGKey(1))

@@ -19,6 +19,8 @@ from research.models.specs import Params
 from research.ops import moe
 from research.ops.rope import Angles, RopeScaling, rope, rope_angles
 
+Choices = tuple[Float[Array, "B T E"], Int[Array, "B T k"]]  # a router's logits, and each token's experts
+
 
 def norm(c: ModelConfig, p: Params, x: Float[Array, "*n"], center: bool | None = None) -> Float[Array, "*n"]:
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the axes that the scale has, in float32.
@@ -86,8 +88,10 @@ def with_divisors(c: ModelConfig, layer: Params, number: Int[Array, "*n"] | int)
     return {**layer, "attention": {**layer["attention"], "divisor": divisor}}
 
 
-def mlp(c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The feed-forward part of a layer: one MLP, or a mixture of experts."""
+def mlp(
+    c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T D"], Choices | None]:
+    """The feed-forward part of a layer: one MLP, or a mixture of experts, whose router's choices are given too."""
     if c.num_experts:
         return _mixture(c, rules, p, x)
     if "up_gate" in p:
@@ -96,7 +100,7 @@ def mlp(c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"]) -> Fl
     else:
         up, gate = linears([p["up"], p["gate"]], x) if c.gated else (linear(p["up"], x), None)
     y = sharding.constrain(_activate(c, up, gate), ("batch", "time", "mlp"), rules)
-    return linear(p["down"], y)
+    return linear(p["down"], y), None
 
 
 def _activate(c: ModelConfig, up: Float[Array, "*n F"], gate: Float[Array, "*n F"] | None) -> Float[Array, "*n F"]:
@@ -104,7 +108,9 @@ def _activate(c: ModelConfig, up: Float[Array, "*n F"], gate: Float[Array, "*n F
     return activation(up) if gate is None else activation(gate) * up
 
 
-def _mixture(c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def _mixture(
+    c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T D"], Choices]:
     B, T = x.shape[:2]
     logits = linear(p["router"], x.astype(jnp.float32))
     routes = moe.route(logits.reshape(B * T, -1), c.experts_per_token, c.normalize_router)
@@ -115,7 +121,8 @@ def _mixture(c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"]) 
         for name, q in maps.items()
     }
     expert = functools.partial(_expert, c)
-    return moe.sharded_mixture(x, weights, experts, c.num_experts, maps, expert, kernels=axes, rules=rules)
+    y = moe.sharded_mixture(x, weights, experts, c.num_experts, maps, expert, kernels=axes, rules=rules)
+    return y, (logits, experts)
 
 
 def _expert(c: ModelConfig, maps: Params, dot: Callable, x: Float[Array, "n D"]) -> Float[Array, "n D"]:
@@ -127,8 +134,9 @@ def _expert(c: ModelConfig, maps: Params, dot: Callable, x: Float[Array, "n D"])
 
 def block(
     c: ModelConfig, rules: Rules, p: Params, x: Float[Array, "B T D"], attend: Callable[[jax.Array], jax.Array]
-) -> Float[Array, "B T D"]:
-    """One layer: norms and residual sums as config.block has them, around attention and the MLP.
+) -> tuple[Float[Array, "B T D"], Choices | None]:
+    """One layer: norms and residual sums as config.block has them, around attention and the MLP. Gives its output, and
+    of a mixture of experts what the router chose.
 
     `attend` maps [B, T, D] to attention's output [B, T, D]; it is another for training than for decoding.
     """
@@ -142,13 +150,13 @@ def block(
             attended = norm(c, p["attention_norm"], attended)
     with jax.named_scope("mlp"):
         z = x if c.block == "parallel" else attended
-        y = mlp(c, rules, p["mlp"], norm(c, p["mlp_norm"], z) if before else z)
+        y, choices = mlp(c, rules, p["mlp"], norm(c, p["mlp_norm"], z) if before else z)
         if c.block in ("post", "sandwich"):
             y = norm(c, p["mlp_norm" if c.block == "post" else "mlp_post_norm"], y)
         x = attended + y
         if c.block == "residual":
             x = norm(c, p["mlp_norm"], x)
-    return sharding.constrain(x, ("batch", "time", None), rules)
+    return sharding.constrain(x, ("batch", "time", None), rules), choices
 
 
 @jax.named_scope("embed")

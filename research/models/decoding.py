@@ -146,7 +146,7 @@ class _Step:
             y = cached_attention(q, *entries, mask, scale=c.scale, softcap=c.attention_softcap, memory=memory)
             return blocks.linear(p["attention"]["o"], y, contract=2)
 
-        x = blocks.block(c, self.rules, p, x, attend)
+        x, _ = blocks.block(c, self.rules, p, x, attend)
         return x, entries
 
     def _write(

@@ -23,8 +23,10 @@ from research.models.adapters.types import Adapter
 from research.models.config import REMAT, ModelConfig
 from research.models.decoding import Cache
 from research.models.specs import Params, make_specs
+from research.ops import moe
 from research.ops.attention import self_attention
 from research.ops.head import Head
+from research.ops.moe import Routing
 from research.ops.rope import Angles
 
 Batch = Mapping[str, jax.Array]
@@ -43,6 +45,7 @@ class Model(NamedTuple):
         With `dropout_keys`, uint32 [B, 2], an adapter leaves out a part of its inputs.
       hidden_at: (params, batch, layers) -> (hidden, states): the residual stream [B, T, D] after each of the layers,
         which are numbered from 1; 0 is the embedding, and negative ones count from the end.
+      routed: as `hidden_at`, of a mixture of experts: (hidden, states, Routing of all layers).
       attention_inputs: (params, state, batch, layer) -> queries [B, T, H, h], keys and values [B, T, K, h] of a layer,
         as attention takes them, from the state before it.
       unembed: (params) -> Head, kernel [D, V] or [D, num_labels].
@@ -71,6 +74,7 @@ class Model(NamedTuple):
     of: str = ""
     adapter: Adapter | None = None
     synced: bool = False
+    routed: Callable[..., tuple[jax.Array, tuple[jax.Array, ...], Routing]] | None = None
 
     @property
     def virtual_tokens(self) -> int:
@@ -103,6 +107,7 @@ def make_model(config: ModelConfig, rules: Rules = sharding.RULES, adapter: Adap
         unstack=functools.partial(decoding.unstack, config),
         decode=functools.partial(decoding.decode, config, rules),
         adapter=adapter,
+        routed=functools.partial(routed, config, rules) if config.num_experts else None,
     )
 
 
@@ -122,8 +127,8 @@ def _layer(
     documents: tuple[Int[Array, "B T"], Int[Array, "B T"] | None],
     angles: tuple[Angles | None, Angles | None],
     shared: Params | None,
-) -> Float[Array, "B T D"]:
-    """One layer of training.
+) -> tuple[Float[Array, "B T D"], Routing | None]:
+    """One layer of training: its output, and of a mixture of experts what the router did.
 
     Args:
       p: its parameters, or with a `number` a stack that it is taken from; see _Stack.
@@ -154,7 +159,8 @@ def _layer(
         )
         return blocks.linear(p["attention"]["o"], y, contract=2)
 
-    return blocks.block(c, rules, p, x, attend)
+    x, choices = blocks.block(c, rules, p, x, attend)
+    return x, moe.routing(*choices, (documents[0] > 0).astype(jnp.float32)) if choices else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -179,22 +185,29 @@ class _Stack:
     dropout_keys: Array | None
     shared: Params | None
 
-    def run(self, x: Float[Array, "B T D"], first: int, stop: int) -> Float[Array, "B T D"]:
-        """Layers `first` to `stop` - 1, counted from 0, which lie in one piece."""
+    def run(
+        self, x: Float[Array, "B T D"], first: int, stop: int
+    ) -> tuple[Float[Array, "B T D"], list[Routing | None]]:
+        """Layers `first` to `stop` - 1, counted from 0, which lie in one piece. What their routers did comes in pieces,
+        each of them [layers, ...]; None without routers."""
         period = len(self.config.sliding_window)
         if period == 1:  # one layer a turn: with an axis for the period XLA would copy all weights
-            return jax.lax.scan(lambda x, p: (self._layer(x, p, 0), None), x, self._cut(first, stop))[0]
+            x, routing = jax.lax.scan(lambda x, p: self._layer(x, p, 0), x, self._cut(first, stop))
+            return x, [routing]
         start = min(-(-first // period) * period, stop)
         periods = (stop - start) // period
-        end = start + periods * period
+        end, routings = start + periods * period, []
         if first < start:
-            x = self._unrolled(x, self._cut(first, start), first)
+            x, routing = self._unrolled(x, self._cut(first, start), first)
+            routings.append(routing)
         if periods:
             stacks = jax.tree.map(lambda w: w.reshape(periods, period, *w.shape[1:]), self._cut(start, end))
-            x, _ = jax.lax.scan(lambda x, p: (self._unrolled(x, p, scanned=True), None), x, stacks)
+            x, routing = jax.lax.scan(lambda x, p: self._unrolled(x, p, scanned=True), x, stacks)
+            routings.append(jax.tree.map(lambda y: y.reshape(periods * period, *y.shape[2:]), routing))
         if end < stop:
-            x = self._unrolled(x, self._cut(end, stop))
-        return x
+            x, routing = self._unrolled(x, self._cut(end, stop))
+            routings.append(routing)
+        return x, routings
 
     def _cut(self, first: int, stop: int) -> Params:
         """Layers `first` to `stop` - 1, stacked."""
@@ -205,14 +218,16 @@ class _Stack:
 
     def _unrolled(
         self, x: Float[Array, "B T D"], stack: Params, first: int = 0, scanned: bool = False
-    ) -> Float[Array, "B T D"]:
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        routings = []
         for number in range(jax.tree.leaves(stack)[0].shape[0]):
-            x = self._layer(x, stack, first + number, number, scanned)
-        return x
+            x, routing = self._layer(x, stack, first + number, number, scanned)
+            routings.append(routing)
+        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *routings)
 
     def _layer(
         self, x: Float[Array, "B T D"], p: Params, i: int, number: int | None = None, scanned: bool = True
-    ) -> Float[Array, "B T D"]:
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """Layer i. With a `number`, `p` is a stack, and cut inside of what is recomputed, so that remat keeps no cut.
 
         Outside a scan the compiler must be kept from sharing what is to be computed again.
@@ -232,7 +247,14 @@ def hidden(c: ModelConfig, rules: Rules, params: Params, batch: Batch) -> Float[
 def hidden_at(
     c: ModelConfig, rules: Rules, params: Params, batch: Batch, layers: Sequence[int]
 ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...]]:
-    """See Model.hidden_at.
+    """See Model.hidden_at."""
+    return routed(c, rules, params, batch, layers)[:2]
+
+
+def routed(
+    c: ModelConfig, rules: Rules, params: Params, batch: Batch, layers: Sequence[int]
+) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...], Routing | None]:
+    """See Model.routed; without experts there is no Routing.
 
     A scan ends at each of `layers` and another begins, so that only these states are held; and where a piece of the
     layers ends (params.cut), so that no array of all of them is made.
@@ -244,14 +266,16 @@ def hidden_at(
     documents = (segment_ids, batch.get("prefix") if c.prefix else None)
     stack = _Stack(c, rules, params["layers"], documents, angles, batch.get("dropout_keys"), params.get("vera"))
     x = blocks.embed(c, rules, params, batch["tokens"], positions, batch.get("token_types"))
-    states, first = {0: x}, 0
+    states, first, routings = {0: x}, 0, []
     for stop in sorted({*numbers, *(piece.stop for piece in params_lib.layer_pieces(params["layers"]))} - {0}):
         with jax.named_scope("layers"):
-            x = stack.run(x, first, stop)
+            x, more = stack.run(x, first, stop)
+        routings += more
         first = stop
         if stop in numbers:
             states[stop] = x
-    return blocks.final(c, params, x), tuple(states[number] for number in numbers)
+    routing = jax.tree.map(lambda *pieces: jnp.concatenate(pieces), *routings)
+    return blocks.final(c, params, x), tuple(states[number] for number in numbers), routing
 
 
 def layer_number(c: ModelConfig, layer: int) -> int:

@@ -19,6 +19,7 @@ from research.errors import InputError
 from research.models import kernels, virtual
 from research.models.transformer import HEAD
 from research.ops.losses import cross_entropy
+from research.ops.moe import Routing
 
 Batch = Mapping[str, jax.Array]  # tokens, segment_ids, positions: [B, T] int32; loss_mask: [B, T] float32; ...
 
@@ -104,6 +105,7 @@ class Forward:
             trunk = self._trunks.get(role, role)
             self.states[trunk] = tuple(sorted({*self.states.get(trunk, ()), *layers}))
         self._hidden: dict[str, jax.Array] = {}
+        self._routing: dict[str, Routing] = {}
         self._at: dict[str, dict[int, jax.Array]] = {}
 
     def on(self, batch: Batch) -> "Forward":
@@ -149,8 +151,12 @@ class Forward:
         role = self._trunks.get(role, role)
         if role not in self._hidden:
             model, layers = self.models[role], self.states.get(role, ())
-            if layers:
-                self._hidden[role], states = model.hidden_at(self.params[role], self._seen(role), layers)
+            args = self.params[role], self._seen(role), layers
+            if model.config.num_experts:
+                self._hidden[role], states, self._routing[role] = model.routed(*args)
+                self._at[role] = dict(zip(layers, states, strict=True))
+            elif layers:
+                self._hidden[role], states = model.hidden_at(*args)
                 self._at[role] = dict(zip(layers, states, strict=True))
             else:
                 self._hidden[role] = model.hidden(self.params[role], self._seen(role))
@@ -159,6 +165,20 @@ class Forward:
     def made(self, role: str = "policy") -> Float[Array, "B T D"] | None:
         """The last hidden states of `role` where a pass on the batch has been made, else None."""
         return self._hidden.get(self._trunks.get(role, role))
+
+    def routing(self, role: str = "policy") -> Routing:
+        """What the routers of each layer did with the batch.
+
+        Raises:
+          InputError: the model isn't a mixture of experts.
+        """
+        if not self.models[role].config.num_experts:
+            raise InputError(
+                f"{_section(role)}.num_experts = 0: the model has no router, and the objective is about routers. Leave "
+                "the term out, or set the number of experts."
+            )
+        self.hidden(role)
+        return self._routing[self._trunks.get(role, role)]
 
     def hidden_at(self, layer: int, role: str = "policy") -> Float[Array, "B T D"]:
         """The residual stream after a layer that the objective named in `states`."""

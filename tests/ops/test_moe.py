@@ -1,12 +1,14 @@
 """The mixture of experts against a loop over tokens."""
 
+import goldens
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 
 from research.devices import sharding
-from research.ops.moe import mixture, route, sharded_mixture
+from research.ops.moe import load_balance, mixture, route, routing, sharded_mixture
 
 N, D, F, E = 6, 8, 6, 4
 
@@ -90,3 +92,60 @@ def test_over_devices_it_is_the_same_where_tokens_are_cut_along_the_kernels_axis
     with jax.set_mesh(mesh):
         out = jax.jit(f)(arrays["x"][:4].reshape(4, 1, D), weights, experts)
     np.testing.assert_allclose(out[:, 0], by_loops(arrays, 2, True)[:4], atol=1e-5)
+
+
+def test_devices_meet_no_more_choices_at_once_than_they_have_tokens(arrays):
+    """However many of a group's tokens choose one device's expert, with the gradient too."""
+    rules, mesh = sharding.make_rules({}), sharding.make_mesh({"data": 1, "expert": 4}, jax.devices()[:4])
+    kernels = {"up": ("experts", "embed", "mlp"), "down": ("experts", "mlp", "embed")}
+    params = {"up": jnp.ones((E, D, 7)), "down": jnp.ones((E, 7, D))}  # 7: nothing else has this size
+    x, chosen = jnp.ones((4, 8, D)), jnp.zeros((4, 8, 1), jnp.int32)  # 8 tokens a device, all to the first
+
+    def network(params, dot, x):
+        return dot(jax.nn.silu(dot(x, params["up"])), params["down"])
+
+    def loss(params, x):
+        y = sharded_mixture(x, jnp.ones(chosen.shape), chosen, E, params, network, kernels=kernels, rules=rules)
+        return jnp.sum(jnp.square(y))
+
+    with jax.set_mesh(mesh):
+        program = jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr
+    equations = list(jaxprs.equations(program))
+    rows = [v.aval.shape[0] for e in equations for v in e.outvars if getattr(v.aval, "shape", ())[1:] == (7,)]
+    assert max(rows) == 8
+    loops = [e for e in equations if e.primitive.name == "scan"]
+    inside = [e.primitive.name for loop in loops for e in jaxprs.equations(loop.params["jaxpr"].jaxpr)]
+    assert inside.count("ragged_dot_general") > 2
+    assert not any(name.startswith("psum") and "scatter" not in name for name in inside)  # of the kernels' gradients
+
+
+@pytest.mark.parametrize("case", goldens.load("routers").values(), ids=lambda case: case.name)
+def test_losses_are_those_of_transformers(case):
+    logits, mask = (jnp.asarray(case.inputs[name]) for name in ("logits", "mask"))
+    num_experts, k = logits.shape[-1], case.hparams["experts_per_token"]
+
+    def sums(logits):
+        experts = route(logits.reshape(-1, num_experts), k, normalize=False)[1]
+        return jax.vmap(routing, (0, 0, None))(logits, experts.reshape(*logits.shape[:-1], k), mask)
+
+    def balance(logits, pooled=True):
+        s = sums(logits)
+        tokens = jnp.sum(s.tokens[0])
+        return load_balance(jnp.sum(s.counts, axis=1), tokens, jnp.sum(s.probabilities, axis=1), pooled) / tokens
+
+    loss, gradient = jax.value_and_grad(balance)(logits)
+    np.testing.assert_allclose(loss, case.outputs["load_balance"], rtol=1e-5)
+    np.testing.assert_allclose(gradient, case.outputs["gradient"], atol=1e-6)
+    each = [balance(layer[None]) for layer in logits]
+    np.testing.assert_allclose(balance(logits, pooled=False), np.mean(each), rtol=1e-5)
+    if "z" in case.outputs:
+        s = sums(logits)
+        np.testing.assert_allclose(jnp.sum(s.squares) / jnp.sum(s.tokens), case.outputs["z"], rtol=1e-5)
+
+
+def test_entropies_are_those_of_the_routers_probabilities():
+    logits = jnp.asarray([[[0.0, 0.0, 0.0, 0.0], [90.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]]])
+    sums = routing(logits, jnp.asarray([[[0, 1], [0, 1], [3, 2]]]), jnp.asarray([[1.0, 1.0, 0.0]]))
+    np.testing.assert_allclose(sums.entropies, [np.log(4)], rtol=1e-5)
+    np.testing.assert_array_equal(sums.counts, [[2, 2, 0, 0]])
+    np.testing.assert_array_equal(sums.tokens, [2])
