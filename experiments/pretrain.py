@@ -30,8 +30,8 @@ def get_config(arg: str = ""):
     config.checkpoint.update(every=250, best_metric="eval/loss")
     if "moe" in chosen:
         config.steps, config.seq_len = 300, 128
-        config.objective.terms.update(load_balance=0.01, router_z=0.001)
-        config.model.update(d_model=128, d_ff=256, num_experts=8, experts_per_token=2)
+        config.objective.terms.update(load_balance=0.03, router_z=0.001)
+        config.model.update(num_layers=2, d_model=128, d_ff=256, num_experts=8, experts_per_token=2)
     return base.debug(config) if "debug" in chosen else config
 
 

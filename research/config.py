@@ -362,6 +362,12 @@ def _check_roles(config: Config) -> None:
             f"adapter.init = 'loftq': makes up for what quantising loses, and frozen_dtype = {config.frozen_dtype!r}. "
             "Set that to 'nf4' or 'int8', or choose another init."
         )
+    for where, section in (model_section(config, role) for role in names):
+        if section.precision != "dtype" and config.frozen_dtype in quantized.KINDS:
+            raise InputError(
+                f"{where}.precision = {section.precision!r}: rounds kernels to 8 bits for each product, and "
+                f"frozen_dtype = {config.frozen_dtype!r} holds them rounded already. Set either to its default."
+            )
     for role, pattern in {} if isinstance(config.trainable, str) else config.trainable.items():
         if role not in names:
             raise InputError(f"trainable.{role}: no such role.{did_you_mean(role, names)}")
@@ -486,9 +492,22 @@ def model_config(config: Config, vocab_size: int, backend: str | None = None, ro
 
 
 # Fields that change neither the parameters' names nor their shapes: a config may set them against a checkpoint.
-_FREE = ("remat", "attention", "dtype", "init_std", "max_length", "rope_theta", "rope_scaling", "local_rope_theta")
+_FREE = (
+    "remat",
+    "attention",
+    "dtype",
+    "precision",
+    "init_std",
+    "max_length",
+    "rope_theta",
+    "rope_scaling",
+    "local_rope_theta",
+)
 _FREE += ("prefix", "sliding_window", "norm_eps", "attention_scale", "attention_scale_by_layer")
 _FREE += ("attention_softcap", "logit_softcap")
+
+
+_OF_RUN = ("dtype", "precision", "remat", "attention", "init_from", "new_rows")  # and not of a checkpoint
 
 
 def with_architecture(config: Config, base: ModelConfig, name: str, role: str = "policy") -> Config:
@@ -505,7 +524,7 @@ def with_architecture(config: Config, base: ModelConfig, name: str, role: str = 
     """
     (where, section), values = model_section(config, role), {}
     for field in dataclasses.fields(ModelSection):
-        if field.name in ("dtype", "remat", "attention", "init_from", "new_rows"):  # of this run, not of the checkpoint
+        if field.name in _OF_RUN:
             continue
         value, stored = getattr(section, field.name), getattr(base, field.name)
         untouched = value == field.default

@@ -62,10 +62,10 @@ def project_qkv(
     Queries are divided by `divisor` where the layer has one (see `with_divisors`).
     """
     if "qkv" in p:
-        y = linear(p["qkv"], x)
+        y = linear(p["qkv"], x, precision=c.precision)
         q, k, v = y[..., :-2, :].reshape(*x.shape[:2], c.num_heads, c.dim_per_head), y[..., -2, :], y[..., -1, :]
     else:
-        q, k, v = linears([p["q"], p["k"], p["v"]], x)
+        q, k, v = linears([p["q"], p["k"], p["v"]], x, precision=c.precision)
     if c.qk_norm != "none":
         q, k = norm(c, p["q_norm"], q, center=False), norm(c, p["k_norm"], k, center=False)
     if angles is not None:
@@ -95,12 +95,13 @@ def mlp(
     if c.num_experts:
         return _mixture(c, rules, p, x)
     if "up_gate" in p:
-        both = linear(p["up_gate"], x)
+        both = linear(p["up_gate"], x, precision=c.precision)
         up, gate = both[..., 0, :], both[..., 1, :]
     else:
-        up, gate = linears([p["up"], p["gate"]], x) if c.gated else (linear(p["up"], x), None)
+        up, *gates = linears([p["up"], p["gate"]] if c.gated else [p["up"]], x, precision=c.precision)
+        gate = gates[0] if gates else None
     y = sharding.constrain(_activate(c, up, gate), ("batch", "time", "mlp"), rules)
-    return linear(p["down"], y), None
+    return linear(p["down"], y, precision=c.precision), None
 
 
 def _activate(c: ModelConfig, up: Float[Array, "*n F"], gate: Float[Array, "*n F"] | None) -> Float[Array, "*n F"]:

@@ -8,6 +8,7 @@ import jax
 
 from research import ranges
 from research.errors import InputError, did_you_mean
+from research.ops import low_precision
 from research.ops.attention import IMPLEMENTATIONS
 from research.ops.rope import RopeScaling
 from research.ranges import Count, NotNegative, Positive, Range, Real, Size
@@ -35,6 +36,7 @@ _CHOICES = {
     "qk_norm": ("none", "head", "full"),
     "remat": tuple(REMAT),
     "attention": tuple(IMPLEMENTATIONS),
+    "precision": ("dtype", *low_precision.KINDS),
 }
 
 
@@ -101,6 +103,9 @@ class ModelConfig:
       attention: an implementation of research/ops/attention.py, such as "reference", or "auto", which takes the one
         for this backend and size.
       dtype: of activations and matmuls: float32 or bfloat16.
+      precision: what the linear maps of the layers multiply in: "dtype", or 8 bits: "int8", or "fp8" (e4m3, and e5m2
+        for gradients). Embeddings, the head, norms and attention's own products stay in dtype, and so does the gradient
+        of kernels (docs/models.md). On a CPU 8 bits are emulated, which takes longer.
     """
 
     vocab_size: Size
@@ -148,6 +153,7 @@ class ModelConfig:
     remat: str = "dots"
     attention: str = "auto"
     dtype: str = "float32"
+    precision: str = "dtype"
 
     def __post_init__(self) -> None:
         self._check_sizes_and_choices()
@@ -159,6 +165,11 @@ class ModelConfig:
             )
         if self.num_experts and self.mlp_bias:
             raise InputError("model.mlp_bias = True: experts have no biases. Set it to False.")
+        if self.num_experts and self.precision != "dtype":
+            raise InputError(
+                f"model.precision = {self.precision!r}: experts multiply in model.dtype alone, and model.num_experts = "
+                f"{self.num_experts}. Set it to 'dtype'."
+            )
         self._check_prefix()
         self._check_added_rows()
         if not self.sliding_window:

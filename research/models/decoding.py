@@ -144,7 +144,7 @@ class _Step:
             entries = tuple(map(self._write, entries, new, TIMES, _AXES))
             memory = virtual.memory(p["attention"], q.dtype, self.rules)
             y = cached_attention(q, *entries, mask, scale=c.scale, softcap=c.attention_softcap, memory=memory)
-            return blocks.linear(p["attention"]["o"], y, contract=2)
+            return blocks.linear(p["attention"]["o"], y, contract=2, precision=c.precision)
 
         x, _ = blocks.block(c, self.rules, p, x, attend)
         return x, entries

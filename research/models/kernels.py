@@ -24,30 +24,37 @@ from jaxtyping import Array, Float, Int
 
 from research.models import virtual
 from research.models.specs import Params
-from research.ops import quantized
+from research.ops import low_precision, quantized
 from research.ops.cpu import matmul
 
 ADDED = ("lora", "vera", "ia3")  # what may lie beside a kernel, and isn't the model's
 
 
-def linear(p: Params, x: Float[Array, "..."], contract: int = 1) -> Float[Array, "..."]:
+def linear(p: Params, x: Float[Array, "..."], contract: int = 1, precision: str = "dtype") -> Float[Array, "..."]:
     """x [*rows, *in] times kernel [*in, *out], with what an adapter puts beside it, plus the bias if there is one.
 
     Args:
       p: kernel, and bias [*out] if there is one, and what lies beside them.
       x: floating; the product has its dtype.
       contract: the number of axes of *in.
+      precision: that of the product with the kernel; see ModelConfig. What lies beside it is in the dtype of x.
     """
-    return linears([p], x, contract)[0]
+    return linears([p], x, contract, precision)[0]
 
 
-def linears(maps: Sequence[Params], x: Float[Array, "..."], contract: int = 1) -> list[Float[Array, "..."]]:
+def linears(
+    maps: Sequence[Params], x: Float[Array, "..."], contract: int = 1, precision: str = "dtype"
+) -> list[Float[Array, "..."]]:
     """The same of several maps of one input. Their low-rank parts read it together, and leave out the same of it."""
     narrow = _narrow(maps, x, contract)
     outputs = []
     for p, low in zip(maps, narrow, strict=True):
         scales = p.get("ia3", {})
-        y = quantized.product(x * _row(scales["in"], x) if "in" in scales else x, p["kernel"], contract)
+        y = x * _row(scales["in"], x) if "in" in scales else x
+        if precision == "dtype":
+            y = quantized.product(y, p["kernel"], contract)
+        else:
+            y = low_precision.product(precision, contract, y, quantized.read(p["kernel"], y.dtype))
         if low is not None:
             y = y + _widened(p, low)
         if "magnitude" in p.get("lora", {}):

@@ -157,7 +157,7 @@ def _layer(
             implementation=c.attention,
             spec=sharding.partition(("batch", "time", "heads", "head_dim"), rules),
         )
-        return blocks.linear(p["attention"]["o"], y, contract=2)
+        return blocks.linear(p["attention"]["o"], y, contract=2, precision=c.precision)
 
     x, choices = blocks.block(c, rules, p, x, attend)
     return x, moe.routing(*choices, (documents[0] > 0).astype(jnp.float32)) if choices else None

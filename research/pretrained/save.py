@@ -24,7 +24,7 @@ Params = Any
 
 _CLASSIFIER = "ForSequenceClassification"
 # Fields of ModelConfig on how a model runs or began, which no config.json has.
-_NOT_EXPORTED = ("init_std", "remat", "attention", "dtype")
+_NOT_EXPORTED = ("init_std", "remat", "attention", "dtype", "precision")
 
 
 def choose(c: ModelConfig, origin: dict[str, Any]) -> tuple[ModuleType, dict[str, Any]]:

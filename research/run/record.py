@@ -11,7 +11,7 @@ from typing import Any
 from research import config as config_lib
 from research import digests, loading, params
 from research.config import Config
-from research.devices import distributed, startup
+from research.devices import distributed, sharding, startup
 from research.evals import markers
 from research.files import write_json
 from research.pretrained import wholeness
@@ -98,13 +98,20 @@ def make_writer(config: Config, workdir: str, start_step: int) -> metrics.Writer
     )
 
 
+def _precision(precision: str) -> str:
+    """How the layers' linear maps multiply, where that isn't in the compute dtype."""
+    if precision == "dtype":
+        return ""
+    return f", linear maps in {precision}{' (emulated on a CPU)' if sharding.platform() == 'cpu' else ''}"
+
+
 def describe(writer: metrics.Writer, inputs: Inputs, parts: Parts, step: int) -> None:
     """Says what is about to happen."""
     model, mesh = parts.models["policy"].config, inputs.mesh
     writer.print(f"workdir  {inputs.workdir}")
     writer.print(
         f"model    {params.count(parts.models['policy'].specs) / 1e6:.2f} M parameters, vocabulary {model.vocab_size}, "
-        f"{model.dtype}"
+        f"{model.dtype}{_precision(model.precision)}"
     )
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     writer.print(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}")

@@ -118,7 +118,7 @@ FIELDS: dict[str, Rule] = {
         _SAID,
         "model",
         "norm_eps rope_theta local_rope_theta max_length prefix sliding_window attention_scale "
-        "attention_scale_by_layer attention_softcap logit_softcap dtype",
+        "attention_scale_by_layer attention_softcap logit_softcap dtype precision",
     ),
     **_rules(
         _SAID,
