@@ -76,6 +76,22 @@ def test_trials_are_planted_ones_and_healthy_ones_of_both_parts():
     assert set(healthy.VARIATIONS) == set(setups.SETUPS)
 
 
+def test_trials_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    keys = []
+    monkeypatch.setattr(trials, "run", lambda each, shared: keys.append(each.key) or {"key": each.key, "seconds": 0.0})
+    monkeypatch.setattr(trials.compilation, "use_compilation_cache", lambda folder: None)
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+    starts, output = json.dumps(dict.fromkeys(setups.STARTS, "start")), tmp_path / "out"
+    argv = ["--part=dev", f"--data={tmp_path}", f"--starts={starts}", "--setups=scratch", f"--output={output}"]
+    assert trials.main(argv) == 0
+    path, whole = output / trials.TRIALS_FILE, list(keys)
+    assert len(whole) > 2
+    path.write_text(path.read_text()[:-5])
+    assert trials.main(argv) == 0
+    assert keys == [*whole, whole[-1]]
+    assert [line["key"] for line in trials.read(path)] == whole
+
+
 def test_values_are_filled_in():
     values = {"roles": {"teacher": {"init_from": "{weak}"}}, "data.path": "{data}/x", "steps": 3}
     filled = trials.filled(values, {"data": "d", "weak": "w"})

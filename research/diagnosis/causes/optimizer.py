@@ -255,7 +255,7 @@ CAUSES = (
         name="dropout_too_high",
         group=GROUP,
         stages=("pretrain", "sft", "distill", "classify"),
-        predicts=(Prediction("train_mode_gap", ">", 0.2),),
+        predicts=(Prediction("train_mode_gap", ">", 0.1),),
         sureness=0.9,
         remedy="adapter.dropout = 0.05; the same batch has a far higher loss in training than in evaluation",
         why="So much is left out in training that the model can't use what it has learned.",

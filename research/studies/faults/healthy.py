@@ -118,7 +118,8 @@ _RATES = (1.0, 0.5, 2.0, 1.0, 0.3)  # times the setting's
 
 
 def runs(setup: str, part: str, base_rate: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The (title, values) of the healthy runs of one kind; a third as many to choose thresholds on as to test them.
+    """The (title, values) of the healthy runs of one kind; at most a third as many to choose thresholds on as to test
+    them.
 
     Args:
       setup: of setups.SETUPS.
@@ -128,6 +129,6 @@ def runs(setup: str, part: str, base_rate: float) -> Iterator[tuple[str, dict[st
     for number, values in enumerate(({}, *VARIATIONS[setup])):
         rate = values.get("optimizer.learning_rate", base_rate)
         count = _COUNTS[setup][number > 0]
-        for i in range(count if part == "test" else -(-count // 3)):
+        for i in range(count if part == "test" else count // 3):
             own = {"seed": SEEDS[part] + 10 + i, "optimizer.learning_rate": rate * _RATES[(number + i) % len(_RATES)]}
             yield f"healthy-{number}-{i}", {**values, **own}

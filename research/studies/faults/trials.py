@@ -17,6 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+
 from research import cli, files
 from research.cli import Flag
 from research.config import Config
@@ -99,6 +101,7 @@ def _run(args: SimpleNamespace) -> None:
             file.write(files.json_line(line).decode())
             file.flush()
             print(f"{number}/{len(todo)} {each.key} {line['seconds']:.1f} s", file=sys.stderr, flush=True)
+    jax.clear_caches()  # a study in one process would keep the programs of all its runs, some 40 MB each
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
