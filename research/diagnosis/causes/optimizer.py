@@ -201,7 +201,7 @@ CAUSES = (
         remedy="--config.optimizer.clip_norm=1.0, and look at the batch of that step",
         why="One gradient is far larger than all others, and the loss stays higher after it.",
         source="Pascanu et al. 2013, arXiv:1211.5063; PaLM skips such batches (arXiv:2204.02311, section 5.1)",
-        explains=("lr_too_high", "random_labels", "grad_not_zeroed"),
+        explains=("lr_too_high", "random_labels", "grad_not_zeroed", "untrained_tokens"),
     ),
     Cause(
         name="loss_divided_twice",
