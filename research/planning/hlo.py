@@ -24,7 +24,7 @@ def find_collectives(hlo: str) -> list[Collective]:
     """The collectives of a compiled program's text, those in loops as often as these run; most bytes first.
 
     The bytes of one are those of its result on a chip; where it scatters, those of its operand. The TPU compiler writes
-    an asynchronous one into several computations, which share its channel, and tells an all-reduce that scatters by the
+    an asynchronous one into several computations, which share its channel, or its operation in shard_map, and tells an all-reduce that scatters by the
     name of its computation alone.
     """
     calls: dict[str, Collective] = {}  # channel, or place in the text -> the collective
@@ -88,7 +88,10 @@ def _collective(instruction: re.Match, line: str, computation: str) -> tuple[str
     elif computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     channel = re.search(r"channel_id=(\d+)", line)
-    return channel[1] if channel else f"{computation}/{name}", kind, size
+    if channel and channel[1] != "1":
+        return channel[1], kind, size
+    source = re.search(r'op_name="([^"]*)"', line) if channel else None  # all of shard_map's have channel 1
+    return f"{source[1]}/{shapes}" if source else f"{computation}/{name}", kind, size
 
 
 def _trips(computations: Mapping[str, Sequence[str]], line: str) -> int:

@@ -39,6 +39,9 @@ HLO = """HloModule jit_step, entry_computation_layout={()->f32[]}
 
 %body.5 (p: (s32[])) -> (s32[]) {
   %there = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}
+  %tokens = f32[8]{0} all-to-all(%x), channel_id=1, metadata={op_name="jit(f)/shard_map/tokens"}
+  %sums = f32[2]{0} all-to-all(%x), channel_id=1, metadata={op_name="jit(f)/shard_map/sums"}
+  %part = f32[8]{0} all-to-all(%x), channel_id=1, metadata={op_name="jit(f)/shard_map/tokens"}
 }
 
 %condition.3 (p: (s32[], f32[8,128])) -> pred[] {
@@ -62,6 +65,7 @@ def test_collectives_are_counted_as_often_as_their_loops_run():
         "reduce-scatter": (5 + 1, 5 * 2 * 4 * 128 * 4 + 8 * 128 * 4),
         "all-reduce": (1, 4),
         "collective-permute": (3, 3 * 16),
+        "all-to-all": (2 * 3, 3 * (8 * 4 + 2 * 4)),
     }
 
 
