@@ -100,11 +100,16 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
     from research.evals.teacher_annotations import Teacher
     from research.models import transformer
     from research.run import record, resolve
-    from research.sources import dataset
+    from research.sources import opening
 
     role, section = _section(config, k)
     if name := section.init_from:  # before the data is tokenised
         loading.find(name).config.check_language_model(f"roles.{role} = {name}")
+    if config.data.streaming:
+        raise InputError(
+            "data.streaming = True: annotations are of tokens that are kept. Set it to False, with as much data "
+            "(data.max_records) as the cache has room for."
+        )
     plain = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, annotations=""),
@@ -136,7 +141,7 @@ def annotate(config: Any, output: str, *, k: int = 32, temperature: float = 1.0,
     for line in record.data_warnings(inputs.data.report, config.seq_len):
         print(f"warning  {line}", file=sys.stderr)
     virtual = len(resolve.virtual_ids(config, tokenizer.size))
-    settings = dataset.settings(config_lib.data_spec(config), tokenizer, config.seed, virtual)
+    settings = opening.settings(config_lib.data_spec(config), tokenizer, config.seed, virtual)
     total = teacher.annotate(inputs.data, settings, Path(output))
     print(f"{total:,} tokens annotated: --config.data.annotations={output}", file=sys.stderr)
 

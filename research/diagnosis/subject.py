@@ -16,6 +16,7 @@ from research.diagnosis import examples
 from research.diagnosis.examples import Example
 from research.diagnosis.programs import Programs
 from research.diagnosis.stage import stage_of
+from research.errors import InputError
 from research.objectives.terms import Terms
 from research.pretrained import wholeness
 from research.rollouts import experience as experience_lib
@@ -98,6 +99,11 @@ class Subject:
         Raises:
           InputError: something in the config can't work, or the workdir's checkpoint can't be read.
         """
+        if config.data.streaming:
+            raise InputError(
+                "data.streaming = True: a diagnosis draws from all of the data. Set it to False, and data.max_records "
+                "to what the cache has room for."
+            )
         config, devices = _fitted(config, jax.devices() if devices is None else devices)
         nowhere = os.path.join(tempfile.gettempdir(), "no-run", str(os.getpid()))
         inputs = resolve.resolve(config, workdir or nowhere, devices, step=choose(workdir or nowhere))

@@ -75,7 +75,7 @@ class Teacher:
 
         Args:
           data: of the run.
-          settings: what the data was made with; see sources.dataset.settings.
+          settings: what the data was made with; see sources.opening.settings.
           output: a folder: a new one, or what an earlier call with the same arguments left.
 
         Raises:

@@ -49,4 +49,5 @@ def read(config: Config, terms: Terms, load: Callable[..., Data]) -> dict[str, R
 def _spec(own: config_lib.DataSpec, path: str, mismatches: bool) -> config_lib.DataSpec:
     """How a set is read: as the run's data, whole and in its order."""
     whole = {"path": path, "sources": {}, "eval_path": "", "eval_fraction": 0.0, "select": "", "annotations": ""}
+    whole |= {name: getattr(config_lib.DataSpec, name) for name in ("streaming", "buffer", "eval_records")}
     return dataclasses.replace(own, **whole, shuffle=False, mismatches=mismatches)

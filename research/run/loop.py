@@ -20,6 +20,7 @@ from research.optim import Rates
 from research.rollouts.experience import Experience, Place
 from research.run.checkpoint import Checkpointer
 from research.run.window import Diverged, Window
+from research.sources import streaming
 from research.train import Metrics, TrainState
 
 Evaluate = Callable[[TrainState, Any, int], dict[str, float]]  # (state, frozen, step) -> scores
@@ -82,6 +83,7 @@ class Loop:
                 with self.window.waiting():
                     batch, place, gathered = self.experience.next(state, frozen, place)
                 self.progress(step)
+                self.window.note(streaming.passed(place.source))
                 state, out = self.step(state, frozen, batch, self.rates)
                 if pending is not None:
                     self.window.add(*pending)
@@ -113,6 +115,10 @@ class Loop:
                 self.window.start_clock()
         except Diverged:
             self._save(state, place, {})
+            raise
+        except InputError:  # a record that was streamed: what was learned so far isn't lost with it
+            if first < int(state.step) and not distributed.several():
+                self._save(state, place, {})
             raise
         except Unavailable:  # nothing is under way that a checkpoint could wait for
             if pending is not None:

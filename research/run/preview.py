@@ -14,6 +14,7 @@ from research.config import Config
 from research.objectives.terms import Terms
 from research.run import resolve
 from research.sources import dataset, shown
+from research.sources.types import Source
 
 FILE = "preview.json"
 _WRITTEN = 2  # rows that a run leaves of its first batch
@@ -70,11 +71,9 @@ def of(inputs: resolve.Inputs, *, rows: int, step: int = 1, held_out: bool = Fal
         numbers, title = np.arange(count), f"rows 1 to {count} of {len(data.held_out):,} held out"
         batch = data.held_out.batch(numbers)
     else:
-        source = dataset.make_source(
-            data.train, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle
-        )
+        source = dataset.source_of(data, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle)
         count = min(rows, config.batch_size)
-        batch, _ = source.next({"row": (step - 1) * config.batch_size})
+        batch = _batch(source, step, config.batch_size, bool(data.streams))
         batch = {name: value[:count] for name, value in batch.items()}
         title = f"step {step}: {count} of {config.batch_size} rows of {config.seq_len:,} tokens"
     progress.say("reading rows")
@@ -84,6 +83,16 @@ def of(inputs: resolve.Inputs, *, rows: int, step: int = 1, held_out: bool = Fal
     names = [source["name"] for source in data.report["sources"][: len(stores)]]
     room = config.seq_len - len(data.train[0][0].virtual)
     return Preview(title, seen, facts(inputs), shown.lengths(names, stores, room, config.data.on_long))
+
+
+def _batch(source: Source, step: int, batch_size: int, streamed: bool) -> dict[str, np.ndarray]:
+    """The batch of a step, from 1. What is streamed is read up to there."""
+    if not streamed:
+        return source.next({"row": (step - 1) * batch_size})[0]
+    state = source.init()
+    for _ in range(step):
+        batch, state = source.next(state)
+    return batch
 
 
 def what_is_learned(
@@ -116,13 +125,14 @@ def facts(inputs: resolve.Inputs) -> list[str]:
     """Lines about the whole of the data."""
     config, counts = inputs.config, inputs.data.report["train"]
     learned = counts["supervised_tokens"] / max(counts["tokens"], 1)
+    streamed = "streamed; the first blocks: " if inputs.data.streams else ""
     lines = [
-        f"{counts['examples']:,} examples in {counts['rows']:,} rows, of which {counts['packing_efficiency']:.1%} is "
-        f"text; {learned:.1%} of the tokens can be learned"
+        f"{streamed}{counts['examples']:,} examples in {counts['rows']:,} rows, of which "
+        f"{counts['packing_efficiency']:.1%} is text; {learned:.1%} of the tokens can be learned"
     ]
     if config.rewards:
         lines.append("with rewards the policy answers the prompts of the data itself: nothing of these rows is learned")
-    elif len(inputs.data.train) == 1:
+    elif len(inputs.data.train) == 1 and not inputs.data.streams:
         steps = counts["rows"] / config.batch_size
         epochs = config.steps / steps if steps else 0.0
         lines.append(

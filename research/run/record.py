@@ -185,7 +185,11 @@ def describe_data(say: Callable[[str], None], report: dict[str, Any], drawn: int
             )
             if source.get(name)
         )
-        say(f"data     {source['name']}: {source['records']:,} records{files}{compared}{twice}{bad}")
+        streamed = "streamed, of which the first " if source.get("streamed") else ""
+        if source.get("streamed") and not source["records"]:
+            say(f"data     {source['name']}: streamed{files} after what is in front of it")
+            continue
+        say(f"data     {source['name']}: {streamed}{source['records']:,} records{files}{compared}{twice}{bad}")
     for line in source_table(report, drawn):
         say(f"data     {line}")
     for line in markers.source_lines(report):
@@ -194,7 +198,8 @@ def describe_data(say: Callable[[str], None], report: dict[str, Any], drawn: int
         counts = report[part]
         faults = {k: n for k, n in counts.items() if k.startswith(("too_long", "nothing_supervised")) and n}
         say(
-            f"data     {part.replace('_', '-')}: {counts['examples']:,} examples, {counts['tokens']:,} tokens "
+            f"data     {part.replace('_', '-')}: {'the first ' if counts.get('streamed') else ''}"
+            f"{counts['examples']:,} examples, {counts['tokens']:,} tokens "
             f"({counts['supervised_tokens']:,} supervised) in {counts['rows']:,} rows, packing efficiency "
             f"{counts['packing_efficiency']:.1%}" + "".join(f", {n:,} {k.replace('_', ' ')}" for k, n in faults.items())
         )
@@ -213,10 +218,11 @@ def source_table(report: dict[str, Any], drawn: int = 0) -> list[str]:
         ["source", "examples", "tokens", "learned", *["of rows"] * weighted, "of tokens", *["epochs"] * bool(drawn)]
     ]
     for source in sources:
-        learned = source["supervised_tokens"] / max(source["tokens"], 1)
-        row = [source["name"], f"{source['examples']:,}", f"{source['tokens']:,}", f"{learned:.1%}"]
+        row = [source["name"], *_counts_of(source)]
         row += [f"{source['row_share']:.1%}"] if weighted else []
-        rows.append([*row, f"{source['share']:.1%}", *([f"{drawn * source['passes']:.2f}"] if drawn else [])])
+        row += ["-" if source["share"] is None else f"{source['share']:.1%}"]
+        passes = "-" if source["passes"] is None else f"{drawn * source['passes']:.2f}"
+        rows.append([*row, *[passes] * bool(drawn)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -224,6 +230,15 @@ def source_table(report: dict[str, Any], drawn: int = 0) -> list[str]:
         )
         for row in rows
     ]
+
+
+def _counts_of(source: dict[str, Any]) -> list[str]:
+    """Examples, tokens and which part of them is learned, of a source in a table. A stream's are known of its first
+    block alone."""
+    if source.get("streamed"):
+        return ["streamed", "streamed", "-" if source["learned"] is None else f"{source['learned']:.1%}"]
+    learned = source["supervised_tokens"] / max(source["tokens"], 1)
+    return [f"{source['examples']:,}", f"{source['tokens']:,}", f"{learned:.1%}"]
 
 
 def data_warnings(report: dict[str, Any], seq_len: int) -> list[str]:

@@ -24,7 +24,7 @@ from research.models import adapters
 from research.objectives import Terms
 from research.pretrained import wholeness
 from research.run import assemble, checkpoint, checks, eval_sets, metrics, resume, rollouts
-from research.sources import adaptive, annotations, dataset, fields, identity, tokenizers
+from research.sources import adaptive, annotations, dataset, fields, identity, opening, tokenizers
 from research.sources.prompts import Prompts
 from research.sources.rows import Rows
 from research.sources.types import Source
@@ -150,10 +150,16 @@ def resolve(
     )
     sets = eval_sets.read(config, terms, load) if config.eval.every else {}
     rows = sharding.local_rows(mesh, config.batch_size, sharding.make_rules(config.rules))
-    make_source = adaptive.make_source if checks.drawing_term(config, terms) else dataset.make_source
-    source = make_source(
-        data.train, batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle, mine=rows
-    )
+    order = {"batch_size": config.batch_size, "seed": config.seed, "shuffle": config.data.shuffle, "mine": rows}
+    if name := checks.drawing_term(config, terms):
+        if data.streams:
+            raise InputError(
+                f"objective.terms.{name}: draws the sources by chances that change, and a stream is read in one order. "
+                "Set data.streaming to False."
+            )
+        source = adaptive.make_source(data.train, **order)
+    else:
+        source = dataset.source_of(data, **order)
     return Inputs(
         config=config,
         workdir=workdir,
@@ -226,8 +232,9 @@ def with_steps(config: Config, data: dataset.Data) -> Config:
     """
     if not config.epochs:
         return config
-    if config.rewards or len(data.train) > 1:
+    if config.rewards or data.streams or len(data.train) > 1:
         reason = "answers are trained on, and not rows" if config.rewards else "rows are drawn by weight"
+        reason = "how many rows a stream has isn't known (data.streaming)" if data.streams else reason
         raise InputError(f"epochs = {config.epochs}: {reason}, so that there are none. Set steps, and epochs to 0.")
     steps = max(1, math.ceil(config.epochs * len(data.train[0][0]) / config.batch_size - 1e-9))
     optim.make_schedule(config.optimizer, steps)
@@ -240,6 +247,12 @@ def _check_held_out(config: Config, data: dataset.Data) -> None:
         return
     counts, fraction = data.report["held_out"], config.data.eval_fraction
     lost = counts.get("too_long_dropped", 0) + counts["nothing_supervised"]
+    if data.streams and not lost:
+        raise InputError(
+            f"eval.every = {config.eval.every}: nothing of a stream is held out by chance (data.streaming). Set "
+            "data.eval_records to hold out its first records, name data.eval_path, or set eval.every = 0 and "
+            "checkpoint.best_metric = ''."
+        )
     if lost:
         reason, remedy = f"all {lost:,} records held out are longer than seq_len = {config.seq_len}", "Raise seq_len"
     elif not fraction:
@@ -345,7 +358,7 @@ def read_data(
     spec = dataclasses.replace(spec, mismatches="mismatched" in reads)
     data = dataset.load(spec, config.tokenizer, tokenizer, seed=config.seed, teacher=teacher, virtual=virtual)
     if config.data.num_classes and data.train[0][0].stores[0].labels is None:
-        raise dataset.without_labels("num_classes", config.data.num_classes)
+        raise opening.without_labels("num_classes", config.data.num_classes)
     _check_teachers(config, bases, terms, tokenizer)
     _check_prompts(config, terms, data)
     return data, terms

@@ -137,7 +137,7 @@ FIELDS: dict[str, Rule] = {
         _DATA,
         "data",
         "path sources eval_path eval_fraction format fields template pack shuffle on_bad_record on_long labels "
-        "num_classes prompt examples max_records select annotations weights",
+        "num_classes prompt examples max_records select annotations weights streaming buffer eval_records",
     ),
     "data.cache_dir": _FREE,
     **_rules(

@@ -152,7 +152,8 @@ def measure_first(
 def epoch_rows(inputs: resolve.Inputs) -> int:
     """How many rows of data an epoch has; 0 where there are no epochs: rows are drawn by weight, or answers are."""
     train = inputs.data.train
-    return len(train[0][0]) if len(train) == 1 and inputs.prompts is None else 0
+    known = len(train) == 1 and not inputs.data.streams and inputs.prompts is None
+    return len(train[0][0]) if known else 0
 
 
 def _owned(workdir: str) -> contextlib.AbstractContextManager[None]:

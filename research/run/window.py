@@ -58,7 +58,7 @@ class Window:
         self._new = 0  # batches of this window that no step before had
         self._of_rewards = notices.Constant(rewards or {})
         self._find_peak, self.peak, self._watch = find_peak, None, watch
-        self._epoch_rows, self._rows = epoch_rows, 0
+        self._epoch_rows, self._rows, self._passed = epoch_rows, 0, {}
         self._shown = time.perf_counter()
         self.steps: list[Metrics] = []
         self._skipped, self._made = 0, 0  # updates
@@ -92,6 +92,10 @@ class Window:
     def begin_at(self, rows: int) -> None:
         """Says how many rows of data were drawn before the next step."""
         self._rows = rows
+
+    def note(self, passed: Mapping[str, float]) -> None:
+        """Says how far streams were read (sources.streaming.passed)."""
+        self._passed = passed
 
     def show_first(self, step: int, out: Metrics, seconds: float) -> None:
         """Shows the first step; `seconds` went by since the process started."""
@@ -177,6 +181,7 @@ class Window:
                 values["mfu"] = values["tokens_per_second"] * self.flops_per_token / self.peak
         if self._epoch_rows:
             values["epoch"] = self._rows / self._epoch_rows
+        values |= self._passed
         self._notice(values)
         self._shown = time.perf_counter()
         self.writer.write(step, {f"train/{name}": value for name, value in values.items()})

@@ -2,74 +2,28 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from research.errors import InputError
-from research.sources import answers, fields, mixture, rows, selected
+from research.sources import fields, mixture, opening, rows, selected, streamed, streaming
 from research.sources import spec as spec_lib
 from research.sources.cache import digest
-from research.sources.entries import Origin, locate
-from research.sources.rows import Part, Rows
+from research.sources.data import Data
+from research.sources.entries import Origin
+from research.sources.examples import Example, read_examples
+from research.sources.rows import Rows
 from research.sources.spec import DataSpec, Entry
-from research.sources.store import READING, SAMPLES, Example, Store, open_store, open_view, read_examples
+from research.sources.store import READING
 from research.sources.tokenizers import Tokenizer, TokenizerSpec, make_tokenizer
 from research.sources.types import Source, State
 
 _TOKENIZER_CHARS = 100_000_000  # a trained tokenizer sees at most so much text, shared among the sources
 _KEYS = 2**64
-_OF_ROWS = (
-    "weights",
-    "pack",
-    "shuffle",
-    "in_order",
-    "mismatches",
-    "keep_records",
-    "eval_fraction",
-    "annotations",
-    "cache_dir",
-)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Data:
-    """A run's data, ready to be batched.
-
-    Attributes:
-      tokenizer: the one that made the tokens.
-      source_names: of the sources, in order; where data.sources names two or more, a batch's `source` counts them.
-      train: (rows, weight) of each part of a weighted mixture; one part, of weight 1, where there are no
-        weights.
-      held_out: rows for evaluation; none where eval_fraction is 0 and there is no eval_path.
-      held_out_records: at most 256 held-out records with prompts (prompt, response or messages, and whatever
-        else they held), one a prompt, in random order: for evaluations that generate.
-      held_out_templates: how each of them is put to a model: the template of its source.
-      report: counts of all that was read, dropped, cut and packed.
-    """
-
-    tokenizer: Tokenizer
-    source_names: tuple[str, ...]
-    train: list[tuple[Rows, float]]
-    held_out: Rows
-    held_out_records: list[dict[str, Any]]
-    held_out_templates: list[str]
-    report: dict[str, Any]
-
-
-class _Input(NamedTuple):
-    """An entry of the data, with what was read of it; `plain` where that are texts, of which all is learned."""
-
-    entry: Entry
-    origin: Origin
-    store: Store
-    teacher: Store | None
-    plain: bool
 
 
 def load(
@@ -102,38 +56,45 @@ def load(
         )
     entries, weights = spec_lib.entries(spec)
     spec = dataclasses.replace(spec, in_order=selected.is_curriculum(entries, spec))
-    train_on, eval_on = _located(spec, seed)
+    train_on, eval_on = opening.located(spec, seed)
     if tokenizer is None:
         tokenizer = with_special_tokens(_make_tokenizer(tokenizer_spec, train_on, eval_on, spec), tokenizer_spec, spec)
     room = spec.seq_len - len(virtual)
     short = dataclasses.replace(spec, seq_len=room)
-    inputs = _same_classes([_open(*each, short, tokenizer, teacher) for each in (*train_on, *eval_on)], spec)
-    inputs = _with_prefixes(inputs)
+    if spec.streaming:
+        return streamed.load(train_on, eval_on, weights, spec, tokenizer, seed=seed, teacher=teacher, virtual=virtual)
+    inputs = [opening.open_input(*each, short, tokenizer, teacher) for each in (*train_on, *eval_on)]
+    inputs = opening.same_classes(inputs, spec)
+    inputs = opening.with_prefixes(inputs)
     train_inputs, eval_inputs = inputs[: len(entries)], inputs[len(entries) :]
 
     to_train, to_eval, limit = _split(train_inputs, eval_inputs, spec.eval_fraction)
-    parts = _parts(train_inputs, to_train)
+    parts = opening.parts_of(train_inputs, to_train)
     rng = np.random.default_rng(seed) if spec.shuffle else None
     groups = [parts] if weights is None else [[part] for part in parts]
     placed = [rows.lay_out(group, spec, rng, virtual) for group in groups]
     counts = [count for _, counts in placed for count in counts]
     sums = [sum(counts, Counter()) for _, counts in placed]
-    _check_left(sums, [len(each) for each, _ in placed], entries, spec, len(virtual))
+    names = [entry.name for entry in entries] if len(placed) > 1 else [", ".join(spec.sources) or spec.path]
+    opening.check_left(sums, [len(each) for each, _ in placed], names, spec, len(virtual))
     if weights is not None and spec.weights == "tokens":  # a row of each part has so many tokens on average
         filled = [count["tokens"] / len(each) for count, (each, _) in zip(sums, placed, strict=True)]
         weights = [weight / tokens for weight, tokens in zip(weights, filled, strict=True)]
-    held_out, eval_counts = rows.lay_out(_parts(eval_inputs or train_inputs, to_eval), spec, None, virtual)
-    finish = functools.partial(_finish, inputs=inputs, spec=short, tokenizer=tokenizer, teacher=teacher, seed=seed)
+    eval_parts = opening.parts_of(eval_inputs or train_inputs, to_eval)
+    held_out, eval_counts = rows.lay_out(eval_parts, spec, None, virtual)
+    finish = functools.partial(
+        opening.finished, inputs=inputs, spec=short, tokenizer=tokenizer, teacher=teacher, seed=seed
+    )
     train = list(zip([finish(each) for each, _ in placed], weights or [1.0], strict=True))
     report = {
         "tokenizer_size": tokenizer.size,
         "sources": _report_sources(inputs, train, counts, eval_counts),
         "train": rows.report(counts, sum(len(each) for each, _ in train), parts, spec),
-        "held_out": rows.report(eval_counts, len(held_out), _parts(eval_inputs or train_inputs, to_eval), spec),
+        "held_out": rows.report(eval_counts, len(held_out), eval_parts, spec),
     }
     if eval_inputs:
         report["train"]["dropped_as_in_eval_path"] = sum(int(np.sum(~mask)) for mask in to_train)
-    samples = _samples(eval_inputs or train_inputs, limit, room)
+    samples = opening.samples(eval_inputs or train_inputs, limit, room)
     return Data(
         tokenizer=tokenizer,
         source_names=spec_lib.names(spec),
@@ -157,7 +118,7 @@ def build_tokenizer(spec: DataSpec, tokenizer_spec: TokenizerSpec, seed: int = 0
     Args and errors: see `load`.
     """
     spec_lib.check(spec)
-    return _make_tokenizer(tokenizer_spec, *_located(spec, seed), spec)
+    return _make_tokenizer(tokenizer_spec, *opening.located(spec, seed), spec)
 
 
 def with_special_tokens(tokenizer: Tokenizer, tokenizer_spec: TokenizerSpec, spec: DataSpec) -> Tokenizer:
@@ -167,23 +128,6 @@ def with_special_tokens(tokenizer: Tokenizer, tokenizer_spec: TokenizerSpec, spe
     tokenizer = tokenizer.with_tokens(spec_lib.needed_tokens(spec, tokenizer))
     tokenizer = tokenizer.with_variables(spec_lib.noted_tokens(spec, tokenizer))
     return tokenizer.with_infilling(spec_lib.infilling_note(spec, tokenizer))
-
-
-def _located(spec: DataSpec, seed: int) -> tuple[list[tuple[Entry, Origin]], list[tuple[Entry, Origin]]]:
-    """The entries to train on and those to evaluate, each with where it lies."""
-    train_on = [(entry, _locate(entry, seed, spec, entry.options.select)) for entry in spec_lib.entries(spec)[0]]
-    return train_on, [(entry, _locate(entry, seed + 1, spec)) for entry in spec_lib.eval_entries(spec)]
-
-
-def settings(spec: DataSpec, tokenizer: Tokenizer, seed: int, virtual: int = 0) -> dict[str, Any]:
-    """What decides the tokens of a run, and where documents are cut: `virtual` tokens in front of each leave them so
-    much less of data.seq_len. Not how they are packed and ordered."""
-    values = dataclasses.asdict(spec)
-    unset = [name for name in ("sources", "select") if not values[name]]
-    skipped = ("seq_len", *_OF_ROWS, *unset)
-    of_data = {f"data.{name}": value for name, value in values.items() if name not in skipped}
-    known = {"tokenizer": f"{tokenizer.fingerprint()} ({tokenizer.size} tokens)", "seq_len": spec.seq_len - virtual}
-    return known | of_data | {"seed": seed}
 
 
 def make_source(
@@ -228,6 +172,16 @@ def make_source(
     return Source(spec, init, next_batch)
 
 
+def source_of(
+    data: Data, *, batch_size: int, seed: int, shuffle: bool = True, mine: Sequence[int] | None = None
+) -> Source:
+    """The source of a run's batches, of rows that lie in the cache or are streamed. Args: see `make_source`."""
+    if not data.streams:
+        return make_source(data.train, batch_size=batch_size, seed=seed, shuffle=shuffle, mine=mine)
+    weights, spec = [weight for _, weight in data.train], data.train[0][0].spec(batch_size)
+    return streaming.make_source(data.streams, weights, spec, batch_size=batch_size, mine=mine)
+
+
 def eval_batches(
     held_out: Rows,
     batch_size: int,
@@ -243,123 +197,6 @@ def eval_batches(
     index = np.arange(count) * len(held_out) // max(count, 1)
     index = np.concatenate([index, np.full(-count % batch_size, -1)])
     return (held_out.batch(each if mine is None else each[np.asarray(mine)]) for each in index.reshape(-1, batch_size))
-
-
-def _comma(entry: Entry, spec: DataSpec) -> str:
-    """Says how to write a path with a comma, where `entry` is a piece of one that is there."""
-    if spec.sources or "," not in (whole := spec.eval_path if entry.field == "data.eval_path" else spec.path):
-        return ""
-    pieces = whole.split(",")
-    for first, last in itertools.combinations(range(len(pieces)), 2):
-        path = ",".join(pieces[first : last + 1]).strip()
-        if entry.path in path and Path(path).expanduser().exists():
-            option = "eval_path" if entry.field == "data.eval_path" else "path"
-            return (
-                f" A comma parts entries, and {path!r} is there: name it in data.sources, as in "
-                f"data.sources={{'NAME': {{{option!r}: {path!r}}}}}, and leave {entry.field} empty."
-            )
-    return ""
-
-
-def _locate(entry: Entry, seed: int, spec: DataSpec, select: str = "") -> Origin:
-    try:
-        origin = locate(entry.path, count=entry.options.examples, seed=seed)
-    except InputError as e:
-        raise InputError(f"{entry.field}: {e}{_comma(entry, spec)}") from e
-    if select:
-        field = entry.select_field(spec)
-        origin = selected.of_origin(origin, selected.read(select, field), (field, entry.field))
-    most = entry.options.max_records or None
-    return origin._replace(identity=[origin.identity, most], read=lambda: itertools.islice(origin.read(), most))
-
-
-def _open(entry: Entry, origin: Origin, spec: DataSpec, tokenizer: Tokenizer, teacher: Tokenizer | None) -> _Input:
-    options = entry.options
-    if options.view and teacher is not None:
-        raise InputError(
-            f"data.sources.{entry.name}.view: a teacher reads the same documents in its own tokens, and a view is of "
-            "the policy's. Take the view out, or use a teacher with the policy's tokenizer."
-        )
-    if options.view and spec.keep_records:
-        raise InputError(
-            f"data.sources.{entry.name}.view: shows other documents than the records that rewards judge by. Take the "
-            "view out."
-        )
-
-    def tokens(tokenizer: Tokenizer) -> Store:
-        return open_store(
-            origin,
-            tokenizer,
-            format=options.format,
-            fields=options.fields,
-            template=options.template,
-            on_bad_record=options.on_bad_record,
-            classes=entry.classes(spec),
-            cache_dir=spec.cache_dir,
-            keep_records=spec.keep_records,
-        )
-
-    store, other = tokens(tokenizer), None if teacher is None else tokens(teacher)
-    if other is not None and not np.array_equal(store.key, other.key):
-        raise InputError(
-            f"{entry.field}: {entry.name!r} has records that the chat template of the policy or that of the teacher "
-            "refuses, and not the other, so that they read different records. Drop these, or name another template."
-        )
-    plain = store.mask is None and store.labels is None and store.answers is None
-    if options.view:
-        store = open_view(store, options.view, f"data.sources.{entry.name}.view", spec.seq_len, tokenizer)
-    return _Input(entry, origin, store, other, plain)
-
-
-def without_labels(name: str, value: Any) -> InputError:
-    """What is said of a field of the data section that says something of labels, where there are none."""
-    return InputError(
-        f"data.{name} = {value!r}: has no effect, since the data has no labels. Leave it out, or set data.format to "
-        "'labelled'."
-    )
-
-
-def _same_classes(inputs: list[_Input], spec: DataSpec) -> list[_Input]:
-    """The inputs with labels over the same number of classes."""
-    labelled = [each.store.labels is not None for each in inputs]
-    if not any(labelled):
-        if spec.labels:
-            raise without_labels("labels", spec.labels)
-        return inputs
-    if not all(labelled):
-        raise InputError(
-            f"{_field(spec)}: some entries have labels, and others none. Train on them in runs of their own."
-        )
-    seen = max(each.store.labels.shape[1] for each in inputs)
-    C = spec.num_classes or max(seen, len(spec.labels))
-    if seen > C:
-        raise InputError(f"data.num_classes: {C} is fewer than the labels have, {seen}. Set it to 0 to follow them.")
-
-    def padded(store: Store) -> Store:
-        return dataclasses.replace(store, labels=np.pad(store.labels, ((0, 0), (0, C - store.labels.shape[1]))))
-
-    return [each._replace(store=padded(each.store)) for each in inputs]
-
-
-def _with_prefixes(inputs: list[_Input]) -> list[_Input]:
-    """Where a view gives prefixes to one source, the prompts of the others are theirs: a batch has the field or not."""
-    if not any("prefix" in each.store.fields for each in inputs):
-        return inputs
-    return [
-        each
-        if "prefix" in each.store.fields or each.store.mask is None
-        else each._replace(store=_with_prompts(each.store))
-        for each in inputs
-    ]
-
-
-def _with_prompts(store: Store) -> Store:
-    """The store, with what stands before the first token to be predicted of each example as its prefix."""
-    prefix = np.zeros(len(store.tokens), bool)
-    ends = np.cumsum(store.length)
-    for start, end in zip(ends - store.length, ends, strict=True):
-        prefix[start : start + int(np.argmax(store.mask[start:end]))] = True
-    return dataclasses.replace(store, fields={**store.fields, "prefix": prefix})
 
 
 def _make_tokenizer(
@@ -403,7 +240,7 @@ def _make_tokenizer(
 
 
 def _split(
-    inputs: Sequence[_Input], eval_inputs: Sequence[_Input], fraction: float
+    inputs: Sequence[opening.Input], eval_inputs: Sequence[opening.Input], fraction: float
 ) -> tuple[list[np.ndarray], list[np.ndarray], int]:
     """Returns which examples of each input to train on, and which of each of `eval_inputs or inputs` to hold out, as
     lists of [E] bool; of the latter, all have keys below the number that comes third."""
@@ -426,61 +263,8 @@ def _held_out_below(keys: np.ndarray, fraction: float) -> int:
     return min(max(int(fraction * _KEYS), least + 1), greatest)
 
 
-def _parts(inputs: Sequence[_Input], examples: Sequence[np.ndarray]) -> list[Part]:
-    return [Part(each.store, mask, each.teacher) for each, mask in zip(inputs, examples, strict=True)]
-
-
-def _finish(
-    each: Rows, *, inputs: Sequence[_Input], spec: DataSpec, tokenizer: Tokenizer, teacher: Tokenizer | None, seed: int
-) -> Rows:
-    """The rows with what else batches hold: which source, fields of views, a teacher's tokens or annotations."""
-    extra = {name: values.shape[1:] for one in inputs for name, values in one.store.fields.items()}
-    said = [answers.field_names(one.store.answers) for one in inputs if one.store.answers is not None]
-    extra |= {name: () for names in said for name in names}
-    if spec.mismatches and "desirable" in extra:
-        extra |= {"mismatched": ()}
-    numbers = {id(one.store): one.entry.number for one in inputs}
-    each = dataclasses.replace(each, extra=extra)
-    if len(spec.sources) > 1:
-        each = dataclasses.replace(each, sources=tuple(numbers[id(store)] for store in each.stores))
-    if teacher is not None:
-        each = dataclasses.replace(each, token_sizes=(tokenizer.token_bytes(), teacher.token_bytes()))
-    if spec.annotations:
-        each = rows.annotated(each, spec.annotations, settings(spec, tokenizer, seed))
-    return each
-
-
-def _field(spec: DataSpec) -> str:
-    return "data.sources" if spec.sources else "data.path"
-
-
-def _check_left(
-    counts: Sequence[Counter[str]], sizes: Sequence[int], entries: Sequence[Entry], spec: DataSpec, virtual: int
-) -> None:
-    """Raises InputError where a part of the mixture has no row; the message says what became of its records."""
-    names = [entry.name for entry in entries] if len(sizes) > 1 else [", ".join(spec.sources) or spec.path]
-    room = f"data.seq_len={spec.seq_len}" + (f" less {virtual} virtual tokens" if virtual else "")
-    for count, size, name in zip(counts, sizes, names, strict=True):
-        faults = {
-            f"{count['too_long']} longer than {room}": count["too_long"],
-            f"{count['nothing_supervised']} cut before their answer": count["nothing_supervised"],
-        }
-        if size:
-            continue
-        dropped = ", ".join(text for text, n in faults.items() if n) or "all of it is held out or in data.eval_path"
-        remedy = "give other data, or other data to evaluate on"
-        if any(faults.values()):
-            truncate = "" if spec.on_long == "truncate" or not count["too_long"] else "set data.on_long='truncate', "
-            remedy = f"raise data.seq_len, {truncate}or give shorter records"
-        raise InputError(f"{_field(spec)}: nothing of {name!r} is left to train on ({dropped}). {_capital(remedy)}.")
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
 def _report_sources(
-    inputs: Sequence[_Input],
+    inputs: Sequence[opening.Input],
     train: Sequence[tuple[Rows, float]],
     counts: Sequence[Counter[str]],
     eval_counts: Sequence[Counter[str]],
@@ -511,14 +295,3 @@ def _report_sources(
     for source, count in zip(report[len(counts) :] or report, eval_counts, strict=True):
         source["held_out_examples"] = count["examples"]
     return report
-
-
-def _samples(inputs: Sequence[_Input], limit: int, seq_len: int) -> list[tuple[dict[str, Any], str]]:
-    """Held-out records of keys below `limit`, one a prompt, with the templates of their sources."""
-    one_a_prompt = {
-        sample["key"]: (sample["record"], each.entry.options.template)
-        for each in inputs
-        for sample in each.store.samples
-        if sample["key"] < limit and sample["length"] <= seq_len
-    }
-    return [one_a_prompt[key] for key in sorted(one_a_prompt)[:SAMPLES]]

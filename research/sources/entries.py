@@ -23,6 +23,9 @@ _COUNTED = 2**34  # bytes of files whose lines are counted
 _BOM = b"\xef\xbb\xbf"
 
 
+Position = list[int]  # where to read on, of JSON types: of files the number of the file, bytes and records before
+
+
 class Origin(NamedTuple):
     """One entry of a mixture, found and not yet read.
 
@@ -33,6 +36,9 @@ class Origin(NamedTuple):
       generated: made by a program, so that a record that comes twice is of no use.
       summary: which files were found where the entry names several: "3 .jsonl files"; else "".
       count: () -> how many records it has, as far as that is known before they are read: 0 where it isn't.
+      stream: where to begin, [] for the first record -> (where to go on, where, raw record), of each record as it is
+        read; None where what it holds isn't read record by record.
+      size: bytes of its files; 0 where that isn't known.
     """
 
     name: str
@@ -41,9 +47,11 @@ class Origin(NamedTuple):
     generated: bool = False
     summary: str = ""
     count: Callable[[], int] = lambda: 0
+    stream: Callable[[Position], Iterator[tuple[Position, str, Raw]]] | None = None
+    size: int = 0
 
 
-def locate(entry: str, *, count: int, seed: int) -> Origin:
+def locate(entry: str, *, count: int, seed: int, streaming: bool = False) -> Origin:
     """Finds what one entry of data.path names.
 
     Args:
@@ -52,6 +60,7 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
         `datasets.save_to_disk`; hf:NAME[:CONFIG][:SPLIT]; tasks:NAME[/LEVEL]; grammar:NAME[/SIZE];
         preferences:TASK[/LEVEL][/FLIP][/subtle]; reasoning_gym:NAME; builtin:python_docs or builtin:python_topics.
       count, seed: how many records to generate, and from which seed, where the entry names a generator.
+      streaming: of hf:, nothing is downloaded before it is read.
 
     Raises:
       InputError: there is no such thing; a missing file's message names the nearest that is there.
@@ -77,7 +86,7 @@ def locate(entry: str, *, count: int, seed: int) -> Origin:
             raise InputError(f"there is no {entry!r}.{did_you_mean(rest, known)}")
         return _generated(entry, stdlib_text, known[rest], [sys.version])
     if scheme == "hf":
-        return _hub(entry, rest)
+        return _hub(entry, rest, streaming)
     return _files(entry)
 
 
@@ -112,26 +121,57 @@ def _generated(
     return Origin(name, [name, code_digest(module.__file__), *identity], read, generated=True, count=lambda: count)
 
 
-def _hub(entry: str, rest: str) -> Origin:
+def _hub(entry: str, rest: str, streaming: bool = False) -> Origin:
     parts = re.fullmatch(r"(?P<name>[^:]+)(:(?P<config>[^:\[]+))??(:(?P<split>[^:\[]+(\[.*\])?))?", rest)
     if parts is None:
         raise InputError(f"{entry!r} is not of the form hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
     datasets = _import_datasets(entry)
     try:
-        loaded = datasets.load_dataset(parts["name"], parts["config"], split=parts["split"] or "train")
+        loaded = datasets.load_dataset(
+            parts["name"], parts["config"], split=parts["split"] or "train", streaming=streaming
+        )
     except Exception as e:  # the network, the hub and each data set's files fail in their own ways
         raise InputError(
             f"{entry!r} could not be loaded ({type(e).__name__}: {e}). Check the name, the split "
             f"(hf:NAME:SPLIT) and the network, or save it with datasets.save_to_disk and give that folder."
         ) from e
+    if streaming:
+        return _unread_rows(entry, loaded)
     return _rows_of(entry, loaded, [Path(file["filename"]) for file in loaded.cache_files])
+
+
+def _unread_rows(entry: str, dataset: Any) -> Origin:
+    """The rows of a data set of the hub that are downloaded as they are read."""
+
+    def stream(position: Position) -> Iterator[tuple[Position, str, Raw]]:
+        before = position[0] if position else 0
+        try:
+            for i, row in enumerate(dataset.skip(before) if before else dataset, start=before + 1):
+                yield [i], f"{entry}: row {i}", row
+        except InputError:
+            raise
+        except Exception as e:  # as above
+            raise InputError(
+                f"{entry}: can't be read ({type(e).__name__}: {e}). The same command goes on from the last checkpoint."
+            ) from e
+
+    def read() -> Iterator[tuple[str, Raw]]:
+        return ((where, row) for _, where, row in stream([]))
+
+    return Origin(entry, [entry, "unread"], read, stream=stream)
 
 
 def _rows_of(entry: str, dataset: Any, files: list[Path]) -> Origin:
     def read() -> Iterator[tuple[str, Raw]]:
         return ((f"{entry}: row {i}", row) for i, row in enumerate(dataset, start=1))
 
-    return Origin(entry, [entry, len(dataset), [_stamp(file) for file in files]], read, count=lambda: len(dataset))
+    def stream(position: Position) -> Iterator[tuple[Position, str, Raw]]:
+        for i in range(position[0] if position else 0, len(dataset)):
+            yield [i + 1], f"{entry}: row {i + 1}", dataset[i]
+
+    identity = [entry, len(dataset), [_stamp(file) for file in files]]
+    size = sum(file.stat().st_size for file in files)
+    return Origin(entry, identity, read, count=lambda: len(dataset), stream=stream, size=size)
 
 
 def _import_datasets(entry: str) -> ModuleType:
@@ -164,16 +204,43 @@ def _files(entry: str) -> Origin:
     else:
         raise InputError(f"there is no {entry!r}.{_nearest(path)}")
 
-    def read() -> Iterator[tuple[str, Raw]]:
-        for file in files.paths:
+    def stream(position: Position) -> Iterator[tuple[Position, str, Raw]]:
+        first, *within = position or [0, 0, 0]
+        for number, file in enumerate(files.paths[first:], start=first):
             try:
-                yield from _READERS[folders.suffix(file)](file)
+                for *after, where, raw in _records_from(file, *(within if number == first else [0, 0])):
+                    yield [number, *after], where, raw
             except (OSError, EOFError, zlib.error) as e:
                 raise InputError(f"{file}: can't be read, it may be cut short or damaged ({e}). Copy it anew.") from e
 
+    def read() -> Iterator[tuple[str, Raw]]:
+        return ((where, raw) for _, where, raw in stream([]))
+
     summary = "" if path.is_file() else files.summary()
     count = functools.partial(_count_lines, files.paths)
-    return Origin(entry, [_stamp(file) for file in files.paths], read, summary=summary, count=count)
+    stamps = [_stamp(file) for file in files.paths]
+    whole = any(folders.suffix(file) == ".json" for file in files.paths)
+    return Origin(
+        entry, stamps, read, summary=summary, count=count, stream=None if whole else stream,
+        size=sum(size for _, size, *_ in stamps),
+    )  # fmt: skip
+
+
+def _records_from(file: Path, offset: int, before: int) -> Iterator[tuple[int, int, str, Raw]]:
+    """Yields (bytes read, lines or records read, where, raw record) of what follows so many bytes and lines of a
+    .jsonl, or so many records of another file."""
+    if folders.suffix(file) == ".jsonl":
+        with open(file, "rb") as stream:
+            stream.seek(offset)
+            for number, line in _lines(file, stream, before):
+                offset += len(line)
+                line = line.removeprefix(_BOM) if number == 1 else line
+                if line.strip():
+                    yield offset, number, f"{file}:{number}", line
+        return
+    records = itertools.islice(_READERS[folders.suffix(file)](file), before, None)
+    for number, (where, raw) in enumerate(records, start=before + 1):
+        yield 0, number, where, raw
 
 
 def _count_lines(files: Sequence[Path]) -> int:
@@ -206,9 +273,10 @@ def _nearest(path: Path) -> str:
     return did_you_mean(path.name, names[:1000]) if names else f" The folder {str(path.parent)!r} holds no data file."
 
 
-def _lines(file: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file with their numbers, from 1. Raises InputError for one that is longer than a line may be."""
-    for number in itertools.count(1):
+def _lines(file: Path, stream: BinaryIO, before: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers, after so many before. Raises InputError for one that is longer than a
+    line may be."""
+    for number in itertools.count(before + 1):
         line = stream.readline(LONGEST_LINE + 1)
         if len(line) > LONGEST_LINE:
             raise InputError(
@@ -216,7 +284,7 @@ def _lines(file: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
             )
         if not line:
             return
-        yield number, line.removeprefix(_BOM) if number == 1 else line
+        yield number, line
 
 
 def _check_size(file: Path, remedy: str) -> None:
@@ -225,9 +293,10 @@ def _check_size(file: Path, remedy: str) -> None:
         raise InputError(f"{file}: has {size / 2**20:,.0f} MiB, and {LARGEST_JSON // 2**20} is the most. {remedy}")
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, Raw]]:
-    with gzip.open(file) if file.name.endswith(".gz") else open(file, "rb") as stream:
+def _read_jsonl_gz(file: Path) -> Iterator[tuple[str, Raw]]:
+    with gzip.open(file) as stream:
         for number, line in _lines(file, stream):
+            line = line.removeprefix(_BOM) if number == 1 else line
             if line.strip():
                 yield f"{file}:{number}", line
 
@@ -280,6 +349,7 @@ def _read_txt(file: Path) -> Iterator[tuple[str, Raw]]:
     start, held, size = 1, [], 0
     with open(file, "rb") as stream:
         for number, line in _lines(file, stream):
+            line = line.removeprefix(_BOM) if number == 1 else line
             held.append(line)
             size += len(line)
             if size >= 2 * TXT_DOCUMENT_BYTES or (size >= TXT_DOCUMENT_BYTES and not line.strip()):
@@ -299,8 +369,7 @@ def _read_text(file: Path) -> Iterator[tuple[str, Raw]]:
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Raw]]]] = {
     **dict.fromkeys(folders.TEXTS, _read_text),
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
+    ".jsonl.gz": _read_jsonl_gz,
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".txt": _read_txt,

@@ -18,7 +18,8 @@ def identity(data: Data, spec: DataSpec) -> dict[str, Any]:
     Returns:
       "sources" and "evaluated": a list of {"name", "records", "content"}, content being a hash of the tokens; "rows"
       and "held_out_rows"; "order": a hash of which tokens each row holds, and of how parts are weighed; "annotations":
-      a hash of what they were made with, None without any.
+      a hash of what they were made with, None without any; of a stream "streamed", its buffer, and of all else what its
+      first blocks have: what follows is compared where the run goes on (sources.streaming).
     """
     known = [{name: source[name] for name in ("name", "records", "content")} for source in data.report["sources"]]
     trained = ["share" in source for source in data.report["sources"]]
@@ -28,7 +29,8 @@ def identity(data: Data, spec: DataSpec) -> dict[str, Any]:
         _update(order, rows)
     _update(order, data.held_out)
     order.update(str(spec.shuffle).encode())
-    return {
+    streamed = {"streamed": spec.buffer} if data.streams else {}
+    return streamed | {
         "sources": [source for source, train in zip(known, trained, strict=True) if train],
         "evaluated": [source for source, train in zip(known, trained, strict=True) if not train],
         "rows": sum(len(rows) for rows, _ in data.train),

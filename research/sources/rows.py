@@ -229,7 +229,8 @@ class Segments:
             parts = _numbered(parts)
         columns = {field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(Segments)}
         joined = {name: [value for value in values if value is not None] for name, values in columns.items()}
-        return Segments(**{name: np.concatenate(values) if values else None for name, values in joined.items()})
+        empty = {"start": np.zeros(0, np.int64), "length": np.zeros(0, np.int64)}
+        return Segments(**{k: np.concatenate(values) if values else empty.get(k) for k, values in joined.items()})
 
 
 def _numbered(parts: Sequence[Segments]) -> list[Segments]:

@@ -57,6 +57,10 @@ class DataSection:
         keeps are read; "" reads all.
       annotations: a folder that understudy annotate made of the same data; batches then hold what a teacher says.
       cache_dir: where tokens are kept; "" is $UNDERSTUDY_CACHE, else ~/.cache/understudy.
+      streaming: the data is read and tokenised while the run trains, and kept nowhere: for what the cache has no room
+        for. Entries without weights are read one after the other; docs/data.md says what a stream can't do.
+      buffer: with streaming, how many rows are packed together, and come in an order by chance.
+      eval_records: with streaming, how many records are held out for evaluation: the first ones of each entry.
     """
 
     path: str = "builtin:python_docs"
@@ -79,6 +83,9 @@ class DataSection:
     select: str = ""
     annotations: str = ""
     cache_dir: str = ""
+    streaming: bool = False
+    buffer: Size = 2048
+    eval_records: Count = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +296,56 @@ def check(data: DataSpec) -> None:
         mixture.parse("data.path", data.path)
     if data.eval_path and mixture.parse("data.eval_path", data.eval_path)[1]:
         raise InputError(f"data.eval_path: {data.eval_path!r} has weights, but all of it is evaluated. Leave them out.")
+    _check_streaming(data)
+
+
+def _check_streaming(data: DataSpec) -> None:
+    """Raises InputError for what a stream can't do, and for what only a stream can."""
+    if not data.streaming:
+        for name in ("buffer", "eval_records"):
+            if (value := getattr(data, name)) != getattr(DataSection, name):
+                remedy = "data.eval_fraction" if name == "eval_records" else "data.shuffle"
+                raise InputError(
+                    f"data.{name} = {value}: is of data.streaming, which is False. Leave it out; see {remedy}."
+                )
+        return
+    labelled = any(entry.options.format == "labelled" for entry in entries(data)[0])
+    selected = [entry.select_field(data) for entry in entries(data)[0] if entry.options.select]
+    chance = data.eval_fraction not in (0, DataSection.eval_fraction)
+    refused = [
+        *(
+            (field, "it names records by their number. Write those that it keeps into a file of their own")
+            for field in selected
+        ),
+        ("data.annotations" * bool(data.annotations), "they are of tokens that are kept. Run the teacher live"),
+        (
+            "rewards" * data.keep_records,
+            "what they judge by is kept beside the tokens. Give data that the cache has room for",
+        ),
+        (
+            "data.weights = 'tokens'" * (data.weights == "tokens"),
+            "how full the rows of a stream are isn't known before. Give weights of rows",
+        ),
+        (
+            "the batch field 'mismatched'" * data.mismatches,
+            "answers to other prompts are drawn from all of the data. Choose an objective that doesn't read it",
+        ),
+        (
+            f"data.eval_fraction = {data.eval_fraction}" * chance,
+            "no part of a stream is taken by chance. Set data.eval_records, or name data.eval_path",
+        ),
+        (
+            f"data.eval_records = {data.eval_records}" * bool(data.eval_records and eval_entries(data)),
+            "what is evaluated has a path of its own. Leave one of them out",
+        ),
+        (
+            "data.format = 'labelled'" * (labelled and not (data.num_classes or data.labels)),
+            "how many classes there are isn't known before. Set data.num_classes or data.labels",
+        ),
+    ]
+    for field, why in refused:
+        if field:
+            raise InputError(f"{field}: doesn't go with data.streaming: {why}, or set data.streaming to False.")
 
 
 def _check_values(where: str, options: DataSpec | SourceSpec) -> None:

@@ -6,10 +6,9 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
-import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
@@ -18,17 +17,18 @@ import numpy as np
 
 from research import digests, files, progress
 from research.errors import InputError, located
-from research.sources import answers, chat, comparisons, entries, formats, json_limits, records, views
+from research.sources import answers, chat, comparisons, encoding, entries, formats, json_limits, records, views
+from research.sources import examples as examples_lib
 from research.sources import fields as table
 from research.sources.cache import cached, code_digest, damaged, digest
 from research.sources.cache import entries as entries_of
-from research.sources.comparisons import Comparison
 from research.sources.entries import Origin
-from research.sources.records import CONFIG_SETTINGS, NUMBERED, BadRecord, Classes, Turn, speaker
+from research.sources.examples import Example, none_usable, read_examples
+from research.sources.records import NUMBERED, Classes
 from research.sources.tokenizers import Tokenizer
 from research.sources.tokenizers import tokenizer as tokenizer_lib
 
-_READERS = (entries, records, comparisons, answers, json_limits, formats, chat, tokenizer_lib)
+_READERS = (entries, records, comparisons, answers, examples_lib, encoding, json_limits, formats, chat, tokenizer_lib)
 # A hash of all that decides what examples hold, beside their files, the options and the tokenizer's own.
 READING = digest(
     [
@@ -36,10 +36,7 @@ READING = digest(
         *(f"{package} {importlib.metadata.version(package)}" for package in ("tokenizers", "jinja2")),
     ]
 )
-SAMPLES = 256  # raw records kept beside the tokens
 _LATER = (".bin", ".jsonl")  # files that are checked block by block, as they are read
-_CHUNK_EXAMPLES, _CHUNK_CHARS = 1024, 4_000_000
-_EXAMPLE = np.dtype([("key", "<u8"), ("length", "<i8"), ("supervised", "<i8"), ("bytes", "<i8")])
 
 
 class Records:
@@ -60,24 +57,6 @@ class Records:
         """The record that example number `example` was made of."""
         start = int(self._ends[example - 1]) if example else 0
         return json.loads(self._bytes[start : int(self._ends[example])].tobytes())
-
-
-class Example(NamedTuple):
-    """A checked record."""
-
-    record: dict[str, Any]  # under the fields' own names
-    turns: list[Turn]  # of several answers, with the best
-    key: int  # equal for equal documents and equal prompts
-    where: str  # file and line, or the like
-    label: int | list[float] | None = None
-    comparison: Comparison | None = None
-
-    @property
-    def documents(self) -> list[list[Turn]]:
-        """The turns of each document that it is: one, or as many as it has answers."""
-        if self.comparison is None:
-            return [self.turns]
-        return [[*self.comparison.prompt, *answer] for answer in self.comparison.answers]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +80,7 @@ class Store:
         that are compared "comparisons", in how many of them two are "identical", and in how many some have equal
         scores, "ties".
       was_cached: nothing had to be tokenised.
-      folder: where it lies; the name stands for all that it was made of.
+      folder: where it lies; the name stands for all that it was made of. None where it is in memory alone.
       content: a hash of the tokens, and of what else there is of each.
       template: how its conversations are written: "model", "chat" or "plain"; "" in a view.
       records: [E] what each example was made of; None unless that was asked for.
@@ -119,81 +98,10 @@ class Store:
     answers: np.ndarray | None
     counts: dict[str, Any]
     was_cached: bool
-    folder: Path
+    folder: Path | None
     content: str
     template: str = ""
     records: Records | None = None
-
-
-def read_examples(
-    origin: Origin,
-    format: str,
-    fields: Mapping[str, str],
-    on_bad_record: str,
-    counts: Counter[str],
-    classes: Classes = NUMBERED,
-) -> Iterator[Example]:
-    """Yields the checked records of `origin`; counts "records", "duplicates" and the bad ones by reason.
-
-    Raises:
-      InputError: a record is bad and `on_bad_record` is "error"; or no record is good.
-    """
-    seen: set[int] = set()
-    any_good = False
-    for where, raw in origin.read():
-        counts["records"] += 1
-        try:
-            record = records.parse(raw)
-            if format == "auto":
-                format = comparisons.detect(record, fields) or records.detect_format(record, fields)
-            checked = _checked(record, format, fields, classes)
-        except BadRecord as e:
-            if on_bad_record == "error":
-                raise e.at(where, **CONFIG_SETTINGS) from e
-            counts[f"bad: {e.reason}"] += 1
-            continue
-        any_good = True
-        key = formats.split_key(checked[0].turns)
-        if origin.generated:
-            if key in seen:
-                counts["duplicates"] += 1
-                continue
-            seen.add(key)
-        yield from (example._replace(key=key, where=where) for example in checked)
-    if not any_good:
-        raise _none_usable(origin.name, counts)
-
-
-def _checked(record: dict[str, Any], format: str, fields: Mapping[str, str], classes: Classes) -> list[Example]:
-    """The examples that a record is, without their keys and places. Raises BadRecord."""
-    if format in comparisons.FORMATS:
-        return [
-            Example(_asked(record, fields, each), [*each.prompt, *each.answers[0]], 0, "", comparison=each)
-            for each in comparisons.read_all(record, format, fields)
-        ]
-    turns, label = records.check(record, format, fields), None
-    if format == "labelled":
-        if classes.known:
-            label = records.label(record, fields, classes.names)
-        turns = [turn._replace(text=classes.prompt.replace("{text}", turn.text)) for turn in turns]
-    return [Example(records.canonical(record, fields), turns, 0, "", label)]
-
-
-def _asked(record: Mapping[str, Any], fields: Mapping[str, str], comparison: Comparison) -> dict[str, Any]:
-    """A record of answers as one of a prompt and its best answer, for evaluations that generate."""
-    turns = [*comparison.prompt, *comparison.answers[0]]
-    turns = turns[1:] if turns[0].role == records.TOOLS else turns
-    rest = records.canonical(record, fields)
-    if [(speaker(turn.role), turn.more) for turn in turns] == [("user", {}), ("assistant", {})]:
-        rest = {name: value for name, value in rest.items() if name != "messages"}
-        return {**rest, "prompt": turns[0].text, "response": turns[1].text}
-    messages = [{"role": speaker(turn.role), "content": turn.text, **turn.more} for turn in turns]
-    return {**rest, "messages": messages}
-
-
-def _none_usable(name: str, counts: Counter[str]) -> InputError:
-    bad = ", ".join(f"{n} {reason}" for reason, n in counts.items() if reason.startswith("bad: "))
-    return InputError(f"{name!r} holds no usable record ({bad or 'it is empty'}). Give another.")
 
 
 def open_store(
@@ -230,7 +138,7 @@ def open_store(
             tokenizer, template, counts, on_bad_record == "skip", keep_records, origin.name, origin.count()
         )
         if not _write(partial, examples, writing):
-            raise _none_usable(origin.name, counts)
+            raise none_usable(origin.name, counts)
 
     was_cached = cached(folder, build, _LATER)
     return _read(folder, was_cached)
@@ -251,13 +159,18 @@ def open_view(store: Store, view: Mapping[str, Any], field: str, seq_len: int, t
     code = code_digest(module.__file__, views.__file__, __file__, *_helpers(module))
     folder = store.folder.with_name(digest([store.folder.name, json.dumps(view, sort_keys=True), depends, code]))
     if store.answers is not None:
-        raise InputError(
-            f"{field}: a view is of single documents, and here answers are judged or compared. Take the view out."
-        )
+        raise view_of_answers(field)
     seen = views.load(view, field, seq_len, tokenizer)
     where = f"{field}.kind = {view['kind']!r}"
     was_cached = cached(folder, lambda partial: _write_view(partial, store, seen, where), _LATER)
     return _read(folder, was_cached and store.was_cached)
+
+
+def view_of_answers(field: str) -> InputError:
+    """What is said of a view of answers to prompts."""
+    return InputError(
+        f"{field}: a view is of single documents, and here answers are judged or compared. Take the view out."
+    )
 
 
 def _helpers(module: ModuleType) -> list[str]:
@@ -284,7 +197,7 @@ def _read(folder: Path, was_cached: bool) -> Store:
     return Store(
         tokens=tokens,
         mask=None if meta["text"] else mapped("mask.bin", bool),
-        **{name: np.ascontiguousarray(examples[name]) for name in _EXAMPLE.names},
+        **{name: np.ascontiguousarray(examples[name]) for name in encoding.EXAMPLE.names},
         samples=meta["samples"],
         labels=np.load(folder / "labels.npy") if (folder / "labels.npy").is_file() else None,
         fields={
@@ -304,37 +217,111 @@ def _read(folder: Path, was_cached: bool) -> Store:
 def _write_view(partial: Path, store: Store, view: views.View, where: str) -> None:
     """Writes what a view shows of each document: as many examples of its key as there are documents."""
     rows, owners, shapes, text = [], [], {}, store.mask is None
-    ends = np.cumsum(store.length)
     with contextlib.ExitStack() as stack:
         open_file = lambda name: stack.enter_context(open(partial / f"{name}.bin", "wb"))  # noqa: E731
         outputs = {name: open_file(name) for name in ("tokens", "mask", *view.fields)}
-        for i, (start, end) in enumerate(zip(ends - store.length, ends, strict=True)):
-            tokens = store.tokens[start:end].astype(np.int32)
-            mask = np.ones(len(tokens), bool) if store.mask is None else np.array(store.mask[start:end])
-            with located(where):
-                seen = view.documents(views.Document(tokens, mask), np.random.default_rng(int(store.key[i])))
-            for n, document in enumerate(seen):
-                _check_document(document, view, where)
-                if store.labels is not None:  # a label is read at the last token, whichever that is
-                    document = document._replace(mask=np.arange(len(document.tokens)) == len(document.tokens) - 1)
-                text = text and bool(document.mask.all())
-                outputs["tokens"].write(document.tokens.astype(store.tokens.dtype).tobytes())
-                outputs["mask"].write(document.mask.astype(bool).tobytes())
-                for name in view.fields:
-                    values = np.asarray(document.fields[name], table.find(name).dtype)
-                    shapes.setdefault(name, values.shape[1:])
-                    outputs[name].write(values.tobytes())
-                size = store.bytes[i] if n == 0 else 0  # of a document's text, once
-                rows.append((store.key[i], len(document.tokens), int(document.mask.sum()), size))
-                owners.append(i)
+        for owner, row, arrays in _seen(store, view, where):
+            text = text and bool(arrays["mask"].all())
+            for name, values in arrays.items():
+                outputs[name].write(values.tobytes())
+                shapes[name] = values.shape[1:]
+            rows.append(row)
+            owners.append(owner)
     if not rows:
         raise InputError(f"{where}: leaves nothing of any document. Change its options, or take it out.")
-    np.save(partial / "examples.npy", np.array(rows, _EXAMPLE))
+    np.save(partial / "examples.npy", np.array(rows, encoding.EXAMPLE))
     if store.labels is not None:
         np.save(partial / "labels.npy", store.labels[owners])
+    shapes = {name: shapes[name] for name in view.fields}
     meta = {"dtype": store.tokens.dtype.str, "text": text, "samples": store.samples, "counts": store.counts}
     meta |= {"fields": shapes, "content": _content(partial), "of": where}
     files.write_json(partial / "meta.json", meta, indent=None)
+
+
+def _seen(
+    store: Store, view: views.View, where: str
+) -> Iterator[tuple[int, tuple[int, int, int, int], dict[str, np.ndarray]]]:
+    """Yields what a view shows: of which example it is, its row of EXAMPLE, and its tokens, mask and fields."""
+    ends = np.cumsum(store.length)
+    for i, (start, end) in enumerate(zip(ends - store.length, ends, strict=True)):
+        tokens = store.tokens[start:end].astype(np.int32)
+        mask = np.ones(len(tokens), bool) if store.mask is None else np.array(store.mask[start:end])
+        with located(where):
+            seen = view.documents(views.Document(tokens, mask), np.random.default_rng(int(store.key[i])))
+        for n, document in enumerate(seen):
+            _check_document(document, view, where)
+            if store.labels is not None:  # a label is read at the last token, whichever that is
+                document = document._replace(mask=np.arange(len(document.tokens)) == len(document.tokens) - 1)
+            arrays = {"tokens": document.tokens.astype(store.tokens.dtype), "mask": document.mask.astype(bool)}
+            arrays |= {name: np.asarray(document.fields[name], table.find(name).dtype) for name in view.fields}
+            size = int(store.bytes[i]) if n == 0 else 0  # of a document's text, once
+            yield i, (int(store.key[i]), len(document.tokens), int(document.mask.sum()), size), arrays
+
+
+def in_memory(
+    examples: Sequence[Example], tokenizer: Tokenizer, template: str, counts: Counter[str], skip: bool
+) -> Store | None:
+    """The tokens of some examples, which are written nowhere; None where none is left.
+
+    Args:
+      examples: of one format.
+      tokenizer: makes the tokens.
+      template: "model", "chat" or "plain".
+      counts: takes up what becomes of them.
+      skip: those that the template refuses are skipped; else such a one is an error.
+    """
+    columns, arrays, samples, text, marker = encoding.Columns([], [], [], []), [], [], False, ""
+    dtype = np.uint16 if tokenizer.size <= 2**16 else np.uint32
+    for chunk in encoding.chunks(iter(examples)):
+        text = chunk[0].turns[0][0] == "text"
+        tokens, mask, lengths, chunk = encoding.encode(chunk, tokenizer, template, counts, skip)
+        if not chunk:
+            continue
+        arrays.append((tokens.astype(dtype), mask))
+        columns.add(chunk, mask, lengths)
+        marker = marker or encoding.count(chunk, tokenizer, counts)
+        samples = samples if text else encoding.least(samples, chunk, lengths)
+    if not arrays:
+        return None
+    tokens, mask = (np.concatenate(parts) for parts in zip(*arrays, strict=True))
+    made = columns.arrays()
+    of_each = {name: np.ascontiguousarray(made["examples"][name]) for name in encoding.EXAMPLE.names}
+    labels, said = made.get("labels"), made.get("answers")
+    content = _hash([tokens, mask, of_each["length"], of_each["key"], *(x for x in (labels, said) if x is not None)])
+    summary = _summary(counts, marker, bool(columns.judged))
+    none = None if text else mask
+    return Store(
+        tokens, none, **of_each, samples=samples, labels=labels, fields={}, answers=said, counts=summary,
+        was_cached=False, folder=None, content=content, template=template,
+    )  # fmt: skip
+
+
+def seen_in_memory(store: Store, view: views.View, where: str) -> Store | None:
+    """What a view shows of a store that is in memory; None where nothing is left. `where`: the view's field."""
+    seen = list(_seen(store, view, where))
+    if not seen:
+        return None
+    owners, rows, arrays = zip(*seen, strict=True)
+    joined = {name: np.concatenate([each[name] for each in arrays]) for name in arrays[0]}
+    made = np.array(list(rows), encoding.EXAMPLE)
+    text = store.mask is None and bool(joined["mask"].all())
+    return dataclasses.replace(
+        store,
+        tokens=joined["tokens"],
+        mask=None if text else joined["mask"],
+        **{name: np.ascontiguousarray(made[name]) for name in encoding.EXAMPLE.names},
+        labels=None if store.labels is None else store.labels[list(owners)],
+        fields={name: joined[name] for name in view.fields},
+        content=_hash([*joined.values(), made]),
+        template="",
+    )
+
+
+def _hash(arrays: Iterable[np.ndarray]) -> str:
+    result = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        result.update(np.ascontiguousarray(array).tobytes())
+    return result.hexdigest()
 
 
 def _content(folder: Path) -> str:
@@ -391,75 +378,45 @@ def _write(partial: Path, examples: Iterator[Example], writing: _Writing) -> boo
     tokenizer, template, counts, skip, keep_records, name, total = writing
     of = f" of {total:,}" if total else ""
     dtype = "<u2" if tokenizer.size <= 2**16 else "<u4"
-    columns, samples, text, marker = _Columns([], [], [], []), [], False, ""
+    columns, samples, text, marker = encoding.Columns([], [], [], []), [], False, ""
     with contextlib.ExitStack() as stack:
         tokens_file = stack.enter_context(open(partial / "tokens.bin", "wb"))
         mask_file = stack.enter_context(open(partial / "mask.bin", "wb"))
         records_file = stack.enter_context(open(partial / "records.jsonl", "wb")) if keep_records else None
-        for chunk in _chunks(examples):
+        for chunk in encoding.chunks(examples):
             progress.say(f"tokenising {name}: {counts['records']:,}{of} records")
             text = chunk[0].turns[0][0] == "text"
-            tokens, mask, lengths, chunk = _encode(chunk, tokenizer, template, counts, skip)
+            tokens, mask, lengths, chunk = encoding.encode(chunk, tokenizer, template, counts, skip)
             if not chunk:
                 continue
             tokens_file.write(tokens.astype(dtype).tobytes())
             columns.add(chunk, mask, lengths)
             if records_file is not None:
                 columns.ends.extend(_write_records(records_file, chunk))
-            first = _count(chunk, tokenizer, counts)
+            first = encoding.count(chunk, tokenizer, counts)
             marker = marker or first
             if not text:
                 mask_file.write(mask.tobytes())
-                samples = _least(samples, chunk, lengths)
+                samples = encoding.least(samples, chunk, lengths)
     if not columns.rows:
         return False
-    columns.save(partial)
-    bad = {name.removeprefix("bad: "): n for name, n in counts.items() if name.startswith("bad: ")}
-    summary = {"records": counts["records"], "duplicates": counts["duplicates"], "bad": bad}
-    summary |= {"markers": counts["markers"], "marker": marker, "weights": counts["weights"]}
-    if columns.judged:
-        summary |= {name: counts[name] for name in ("comparisons", "identical", "ties")}
+    for name, values in columns.arrays().items():
+        np.save(partial / f"{name}.npy", values)
+    summary = _summary(counts, marker, bool(columns.judged))
     meta = {"dtype": dtype, "text": text, "samples": samples, "counts": summary, "content": _content(partial)}
     meta |= {"template": template, "of": name}
     (partial / "meta.json").write_text(json.dumps(meta, default=str))
     return True
 
 
-class _Columns(NamedTuple):
-    """What is kept of examples beside their tokens.
-
-    Attributes:
-      rows: arrays of _EXAMPLE, a row for each document.
-      labels: of the examples that have one.
-      judged: of each comparison, see answers.of_comparison.
-      ends: where the record of each document ends in records.jsonl; empty where they aren't kept.
-    """
-
-    rows: list[np.ndarray]
-    labels: list[int | list[float]]
-    judged: list[np.ndarray]
-    ends: list[int]
-
-    def add(self, chunk: list[Example], mask: np.ndarray, lengths: np.ndarray) -> None:
-        """Adds examples; `mask` is that of all their tokens, and `lengths` those of their documents."""
-        documents = [(example.key, turns) for example in chunk for turns in example.documents]
-        rows = np.zeros(len(documents), _EXAMPLE)
-        rows["key"] = np.fromiter((key for key, _ in documents), np.uint64, len(documents))
-        rows["length"] = lengths
-        rows["supervised"] = np.add.reduceat(mask, np.cumsum(lengths) - lengths, dtype=np.int64)
-        rows["bytes"] = [sum(len(turn.text.encode()) for turn in turns) for _, turns in documents]
-        self.rows.append(rows)
-        self.labels.extend(example.label for example in chunk if example.label is not None)
-        self.judged.extend(answers.of_comparison(each.comparison) for each in chunk if each.comparison is not None)
-
-    def save(self, folder: Path) -> None:
-        np.save(folder / "examples.npy", np.concatenate(self.rows))
-        if self.labels:
-            np.save(folder / "labels.npy", _distributions(self.labels))
-        if self.judged:
-            np.save(folder / "answers.npy", answers.numbered(self.judged))
-        if self.ends:
-            np.save(folder / "records.npy", np.array(self.ends, np.int64))
+def _summary(counts: Counter[str], marker: str, judged: bool) -> dict[str, Any]:
+    """What a store says of its records: Store.counts."""
+    bad = {name.removeprefix("bad: "): n for name, n in counts.items() if name.startswith("bad: ")}
+    summary = {"records": counts["records"], "duplicates": counts["duplicates"], "bad": bad}
+    summary |= {"markers": counts["markers"], "marker": marker, "weights": counts["weights"]}
+    if judged:
+        summary |= {name: counts[name] for name in ("comparisons", "identical", "ties")}
+    return summary
 
 
 def _write_records(file: BinaryIO, chunk: list[Example]) -> Iterator[int]:
@@ -468,89 +425,3 @@ def _write_records(file: BinaryIO, chunk: list[Example]) -> Iterator[int]:
         for _ in example.documents:
             file.write(json.dumps(example.record, default=str).encode())
             yield file.tell()
-
-
-def _count(chunk: list[Example], tokenizer: Tokenizer, counts: Counter[str]) -> str:
-    """Counts what a report says of examples; returns the first special token that one of their texts spells, or ""."""
-    counts.update(_count_comparisons(chunk))
-    texts = ([turn.text for turns in example.documents for turn in turns] for example in chunk)
-    spelled, first = formats.count_markers(texts, tokenizer)
-    counts["markers"] += spelled
-    counts["weights"] += sum(example.record.get("weight") not in (None, 1) for example in chunk)
-    return first
-
-
-def _encode(
-    chunk: list[Example], tokenizer: Tokenizer, template: str, counts: Counter[str], skip: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Example]]:
-    """Tokens, mask and lengths of the documents of a chunk's examples, and these without those that are skipped, which
-    are counted: a comparison goes whole."""
-    refused: dict[int, BadRecord] = {}
-    documents = [(i, turns) for i, example in enumerate(chunk) for turns in example.documents]
-    where = [chunk[i].where for i, _ in documents]
-    try:
-        encoded = formats.encode(
-            [turns for _, turns in documents], tokenizer, template, where, refused if skip else None
-        )
-    except BadRecord as e:
-        raise e.at("", **CONFIG_SETTINGS) from e
-    lost = {documents[i][0]: error for i, error in refused.items()}
-    counts.update(f"bad: {error.reason}" for error in lost.values())
-    kept = [example for i, example in enumerate(chunk) if i not in lost]
-    if sum(len(chunk[i].documents) for i in lost) > len(refused):  # what is compared with them was encoded
-        return _encode(kept, tokenizer, template, counts, skip)
-    return *encoded, kept
-
-
-def _count_comparisons(chunk: list[Example]) -> Counter[str]:
-    compared = [each.comparison for each in chunk if each.comparison is not None and len(each.comparison.answers) > 1]
-    return Counter(
-        comparisons=len(compared),
-        identical=sum(each.identical for each in compared),
-        ties=sum(each.ties for each in compared),
-    )
-
-
-def _distributions(labels: list[int | list[float]]) -> np.ndarray:
-    """Class numbers, or probabilities, one for each example -> [E, C] float32."""
-    soft = {len(label) for label in labels if isinstance(label, list)}
-    if len(soft) > 1:
-        raise InputError(f"labels: some records have {min(soft)} probabilities, and others {max(soft)}. Mend them.")
-    probs = np.zeros((len(labels), max(soft | {1 + max((x for x in labels if isinstance(x, int)), default=1)})))
-    for row, label in zip(probs, labels, strict=True):
-        if isinstance(label, int):
-            row[label] = 1
-        else:
-            row[: len(label)] = label
-    return (probs / probs.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
-    chunk: list[Example] = []
-    chars = 0
-    for example in examples:
-        chunk.append(example)
-        chars += sum(len(turn.text) for turns in example.documents for turn in turns)
-        if len(chunk) >= _CHUNK_EXAMPLES or chars >= _CHUNK_CHARS:
-            yield chunk
-            chunk, chars = [], 0
-    if chunk:
-        yield chunk
-
-
-def _least(samples: list[dict[str, Any]], chunk: list[Example], lengths: np.ndarray) -> list[dict[str, Any]]:
-    """The samples of the least keys: those held out first, whatever the fraction, in random order."""
-    new = [
-        {"key": example.key, "length": int(length), "record": example.record}
-        for example, length in zip(chunk, lengths[_firsts(chunk)], strict=True)
-        # An answer that nobody should learn is none to expect, nor one that calls tools.
-        if example.turns[-1].role != records.SHOWN and not records.calls(example.turns[-1])
-    ]
-    ordered = sorted([*samples, *new], key=lambda sample: sample["key"])
-    return [next(equal) for _, equal in itertools.groupby(ordered, key=lambda sample: sample["key"])][:SAMPLES]
-
-
-def _firsts(chunk: list[Example]) -> np.ndarray:
-    """[examples] int64: where the first document of each is among all documents of a chunk."""
-    sizes = np.array([len(example.documents) for example in chunk])
-    return np.cumsum(sizes) - sizes

@@ -25,6 +25,7 @@ _SIDES = re.compile(r".+_(chosen|rejected|desirable|undesirable)(_.*)?|accuracy_
 _TEACHER = re.compile(r"(.*_)?(divergence|teacher_entropy|agreement)(_.*)?|hidden_.*|attention_\d.*")
 _SELECTION = {"selected", "selected_nll", "excess", "selected_excess", "documents"}
 _DATA = {"tokens", "supervised_fraction", "supervised_rows", "unique_batches", "empty_batch", "epoch"}
+_DATA |= {"passes", "records", "records_skipped"}
 _DATA |= {"skipped_too_long", "prefix_share", "chosen"}
 _LOSSES = {"loss", "nll", "perplexity", "bits_per_byte", "entropy"}
 _SHOWN = {"loss", "accuracy", "grad_norm", "learning_rate", "update_ratio", "entropy"}  # of learning

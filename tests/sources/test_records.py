@@ -4,6 +4,7 @@ import pytest
 
 from research.errors import InputError
 from research.sources.entries import locate
+from research.sources.examples import read_examples
 from research.sources.records import (
     CONFIG_SETTINGS,
     BadRecord,
@@ -12,7 +13,6 @@ from research.sources.records import (
     detect_format,
     parse,
 )
-from research.sources.store import read_examples
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import pytest
 
 from research.errors import InputError
 from research.sources.cache import cached
+from research.sources.encoding import SAMPLES
 from research.sources.entries import locate
-from research.sources.store import SAMPLES, open_store
+from research.sources.store import open_store
 from research.sources.tokenizers import Tokenizer, TokenizerSpec, make_tokenizer
 
 BYTES = make_tokenizer(TokenizerSpec(), lambda: iter(()))

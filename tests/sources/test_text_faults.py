@@ -12,7 +12,7 @@ from research.evals.markers import say_markers
 from research.evals.prompts import PromptEncoder, read_prompts
 from research.evals.scoring import encode_pair, encode_records
 from research.files import read_json
-from research.sources import store as store_lib
+from research.sources import encoding
 from research.sources.dataset import DataSpec, load
 from research.sources.entries import locate
 from research.sources.formats import answer_decoder, encode, render_prompt, resolve_template
@@ -259,7 +259,7 @@ def test_skip_skips_every_kind_of_bad_record(tmp_path):
 
 
 def test_chunks_that_are_skipped_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_lib, "_CHUNK_EXAMPLES", 1)
+    monkeypatch.setattr(encoding, "_CHUNK_EXAMPLES", 1)
     refusing = "{% if '7' in messages[0].content %}{{ raise_exception('No!') }}{% endif %}" + CHATML
     tokenizer = make_folder(tmp_path / "tokenizer", "gpt2", refusing)
     path = write_lines(tmp_path / "x.jsonl", [{"prompt": "7", "response": "r"}, *PAIRS])
