@@ -400,8 +400,8 @@ def _write(partial: Path, examples: Iterator[Example], writing: _Writing) -> boo
                 samples = encoding.least(samples, chunk, lengths)
     if not columns.rows:
         return False
-    for name, values in columns.arrays().items():
-        np.save(partial / f"{name}.npy", values)
+    for kind, values in columns.arrays().items():
+        np.save(partial / f"{kind}.npy", values)
     summary = _summary(counts, marker, bool(columns.judged))
     meta = {"dtype": dtype, "text": text, "samples": samples, "counts": summary, "content": _content(partial)}
     meta |= {"template": template, "of": name}
