@@ -24,8 +24,8 @@ def find_collectives(hlo: str) -> list[Collective]:
     """The collectives of a compiled program's text, those in loops as often as these run; most bytes first.
 
     The bytes of one are those of its result on a chip; where it scatters, those of its operand. The TPU compiler writes
-    an asynchronous one into several computations, which share its channel, or its operation in shard_map, and tells an all-reduce that scatters by the
-    name of its computation alone.
+    an asynchronous one into several computations, which share its channel, or its operation where it is of shard_map,
+    whose collectives all have one channel. It tells an all-reduce that scatters by the name of its computation alone.
     """
     calls: dict[str, Collective] = {}  # channel, or place in the text -> the collective
     computations = _computations(hlo)
