@@ -52,8 +52,8 @@ def self_attention(
     Implementations:
       reference: plain jax. Holds [B, H, T, T] float32, in the backward pass too. What the others are tested against.
       xla: jax.nn.dot_product_attention; the same memory. No softcap.
-      cpu: ops.cpu.attention: blocks of query rows, in plain jax. O(T) memory is kept for the backward pass, which must
-        be in reverse mode. Partitions over B and heads like any jax code.
+      cpu: ops.cpu.attention: blocks of query rows, or tiles of long rows, in plain jax. O(T) memory is kept for the
+        backward pass, which must be in reverse mode. Partitions over B and heads like any jax code.
       cudnn: flash attention of NVIDIA GPUs. float16 or bfloat16, h a multiple of 8 and at most 128 (256 from Hopper
         on), T even, no softcap. jax takes packed segments and windows only as a dense mask, [B, 1, T, T] in q.dtype,
         which the backward pass doubles by a gradient that nobody reads; the causal half is still skipped,

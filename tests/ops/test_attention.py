@@ -230,106 +230,64 @@ def test_cpu_at_other_lengths_and_groups(T, heads):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Any row is cut into tiles of 32 keys."""
-    monkeypatch.setattr(blocks, "LEAST_TILED", 1)
-    monkeypatch.setattr(tiles, "ROWS", 64)
-    monkeypatch.setattr(tiles, "KEYS", 32)
+    """Rows of 150 are cut into 4 tiles of 48, the last of which is in part padding."""
+    monkeypatch.setattr(blocks, "LEAST_TILED", 100)
+    monkeypatch.setattr(tiles, "_SCORES", 2 * 48**2)
+    assert tiles.size(150, 2) == 48
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.usefixtures("small_tiles")
-def test_tiles_agree_with_the_reference(case):
+@pytest.mark.parametrize("case", ["causal", "window", "all", "prefix_all"])
+def test_tiles_agree_with_the_reference(small_tiles, case):
     got = out_and_gradients(*make_inputs(), implementation="cpu", **CASES[case])
     for a, b in zip(got, reference(case, 2, 150), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["causal", "prefix"])
-@pytest.mark.usefixtures("small_tiles")
-def test_every_query_sees_the_memory_in_tiles_too(case):
-    x, memory = make_inputs(B=1, T=70), make_memory()
+@pytest.mark.parametrize("case", ["softcap", "prefix"])
+def test_tiles_read_a_memory(small_tiles, case):
+    x, memory = make_inputs(B=1, T=130), make_memory()
     expected = with_memory(*x, memory, implementation="reference", **CASES[case])
     for a, b in zip(with_memory(*x, memory, implementation="cpu", **CASES[case]), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.usefixtures("small_tiles")
-def test_tiles_on_a_mesh_are_the_same():
-    x = make_inputs(B=4, T=72)
-    expected = out_and_gradients(*x, implementation="reference")
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+def test_tiles_that_no_query_sees_are_left_out(small_tiles):
+    """What isn't read may be NaN: another document's tiles, those before a window, and those after all queries."""
+    q, k, v, _ = make_inputs(B=1)
+    segment_ids = jnp.asarray(np.arange(150) >= 96, jnp.int32)[None]
+    f = functools.partial(self_attention, scale=0.3, implementation="cpu")
+    for options, ids, hidden, finite in (
+        ({}, segment_ids, slice(0, 96), slice(96, 150)),
+        ({}, segment_ids * 0, slice(96, 150), slice(0, 96)),
+        ({"window": 10}, segment_ids * 0, slice(0, 48), slice(96, 150)),
+        ({"causal": False}, segment_ids, slice(96, 150), slice(0, 96)),
+    ):
+        out = f(q, k.at[:, hidden].set(jnp.nan), v.at[:, hidden].set(jnp.nan), ids, **options)
+        assert np.isfinite(out[:, finite]).all()
+        assert not np.isfinite(out[:, hidden]).any()
+
+
+def test_tiles_on_a_mesh_are_the_same_and_gather_nothing(small_tiles):
+    q, k, v, segment_ids = make_inputs(B=4)
+    expected = out_and_gradients(q, k, v, segment_ids, implementation="reference")
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     spec = P("data", None, "tensor", None)
-    x = jax.device_put(x, tuple(NamedSharding(mesh, s) for s in (spec, spec, spec, P("data", None))))
+    x = jax.device_put((q, k, v, segment_ids), tuple(NamedSharding(mesh, s) for s in (spec, spec, spec, P("data"))))
     with jax.set_mesh(mesh):
         got = out_and_gradients(*x, implementation="cpu", spec=spec)
+        f = jax.jit(functools.partial(self_attention, scale=0.3, implementation="cpu", spec=spec))
+        assert "all-" not in f.lower(*x).compile().as_text()
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.usefixtures("small_tiles")
-def test_tiles_of_other_documents_are_not_read():
-    """What isn't read may be NaN. Where one row sees it, all do; where rows lie on several devices, all is read."""
-    q, k, v, _ = make_inputs(T=128)
-    segment_ids = np.ones((2, 128), np.int32)
-    segment_ids[0, 32:], segment_ids[1, 64:] = 2, 2
-    hidden = lambda x: x.at[0, :32].set(jnp.nan)  # noqa: E731
-    run = jax.jit(functools.partial(self_attention, scale=0.3, implementation="cpu"))
-    finite = np.isfinite(run(q, hidden(k), hidden(v), segment_ids)).all(axis=(2, 3))
-    assert finite[1].all()
-    assert finite[0, 64:].all()
-    assert not finite[0, :64].any()
-    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])):
-        assert not np.isfinite(run(q, hidden(k), hidden(v), segment_ids)[0]).any()
-
-
-def test_what_tiles_hold_does_not_grow_with_the_square_of_a_row():
-    def temporaries(T):
-        x = [jax.ShapeDtypeStruct((1, T, heads, 8), jnp.float32) for heads in (4, 2, 2)]
-        run = lambda q, k, v, ids: self_attention(q, k, v, ids, scale=0.3, implementation="cpu")  # noqa: E731
-        gradients = jax.jit(jax.grad(lambda *x: run(*x).sum(), argnums=(0, 1, 2)))
-        return gradients.lower(*x, jax.ShapeDtypeStruct((1, T), jnp.int32)).compile().memory_analysis()
-
-    short, long = (temporaries(T).temp_size_in_bytes for T in (2048, 8192))
-    assert long < 4 * short < 60e6  # the scores of one head alone are 268 MB
-
-
-def halved_inputs(last):
-    """Rows of 256 whose first document ends at 128, but that of the second row at `last`."""
-    q, k, v, _ = make_inputs(T=256)
-    segment_ids = np.ones((2, 256), np.int32)
-    segment_ids[0, 128:], segment_ids[1, last:] = 2, 2
-    return q, k, v, jnp.asarray(segment_ids)
-
-
-@pytest.mark.parametrize(("case", "last"), [("all", 128), ("causal", 180), ("softcap", 128), ("prefix_all", 150)])
-def test_cpu_reads_half_of_the_keys_where_no_document_lies_across(monkeypatch, case, last):
-    monkeypatch.setattr(blocks, "_LEAST_HALVED", 256)
-    x, options = halved_inputs(last), CASES[case]
-    expected = out_and_gradients(*x, implementation="reference", **options)
-    for a, b in zip(out_and_gradients(*x, implementation="cpu", **options), expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-def test_cpu_reads_a_memory_with_half_of_the_keys(monkeypatch):
-    monkeypatch.setattr(blocks, "_LEAST_HALVED", 256)
-    x = halved_inputs(128)
-    expected = with_memory(*x, make_memory(), implementation="reference")
-    for a, b in zip(with_memory(*x, make_memory(), implementation="cpu"), expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-def test_cpu_leaves_out_the_half_that_no_query_sees(monkeypatch):
-    """What isn't read may be NaN. Where one row sees it, all do; where rows lie on several devices, all is read."""
-    monkeypatch.setattr(blocks, "_LEAST_HALVED", 256)
-    q, k, v, segment_ids = halved_inputs(180)
-    hidden = lambda x: x.at[0, :128].set(jnp.nan)  # noqa: E731
+def test_the_program_of_tiles_is_as_long_at_every_length_and_holds_no_square():
     f = functools.partial(self_attention, scale=0.3, implementation="cpu")
-    finite = np.isfinite(jax.jit(f)(q, hidden(k), hidden(v), segment_ids)).all(axis=(2, 3))
-    assert finite[0, 192:].all()
-    assert not finite[0, 128:192].any()
-    assert "cond[" in str(jax.make_jaxpr(f)(q, k, v, segment_ids))
-    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])):
-        assert "cond[" not in str(jax.make_jaxpr(f)(q, k, v, segment_ids))
+    gradients = jax.grad(lambda *x: f(*x).sum(), argnums=(0, 1, 2))
+    texts = [str(jax.make_jaxpr(gradients)(*make_inputs(B=1, T=T, H=2, K=1))) for T in (1024, 4096)]
+    assert texts[0].count(" = ") == texts[1].count(" = ")
+    assert "4096,4096" not in texts[1]
+    assert "8192,4096" not in texts[1]
 
 
 @pytest.mark.parametrize("case", ["causal", "prefix_all"])

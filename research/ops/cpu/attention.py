@@ -1,8 +1,7 @@
-"""Attention for CPUs: blocks of query rows against the keys that they can see, in plain jax.
+"""Attention for CPUs: blocks of query rows against the keys that they can see, in plain jax; of long rows by tiles.
 
 The gradient recomputes the scores (FlashAttention's, arXiv:2205.14135), so that O(T) memory is kept for it; it is in
 reverse mode only. Nothing here depends on the platform but its speed: on a CPU a block's scores stay in the cache.
-Long rows are computed by tiles (ops/cpu/tiles.py).
 
 Axes: see ops/scores.py.
 """
@@ -23,11 +22,8 @@ from research.ops.cpu.tiles import Rows
 from research.ops.scores import NAME, Documents, Memory, Scores, dot, grouped, masked, to_heads, to_rows
 
 MIN_ROWS = 64  # of a block: smaller matrix products are slow
-LEAST_TILED = 1024  # T from which attention is computed by tiles (ops/cpu/tiles.py)
-# A batch is cut in two where it has this many scores at least, since below compiling costs more than it saves, and this
-# many products at a time, B K, at most: more of them keep all cores busy as they are.
-_LEAST_SPLIT, _MOST_SPLIT = 2**20, 16
-_LEAST_HALVED = 512  # T from which a block is compiled for half of the keys too; below, that costs more than it saves
+_LEAST_SPLIT = 2**20  # scores of a batch that is cut in two; below, compiling costs more than it saves
+LEAST_TILED = 512  # T from which rows are cut into tiles of queries and keys
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -51,17 +47,23 @@ def attention(
 
 
 def _forward(scores, q, k, v, documents, memory):
-    outputs = tiles.outputs if q.shape[1] >= LEAST_TILED else _outputs
-    out, logsumexp = _in_halves(functools.partial(outputs, scores, memory), Rows(q, k, v, documents))
+    rows = Rows(q, k, v, documents)
+    if q.shape[1] < LEAST_TILED:
+        out, logsumexp = _in_halves(functools.partial(_outputs, scores, memory), rows)
+    else:
+        out, logsumexp = tiles.outputs(scores, memory, rows)
     out, logsumexp = checkpoint_name(out, NAME), checkpoint_name(logsumexp, NAME)
     return out, (q, k, v, documents, memory, out, logsumexp)
 
 
 def _backward(scores, residuals, d_out):
     q, k, v, documents, memory, out, logsumexp = residuals
-    gradients = tiles.gradients if q.shape[1] >= LEAST_TILED else _gradients
-    gradients, rows = functools.partial(gradients, scores, memory), Rows(q, k, v, documents)
-    dq, dk, dv, d_memory = _in_halves(gradients, rows, out, logsumexp, d_out)
+    rows = Rows(q, k, v, documents)
+    if q.shape[1] < LEAST_TILED:
+        gradients = functools.partial(_gradients, scores, memory)
+        dq, dk, dv, d_memory = _in_halves(gradients, rows, out, logsumexp, d_out)
+    else:
+        dq, dk, dv, d_memory = tiles.gradients(scores, memory, rows, out, logsumexp, d_out)
     if memory is not None:
         d_keys, d_values = d_memory.sum(axis=0).transpose(0, 3, 1, 2)
         d_memory = Memory((d_keys * scores.scale).astype(k.dtype), d_values.astype(v.dtype))
@@ -71,8 +73,8 @@ def _backward(scores, residuals, d_out):
 def _in_halves(function: Callable[..., Any], rows: Rows, *others: PyTree) -> PyTree:
     """function(rows, *others) of half of a batch and of the other half, joined: XLA runs at the same time what doesn't
     depend on each other, and most steps of a block are too small for all cores."""
-    (B, T, H, _), K, arrays = rows.q.shape, rows.k.shape[2], (rows, *others)
-    if B % 2 or B * H * T * T < _LEAST_SPLIT or B * K > _MOST_SPLIT or device_count() > 1:
+    (B, T, H, _), arrays = rows.q.shape, (rows, *others)
+    if B % 2 or B * H * T * T < _LEAST_SPLIT or device_count() > 1:
         return function(*arrays)
     halves = (jax.tree.map(lambda x, half=half: x[half], arrays) for half in (slice(B // 2), slice(B // 2, B)))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(function(*half) for half in halves))
@@ -88,7 +90,7 @@ def _outputs(
     logsumexps = []
     for t, s in _blocks(T, scores, documents):
         block = _Block(scores, documents, memory, t, s, q.shape[2] // K)
-        out, logsumexp = block.of_seen(block.outputs, queries[:, :, block.rows], keys, values)
+        out, logsumexp = block.outputs(queries[:, :, block.rows], keys, values)
         queries = queries.at[:, :, block.rows].set(out.astype(q.dtype))
         logsumexps.append(logsumexp)
     return to_heads(queries, T), jnp.concatenate(logsumexps, axis=2)
@@ -113,7 +115,7 @@ def _gradients(
     for t, s in _blocks(T, scores, documents):
         block = _Block(scores, documents, memory, t, s, q.shape[2] // K)
         own = (x[:, :, block.rows] for x in (queries, d_rows, delta, logsumexp))
-        dq, block_dk, block_dv, block_memory = block.of_seen(block.gradients, *own, keys, values)
+        dq, block_dk, block_dv, block_memory = block.gradients(*own, keys, values)
         dk, dv = dk.at[..., s].add(block_dk), dv.at[..., s].add(block_dv)
         if P:
             d_memory += block_memory
@@ -145,25 +147,13 @@ class _Block:
         """Of the rows of queries."""
         return slice(self.t.start * self.group, self.t.stop * self.group)
 
-    def of_seen(self, compute: Callable[..., tuple[Array | None, ...]], *arrays: Array) -> tuple[Array | None, ...]:
-        """compute(s, *arrays), where s leaves out the first half of T if none of the queries sees any of it: rows hold
-        several documents."""
-        T = self.documents.segments.shape[1]
-        half = T // 2
-        # Devices that have other rows would have to agree on what is seen.
-        if T < _LEAST_HALVED or not self.s.start < half <= self.t.start or device_count() > 1:
-            return compute(self.s, *arrays)
-        seen = jnp.any(self.scores.mask(self.documents, self.t, slice(self.s.start, half)))
-        shorter = functools.partial(compute, slice(half, self.s.stop))
-        return jax.lax.cond(seen, functools.partial(compute, self.s), shorter, *arrays)
-
     def outputs(
-        self, s: slice, queries: Float[Array, "B K R h"], keys: Float[Array, "B K T h"], values: Float[Array, "B K T h"]
+        self, queries: Float[Array, "B K R h"], keys: Float[Array, "B K T h"], values: Float[Array, "B K T h"]
     ) -> tuple[Float[Array, "B K R h"], Float[Array, "B K R 1"]]:
-        """What the queries get of the keys at `s`, and the logarithms of the sums of exponentials."""
+        """What the queries get of the keys, and the logarithms of the sums of exponentials."""
         G, (memory_keys, memory_values) = self.group, self._memory(queries)
-        mask = _behind(self.memory, self.scores.mask(self.documents, self.t, s))
-        raw = self.scores.unmasked(queries, _after(memory_keys, keys[:, :, s]))
+        mask = _behind(self.memory, self.scores.mask(self.documents, self.t, self.s))
+        raw = self.scores.unmasked(queries, _after(memory_keys, keys[:, :, self.s]))
         block = masked(raw, mask)
         top = block.max(axis=-1, keepdims=True)
         if queries.shape[0] == 1:  # what is masked would have p's shape, see above: XLA leaves such an axis out
@@ -171,12 +161,11 @@ class _Block:
         else:
             p = jnp.exp(grouped(block, G) - grouped(top, G)).reshape(block.shape)
         total = p.sum(axis=-1, keepdims=True)
-        out = dot("bkrs,bksh->bkrh", p.astype(values.dtype), _after(memory_values, values[:, :, s])) / total
+        out = dot("bkrs,bksh->bkrh", p.astype(values.dtype), _after(memory_values, values[:, :, self.s])) / total
         return out, top + jnp.log(total)
 
     def gradients(
         self,
-        s: slice,
         queries: Float[Array, "B K R h"],
         d_rows: Float[Array, "B K R h"],
         delta: Float[Array, "B K R 1"],
@@ -188,11 +177,11 @@ class _Block:
         memory, [2, B, K, h, P], None without one. The first four arrays are of the queries."""
         G, P = self.group, 0 if self.memory is None else self.memory.keys.shape[0]
         memory_keys, memory_values = self._memory(queries)
-        mask = _behind(self.memory, self.scores.mask(self.documents, self.t, s))
-        block_keys = _after(memory_keys, keys[:, :, s])
+        mask = _behind(self.memory, self.scores.mask(self.documents, self.t, self.s))
+        block_keys = _after(memory_keys, keys[:, :, self.s])
         block = self.scores(queries, block_keys, mask)
         p = jnp.exp(grouped(block, G) - grouped(logsumexp, G)).reshape(block.shape)
-        dp = dot("bkrh,bksh->bkrs", d_rows, _after(memory_values, values[:, :, s]))
+        dp = dot("bkrh,bksh->bkrs", d_rows, _after(memory_values, values[:, :, self.s]))
         ds = (grouped(p, G) * (grouped(dp, G) - grouped(delta, G))).reshape(p.shape)
         if self.scores.softcap:
             # Clipped, for masked scores are far out, and 0 * inf would be NaN there.
@@ -201,9 +190,8 @@ class _Block:
         # [h, S] and not [S, h]: the operand that has to be transposed is the small one.
         dk, dv = dot("bkrh,bkrs->bkhs", queries, ds), dot("bkrh,bkrs->bkhs", d_rows, p)
         dq = dot("bkrs,bksh->bkrh", ds, block_keys) * self.scores.scale
-        left_out = [(0, 0)] * 3 + [(s.start - self.s.start, 0)]
         d_memory = jnp.stack([dk[..., :P], dv[..., :P]]) if P else None
-        return dq, jnp.pad(dk[..., P:], left_out), jnp.pad(dv[..., P:], left_out), d_memory
+        return dq, dk[..., P:], dv[..., P:], d_memory
 
     def _memory(self, queries: Float[Array, "B K R h"]) -> tuple[Array | None, Array | None]:
         return (None, None) if self.memory is None else self.memory.rows(queries.shape[0])

@@ -1,23 +1,29 @@
-"""Attention for CPUs over long rows: tiles of queries and keys in loops, with an online softmax (FlashAttention,
-arXiv:2205.14135, algorithms 1 and 4), in plain jax.
+"""Attention for CPUs over long rows: loops over tiles of scores that stay in the cache.
 
-What is held beside the results is of the size of one tile, and a program is as long for any T. See ops/cpu/attention.py
-for the axes; both passes write each block's result over the queries that it came from.
+Both passes are FlashAttention's (arXiv:2205.14135, arXiv:2307.08691): running maxima and sums forward, and backward one
+pass over tiles, keys outside and queries within. Memory is O(T), and the program as long at every T. Tiles that no
+query sees any key of are left out, and those that all see whole have no mask.
+
+Axes: see ops/scores.py; N tiles of T.
 """
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from research.devices.sharding import device_count
 from research.ops.scores import MASKED, Documents, Memory, Scores, dot, grouped, masked, to_heads, to_rows
 
-ROWS = 512  # of queries in a tile, T G: products of fewer are slower, and with more a tile leaves the cache
-KEYS = 256  # of a tile
+# Scores of a tile, for one head of keys: smaller products run on one core, larger ones leave the cache.
+_SCORES = 2**17
+_HEADS = 8  # of keys, at most, in a tile
+_MULTIPLE = 16  # of a tile's times: whole vectors
+_NOWHERE = -(2**31)  # the segment of what T is padded with
 
 
 class Rows(NamedTuple):
@@ -29,44 +35,72 @@ class Rows(NamedTuple):
     documents: Documents
 
 
+class Bounds(NamedTuple):
+    """The tiles along one axis that a tile of the other has to do with: from `first` to before `stop`.
+
+    Attributes:
+      first, stop: of all.
+      whole, partial: from `whole` to before `partial` no score is masked.
+    """
+
+    first: Int[Array, "..."]
+    whole: Int[Array, "..."]
+    partial: Int[Array, "..."]
+    stop: Int[Array, "..."]
+
+    def run(self, tile: Callable[[bool, Int[Array, ""], PyTree], PyTree], carry: PyTree) -> PyTree:
+        """tile(has a mask, number, carry) -> carry, of all tiles in turn."""
+        before = self.whole - self.first
+
+        def with_mask(n: Int[Array, ""], carry: PyTree) -> PyTree:
+            return tile(True, jnp.where(n < before, self.first + n, self.partial + n - before), carry)
+
+        carry = jax.lax.fori_loop(self.whole, self.partial, lambda n, carry: tile(False, n, carry), carry)
+        return jax.lax.fori_loop(0, before + self.stop - self.partial, with_mask, carry)
+
+
+def size(T: int, group: int) -> int:
+    """Times of a tile, of queries as of keys, for G heads that share keys."""
+    count = -(-T // int(math.sqrt(_SCORES / group)))
+    return _MULTIPLE * -(-T // (count * _MULTIPLE))
+
+
 def outputs(
     scores: Scores, memory: Memory | None, rows: Rows
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B K R 1"]]:
-    """The result, and the logarithms of the sums of exponentials."""
-    T, tiles, memories = rows.q.shape[1], _Tiles.of(scores, rows), _rows(memory, rows)
-    queries, keys, values = tiles.arrays(rows)
+    """The result, and the logarithms of the sums of exponentials.
 
-    def block(i: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        queries, logsumexps = carry
-        own = tiles.own(queries, i)
-        zeros = jnp.zeros((*own.shape[:3], 1), jnp.float32)
-        state = zeros + MASKED, zeros, jnp.zeros(own.shape, jnp.float32)
-        if memories is not None:
-            state = _added(scores.unmasked(own, memories[0]), memories[1], state, tiles.group)
+    On several devices B and K aren't cut, and all rows run the same tiles.
+    """
+    T, tiles = rows.q.shape[1], _Tiles.of(scores, memory, rows)
+    bounds = tiles.bounds(rows.documents, of_keys=False)
+    out = jnp.zeros(tiles.q.shape, rows.q.dtype)
+    logsumexp = jnp.zeros((*tiles.q.shape[:3], 1), jnp.float32)
 
-        def tile(j: Int[Array, ""], state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            raw = scores.unmasked(own, tiles.seen(keys, j))
-            return _added(masked(raw, tiles.mask(i, j)), tiles.seen(values, j), state, tiles.group)
+    def step(n: Int[Array, ""], carry: PyTree) -> PyTree:
+        b, k, i = tiles.place(n)
+        q, documents = tiles.queries(tiles.q, b, k, i), tiles.documents(b, i)
 
-        top, total, out = jax.lax.fori_loop(*tiles.span(i), tile, state)
-        out = (out / total).astype(queries.dtype)
-        return tiles.put(queries, out, i), tiles.put(logsumexps, top + jnp.log(total), i)
+        def tile(has_mask: bool, j: Int[Array, ""], carry: PyTree) -> PyTree:
+            top, total, out = carry
+            s = tiles.scores_of(q, tiles.keys(tiles.k, b, k, j))
+            hidden = ~tiles.mask(documents, i, tiles.documents(b, j), j) if has_mask else None
+            new_top = jnp.maximum(top, _hide(s, hidden).max(axis=-1, keepdims=True))
+            p = _hide(tiles.exp(s, new_top * tiles.factor), hidden, 0.0)
+            kept = jnp.exp((top - new_top) * tiles.factor)
+            v = tiles.keys(tiles.v, b, k, j)
+            total = total * kept + p.sum(axis=-1, keepdims=True)
+            return new_top, total, out * kept + dot("bkrs,bksh->bkrh", p.astype(v.dtype), v)
 
-    logsumexps = jnp.zeros((*queries.shape[:3], 1), jnp.float32)
-    queries, logsumexps = jax.lax.fori_loop(0, tiles.blocks, block, (queries, logsumexps))
-    return to_heads(queries, tiles.length)[:, :T], logsumexps[:, :, : T * tiles.group]
+        top, total, of_tile = _at(bounds, b, i).run(tile, tiles.of_memory(q, k))
+        start = (b, k, i * q.shape[2], 0)
+        out, logsumexp = carry
+        out = jax.lax.dynamic_update_slice(out, (of_tile / total).astype(out.dtype), start)
+        return out, jax.lax.dynamic_update_slice(logsumexp, top * tiles.factor + jnp.log(total), start)
 
-
-def _added(
-    s: Float[Array, "B K R S"], values: Float[Array, "B K S h"], state: tuple[Array, Array, Array], G: int
-) -> tuple[Float[Array, "B K R 1"], Float[Array, "B K R 1"], Float[Array, "B K R h"]]:
-    """The largest score, the sum of exponentials less it, and of values weighted so, with those of more keys."""
-    top, total, out = state
-    higher = jnp.maximum(top, s.max(axis=-1, keepdims=True))
-    p = jnp.exp(grouped(s, G) - grouped(higher, G)).reshape(s.shape)
-    shrink = jnp.exp(top - higher)
-    total = total * shrink + p.sum(axis=-1, keepdims=True)
-    return higher, total, out * shrink + dot("bkrs,bksh->bkrh", p.astype(values.dtype), values)
+    out, logsumexp = jax.lax.fori_loop(0, tiles.count, step, (out, logsumexp))
+    R = T * tiles.group
+    return to_heads(out[:, :, :R], T), logsumexp[:, :, :R]
 
 
 def gradients(
@@ -78,176 +112,227 @@ def gradients(
     d_out: Float[Array, "B T H h"],
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"], Float[Array, "B 2 K h P"] | None]:
     """The gradients by q, k and v, and those by the memory of each row, None without one."""
-    (B, T, _, h), K = rows.q.shape, rows.k.shape[2]
-    tiles, memories = _Tiles.of(scores, rows), _rows(memory, rows)
-    queries, keys, values = tiles.arrays(rows)
-    delta = to_rows(tiles.padded(dot("bthd,bthd->bth", d_out, out)[..., None]), K)
-    d_rows = to_rows(tiles.padded(d_out), K)
-    logsumexp = jnp.pad(logsumexp, ((0, 0), (0, 0), (0, queries.shape[2] - logsumexp.shape[2]), (0, 0)))
-    by_keys = jnp.zeros((2, B, K, h, tiles.length), jnp.float32)
-    by_memory = None if memory is None else jnp.zeros((2, B, K, h, memory.keys.shape[0]), jnp.float32)
+    T, tiles = rows.q.shape[1], _Tiles.of(scores, memory, rows)
+    bounds = tiles.bounds(rows.documents, of_keys=True)
+    K = rows.k.shape[2]
+    delta = dot("bthd,bthd->bth", d_out, out)[..., None]
+    d_rows, delta = (tiles.padded(to_rows(x, K), tiles.group) for x in (d_out, delta))
+    logsumexp = tiles.padded(logsumexp, tiles.group)
+    dq, d_memory = tiles.memory_gradients(d_rows, logsumexp, delta)
+    dk = dv = jnp.zeros(tiles.k.swapaxes(2, 3).shape, jnp.float32)
 
-    def block(i: Int[Array, ""], carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
-        queries, by_keys, by_memory = carry
-        own = _Own(*(tiles.own(x, i) for x in (queries, d_rows, delta, logsumexp)))
-        dq = jnp.zeros(own.queries.shape, jnp.float32)
-        if memories is not None:
-            dq, more = own.gradients(scores, scores.unmasked(own.queries, memories[0]), *memories, tiles.group)
-            by_memory += more
+    def step(n: Int[Array, ""], carry: PyTree) -> PyTree:
+        b, k, j = tiles.place(n)
+        keys, values, documents = tiles.keys(tiles.k, b, k, j), tiles.keys(tiles.v, b, k, j), tiles.documents(b, j)
 
-        def tile(j: Int[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
-            dq, by_keys = state
-            own_keys = tiles.seen(keys, j)
-            s = scores(own.queries, own_keys, tiles.mask(i, j))
-            more, own_by_keys = own.gradients(scores, s, own_keys, tiles.seen(values, j), tiles.group)
-            place = (0, 0, 0, 0, j * tiles.keys)
-            before = jax.lax.dynamic_slice(by_keys, place, own_by_keys.shape)
-            return dq + more, jax.lax.dynamic_update_slice(by_keys, before + own_by_keys, place)
+        def tile(has_mask: bool, i: Int[Array, ""], carry: PyTree) -> PyTree:
+            dq, dk, dv = carry
+            q, d_tile = tiles.queries(tiles.q, b, k, i), tiles.queries(d_rows, b, k, i)
+            s = tiles.scores_of(q, keys)
+            hidden = ~tiles.mask(tiles.documents(b, i), i, documents, j) if has_mask else None
+            p = _hide(tiles.exp(s, tiles.queries(logsumexp, b, k, i)), hidden, 0.0)
+            dp = dot("bkrh,bksh->bkrs", d_tile, values)
+            ds = tiles.score_gradients(s, p, dp, tiles.queries(delta, b, k, i))
+            p, ds = p.astype(values.dtype), ds.astype(q.dtype)
+            own = tiles.queries(dq, b, k, i) + dot("bkrs,bksh->bkrh", ds, keys)
+            dq = jax.lax.dynamic_update_slice(dq, own, (b, k, i * q.shape[2], 0))
+            # [h, S] and not [S, h]: the operand that has to be transposed is the small one.
+            return dq, dk + dot("bkrh,bkrs->bkhs", q, ds), dv + dot("bkrh,bkrs->bkhs", d_tile, p)
 
-        dq, by_keys = jax.lax.fori_loop(*tiles.span(i), tile, (dq, by_keys))
-        return tiles.put(queries, (dq * scores.scale).astype(queries.dtype), i), by_keys, by_memory
+        dq, dk, dv = carry
+        zeros = jnp.zeros(keys.swapaxes(2, 3).shape, jnp.float32)
+        dq, dk_tile, dv_tile = _at(bounds, b, j).run(tile, (dq, zeros, zeros))
+        start = (b, k, 0, j * tiles.size)
+        return dq, *(jax.lax.dynamic_update_slice(x, y, start) for x, y in ((dk, dk_tile), (dv, dv_tile)))
 
-    queries, by_keys, by_memory = jax.lax.fori_loop(0, tiles.blocks, block, (queries, by_keys, by_memory))
-    dk, dv = by_keys[..., :T].transpose(0, 1, 4, 2, 3)
-    d_memory = None if by_memory is None else by_memory.swapaxes(0, 1)
-    dk = (dk * scores.scale).astype(rows.k.dtype)
-    return to_heads(queries, tiles.length)[:, :T], dk, dv.astype(rows.v.dtype), d_memory
-
-
-class _Own(NamedTuple):
-    """What the gradients of a block read of its queries."""
-
-    queries: Float[Array, "B K R h"]
-    d_rows: Float[Array, "B K R h"]
-    delta: Float[Array, "B K R 1"]
-    logsumexp: Float[Array, "B K R 1"]
-
-    def gradients(
-        self,
-        scores: Scores,
-        s: Float[Array, "B K R S"],
-        keys: Float[Array, "B K S h"],
-        values: Float[Array, "B K S h"],
-        G: int,
-    ) -> tuple[Float[Array, "B K R h"], Float[Array, "2 B K h S"]]:
-        """By the queries, and by some keys and values; the first, and that by keys, aren't scaled yet."""
-        p = jnp.exp(grouped(s, G) - grouped(self.logsumexp, G)).reshape(s.shape)
-        dp = dot("bkrh,bksh->bkrs", self.d_rows, values)
-        ds = (grouped(p, G) * (grouped(dp, G) - grouped(self.delta, G))).reshape(p.shape)
-        if scores.softcap:
-            # Clipped, for masked scores are far out, and 0 * inf would be NaN there.
-            ds *= 1 - jnp.clip(s / scores.softcap, -1, 1) ** 2
-        p, ds = p.astype(values.dtype), ds.astype(keys.dtype)
-        # [h, S] and not [S, h]: the operand that has to be transposed is the small one.
-        by_keys = dot("bkrh,bkrs->bkhs", self.queries, ds), dot("bkrh,bkrs->bkhs", self.d_rows, p)
-        return dot("bkrs,bksh->bkrh", ds, keys), jnp.stack(by_keys)
+    dq, dk, dv = jax.lax.fori_loop(0, tiles.count, step, (dq, dk, dv))
+    dq = to_heads((dq * scores.scale).astype(rows.q.dtype)[:, :, : T * tiles.group], T)
+    dk, dv = (x[..., :T].transpose(0, 3, 1, 2) for x in (dk * scores.scale, dv))
+    return dq, dk.astype(rows.k.dtype), dv.astype(rows.v.dtype), d_memory
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class _Tiles:
-    """How queries and keys are cut: T is filled up to a multiple of both.
+    """Queries, keys and values with T padded to whole tiles, and how they are cut.
 
     Attributes:
-      scores: see ops.attention.
-      documents: of all tokens; what fills up is of no document.
-      length: T, filled up.
+      scores, memory: see ops.cpu.attention.
+      q, k, v: heads first.
+      all_documents: of the rows, padded likewise.
+      size: times of a tile.
+      shape: rows of the batch and heads of keys that a tile has.
       group: G.
-      times: T of the queries of a tile.
-      keys: of a tile.
-      nearest: of each block the first tile that holds a document of its own, and the one after the last; None where
-        that isn't looked for.
     """
 
     scores: Scores
-    documents: Documents
-    length: int
+    memory: Memory | None
+    q: Float[Array, "B K R h"]
+    k: Float[Array, "B K T h"]
+    v: Float[Array, "B K T h"]
+    all_documents: Documents
+    size: int
+    shape: tuple[int, int]
     group: int
-    times: int
-    keys: int
-    nearest: tuple[Int[Array, " blocks"], Int[Array, " blocks"]] | None
 
     @classmethod
-    def of(cls, scores: Scores, rows: Rows) -> "_Tiles":
-        """Those of some rows of a batch."""
-        T, group = rows.q.shape[1], rows.q.shape[2] // rows.k.shape[2]
-        times = max(ROWS // group // KEYS, 1) * KEYS
-        length = math.ceil(T / times) * times
-        segments, prefix = rows.documents
-        fill = ((0, 0), (0, length - T))
-        segments = jnp.pad(segments, fill, constant_values=-1)
-        documents = Documents(segments, None if prefix is None else jnp.pad(prefix, fill))
-        return cls(scores, documents, length, group, times, KEYS, _nearest(segments, times, KEYS))
+    def of(cls, scores: Scores, memory: Memory | None, rows: Rows) -> "_Tiles":
+        q, k, v, documents = rows
+        (B, T, H, _), K = q.shape, k.shape[2]
+        group = H // K
+        length = size(T, group)
+        behind = ((0, 0), (0, -T % length))
+        segments = jnp.pad(documents.segments, behind, constant_values=_NOWHERE)
+        documents = Documents(segments, None if documents.prefix is None else jnp.pad(documents.prefix, behind))
+        heads = max(n for n in range(1, _HEADS + 1) if K % n == 0)
+        tiles = cls(scores, memory, q, k, v, documents, length, (B, K) if device_count() > 1 else (1, heads), group)
+        q, k, v = to_rows(q, K), k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return dataclasses.replace(tiles, q=tiles.padded(q, group), k=tiles.padded(k), v=tiles.padded(v))
+
+    def padded(self, x: Float[Array, "B K R n"], group: int = 1) -> Float[Array, "B K R n"]:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % (self.size * group)), (0, 0)))
 
     @property
-    def blocks(self) -> int:
-        """Of queries."""
-        return self.length // self.times
+    def number(self) -> int:
+        """N."""
+        return self.k.shape[2] // self.size
 
-    def arrays(self, rows: Rows) -> tuple[Float[Array, "B K R h"], Float[Array, "B K T h"], Float[Array, "B K T h"]]:
-        """Queries, keys and values, heads first and filled up."""
-        q, k, v = (self.padded(x) for x in rows[:3])
-        return to_rows(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    @property
+    def count(self) -> int:
+        """Of all tiles along one axis."""
+        return self.number * (self.k.shape[0] // self.shape[0]) * (self.k.shape[1] // self.shape[1])
 
-    def padded(self, x: Float[Array, "B T *n"]) -> Float[Array, "B T *n"]:
-        """With zeros at the times that fill up."""
-        return jnp.pad(x, ((0, 0), (0, self.length - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
+    def place(self, n: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
+        """Row of the batch, head and number of the n-th tile."""
+        if self.shape == self.k.shape[:2]:  # said so, or an axis that is cut over devices would be gathered
+            return (zero := jnp.int32(0)), zero, n
+        heads = self.k.shape[1] // self.shape[1]
+        n, i = n // self.number, n % self.number
+        return n // heads * self.shape[0], n % heads * self.shape[1], i
 
-    def own(self, x: Float[Array, "B K R n"], i: Int[Array, ""]) -> Float[Array, "B K r n"]:
-        """The queries of block i."""
-        size = self.times * self.group
-        return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=2)
+    def queries(
+        self, x: Float[Array, "B K R n"], b: Int[Array, ""], k: Int[Array, ""], i: Int[Array, ""]
+    ) -> Float[Array, "b k r n"]:
+        """The i-th tile of what there is for each query."""
+        length = self.size * self.group
+        return jax.lax.dynamic_slice(x, (b, k, i * length, 0), (*self.shape, length, x.shape[3]))
 
-    def put(self, x: Float[Array, "B K R n"], block: Float[Array, "B K r n"], i: Int[Array, ""]) -> Array:
-        """x with block i."""
-        return jax.lax.dynamic_update_slice_in_dim(x, block, i * self.times * self.group, axis=2)
+    def keys(
+        self, x: Float[Array, "B K T n"], b: Int[Array, ""], k: Int[Array, ""], j: Int[Array, ""]
+    ) -> Float[Array, "b k s n"]:
+        return jax.lax.dynamic_slice(x, (b, k, j * self.size, 0), (*self.shape, self.size, x.shape[3]))
 
-    def seen(self, x: Float[Array, "B K T h"], j: Int[Array, ""]) -> Float[Array, "B K S h"]:
-        """The keys or values of tile j."""
-        return jax.lax.dynamic_slice_in_dim(x, j * self.keys, self.keys, axis=2)
+    def documents(self, b: Int[Array, ""], i: Int[Array, ""]) -> Documents:
+        def cut(x: Array) -> Array:
+            return jax.lax.dynamic_slice(x, (b, i * self.size), (self.shape[0], self.size))
 
-    def mask(self, i: Int[Array, ""], j: Int[Array, ""]) -> Array:
-        """Whether queries of block i see keys of tile j, bool [B, T, S]."""
-        t, s = i * self.times, j * self.keys
-        return self.scores.seen(
-            self._at(t, self.times),
-            self._at(s, self.keys),
-            t + jnp.arange(self.times, dtype=jnp.int32),
-            s + jnp.arange(self.keys, dtype=jnp.int32),
+        return jax.tree.map(cut, self.all_documents)
+
+    def mask(self, queries: Documents, i: Int[Array, ""], keys: Documents, j: Int[Array, ""]) -> Bool[Array, "b t s"]:
+        times = jnp.arange(self.size, dtype=jnp.int32)
+        return self.scores.seen(queries, keys, i * self.size + times, j * self.size + times)
+
+    def scores_of(self, q: Float[Array, "b k r h"], keys: Float[Array, "b k s h"]) -> Float[Array, "b k r s"]:
+        """Scores before the mask, which are yet to be multiplied by `factor`."""
+        s = dot("bkrh,bksh->bkrs", q, keys)
+        return self.scores.of_products(s) if self.scores.softcap else s
+
+    @property
+    def factor(self) -> float:
+        return 1.0 if self.scores.softcap else self.scores.scale
+
+    def exp(self, s: Float[Array, "b k r s"], less: Float[Array, "b k r 1"]) -> Float[Array, "b k r s"]:
+        """exp(s * factor - less), computed in another shape than that of products: see ops.cpu.attention."""
+        return jnp.exp(grouped(s, self.group) * self.factor - grouped(less, self.group)).reshape(s.shape)
+
+    def score_gradients(
+        self,
+        s: Float[Array, "b k r s"],
+        p: Float[Array, "b k r s"],
+        dp: Float[Array, "b k r s"],
+        delta: Float[Array, "b k r 1"],
+    ) -> Float[Array, "b k r s"]:
+        """The gradient by the scaled products."""
+        G = self.group
+        ds = (grouped(p, G) * (grouped(dp, G) - grouped(delta, G))).reshape(p.shape)
+        return ds * (1 - (s / self.scores.softcap) ** 2) if self.scores.softcap else ds
+
+    def of_memory(
+        self, q: Float[Array, "b k r h"], k: Int[Array, ""]
+    ) -> tuple[Float[Array, "b k r 1"], Float[Array, "b k r 1"], Float[Array, "b k r h"]]:
+        """What `outputs` begins with: maxima, sums of exponentials and products, of the memory if there is one."""
+        if self.memory is None:
+            one = (*q.shape[:3], 1)
+            return jnp.full(one, MASKED), jnp.zeros(one, jnp.float32), jnp.zeros(q.shape, jnp.float32)
+        keys, values = (
+            jax.lax.dynamic_slice_in_dim(x, k, self.shape[1], axis=1) for x in self.memory.rows(self.shape[0])
         )
+        s = self.scores_of(q, keys)
+        top = s.max(axis=-1, keepdims=True)
+        p = self.exp(s, top * self.factor)
+        return top, p.sum(axis=-1, keepdims=True), dot("bkrs,bksh->bkrh", p.astype(values.dtype), values)
 
-    def _at(self, start: Int[Array, ""], size: int) -> Documents:
-        cut = (None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in self.documents)
-        return Documents(*cut)
+    def memory_gradients(
+        self, d_rows: Float[Array, "B K R h"], logsumexp: Float[Array, "B K R 1"], delta: Float[Array, "B K R 1"]
+    ) -> tuple[Float[Array, "B K R h"], Float[Array, "B 2 K h P"] | None]:
+        """What the gradient by the queries begins with, before `scale`, and that by the memory: 0 and None without."""
+        if self.memory is None:
+            return jnp.zeros(self.q.shape, jnp.float32), None
+        keys, values = self.memory.rows(self.q.shape[0])
+        s = self.scores_of(self.q, keys)
+        p = self.exp(s, logsumexp)
+        ds = self.score_gradients(s, p, dot("bkrh,bksh->bkrs", d_rows, values), delta).astype(keys.dtype)
+        by_memory = dot("bkrh,bkrs->bkhs", self.q, ds), dot("bkrh,bkrs->bkhs", d_rows, p.astype(values.dtype))
+        return dot("bkrs,bksh->bkrh", ds, keys), jnp.stack(by_memory, axis=1)
 
-    def span(self, i: Int[Array, ""]) -> tuple[Array, Array]:
-        """The first tile of keys that a query of block i may see, and the one after the last."""
-        first, last = i * self.times, (i + 1) * self.times  # of the keys
-        window, all_before = self.scores.window, self.scores.all_before(self.documents)
-        low = first - window + 1 if window else 0
-        high = last if all_before else last + window - 1 if window else self.length
-        low, high = jnp.maximum(low, 0) // self.keys, (jnp.minimum(high, self.length) + self.keys - 1) // self.keys
-        if self.nearest is None:
-            return low, high
-        return jnp.maximum(low, self.nearest[0][i]), jnp.minimum(high, self.nearest[1][i])
+    def bounds(self, documents: Documents, *, of_keys: bool) -> Bounds:
+        """For each tile of queries those of keys, [rows, N], or for each of keys those of queries."""
+        seen, whole = self._relations()
+        if of_keys:
+            seen, whole = seen.swapaxes(1, 2), whole.swapaxes(1, 2)
+        N, index = self.number, jnp.arange(self.number, dtype=jnp.int32)[None, None]
+        first = jnp.where(seen, index, N).min(axis=2)
+        stop = jnp.where(seen, index + 1, 0).max(axis=2)
+        start = jnp.where(whole, index, stop[..., None]).min(axis=2)
+        end = jnp.where(~whole & (index >= start[..., None]), index, N).min(axis=2)
+        return Bounds(first, start, jnp.maximum(start, jnp.minimum(end, stop)), stop)
+
+    def _relations(self) -> tuple[Bool[Array, "B N N"], Bool[Array, "B N N"]]:
+        """Whether any query of a tile may see any key of another, and whether all see all. Of [1, N, N] for all rows
+        where a tile has several."""
+        N, size, scores = self.number, self.size, self.scores
+        index = jnp.arange(N, dtype=jnp.int32)
+        ahead = ((index[:, None] - index[None]) * size)[None]  # of a tile's first query after the first key
+        least, most = ahead - (size - 1), ahead + (size - 1)
+        seen, whole = jnp.ones((1, N, N), bool), jnp.ones((1, N, N), bool)
+        segments, prefix = self.all_documents
+        if self.shape[0] == 1:
+            # Of ascending numbers, but padding's, 0, which comes last and becomes the largest.
+            tiles = (segments - 1).astype(jnp.uint32).reshape(-1, N, size)
+            low, high = tiles.min(axis=2), tiles.max(axis=2)
+            seen = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
+            whole = (low[:, :, None] == high[:, None]) & (low[:, None] == high[:, :, None])
+        else:
+            whole = jnp.zeros((1, N, N), bool)
+        if scores.causal:
+            before = most >= 0
+            if prefix is not None:
+                ahead_too = prefix.reshape(-1, N, size).any(axis=2) if self.shape[0] == 1 else jnp.ones((1, N), bool)
+                before = before | ahead_too[:, None]
+            seen, whole = seen & before, whole & (least >= 0)
+        if scores.window:
+            seen = seen & (least < scores.window) & (most > -scores.window)
+            whole = whole & (most < scores.window) & (least > -scores.window)
+        return seen, whole
 
 
-def _rows(memory: Memory | None, rows: Rows) -> tuple[Array, Array] | None:
-    return None if memory is None else memory.rows(rows.q.shape[0])
+def _hide(
+    s: Float[Array, "b k r s"], hidden: Bool[Array, "b t s"] | None, value: float = MASKED
+) -> Float[Array, "b k r s"]:
+    """`s`, and `value` where a key is hidden from a query."""
+    return s if hidden is None else masked(s, ~hidden, value)
 
 
-def _nearest(segments: Int[Array, "B T"], times: int, keys: int) -> tuple[Int[Array, " n"], Int[Array, " n"]] | None:
-    """See _Tiles.nearest: by the lowest and highest number of a document in each. Where a row's numbers don't go up,
-    some tiles are read that nobody sees."""
-    if device_count() > 1:  # devices that have other rows would have to agree
-        return None
-
-    def ends(size: int) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
-        cut = segments.reshape(segments.shape[0], -1, size)
-        return cut.min(axis=-1), cut.max(axis=-1)
-
-    (low, high), (key_low, key_high) = ends(times), ends(keys)
-    shared = (low[:, :, None] <= key_high[:, None]) & (key_low[:, None] <= high[:, :, None])
-    shared = jnp.any(shared, axis=0)
-    count = shared.shape[1]
-    last = count - jnp.argmax(shared[:, ::-1], axis=1).astype(jnp.int32)
-    return jnp.argmax(shared, axis=1).astype(jnp.int32), last
+def _at(bounds: Bounds, b: Int[Array, ""], i: Int[Array, ""]) -> Bounds:
+    """Those of one tile."""
+    row = 0 if bounds.first.shape[0] == 1 else b
+    return Bounds(*(x[row, i] for x in bounds))
