@@ -9,13 +9,13 @@
     understudy benchmark --config=experiments/benchmark.py:1b --only=train,decode --decode_batch=64 --steps=20
     python -m research.main --config=experiments/benchmark.py:small
 
-`small` (the default): Llama-shaped, 6.82 M parameters, 8 x 256 tokens. `smol`: the shape of SmolLM2-135M (V 49152,
-tied; arXiv:2502.02737), 2 x 256 tokens. `1b`: a Llama of 1.24 B parameters (the shape of Llama 3.2 1B), 8 x 4096 tokens
-for one GPU of 80 GB. AdamW, gradients clipped at 1.0; no evaluation. `lora` trains LoRA of rank 16 on all linear maps
-of one of them, `int8` and `nf4` the same beside a base that is held so (QLoRA). `dpo` learns from 8 pairs of answers of
-256 tokens each (`smol` 512, `1b` 4096) with a reference of the same shape, `cached` with a reference's log-probs.
-`grpo` answers 2 prompts of 32 tokens 4 times each, 128 tokens long, rewards short texts and makes an update of these 8
-answers, without a reference.
+`small` (the default): Llama-shaped, 6.82 M parameters, 8 x 256 tokens. `smol` and `360m`: the shapes of SmolLM2-135M
+and SmolLM2-360M (V 49152, tied; arXiv:2502.02737), 2 x 256 tokens. `1b`: a Llama of 1.24 B parameters (the shape of
+Llama 3.2 1B), 8 x 4096 tokens for one GPU of 80 GB. AdamW, gradients clipped at 1.0; no evaluation. `lora` trains LoRA
+of rank 16 on all linear maps of one of them, `int8` and `nf4` the same beside a base that is held so (QLoRA). `dpo`
+learns from 8 pairs of answers of 256 tokens each (`smol` 512, `1b` 4096) with a reference of the same shape, `cached`
+with a reference's log-probs. `grpo` answers 2 prompts of 32 tokens 4 times each, 128 tokens long, rewards short texts
+and makes an update of these 8 answers, without a reference.
 
 Cost: `small`, all parts, a few minutes on 2 CPU cores. On one GPU the line with `1b` is meant to take less than eight
 minutes; the other parts write its 15 GB of training state several times.
@@ -27,6 +27,7 @@ from research.errors import InputError
 SHAPES = {
     "small": {"vocab_size": 4096, "num_layers": 6, "d_model": 256, "num_heads": 8, "num_kv_heads": 4, "d_ff": 768},
     "smol": {"vocab_size": 49_152, "num_layers": 30, "d_model": 576, "num_heads": 9, "num_kv_heads": 3, "d_ff": 1536},
+    "360m": {"vocab_size": 49_152, "num_layers": 32, "d_model": 960, "num_heads": 15, "num_kv_heads": 5, "d_ff": 2560},
     "1b": {"vocab_size": 128_256, "num_layers": 16, "d_model": 2048, "num_heads": 32, "num_kv_heads": 8, "d_ff": 8192},
 }
 
@@ -43,7 +44,7 @@ def get_config(arg: str = ""):
     size = next((name for name in SHAPES if name in chosen), "small")
     config = base.get_config()
     config.steps = 200
-    config.batch_size = {"small": 8, "smol": 2, "1b": 8}[size]
+    config.batch_size = {"smol": 2, "360m": 2}.get(size, 8)
     config.seq_len = 4096 if size == "1b" else 256
     config.objective = {"terms": {"next_token": 1.0}}
     config.data.path = "builtin:python_docs"

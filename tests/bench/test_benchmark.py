@@ -496,6 +496,7 @@ def test_shapes_are_those_of_the_models_they_are_named_after():
         counts[size] = sum(np.prod(s.shape) for s in jax.tree.leaves(make_specs(c), is_leaf=_is_spec))
     assert counts["small"] == pytest.approx(6.82e6, rel=1e-3)
     assert counts["smol"] == 134_515_008  # SmolLM2-135M's
+    assert counts["360m"] == 361_821_120  # SmolLM2-360M's
     assert counts["1b"] == 1_235_814_400  # Llama 3.2 1B's
 
 
