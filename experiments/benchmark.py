@@ -69,7 +69,7 @@ def get_config(arg: str = ""):
         config.batch_size, config.seq_len = 8, PROMPT + ANSWER
         config.data.update(path="tasks:reverse", pack=False)
         config.rewards = {"length": {"unit": "characters", "most": 1, "over": 10 * ANSWER}}
-        config.rollout.update(answers=4, max_new_tokens=ANSWER)
+        config.rollout.update(answers=4, max_new_tokens=ANSWER, shared_prompts=True)
         config.advantage.update(kind="group", scale="group")
         config.objective = {"terms": {"policy_gradient": {"aggregation": "seq-mean-token-mean"}}}
     if "debug" in chosen:

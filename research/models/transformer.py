@@ -22,6 +22,7 @@ from research.models import added_rows, blocks, decoding, kernels, virtual
 from research.models.adapters.types import Adapter
 from research.models.config import REMAT, ModelConfig
 from research.models.decoding import Cache
+from research.models.shared_prompts import SharedPrompts, joined, parted
 from research.models.specs import Params, make_specs
 from research.ops import moe
 from research.ops.attention import self_attention
@@ -111,6 +112,15 @@ def make_model(config: ModelConfig, rules: Rules = sharding.RULES, adapter: Adap
     )
 
 
+def sharing(model: Model, prompts: SharedPrompts) -> Model:
+    """The same model for batches whose rows share prompts: `hidden` and `hidden_at` compute these once."""
+    return model._replace(
+        hidden=functools.partial(model.hidden, prompts=prompts),
+        hidden_at=functools.partial(model.hidden_at, prompts=prompts),
+        routed=functools.partial(model.routed, prompts=prompts) if model.routed else None,
+    )
+
+
 def in_compute_dtype(model: Model) -> Params:
     """The specs of a model that isn't trained: kernels are in the dtype that they are used in."""
     dtype = jnp.dtype(model.config.dtype)
@@ -120,6 +130,7 @@ def in_compute_dtype(model: Model) -> Params:
 def _layer(
     c: ModelConfig,
     rules: Rules,
+    prompts: SharedPrompts | None,
     window: int,
     number: int | None,
     x: Float[Array, "B T D"],
@@ -133,13 +144,14 @@ def _layer(
     Args:
       p: its parameters, or with a `number` a stack that it is taken from; see _Stack.
       documents: the batch's segment_ids and prefix.
-      shared: see _Stack.
+      prompts, shared: see _Stack.
     """
     p = p if number is None else jax.tree.map(lambda w: w[number], p)
     p = kernels.with_shared(p, shared)
 
     def attend(y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         q, k, v = blocks.project_qkv(c, p["attention"], y, angles[1] if window else angles[0])
+        q, k, v = (parted(prompts, x) for x in (q, k, v))
         q = sharding.constrain(q, ("batch", "time", "heads", "head_dim"), rules)
         k = sharding.constrain(k, ("batch", "time", "kv_heads", "head_dim"), rules)
         v = sharding.constrain(v, ("batch", "time", "kv_heads", "head_dim"), rules)
@@ -157,9 +169,10 @@ def _layer(
             implementation=c.attention,
             spec=sharding.partition(("batch", "time", "heads", "head_dim"), rules),
         )
-        return blocks.linear(p["attention"]["o"], y, contract=2, precision=c.precision)
+        return blocks.linear(p["attention"]["o"], joined(prompts, y), contract=2, precision=c.precision)
 
     x, choices = blocks.block(c, rules, p, x, attend)
+    choices = [parted(prompts, y) for y in choices or ()]
     return x, moe.routing(*choices, (documents[0] > 0).astype(jnp.float32)) if choices else None
 
 
@@ -175,6 +188,7 @@ class _Stack:
       angles: RoPE's, of layers without and with a window.
       dropout_keys: uint32 [B, 2]; None where nothing is left out.
       shared: what VeRA's maps of all layers read (kernels.with_shared); None without it.
+      prompts: how the rows share prompts, which x and the angles are joined by; None where they don't.
     """
 
     config: ModelConfig
@@ -184,6 +198,7 @@ class _Stack:
     angles: tuple[Angles | None, Angles | None]
     dropout_keys: Array | None
     shared: Params | None
+    prompts: SharedPrompts | None
 
     def run(
         self, x: Float[Array, "B T D"], first: int, stop: int
@@ -233,28 +248,41 @@ class _Stack:
         Outside a scan the compiler must be kept from sharing what is to be computed again.
         """
         c = self.config
-        layer = functools.partial(_layer, c, self.rules, c.sliding_window[i % len(c.sliding_window)], number)
+        window = c.sliding_window[i % len(c.sliding_window)]
+        layer = functools.partial(_layer, c, self.rules, self.prompts, window, number)
         if c.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[c.remat], prevent_cse=not scanned)
         return layer(x, p, self.documents, self.angles, self.shared)
 
 
-def hidden(c: ModelConfig, rules: Rules, params: Params, batch: Batch) -> Float[Array, "B T D"]:
-    """See Model.hidden."""
-    return hidden_at(c, rules, params, batch, ())[0]
+def hidden(
+    c: ModelConfig, rules: Rules, params: Params, batch: Batch, prompts: SharedPrompts | None = None
+) -> Float[Array, "B T D"]:
+    """See Model.hidden and `sharing`."""
+    return hidden_at(c, rules, params, batch, (), prompts)[0]
 
 
 def hidden_at(
-    c: ModelConfig, rules: Rules, params: Params, batch: Batch, layers: Sequence[int]
+    c: ModelConfig,
+    rules: Rules,
+    params: Params,
+    batch: Batch,
+    layers: Sequence[int],
+    prompts: SharedPrompts | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...]]:
-    """See Model.hidden_at."""
-    return routed(c, rules, params, batch, layers)[:2]
+    """See Model.hidden_at and `sharing`."""
+    return routed(c, rules, params, batch, layers, prompts)[:2]
 
 
 def routed(
-    c: ModelConfig, rules: Rules, params: Params, batch: Batch, layers: Sequence[int]
+    c: ModelConfig,
+    rules: Rules,
+    params: Params,
+    batch: Batch,
+    layers: Sequence[int],
+    prompts: SharedPrompts | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...], Routing | None]:
-    """See Model.routed; without experts there is no Routing.
+    """See Model.routed and `sharing`; without experts there is no Routing.
 
     A scan ends at each of `layers` and another begins, so that only these states are held; and where a piece of the
     layers ends (params.cut), so that no array of all of them is made.
@@ -262,10 +290,13 @@ def routed(
     numbers = [layer_number(c, layer) for layer in layers]
     params = virtual.realized(params)
     segment_ids, positions = batch["segment_ids"], batch["positions"] + virtual.prefix_size(params)
-    angles = blocks.rotations(c, positions, blocks.document_lengths(segment_ids, positions))
     documents = (segment_ids, batch.get("prefix") if c.prefix else None)
-    stack = _Stack(c, rules, params["layers"], documents, angles, batch.get("dropout_keys"), params.get("vera"))
-    x = blocks.embed(c, rules, params, batch["tokens"], positions, batch.get("token_types"))
+    lengths = joined(prompts, blocks.document_lengths(segment_ids, positions))
+    tokens, positions = joined(prompts, batch["tokens"]), joined(prompts, positions)
+    types = joined(prompts, batch["token_types"]) if "token_types" in batch else None
+    angles, shared = blocks.rotations(c, positions, lengths), params.get("vera")
+    stack = _Stack(c, rules, params["layers"], documents, angles, batch.get("dropout_keys"), shared, prompts)
+    x = blocks.embed(c, rules, params, tokens, positions, types)
     states, first, routings = {0: x}, 0, []
     for stop in sorted({*numbers, *(piece.stop for piece in params_lib.layer_pieces(params["layers"]))} - {0}):
         with jax.named_scope("layers"):
@@ -275,7 +306,8 @@ def routed(
         if stop in numbers:
             states[stop] = x
     routing = jax.tree.map(lambda *pieces: jnp.concatenate(pieces), *routings)
-    return blocks.final(c, params, x), tuple(states[number] for number in numbers), routing
+    x = parted(prompts, blocks.final(c, params, x))
+    return x, tuple(parted(prompts, states[number]) for number in numbers), routing
 
 
 def layer_number(c: ModelConfig, layer: int) -> int:

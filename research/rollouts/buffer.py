@@ -21,7 +21,9 @@ WRITTEN = (
 )
 
 
-def lay_out(groups: Sequence[Group], seq_len: int, virtual: range, truncated: str) -> Arrays:
+def lay_out(
+    groups: Sequence[Group], seq_len: int, virtual: range, truncated: str, prompts_end: int | None = None
+) -> Arrays:
     """The rows of all answers, those of a group one after the other, as batch fields [N, T].
 
     Args:
@@ -29,12 +31,14 @@ def lay_out(groups: Sequence[Group], seq_len: int, virtual: range, truncated: st
       seq_len: T.
       virtual: ids of the tokens in front of each document.
       truncated: what becomes of answers that were cut off; see RolloutSpec.
+      prompts_end: where the prompts of all rows end; None where each begins at 0.
     """
     rows = [(group, answer) for group in groups for answer in range(len(group.lengths))]
     batch = empty(len(rows), seq_len)
     batch["sampler_log_prob"] = np.zeros((len(rows), seq_len), np.float32)
     for row, (group, answer) in enumerate(rows):
-        start, end = write(batch, row, 0, virtual, group, answer)
+        first = 0 if prompts_end is None else prompts_end - len(virtual) - len(group.prompt.tokens)
+        start, end = write(batch, row, first, virtual, group, answer)
         if not (group.stopped[answer] or truncated == "train"):
             batch["loss_mask"][row] = 0
         batch["sampler_log_prob"][row, start - 1 : end - 1] = group.log_probs[answer, : end - start]
@@ -95,9 +99,23 @@ def _put(value: np.ndarray, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def minibatch(seed: Sequence[int], rows: int, batch_size: int, served: int) -> Int[np.ndarray, " B"]:
+def minibatch(
+    seed: Sequence[int], rows: int, batch_size: int, served: int, *, together: int = 1, microbatches: int = 1
+) -> Int[np.ndarray, " B"]:
     """The rows of the update that comes after `served` others of the same rollout: every epoch has all of them once, in
-    an order of its own."""
+    an order of its own.
+
+    Args:
+      seed: of the rollout.
+      rows: N, of the rollout.
+      batch_size: B.
+      served: updates made.
+      together: so many rows stay together, in each of `microbatches` one after the other; a step takes every
+        microbatches-th row for one (see train.TrainStep).
+    """
     epoch, number = divmod(served, rows // batch_size)
-    order = np.random.default_rng([*seed, epoch]).permutation(rows).astype(np.int32)
-    return order[number * batch_size : (number + 1) * batch_size]
+    order = np.random.default_rng([*seed, epoch]).permutation(rows // together).astype(np.int32)
+    size = batch_size // together
+    groups = order[number * size : (number + 1) * size].reshape(microbatches, -1, 1)
+    own = groups * np.int32(together) + np.arange(together, dtype=np.int32)
+    return own.reshape(microbatches, -1).T.reshape(-1)

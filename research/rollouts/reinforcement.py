@@ -57,6 +57,7 @@ class Reinforcement:
       sizes: how many of what a rollout has.
       spec: field -> ShapeDtypeStruct with sharding, of the batches that the step takes.
       seed: of the run.
+      order: (seed of a rollout, N, B, updates served) -> the rows of the next one [B]; see buffer.minibatch.
       recent: the groups of the last rollout, for people.
       ahead: draws each rollout while the one before is trained on; None where it is drawn after that.
     """
@@ -70,6 +71,7 @@ class Reinforcement:
     spec: Mapping[str, jax.ShapeDtypeStruct]
     seed: int
     ahead: UnderWay | None = None
+    order: Callable[..., np.ndarray] = buffer.minibatch
     recent: collections.deque = dataclasses.field(default_factory=functools.partial(collections.deque, maxlen=1))
 
     def experience(self) -> Experience:
@@ -225,7 +227,7 @@ class Steps:
         if place.source["served"] >= self.run.sizes.updates:
             place, metrics = self.run.collect(state, frozen, place, self.clock)
         source, sizes = place.source, self.run.sizes
-        index = buffer.minibatch((self.run.seed, source["rollout"]), sizes.rows, sizes.batch_size, source["served"])
+        index = self.run.order((self.run.seed, source["rollout"]), sizes.rows, sizes.batch_size, source["served"])
         batch = self.take({name: place.buffer[name] for name in self.run.spec}, index)
         metrics["rollout/staleness"] = (float(source.get("lag", 0) + source["served"]), 1.0)
         return batch, place._replace(source={**source, "served": source["served"] + 1}), metrics

@@ -37,6 +37,8 @@ class RolloutSpec:
         it has no reward either.
       pairs: with `rewards`: the best and the worst answer of each prompt become a comparison, which the term preference
         learns from (online DPO, arXiv:2402.04792), in the place of advantages. `batch_size` counts comparisons then.
+      shared_prompts: with `rewards`: the trained policy computes each prompt once for all of its answers in an update,
+        which holds them together. Prompts then end at one place of all rows, padding before them.
       ahead: with `rewards`: the next rollout is answered by the policy as it is now, while this one is trained on. A
         ratio to the sampler corrects for that.
       max_new_tokens: the longest answer. A row whose prompt leaves less room keeps the data's answer; with `rewards`
@@ -65,6 +67,7 @@ class RolloutSpec:
     filter_rounds: Count = 0
     truncated: str = "train"
     pairs: bool = False
+    shared_prompts: bool = False
     ahead: bool = False
     max_new_tokens: Size = 64
     temperature: NotNegative = 1.0
@@ -173,7 +176,10 @@ def sizes(spec: RolloutSpec, batch_size: int) -> Sizes:
     return Sizes(prompts, spec.answers, batch_size, spec.epochs)
 
 
-_OF_REWARDS = ("prompts", "answers", "epochs", "filter_rounds", "truncated", "pairs", "ahead", "engine", *_OF_SERVERS)
+_OF_REWARDS = (
+    *("prompts", "answers", "epochs", "filter_rounds", "truncated", "pairs", "shared_prompts", "ahead", "engine"),
+    *_OF_SERVERS,
+)
 
 
 def check(spec: RolloutSpec, rewards: Mapping[str, Any], advantage: AdvantageSpec, batch_size: int, pack: bool) -> None:
@@ -223,6 +229,10 @@ def check(spec: RolloutSpec, rewards: Mapping[str, Any], advantage: AdvantageSpe
 
 def _check_pairs(spec: RolloutSpec, advantage: AdvantageSpec) -> None:
     """Raises InputError where something doesn't go with pairs of answers."""
+    if spec.shared_prompts:
+        raise InputError(
+            "rollout.shared_prompts = True: with rollout.pairs = True a row has a prompt twice. Leave one of them out."
+        )
     if spec.answers < 2:
         raise InputError(
             f"rollout.answers = {spec.answers}: rollout.pairs = True compares the answers to a prompt. Raise it to 2 "

@@ -19,6 +19,7 @@ from research.config import Config
 from research.devices import compilation, distributed, memory, sharding
 from research.errors import InputError
 from research.models import adapters, transformer
+from research.models.shared_prompts import SharedPrompts
 from research.objectives import terms as terms_lib
 from research.objectives.terms import Terms, init_carry
 from research.objectives.types import Sampler
@@ -118,7 +119,7 @@ def assemble(
     rows = fields.shardings(mesh, batch, rules)
     where = jax.tree.map(lambda x: x.sharding, (state, {role: frozen[role] for role in roles.partial}))
     compiler_options = compilation.compiler_options(mesh)
-    step = _make_step(config, terms, models, optimizer, sources)
+    step = _make_step(config, terms, _sharing(config, terms, models, mesh, rules), optimizer, sources)
     step = dataclasses.replace(
         step,
         clips=optim.clips(config.optimizer, optim.group_labels(config.optimizer, roles.trained)),
@@ -198,6 +199,41 @@ def _make_step(
         log_every=config.log.every,
         last=config.steps,
     )
+
+
+def _sharing(
+    config: Config, terms: Terms, models: Mapping[str, transformer.Model], mesh: Any, rules: sharding.Rules
+) -> Mapping[str, transformer.Model]:
+    """The models of a step, whose policy computes the prompts of a batch once where rollout.shared_prompts says so.
+
+    Raises:
+      InputError: it can't.
+    """
+    if not config.rollout.shared_prompts:
+        return models
+    field, answers = "rollout.shared_prompts = True", config.rollout.answers
+    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+        parts, times = sharding.axis_parts("batch", rules), sharding.axis_parts("time", rules)
+    together = answers * config.microbatches * parts
+    if config.batch_size % together:
+        raise InputError(
+            f"{field}: batch_size = {config.batch_size} isn't a multiple of {together}: rollout.answers = {answers} "
+            f"stay together in each of microbatches = {config.microbatches} on each of {parts} parts of the mesh. "
+            "Change any of them, or leave it out."
+        )
+    if own := [name for name, term in terms.items() if term.objective.gives or term.objective.hides is not None]:
+        raise InputError(
+            f"{field}: objective.terms.{own[0]} shows the policy other prompts in each row. Leave one of them out."
+        )
+    if times > 1:
+        raise InputError(f"{field}: goes with no mesh.sequence, which cuts rows. Leave one of them out.")
+    adapter = models["policy"].adapter
+    if adapter is not None and adapter.dropout:
+        raise InputError(
+            f"{field}: adapter.dropout = {adapter.dropout} leaves out other inputs in each row. Leave one of them out."
+        )
+    prompts = SharedPrompts(answers, config.seq_len - config.rollout.max_new_tokens)
+    return {**models, "policy": transformer.sharing(models["policy"], prompts)}
 
 
 def _make_optimizer(config: Config, roles: roles_lib.Roles) -> optax.GradientTransformationExtraArgs:

@@ -145,7 +145,7 @@ FIELDS: dict[str, Rule] = {
         "rollout",
         "share epochs filter_rounds truncated max_new_tokens temperature top_k top_p min_p slots engine staleness",
     ),
-    **_rules(_ROLLOUT, "rollout", "prompts answers pairs ahead"),
+    **_rules(_ROLLOUT, "rollout", "prompts answers pairs shared_prompts ahead"),
     **_rules(_FREE, "rollout", "servers in_flight answer_seconds outage_seconds transfer"),
     **_rules(_SAID, "", "rewards"),
     **_rules(_SAID, "advantage.kl", "weight estimator clip target horizon"),

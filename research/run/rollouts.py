@@ -168,6 +168,10 @@ def make_experience(
     spec, judge = config.rollout, collector.judge
     pairing = pairs.Pairing(config.seq_len, virtual, judge.weights, spec.truncated)
     rows = functools.partial(buffer.lay_out, seq_len=config.seq_len, virtual=virtual, truncated=spec.truncated)
+    order = buffer.minibatch
+    if spec.shared_prompts:
+        rows = functools.partial(rows, prompts_end=config.seq_len - spec.max_new_tokens)
+        order = functools.partial(order, together=spec.answers, microbatches=config.microbatches)
     return Reinforcement(
         collector=collector,
         lay_out=pairing.lay_out if spec.pairs else rows,
@@ -178,4 +182,5 @@ def make_experience(
         spec=parts.batch,
         seed=config.seed,
         ahead=UnderWay(pool) if spec.ahead else None,
+        order=order,
     ).experience()

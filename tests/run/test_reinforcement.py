@@ -8,6 +8,7 @@ import pytest
 from runs import Finished, parameters, small
 
 from research.errors import InputError
+from research.models import transformer
 from research.planning import abstract
 from research.run import metrics, run
 
@@ -69,6 +70,15 @@ WAYS = {
         "trainable": "layers/.*",
         "rewards": {"length": {"unit": "characters", "most": 1, "over": 8}},
         "seq_len": 48,
+    },
+    # As "critic", in two rollouts of two updates each.
+    "shared": {
+        "rollout": {"prompts": 4, "answers": 4, "max_new_tokens": 6, "shared_prompts": True},
+        "objective": {"terms": {"policy_gradient": {"old": "trainer"}, "value": 0.5}},
+        "adapter": {"kind": "prompt", "tokens": 3},
+        "roles": {"critic": {"of": "policy", "num_labels": 1}},
+        "advantage": {"kind": "critic", "scale": "none"},
+        "rewards": {"length": {"unit": "characters", "most": 1, "over": 8}},
     },
     "masked": {"rollout": {"answers": 4, "max_new_tokens": 1, "truncated": "mask"}, "steps": 2, "seed": 1},
 }
@@ -178,6 +188,15 @@ def test_microbatches_and_devices_change_nothing(finished, tmp_path, name, field
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"microbatches": 2}, {"mesh": {"data": 2, "tensor": 2}}])
+def test_prompts_that_are_computed_once_change_nothing(finished, tmp_path, monkeypatch, fields):
+    """As whole rows of the same layout in the same order."""
+    if not fields:
+        monkeypatch.setattr(transformer, "sharing", lambda model, prompts: model)
+    finished.check_cut("shared", tmp_path / "cut", **fields)
+
+
+@pytest.mark.slow
 def test_where_all_answers_are_cut_off_and_masked_nothing_is_learned(finished):
     with pytest.raises(run.Diverged, match="all 2 updates were skipped"):
         finished("masked")
@@ -212,6 +231,10 @@ def test_where_all_answers_are_cut_off_and_masked_nothing_is_learned(finished):
         (
             {"data": {**DATA, "annotations": "some/folder"}},
             r"^data\.annotations = 'some/folder': are of the data's answ",
+        ),
+        (
+            {"rollout": {"shared_prompts": True, "answers": 3, "prompts": 8, "max_new_tokens": 6}},
+            r"^rollout\.shared_prompts = True: batch_size = 8 isn't a multiple of 3: rollout\.answers = 3 stay ",
         ),
         ({"roles": {}, "trainable": ""}, r"^roles: none is called 'reference', and the objective reads what it says"),
         ({"rollout": {"answers": 4, "max_new_tokens": 30}}, r"^rollout\.max_new_tokens: leaves 2 tokens for a prompt"),
