@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from experiments import base
 from research import loading, params
-from research.errors import InputError
+from research.errors import InputError, did_you_mean
 from research.models.config import ModelConfig
 from research.models.specs import make_specs
 from research.sources import entries, records
@@ -118,6 +118,9 @@ def study(config, add):
             raise InputError(
                 f"study.{field} is missing. Give --config.study.{field}=...; see the experiment's docstring."
             )
+    for student in s.students:
+        if student not in STUDENTS:
+            raise InputError(f"study.students: {student!r} isn't there.{did_you_mean(student, STUDENTS)}")
     classes = _classes(s.data, tuple(s.labels))
     config = config.copy_and_resolve_references()
     config.study.labels, config.model.num_labels = classes.names, classes.count

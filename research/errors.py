@@ -12,6 +12,7 @@ from pathlib import Path
 
 # Seeds have 32 bits: jax would take the remainder of a larger one, and numpy refuses those below 0.
 MOST_SEED = 2**32 - 1
+_EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 _LONGEST = 400  # letters of an error that comes from elsewhere
 
 
@@ -88,6 +89,14 @@ def _escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 
 
+def _experiments(path: Path) -> list[str]:
+    """What a --config that isn't there may have meant: files of its folder; of a bare name, experiments too."""
+    there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    if path.name != str(path):
+        return there
+    return there + [p.stem for folder in ("experiments", _EXPERIMENTS) for p in Path(folder).glob("*.py")]
+
+
 def explain_flag_error(error: Exception, argv: Sequence[str], hint: Callable[[str], str]) -> str:
     """Says in a line what is wrong with a command line; config_flags' own errors are a traceback or a bare key.
 
@@ -102,8 +111,7 @@ def explain_flag_error(error: Exception, argv: Sequence[str], hint: Callable[[st
     if config and not path.is_file():
         if path.is_dir():
             return f"--config={config}: is a folder. Name a file in it."
-        there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        return f"--config={config}: there is no file {str(path)!r}.{did_you_mean(str(path), there)}"
+        return f"--config={config}: there is no file {str(path)!r}.{did_you_mean(str(path), _experiments(path))}"
     if inner := re.search(r"InputError: (.*)", text):
         return inner[1]
     if isinstance(error, InputError):
@@ -216,7 +224,10 @@ def _explain_value(text: str, argv: Sequence[str]) -> str:
         return ""
     reason = text.removeprefix(f"flag {flag}: ")
     for sign, wanted in (
-        ("ConfigDict", "must be a mapping as Python writes it: \"{'name': 1}\". One field is set by .NAME=VALUE"),
+        (
+            "ConfigDict",
+            "must be a mapping as Python writes it, no dot in names: \"{'name': 1}\". One field is set by .NAME=VALUE",
+        ),
         ("Non-boolean", "must be True or False"),
         ("invalid literal for int", "must be a whole number"),
         ("could not convert string to float", "must be a number"),

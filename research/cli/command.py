@@ -138,13 +138,13 @@ class Command:
                 yield self.instead, word
                 continue
             if not word.startswith("--") or not name:
-                raise self._no_flag(word)
+                raise self._no_flag(word, argv)
             takes = name not in switches and name.removeprefix("no") not in switches
             if not equals and takes and left and not left[0].startswith("--"):
                 equals, value = "=", left.pop(0)
             yield name, value if equals else None
 
-    def _no_flag(self, word: str) -> InputError:
+    def _no_flag(self, word: str, argv: Sequence[str]) -> InputError:
         """The error for what isn't of the form --name=value."""
         names = self._names()
         name = word.lstrip("-").partition("=")[0]
@@ -152,8 +152,11 @@ class Command:
             return InputError(f"{word}: flags begin with two dashes. Write --{word.lstrip('-')}.")
         if word.startswith("-") or "=" in word:
             return InputError(f"{word}: isn't of the form --name=value.{did_you_mean(f'--{name}', names.values())}")
-        first = "config" if self.experiment else next((f.name for f in self.flags if f.required), "")
-        return InputError(f"{word}: is no flag. Flags have the form --name=value: write --{first}={word}.")
+        given = {other.lstrip("-").partition("=")[0] for other in argv}
+        wanted = [*(["config"] if self.experiment else []), *(flag.name for flag in self.flags if flag.required)]
+        first = next((name for name in wanted if name not in given), "")
+        remedy = f": write --{first}={word}" if first else "; --help lists them"
+        return InputError(f"{word}: is no flag. Flags have the form --name=value{remedy}.")
 
     def _unknown(self, name: str, value: str | None) -> InputError:
         if name in self.renamed:

@@ -13,6 +13,7 @@ from pathlib import Path
 from research import commands, signals
 from research import console as console_lib
 from research.cli.ending import fail
+from research.cli.experiments import EXPERIMENTS
 from research.devices import startup
 from research.errors import Exit, did_you_mean
 
@@ -51,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
         if name.startswith("-") or os.path.sep in name:
             flag = name if name.startswith("-") else f"--config={name}"
             return fail(f"{name}: names no command. Write: understudy train {shlex.quote(flag)}", Exit.BAD_INPUT)
+        if (EXPERIMENTS / f"{name}.py").is_file():
+            return fail(f"{name}: is an experiment. Write: understudy train --config={name}", Exit.BAD_INPUT)
         return fail(f"{name}: no such command.{did_you_mean(name, known)}", Exit.BAD_INPUT)
     with startup.quick_imports():
         command = importlib.import_module(f"{_MODULES}.{name}")

@@ -139,6 +139,8 @@ def open_pretrained(name: str) -> Pretrained:
 def _read_folder_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
+        if gguf := sorted(folder.glob("*.gguf")):
+            raise InputError(f"{folder}: holds no config.json, but {gguf[0].name}. Name that file.")
         raise InputError(f"{folder}: holds no config.json. Name a folder that transformers' save_pretrained wrote.")
     values = files.read_json(file, remedy=_REMEDY)
     if method := values.get("quantization_config"):

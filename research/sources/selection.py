@@ -131,7 +131,9 @@ def _answers(where: str, record: Mapping[str, Any], number: int) -> Iterator[Ans
     several = "completions" in record
     names = ("completions" if several else "completion", "tokens", "logprob", "rewards" if several else "reward")
     if not set(names[:3]) <= record.keys():
-        raise InputError("has no completion. Give what `understudy generate --output` wrote.")
+        lacking = next(name for name in names[:3] if name not in record)
+        wanted = f"{', '.join(names[:3])} beside the prompt"
+        raise InputError(f"has no {lacking}. Give what `understudy generate --output` wrote: {wanted}.")
     _check_rest(record)
     columns = [record[name] for name in names[:3]]
     columns.append(record.get(names[3], [None] * len(columns[0]) if several and isinstance(columns[0], list) else None))

@@ -129,7 +129,7 @@ def _line(cells: Sequence[str]) -> str:
 def _latex_cell(cell: str) -> str:
     found = INTERVAL.fullmatch(cell)
     if found is None:
-        return latex_text(cell)
+        return _minus(cell) if re.fullmatch(r"-\d[\d.,%]*", cell) else latex_text(cell)
     value, interval = found.groups()
     return f"{_minus(value)} {{\\scriptsize {_minus(interval)}}}"
 
