@@ -46,7 +46,7 @@ def write(workdir: str | Path, title: str, tables: Sequence[Table], method: str)
     chosen = settings(workdir)
     parts = [f"# {title}", method, *(_section(table) for table in shown)]
     files.write_text(Path(workdir) / "table.md", "\n\n".join([*parts, *([_section(chosen)] if chosen else [])]) + "\n")
-    latex = ["% Needs \\usepackage{booktabs}."] + [f"% {line}" for line in _command(workdir)]
+    latex = ["% Needs \\usepackage{booktabs,graphicx}."] + [f"% {line}" for line in _command(workdir)]
     latex += [_latex(table, method if table is shown[0] else "") for table in shown]
     latex += [_latex(chosen, "")] if chosen else []
     files.write_text(Path(workdir) / "table.tex", "\n\n".join(latex) + "\n")
@@ -101,7 +101,7 @@ def _command(workdir: str | Path) -> list[str]:
 
 
 def _latex(table: Table, method: str) -> str:
-    """A floating table, by booktabs; intervals are smaller than values."""
+    """A floating table, by booktabs; intervals are smaller than values, and a table that is too wide shrinks."""
     columns = "l" + ("l" if table.title == "Settings" else "r") * (len(table.header) - 1)
     caption = " ".join(latex_text(part) for part in (f"{table.title}.", table.note, method) if part)
     label = re.sub(r"\W+", "-", table.title.lower()).strip("-")
@@ -110,13 +110,14 @@ def _latex(table: Table, method: str) -> str:
         r"  \centering\small",
         f"  \\caption{{{caption}}}",
         f"  \\label{{tab:{label}}}",
+        r"  \resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         f"  \\begin{{tabular}}{{{columns}}}",
         r"    \toprule",
         f"    {_line(table.header)}",
         r"    \midrule",
         *(f"    {_line(row)}" for row in table.rows),
         r"    \bottomrule",
-        r"  \end{tabular}",
+        r"  \end{tabular}}",
         r"\end{table}",
     ]
     return "\n".join(body)
