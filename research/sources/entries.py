@@ -4,6 +4,7 @@ import functools
 import gzip
 import itertools
 import json
+import pickle
 import re
 import sys
 import zlib
@@ -142,11 +143,13 @@ def _hub(entry: str, rest: str, streaming: bool = False) -> Origin:
 
 def _unread_rows(entry: str, dataset: Any) -> Origin:
     """The rows of a data set of the hub that are downloaded as they are read."""
+    fresh = pickle.dumps(dataset)  # iterators of one object share a state, and several threads may read
 
     def stream(position: Position) -> Iterator[tuple[Position, str, Raw]]:
         before = position[0] if position else 0
         try:
-            for i, row in enumerate(dataset.skip(before) if before else dataset, start=before + 1):
+            own = pickle.loads(fresh)
+            for i, row in enumerate(own.skip(before) if before else own, start=before + 1):
                 yield [i], f"{entry}: row {i}", row
         except InputError:
             raise

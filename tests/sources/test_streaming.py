@@ -1,5 +1,6 @@
 """Data that is read while a run trains: its rows, its place, how far it is read ahead, and what it refuses."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import json
@@ -233,6 +234,20 @@ def test_the_hub_is_read_row_by_row(tmp_path):
     assert_same(more, drawn(source_(file), 8)[0][6:])
     with pytest.raises(InputError, match=r"could not be loaded .*hf:NAME:SPLIT"):
         load(spec_of(f"hf:{tmp_path}/repo:dev", **options), BYTE)
+
+
+def test_rows_of_the_hub_may_be_read_in_several_threads(tmp_path):
+    """A block is made ahead in one, while a new source begins in another."""
+    pytest.importorskip("datasets")
+    write(tmp_path / "train.jsonl", pairs(80))
+    origin = locate(f"hf:{tmp_path}:train", count=0, seed=0, streaming=True)
+    rows = [raw for _, _, raw in origin.stream([])]
+
+    def read(first):
+        return all([raw for _, _, raw in origin.stream([first])] == rows[first:] for _ in range(10))
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(read, (1, 20, 50)))
 
 
 def test_views_labels_and_comparisons_are_streamed(tmp_path):
