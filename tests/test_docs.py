@@ -108,7 +108,7 @@ def test_commands_that_are_named_exist(path):
 @pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=relative)
 def test_fields_that_command_lines_set_exist(path, make_configs):
     names = {field.name for section in make_configs.sections() for field in section.fields}
-    free = ("objective.", "roles.", "study.", "data.sources.", "optimizer.groups.", "plan.prices.")
+    free = ("adapter.", "objective.", "roles.", "study.", "data.sources.", "optimizer.groups.", "plan.prices.")
     for name in re.findall(r"--config\.([a-z][\w.]*\w)=", path.read_text()):
         assert name in names or name.startswith(free), f"--config.{name}"
 
