@@ -13,7 +13,7 @@ CAUSES = (
         predicts=(Prediction("data/eval_examples", "<", 6),),
         sureness=0.7,
         observed=True,
-        remedy="--config.data.eval_fraction=0.05 of more data, or --config.data.eval_path with some hundred records",
+        remedy="--config.data.eval_fraction=0.2, or --config.data.eval_path with some hundred records",
         why="So few held-out examples can't tell a gain from chance.",
         source="Card et al. 2020, arXiv:2010.06595 (power)",
     ),
