@@ -88,7 +88,8 @@ def finish(config, arg, overrides):
     for field in sorted(needed, key=("model.init_from", "data.path", "data.eval_path").index):
         section, name = field.split(".")
         if not config[section][name]:
-            raise InputError(f"--config.{field}: is missing. Give it; see the experiment's docstring.")
+            first = " `--config=rl:start --workdir=runs/start` makes one." if field == "model.init_from" else ""
+            raise InputError(f"--config.{field}: is missing. Give it; see the experiment's docstring.{first}")
     if "smollm2" in chosen and not {"eval", "eval.tasks"} & set(overrides):
         longest = config.rollout.max_new_tokens
         greedy = f"exact_match,name=greedy,verifier=number,max_new_tokens={longest}:{config.data.eval_path}"

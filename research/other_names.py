@@ -217,6 +217,10 @@ def hint(field: str, known: Iterable[str]) -> str:
     known, last = list(known), field.rpartition(".")[2]
     if there := answer(last):
         return there
+    section = field.rpartition(".")[0]
+    own = [name for name in known if section and name.rpartition(".")[0] == section]
+    if close := difflib.get_close_matches(field, own, n=1, cutoff=0.9):
+        return f" Did you mean {close[0]!r}?"
     if same := [name for name in known if name.rpartition(".")[2] == last]:
         return f" Did you mean {_listed(same)}?"
     scores = {name: _similarity(field, name) for name in known}

@@ -37,5 +37,5 @@ class Constant:
         self._names = [other for other in self._names if other != name]  # told once
         return (
             f"rewards.{name}: gives {value:.3g} to every answer of {_ROLLOUTS} rollouts, and so teaches nothing. Are "
-            "the prompts too hard, or too easy? Does it read the answer as it is written?"
+            "the prompts too hard, too easy, or learned by now? Does it read the answer as it is written?"
         )
