@@ -15,7 +15,7 @@ Llama 3.2 1B), 8 x 4096 tokens for one GPU of 80 GB. AdamW, gradients clipped at
 of rank 16 on all linear maps of one of them, `int8` and `nf4` the same beside a base that is held so (QLoRA). `dpo`
 learns from 8 pairs of answers of 256 tokens each (`smol` 512, `1b` 4096) with a reference of the same shape, `cached`
 with a reference's log-probs. `grpo` answers 2 prompts of 32 tokens 4 times each, 128 tokens long, rewards short texts
-and makes an update of these 8 answers, without a reference.
+and makes an update of these 8 answers, without a reference; `shared` computes each prompt once in that.
 
 Cost: `small`, all parts, a few minutes on 2 CPU cores. On one GPU the line with `1b` is meant to take less than eight
 minutes; the other parts write its 15 GB of training state several times.
@@ -38,9 +38,11 @@ PROMPT, ANSWER = 32, 128  # tokens, of `grpo`
 
 
 def get_config(arg: str = ""):
-    chosen = base.variants(arg, *SHAPES, "lora", *QUANTIZED, *PREFERENCES, "grpo")
+    chosen = base.variants(arg, *SHAPES, "lora", *QUANTIZED, *PREFERENCES, "grpo", "shared")
     if "grpo" in chosen and chosen & set(PREFERENCES):
         raise InputError(f"--config=...:{arg}: a step learns from preferences or from rewards. Leave one of them out.")
+    if "shared" in chosen and "grpo" not in chosen:
+        raise InputError(f"--config=...:{arg}: answers share a prompt in `grpo` alone. Add it, or leave `shared` out.")
     size = next((name for name in SHAPES if name in chosen), "small")
     config = base.get_config()
     config.steps = 200
@@ -69,7 +71,7 @@ def get_config(arg: str = ""):
         config.batch_size, config.seq_len = 8, PROMPT + ANSWER
         config.data.update(path="tasks:reverse", pack=False)
         config.rewards = {"length": {"unit": "characters", "most": 1, "over": 10 * ANSWER}}
-        config.rollout.update(answers=4, max_new_tokens=ANSWER, shared_prompts=True)
+        config.rollout.update(answers=4, max_new_tokens=ANSWER, shared_prompts="shared" in chosen)
         config.advantage.update(kind="group", scale="group")
         config.objective = {"terms": {"policy_gradient": {"aggregation": "seq-mean-token-mean"}}}
     if "debug" in chosen:
