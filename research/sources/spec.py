@@ -309,6 +309,11 @@ def _check_streaming(data: DataSpec) -> None:
                     f"data.{name} = {value}: is of data.streaming, which is False. Leave it out; see {remedy}."
                 )
         return
+    if 0 < data.max_records <= data.eval_records:
+        raise InputError(
+            f"data.eval_records = {data.eval_records}: leaves nothing of data.max_records = {data.max_records} to "
+            "train on. Lower it, or raise that."
+        )
     labelled = any(entry.options.format == "labelled" for entry in entries(data)[0])
     selected = [entry.select_field(data) for entry in entries(data)[0] if entry.options.select]
     chance = data.eval_fraction not in (0, DataSection.eval_fraction)

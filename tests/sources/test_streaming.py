@@ -278,6 +278,7 @@ def test_views_labels_and_comparisons_are_streamed(tmp_path):
         ({"keep_records": True}, "rewards: doesn't"),
         ({"mismatches": True}, "'mismatched': doesn't"),
         ({"eval_fraction": 0.2}, "data.eval_fraction = 0.2: doesn't .* data.eval_records"),
+        ({"eval_records": 5, "max_records": 5}, "data.eval_records = 5: leaves nothing of data.max_records = 5"),
         ({"eval_records": 5, "eval_path": "b.jsonl"}, "data.eval_records = 5: doesn't"),
         ({"format": "labelled"}, "data.num_classes or data.labels"),
         ({"path": "tasks:copy"}, "'tasks:copy': is generated, and can't be streamed"),
