@@ -80,6 +80,7 @@ def test_microbatches_give_the_update_of_the_whole_batch(spec):
 ROUTED = {"terms": {"sft": 1.0, "load_balance": 0.5, "router_z": 0.1}}
 
 
+@pytest.mark.slow
 def test_microbatches_give_the_update_of_the_whole_batch_with_losses_of_routers():
     batch = make_batch()
     whole, metrics = one_step(ROUTED, batch, model=EXPERTS, initial=INITIAL_EXPERTS)

@@ -39,7 +39,10 @@ def test_parted_is_whole_again():
     [
         {"mlp": "swiglu"},
         {"sliding_window": (4, 0), "attention_softcap": 5.0, "block": "sandwich", "remat": "full"},
-        {"positions": "learned", "norm": "layernorm", "num_experts": 4, "experts_per_token": 2, "max_length": 16},
+        pytest.param(
+            {"positions": "learned", "norm": "layernorm", "num_experts": 4, "experts_per_token": 2, "max_length": 16},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_hidden_states_and_gradients_are_those_of_whole_rows(fields):
