@@ -12,7 +12,6 @@ from pathlib import Path
 
 # Seeds have 32 bits: jax would take the remainder of a larger one, and numpy refuses those below 0.
 MOST_SEED = 2**32 - 1
-_EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 _LONGEST = 400  # letters of an error that comes from elsewhere
 
 
@@ -89,21 +88,23 @@ def _escaped(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 
 
-def _experiments(path: Path) -> list[str]:
-    """What a --config that isn't there may have meant: files of its folder; of a bare name, experiments too."""
+def _experiments(path: Path, folder: Path) -> list[str]:
+    """What a --config that isn't there may have meant: files of its folder; of a bare name, experiments too, here or
+    in `folder`."""
     there = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
     if path.name != str(path):
         return there
-    return there + [p.stem for folder in ("experiments", _EXPERIMENTS) for p in Path(folder).glob("*.py")]
+    return there + [p.stem for each in (Path("experiments"), folder) for p in each.glob("*.py")]
 
 
-def explain_flag_error(error: Exception, argv: Sequence[str], hint: Callable[[str], str]) -> str:
+def explain_flag_error(error: Exception, argv: Sequence[str], hint: Callable[[str], str], experiments: Path) -> str:
     """Says in a line what is wrong with a command line; config_flags' own errors are a traceback or a bare key.
 
     Args:
       error: what was raised.
       argv: the flags of the experiment.
       hint: dotted name of a field that isn't there -> what it may have meant, with a space before it; or "".
+      experiments: the folder of those that come with the package.
     """
     text = str(error.args[0] if error.args else error)
     config = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
@@ -111,7 +112,8 @@ def explain_flag_error(error: Exception, argv: Sequence[str], hint: Callable[[st
     if config and not path.is_file():
         if path.is_dir():
             return f"--config={config}: is a folder. Name a file in it."
-        return f"--config={config}: there is no file {str(path)!r}.{did_you_mean(str(path), _experiments(path))}"
+        hints = did_you_mean(str(path), _experiments(path, experiments))
+        return f"--config={config}: there is no file {str(path)!r}.{hints}"
     if inner := re.search(r"InputError: (.*)", text):
         return inner[1]
     if isinstance(error, InputError):

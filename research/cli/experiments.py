@@ -95,7 +95,7 @@ def read_experiment(argv: Sequence[str]) -> Experiment:
         def hint(field: str) -> str:
             return fields.hint(field, _own_config(module, variants))
 
-        raise InputError(explain_flag_error(error, argv, hint)) from error
+        raise InputError(explain_flag_error(error, argv, hint, EXPERIMENTS)) from error
     if rest:
         raise InputError(f"{rest[0]}: is no flag. Flags have the form --name=value.")
     holder = values["config"]

@@ -9,7 +9,6 @@ Axes: B rows, G rows of a prompt, N = B / G prompts, T time, S time of the part 
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
@@ -26,25 +25,21 @@ class SharedPrompts:
     rows: int
     length: int
 
-    def joined(self, x: Shaped[Array, "B T *n"]) -> Shaped[Array, "N C *n"]:
-        """The shared part of each prompt's first row, and then what is each row's own."""
-        S, rest = self.length, x.shape[2:]
-        own = x[:, S:]
-        return jnp.concatenate([x[:: self.rows, :S], own.reshape(-1, self.rows * own.shape[1], *rest)], axis=1)
 
-    def parted(self, x: Shaped[Array, "N C *n"]) -> Shaped[Array, "B T *n"]:
-        """Whole rows of what was joined."""
-        N, C, *rest = x.shape
-        shared = jnp.broadcast_to(x[:, None, : self.length], (N, self.rows, self.length, *rest))
-        own = x[:, self.length :].reshape(N, self.rows, (C - self.length) // self.rows, *rest)
-        return jnp.concatenate([shared, own], axis=2).reshape(N * self.rows, -1, *rest)
+def joined(shared: SharedPrompts | None, x: Shaped[Array, "B T *n"]) -> Shaped[Array, "N C *n"]:
+    """The shared part of each prompt's first row, and then what is each row's own; x where rows share nothing."""
+    if shared is None:
+        return x
+    own = x[:, shared.length :]
+    own = own.reshape(-1, shared.rows * own.shape[1], *x.shape[2:])
+    return jnp.concatenate([x[:: shared.rows, : shared.length], own], axis=1)
 
 
-def joined(shared: SharedPrompts | None, x: jax.Array) -> jax.Array:
-    """The same where rows share prompts; else x."""
-    return x if shared is None else shared.joined(x)
-
-
-def parted(shared: SharedPrompts | None, x: jax.Array) -> jax.Array:
-    """The same where rows share prompts; else x."""
-    return x if shared is None else shared.parted(x)
+def parted(shared: SharedPrompts | None, x: Shaped[Array, "N C *n"]) -> Shaped[Array, "B T *n"]:
+    """Whole rows of what was joined."""
+    if shared is None:
+        return x
+    N, C, *rest = x.shape
+    prompts = jnp.broadcast_to(x[:, None, : shared.length], (N, shared.rows, shared.length, *rest))
+    own = x[:, shared.length :].reshape(N, shared.rows, (C - shared.length) // shared.rows, *rest)
+    return jnp.concatenate([prompts, own], axis=2).reshape(N * shared.rows, -1, *rest)

@@ -212,8 +212,7 @@ def _sharing(
     if not config.rollout.shared_prompts:
         return models
     field, answers = "rollout.shared_prompts = True", config.rollout.answers
-    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
-        parts, times = sharding.axis_parts("batch", rules), sharding.axis_parts("time", rules)
+    parts, times = (sharding.num_parts(rules[axis], mesh) for axis in ("batch", "time"))
     together = answers * config.microbatches * parts
     if config.batch_size % together:
         raise InputError(

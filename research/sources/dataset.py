@@ -272,17 +272,7 @@ def _report_sources(
     """What was read of each source, and "examples", "tokens" and "supervised_tokens" to train on, "share" of the tokens
     that training draws, "row_share" of the rows (None where they are shared), "passes", how many times it is read whole
     for each row that is drawn, and "held_out_examples"; of what is only evaluated, "held_out_examples" alone."""
-    report = [
-        {
-            "name": each.entry.name,
-            "files": each.origin.summary,
-            **each.store.counts,
-            "was_cached": each.store.was_cached,
-            "content": each.store.content,
-            "plain": each.plain,
-        }
-        for each in inputs
-    ]
+    report = [each.report() for each in inputs]
     per_row = [count["tokens"] * weight / len(each) for count, (each, weight) in zip(counts, train, strict=False)]
     drawn = per_row if len(train) > 1 else [count["tokens"] for count in counts]
     total, several = sum(weight for _, weight in train), len(train) > 1

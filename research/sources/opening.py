@@ -44,6 +44,17 @@ class Input(NamedTuple):
     teacher: Store | None
     plain: bool
 
+    def report(self) -> dict[str, Any]:
+        """What was read of it."""
+        return {
+            "name": self.entry.name,
+            "files": self.origin.summary,
+            **self.store.counts,
+            "was_cached": self.store.was_cached,
+            "content": self.store.content,
+            "plain": self.plain,
+        }
+
 
 def _comma(entry: Entry, spec: DataSpec) -> str:
     """Says how to write a path with a comma, where `entry` is a piece of one that is there."""

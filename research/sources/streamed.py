@@ -78,9 +78,12 @@ def load(
     held_out, held_counts = rows.lay_out(held_parts, spec, None, virtual)
     held_out = dataclasses.replace(held_out, extra=shape.extra, sources=tuple(numbers) if shape.by_source else ())
     parts = [Part(each, np.ones(len(each.key), bool)) for block in first for each in block.stores]
+    of_held = [
+        one.report() | {"held_out_examples": count["examples"]} for one, count in zip(held, held_counts, strict=False)
+    ]
     report = {
         "tokenizer_size": tokenizer.size,
-        "sources": _report_streams(groups, first, weights or [1.0]) + _report_held(held, held_counts[: len(held)]),
+        "sources": _report_streams(groups, first, weights or [1.0]) + of_held,
         "train": rows.report([block.counts for block in first], sum(map(len, train)), parts, spec) | {"streamed": True},
         "held_out": rows.report(held_counts, len(held_out), held_parts if held else [], spec),
     }
@@ -202,18 +205,3 @@ def _counts(block: Block | None) -> dict[str, Any]:
     spelled = next((each.counts["marker"] for each in block.stores if each.counts["marker"]), "")
     names = ("records", "duplicates", "markers", "weights", "comparisons", "identical", "ties")
     return {name: block.counts[name] for name in names} | {"bad": bad, "marker": spelled}
-
-
-def _report_held(held: Sequence[Input], counts: Sequence[Counter[str]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": one.entry.name,
-            "files": one.origin.summary,
-            **one.store.counts,
-            "was_cached": one.store.was_cached,
-            "content": one.store.content,
-            "plain": one.plain,
-            "held_out_examples": count["examples"],
-        }
-        for one, count in zip(held, counts, strict=True)
-    ]

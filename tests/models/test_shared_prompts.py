@@ -8,7 +8,7 @@ import pytest
 from research import params
 from research.models import transformer
 from research.models.config import ModelConfig
-from research.models.shared_prompts import SharedPrompts
+from research.models.shared_prompts import SharedPrompts, joined, parted
 
 G, S, T = 3, 6, 16
 SIZES = {"vocab_size": 50, "num_layers": 2, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "d_ff": 24}
@@ -30,8 +30,8 @@ def batch():
 def test_parted_is_whole_again():
     shared = SharedPrompts(G, S)
     tokens = batch()["tokens"]
-    assert shared.joined(tokens).shape == (2, S + G * (T - S))
-    np.testing.assert_array_equal(shared.parted(shared.joined(tokens)), tokens)
+    assert joined(shared, tokens).shape == (2, S + G * (T - S))
+    np.testing.assert_array_equal(parted(shared, joined(shared, tokens)), tokens)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def outputs(
     On several devices B and K aren't cut, and all rows run the same tiles.
     """
     T, tiles = rows.q.shape[1], _Tiles.of(scores, memory, rows)
-    bounds = tiles.bounds(rows.documents, of_keys=False)
+    bounds = tiles.bounds(of_keys=False)
     out = jnp.zeros(tiles.q.shape, rows.q.dtype)
     logsumexp = jnp.zeros((*tiles.q.shape[:3], 1), jnp.float32)
 
@@ -84,9 +84,9 @@ def outputs(
         def tile(has_mask: bool, j: Int[Array, ""], carry: PyTree) -> PyTree:
             top, total, out = carry
             s = tiles.scores_of(q, tiles.keys(tiles.k, b, k, j))
-            hidden = ~tiles.mask(documents, i, tiles.documents(b, j), j) if has_mask else None
-            new_top = jnp.maximum(top, _hide(s, hidden).max(axis=-1, keepdims=True))
-            p = _hide(tiles.exp(s, new_top * tiles.factor), hidden, 0.0)
+            mask = tiles.mask(documents, i, tiles.documents(b, j), j) if has_mask else None
+            new_top = jnp.maximum(top, _hide(s, mask).max(axis=-1, keepdims=True))
+            p = _hide(tiles.exp(s, new_top * tiles.factor), mask, 0.0)
             kept = jnp.exp((top - new_top) * tiles.factor)
             v = tiles.keys(tiles.v, b, k, j)
             total = total * kept + p.sum(axis=-1, keepdims=True)
@@ -113,7 +113,7 @@ def gradients(
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T K h"], Float[Array, "B T K h"], Float[Array, "B 2 K h P"] | None]:
     """The gradients by q, k and v, and those by the memory of each row, None without one."""
     T, tiles = rows.q.shape[1], _Tiles.of(scores, memory, rows)
-    bounds = tiles.bounds(rows.documents, of_keys=True)
+    bounds = tiles.bounds(of_keys=True)
     K = rows.k.shape[2]
     delta = dot("bthd,bthd->bth", d_out, out)[..., None]
     d_rows, delta = (tiles.padded(to_rows(x, K), tiles.group) for x in (d_out, delta))
@@ -129,8 +129,8 @@ def gradients(
             dq, dk, dv = carry
             q, d_tile = tiles.queries(tiles.q, b, k, i), tiles.queries(d_rows, b, k, i)
             s = tiles.scores_of(q, keys)
-            hidden = ~tiles.mask(tiles.documents(b, i), i, documents, j) if has_mask else None
-            p = _hide(tiles.exp(s, tiles.queries(logsumexp, b, k, i)), hidden, 0.0)
+            mask = tiles.mask(tiles.documents(b, i), i, documents, j) if has_mask else None
+            p = _hide(tiles.exp(s, tiles.queries(logsumexp, b, k, i)), mask, 0.0)
             dp = dot("bkrh,bksh->bkrs", d_tile, values)
             ds = tiles.score_gradients(s, p, dp, tiles.queries(delta, b, k, i))
             p, ds = p.astype(values.dtype), ds.astype(q.dtype)
@@ -284,7 +284,7 @@ class _Tiles:
         by_memory = dot("bkrh,bkrs->bkhs", self.q, ds), dot("bkrh,bkrs->bkhs", d_rows, p.astype(values.dtype))
         return dot("bkrs,bksh->bkrh", ds, keys), jnp.stack(by_memory, axis=1)
 
-    def bounds(self, documents: Documents, *, of_keys: bool) -> Bounds:
+    def bounds(self, *, of_keys: bool) -> Bounds:
         """For each tile of queries those of keys, [rows, N], or for each of keys those of queries."""
         seen, whole = self._relations()
         if of_keys:
@@ -303,7 +303,6 @@ class _Tiles:
         index = jnp.arange(N, dtype=jnp.int32)
         ahead = ((index[:, None] - index[None]) * size)[None]  # of a tile's first query after the first key
         least, most = ahead - (size - 1), ahead + (size - 1)
-        seen, whole = jnp.ones((1, N, N), bool), jnp.ones((1, N, N), bool)
         segments, prefix = self.all_documents
         if self.shape[0] == 1:
             # Of ascending numbers, but padding's, 0, which comes last and becomes the largest.
@@ -312,7 +311,7 @@ class _Tiles:
             seen = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
             whole = (low[:, :, None] == high[:, None]) & (low[:, None] == high[:, :, None])
         else:
-            whole = jnp.zeros((1, N, N), bool)
+            seen, whole = jnp.ones((1, N, N), bool), jnp.zeros((1, N, N), bool)
         if scores.causal:
             before = most >= 0
             if prefix is not None:
@@ -326,10 +325,10 @@ class _Tiles:
 
 
 def _hide(
-    s: Float[Array, "b k r s"], hidden: Bool[Array, "b t s"] | None, value: float = MASKED
+    s: Float[Array, "b k r s"], mask: Bool[Array, "b t s"] | None, value: float = MASKED
 ) -> Float[Array, "b k r s"]:
-    """`s`, and `value` where a key is hidden from a query."""
-    return s if hidden is None else masked(s, ~hidden, value)
+    """`masked`, and `s` without a mask."""
+    return s if mask is None else masked(s, mask, value)
 
 
 def _at(bounds: Bounds, b: Int[Array, ""], i: Int[Array, ""]) -> Bounds:
