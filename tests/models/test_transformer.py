@@ -1,6 +1,7 @@
 """Variants of the transformer compute what a few lines of numpy do; packed documents and the future stay unseen."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -37,9 +38,10 @@ VARIANTS = {
 }
 
 
+@functools.cache
 def build(variant, **changes):
     model = make_model(dataclasses.replace(BASE, **VARIANTS[variant], **changes))
-    return model, params.init(model.specs, jax.random.PRNGKey(0))
+    return model, jax.jit(lambda key: params.init(model.specs, key))(jax.random.PRNGKey(0))
 
 
 def packed(tokens, lengths):
@@ -50,9 +52,17 @@ def packed(tokens, lengths):
 
 
 def logits(model, values, batch):
-    head = model.unembed(values)
-    x = model.hidden(values, batch).astype(jnp.float32) @ head.kernel
-    return head.softcap * jnp.tanh(x / head.softcap) if head.softcap else x
+    return compiled(model.hidden, model.unembed)(values, batch)
+
+
+@functools.cache
+def compiled(hidden, unembed):
+    def f(values, batch):
+        head = unembed(values)
+        x = hidden(values, batch).astype(jnp.float32) @ head.kernel
+        return head.softcap * jnp.tanh(x / head.softcap) if head.softcap else x
+
+    return jax.jit(f)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -109,7 +119,7 @@ def test_a_prefix_reaches_every_layer_whatever_is_recomputed(remat):
         hidden, (state,) = model.hidden_at(values, batch, (2,))
         return jnp.sum(jnp.sin(hidden)) + jnp.sum(jnp.sin(state))
 
-    one, two = (jax.grad(lambda v, m=m: loss(m, v))(values) for m in (plain, other))
+    one, two = (jax.jit(jax.grad(lambda v, m=m: loss(m, v)))(values) for m in (plain, other))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), one, two)
 
 
@@ -174,7 +184,7 @@ def test_hidden_states_are_those_of_a_transformer_in_numpy(variant):
     model, values = build(variant)
     values = shaken(values)
     tokens = np.random.default_rng(0).integers(0, 64, 12).astype(np.int32)
-    ours = model.hidden(values, packed(tokens[None], [12]))[0]
+    ours = jax.jit(model.hidden)(values, packed(tokens[None], [12]))[0]
     np.testing.assert_allclose(ours, numpy_hidden(model.config, values, tokens), rtol=2e-3, atol=2e-4)
 
 
@@ -238,10 +248,9 @@ def test_bfloat16_is_close_and_parameters_stay_float32():
     full, values = build("gemma")
     half = make_model(dataclasses.replace(full.config, dtype="bfloat16"))
     batch = packed(np.arange(16, dtype=np.int32)[None], [16])
-    assert half.hidden(values, batch).dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        half.hidden(values, batch).astype(jnp.float32), full.hidden(values, batch), rtol=0.1, atol=0.1
-    )
+    hidden = jax.jit(half.hidden)(values, batch)
+    assert hidden.dtype == jnp.bfloat16
+    np.testing.assert_allclose(hidden.astype(jnp.float32), jax.jit(full.hidden)(values, batch), rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize(
