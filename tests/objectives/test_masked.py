@@ -197,7 +197,7 @@ def test_a_document_of_one_token(whole_word):
     tokens[0, 0] = tokens[1, 1] = 65
     segments = np.array([[1, 2, 0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 2, 0, 0, 0, 0, 0]], np.int32)
     batch = {"tokens": tokens, "segment_ids": segments, "loss_mask": np.ones((3, 8), np.float32)}
-    choice = make_noise(whole_word=whole_word, mask=1.0, random=0.0).choose(batch, keys_of(3))
+    choice = jax.jit(make_noise(whole_word=whole_word, mask=1.0, random=0.0).choose)(batch, keys_of(3))
     assert np.argwhere(places(choice)).tolist() == [[0, 0], [1, 1]]
     assert np.asarray(choice.tokens)[[0, 1], [0, 1]].tolist() == [MASK, MASK]
 
@@ -209,11 +209,11 @@ def forward_of(batch, model=MODEL, values=INITIAL):
 def test_the_loss_is_that_of_the_chosen_alone_and_reads_the_noise():
     batch, objective = make_batch(), masked.make(0.3, tokenizer=TOKENIZER)
     given = context(batch, key=jax.random.key(3))
-    out = objective.loss(forward_of(batch), batch, given)
-    choice = make_noise(0.3).choose(batch, given.row_keys())
+    out = jax.jit(lambda values: objective.loss(forward_of(batch, values=values), batch, given))(INITIAL)
+    choice = jax.jit(make_noise(0.3).choose)(batch, given.row_keys())
     picked = places(choice)
-    hidden = MODEL.hidden(INITIAL, {**batch, "tokens": choice.tokens})
-    logits = MODEL.unembed(INITIAL).logits(hidden)
+    of = lambda values, batch: MODEL.unembed(values).logits(MODEL.hidden(values, batch))  # noqa: E731
+    logits = jax.jit(of)(INITIAL, {**batch, "tokens": choice.tokens})
     log_p = np.asarray(jax.nn.log_softmax(logits))
     targets = np.asarray(batch["tokens"])
     nll = -np.take_along_axis(log_p, targets[:, :, None], axis=2)[:, :, 0]
