@@ -37,6 +37,11 @@ def _eval_step(terms, model=MODEL):
     return jax.jit(train.EvalStep(objectives.load({"terms": terms}), {"policy": model}))
 
 
+def _log_probs(model):
+    """(parameters, batch) -> [B, T, V] of a model, compiled."""
+    return jax.jit(lambda p, batch: jax.nn.log_softmax(model.hidden(p, batch) @ model.unembed(p).kernel))
+
+
 @pytest.mark.parametrize(("objective", "masked"), [("next_token", False), ("sft", True)])
 def test_sums_over_all_batches(objective, masked):
     values = {"policy": params.init(MODEL.specs, jax.random.key(0))}
@@ -47,11 +52,9 @@ def test_sums_over_all_batches(objective, masked):
     )
     result = evaluate(values, {})
 
-    nll = []
+    log_probs, nll = _log_probs(MODEL), []
     for batch in BATCHES:
-        head = MODEL.unembed(values["policy"])
-        logits = MODEL.hidden(values["policy"], jax.device_put(batch)) @ head.kernel
-        logprobs = np.asarray(jax.nn.log_softmax(logits))
+        logprobs = np.asarray(log_probs(values["policy"], batch))
         for row, t in np.ndindex(2, 5):
             same = batch["segment_ids"][row, t] == batch["segment_ids"][row, t + 1] > 0
             if same and (batch["loss_mask"][row, t + 1] or not masked):
@@ -96,11 +99,12 @@ def test_records_one_a_row():
     records = [("x:1", {"text": "héllo"}), ("x:2", {"prompt": "ab", "response": "c"}), ("x:3", {"text": "z" * 40})]
     metrics, samples = make_record_perplexity(model, tokenizer, records, template="plain", batch_tokens=32)(values)
 
+    log_probs = _log_probs(model)
+
     def nats(tokens, first):
         ids = jnp.array(tokens, jnp.int32)[None]
         batch = {"tokens": ids, "segment_ids": jnp.ones_like(ids), "positions": jnp.arange(ids.shape[1])[None]}
-        whole = jax.nn.log_softmax(model.hidden(values, batch)[0] @ model.unembed(values).kernel)
-        return -np.asarray(whole)[np.arange(first - 1, len(tokens) - 1), np.array(tokens[first:])]
+        return -np.asarray(log_probs(values, batch))[0, np.arange(first - 1, len(tokens) - 1), np.array(tokens[first:])]
 
     bos, eos = tokenizer.bos, tokenizer.eos
     long = [bos, *b"z" * 40, eos]
