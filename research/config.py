@@ -198,6 +198,9 @@ class Config:
       frozen_dtype: in which the kernels of what isn't trained are held: "auto" is the compute dtype of their model;
         "float32" or "bfloat16"; "int8" or "nf4" (4 bits) for those of the layers' linear maps, and "auto" for the
         others. docs/adaptation.md describes them.
+      trained_dtype: in which kernels that are trained are held, and their gradients: "float32" or "bfloat16", which
+        halves them, and wants optimizer.rounding = "stochastic" (docs/models.md). Norms, biases and the optimizer's
+        state stay in float32.
       roles: further models that the objective reads, such as {"teacher": {"init_from": NAME}}: each a section like
         `model`. Those that the objective trains are in the run's checkpoints; the others are frozen. A role may be the
         policy's own trunk: {"of": "policy"} is the policy as it began, and shares what isn't trained of it (see
@@ -235,6 +238,7 @@ class Config:
     trainable: str | Mapping[str, Any] = ""
     adapter: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     frozen_dtype: str = "auto"
+    trained_dtype: str = "float32"
     roles: Mapping[str, RoleSection] = dataclasses.field(default_factory=dict)
     tokenizer: TokenizerSpec = TokenizerSpec(kind="auto")
     data: DataSection = DataSection()
@@ -250,6 +254,7 @@ class Config:
 
 
 FROZEN_DTYPES = ("auto", "float32", "bfloat16", *quantized.KINDS)
+TRAINED_DTYPES = ("float32", "bfloat16")
 
 
 def defaults() -> dict[str, Any]:
@@ -346,11 +351,16 @@ _RESERVED_ROLES = {
 
 
 def _check_roles(config: Config) -> None:
-    """Raises InputError for `trainable`, `frozen_dtype` and roles of another's trunk that can't be."""
+    """Raises InputError for `trainable`, dtypes and roles of another's trunk that can't be."""
     names = ("policy", *config.roles)
-    if config.frozen_dtype not in FROZEN_DTYPES:
-        known = did_you_mean(config.frozen_dtype, FROZEN_DTYPES)
-        raise InputError(f"frozen_dtype = {config.frozen_dtype!r}: no such choice.{known}")
+    for field, choices in (("frozen_dtype", FROZEN_DTYPES), ("trained_dtype", TRAINED_DTYPES)):
+        if (value := getattr(config, field)) not in choices:
+            raise InputError(f"{field} = {value!r}: no such choice.{did_you_mean(value, choices)}")
+    if config.optimizer.rounding == "stochastic" and config.trained_dtype == "float32":
+        raise InputError(
+            f"optimizer.rounding = {config.optimizer.rounding!r}: is of parameters in bfloat16, and trained_dtype = "
+            "'float32'. Set that to 'bfloat16', or leave it out."
+        )
     unread = "init_from" in config.adapter and "kind" not in config.adapter  # what it begins with says the options
     if (unread or adapters.load(config.adapter)) and trainable_pattern(config, "policy"):
         raise InputError(
@@ -386,7 +396,7 @@ def _check_roles(config: Config) -> None:
             raise InputError(
                 f"{where}.adapter = False: is for a role of the policy (of) that has an adapter. Leave it out."
             )
-        _check_sync(where, section)
+        _check_sync(where, section, config.trained_dtype)
         if not owner:
             continue
         if owner not in names or owner == role or (owner in config.roles and config.roles[owner].of):
@@ -403,11 +413,16 @@ def _check_roles(config: Config) -> None:
                 )
 
 
-def _check_sync(where: str, section: RoleSection) -> None:
+def _check_sync(where: str, section: RoleSection, trained_dtype: str) -> None:
     """Raises InputError where a role can't follow another."""
     every, weight = section.sync_every, section.sync_weight
     if weight != RoleSection.sync_weight and not every:
         raise InputError(f"{where}.sync_weight = {weight}: is of a role that follows another. Set {where}.sync_every.")
+    if every and weight < 1 and trained_dtype != "float32":
+        raise InputError(
+            f"{where}.sync_weight = {weight}: is a moving average, whose small moves are lost in trained_dtype = "
+            f"{trained_dtype!r}. Leave it out, or set trained_dtype = 'float32'."
+        )
     if every and not section.of:
         raise InputError(f"{where}.sync_every = {every}: follows no role. Name it: {where}.of = 'policy'.")
     if every and (section.num_labels or not section.adapter):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from research import options, ranges
+from research import moments, options, ranges, updates
 from research import params as params_lib
 from research.errors import InputError, did_you_mean
 from research.ranges import Count, Fraction, NotNegative, Part, Positive, Share, Size
@@ -60,6 +60,10 @@ class OptimizerSpec:
       factor_min_size: adafactor factors the second moment where two axes are at least so long.
       clip_norm: the gradient's global norm is clipped to this; 0 means never.
       mu_dtype: dtype of the first moment or momentum, "float32" or "bfloat16".
+      moments: in which adamw holds both moments: "float32" (the first as mu_dtype says), or "int8": blocks of 8-bit
+        numbers with a scale each, a quarter of the room (docs/models.md).
+      rounding: of parameters that are trained in bfloat16 (trained_dtype), after each update: to the "nearest", by
+        which small updates are lost, or "stochastic", by which the mean is right.
       groups: parameters with values of their own: {"head": {"match": "policy/head.*", "learning_rate": 1e-3}}. `match`
         is a regular expression on whole names, whose first part is the role ("value/.*" is all of a role); the others
         are learning_rate, weight_decay, delay_steps, warmup_steps and clip_norm. A group with a clip_norm is clipped by
@@ -90,6 +94,8 @@ class OptimizerSpec:
     factor_min_size: Size = 128
     clip_norm: NotNegative = 1.0
     mu_dtype: str = "float32"
+    moments: str = "float32"
+    rounding: str = "nearest"
     groups: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -101,11 +107,20 @@ def check(spec: OptimizerSpec, steps: int, section: str = "optimizer") -> None:
         ("decay_shape", DECAY_SHAPES),
         ("muon_scaling", ("match_rms_adamw", "original")),
         ("mu_dtype", ("float32", "bfloat16")),
+        ("moments", moments.KINDS),
+        ("rounding", updates.ROUNDINGS),
     ):
         value = getattr(spec, field)
         if value not in choices:
             raise InputError(f"{section}.{field} = {value!r}: not known.{did_you_mean(str(value), choices)}")
     ranges.check(spec, section)
+    if spec.moments == "int8" and (spec.name != "adamw" or spec.mu_dtype != "float32"):
+        other = f"name = {spec.name!r}" if spec.name != "adamw" else f"mu_dtype = {spec.mu_dtype!r}"
+        remedy = "Set name to 'adamw'" if spec.name != "adamw" else "Leave that out"
+        raise InputError(
+            f"{section}.moments = 'int8': holds both of adamw's moments in 8 bits, and {section}.{other}. {remedy}, or "
+            f"set {section}.moments = 'float32'."
+        )
     if steps < 1:
         raise InputError(f"steps = {steps}: must be 1 or more.")
     if spec.delay_steps and spec.delay_steps >= steps:
@@ -258,8 +273,9 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer, in this order: clipping, direction, weight decay, learning rate.
 
-    `update` takes two arguments more than optax's: `ok`, a bool scalar, where which is False the state stays as it was;
-    and `rates`, the highest learning rates, by default the spec's own (see `rates`).
+    Whatever the dtype of the parameters, all is computed and kept in float32 at least, updates too. `update` takes two
+    arguments more than optax's: `ok`, a bool scalar, where which is False the state stays as it was; and `rates`, the
+    highest learning rates, by default the spec's own (see `rates`).
 
     The directions:
       adamw:      m / (sqrt(v) + eps), bias-corrected (arXiv:1711.05101)
@@ -287,13 +303,16 @@ def make_optimizer(
     parts = [*decay, *direction] if spec.name == "sgd" else [*direction, *decay]
     chain = optax.chain(*itertools.starmap(_clip, clips(spec, labels)), *parts, _scale_by_rates(spec, steps, labels))
 
+    def wide(tree: Tree) -> Tree:
+        return jax.tree.map(params_lib.widened, tree)
+
     def update(
         updates: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True, rates: Rates | None = None
     ):
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes: integer counts, bfloat16 moments
-            return chain.update(updates, state, params, ok=ok, rates=rates)
+            return chain.update(wide(updates), state, wide(params), ok=ok, rates=rates)
 
-    return optax.GradientTransformationExtraArgs(chain.init, update)
+    return optax.GradientTransformationExtraArgs(lambda params: chain.init(wide(params)), update)
 
 
 def _direction(spec: OptimizerSpec, muon_dims: Tree) -> list[optax.GradientTransformation]:
@@ -407,6 +426,8 @@ def _clip(largest: float, members: Tree = None) -> optax.GradientTransformation:
 def _adam(spec: OptimizerSpec) -> optax.GradientTransformationExtraArgs:
     """optax.scale_by_adam, but for two things: the state stays as it was where `ok` is False, and the direction is made
     of the moments as they are kept, so that nothing needs the old ones and XLA writes the new ones over them."""
+    if spec.moments == "int8":
+        return moments.adam(spec.b1, spec.b2, spec.eps)
     adam = _kept(optax.scale_by_adam(b1=spec.b1, b2=spec.b2, eps=spec.eps, mu_dtype=spec.mu_dtype))
 
     def update(grads: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True, **_: Any):

@@ -58,7 +58,7 @@ NAMES: dict[str, str] = {
     "ema_beta": "ema_decay",
     "label_smoothing_factor": "objective.terms.sft.label_smoothing",
     # Memory, precision, devices.
-    "bf16": "model.dtype; 'bfloat16', which `auto` takes on GPU and TPU. Parameters stay in float32",
+    "bf16": "model.dtype; 'bfloat16', which `auto` takes on GPU and TPU. Parameters are in trained_dtype",
     "fp16": "model.dtype; 'bfloat16': there is no float16",
     "torch_dtype": "model.dtype",
     "mp": "model.dtype",

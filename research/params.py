@@ -72,16 +72,27 @@ def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
 def init(specs: Tree, key: jax.Array) -> Tree:
     """Initial values, drawn in float32. Each parameter's key depends on its path alone, so that adding one changes no
     other."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_spec)
-    numbers = jnp.asarray([zlib.crc32(path_name(path).encode()) for path, _ in leaves], jnp.uint32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)  # at once: for CPUs each would be a loop to compile
-    drawn = (spec.init(keys[i], spec.shape, jnp.float32) for i, (_, spec) in enumerate(leaves))
-    return structure.unflatten([x.astype(spec.dtype) for x, (_, spec) in zip(drawn, leaves, strict=True)])
+    leaves, structure = jax.tree.flatten(specs, is_leaf=is_spec)
+    keys = keys_by_name(key, specs)
+    drawn = (spec.init(keys[i], spec.shape, jnp.float32) for i, spec in enumerate(leaves))
+    return structure.unflatten([x.astype(spec.dtype) for x, spec in zip(drawn, leaves, strict=True)])
+
+
+def keys_by_name(key: jax.Array, tree: Tree) -> jax.Array:
+    """A key for each leaf of nested dicts, raw as `key` is: [leaves, 2]. Each depends on its leaf's path alone."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_spec)]
+    numbers = jnp.asarray([zlib.crc32(path_name(path).encode()) for path in paths], jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)  # at once: for CPUs each would be a loop to compile
 
 
 def held_in(specs: Tree, dtype: Any) -> Tree:
-    """Specs of parameters that aren't trained: kernels are held in `dtype`, all others as they are."""
+    """Specs of parameters of which kernels are held in `dtype`, all others as they are."""
     return tree_map(lambda s: dataclasses.replace(s, dtype=jnp.dtype(dtype)) if s.contracts else s, specs)
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """A floating array in float32, or in its own dtype where that is wider."""
+    return x if jnp.dtype(x.dtype).itemsize >= 4 else x.astype(jnp.float32)
 
 
 def shardings(specs: Tree, mesh: jax.sharding.Mesh, rules: Mapping[str, Any] = sharding.RULES) -> Tree:

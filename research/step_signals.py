@@ -19,6 +19,7 @@ import optax
 from jaxtyping import Array, Float, UInt
 
 from research import params as params_lib
+from research import updates as updates_lib
 from research.objectives.types import Batch, Forward, LossOut, next_token_targets
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -30,6 +31,7 @@ _ADAPTERS = {"lora", "vera", "ia3", "embed_lora", "prompt", "prefix", "prefix_en
 _SAMPLE = 4096  # numbers of each array whose update is looked at
 _ENTROPY = "prediction_entropy"  # in LossOut.metrics, until `detach` takes it out
 _ROUTERS = "routers/"  # begins what of a Routing is there as well
+_ROUNDING = "rounding/"  # and what `attach_rounding` adds
 _PLACES = (1 / 3, 2 / 3)  # of a row's targets: where the entropy of predictions is measured
 
 
@@ -77,9 +79,12 @@ def clipped(grads: Tree, clips: Clips) -> Metrics:
     return {"clipped": _one(jnp.any(jnp.stack(cuts)))} if cuts else {}
 
 
-def update_shares(params: Tree, updates: Tree, axes: Tree = None, due: jax.Array | bool = True) -> Metrics:
+def update_shares(
+    params: Tree, updates: Tree, axes: Tree = None, due: jax.Array | bool = True, key: jax.Array | None = None
+) -> Metrics:
     """`moved`, the share of trained numbers that the update changes, and `rounded`, the share with an update that isn't
-    0 and is lost when it is added.
+    0 and is lost when it is added. By stochastic rounding none is lost in the mean, and `rounded` is 0 of what is in
+    bfloat16.
 
     Both are of a sample, _SAMPLE numbers of each array or so, and each array counts by its size.
 
@@ -89,6 +94,7 @@ def update_shares(params: Tree, updates: Tree, axes: Tree = None, due: jax.Array
       axes: of each array an axis that no device holds a part of, which the sample is cut along; -1 for none, and the
         array isn't looked at. None: any axis will do.
       due: see `where`.
+      key: of stochastic rounding, see updates.apply; None of rounding to the nearest.
     """
     axes = jax.tree.map(longest_axis, params) if axes is None else axes
     triples = zip(*map(jax.tree.leaves, (params, updates, axes)), strict=True)
@@ -100,10 +106,11 @@ def update_shares(params: Tree, updates: Tree, axes: Tree = None, due: jax.Array
     def shares(params: Sequence[jax.Array], updates: Sequence[jax.Array]) -> Metrics:
         moved, rounded = jnp.zeros(()), jnp.zeros(())
         for p, u, (_, _, axis), size in zip(params, updates, looked, sizes / sizes.sum(), strict=True):
-            p, u = _sample(p, axis), _sample(u, axis).astype(p.dtype)
-            same = p + u == p
+            p, u = _sample(p, axis), _sample(u, axis)
+            own = key if p.dtype == jnp.bfloat16 else None
+            same = params_lib.widened(updates_lib.added(p, u, own)) == params_lib.widened(p)
             moved += float(size) * jnp.mean(~same)
-            rounded += float(size) * jnp.mean(same & (u != 0))
+            rounded += float(size) * jnp.mean(same & (u != 0)) if own is None else 0.0
         return {"moved": _one(moved), "rounded": _one(rounded)}
 
     return where(due, shares, [p for p, _, _ in looked], [u for _, u, _ in looked])
@@ -220,14 +227,35 @@ def attach(
     return {**outs, name: out._replace(metrics={**out.metrics, **metrics})}
 
 
+def attach_rounding(outs: Mapping[str, LossOut], counts: Tree) -> dict[str, LossOut]:
+    """The terms' sums with how much products in 8 bits lost, of inputs and of gradients: `underflow`, the share of
+    numbers that are rounded to 0, and `saturated`, the share that get the largest code.
+
+    Args:
+      outs: of the terms.
+      counts: arrays [L, low_precision.COUNTS], gradients of probes; none without such products.
+    """
+    leaves = jax.tree.leaves(counts)
+    if not leaves:
+        return dict(outs)
+    totals = sum(jnp.sum(x, axis=0) for x in leaves)
+    metrics = {}
+    for what, (lost, full, there) in (("inputs", totals[:3]), ("gradients", totals[3:])):
+        metrics |= {f"{_ROUNDING}underflow/{what}": (lost, there), f"{_ROUNDING}saturated/{what}": (full, there)}
+    name, out = next(iter(outs.items()))
+    return {**outs, name: out._replace(metrics={**out.metrics, **metrics})}
+
+
 def detach(outs: Mapping[str, LossOut]) -> tuple[dict[str, LossOut], Metrics]:
-    """The terms' sums without what `attach` added, and that as the metric `entropy` and those of `of_routers`."""
+    """The terms' sums without what `attach` and `attach_rounding` added, and that as metrics: `entropy`, those of
+    `of_routers`, and what 8 bits lost."""
     kept, seen = {}, {}
     for name, out in outs.items():
         metrics = dict(out.metrics)
         routers = {part: metrics.pop(part)[0] for part in out.metrics if part.startswith(_ROUTERS)}
         if routers:
             seen |= of_routers(*(routers[_ROUTERS + part] for part in ("counts", "entropies", "tokens", "choices")))
+        seen |= {part.removeprefix(_ROUNDING): metrics.pop(part) for part in out.metrics if part.startswith(_ROUNDING)}
         if _ENTROPY in metrics:
             seen["entropy"] = metrics.pop(_ENTROPY)
         kept[name] = out._replace(metrics=metrics)

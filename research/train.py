@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from research import params as params_lib
-from research import step_signals
+from research import step_signals, updates
 from research.devices import sharding
 from research.models import kernels
 from research.objectives import terms as terms_lib
@@ -35,7 +35,7 @@ class TrainState:
         belong to a term.
       opt_state: of optax.
       key: the run's random key; step t uses fold_in(key, t).
-      ema: moving average of params (None unless asked for).
+      ema: moving average of params, in float32 at least (None unless asked for).
       bad_steps: int32, updates skipped in a row because the loss, the gradient or the update wasn't finite.
       carry: what objectives remember across steps.
       synced: role -> the parameters of a role that follows another: what is trained of that one, as it was.
@@ -82,7 +82,7 @@ def init_state(
         params=params,
         opt_state=optimizer.init(params),
         key=key,
-        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        ema=jax.tree.map(lambda p: params_lib.widened(jnp.copy(p)), params) if ema else None,
         bad_steps=jnp.zeros((), jnp.int32),
         carry=carry or {},
         synced={role: jax.tree.map(jnp.copy, params[sync.owner]) for role, sync in syncs.items()},
@@ -114,6 +114,7 @@ class TrainStep:
         step_signals.update_shares); None for any.
       log_every: what costs a part of a step is measured at the steps whose number is a multiple of this, and
       last: at the step of this number. Elsewhere it has the weight 0.
+      rounding: of parameters in bfloat16 after an update, "nearest" or "stochastic".
     """
 
     __name__ = "step"  # what jax.jit calls the program, and traces show
@@ -131,6 +132,7 @@ class TrainStep:
     sampled: Any = None
     log_every: int = 1
     last: int = 0
+    rounding: str = "nearest"
 
     def __call__(
         self, state: TrainState, frozen: Params, batch: Batch, rates: Rates | None = None
@@ -140,11 +142,13 @@ class TrainStep:
         grads, outs = self.gradients(state.params, {**frozen, **state.synced}, batch, inputs)
         return self.update(state, grads, outs, batch, rates)
 
-    def forward(self, params: Params, frozen: Params, batch: Batch, inputs: Inputs) -> Forward:
+    def forward(
+        self, params: Params, frozen: Params, batch: Batch, inputs: Inputs, probes: Params | None = None
+    ) -> Forward:
         """The models on a batch, or on a part of it."""
         key = jax.random.fold_in(inputs.key, np.uint32(zlib.crc32(b"dropout")))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, inputs.rows)
-        whole, states = params_lib.join(params, frozen), terms_lib.hidden_states(self.terms)
+        whole, states = params_lib.join(params, frozen, probes or {}), terms_lib.hidden_states(self.terms)
         return Forward(self.models, whole, batch, states, keys)
 
     def logged(self, step: jax.Array) -> jax.Array | bool:
@@ -158,11 +162,17 @@ class TrainStep:
         return {field for term in self.terms.values() for field in term.objective.fields}
 
     def objective(
-        self, params: Params, frozen: Params, batch: Batch, inputs: Inputs, weights: Weights | None = None
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        inputs: Inputs,
+        weights: Weights | None = None,
+        probes: Params | None = None,
     ) -> tuple[jax.Array, dict[str, LossOut]]:
         """The scalar whose gradient is taken, sum_i c_i S_i / W_i; the W_i are `weights`, by default the batch's. And
         what each term makes of the batch, or of a part of it, with what is measured of the predictions."""
-        forward = self.forward(params, frozen, batch, inputs)
+        forward = self.forward(params, frozen, batch, inputs, probes)
         outs = terms_lib.losses(self.terms, forward, inputs, self.sources)
         outs = step_signals.attach(outs, forward, self.reads, self.logged(inputs.step))
         return terms_lib.weighted_sum(self.terms, outs, inputs.step, weights), outs
@@ -171,20 +181,35 @@ class TrainStep:
         self, params: Params, frozen: Params, batch: Batch, inputs: Inputs
     ) -> tuple[Params, dict[str, LossOut]]:
         """The gradient by the parameters, and each term's sums over the whole batch."""
-        gradient = jax.grad(self.objective, has_aux=True)
         if self.microbatches == 1:
-            return gradient(params, frozen, batch, inputs)
+            return self.gradient(params, frozen, batch, inputs)
         parts = jax.tree.map(lambda x: _split(x, self.microbatches), (batch, inputs.rows))
         inputs = inputs._replace(gathered=self.gathered(params, frozen, parts, inputs))
         weights = self.weights(params, frozen, parts, inputs)
 
         def add(grads: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, dict[str, LossOut]]:
             batch, rows = part
-            more, outs = gradient(params, frozen, batch, inputs._replace(rows=rows), weights)
-            return jax.tree.map(jnp.add, grads, more), outs
+            more, outs = self.gradient(params, frozen, batch, inputs._replace(rows=rows), weights)
+            return jax.tree.map(lambda total, g: total + g.astype(total.dtype), grads, more), outs
 
-        grads, outs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+        zeros = jax.tree.map(lambda p: params_lib.widened(jnp.zeros_like(p)), params)
+        grads, outs = jax.lax.scan(add, zeros, parts)
         return grads, jax.tree.map(lambda x: jnp.sum(x, axis=0), outs)
+
+    def gradient(
+        self, params: Params, frozen: Params, batch: Batch, inputs: Inputs, weights: Weights | None = None
+    ) -> tuple[Params, dict[str, LossOut]]:
+        """The gradient of `objective` by the parameters, and what else it gives, with what was lost in 8 bits."""
+        probes = self.probes(params, frozen, inputs.step)
+        gradient = jax.grad(self.objective, argnums=(0, 5), has_aux=True)
+        (grads, counts), outs = gradient(params, frozen, batch, inputs, weights, probes)
+        return grads, step_signals.attach_rounding(outs, counts)
+
+    def probes(self, params: Params, frozen: Params, step: jax.Array) -> Params:
+        """Probes of the trained roles that multiply in 8 bits, which count where a line of the log is due."""
+        due, whole = jnp.asarray(self.logged(step), jnp.float32), params_lib.join(params, frozen)
+        rounded = [r for r in params if r in self.models and self.models[r].config.precision != "dtype"]
+        return {role: kernels.probes(whole[role], due) for role in rounded}
 
     def gathered(
         self, params: Params, frozen: Params, parts: tuple[Batch, jax.Array], inputs: Inputs
@@ -219,19 +244,22 @@ class TrainStep:
     ) -> tuple[TrainState, Metrics]:
         """The next state; that of a bad or an empty batch has the old one's parameters, moments and carries."""
         outs, seen = step_signals.detach(outs)
-        grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(state.params)
+        grads = jax.tree.map(params_lib.widened, grads)
+        grad_norm = optax.tree.norm(grads)
+        param_norm = optax.tree.norm(jax.tree.map(params_lib.widened, state.params))
         loss_sums = sum(out.loss_sum for out in outs.values())
         finite = jnp.isfinite(loss_sums) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
         supervised = sum(out.weight for out in outs.values())
         real = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
         ok = finite & (supervised > 0)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, ok=ok, rates=rates)
-        params = optax.apply_updates(state.params, updates)
+        changes, opt_state = self.optimizer.update(grads, state.opt_state, state.params, ok=ok, rates=rates)
+        key = self.rounding_key(state)
+        params = updates.apply(state.params, changes, key)
         # Parameters change after all that reads the old ones, these norms too: otherwise XLA would copy them.
-        update_norm = optax.tree.norm(updates)
+        update_norm = optax.tree.norm(changes)
         due = self.logged(state.step)
         norms = step_signals.where(due, step_signals.gradient_norms, grads)
-        shares = step_signals.update_shares(state.params, updates, self.sampled, due)
+        shares = step_signals.update_shares(state.params, changes, self.sampled, due, key)
         finite &= jnp.isfinite(update_norm) & step_signals.settled(seen, shares)
         ok &= finite
         kept = _choose(ok, params, state.params)
@@ -263,6 +291,12 @@ class TrainStep:
             **_adapter_metrics(params),
         }
 
+    def rounding_key(self, state: TrainState) -> jax.Array | None:
+        """The key of a step's stochastic rounding; None where there is none."""
+        if self.rounding == "nearest":
+            return None
+        return jax.random.fold_in(jax.random.fold_in(state.key, state.step), np.uint32(zlib.crc32(b"rounding")))
+
     def learning_rates(self, updates: jax.Array, rates: Rates | None) -> Metrics:
         """The learning rate of the next update, and those of groups that have their own."""
         schedules = {"": self.schedule, **self.group_schedules}
@@ -285,7 +319,8 @@ class TrainStep:
 
     def average(self, ema: Params, params: Params) -> Params:
         """The moving average of the parameters after an update."""
-        return jax.tree.map(lambda e, p: self.ema_decay * e + (1 - self.ema_decay) * p, ema, params)
+        decay = self.ema_decay
+        return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(e.dtype), ema, params)
 
     def carries(self, carry: Carry, outs: dict[str, LossOut]) -> Carry:
         """The next carry of each term that has one."""

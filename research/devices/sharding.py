@@ -180,6 +180,13 @@ def named(
     return NamedSharding(mesh, spec)
 
 
+def fitted(where: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The same cut of an array of other sizes: axes that it divides evenly are cut, the others whole."""
+    spec = (*where.spec, *(None,) * (len(shape) - len(where.spec)))
+    cut = (over if size % num_parts(over, where.mesh) == 0 else None for size, over in zip(shape, spec, strict=True))
+    return NamedSharding(where.mesh, PartitionSpec(*cut))
+
+
 def local_rows(mesh: Mesh, batch_size: int, rules: Mapping[str, Any]) -> list[int]:
     """The rows of a global batch that devices of this process hold, in order."""
     rows = range(batch_size)

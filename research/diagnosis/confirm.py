@@ -56,6 +56,13 @@ def _optimizer(**fields) -> Callable[[Config], Config]:
     return lambda config: dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **fields))
 
 
+def _in_float32(config: Config) -> Config:
+    """Compute, and parameters that are trained, in float32."""
+    model = dataclasses.replace(config.model, dtype="float32")
+    optimizer = dataclasses.replace(config.optimizer, rounding="nearest")
+    return dataclasses.replace(config, model=model, optimizer=optimizer, trained_dtype="float32")
+
+
 def _times(factor: float) -> Callable[[Config], Config]:
     """All learning rates times a factor."""
 
@@ -126,10 +133,7 @@ CHANGES: Mapping[str, Change] = {
     "standard_eps": Change("optimizer.eps=1e-8", _optimizer(eps=1e-8)),
     "adamw": Change("optimizer.name=adamw", _optimizer(name="adamw")),
     "float32_moments": Change("optimizer.mu_dtype=float32", _optimizer(mu_dtype="float32")),
-    "float32": Change(
-        "model.dtype=float32",
-        lambda config: dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32")),
-    ),
+    "float32": Change("model.dtype=float32 and trained_dtype=float32", _in_float32),
     "no_dropout": Change("no dropout in the adapter", _without_dropout),
     "all_trained": Change(
         "everything trained", lambda config: dataclasses.replace(config, trainable="", adapter={}, frozen_dtype="auto")

@@ -86,6 +86,11 @@ class TrainedRun:
 
     def _moments(self, step: int, own: Any) -> tuple[Any, Any]:
         """Adam's moments of what is trained, float32."""
+        if self.config.optimizer.moments != "float32":
+            raise InputError(
+                f"{self.workdir}: has moments in 8 bits (optimizer.moments = {self.config.optimizer.moments!r}), which "
+                "aren't read here. Take a run that has them in float32, or the option preconditioner = 'none'."
+            )
         folder = Path(self.workdir).resolve() / checkpoints.FOLDER / str(step) / "state"
         tree = checkpoints.metadata(folder)
         places: dict[str, dict[str, str]] = {"mu": {}, "nu": {}}

@@ -7,6 +7,7 @@ Beside a kernel W [*in, *out] may lie
   vera: d [r] and out [*out]: it adds out (d (x A) B), A and B being the same in all maps, and not trained (VeRA,
     arXiv:2310.11454, equation 2).
   ia3: in [*in], which the input is multiplied by, or out [*out], which the output is (arXiv:2205.05638, section 3.3).
+  probe: [6], which counts what products in 8 bits lose (ops/low_precision.py), while a train step makes its gradient.
 These are in the kernel's dict, by these names, and stacked over layers as it is.
 
 Axes: r rank, B batch, I and O all of *in and *out.
@@ -54,7 +55,7 @@ def linears(
         if precision == "dtype":
             y = quantized.product(y, p["kernel"], contract)
         else:
-            y = low_precision.product(precision, contract, y, quantized.read(p["kernel"], y.dtype))
+            y = low_precision.product(precision, contract, y, quantized.read(p["kernel"], y.dtype), p.get("probe"))
         if low is not None:
             y = y + _widened(p, low)
         if "magnitude" in p.get("lora", {}):
@@ -279,6 +280,23 @@ def still_zero(params: Params) -> list[Array]:
         leaf = part.get(names[name]) if name in names and isinstance(part, dict) else None
         flags += [~jnp.any(leaf)] if leaf is not None else still_zero(part)
     return flags
+
+
+def probes(params: Params, value: Float[Array, ""]) -> Params:
+    """A probe for each linear map of a model's layers, to be joined with its parameters.
+
+    Args:
+      params: of a model; of one that has only a head of its own there are none.
+      value: 1 to count, 0 not to.
+    """
+
+    def visit(node: Params) -> Params:
+        if "kernel" in node:
+            layers = jax.tree.leaves(node["kernel"])[0].shape[0]
+            return {"probe": jnp.broadcast_to(value, (layers, low_precision.COUNTS))}
+        return {name: visit(part) for name, part in node.items() if isinstance(part, dict)}
+
+    return {"layers": visit(params["layers"])} if "layers" in params else {}
 
 
 def with_dropout_keys(params: Params, keys: Array, number: Int[Array, "*n"] | int) -> Params:

@@ -7,6 +7,9 @@ the numbers that are summed up together is the largest of its 8-bit type, and so
 token and for each column of the kernel, and for the gradient of x for each token and each row.
 
 On a CPU this is an emulation: operands are rounded to 8 bits, and multiplied in float32, which takes longer.
+
+How much is lost is counted in the backward pass, where inputs and gradients are both at hand, and comes out as the
+gradient of a probe: an operand that no result depends on.
 """
 
 import functools
@@ -15,13 +18,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from research.devices import sharding
 from research.ops.cpu import matmul
 
 # Of ModelConfig.precision: the types of inputs and kernels, and of gradients (arXiv:2209.05433, section 3).
 KINDS = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2)}
+# The gradient of a probe counts, of a product's inputs and then of the gradients of its outputs, the numbers that are
+# rounded to 0, those that get the largest code, and all that aren't 0.
+COUNTS = 6
 
 
 def quantize(x: Float[Array, "..."], axes: Sequence[int], dtype: Any) -> tuple[Array, Float[Array, "..."]]:
@@ -37,8 +43,7 @@ def quantize(x: Float[Array, "..."], axes: Sequence[int], dtype: Any) -> tuple[A
       scale: float32, of the shape of x, with 1 in `axes`. NaN or infinite where not all of x is finite.
     """
     axes, x = tuple(axes), x.astype(jnp.float32)
-    whole = jnp.issubdtype(dtype, jnp.integer)
-    top = float(jnp.iinfo(dtype).max if whole else jnp.finfo(dtype).max)
+    whole, top = jnp.issubdtype(dtype, jnp.integer), _top(dtype)
     # XLA's maximum may pass over NaN.
     largest = jnp.where(
         jnp.all(jnp.isfinite(x), axis=axes, keepdims=True), jnp.max(jnp.abs(x), axis=axes, keepdims=True), jnp.nan
@@ -50,7 +55,11 @@ def quantize(x: Float[Array, "..."], axes: Sequence[int], dtype: Any) -> tuple[A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def product(
-    kind: str, contract: int, x: Float[Array, "*rows_in"], kernel: Float[Array, "*in_out"]
+    kind: str,
+    contract: int,
+    x: Float[Array, "*rows_in"],
+    kernel: Float[Array, "*in_out"],
+    probe: Float32[Array, " 6"] | None = None,
 ) -> Float[Array, "*rows_out"]:
     """x [*rows, *in] times kernel [*in, *out] -> [*rows, *out], in the dtype of x. The gradient is that of the product
     without rounding, by the products above.
@@ -59,6 +68,7 @@ def product(
       kind: of KINDS.
       contract: the number of axes of *in.
       x, kernel: floating.
+      probe: gets the counts as its gradient, see COUNTS: where its numbers are 1; where they are 0 nothing is counted.
     """
     rows, dtype = x.ndim - contract, KINDS[kind][0]
     return _dot(
@@ -68,17 +78,36 @@ def product(
     ).astype(x.dtype)
 
 
-def _forward(kind, contract, x, kernel):
-    return product(kind, contract, x, kernel), (x, kernel)
+def _forward(kind, contract, x, kernel, probe):
+    return product(kind, contract, x, kernel), (x, kernel, probe)
 
 
 def _backward(kind, contract, residuals, dy):
-    x, kernel = residuals
-    over = range(x.ndim - contract, dy.ndim), range(contract, kernel.ndim)
+    x, kernel, probe = residuals
+    rows = x.ndim - contract
+    over = range(rows, dy.ndim), range(contract, kernel.ndim)
     dtype, of_gradients = KINDS[kind]
     dx = _dot(quantize(dy, over[0], of_gradients), quantize(kernel, over[1], dtype), over)
     dkernel = jax.vjp(lambda w: matmul.product(x, w.astype(x.dtype), contract), kernel)[1](dy)[0]
-    return dx.astype(x.dtype), dkernel
+    if probe is None:
+        return dx.astype(x.dtype), dkernel, None
+
+    def count() -> Float32[Array, " 6"]:
+        inputs = _counts(x, quantize(x, range(rows, x.ndim), dtype)[0])
+        return jnp.stack(inputs + _counts(dy, quantize(dy, over[0], of_gradients)[0]))
+
+    return dx.astype(x.dtype), dkernel, jax.lax.cond(probe[0] > 0, count, lambda: jnp.zeros_like(probe))
+
+
+def _counts(x: Float[Array, "..."], codes: Array) -> list[Float32[Array, ""]]:
+    """Half of COUNTS, of numbers and their codes."""
+    there, magnitudes = x != 0, jnp.abs(codes.astype(jnp.float32))
+    return [jnp.sum(y, dtype=jnp.float32) for y in (there & (magnitudes == 0), magnitudes == _top(codes.dtype), there)]
+
+
+def _top(dtype: Any) -> float:
+    """The largest number of an 8-bit type."""
+    return float(jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).max)
 
 
 product.defvjp(_forward, _backward)

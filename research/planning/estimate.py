@@ -187,7 +187,9 @@ def adapted(described: Described, parts: Parts) -> Adapted:
     """Bytes of the policy by kind, and of full fine-tuning of the same model with the same optimizer."""
     config, rules = described.config, sharding.make_rules(described.config.rules)
     optimizer = dataclasses.replace(config.optimizer, groups={})  # which may name parameters of an adapter
-    full = dataclasses.replace(config, adapter={}, trainable="", frozen_dtype="auto", roles={}, optimizer=optimizer)
+    full = dataclasses.replace(
+        config, adapter={}, trainable="", frozen_dtype="auto", trained_dtype="float32", roles={}, optimizer=optimizer
+    )
     model = transformer.make_model(config_lib.model_config(full, described.vocab_size), rules)
     roles = make_roles(full, {"policy"}, {"policy": model}, {})
     trained = params.abstract(roles.trained, params.shardings(roles.trained, described.mesh, rules))

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from research import config as config_lib
-from research import loading, optim, params, step_signals, train
+from research import loading, moments, optim, params, step_signals, train
 from research.config import Config
 from research.devices import compilation, distributed, memory, sharding
 from research.errors import InputError
@@ -198,6 +198,7 @@ def _make_step(
         syncs=_syncs(config),
         log_every=config.log.every,
         last=config.steps,
+        rounding=config.optimizer.rounding,
     )
 
 
@@ -237,6 +238,8 @@ def _sharing(
 
 def _make_optimizer(config: Config, roles: roles_lib.Roles) -> optax.GradientTransformationExtraArgs:
     specs = roles.trained
+    if config.optimizer.moments == "int8":
+        moments.check(specs)
     return optim.make_optimizer(
         config.optimizer,
         config.steps,
@@ -413,7 +416,7 @@ def _make_reward_members(
 
 
 def _place_state(beginning: Beginning, abstract: dict[str, Any], mesh: Any) -> train.TrainState:
-    """The abstract TrainState: moments lie where their parameters lie, all else on every device."""
+    """The abstract TrainState: moments and their scales lie where their parameters lie, all else on every device."""
     replicated = sharding.named(mesh, ())
     state = jax.eval_shape(beginning.state, abstract, jax.ShapeDtypeStruct((2,), jnp.uint32))
 
@@ -423,7 +426,8 @@ def _place_state(beginning: Beginning, abstract: dict[str, Any], mesh: Any) -> t
     def like(moment: Any, parameter: Any) -> Any:
         if hole(moment):
             return moment
-        where = parameter.sharding if moment.shape == parameter.shape else replicated
+        alike = len(moment.shape) == len(parameter.shape)
+        where = sharding.fitted(parameter.sharding, moment.shape) if alike else replicated
         return jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=where)
 
     def everywhere(x: Any) -> Any:
@@ -434,4 +438,7 @@ def _place_state(beginning: Beginning, abstract: dict[str, Any], mesh: Any) -> t
     )
     rest = jax.tree.map(everywhere, state.replace(params=None, opt_state=None, ema=None, synced={}))
     synced = {role: abstract[sync.owner] for role, sync in beginning.syncs.items()}
-    return rest.replace(params=abstract, opt_state=opt_state, ema=state.ema and abstract, synced=synced)
+    ema = state.ema and jax.tree.map(
+        lambda average, x: jax.ShapeDtypeStruct(x.shape, average.dtype, sharding=x.sharding), state.ema, abstract
+    )
+    return rest.replace(params=abstract, opt_state=opt_state, ema=ema, synced=synced)

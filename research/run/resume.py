@@ -104,6 +104,7 @@ FIELDS: dict[str, Rule] = {
     "seq_len": _ROWS,
     "trainable": _TRAINED,
     "adapter": _TRAINED,
+    "trained_dtype": _TRAINED,
     "ema_decay": _AVERAGE,
     **_rules(_HOW, "mesh", "data fsdp expert sequence tensor"),
     **_rules(
@@ -150,13 +151,13 @@ FIELDS: dict[str, Rule] = {
     **_rules(_SAID, "", "rewards"),
     **_rules(_SAID, "advantage.kl", "weight estimator clip target horizon"),
     **_rules(_SAID, "advantage", "kind scale whiten combine clip epsilon decay gamma lam"),
-    **_rules(_STATE, "optimizer", "name scale_by_parameter factor_min_size mu_dtype groups"),
+    **_rules(_STATE, "optimizer", "name scale_by_parameter factor_min_size mu_dtype moments groups"),
     **_rules(_SWITCH, "optimizer", "weight_decay clip_norm"),
     **_rules(
         _SAID,
         "optimizer",
         "learning_rate schedule delay_steps warmup_steps warmup_share start_ratio end_ratio decay_fraction decay_shape "
-        "timescale cycles b1 b2 eps momentum nesterov muon_scaling",
+        "timescale cycles b1 b2 eps momentum nesterov muon_scaling rounding",
     ),
     **_rules(_FREE, "checkpoint", "every keep_last patience"),
     **_rules(_SAID, "checkpoint", "best_metric best_mode"),

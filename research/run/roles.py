@@ -138,6 +138,7 @@ def make_roles(
             own = roles.trained[model.of] if model.adapter else kernels.bare(roles.trained[model.of])
             roles.frozen[role] = params.held_in(own, float_dtype(config, model))
     _check_frozen_dtype(config, roles)
+    _check_trained_dtype(config, roles)
     if terms:
         roles.trained["objectives"] = dict(terms)
     return roles
@@ -153,6 +154,16 @@ def _check_frozen_dtype(config: Config, roles: Roles) -> None:
         f"frozen_dtype = {config.frozen_dtype!r}: has no effect, since {reason}. Leave it out, or train less: an "
         "adapter, trainable."
     )
+
+
+def _check_trained_dtype(config: Config, roles: Roles) -> None:
+    """Raises InputError where trained_dtype has no effect."""
+    leaves = jax.tree.leaves(roles.trained, is_leaf=params.is_spec)
+    if config.trained_dtype != "float32" and not any(spec.contracts for spec in leaves):
+        raise InputError(
+            f"trained_dtype = {config.trained_dtype!r}: has no effect, since no kernel is trained, and all else is "
+            "held in float32. Leave it out."
+        )
 
 
 def held(config: Config, model: transformer.Model, specs: Tree) -> Tree:
@@ -195,6 +206,7 @@ def _divide(config: Config, roles: Roles, role: str, own: Tree) -> None:
     masks = [_trained(cut, pattern, field) for field, pattern in patterns.items()]
     mask = jax.tree.map(lambda *each: any(each), *masks)
     trained, rest = params.split(cut, mask)
+    trained, own = (params.held_in(specs, config.trained_dtype) for specs in (trained, own))
     rest = held(config, roles.models[role], rest)
     names = {
         params.whole_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trained, is_leaf=params.is_spec)

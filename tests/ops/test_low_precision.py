@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 
-from research import config
+from research import config, objectives, params, train
 from research.devices import sharding
 from research.errors import InputError
 from research.models.config import ModelConfig
@@ -50,6 +51,48 @@ def test_products_are_those_of_rounded_operands(kind, arrays):
     np.testing.assert_allclose(dw, np.einsum("bti,btkh->ikh", x, dy), rtol=1e-4, atol=1e-4)
     whole = np.einsum("bti,ikh->btkh", x, w)
     assert 1e-4 < np.linalg.norm(y - whole) / np.linalg.norm(whole) < (0.02 if kind == "int8" else 0.05)
+
+
+def counts(x, axes, dtype):
+    codes = np.abs((rounded(x, axes, dtype) / np.max(np.abs(x), axis=axes, keepdims=True)).astype(np.float32))
+    return [np.sum((x != 0) & (codes == 0)), np.sum(np.isclose(codes, 1, rtol=1e-5)), np.sum(x != 0)]
+
+
+@pytest.mark.parametrize("kind", low_precision.KINDS)
+def test_a_probe_counts_what_is_lost_where_it_is_1(kind, arrays):
+    x, dy = (arrays[name] ** 3 for name in ("x", "dy"))  # of many magnitudes
+    x[0, 0, 0] = 0
+    forward, backward = TYPES[kind]
+    f = jax.jit(
+        jax.grad(lambda probe: jnp.vdot(low_precision.product(kind, 1, x, arrays["kernel"], probe), jnp.asarray(dy)))
+    )
+    expected = counts(x, 2, forward) + counts(dy, (2, 3), backward)
+    np.testing.assert_array_equal(f(jnp.ones(low_precision.COUNTS)), expected)
+    assert expected[0] > 0 or kind == "fp8"
+    np.testing.assert_array_equal(f(jnp.zeros(low_precision.COUNTS)), 0)
+
+
+@pytest.mark.slow
+def test_a_step_measures_what_is_lost_where_a_line_of_the_log_is_due():
+    c = ModelConfig(vocab_size=64, num_layers=2, d_model=16, num_heads=2, num_kv_heads=1, d_ff=32, precision="int8")
+    model, optimizer = make_model(c), optax.sgd(0.1)
+    initial = jax.jit(lambda key: params.init(model.specs, key))(jax.random.PRNGKey(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 12)), jnp.int32)
+    positions = jnp.tile(jnp.arange(12, dtype=jnp.int32)[None], (4, 1))
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens), "positions": positions}
+    terms = objectives.load({"terms": {"next_token": 1.0}})
+    step = jax.jit(train.TrainStep(terms, {"policy": model}, optimizer, lambda t: jnp.ones(()), log_every=2))
+    state = train.init_state({"policy": initial}, optimizer, jax.random.PRNGKey(1))
+    state, first = step(state, {}, batch)
+    _, second = step(state, {}, batch)
+    whole = train.means([second])
+    assert first["underflow/inputs"][1] == 0
+    tokens = 2 * 4 * 12  # of two layers; and widths of q, k, v, o, up, gate and down
+    assert second["saturated/inputs"][1] == (6 * 16 + 32) * tokens
+    assert 0 < second["saturated/gradients"][1] <= (16 + 8 + 8 + 16 + 32 + 32 + 16) * tokens
+    for name in ("inputs", "gradients"):
+        assert 0 < whole[f"underflow/{name}"] < 0.2
+        assert 1 / 32 < whole[f"saturated/{name}"] < 0.2  # the largest of each token, of at most 32 numbers
 
 
 def test_zeros_stay_zero_and_what_is_not_finite_is_seen(arrays):

@@ -14,7 +14,8 @@ CAUSES = (
         supports=(Prediction("moved.median", "<", 0.6), Prediction("setup/trained_bits", "<", 32)),
         sureness=0.93,
         observed=True,
-        remedy="keep what is trained in float32 (compute in bfloat16: model.dtype), or raise the learning rate",
+        remedy="keep what is trained in float32 (trained_dtype; compute in bfloat16: model.dtype), round it "
+        "stochastically (optimizer.rounding), or raise the learning rate",
         why="Updates are smaller than half a unit in the last place of the parameters, and are lost to rounding.",
         source="Micikevicius et al. 2018, arXiv:1710.03740, section 3.1 (master weights)",
         explains=("lr_too_small", "optimizer_holds_stale_params"),
