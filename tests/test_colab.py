@@ -18,6 +18,7 @@ def test_notebook_is_committed_without_outputs():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setenv("UNDERSTUDY_DEBUG", "1")
     monkeypatch.setenv("WORKDIR", str(tmp_path / "run"))

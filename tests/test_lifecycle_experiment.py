@@ -129,6 +129,7 @@ def test_what_does_not_go_together_is_refused(arg, flags, words):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_the_study_runs_to_its_report(tmp_path, capfd):
     assert main(["--config=experiments/lifecycle.py:debug", f"--workdir={tmp_path}/w"]) == 0
     names = ["pretrain", "sft", "reward model", "ppo", "grpo", "dpo", "best of 4"]

@@ -1,6 +1,7 @@
 """Metrics go to the console, JSON lines, TensorBoard and Weights & Biases."""
 
 import contextlib
+import functools
 import inspect
 import json
 import math
@@ -341,8 +342,9 @@ def peak_flops(device: jax.Device) -> float | None:
     return chip.share(device.num_cores).flops if device.platform == "tpu" else chip.flops
 
 
+@functools.cache
 def _measure_flops(device: jax.Device, size: int = 1024) -> float:
-    """FLOP/s of a square float32 matrix multiplication: the median over about 0.2 s."""
+    """FLOP/s of a square float32 matrix multiplication: the median over about 0.2 s, measured once in a process."""
     x = jax.device_put(np.ones((size, size), np.float32), device)
     matmul = jax.jit(lambda a, b: a @ b)
     matmul(x, x).block_until_ready()

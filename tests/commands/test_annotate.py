@@ -58,6 +58,7 @@ def whole(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_run_from_the_cache_is_the_run_with_the_teacher(folder, whole, tmp_path):
     """Rows in other order and with other neighbours than when they were annotated."""
     other = {"seed": 5, "batch_size": 16}
@@ -133,6 +134,7 @@ def files(path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_left_alone(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(teacher_annotations, "_GROUP_TOKENS", 64)  # fewer than a batch of rows has
     flags = ["--config=experiments/sft.py:debug", f"--config.data.path={folder}/pairs.jsonl", "--k=4"]

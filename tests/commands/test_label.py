@@ -37,6 +37,16 @@ def train(workdir, **changes):
     return workdir
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """As the fixture of this name for every test, for the runs and commands of fixtures too."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *backend: first)
+        patch.setattr(jax, "device_count", lambda *backend: 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("label")

@@ -1,4 +1,4 @@
-"""Several processes on this machine, each with two simulated devices, are one run."""
+"""Several processes on this machine, each with devices of its own, are one run."""
 
 import functools
 import json
@@ -10,40 +10,52 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from research import loading
+from research import cli, config, loading
 from research.devices import compilation, distributed
 from research.run import checkpoint, loop, metrics
+from research.run.run import run
 
 STEPS = 24
+TESTS = Path(__file__).parent.parent
 slow = pytest.mark.slow
 
 
-def start(workdir, processes, devices, mesh, steps=STEPS, config="experiments/sft.py:debug"):
-    """Popen objects of the processes of a run; their output goes to WORKDIR.N.log."""
+def flags(workdir, mesh, steps=STEPS, experiment="experiments/sft.py:debug"):
+    """What research.main takes for a run."""
+    options = {"steps": steps, "log.every": 1, "eval.every": 0, "checkpoint.every": 4, "checkpoint.best_metric": ""}
+    options |= {f"mesh.{axis}": size for axis, size in mesh.items()}
+    named = [f"--config={experiment}", f"--workdir={workdir}"]
+    return named + [f"--config.{name}={value}" for name, value in options.items()]
+
+
+def start(logs, processes, devices, program):
+    """Popen objects of the processes of a program; their output goes to LOGS.N.log."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_", "PJRT_"))}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(TESTS)]))
     # Each compiles for itself: half the time without the newer emitters, and less without LLVM's optimisations.
     env["XLA_FLAGS"] = "--xla_backend_optimization_level=0 "
     env["XLA_FLAGS"] += "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-    command = [sys.executable, "-m", "research.main", f"--config={config}", f"--workdir={workdir}"]
-    options = {"steps": steps, "log.every": 1, "eval.every": 0, "checkpoint.every": 4, "checkpoint.best_metric": ""}
-    options |= {f"mesh.{axis}": size for axis, size in mesh.items()}
-    command += [f"--config.{name}={value}" for name, value in options.items()]
     made = []
     for i in range(processes):
         peers = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={i}"]
-        with open(f"{workdir}.{i}.log", "w") as log:
-            command_line = command + (peers if processes > 1 else [])
-            made.append(subprocess.Popen(command_line, stdout=log, stderr=subprocess.STDOUT, env=env))
+        with open(f"{logs}.{i}.log", "w") as log:
+            command = [sys.executable, "-m", *program, *peers]
+            made.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
     return made
+
+
+def start_run(workdir, processes, devices, mesh):
+    return start(workdir, processes, devices, ["research.main", *flags(workdir, mesh)])
 
 
 def finish(processes, seconds=240):
@@ -56,31 +68,34 @@ def finish(processes, seconds=240):
             p.kill()
 
 
-def log(workdir, i):
-    with open(f"{workdir}.{i}.log") as f:
-        return f.read()
+def run_here(workdir, named, devices=1):
+    """Does a run in this process, on so many devices; returns its workdir."""
+    read = cli.read_experiment([flag for flag in named if flag.startswith("--config")])
+    run(config.parse(read.values), str(workdir), devices=jax.devices()[:devices])
+    return workdir
+
+
+def log(logs, i):
+    return Path(f"{logs}.{i}.log").read_text()
+
+
+def records(workdir):
+    return [r for r in metrics.read_metrics(str(workdir)) if "train/loss" in r]
 
 
 def losses(workdir):
-    records = metrics.read_metrics(str(workdir))
-    return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+    return {r["step"]: r["train/loss"] for r in records(workdir)}
 
 
-def wait_for(workdir, step, processes, seconds=120):
+def wait_for(workdir, step, processes, logs=None, seconds=240):
     end = time.time() + seconds
     while time.time() < end and all(p.poll() is None for p in processes):
         if (workdir / "metrics.jsonl").exists() and any(s >= step for s in losses(workdir)):
             return
         time.sleep(0.1)
-    pytest.fail(f"step {step} was not reached:\n{log(workdir, 0)}")
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The losses of one process with one device."""
-    workdir = tmp_path_factory.mktemp("alone") / "w"
-    assert finish(start(workdir, 1, 1, {})) == [0], log(workdir, 0)
-    return losses(workdir)
+    for p in processes:
+        p.kill()
+    pytest.fail(f"step {step} was not reached:\n{log(logs or workdir, 0)}")
 
 
 def same(found, wanted):
@@ -89,171 +104,162 @@ def same(found, wanted):
     np.testing.assert_allclose([found[s] for s in steps], [wanted[s] for s in steps], rtol=2e-3)
 
 
-@slow
-@pytest.mark.parametrize(
-    ("processes", "mesh"),
-    [(2, {"sequence": 2, "tensor": 2}), (4, {"fsdp": 4, "sequence": 2})],  # those killed below have data and fsdp
-)
-def test_several_processes_have_the_losses_of_one(processes, mesh, alone, tmp_path):
-    workdir = tmp_path / "w"
-    mesh = {"data": 1} | mesh
-    assert finish(start(workdir, processes, 2, mesh)) == [0] * processes, log(workdir, processes - 1)
-    same(losses(workdir), alone)
-    assert json.loads((workdir / "done.json").read_text())["step"] == STEPS
-
-
-PREFIX_LM = """
+# Experiments beside sft.py:debug itself, each of which begins as this does.
+BEGIN = """
 from experiments import sft
 
+
 def get_config(arg=""):
-    config = sft.get_config(arg)
+    config = sft.get_config("debug")
+    config.eval.generate = 0
+"""
+EXPERIMENTS = {
+    "prefix": """
     config.objective = {"terms": {"prefix_lm": 1.0}}
     config.model.prefix = True
-    return config
-"""
-
-
-@slow
-def test_several_processes_split_the_same_documents_at_the_same_places(tmp_path):
-    """The share of prefixes of each step is a sum over all that was drawn."""
-    (tmp_path / "prefix.py").write_text(PREFIX_LM)
-    shares = []
-    for processes in (1, 2):
-        workdir = tmp_path / str(processes)
-        run = start(workdir, processes, 2, {"data": 2 * processes}, 6, f"{tmp_path}/prefix.py:debug")
-        assert finish(run) == [0] * processes, log(workdir, processes - 1)
-        records = metrics.read_metrics(str(workdir))
-        shares.append([r["train/prefix_share"] for r in records if "train/prefix_share" in r])
-    assert len(set(shares[0])) == 6
-    assert shares[0] == shares[1]
-
-
-ENCODER = """
-from experiments import sft
-
-
-def get_config(arg=""):
-    config = sft.get_config("debug")
+""",
+    "masked": """
     config.objective = {"terms": {"masked": {"whole_word": True}}}
     config.model.causal = False
-    config.eval.generate = 0
-    return config
-"""
-
-
-@slow
-def test_several_processes_mask_the_same_tokens(tmp_path):
-    (tmp_path / "encoder.py").write_text(ENCODER)
-    found = []
-    for processes, devices, mesh in ((1, 1, {}), (2, 2, {"data": 2, "sequence": 2})):
-        workdir = tmp_path / str(processes)
-        begun = start(workdir, processes, devices, mesh, steps=4, config=str(tmp_path / "encoder.py"))
-        assert finish(begun) == [0] * processes, log(workdir, 0)
-        records = [r for r in metrics.read_metrics(str(workdir)) if "train/nll" in r]
-        found.append([(r["step"], r["train/nll"], r["train/chosen"]) for r in records])
-    assert len(found[0]) == 4
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
-
-
-ADAPTER = """
-from experiments import sft
-
-
-def get_config(arg=""):
-    config = sft.get_config("debug")
+""",
+    "adapter": """
     config.adapter = {"kind": "lora", "rank": 4, "dropout": 0.3, "also": "final_norm/scale"}
-    config.eval.generate = 0
-    return config
-"""
-
-
-@slow
-def test_several_processes_train_an_adapter_as_one_does(tmp_path):
-    """Kernels and adapters are cut over both, and the same of maps' inputs is left out."""
-    (tmp_path / "adapter.py").write_text(ADAPTER)
-    found = []
-    for processes, devices, mesh in ((1, 1, {}), (2, 2, {"data": 1, "fsdp": 2, "tensor": 2})):
-        workdir = tmp_path / str(processes)
-        begun = start(workdir, processes, devices, mesh, steps=6, config=str(tmp_path / "adapter.py"))
-        assert finish(begun) == [0] * processes, log(workdir, 0)
-        found.append(losses(workdir))
-    assert len(found[0]) == 6
-    same(found[1], found[0])
-    whole, cut = (loading.load_model(str(tmp_path / name)).params for name in "12")
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=2e-4), cut, whole)
-
-
-REINFORCEMENT = """
-from experiments import sft
-
-
-def get_config(arg=""):
-    config = sft.get_config("debug")
+""",
+    "rewards": """
     config.data.update(path="tasks:copy", pack=False)
     config.rewards = {"length": {"most": 3, "over": 8}, "exact_match": 1.0}
     config.rollout.update(prompts=4, answers=4, epochs=2, max_new_tokens=8, filter_rounds=1)
     config.advantage.whiten = "tokens"
     config.objective = {"terms": {"policy_gradient": {"old": "trainer"}}}
-    config.eval.generate = 0
-    return config
-"""
+""",
+}
+# Name -> (steps, mesh of two processes with two devices each). Those that are stopped below have data and fsdp.
+IN_TURN = {
+    "prefix": (6, {"data": 4}),
+    "masked": (4, {"data": 2, "sequence": 2}),
+    "adapter": (6, {"data": 1, "fsdp": 2, "tensor": 2}),
+    "rewards": (6, {"data": 2, "fsdp": 2}),
+    "sft": (6, {"data": 1, "sequence": 2, "tensor": 2}),
+}
+
+
+class InTurn:
+    """Runs that two processes did in turn, and one that goes on until process 1 is interrupted.
+
+    Attributes:
+      folder: has each under its name.
+      statuses: of the processes.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name, lines in EXPERIMENTS.items():
+            (folder / f"{name}.py").write_text(f"{BEGIN}{lines}    return config\n")
+        plan = [self.flags(name, folder / name, mesh) for name, (_, mesh) in IN_TURN.items()]
+        plan.append(flags(folder / "endless", {"data": 4}, steps=100_000))
+        (folder / "plan.json").write_text(json.dumps(plan))
+        processes = start(folder / "all", 2, 2, ["runs_in_turn", str(folder / "plan.json")])
+        wait_for(folder / "endless", 3, processes, folder / "all", seconds=400)
+        processes[1].send_signal(signal.SIGINT)
+        self.statuses = finish(processes, 60)
+
+    def flags(self, name, workdir, mesh):
+        experiment = f"{self.folder}/{name}.py" if name in EXPERIMENTS else "experiments/sft.py:debug"
+        return flags(workdir, mesh, IN_TURN[name][0], experiment)
+
+    def both(self, name):
+        """The workdirs of one process with one device, and of the two."""
+        return run_here(self.folder / f"{name}-alone", self.flags(name, self.folder, {})), self.folder / name
+
+
+@pytest.fixture(scope="module")
+def in_turn(tmp_path_factory):
+    return InTurn(tmp_path_factory.mktemp("in_turn"))
+
+
+pytestmark = pytest.mark.timeout(600)
 
 
 @slow
-def test_several_processes_judge_answers_and_learn_as_one_does(tmp_path):
-    (tmp_path / "reinforcement.py").write_text(REINFORCEMENT)
-    found = []
-    for processes, devices, mesh in ((1, 1, {}), (2, 2, {"data": 2, "fsdp": 2})):
-        workdir = tmp_path / str(processes)
-        begun = start(workdir, processes, devices, mesh, steps=6, config=str(tmp_path / "reinforcement.py"))
-        assert finish(begun) == [0] * processes, log(workdir, 0)
-        records = [r for r in metrics.read_metrics(str(workdir)) if "train/loss" in r]
-        found.append([(r["step"], r["train/loss"], r.get("train/reward", 0), r["train/grad_norm"]) for r in records])
-    assert len(found[0]) == 6
-    np.testing.assert_allclose(found[1], found[0], rtol=2e-3, atol=1e-5)
+def test_several_processes_have_the_losses_of_one(in_turn):
+    alone, together = in_turn.both("sft")
+    assert len(losses(alone)) == 6
+    same(losses(together), losses(alone))
+    assert json.loads((together / "done.json").read_text())["step"] == 6
 
 
 @slow
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_others_who_name_it_and_one_process_goes_on(killed, alone, tmp_path):
+def test_several_processes_split_the_same_documents_at_the_same_places(in_turn):
+    """The share of prefixes of each step is a sum over all that was drawn."""
+    alone, together = ([r["train/prefix_share"] for r in records(workdir)] for workdir in in_turn.both("prefix"))
+    assert len(set(alone)) == 6
+    assert together == alone
+
+
+@slow
+def test_several_processes_mask_the_same_tokens(in_turn):
+    alone, together = (
+        [(r["step"], r["train/nll"], r["train/chosen"]) for r in records(workdir)] for workdir in in_turn.both("masked")
+    )
+    assert len(alone) == 4
+    np.testing.assert_allclose(together, alone, rtol=1e-4)
+
+
+@slow
+def test_several_processes_train_an_adapter_as_one_does(in_turn):
+    """Kernels and adapters are cut over both, and the same of maps' inputs is left out."""
+    alone, together = in_turn.both("adapter")
+    assert len(losses(alone)) == 6
+    same(losses(together), losses(alone))
+    whole, cut = (loading.load_model(str(workdir)).params for workdir in (alone, together))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=2e-4), cut, whole)
+
+
+@slow
+def test_several_processes_judge_answers_and_learn_as_one_does(in_turn):
+    alone, together = (
+        [(r["step"], r["train/loss"], r.get("train/reward", 0), r["train/grad_norm"]) for r in records(workdir)]
+        for workdir in in_turn.both("rewards")
+    )
+    assert len(alone) == 6
+    np.testing.assert_allclose(together, alone, rtol=2e-3, atol=1e-5)
+
+
+@slow
+def test_an_error_of_one_process_is_told_to_the_others(in_turn):
+    assert in_turn.statuses[0] == distributed.LOST
+    assert re.search(r"process 0: process 1 .* ended: KeyboardInterrupt", log(in_turn.folder / "all", 0))
+
+
+@slow
+def test_a_run_is_stopped_and_loses_a_process_and_ends_as_if_left_alone(tmp_path, capfd):
+    """SIGTERM to one of two saves once at the same step; of four that go on one is killed, which ends the others, who
+    name it; one process goes on to the end. The second of two is killed in tests/test_launch.py."""
+    alone = losses(run_here(tmp_path / "alone", flags(tmp_path, {})))
     workdir = tmp_path / "w"
-    processes = start(workdir, 2, 2, {"data": 2, "fsdp": 2})
-    wait_for(workdir, 10, processes)
-    processes[killed].kill()
-    began = time.time()
-    statuses = finish(processes, 60)
-    assert time.time() - began < 60
-    assert statuses[1 - killed] == distributed.LOST
-    assert re.search(rf"error: process {1 - killed}: process {killed} \(pid \d+ on .*died", log(workdir, 1 - killed))
-    saved = checkpoint.steps(workdir)[-1]
-    assert 4 <= saved < STEPS
-    assert finish(start(workdir, 1, 8, {"data": 2, "tensor": 2, "sequence": 2})) == [0]
-    assert f"resumed  at step {saved}" in log(workdir, 0)
-    same(losses(workdir), alone)
-
-
-@slow
-def test_sigterm_to_one_saves_once_at_the_same_step(alone, tmp_path):
-    workdir = tmp_path / "w"
-    processes = start(workdir, 2, 2, {"data": 4})
+    processes = start_run(workdir, 2, 2, {"data": 4})
     wait_for(workdir, 5, processes)
     processes[1].send_signal(signal.SIGTERM)
     assert finish(processes) == [75, 75], log(workdir, 1)
-    saved = [int(re.search(r"saved step (\d+) of", log(workdir, i))[1]) for i in range(2)]
-    assert saved[0] == saved[1] == checkpoint.steps(workdir)[-1] < STEPS
-    assert finish(start(workdir, 2, 2, {"data": 2, "fsdp": 2})) == [0, 0]
+    stops = {int(re.search(r"saved step (\d+) of", log(workdir, i))[1]) for i in range(2)}
+    assert stops == {checkpoint.steps(workdir)[-1]}
+    (stop,) = stops
+    assert 5 <= stop < STEPS - 6
+
+    processes = start_run(workdir, 4, 1, {"data": 1, "fsdp": 2, "sequence": 2})
+    wait_for(workdir, stop + 5, processes)
+    processes[0].kill()
+    began = time.time()
+    assert finish(processes, 60)[1:] == [distributed.LOST] * 3
+    assert time.time() - began < 60
+    for i in range(1, 4):
+        assert re.search(rf"error: process {i}: process 0 \(pid \d+ on .*died", log(workdir, i))
+    saved = checkpoint.steps(workdir)[-1]
+    assert stop <= saved < STEPS
+    capfd.readouterr()
+    run_here(workdir, flags(workdir, {"data": 2, "tensor": 2, "sequence": 2}), devices=8)
+    assert f"resumed  at step {saved}" in capfd.readouterr().err
     same(losses(workdir), alone)
-
-
-@slow
-def test_an_error_of_one_process_is_told_to_the_others(tmp_path):
-    workdir = tmp_path / "w"
-    processes = start(workdir, 2, 2, {"data": 4}, steps=100_000)
-    wait_for(workdir, 3, processes)
-    processes[1].send_signal(signal.SIGINT)
-    statuses = finish(processes, 60)
-    assert statuses[0] == distributed.LOST
-    assert re.search(r"process 0: process 1 .* ended: KeyboardInterrupt", log(workdir, 0))
 
 
 def test_an_interrupt_that_a_library_swallows_comes_again(monkeypatch):

@@ -153,6 +153,7 @@ def test_what_can_not_be_compared_is_an_error(options, message):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_run_keeps_its_projections(tmp_path):
     """Begun from a checkpoint, resumed, read as a model: the projections are the run's, not the model's."""
     few = {"steps": 1, "eval.every": 0, "checkpoint.best_metric": "", "data.path": "tasks:copy"}

@@ -146,10 +146,10 @@ def test_compiles_for_a_tpu_that_is_not_here(tmp_path, capsys):
 @needs_libtpu
 @pytest.mark.slow
 def test_search_names_the_fastest_that_fits(tmp_path):
-    command = ["--config=experiments/pretrain.py:debug", "--topology=v5e:2x2", "--search", "--max_compiles=3"]
+    command = ["--config=experiments/pretrain.py:debug", "--topology=v5e:2x2", "--search", "--max_compiles=2"]
     assert plan.main([*command, f"--output={tmp_path / 'plan.json'}"]) == 0
     records = json.loads((tmp_path / "plan.json").read_text())
-    assert 1 <= len(records) <= 3
+    assert 1 <= len(records) <= 2
     assert all(r["fits"] for r in records)
     most = [sum(r["seconds"].values()) for r in records]
     assert most[-1] == min(most)

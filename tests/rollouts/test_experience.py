@@ -60,6 +60,7 @@ def train(workdir, steps, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_resumed_in_the_middle_of_an_epoch_is_uninterrupted(tmp_path):
     whole = train(tmp_path / "whole", 7)
     assert whole["train/served"] == 7

@@ -27,12 +27,14 @@ CASES = {
         "roles": {"value": {"of": "policy", "num_labels": 1}, "reference": {"of": "policy", "adapter": False}},
     },
     "lora with dropout": {
-        "adapter": {**LORA, "dropout": 0.3, "targets": "q|k|v|up|embed", "exclude": "layers/0/.*/up"}
+        "adapter": {**LORA, "dropout": 0.3, "targets": "q|k|v|up|embed", "exclude": "layers/0/.*/up"},
+        "ema_decay": 0.5,
     },
     "experts": {"adapter": LORA, "model": {**MODEL, "num_experts": 4, "experts_per_token": 2}},
     "prompt": {"adapter": {"kind": "prompt", "tokens": 3, "init": "text", "text": "copy"}},
     "prefix": {"adapter": {"kind": "prefix", "tokens": 3, "projection": True, "also": "layers/1/attention_norm/.*"}},
 }
+RUN = set(CASES) - {"lora"}  # which is run with dropout
 
 
 def config_of(case, **fields):
@@ -50,13 +52,13 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(RUN - {"bias", "experts"}))
 def test_half_a_run_and_the_rest_are_the_whole(name, finished, tmp_path):
     finished.check_resumed(name, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(RUN))
 def test_microbatches_and_a_mesh_change_nothing(name, finished, tmp_path):
     """Kernels and what lies beside them are cut over fsdp and tensor, those of experts over expert too."""
     mesh = {"data": 1, "fsdp": 2, "expert" if name == "experts" else "sequence": 2, "tensor": 2}

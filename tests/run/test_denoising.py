@@ -13,6 +13,7 @@ from research.sources.tokenizers import load_tokenizer
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_run_that_denoises_one_source_and_continues_another(tmp_path):
     values = config.to_dict(load("sft", steps=2, **{"eval.generate": 0, "data.path": "builtin:python_docs"}))
     docs = {"path": "builtin:python_docs", "max_records": 12}

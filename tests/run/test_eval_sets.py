@@ -26,6 +26,7 @@ def test_sets_that_cannot_be_measured_are_refused(tmp_path, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_each_set_has_its_scores_and_those_of_the_same_data_are_the_same(tmp_path):
     pairs = write(tmp_path / "a.jsonl", [{"prompt": f"p{i}", "response": "yes" * 3} for i in range(40)])
     near = write(tmp_path / "near.jsonl", [{"prompt": f"q{i}", "response": "no"} for i in range(9)])

@@ -35,6 +35,7 @@ def values(tmp_path, gaps):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_run_with_fim_is_measured_and_fills_in(tmp_path, capsys):
     for name in ("a", "b"):
         texts = [{"text": f"<<{name * (i % 9 + 1)}{i}>>"} for i in range(40)]

@@ -49,6 +49,7 @@ def test_patience_needs_a_metric():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_run_ends_when_nothing_gets_better_and_stays_so(tmp_path, capfd):
     flags = ["--config=experiments/sft.py:debug", f"--workdir={tmp_path}/run", "--config.steps=6"]
     flags += ["--config.optimizer.learning_rate=0.0", "--config.eval.generate=0", "--config.log.tensorboard=False"]

@@ -32,6 +32,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_run_from_scratch_goes_on_bit_for_bit_and_is_read_back(data, tmp_path):
     whole = run.run(config(data, 2), str(tmp_path / "whole"))
     run.run(config(data, 1, **{"optimizer.warmup_steps": 1}), str(tmp_path / "cut"))

@@ -15,6 +15,7 @@ TERMS = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_run_with_two_terms_of_a_kind_and_two_sources(tmp_path):
     few = {"eval.every": 0, "checkpoint.best_metric": "", "data.path": "tasks:copy"}
     run.run(load("sft", steps=1, **few), str(tmp_path / "teacher"))

@@ -12,7 +12,7 @@ from research.run import resolve
 from research.run.run import run
 from research.sources.tokenizers import TokenizerSpec, load_tokenizer, make_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 MODEL = {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 16}
 VIEW = """

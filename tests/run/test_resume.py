@@ -204,14 +204,10 @@ EFFECTS = {  # field -> another value
     "batch_size": 2,
     "steps": 5,
     "optimizer.learning_rate": 1.0,
-    "optimizer.schedule": "constant",
-    "optimizer.weight_decay": 9.0,
     "optimizer.clip_norm": 1e-3,
-    "optimizer.b1": 0.1,
     "ema_decay": 0.9,
     "objective.sft.label_smoothing": 0.5,
     "model.rope_theta": 10.0,
-    "model.norm_eps": 1.0,
 }
 
 
@@ -442,15 +438,16 @@ def rows_read(workdir, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 8])
-def test_every_row_is_read_once_an_epoch_though_the_batch_changes(size, tmp_path):
+def test_every_row_is_read_once_an_epoch_though_the_batch_changes(tmp_path):
     options = {"data.path": write_data(tmp_path / "a.jsonl", 40), "data.eval_fraction": 0.0}
     whole = rows_read(tmp_path / "whole", steps=10, batch_size=8, **options)
     first = rows_read(tmp_path / "w", steps=2, batch_size=4, **options)
-    rest = rows_read(tmp_path / "w", steps=2 + 32 // size, batch_size=size, **options)
     assert len(first) == 8
-    assert collections.Counter(first + rest) == collections.Counter(dict.fromkeys(whole[:40], 1))
-    assert first + rest == whole[:40]
+    shutil.copytree(tmp_path / "w", tmp_path / "again")
+    for workdir, size in (("w", 2), ("again", 8)):
+        rest = rows_read(tmp_path / workdir, steps=2 + 32 // size, batch_size=size, **options)
+        assert collections.Counter(first + rest) == collections.Counter(dict.fromkeys(whole[:40], 1))
+        assert first + rest == whole[:40]
 
 
 def test_an_option_of_a_group_is_as_that_of_all():

@@ -47,10 +47,14 @@ def test_experiment_takes_two_steps(name, folder):
         ("distill", ("mixed",), ["eval_test_loss.png"]),
     ],
 )
+@pytest.mark.usefixtures("one_device")
 def test_study_runs_to_its_report(name, students, files, tmp_path, capfd):
     overrides = {"study.students": students, "study.seeds": 1}
     if name == "weak_to_strong":
         overrides["study.weak"] = ("xs",)
+    else:
+        (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "this is text {i}"}}\n' for i in range(200)))
+        overrides |= {"study.data": str(tmp_path / "x.jsonl"), "study.teacher_model.num_layers": 1, "eval.every": 2}
     values = values_of(name, **overrides)
     module = importlib.import_module(f"experiments.{name}")
     plan = study.Plan(str(tmp_path / "store"))
@@ -133,6 +137,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_finished_run_is_left_alone_until_it_gets_more_steps(tmp_path, capfd):
     first = run.run(load("sft"), str(tmp_path))
     before = parameters(tmp_path)
@@ -192,6 +197,7 @@ def test_a_run_that_is_never_finite_ends_and_says_so(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_init_from_takes_the_parameters_of_another_run(tmp_path):
     run.run(load("sft"), str(tmp_path / "a"))
     c = load("sft", steps=1, **{"model.init_from": str(tmp_path / "a"), "optimizer.learning_rate": 1e-9})
@@ -212,6 +218,7 @@ def test_load_model_reads_back_what_was_trained(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_on_policy_distillation_is_resumed_bit_for_bit(tmp_path):
     run.run(load("sft", **{"eval.every": 0, "checkpoint.best_metric": ""}), str(tmp_path / "teacher"))
     changes = {"steps": 4, "eval.every": 0, "checkpoint.best_metric": "", "data.pack": False, "log.every": 1, "seed": 1}

@@ -93,13 +93,11 @@ def selecting(name, reference, **fields):
 def test_runs_that_select_are_resumed_and_cut_alike(name, reference, tmp_path):
     run(selecting(name, reference), str(tmp_path / "whole"), devices=ONE)
     runs.check_resumed(selecting(name, reference), tmp_path / "whole", tmp_path / "cut", devices=ONE)
-    run(selecting(name, reference, microbatches=2), str(tmp_path / "parts"), devices=ONE)
-    run(selecting(name, reference, mesh={"data": 4}), str(tmp_path / "mesh"), devices=jax.devices()[:4])
-    whole = runs.parameters(tmp_path / "whole")
-    for other in ("parts", "mesh"):
-        values = runs.parameters(tmp_path / other)
-        for key in whole:
-            np.testing.assert_allclose(values[key], whole[key], rtol=1e-3, atol=1e-4, err_msg=f"{other} {key}")
+    parts = selecting(name, reference, microbatches=2, mesh={"data": 2})
+    run(parts, str(tmp_path / "parts"), devices=jax.devices()[:2])
+    whole, values = runs.parameters(tmp_path / "whole"), runs.parameters(tmp_path / "parts")
+    for key in whole:
+        np.testing.assert_allclose(values[key], whole[key], rtol=1e-3, atol=1e-4, err_msg=key)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from research.run import resolve, run
 from research.sources import special_tokens
 from research.studies import study
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 PAGE = Path(__file__).parents[2] / "docs/self_supervision.md"
 SMALL = {"data.max_records": 20, "eval.tasks": ()}

@@ -36,6 +36,7 @@ def path(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_a_resumed_run_has_the_same_bits_and_a_bad_record_loses_nothing(path, tmp_path):
     run.run(config_of(path), str(tmp_path / "whole"))
     run.run(config_of(path, steps=3), str(tmp_path / "w"))

@@ -151,13 +151,14 @@ def study(tmp_path_factory):
 
 # By kind of run, few in each, which share its programs; others need a longer start.
 FAULTS = {
-    "text": ("lr_zero_schedule", "optimizer_holds_stale_params", "frozen_all"),
+    "text": ("lr_zero_schedule", "optimizer_holds_stale_params"),
     "sft": ("all_labels_masked", "nan_batches_skipped"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", FAULTS)
+@pytest.mark.usefixtures("one_device")
 def test_faults_planted_end_to_end(study, setup):
     """Each is found, and moves what is measured in the direction of its signature."""
     shared, lines, faults = {}, {}, FAULTS[setup]

@@ -110,6 +110,7 @@ def test_what_the_intervals_say_against_random():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_the_study_runs_to_its_report(tmp_path, capfd):
     ways = ("random", "rho", "rho1")
     values = runs.values_of("select", **{"study.ways": ways, "study.clean_ways": (), "study.seeds": 1})

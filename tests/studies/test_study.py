@@ -752,6 +752,7 @@ def make(gamma=1.0):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_real_runs_through_main_with_a_loss_of_ones_own(tmp_path, monkeypatch):
     """A new loss is one module and one config, wherever they are."""
     path = tmp_path / "real.py"
