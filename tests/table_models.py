@@ -25,7 +25,7 @@ def make(size, max_length=64, scale=1, **config):
         init_cache=lambda batch_size, length: (
             (jnp.zeros((batch_size, 1, 1, length)), jnp.zeros((batch_size, 1, length, 1))),
         ),
-        unstack=lambda params: params,
+        unstack=lambda params, rows=1: params,
         decode=lambda params, tokens, positions, mask, cache, index: (
             scale * jax.nn.one_hot(params[tokens], size),
             cache,

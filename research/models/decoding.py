@@ -19,6 +19,7 @@ from research.models.config import ModelConfig
 from research.models.specs import Params, make_specs
 from research.ops import quantized
 from research.ops.attention import cached_attention
+from research.ops.cpu import few_rows
 from research.ops.rope import Angles
 
 Entries = tuple[Float[Array, "B K h S"], Float[Array, "B K S h"]]  # keys and values of one layer
@@ -42,19 +43,39 @@ def init_cache(c: ModelConfig, rules: Rules, batch_size: int, length: int) -> Ca
     return tuple(empty() for _ in range(c.num_layers))
 
 
-def unstack(c: ModelConfig, params: Params) -> Params:
+def unstack(c: ModelConfig, params: Params, rows: int = 1) -> Params:
     """See Model.unstack. Kernels are dequantised, merged with what an adapter puts beside them and cast to the compute
-    dtype here, once, and those that read the same are joined."""
+    dtype here, once, and those that read the same are joined. Those that steps of so many `rows` read turned
+    (ops.cpu.few_rows) have the name `turned` in place of `kernel`; that of the head, `head_turned`, lies beside it."""
     specs, params = make_specs(c), virtual.realized(params)
     layers = (
         kernels.with_shared(params_lib.layer(params["layers"], i), params.get("vera")) for i in range(c.num_layers)
     )
     layers = (kernels.merge(quantized.read_all(layer, jnp.float32)) for layer in layers)
     rest = {name: values for name, values in params.items() if name not in ("layers", "vera")}
-    return {
+    unstacked = {
         **_in_compute_dtype(c, kernels.merge(rest), specs),
         "layers": tuple(_join(c, _in_compute_dtype(c, layer, specs["layers"])) for layer in layers),
     }
+    turn = few_rows.apply(rows) and jnp.dtype(c.dtype) == jnp.float32 and c.precision == "dtype"
+    return _turned(unstacked) if turn else unstacked
+
+
+def _turned(params: Params) -> Params:
+    """Of a model without stacks, the kernels of layers and head turned; a mixture's experts are read otherwise."""
+
+    def visit(node: Params, contract: int) -> Params:
+        if not isinstance(node, dict) or "router" in node:
+            return node
+        if "kernel" not in node:
+            return {name: visit(part, 2 if name == "o" else 1) for name, part in node.items()}
+        rest = {name: part for name, part in node.items() if name != "kernel"}
+        return {**rest, "turned": few_rows.turned(node["kernel"], contract)}
+
+    parts = ("attention", "mlp")
+    layers = tuple({**layer, **{part: visit(layer[part], 1) for part in parts}} for layer in params["layers"])
+    head = few_rows.turned(params["head"]) if "head" in params else params["embed"]
+    return {**params, "layers": layers, "head_turned": head}
 
 
 def _in_compute_dtype(c: ModelConfig, values: Params, specs: Params) -> Params:

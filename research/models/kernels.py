@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from research.models import virtual
 from research.models.specs import Params
 from research.ops import low_precision, quantized
-from research.ops.cpu import matmul
+from research.ops.cpu import few_rows, matmul
 
 ADDED = ("lora", "vera", "ia3")  # what may lie beside a kernel, and isn't the model's
 
@@ -35,7 +35,8 @@ def linear(p: Params, x: Float[Array, "..."], contract: int = 1, precision: str 
     """x [*rows, *in] times kernel [*in, *out], with what an adapter puts beside it, plus the bias if there is one.
 
     Args:
-      p: kernel, and bias [*out] if there is one, and what lies beside them.
+      p: kernel, or for steps of few rows `turned` (decoding.unstack); bias [*out] if there is one, and what lies
+        beside them.
       x: floating; the product has its dtype.
       contract: the number of axes of *in.
       precision: that of the product with the kernel; see ModelConfig. What lies beside it is in the dtype of x.
@@ -52,7 +53,9 @@ def linears(
     for p, low in zip(maps, narrow, strict=True):
         scales = p.get("ia3", {})
         y = x * _row(scales["in"], x) if "in" in scales else x
-        if precision == "dtype":
+        if "turned" in p:
+            y = few_rows.product(y, p["turned"], contract)
+        elif precision == "dtype":
             y = quantized.product(y, p["kernel"], contract)
         else:
             y = low_precision.product(precision, contract, y, quantized.read(p["kernel"], y.dtype), p.get("probe"))

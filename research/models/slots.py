@@ -155,7 +155,7 @@ class Decoder:
         wanted = jnp.max(limits.reshape(-1, each), axis=1) > 0
         prompts, lengths = virtual.ahead(self.model, prompts, jnp.where(wanted, lengths, 0))
         queue = Queue(prompts, lengths, limits, uniforms(keys, self.config.max_new_tokens))
-        params = self.model.unstack(params)
+        params = self.model.unstack(params, B if whole else slots)
         if whole:
             out = self.extend(params, queue, self.begin(params, queue, each)).out
         else:

@@ -52,8 +52,9 @@ class Model(NamedTuple):
       unembed: (params) -> Head, kernel [D, V] or [D, num_labels].
       rules: logical axis -> mesh axes, of all that these functions lay out on the mesh in context.
       init_cache: (batch size, length S) -> empty Cache.
-      unstack: (params) -> params with "layers" as a tuple of trees, as `decode` wants them. Decoding loops run it once,
-        outside the loop: slicing stacked weights inside copies them at every token.
+      unstack: (params, rows=1) -> params with "layers" as a tuple of trees, as `decode` and `unembed` want them for
+        steps of so many rows. Decoding loops run it once, outside the loop: slicing stacked weights inside copies them
+        at every token.
       decode: (unstacked params, tokens [B, T], positions [B, T], mask [B, T, S], cache, index) -> ([B, T, D], cache).
         Writes the keys and values of the T tokens from entry `index` of the cache on; `mask` says which of the S cached
         entries each token may see (sliding windows are applied on top, by cache index).
@@ -70,7 +71,7 @@ class Model(NamedTuple):
     unembed: Callable[[Params], Head]
     rules: Rules
     init_cache: Callable[[int, int], Cache]
-    unstack: Callable[[Params], Params]
+    unstack: Callable[..., Params]
     decode: Callable[..., tuple[jax.Array, Cache]]
     of: str = ""
     adapter: Adapter | None = None
@@ -344,9 +345,13 @@ def unembed(c: ModelConfig, rules: Rules, params: Params) -> Head:
     """The kernel that turns hidden states into logits, its bias and soft-cap."""
     tied = "head" not in params
     kernel, bias = params["embed" if tied else "head"], params.get("head_bias")
+    turned = "head_turned" in params
+    if turned:
+        kernel = params["head_turned"]
+    head = Head(kernel, bias, c.logit_softcap, tied or turned, rules, turned=turned)
     if not c.added_rows or c.num_labels:
-        return Head(kernel, bias, c.logit_softcap, tied, rules)
+        return head
     if c.head_bias:
         bias = added_rows.put(c, bias, params["head_bias_added"], axis=0)
-    added = params["embed_added" if tied else "head_added"]
-    return Head(kernel, bias, c.logit_softcap, tied, rules, added, c.added_from)
+    added = params["embed_added"] if tied else params["head_added"].T if turned else params["head_added"]
+    return dataclasses.replace(head, bias=bias, added=added, added_from=c.added_from)

@@ -21,12 +21,13 @@ from jaxtyping import Array, Float, Int, PyTree
 from research.devices import sharding
 from research.devices.sharding import Rules
 from research.ops.chunks import Chunks, chunk_size, time_parts
+from research.ops.cpu import few_rows
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("stored", "bias", "added"),
-    meta_fields=("softcap", "by_token", "rules", "added_from"),
+    meta_fields=("softcap", "by_token", "rules", "added_from", "turned"),
 )
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -42,6 +43,7 @@ class Head:
       added: the kernel of n tokens that stands in the place of theirs in `stored`, whose axes it has; None for none. It
         takes their gradient, so that it may be trained where `stored` isn't.
       added_from: the first of these tokens.
+      turned: `stored` is [V, D] for the sake of products of few hidden states (ops.cpu.few_rows).
     """
 
     stored: Float[Array, "D V"] | Float[Array, "V D"]
@@ -51,6 +53,7 @@ class Head:
     rules: Rules | None = None
     added: Float[Array, "D n"] | Float[Array, "n D"] | None = None
     added_from: int = 0
+    turned: bool = False
 
     @property
     def kernel(self) -> Float[Array, "D V"]:
@@ -84,7 +87,10 @@ class Head:
         """
         head = self if columns is None else self.columns(columns)
         kernel, dtype = head.stored.astype(hidden.dtype), accumulator(hidden)
-        logits = jnp.einsum(f"...d,{head.axes}->...v", hidden, kernel, preferred_element_type=dtype)
+        if head.turned:
+            logits = few_rows.product(hidden, kernel)
+        else:
+            logits = jnp.einsum(f"...d,{head.axes}->...v", hidden, kernel, preferred_element_type=dtype)
         if head.added is not None:
             kernel = head.added.astype(hidden.dtype)
             own = jnp.einsum(f"...d,{head.axes}->...v", hidden, kernel, preferred_element_type=dtype)

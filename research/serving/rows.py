@@ -90,7 +90,7 @@ class Rows:
     ):
         self.model, self.vocab_size, self.stop_tokens = model, vocab_size, stop_tokens
         self.count, self.longest = count, longest
-        self._params = jax.jit(model.unstack)(params)
+        self._params = jax.jit(model.unstack, static_argnums=1)(params, count)
         self._programs = functools.cache(self._make_programs)
         self.clear()
 
