@@ -1,7 +1,7 @@
 """Products of few rows and a kernel on a CPU, such as those of decoding.
 
-XLA's library copies its second operand into tiles at each product. For few rows that takes as long as the product, where
-it is the kernel. So the kernel stands first, turned, and the rows are what is copied.
+XLA's library copies its second operand into tiles at each product. Where that is the kernel, it takes as long as the
+product of few rows. So the kernel stands first, turned, and the rows are what is copied.
 
 Axes: I inputs, O outputs.
 """
@@ -9,7 +9,6 @@ Axes: I inputs, O outputs.
 import math
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.devices import sharding
