@@ -311,13 +311,19 @@ def watch(workdir: str, stall_seconds: float, together: tuple[type[Exception], .
         except together:
             raise
         except BaseException as error:
-            if isinstance(error, jax.errors.JaxRuntimeError):
+            if between_processes(error):
                 thread.join(DEAD_SECONDS + 10)
             watch.ended = _in_short(error)
             raise
         finally:
             watch.ended = watch.ended or ""
             watch.beat()
+
+
+def between_processes(error: BaseException) -> bool:
+    """Whether an error may come of another process's death: of a transfer jax raises its own, or ValueError where it
+    was about to start the program."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and "Gloo" in str(error))
 
 
 @contextlib.contextmanager

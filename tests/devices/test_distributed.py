@@ -262,6 +262,14 @@ def test_a_run_is_stopped_and_loses_a_process_and_ends_as_if_left_alone(tmp_path
     same(losses(workdir), alone)
 
 
+def test_a_broken_transfer_waits_for_who_died_and_other_errors_do_not():
+    broken = "UNKNOWN: Gloo AllGather failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+    for error in jax.errors.JaxRuntimeError(broken), ValueError(broken):
+        assert distributed.between_processes(error)
+    for error in ValueError("lengths differ"), KeyboardInterrupt():
+        assert not distributed.between_processes(error)
+
+
 def test_an_interrupt_that_a_library_swallows_comes_again(monkeypatch):
     monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
     before = signal.getsignal(signal.SIGINT)
