@@ -20,7 +20,7 @@ from research.errors import Exit, InputError, did_you_mean
 _WIDTH = 100
 # Fields of the config that are in no section: known here without jax, and before a flag that is spelt much the same.
 TOP_FIELDS = ("seed", "steps", "epochs", "batch_size", "seq_len", "microbatches", "ema_decay", "max_bad_steps")
-TOP_FIELDS += ("stall_seconds", "compilation_cache", "trainable", "frozen_dtype")
+TOP_FIELDS += ("stall_seconds", "compilation_cache", "trainable", "frozen_dtype", "trained_dtype")
 _READ = ("data", "model", "teacher", "reference", "target", "eval_data")  # flags that name what is read
 
 
