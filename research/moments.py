@@ -82,11 +82,8 @@ def block_size(n: int) -> int:
     return n
 
 
-def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """optax.scale_by_adam with moments in 8 bits. `update` takes `ok`: where it is False the state stays as it was.
-
-    The direction is made of the moments before they are rounded.
-    """
+def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """optax.scale_by_adam with moments in 8 bits. The direction is made of the moments before they are rounded."""
 
     def init(params: Tree) -> State:
         return State(
@@ -95,12 +92,12 @@ def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraA
             *(jax.tree.map(_zero_scales, params) for _ in _TOPS),
         )
 
-    def update(grads: Tree, state: State, params: Tree = None, *, ok: jax.typing.ArrayLike = True, **_: Any):
+    def update(grads: Tree, state: State, params: Tree = None) -> tuple[Tree, State]:
         del params
-        count = jnp.where(ok, optax.safe_increment(state.count), state.count)
+        count = optax.safe_increment(state.count)
         leaves, structure = jax.tree.flatten(grads)
         trees = [structure.flatten_up_to(tree) for tree in state[1:]]
-        steps = jnp.maximum(count, 1).astype(jnp.float32)  # 0 where the very first update was skipped
+        steps = count.astype(jnp.float32)
         keys = keys_by_name(jax.random.fold_in(jax.random.PRNGKey(zlib.crc32(b"moments")), state.count), grads)
         directions, held = [], []
         for g, key, *old in zip(leaves, keys, *trees, strict=True):
@@ -108,12 +105,11 @@ def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraA
             mu = b1 * mu + (1 - b1) * g
             nu = b2 * nu + (1 - b2) * jnp.square(g)
             directions.append(mu / (1 - b1**steps) / (jnp.sqrt(nu / (1 - b2**steps)) + eps))
-            new = _encoded(mu, nu, key)
-            held.append(jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, tuple(old)))
+            held.append(_encoded(mu, nu, key))
         columns = zip(*held, strict=True)
         return structure.unflatten(directions), State(count, *(structure.unflatten(column) for column in columns))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def decoded(kind: str, codes: Int[Array, "*lead n"], scale: Float[Array, "*lead blocks"]) -> Float[Array, "*lead n"]:

@@ -427,7 +427,7 @@ def _adam(spec: OptimizerSpec) -> optax.GradientTransformationExtraArgs:
     """optax.scale_by_adam, but for two things: the state stays as it was where `ok` is False, and the direction is made
     of the moments as they are kept, so that nothing needs the old ones and XLA writes the new ones over them."""
     if spec.moments == "int8":
-        return moments.adam(spec.b1, spec.b2, spec.eps)
+        return _kept(moments.adam(spec.b1, spec.b2, spec.eps))
     adam = _kept(optax.scale_by_adam(b1=spec.b1, b2=spec.b2, eps=spec.eps, mu_dtype=spec.mu_dtype))
 
     def update(grads: Tree, state: Tree, params: Tree = None, *, ok: jax.typing.ArrayLike = True, **_: Any):

@@ -7,6 +7,10 @@ import pytest
 import runs
 
 from research import loading
+from research.commands import export
+from research.devices import sharding
+from research.errors import InputError
+from research.loading.trained import open_trained
 from research.run import metrics
 
 pytestmark = pytest.mark.slow
@@ -42,6 +46,20 @@ def test_what_is_saved_and_read(finished):
     np.testing.assert_array_equal(read, values[f"['params']{kernel}"].astype(np.float32))
     lines = [r for r in metrics.read_metrics(str(finished("low"))) if "train/moved" in r]
     assert all(line["train/moved"] > 0.2 and line["train/rounded"] == 0 for line in lines[1:])
+
+
+def test_an_export_has_the_same_numbers(finished, tmp_path):
+    assert export.main([f"--model={finished('low')}", f"--output={tmp_path / 'out'}"]) == 0
+    own, exported = (loading.load_model(str(name)).params for name in (finished("low"), tmp_path / "out"))
+    assert "head" not in own
+    jax.tree.map(np.testing.assert_array_equal, own, exported)
+
+
+def test_moments_in_8_bits_are_refused_where_their_values_are_asked_for(finished):
+    run = open_trained(str(finished("low")), sharding.make_mesh({}, jax.devices()[:1]))
+    with pytest.raises(InputError, match=r"moments in 8 bits \(optimizer.moments = 'int8'\).*preconditioner = 'none'"):
+        run.at(4, moments=True)
+    assert run.at(4, moments=False).first is None
 
 
 def test_in_microbatches_on_a_mesh_it_is_the_same_but_for_last_bits(finished, tmp_path):
