@@ -77,11 +77,12 @@ def prepare(run: Described, *, packed: bool = True) -> Prepared:
 
 
 class Stepper:
-    """Runs a prepared step. Its calls are runners for `in_turn`; `out` holds the last metrics."""
+    """Runs a prepared step. Its calls are runners for `in_turn`; `out` holds the last metrics, and `program` is what is
+    called, at first `compiled`."""
 
     def __init__(self, step: Prepared):
         self.compiled, self.state, self.frozen, self.batch = step.compiled, step.state, step.frozen, step.batch
-        self.rates = step.rates
+        self.rates, self.program = step.rates, step.compiled
 
     def __call__(self, n: int) -> list[float]:
         return measure.timed(self.step, n)
@@ -92,7 +93,7 @@ class Stepper:
 
     def update(self) -> None:
         """Makes an update."""
-        self.state, self.out = self.compiled(self.state, self.frozen, self.batch, self.rates)
+        self.state, self.out = self.program(self.state, self.frozen, self.batch, self.rates)
         jax.block_until_ready((self.state, self.out))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from research.bench import machine, measure, peers, preferences, prepared, profiling, reinforcement
 from research.bench.types import Bench, Record, Result, in_ms, peak_memory
 from research.config import Config
-from research.devices import compilation, sharding, startup
+from research.devices import compilation, sharding, temporaries
 from research.errors import InputError
 from research.objectives.types import next_token_targets
 from research.ops import quantized
@@ -47,7 +47,7 @@ def _train(bench: Bench, name: str) -> Result:
         loss, losses_weight = ours.out["loss"]
         warm = ours(1)[0]
         measure.forget_peak()
-        startup.keep_memory(compilation.temporaries(step.compiled))
+        ours.program = temporaries.keep(step.compiled, compilation.temporaries(step.compiled))
         product, product_flops = machine.matmul(bench.mesh, dtype)
         runners = {"": ours, " matmul": lambda n: product(3 * n), **others.runners(), **others.products(dtype)}
         seconds = measure.in_turn(runners, bench.count(warm))

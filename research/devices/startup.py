@@ -14,8 +14,7 @@ _SWITCH, _TUNABLES, _VALUE = "UNDERSTUDY_HUGE_PAGES", "GLIBC_TUNABLES", "glibc.m
 TPU_SWITCH, _GOOGLE = "TPU_LOAD_LIBRARY", "0x1ae0"  # the vendor of TPUs on the PCI bus, also of virtual network cards
 # What importing jax sets of TPU_*, the first where no chip is seen.
 _BY_IMPORT = {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH", "TPU_ML_PLATFORM", "TPU_ML_PLATFORM_VERSION"}
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of mallopt(3)
-_KEPT = 160 * 2**20  # bytes of temporaries
+_ARENA_MAX = -8  # of mallopt(3)
 _EXTRA, _NO_UNROLLING = "--xla_backend_extra_options", "xla_cpu_disable_loop_unrolling"
 
 
@@ -49,7 +48,7 @@ def use_huge_pages() -> None:
     """
     settings = os.environ.get(_TUNABLES, "")
     if os.environ.get(_SWITCH) == "set":
-        _mallopt(_ARENA_MAX, 1)  # for keep_memory: the arenas of other threads map what is large, whatever is said
+        mallopt(_ARENA_MAX, 1)  # for devices.temporaries: arenas of other threads map what is large, whatever is said
     if os.environ.get(_SWITCH) == "0" or "hugetlb" in settings or not _offered():
         return
     if not _for_cpus():
@@ -108,21 +107,13 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_memory(temporaries: int) -> None:
-    """Has glibc's malloc keep from now on what a step frees, for the next step, where `use_huge_pages` did something.
-
-    Otherwise each step maps its temporaries, which the system has to clear first: 8 % of the CPU time of a small
-    model's rollout and update. Does nothing where a step's temporaries are above 160 MiB, for more is kept.
-
-    Args:
-      temporaries: bytes, of the program that runs most.
-    """
-    if os.environ.get(_SWITCH) == "set" and temporaries <= _KEPT:
-        _mallopt(_MMAP_MAX, 0)
-        _mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+def has_huge_pages() -> bool:
+    """Whether `use_huge_pages` did something."""
+    return os.environ.get(_SWITCH) == "set"
 
 
-def _mallopt(option: int, value: int) -> None:
+def mallopt(option: int, value: int) -> None:
+    """Sets an option of glibc's malloc, see mallopt(3); nothing in another C library."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(option, value)
 
@@ -130,7 +121,7 @@ def _mallopt(option: int, value: int) -> None:
 def describe() -> list[str]:
     """A line about each of `use_huge_pages` and `leave_loops` that did something."""
     lines = []
-    if os.environ.get(_SWITCH) == "set":
+    if has_huge_pages():
         lines.append(f"memory   huge pages for large allocations, by {_TUNABLES}={_VALUE}; {_SWITCH}=0 turns them off")
     if f"{_EXTRA}={_NO_UNROLLING}" in os.environ.get("XLA_FLAGS", ""):
         lines.append(f"compiler {_EXTRA}={_NO_UNROLLING} in XLA_FLAGS, for CPUs; extra options there replace it")

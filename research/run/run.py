@@ -11,7 +11,7 @@ import jax
 
 from research import loading, ownership, progress
 from research.config import Config
-from research.devices import compilation, distributed, startup
+from research.devices import compilation, distributed, startup, temporaries
 from research.errors import Unavailable
 from research.objectives.terms import Terms
 from research.pretrained import wholeness
@@ -111,11 +111,12 @@ def _run(
         if measured is not None:
             evaluate.note(int(state.step), measured)
             scored |= best_score(config.checkpoint, int(state.step), measured.scores)
+        startup.release_memory()
         loop = Loop(
             config=config,
             workdir=workdir,
             record=began,
-            step=distributed.one_at_a_time(compiled),
+            step=temporaries.keep(distributed.one_at_a_time(compiled), compilation.temporaries(compiled)),
             rates=assemble.learning_rates(config, parts),
             experience=experience,
             evaluate=evaluate,
@@ -126,8 +127,6 @@ def _run(
             started=started,
             scored=scored,
         )
-        startup.release_memory()
-        startup.keep_memory(compilation.temporaries(compiled))
         first = int(state.step)
         last = loop.run(state, frozen, place)
         record.sum_up(writer, config, workdir, (first, last), time.time() - started)
